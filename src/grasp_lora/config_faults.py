@@ -1,0 +1,97 @@
+"""What is wrong with a configuration, in words: all faults at once, with near misses."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every fault, one a line."""
+
+    def __init__(self, faults: Sequence[str], where: str = "configuration") -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join([f"{where}: {count}", *(f"  {fault}" for fault in faults)]))
+
+
+def describe(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+    """Turn pydantic's report into one message per faulty key, in the order of the report.
+
+    Args:
+        error: what validation raised.
+        schema: the model validated against; near misses are looked for among its keys.
+    """
+    given: dict[str, str] = {}
+    rules: dict[str, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        key = _dotted(fault["loc"])
+        kind = fault["type"]
+        if kind == "missing":
+            rules[key] = ["required, not given"]
+        elif kind in ("extra_forbidden", "unexpected_keyword_argument") or "[key]" in fault["loc"]:
+            rules[key] = [f"unknown key{_nearest(key, schema)}"]
+        elif kind == "value_error":
+            rules.setdefault(key, []).append(str(fault.get("ctx", {}).get("error")))
+        elif not rules.get(key, [""])[0].startswith("unknown key"):
+            given[key] = f"got {_short(fault['input'])}; "
+            rules.setdefault(key, []).append(_PLAIN.get(kind) or _lowered(fault["msg"]))
+    return [
+        f"{key or 'all'}: {given.get(key, '')}{' or '.join(dict.fromkeys(found))}"
+        for key, found in rules.items()
+    ]
+
+
+_PLAIN = {
+    "model_type": "give a block of key: value lines",
+    "dataclass_type": "give a block of key: value lines",
+    "path_type": "give a path",
+    "tuple_type": "give a list such as [a, b]",
+}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _dotted(loc: Sequence[Any]) -> str:
+    """The key as written in YAML: pydantic adds a part for the member of a union it tried."""
+    added = [part for part in loc if str(part).startswith(("<", "[", "literal[", "tuple["))]
+    return ".".join(str(p) for p in loc if p not in added and p != "constrained-int")
+
+
+def _nearest(key: str, schema: type[BaseModel]) -> str:
+    """`; did you mean ...?` from keys of the same section, else from the same word elsewhere."""
+    section, _, word = key.rpartition(".")
+    keys = list(_all_keys(schema))
+    siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(word, siblings, n=1)
+    found = [f"{section}.{near[0]}" if section else near[0]] if near else []
+    found = found or [k for k in keys if k.rpartition(".")[2] == word]
+    if found:
+        return f"; did you mean {' or '.join(found)}?"
+    return f"; valid here: {', '.join(siblings)}" if siblings else ""
+
+
+def _all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys below a section, dataclass or mapping of parts; sections themselves too."""
+    fields: dict[str, Any] = {}
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = {name: field.annotation for name, field in kind.model_fields.items()}
+    elif dataclasses.is_dataclass(kind):
+        fields = {field.name: None for field in dataclasses.fields(kind)}
+    elif get_origin(kind) is dict:
+        fields = dict.fromkeys(get_args(get_args(kind)[0]))
+    elif get_origin(kind) is not None:
+        for member in get_args(kind):
+            yield from _all_keys(member, prefix)
+    for name, annotation in fields.items():
+        yield f"{prefix}{name}"
+        yield from _all_keys(annotation, f"{prefix}{name}.")

@@ -1,0 +1,277 @@
+"""LoRA factors and the three ways to merge adapters, named by their algebra.
+
+An adapter changes a linear map by `delta = scaling * B @ A`. With signed strengths
+`e_i = weight_i * scaling_i` the kinds are
+
+- `cat`: `sum_i e_i B_i A_i`, exact; the ranks add up;
+- `linear`: `(sum_i sign(e_i) sqrt|e_i| B_i) (sum_i sqrt|e_i| A_i)`, the kind of arXiv 2601.06702.
+  It is not the sum of the deltas: it also holds the cross terms `B_i A_j`, i != j;
+- `svd`: the best approximation of `cat` of a given rank.
+
+Departure from the published code: the scaling (alpha / rank) is never dropped, so merging one
+adapter with weight 1 gives that adapter back.
+"""
+
+# torch leaves these results untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """The two factors of one LoRA module.
+
+    Attributes:
+        A: Down projection, [rank, in].
+        B: Up projection, [out, rank].
+        scaling: Factor on `B @ A`; see `lora_scaling`.
+
+    Raises:
+        ValueError: If the shapes do not belong together or the scaling is not finite.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"LoRA factors must be A [rank, in] and B [out, rank], got A {_shape(self.A)} and "
+                f"B {_shape(self.B)}; check which tensor is which"
+            )
+        if not math.isfinite(self.scaling):
+            raise ValueError(
+                f"the LoRA scaling must be a finite number, got {self.scaling}; "
+                "check alpha and rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Return the number of rank-1 terms."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return the change of the weight, `scaling * B @ A`, [out, in]."""
+        return self.scaling * (self.B @ self.A)
+
+
+Adapter: TypeAlias = Mapping[str, LoraFactors]
+"""Full module name in the bare base model -> its factors."""
+
+MergeKind: TypeAlias = Literal["cat", "linear", "svd"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One adapter's share of a merged module; strength and scaling are folded into A and B.
+
+    Attributes:
+        source: Position of the adapter in the merge, or None for a blend of all of them (`svd`).
+        A: Down projection, [rank, in], float32.
+        B: Up projection, [out, rank], float32; carries the sign of a negative strength.
+    """
+
+    source: int | None
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MergedModule:
+    """One module of a merged adapter; its scaling is 1.
+
+    Attributes:
+        kind: Name of the merge, a key of `MERGES`.
+        parts: The shares, in the order of the adapters; an adapter without this module has none.
+    """
+
+    kind: str
+    parts: tuple[Part, ...]
+
+    @property
+    def A(self) -> Tensor:
+        """Return the down projection of the whole module, [rank, in]."""
+        if self.kind == "linear":
+            return torch.stack([part.A for part in self.parts]).sum(dim=0)
+        return torch.cat([part.A for part in self.parts], dim=0)
+
+    @property
+    def B(self) -> Tensor:
+        """Return the up projection of the whole module, [out, rank]."""
+        if self.kind == "linear":
+            return torch.stack([part.B for part in self.parts]).sum(dim=0)
+        return torch.cat([part.B for part in self.parts], dim=1)
+
+    def block(self, source: int) -> slice:
+        """Return where a source's rows of A (columns of B) lie along the rank axis of `cat`.
+
+        Raises:
+            ValueError: If the kind has no blocks, or the source has no part in this module.
+        """
+        if self.kind != "cat":
+            raise ValueError(
+                f"only a 'cat' merge keeps its sources in blocks, this one is {self.kind!r}; "
+                "merge with kind 'cat'"
+            )
+        start = 0
+        for part in self.parts:
+            stop = start + part.A.shape[0]
+            if part.source == source:
+                return slice(start, stop)
+            start = stop
+        raise ValueError(
+            f"source {source} has no part in this module; it holds the sources "
+            f"{[part.source for part in self.parts]}"
+        )
+
+
+def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """Return the factor on `B @ A`: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA.
+
+    Raises:
+        ValueError: If the rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"a LoRA rank must be at least 1, got {rank}; check the adapter's config")
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def average_weights(count: int) -> tuple[float, ...]:
+    """Return `count` equal merge weights that sum to 1, which keeps the merge from overshooting.
+
+    Raises:
+        ValueError: If the count is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"weights need at least one adapter, got {count}; name an adapter")
+    return (1.0 / count,) * count
+
+
+def merge(
+    kind: MergeKind,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    rank: int | None = None,
+) -> dict[str, MergedModule]:
+    """Return the merge of the adapters, for every module that any of them has.
+
+    Args:
+        kind: A key of `MERGES`.
+        adapters: At least one adapter. A module that only some adapters have is merged from those.
+        weights: One finite weight per adapter; negative subtracts, 0 leaves a part of zeros.
+        rank: Rank of an `svd` merge; default is the largest rank among the module's inputs. A
+            module gets at most the rank its delta can have: min(rank, sum of ranks, in, out).
+
+    Raises:
+        ValueError: If an argument breaks these rules, the adapters disagree on a module's in or
+            out size, a factor is not finite, or `linear` meets different ranks.
+    """
+    _check_request(kind, adapters, weights, rank)
+    names = dict.fromkeys(name for adapter in adapters for name in adapter)
+    if not names:
+        raise ValueError("the adapters hold no LoRA module at all; check the adapter folders")
+    merged: dict[str, MergedModule] = {}
+    for name in names:
+        parts = tuple(
+            _folded(source, adapter[name], weight, name)
+            for source, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
+            if name in adapter
+        )
+        _check_sizes(parts, name)
+        merged[name] = MergedModule(kind, MERGES[kind](parts, rank, name))
+    return merged
+
+
+def _cat(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part, ...]:
+    return parts
+
+
+def _linear(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part, ...]:
+    ranks = [part.A.shape[0] for part in parts]
+    if len(set(ranks)) > 1:
+        raise ValueError(
+            f"a 'linear' merge adds factors and needs equal ranks, but module {name!r} has ranks "
+            f"{ranks}; use kind 'cat' or 'svd'"
+        )
+    return parts
+
+
+def _svd(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part, ...]:
+    """Truncate the SVD of the `cat` delta; QR first, so nothing of size [out, in] ever exists."""
+    A = torch.cat([part.A for part in parts], dim=0).double()  # [sum of ranks, in]
+    B = torch.cat([part.B for part in parts], dim=1).double()  # [out, sum of ranks]
+    basis_B, core_B = torch.linalg.qr(B)
+    basis_A, core_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(core_B @ core_A.T, full_matrices=False)
+    wanted = max(part.A.shape[0] for part in parts) if rank is None else rank
+    kept = min(wanted, S.shape[0])
+    root = S[:kept].sqrt()
+    new_B = (basis_B @ U[:, :kept]) * root
+    new_A = root[:, None] * (Vh[:kept] @ basis_A.T)
+    return (Part(None, new_A.float(), new_B.float()),)
+
+
+MERGES: dict[str, Callable[[tuple[Part, ...], int | None, str], tuple[Part, ...]]] = {
+    "cat": _cat,
+    "linear": _linear,
+    "svd": _svd,
+}
+"""Kind of merge -> (folded parts, rank, module name) -> parts of the merged module."""
+
+
+def _check_request(
+    kind: str, adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None
+) -> None:
+    if kind not in MERGES:
+        raise ValueError(f"unknown merge kind {kind!r}; choose one of {sorted(MERGES)}")
+    if not adapters:
+        raise ValueError("a merge needs at least one adapter, got none; name an adapter")
+    if len(weights) != len(adapters):
+        raise ValueError(
+            f"a merge needs one weight per adapter, got {len(weights)} weights for "
+            f"{len(adapters)} adapters; give {len(adapters)} weights"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"merge weights must be finite numbers, got {list(weights)}; correct them")
+    if rank is not None and kind != "svd":
+        raise ValueError(
+            f"the rank of a {kind!r} merge follows from its adapters, got rank={rank}; "
+            "leave the rank out or use kind 'svd'"
+        )
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank of an 'svd' merge must be at least 1, got {rank}; raise it")
+
+
+def _folded(source: int, factors: LoraFactors, weight: float, name: str) -> Part:
+    """Return the part with weight * scaling split evenly over A and B, in float32."""
+    A, B = factors.A.float(), factors.B.float()
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise ValueError(
+            f"adapter {source + 1} holds NaN or infinite values in module {name!r}; "
+            "a merge needs finite factors, so use another checkpoint of it"
+        )
+    strength = weight * factors.scaling
+    root = math.sqrt(abs(strength))
+    return Part(source, A * root, B * math.copysign(root, strength))
+
+
+def _check_sizes(parts: Sequence[Part], name: str) -> None:
+    sizes = [(part.A.shape[1], part.B.shape[0]) for part in parts]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"the adapters disagree on the (in, out) sizes of module {name!r}: {sizes}; "
+            "merge only adapters of the same base model"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

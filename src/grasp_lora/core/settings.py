@@ -1,0 +1,172 @@
+"""Settings of the ratio controller: one frozen dataclass, and the values each preset gives it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+Preset: TypeAlias = Literal["standard", "paper"]
+ProbeRows: TypeAlias = Literal["micro-dev", "micro-dev+dev"]
+CommitRule: TypeAlias = Literal["bounded", "candidate"]
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "standard": {
+            "low": 0.0,
+            "high": 0.8,
+            "start": None,
+            "sigma": 0.1,
+            "rounds": 8,
+            "interval": None,
+            "probe_rows": "micro-dev+dev",
+            "lr": 1.0,
+            "anchor": 0.0,
+            "entropy": 0.0,
+        },
+        "paper": {
+            "low": 0.10,
+            "high": 0.80,
+            "start": 0.40,
+            "sigma": None,
+            "rounds": None,
+            "interval": 10,
+            "probe_rows": "micro-dev",
+            "lr": 0.05,
+            "anchor": 0.05,
+            "entropy": 0.01,
+        },
+    }
+)
+"""Preset -> the settings that differ by preset; `paper` holds those of arXiv 2601.06702.
+
+Two values follow from others: `start` None is `low` (nothing pruned before the first commit),
+`sigma` None is `(high - low) / 6`.
+"""
+
+_BY_PRESET: Final[Any] = None  # typed Any so that readers of the settings never meet an Optional
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """What the controller may do and how often; a field left out takes its preset's value.
+
+    The values are filled in once, at construction. To change the preset build a new config:
+    `dataclasses.replace(config, preset=...)` would keep the old preset's values.
+
+    Raises:
+        ValueError: If a setting breaks its rule; all faults are named in one message.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    preset: Preset = "standard"
+    """Which rule moves the policy, and the source of the values left out."""
+    low: float = _BY_PRESET
+    """Smallest ratio that may be tried, in [0, 1)."""
+    high: float = _BY_PRESET
+    """Largest ratio that may be tried, above `low` and below 1."""
+    start: float = _BY_PRESET
+    """Current ratio before the first commit, in [low, high]. No mask is applied before it."""
+    sigma: float = _BY_PRESET
+    """Standard deviation of the candidates around the policy's centre, in units of ratio."""
+    rounds: int | None = _BY_PRESET
+    """Rounds spread evenly over the run; larger costs more probes. None when `interval` is used."""
+    interval: int | None = _BY_PRESET
+    """Optimizer steps from round to round. None when `rounds` is used."""
+    candidates: int = 3
+    """Ratios tried per round; each costs one evaluation of the probing rows."""
+    rows: int = 16
+    """Probing rows per round; the same rows for the baseline and all candidates of a round."""
+    probe_rows: ProbeRows = _BY_PRESET
+    """Where they come from: a fixed micro-dev set, or a fresh draw from micro-dev and dev."""
+    lr: float = _BY_PRESET
+    """Step size of the policy update; for `standard` 1 is the full natural step."""
+    anchor: float = _BY_PRESET
+    """Pull of the policy's centre towards the current ratio; 0 is none."""
+    entropy: float = _BY_PRESET
+    """Widening per round: added to sigma (`paper`) or to log sigma (`standard`)."""
+    max_step: float = 0.10
+    """Largest change of the current ratio in one commit, in (0, 1]."""
+    commit: CommitRule = "bounded"
+    """Ratio of the mask applied at a commit. `candidate` is the published fault: it applies the
+    best candidate's mask although the bounded ratio is recorded."""
+    refresh_importance: bool = True
+    """Whether importance is computed anew each round. False is the published fault: the scores of
+    round one serve for ever."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(
+                f"unknown controller preset {self.preset!r}; choose one of {sorted(PRESETS)}"
+            )
+        self._fill_from_preset()
+        faults = [message for broken, message in self._rules() if broken]
+        if faults:
+            raise ValueError("controller settings: " + "; ".join(faults))
+
+    def _fill_from_preset(self) -> None:
+        values = dict(PRESETS[self.preset])
+        if self.rounds is not None or self.interval is not None:
+            # A schedule of the user's own replaces the preset's, whichever of the two it is.
+            values["rounds"] = values["interval"] = None
+        # The setter goes past the freeze: nobody sees the object before construction ends.
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        derived = {"start": self.low, "sigma": (self.high - self.low) / 6}
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
+        """Return (is it broken, what to say) for every rule."""
+        return (
+            (
+                not 0.0 <= self.low < self.high < 1.0,
+                f"the range must satisfy 0 <= low < high < 1, got low={self.low}, "
+                f"high={self.high}: give ratios as fractions, 40 % as 0.4",
+            ),
+            (
+                not self.low <= self.start <= self.high,
+                f"start must lie in [low, high] = [{self.low}, {self.high}], got {self.start}: "
+                "set start or widen the range",
+            ),
+            (
+                (self.rounds is None) == (self.interval is None),
+                f"exactly one of rounds and interval is used, got rounds={self.rounds}, "
+                f"interval={self.interval}: leave one out",
+            ),
+            *(_at_least_one(self, name) for name in ("rounds", "interval", "candidates", "rows")),
+            *(_positive(self, name) for name in ("sigma", "lr")),
+            *(_not_negative(self, name) for name in ("anchor", "entropy")),
+            (
+                not 0.0 < self.max_step <= 1.0,
+                f"max_step must lie in (0, 1], got {self.max_step}: 0.1 moves the ratio by at "
+                "most 10 points per round",
+            ),
+            _one_of(self, "commit", ("bounded", "candidate")),
+            _one_of(self, "probe_rows", ("micro-dev", "micro-dev+dev")),
+        )
+
+
+def _at_least_one(config: ControllerConfig, name: str) -> tuple[bool, str]:
+    value: int | None = getattr(config, name)
+    return value is not None and value < 1, f"{name} must be at least 1, got {value}: raise it"
+
+
+def _positive(config: ControllerConfig, name: str) -> tuple[bool, str]:
+    value: float = getattr(config, name)
+    broken = not (math.isfinite(value) and value > 0)
+    return broken, f"{name} must be a finite number above 0, got {value}: raise it"
+
+
+def _not_negative(config: ControllerConfig, name: str) -> tuple[bool, str]:
+    value: float = getattr(config, name)
+    broken = not (math.isfinite(value) and value >= 0)
+    return broken, f"{name} must be a finite number of at least 0, got {value}: 0 turns it off"
+
+
+def _one_of(config: ControllerConfig, name: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
+    value: str = getattr(config, name)
+    return value not in allowed, f"{name} must be one of {list(allowed)}, got {value!r}: choose one"

@@ -1,0 +1,1 @@
+"""The bridge to transformers and PEFT: adapter folders, backbones, live weights, the Trainer."""

@@ -1,0 +1,111 @@
+"""What an adapter folder may hold: plain LoRA on linear modules; all else is refused by name.
+
+Features that change more than a weight's `scaling * B @ A` cannot be merged or pruned here. Loading
+them while dropping what is not understood would give another model without a word.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Initialisations that move the base weights, so the factors belong to another base model.
+_BASE_MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_RETRAIN = "train the adapter without it"
+
+# Settings of PEFT's LoraConfig: is it in use? -> what it is, and what to do.
+_REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "use_dora": (bool, "DoRA (a learned magnitude beside A and B)", _RETRAIN),
+    "lora_bias": (bool, "a bias inside the LoRA factors", _RETRAIN),
+    "bias": (lambda value: value not in (None, "none"), "trained bias vectors", "use bias='none'"),
+    "modules_to_save": (bool, "modules trained in full beside LoRA", _RETRAIN),
+    "trainable_token_indices": (bool, "trained token embeddings", _RETRAIN),
+    "target_parameters": (
+        bool,
+        "LoRA on bare parameters (experts of a mixture)",
+        "target linear modules with target_modules",
+    ),
+    "layer_replication": (bool, "replicated layers", _RETRAIN),
+    "alora_invocation_tokens": (bool, "activated LoRA (on after an invocation only)", _RETRAIN),
+    "use_qalora": (bool, "QALoRA (inputs pooled before A)", _RETRAIN),
+    "use_bdlora": (bool, "block-diagonal LoRA", _RETRAIN),
+    "velora_config": (bool, "VeLoRA", _RETRAIN),
+    "monteclora_config": (bool, "MonteCLoRA", _RETRAIN),
+    "kasa_config": (bool, "KaSA", _RETRAIN),
+    "arrow_config": (bool, "Arrow routing", _RETRAIN),
+    "init_lora_weights": (
+        lambda value: isinstance(value, str) and value.lower().startswith(_BASE_MOVING),
+        "an initialisation that changes the base weights",
+        "save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+    ),
+}
+
+# Parts of tensor names -> what such a tensor is. The first that occurs is reported.
+_REFUSED_TENSORS: dict[str, str] = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "lora_embedding_": "LoRA on an embedding",
+    "token_adapter": "trained token embeddings",
+    "trainable_tokens": "trained token embeddings",
+    "modules_to_save": "a module trained in full",
+    "lora_A.bias": "a bias inside the LoRA factors",
+    "lora_B.bias": "a bias inside the LoRA factors",
+    "base_layer": "a base weight saved with the adapter",
+    "embed": "an embedding saved with the adapter",
+    "lm_head": "an output layer saved with the adapter",
+    ".bias": "a trained bias",
+}
+
+# Names that output layers go by; LoRA on one is refused even before a model is at hand.
+_OUTPUT_LAYERS = ("lm_head", "embed_out")
+
+
+def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
+    """Check `adapter_config.json` for features beyond plain LoRA.
+
+    Raises:
+        ValueError: the adapter is no LoRA, or uses a setting that cannot be merged.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{folder}: peft_type is {kind!r}, only 'LORA' adapters can be merged and pruned; "
+            "give a LoRA adapter"
+        )
+    for setting, (in_use, what, remedy) in _REFUSED_SETTINGS.items():
+        value = config.get(setting)
+        if in_use(value):
+            raise ValueError(
+                f"{folder}: {setting}={value!r} means {what}, which plain LoRA factors cannot "
+                f"carry; {remedy}"
+            )
+
+
+def refuse_tensor(key: str, folder: object) -> None:
+    """Refuse a tensor that is no LoRA factor of a linear module, in words.
+
+    Raises:
+        ValueError: always; call it for a key that was not understood.
+    """
+    for part, what in _REFUSED_TENSORS.items():
+        if part in key:
+            raise ValueError(
+                f"{folder}: tensor {key!r} is {what}; only A and B of linear modules can be "
+                f"merged and pruned: {_RETRAIN}"
+            )
+    raise ValueError(
+        f"{folder}: tensor {key!r} is not understood; expected names like "
+        "'base_model.model.<module>.lora_A.weight' as PEFT's save_pretrained writes them"
+    )
+
+
+def refuse_output_layer(module: str, folder: object) -> None:
+    """Refuse LoRA on the output layer, known by its usual names.
+
+    Raises:
+        ValueError: `module` is an output layer.
+    """
+    if module.rsplit(".", 1)[-1] in _OUTPUT_LAYERS:
+        raise ValueError(
+            f"{folder}: LoRA on the output layer ({module!r}) is not supported, since it is often "
+            "tied to the input embedding and a merge would then change both; train the adapter "
+            "without it in target_modules"
+        )

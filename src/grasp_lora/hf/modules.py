@@ -1,0 +1,161 @@
+"""What a model is made of: its linear modules, their shapes, and what its forward accepts."""
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+# Values read per weight by `base_fingerprint`: the two ends, and a walk over the whole tensor.
+_END_VALUES = 8
+_WALK_VALUES = 64
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (inputs, outputs) of a Linear (quantized ones too) or a Conv1D; None for the rest."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return None
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the Linear and Conv1D modules of a bare model by full name, the output layer left out.
+
+    The output layer is no place for LoRA here: where it is tied to the input embedding, merging
+    the adapter changes both.
+    """
+    output_layer = output_embeddings(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module is not output_layer and linear_shape(module) is not None
+    }
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns hidden states into logits, None where the model names none."""
+    return bare_model(model).get_output_embeddings()  # type: ignore[operator]
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of rows of the input embedding."""
+    return bare_model(model).get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
+def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str]:
+    """Return the full names of the modules that `patterns` means, in the model's order.
+
+    A pattern is a full module name or the end of one after a dot (`q_proj`, `attn.c_attn`), as in
+    PEFT's list form of `target_modules`; "all-linear" means every linear module but the output
+    layer.
+
+    Raises:
+        ValueError: a pattern matches no linear module, or there is no pattern.
+    """
+    modules = linear_modules(model)
+    if patterns == "all-linear":
+        return list(modules)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise ValueError("target_modules is empty: name at least one module or use 'all-linear'")
+    for pattern in wanted:
+        if not any(_matches(name, pattern) for name in modules):
+            raise ValueError(_unknown_target(pattern, modules))
+    return [name for name in modules if any(_matches(name, pattern) for pattern in wanted)]
+
+
+def near_modules(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
+    """Return up to `count` module names that look like `name`, the nearest first."""
+    return difflib.get_close_matches(name, modules, n=count, cutoff=0.5)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    near = near_modules(pattern, endings) or near_modules(pattern, list(modules))
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return (
+        f"target_modules: {pattern!r} matches no linear module{hint} The last parts of this "
+        f"model's linear modules are {', '.join(endings)}; 'all-linear' takes them all"
+    )
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Return whether the forward of the (bare) model names `argument` in its signature.
+
+    Models that take no `position_ids` or no `logits_to_keep` exist; a `**kwargs` does not count,
+    as it would swallow the argument.
+    """
+    return argument in inspect.signature(bare_model(model).forward).parameters
+
+
+def fold_output_layer(model: nn.Module) -> RemovableHandle:
+    """Give the output layer a fresh copy of its input on every call; return the hook's handle.
+
+    A model that slices its hidden states before a *frozen* output layer hands it a view whose
+    leading dimensions cannot be flattened; the product is then computed example by example, on a
+    copy of the whole weight for each. The copy of a few rows made here avoids that (bfloat16
+    generation on a CPU becomes many times faster); values are unchanged.
+
+    Raises:
+        ValueError: the model names no output layer.
+    """
+    layer = output_embeddings(model)
+    if layer is None:
+        raise ValueError(
+            f"{type(bare_model(model)).__name__} names no output layer (get_output_embeddings() "
+            "is None): call this for causal language models only"
+        )
+    return layer.register_forward_pre_hook(_fresh_input)
+
+
+def _fresh_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    del module
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Return a SHA-256 (hex) that names the base weights, without any LoRA, of a model.
+
+    Taken over the names, the shapes and a sample of each weight (both ends and an even walk),
+    rounded to bfloat16: float32 and bfloat16 loads of the same files agree. None where that does
+    not hold: quantized weights, and float16 (rounding twice is not rounding once).
+    """
+    base = bare_model(model)
+    if getattr(base, "is_quantized", False):
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(_base_weights(base)):
+        if weight.dtype == torch.float16:
+            return None
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(_sample(weight))
+    return digest.hexdigest()
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in model.named_parameters():
+        if ".lora_" not in name and weight.is_floating_point():
+            yield name.replace(".base_layer.", "."), weight.detach()
+
+
+def _sample(weight: Tensor) -> bytes:
+    flat = weight.reshape(-1)
+    walk = flat[:: max(1, flat.numel() // _WALK_VALUES)][:_WALK_VALUES]
+    values = torch.cat([flat[:_END_VALUES], walk, flat[-_END_VALUES:]]).to(torch.bfloat16)
+    return values.cpu().view(torch.int16).numpy().tobytes()

@@ -1,0 +1,155 @@
+"""What every stage works on: the settings, the data, the backbone, and how to show progress."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor
+
+from grasp_lora.config import RunConfig
+from grasp_lora.core.importance import NEEDS_NORMS
+from grasp_lora.core.lora import MergedModule
+from grasp_lora.hf.activations import input_norms
+from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone
+from grasp_lora.hf.live import LiveAdapter, go_live
+from grasp_lora.hf.probe import Rows
+from grasp_lora.recipes.data import RunData, load_run_data
+from grasp_lora.recipes.progress import Narrator
+from grasp_lora.tasks.base import TASKS, Example, Task
+from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
+
+
+@dataclass
+class Context:
+    """One process's working set. Built once, shared by the stages of a run.
+
+    Attributes:
+        config: the run's settings.
+        data: examples per role and split.
+        backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
+        task: the task of the data.
+        narrator: prints for the user.
+    """
+
+    config: RunConfig
+    data: RunData
+    backbone: Backbone
+    task: Task
+    narrator: Narrator
+    encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
+
+    @property
+    def collator(self) -> Collator:
+        """The collator that fits the backbone's arguments."""
+        model = self.backbone.model
+        return Collator(
+            self.backbone.pad_id,
+            with_position_ids=accepts(model, "position_ids"),
+            with_logits_to_keep=accepts(model, "logits_to_keep"),
+        )
+
+    def examples(self, role: str, split: str) -> tuple[Example, ...]:
+        """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
+        return self.data.parts[role].get(split, ())
+
+    def encoded(self, role: str, split: str) -> list[Encoded]:
+        """Return the encoded rows of a split; encoded once."""
+        if (role, split) not in self._encoded:
+            section = getattr(self.config.data, role)
+            rows, report = encode_examples(
+                self.examples(role, split),
+                self.task,
+                self.backbone.tokenizer,
+                self.config.data.max_length,
+                section.prompt,
+                for_training=split != "test",
+            )
+            self._encoded[role, split] = rows
+            self.encoding_reports[f"{role}/{split}"] = report
+            if report.truncated:
+                self.narrator.say(
+                    f"{role} {split}: {report.truncated} of {report.rows} contexts cut to fit"
+                    f" {self.config.data.max_length} tokens ({report.cut_tokens_total} tokens cut)"
+                )
+        return self._encoded[role, split]
+
+    def rows(self, role: str, splits: Sequence[str]) -> Rows:
+        """Return the rows of the splits, ready to be probed."""
+        encoded = [e for split in splits for e in self.encoded(role, split)]
+        return Rows(encoded, self.collator, self.config.evaluate.batch_size)
+
+    @contextmanager
+    def live(
+        self,
+        merged: Mapping[str, MergedModule],
+        mask_unit: str,
+        dropout: float = 0.0,
+        scaling: float = 1.0,
+    ) -> Iterator[LiveAdapter]:
+        """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
+        live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling)
+        try:
+            yield live
+        finally:
+            live.model.unload()  # type: ignore[operator]
+
+    def norms(self, live: LiveAdapter, importance: str) -> dict[str, Tensor] | None:
+        """Return input norms over the target train rows, or None for a rule without need."""
+        if importance not in NEEDS_NORMS:
+            return None
+        train = self.rows("target", ["train"])
+        batches = train.batches(range(len(train.encoded)))
+        return input_norms(live.model, live.layers, [batch for _, batch in batches])
+
+
+def is_main() -> bool:
+    """Return whether this process writes files and prints."""
+    return PartialState().is_main_process
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def model_spec(config: RunConfig) -> ModelSpec:
+    """Return the backbone settings of a run."""
+    return ModelSpec(**config.model.model_dump())
+
+
+def open_context(config: RunConfig, quiet: bool = False) -> Context:
+    """Load data, then the backbone (data faults are found before a model is loaded).
+
+    Raises:
+        ValueError: the data or the backbone cannot be used, with what to do.
+    """
+    narrator = Narrator(quiet)
+    data = load_run_data(config, narrator.say)
+    state = PartialState(cpu=config.model.device == "cpu")
+    if not state.is_main_process:
+        narrator = Narrator(quiet=True)
+    backbone = load_backbone(model_spec(config), narrator.say)
+    return Context(config, data, backbone, TASKS[config.data.task], narrator)
+
+
+def stage_folder(out: Path) -> Path:
+    """Return the folder of a stage's checkpoints: beside its result, removed when it is done."""
+    return out.with_name(f"{out.name}.work")
+
+
+def settings_of(section: Any) -> dict[str, Any]:
+    """Return the trainer keywords of a training section."""
+    return {
+        "epochs": section.epochs,
+        "max_steps": section.max_steps,
+        "batch_size": section.batch_size,
+        "accumulation": section.accumulation,
+        "learning_rate": section.learning_rate,
+        "lr_decay": section.lr_decay,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+    }

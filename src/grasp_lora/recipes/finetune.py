@@ -1,0 +1,105 @@
+"""Stage `finetune`: an adapter and a prune ratio -> the final adapter."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config import RunConfig
+from grasp_lora.core.importance import IMPORTANCE
+from grasp_lora.core.masks import zero_fraction
+from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
+from grasp_lora.recipes.fit import clean_up, fit
+from grasp_lora.recipes.folders import finish_stage, read_start, save_plain, stage_is_done
+
+
+def finetune_at(
+    config: RunConfig,
+    start: Path,
+    ratio: float,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+    title: str = "final fine-tuning",
+    start_epoch: float = 0.0,
+) -> Path:
+    """Prune an adapter at a fixed ratio, fine-tune it on the target rows, keep the best.
+
+    The best is chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch.
+
+    Args:
+        config: the run's settings.
+        start: a merged folder, a search's `adapter/`, or any PEFT adapter folder.
+        ratio: fraction of entries set to zero in every mask unit's tensors, in [0, 1].
+        out: folder of the final adapter, an ordinary PEFT folder.
+        overwrite: replace a finished result made with other settings.
+        context: of the run this is part of.
+        title: what the progress bar says.
+        start_epoch: epochs trained before, for the learning-rate schedule.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the ratio is outside [0, 1], or `start` is no adapter for this backbone.
+        Diverged: the training loss became NaN.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
+    inputs = {"start": start, "ratio": ratio}
+    if stage_is_done(out, config, overwrite, **inputs):
+        return out
+    context = context or open_context(config)
+    started = time.perf_counter()
+    section = config.finetune
+    rule = config.importance if section.importance == "same" else section.importance
+    with context.live(read_start(start, context.backbone), config.mask_unit) as live:
+        norms = context.norms(live, rule) if ratio > 0 else None
+
+        def prune(optimizer: Any = None) -> None:
+            live.commit(live.masks(live.rank(IMPORTANCE[rule], norms), ratio), optimizer)
+
+        repeat = ratio > 0 and section.mask_schedule != "once"
+        if ratio > 0:
+            prune()
+        result = fit(
+            context,
+            live,
+            section,
+            out,
+            title,
+            reprune=prune if repeat else None,
+            reprune_every=section.mask_schedule if isinstance(section.mask_schedule, int) else 1,
+            start_epoch=start_epoch,
+        )
+        plain = live.plain()
+        zeros = zeros_of(live)
+    if is_main():
+        save_plain(out, plain, context.backbone)
+        facts = {"ratio": ratio, "importance": rule, "zeros": zeros}
+        facts |= {"seconds": time.perf_counter() - started} | result.facts()
+        finish_stage(out, config, facts, **inputs)
+        clean_up(out)
+    wait_for_all()
+    return out
+
+
+def zeros_of(live: LiveAdapter) -> dict[str, Any]:
+    """Return the zeros of the tensors as exported: all of them, and per source where kept apart.
+
+    Under `mask_unit: source` the sources' own zeros are the ratio; the exported tensors of a
+    `linear` merge, their sums, have fewer.
+    """
+    plain = live.plain()
+    per_source: dict[str, list[Any]] = {}
+    for block in live.blocks:
+        if block.source is not None:
+            rows = block.rows
+            held = (live.params[block.a].detach()[rows], live.params[block.b].detach()[:, rows])
+            per_source.setdefault(str(block.source), []).extend(held)
+    return {
+        "exported": zero_fraction([t for pair in plain.values() for t in pair]),
+        "exported_A": zero_fraction([a for a, _ in plain.values()]),
+        "exported_B": zero_fraction([b for _, b in plain.values()]),
+        "per_source": {source: zero_fraction(held) for source, held in per_source.items()},
+    }

@@ -1,0 +1,170 @@
+"""One training run on a live adapter: the call that every stage and every baseline goes through."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from grasp_lora.config import RunConfig
+from grasp_lora.hf.callback import (
+    BestCallback,
+    CheckpointCallback,
+    Evaluation,
+    LiveState,
+    MaskCallback,
+    Stateful,
+    latest_checkpoint,
+)
+from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.trainer import Diverged, build_trainer, planned_steps, steps_per_epoch
+from grasp_lora.recipes.context import Context, is_main, wait_for_all
+from grasp_lora.recipes.progress import BarCallback
+from grasp_lora.runs import check_disk
+from grasp_lora.settings import TrainSettings
+
+COPIES_PER_CHECKPOINT = 8
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training run went.
+
+    Attributes:
+        evaluations: dev losses, step 0 first; empty where the run has no dev rows.
+        best: the evaluation whose weights were kept, None where there was nothing to choose by.
+        log: the Trainer's log: training loss, learning rate and gradient norm per step.
+        steps: optimizer steps done.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    best: Evaluation | None
+    log: tuple[dict[str, Any], ...]
+    steps: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
+        return {
+            "evaluations": [asdict(e) for e in self.evaluations],
+            "best": asdict(self.best) if self.best else None,
+            "steps": self.steps,
+            "log": list(self.log),
+        }
+
+
+def run_steps(context: Context, section: TrainSettings, role: str) -> int:
+    """Return the optimizer steps that `section` plans on the rows of `role`."""
+    rows = len(context.examples(role, "train"))
+    return planned_steps(
+        rows, section.epochs, section.batch_size, section.accumulation, section.max_steps
+    )
+
+
+def fit(
+    context: Context,
+    live: LiveAdapter,
+    section: TrainSettings,
+    out: Path,
+    title: str,
+    *,
+    role: str = "target",
+    extra: Sequence[TrainerCallback] = (),
+    stateful: Sequence[Stateful] = (),
+    choose_best: bool = True,
+    reprune: Callable[[Any], None] | None = None,
+    reprune_every: int = 1,
+    start_epoch: float = 0.0,
+    on_resume: Callable[[], None] = lambda: None,
+) -> FitResult:
+    """Train the live adapter; resume from the newest complete checkpoint if there is one.
+
+    Args:
+        context: data and backbone.
+        live: the adapter, its masks as they are to be held.
+        section: training settings.
+        out: result folder of the stage; checkpoints are kept beside it until the stage is done.
+        title: what the progress bar says.
+        role: whose rows are trained on and measured.
+        extra: callbacks that run before the best checkpoint is chosen.
+        stateful: their state, for the checkpoints.
+        choose_best: measure the dev rows, stop early, end with the best adapter (step 0 included).
+        reprune: cuts the masks anew, every `reprune_every` steps.
+        start_epoch: epochs trained before, for the learning-rate schedule.
+        on_resume: called after a resumed run has its state back.
+
+    Raises:
+        Diverged: the training loss is not finite; names the last good checkpoint.
+        ValueError: no disk space for the checkpoints.
+    """
+    work = out.with_name(f"{out.name}.work")
+    rows = context.encoded(role, "train")
+    config: RunConfig = context.config
+    per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation)
+    total = run_steps(context, section, role)
+    masks = MaskCallback(live, reprune, reprune_every)
+    parts: list[Stateful] = [LiveState(live), *stateful]
+    callbacks: list[TrainerCallback] = [masks, *extra]
+    best: BestCallback | None = None
+    dev = context.rows(role, ["dev"])
+    if choose_best and dev.encoded:
+        best = BestCallback(live, dev, per_epoch, section.patience, lambda _e: None)
+        callbacks.append(best)
+        parts.append(best)
+    _check_space(live, work)
+    with context.narrator.bar(title, total) as done:
+        trainer = build_trainer(
+            live.model,
+            rows,
+            context.collator,
+            [CheckpointCallback(parts, on_resume), *callbacks, BarCallback(done)],
+            work,
+            seed=config.seed,
+            epochs=section.epochs,
+            max_steps=section.max_steps,
+            batch_size=section.batch_size,
+            accumulation=section.accumulation,
+            learning_rate=section.learning_rate,
+            lr_decay=section.lr_decay,
+            weight_decay=section.weight_decay,
+            max_grad_norm=section.max_grad_norm,
+            save_every=section.save_every or per_epoch,
+            start_epoch=start_epoch,
+            report_to=config.report_to,
+            on_cpu=context.backbone.device.type == "cpu",
+        )
+        checkpoint = _agreed_checkpoint(work)
+        if checkpoint is not None:
+            context.narrator.say(f"{title}: resuming from {checkpoint.name}")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Diverged as error:
+            good = latest_checkpoint(work)
+            kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written"
+            raise Diverged(
+                f"{title}, step {trainer.state.global_step + 1}: {error}; {kept}"
+            ) from None
+    kept_best = best.restore() if best is not None else None
+    evaluations = tuple(best.evaluations) if best is not None else ()
+    log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
+    return FitResult(evaluations, kept_best, log, trainer.state.global_step)
+
+
+def clean_up(out: Path) -> None:
+    """Remove the checkpoints of a finished stage."""
+    shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
+
+
+def _agreed_checkpoint(work: Path) -> Path | None:
+    # The main process tidies first, so that every process then sees the same folders.
+    if is_main():
+        latest_checkpoint(work)
+    wait_for_all()
+    return latest_checkpoint(work)
+
+
+def _check_space(live: LiveAdapter, work: Path) -> None:
+    entries = sum(p.numel() for p in live.params.values())
+    # Three checkpoints of fp32 entries: adapter, snapshot and best adapter, two Adam moments, masks and stash.
+    check_disk(work.parent, 3 * entries * 4 * COPIES_PER_CHECKPOINT)

@@ -1,0 +1,53 @@
+"""Stage `merge`: adapter folders -> one merged adapter folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grasp_lora.config import RunConfig
+from grasp_lora.core.lora import average_weights, merge
+from grasp_lora.hf.adapter_io import check_fits, read_adapter
+from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
+from grasp_lora.recipes.folders import finish_stage, stage_is_done, write_merged
+
+
+def merge_adapters(
+    config: RunConfig,
+    folders: Sequence[Path],
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Merge PEFT adapters of one backbone, as `config.merge` says.
+
+    Args:
+        config: the run's settings.
+        folders: adapter folders; the order is that of `merge.weights` and of the sources.
+        out: folder of the merged adapter: an ordinary PEFT folder, and beside it the factors of
+            each source, which `search` and `finetune` mask apart.
+        overwrite: replace a finished result made with other settings.
+        context: of the run this is part of.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
+            adapters cannot be merged exactly; names the reason.
+    """
+    names = [str(f) for f in folders]
+    if stage_is_done(out, config, overwrite, folders=names):
+        return out
+    loaded = [read_adapter(folder) for folder in folders]
+    context = context or open_context(config)
+    for folder, adapter in zip(folders, loaded, strict=True):
+        check_fits(adapter, context.backbone.model, str(folder))
+    weights = config.merge.weights or average_weights(len(folders))
+    merged = merge(
+        config.merge.kind, [one.adapter for one in loaded], list(weights), config.merge.rank
+    )
+    if is_main():
+        about = {"kind": config.merge.kind, "weights": list(weights), "sources": names}
+        write_merged(out, merged, context.backbone, about)
+        finish_stage(out, config, about, folders=names)
+    wait_for_all()
+    return out

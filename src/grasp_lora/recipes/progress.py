@@ -1,0 +1,100 @@
+"""What the user sees while a stage runs: a line when it starts, a bar, a projected time."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+WARM_UP = 3  # the first steps are slower; the projection counts from here
+QUIET_FRACTION = 0.25  # without a terminal: one line per quarter
+
+
+def clock(seconds: float) -> str:
+    """Return minutes:seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Narrator:
+    """Prints for the user; silent where `quiet` (other processes, tests, library use).
+
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self._console = Console(quiet=quiet, stderr=True, highlight=False)
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        self._console.print(message, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar for the body; yields a function that sets how many are done.
+
+        On a terminal the bar carries the time left. Elsewhere (a log file) a projected time is
+        printed after the first steps, and a line per quarter.
+        """
+        start = time.perf_counter()
+        state = {"first": 0, "since": start, "next": QUIET_FRACTION}
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        task = progress.add_task(title, total=total)
+        said = False
+
+        def done(count: int) -> None:
+            nonlocal said
+            progress.update(task, completed=count)
+            now = time.perf_counter()
+            if state["first"] == 0 and count > 0:
+                state["first"], state["since"] = count, now
+            elif not said and count - state["first"] >= WARM_UP:
+                said = True
+                pace = (now - state["since"]) / (count - state["first"])
+                left = pace * (total - count)
+                self.say(f"{title}: about {clock(left + now - start)} ({total} at {pace:.2f} s)")
+            if not self._console.is_terminal and count >= state["next"] * total and count < total:
+                state["next"] = count / total + QUIET_FRACTION
+                self.say(f"{title}: {count}/{total}, {clock(now - start)}")
+
+        with progress:
+            yield done
+        self.say(f"{title}: done in {clock(time.perf_counter() - start)}")
+
+
+class BarCallback(TrainerCallback):
+    """Moves a bar with the Trainer's steps.
+
+    Args:
+        done: sets how many steps are done.
+    """
+
+    def __init__(self, done: Callable[[int], None]):
+        self._done = done
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start where a resumed run starts."""
+        self._done(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move on by one step."""
+        self._done(state.global_step)

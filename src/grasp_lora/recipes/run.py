@@ -1,0 +1,186 @@
+"""The whole job: two adapters in, one pruned adapter at a learned ratio out, with its report."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config import RunConfig
+from grasp_lora.hf.adapter_io import check_fits, read_adapter
+from grasp_lora.hf.backbones import plan_memory, resolve_targets
+from grasp_lora.recipes.context import Context, is_main, model_spec, open_context, wait_for_all
+from grasp_lora.recipes.evaluate import evaluate_adapter
+from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.folders import STAGE_FILE
+from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.search import check_search, search_ratio
+from grasp_lora.recipes.train import train_adapter
+from grasp_lora.report import plot_search
+from grasp_lora.runs import (
+    finish_run,
+    open_run,
+    peak_memory_bytes,
+    provenance,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the result table.
+
+    Attributes:
+        name: what the table calls it.
+        slug: folder name of its evaluation.
+        adapter: its adapter folder, None for the bare backbone.
+    """
+
+    name: str
+    slug: str
+    adapter: Path | None
+
+
+def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path:
+    """Run every stage that is not done yet and write the run's report.
+
+    An interrupted run of the same configuration goes on where it stopped.
+
+    Args:
+        config: the run's settings; `config.output` is the run folder.
+        overwrite: replace a finished run or one of another configuration.
+        quiet: print nothing.
+
+    Returns:
+        The run folder, with `final/` (a PEFT adapter), `ratio.json`, `rounds.jsonl`,
+        `scores.json`, `ratio.png`, `data.json`, `provenance.json` and the stages' own folders.
+
+    Raises:
+        ValueError, FileNotFoundError: something cannot work; raised before any work is done.
+        Diverged: a training loss became NaN.
+    """
+    given = {"source": config.adapters.source, "target": config.adapters.target}
+    for folder in given.values():
+        if folder is not None:
+            read_adapter(folder)
+    context = open_context(config, quiet)
+    _check_before_work(context, given)
+    out = open_run(config.output, config.to_dict(), overwrite)
+    if is_main():
+        write_json(out / "data.json", context.data.manifest())
+    adapters = {
+        role: folder or train_adapter(config, role, out / "adapters" / role, context=context)
+        for role, folder in given.items()
+    }
+    merged = merge_adapters(config, list(adapters.values()), out / "merged", context=context)
+    search = search_ratio(config, merged, out / "search", context=context)
+    ratio = read_json(search / "ratio.json")["ratio"]
+    onward = config.finetune.mode == "continue"
+    final = finetune_at(
+        config,
+        search / "adapter" if onward else merged,
+        ratio,
+        out / "final",
+        context=context,
+        start_epoch=config.search.epochs if onward else 0.0,
+    )
+    if is_main():
+        publish_search(out, final)
+    scores = _score_systems(context, out, adapters, merged, final)
+    if is_main():
+        write_json(out / "scores.json", scores)
+        write_json(out / "provenance.json", _provenance(context, out))
+        finish_run(out)
+    wait_for_all()
+    return out
+
+
+def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
+    config = context.config
+    for folder in given.values():
+        if folder is not None:
+            check_fits(read_adapter(folder), context.backbone.model, str(folder))
+    if None in given.values():
+        resolve_targets(context.backbone.model, config.lora.target_modules)
+    rounds = check_search(context)
+    plan = plan_memory(model_spec(config))
+    context.narrator.say(
+        f"backbone {context.backbone.public_name}, {context.backbone.dtype}; {plan};"
+        f" {rounds} rounds planned"
+    )
+
+
+def publish_search(out: Path, final: Path) -> None:
+    """Write the run's own ratio.json (zeros of the exported tensors added), rounds and picture."""
+    search = out / "search"
+    ratio, stage = read_json(search / "ratio.json"), read_json(search / STAGE_FILE)
+    finetuned = read_json(final / STAGE_FILE)
+    write_json(out / "ratio.json", ratio | {"zeros": finetuned["zeros"]})
+    rounds = read_jsonl(search / "rounds.jsonl")
+    write_jsonl(out / "rounds.jsonl", rounds)
+    plot_search(rounds, stage["log"], finetuned["evaluations"], ratio, out / "ratio.png")
+
+
+def _score_systems(
+    context: Context, out: Path, adapters: dict[str, Path], merged: Path, final: Path
+) -> dict[str, Any]:
+    config = context.config
+
+    def unpruned(start: Path, slug: str, title: str) -> Path:
+        folder = out / "baselines" / slug
+        return finetune_at(config, start, 0.0, folder, context=context, title=title)
+
+    systems: list[System] = []
+    if config.evaluate.baselines:
+        tuned = unpruned(adapters["source"], "source-finetuned", "source fine-tuned on target")
+        plain = unpruned(merged, "merged-finetuned", "merged fine-tuned unpruned")
+        systems = [
+            System("zero-shot", "zero-shot", None),
+            System("source adapter", "source", adapters["source"]),
+            System("source adapter, fine-tuned on target", "source-finetuned", tuned),
+            System("target adapter", "target", adapters["target"]),
+            System("merged, untrained", "merged", merged),
+            System("merged, fine-tuned unpruned", "merged-finetuned", plain),
+        ]
+    ratio = read_json(final / STAGE_FILE)["ratio"]
+    systems.append(System(f"final: merged, pruned at {ratio:.3f}, fine-tuned", "final", final))
+    rows: list[dict[str, Any]] = []
+    for system in systems:
+        folder = out / "evaluations" / system.slug
+        title = f"evaluate {system.name}"
+        evaluate_adapter(config, system.adapter, folder, context=context, title=title)
+        stage = system.adapter / STAGE_FILE if system.adapter else None
+        about = read_json(stage) if stage is not None and stage.exists() else {}
+        rows.append(
+            {"name": system.name, "slug": system.slug}
+            | read_json(folder / "scores.json")
+            | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
+        )
+    return {
+        "task": config.data.task,
+        "language": config.data.target.language,
+        "seed": config.seed,
+        "systems": rows,
+    }
+
+
+def _provenance(context: Context, out: Path) -> dict[str, Any]:
+    stages = {
+        str(p.parent.relative_to(out)): read_json(p).get("seconds")
+        for p in sorted(out.rglob(STAGE_FILE))
+    }
+    return provenance() | {
+        "backbone": context.backbone.public_name,
+        "base_fingerprint": context.backbone.fingerprint,
+        "dtype": str(context.backbone.dtype),
+        "device": str(context.backbone.device),
+        "seed": context.config.seed,
+        "config_hash": context.config.config_hash(),
+        "stage_seconds": stages,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+

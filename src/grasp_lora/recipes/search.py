@@ -1,0 +1,172 @@
+"""Stage `search`: merged adapter -> the prune ratio learned while fine-tuning it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config import RunConfig
+from grasp_lora.core.importance import IMPORTANCE
+from grasp_lora.core.lora import MergedModule, Part
+from grasp_lora.core.rounds import (
+    ControllerState,
+    RatioChoice,
+    RoundRecord,
+    choose_ratio,
+    planned_rounds,
+)
+from grasp_lora.hf.callback import ProbePool, SearchCallback
+from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
+from grasp_lora.recipes.fit import clean_up, fit, run_steps
+from grasp_lora.recipes.folders import finish_stage, read_start, stage_is_done, write_merged
+from grasp_lora.runs import write_json, write_jsonl
+
+POOLS: dict[str, tuple[str, ...]] = {
+    "micro-dev": ("micro_dev",),
+    "micro-dev+dev": ("micro_dev", "dev"),
+}
+
+
+def check_search(context: Context) -> int:
+    """Return how many rounds the planned search has.
+
+    Raises:
+        ValueError: it is too short for one round.
+    """
+    config = context.config
+    steps = run_steps(context, config.search, "target")
+    count = planned_rounds(steps, config.controller)
+    if count == 0:
+        wanted = config.controller.interval or (config.controller.rounds or 0) + 1
+        raise ValueError(
+            f"the search has {steps} optimizer steps, fewer than the {wanted} that one round"
+            " needs: raise search.epochs, lower search.batch_size or search.accumulation, or lower"
+            " controller.interval (controller.rounds)"
+        )
+    return count
+
+
+def search_ratio(
+    config: RunConfig,
+    merged: Path,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Fine-tune the merged adapter while the controller learns the prune ratio.
+
+    Args:
+        config: the run's settings.
+        merged: folder of the merged adapter (any PEFT adapter folder will do).
+        out: receives `ratio.json`, `rounds.jsonl` and `adapter/`, the adapter as the search left
+            it with nothing pruned (where `finetune.mode: continue` goes on from).
+        overwrite: replace a finished result made with other settings.
+        context: of the run this is part of.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the run is too short for one round; the micro-dev set is empty or overlaps.
+        Diverged: the training loss became NaN.
+    """
+    inputs = {"merged": merged}
+    if stage_is_done(out, config, overwrite, **inputs):
+        return out
+    context = context or open_context(config)
+    planned = check_search(context)
+    started = time.perf_counter()
+    start = read_start(merged, context.backbone)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def record(state: ControllerState, _last: RoundRecord) -> None:
+        if is_main():
+            write_rounds(out, state, ids)
+
+    with context.live(start, config.mask_unit) as live:
+        rows = context.rows("target", POOLS[config.controller.probe_rows])
+        ids = [e.id for e in rows.encoded]
+        searcher = SearchCallback(
+            live,
+            config.controller,
+            ProbePool(rows, fresh=config.controller.probe_rows != "micro-dev"),
+            IMPORTANCE[config.importance],
+            context.norms(live, config.importance),
+            seed=config.seed,
+            total_steps=run_steps(context, config.search, "target"),
+            planned=planned,
+            on_round=record,
+        )
+        result = fit(
+            context,
+            live,
+            config.search,
+            out,
+            "search",
+            extra=[searcher],
+            stateful=[searcher],
+            choose_best=False,
+            on_resume=lambda: write_rounds(out, searcher.controller, ids) if is_main() else None,
+        )
+        ended = _as_merged(live, start)
+    choice = choose_ratio(searcher.controller, config.controller)
+    if is_main():
+        write_merged(out / "adapter", ended, context.backbone, {"kind": "search"})
+        write_rounds(out, searcher.controller, ids)
+        write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
+        facts = {"seconds": time.perf_counter() - started} | result.facts()
+        finish_stage(out, config, facts, **inputs)
+        clean_up(out)
+    wait_for_all()
+    return out
+
+
+def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
+    """Write all rounds so far: a resumed run's file holds no round newer than its checkpoint."""
+    write_jsonl(
+        out / "rounds.jsonl",
+        [asdict(r) | {"rows": [ids[i] for i in r.rows]} for r in state.records],
+    )
+
+
+def ratio_facts(
+    config: RunConfig, choice: RatioChoice, searcher: SearchCallback
+) -> dict[str, Any]:
+    """Return what `ratio.json` says of a search."""
+    state = searcher.controller
+    return {
+        "ratio": choice.ratio,
+        "verdict": choice.verdict,
+        "how": choice.rule,
+        "evidence": {
+            "gain_over_lowest_ratio": choice.gain,
+            "standard_error": choice.gain_error,
+            "z": choice.z,
+            "history_minimum": choice.history_minimum,
+            "late_mu": choice.late_mu,
+        },
+        "policy": {"mu": state.mu, "sigma": state.sigma},
+        "rounds": len(state.records),
+        "commits": sum(r.committed for r in state.records),
+        "flipped_entries": searcher.flipped,
+        "probe_forwards": searcher.forwards,
+        "preset": config.controller.preset,
+        "importance": config.importance,
+        "mask_unit": config.mask_unit,
+        "seed": config.seed,
+    }
+
+
+def _as_merged(
+    live: LiveAdapter, start: Mapping[str, MergedModule]
+) -> dict[str, MergedModule]:
+    """Return the live factors as a merge of the same layout, stashed values in place."""
+    ended: dict[str, list[Part]] = {name: [] for name in start}
+    for block, a, b in live.effective_blocks():
+        ended[block.module].append(Part(block.source, a.cpu().clone(), b.cpu().clone()))
+    return {
+        name: MergedModule(start[name].kind if len(parts) > 1 else "cat", tuple(parts))
+        for name, parts in ended.items()
+    }

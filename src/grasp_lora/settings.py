@@ -1,0 +1,230 @@
+"""The sections of a run's configuration: frozen pydantic models, one default each.
+
+A field's description says what changing it does. Unknown keys are refused, and numbers are never
+NaN or infinite. Rules that need two sections at once live in `grasp_lora.config`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+PartName: TypeAlias = Literal["train", "dev", "micro_dev", "test"]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    name: str = Field(
+        min_length=1,
+        description="backbone: smollm2, gemma3-270m, a model folder, a .gguf file or a hub id",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="type of the frozen weights; bfloat16 halves memory"
+    )
+    gguf_file: str | None = Field(
+        default=None, description="file to take when `name` holds GGUF weights"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="less memory for the backbone; needs CUDA and bitsandbytes"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="less memory for activations, about a third more time per step"
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="attention kernel, passed on to transformers"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model (danger)"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+
+
+class AdapterFolders(Section):
+    source: Path | None = Field(
+        default=None, description="existing PEFT adapter: no source training"
+    )
+    target: Path | None = Field(
+        default=None, description="existing PEFT adapter: no target training"
+    )
+
+
+def _files_kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "<parts>"
+    return "<builtin>" if value == "builtin" else "<one>"
+
+
+class LanguageData(Section):
+    language: str = Field(
+        min_length=2, description="language code such as en or ar: picks prompt and metric rules"
+    )
+    files: Annotated[
+        Annotated[Literal["builtin"], Tag("<builtin>")]
+        | Annotated[Path, Tag("<one>")]
+        | Annotated[dict[PartName, Path], Tag("<parts>")],
+        Discriminator(_files_kind),
+    ] = Field(
+        default="builtin",
+        description="builtin, one labelled file (divided by `rows`), or a file for each part",
+    )
+    labels: Literal["given", "auto"] = Field(
+        default="given", description="auto divides one file into train, dev and micro_dev by itself"
+    )
+    rows: dict[PartName, NonNegativeInt] = Field(
+        default={}, description="rows of each part; whole contexts stay in one part"
+    )
+    prompt: str | None = Field(
+        default=None, description="prompt template in place of the task's own"
+    )
+
+    @model_validator(mode="after")
+    def _rows_agree_with_labels(self) -> "LanguageData":
+        one_file = isinstance(self.files, Path)
+        if self.labels == "auto" and not one_file:
+            raise ValueError(
+                "labels: auto divides one labelled file, but files is "
+                f"{'builtin' if self.files == 'builtin' else 'a file for each part'}; "
+                "give one file or set labels: given"
+            )
+        if self.labels == "auto" and self.rows:
+            raise ValueError(
+                f"labels: auto chooses the sizes itself, but rows gives {', '.join(self.rows)}; "
+                "remove rows or set labels: given"
+            )
+        if self.labels == "given" and one_file and not self.rows:
+            raise ValueError(
+                "one file has to be divided, but rows is not given; "
+                "set rows: {train: N, dev: N, micro_dev: N, test: N} or labels: auto"
+            )
+        if self.rows and isinstance(self.files, Mapping):
+            raise ValueError(
+                "rows divides one file, but files gives a file for each part; remove rows"
+            )
+        return self
+
+    def paths(self) -> dict[str, Path]:
+        """The files named, by their key below `files` ("" for a single file)."""
+        if isinstance(self.files, Mapping):
+            return {str(part): path for part, path in self.files.items()}
+        return {} if self.files == "builtin" else {"": Path(self.files)}
+
+
+class DataSettings(Section):
+    task: str = Field(default="qa", description="name of the task: renders prompts, scores answers")
+    max_length: Annotated[int, Field(ge=16)] = Field(
+        default=512, description="tokens of prompt and answer; longer contexts are cut"
+    )
+    source: LanguageData | None = Field(default=None, description="rows of the source language")
+    target: LanguageData = Field(description="rows of the target language")
+
+
+class LoraSettings(Section):
+    r: PositiveInt = Field(default=8, description="rank of each adapter trained here")
+    alpha: Positive = Field(default=32, description="scaling is alpha/r (rsLoRA: alpha/sqrt(r))")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="dropout while training adapters; the merge is trained without"
+    )
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default=("q_proj", "v_proj"), description="layers that get an adapter, or all-linear"
+    )
+    use_rslora: bool = Field(
+        default=False, description="scale by alpha/sqrt(r): steadier at high ranks"
+    )
+
+
+class MergeSettings(Section):
+    kind: Literal["cat", "linear", "svd"] = Field(
+        default="cat",
+        description="cat: exact sum, ranks add up; linear: published kind, has cross terms; "
+        "svd: best low-rank fit of cat",
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="weights of source and target; default: their average"
+    )
+    rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
+
+    @model_validator(mode="after")
+    def _weights_and_rank(self) -> "MergeSettings":
+        if self.weights is not None and len(self.weights) != 2:
+            raise ValueError(
+                f"weights {list(self.weights)} has {len(self.weights)} entries; "
+                "give two: source and target"
+            )
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("weights are all 0, which merges nothing; make one of them non-zero")
+        if self.rank is not None and self.kind != "svd":
+            raise ValueError(
+                f"rank {self.rank} has no effect on kind {self.kind}; remove it or set kind: svd"
+            )
+        return self
+
+
+class TrainSettings(Section):
+    epochs: PositiveInt = Field(default=10, description="passes over the training rows, at most")
+    learning_rate: Positive = Field(default=1e-4, description="AdamW step size of the first epoch")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay")
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.85, description="the learning rate is multiplied by this after each epoch"
+    )
+    batch_size: PositiveInt = Field(default=4, description="examples per forward pass")
+    accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    patience: PositiveInt | None = Field(
+        default=None, description="stop after this many epochs without a better dev loss"
+    )
+    max_steps: PositiveInt | None = Field(default=None, description="optimizer steps, at most")
+    save_every: PositiveInt | None = Field(
+        default=None, description="optimizer steps between checkpoints; default: once per epoch"
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+
+
+class AdapterTraining(TrainSettings):
+    epochs: PositiveInt = Field(default=3, description="passes over the training rows, at most")
+
+
+class FinetuneSettings(TrainSettings):
+    patience: PositiveInt | None = Field(
+        default=3, description="stop after this many epochs without a better dev loss"
+    )
+    mode: Literal["restart", "continue"] = Field(
+        default="restart", description="start from the merge again, or go on from the search run"
+    )
+    mask_schedule: Literal["once", "every-step"] | PositiveInt = Field(
+        default="once", description="choose the mask once, after every step, or every N steps"
+    )
+    importance: Literal["same", "magnitude", "activation"] = Field(
+        default="same", description="scores of the final mask; same: those of the search"
+    )
+
+
+class EvaluateSettings(Section):
+    batch_size: PositiveInt = Field(default=16, description="prompts generated at once")
+    max_new_tokens: PositiveInt | None = Field(
+        default=None, description="longest answer in tokens; default: the task's own"
+    )
+    baselines: bool = Field(
+        default=True, description="score the adapters and the unpruned merge as well"
+    )
+    metric_rules: Literal["squad", "mlqa"] = Field(
+        default="squad",
+        description="answer normalisation: English SQuAD for all, or MLQA per language",
+    )
+    limit: PositiveInt | None = Field(default=None, description="score only the first N test rows")

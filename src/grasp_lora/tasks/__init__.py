@@ -1,0 +1,1 @@
+"""Data: rows of text, their prompts and splits, and their token ids."""

@@ -1,0 +1,206 @@
+"""The embedded question set: plain facts, told in short passages in six languages.
+
+A block is two entities of one kind; its passages tell all their facts, each fact once in the
+whole set, and every sentence is asked for. As whole blocks go to one bucket, two
+buckets share no fact, not even one that only stands beside the answer.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from grasp_lora.tasks.records import Example, text_key
+
+LANGUAGES = ("en", "es", "de", "fr", "ar", "zh")
+KINDS = ("country", "element", "animal", "person")
+_NO_SPACES = ("zh",)
+
+DEFAULT_SIZES: Mapping[str, Mapping[str, int]] = {
+    "source": {"train": 200, "dev": 40},
+    "target": {"train": 50, "dev": 50, "micro_dev": 16, "test": 100},
+}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Two entities of one kind."""
+
+    kind: str
+    entities: tuple[Mapping[str, Any], ...]
+
+    @property
+    def questions(self) -> int:
+        return len(self.entities) * len(_facts(self.kind)["attributes"])
+
+
+def builtin_examples(language: str, count: int | None = None, seed: int = 0) -> list[Example]:
+    """Return the questions of a language, or `count` of them chosen by `seed`.
+
+    Ids are the same in all languages: one id is one fact. The order is that of the set.
+
+    Raises:
+        ValueError: for a language that is not embedded, or more rows than there are.
+    """
+    _check_language(language)
+    rows = [row for block in _blocks() for row in _block_examples(block, language)]
+    if count is None:
+        return rows
+    if not 0 <= count <= len(rows):
+        raise ValueError(f"count must be in 0..{len(rows)}, got {count}")
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
+    return [rows[index] for index in chosen]
+
+
+def fact_split(sizes: Mapping[str, int], seed: int) -> dict[str, tuple[int, ...]]:
+    """Return, for each bucket, the numbers of the blocks that together hold its questions.
+
+    Args:
+        sizes: questions wanted by bucket, filled in this order.
+        seed: order in which blocks are dealt.
+
+    Raises:
+        ValueError: if a size is negative or there are too few facts.
+    """
+    blocks = _blocks()
+    waiting = list(range(len(blocks)))
+    random.Random(seed).shuffle(waiting)
+    buckets: dict[str, tuple[int, ...]] = {}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"the size of {name!r} must be 0 or more, got {size}")
+        taken: list[int] = []
+        while sum(blocks[index].questions for index in taken) < size:
+            if not waiting:
+                total = sum(block.questions for block in blocks)
+                raise ValueError(
+                    f"too few embedded questions: {dict(sizes)} need {sum(sizes.values())} of "
+                    f"{total}, and no fact may serve two splits; ask for fewer rows or give files"
+                )
+            taken.append(waiting.pop())
+        buckets[name] = tuple(taken)
+    return buckets
+
+
+def builtin_splits(
+    source_language: str,
+    target_language: str,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, tuple[Example, ...]], dict[str, tuple[Example, ...]]]:
+    """Return the splits of the source and of the target language; no two of them share a fact.
+
+    Args:
+        source_language: one of `LANGUAGES`.
+        target_language: one of `LANGUAGES`.
+        sizes: rows by split under "source" and "target", either may be left out; None takes
+            `DEFAULT_SIZES`.
+        seed: which facts go where; the same in all languages.
+
+    Raises:
+        ValueError: for an unknown language or side, or too few facts.
+    """
+    wanted = DEFAULT_SIZES if sizes is None else sizes
+    languages = {"source": source_language, "target": target_language}
+    unknown = [side for side in wanted if side not in languages]
+    if unknown:
+        raise ValueError(f"sizes are given for 'source' and 'target', got {unknown[0]!r}")
+    for language in languages.values():
+        _check_language(language)
+    flat = {f"{side}.{name}": n for side, part in wanted.items() for name, n in part.items()}
+    buckets = fact_split(flat, seed)
+    blocks = _blocks()
+
+    def rows_of(side: str, name: str, size: int) -> tuple[Example, ...]:
+        numbers = buckets[f"{side}.{name}"]
+        rows = [r for i in numbers for r in _block_examples(blocks[i], languages[side])]
+        return tuple(rows[:size])
+
+    source, target = (
+        {name: rows_of(side, name, size) for name, size in wanted.get(side, {}).items()}
+        for side in ("source", "target")
+    )
+    return source, target
+
+
+def _check_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise ValueError(
+            f"no embedded questions in {language!r}, only in {', '.join(LANGUAGES)}; "
+            "give files of your own"
+        )
+
+
+@cache
+def _facts(kind: str) -> Mapping[str, Any]:
+    path = files("grasp_lora.tasks") / "facts" / f"{kind}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _blocks() -> tuple[_Block, ...]:
+    blocks: list[_Block] = []
+    for kind in KINDS:
+        entities = _facts(kind)["entities"]
+        # The files list like with like; partners from the two halves mostly differ in value, so
+        # that the passage has to be read for the right one.
+        half = len(entities) // 2
+        pairs = zip(entities[:half], entities[half:], strict=True)
+        blocks.extend(_Block(kind, pair) for pair in pairs)
+    return tuple(blocks)
+
+
+def _block_examples(block: _Block, language: str) -> list[Example]:
+    return [
+        example
+        for attributes in _facts(block.kind)["passages"]
+        for example in _passage_examples(block, attributes, language)
+    ]
+
+
+def _passage_examples(block: _Block, attributes: Sequence[str], language: str) -> list[Example]:
+    told = [(entity, attribute) for entity in block.entities for attribute in attributes]
+    # The seed is the passage itself, so that all languages tell it in the same order.
+    ids = [f"{block.kind}.{entity['id']}.{attribute}" for entity, attribute in told]
+    order = random.Random(" ".join(ids)).sample(range(len(told)), len(told))
+    sentences = [_fill(block.kind, *told[index], "sentence", language) for index in order]
+    context = ("" if language in _NO_SPACES else " ").join(sentences)
+    return [
+        Example(
+            id=ids[index],
+            group=text_key(context),
+            language=language,
+            fields={
+                "context": context,
+                "question": _fill(block.kind, *told[index], "question", language),
+            },
+            references=(_value(block.kind, *told[index], language)[1],),
+        )
+        for index in order
+    ]
+
+
+def _fill(kind: str, entity: Mapping[str, Any], attribute: str, part: str, language: str) -> str:
+    """Return a sentence or a question with the names of the language put in."""
+    template = _facts(kind)["attributes"][attribute][part][language]
+    if isinstance(template, dict):
+        template = template[entity["gender"]]
+    name = entity["name"][LANGUAGES.index(language)]
+    return template.format(
+        name=name,
+        Name=name[0].upper() + name[1:],
+        of=entity.get("of", {}).get(language, ""),
+        value="".join(_value(kind, entity, attribute, language)),
+    )
+
+
+def _value(kind: str, entity: Mapping[str, Any], attribute: str, language: str) -> tuple[str, str]:
+    """Return the article a value is told with ("" if none) and the value itself."""
+    table = _facts(kind)["attributes"][attribute].get("values")
+    value = entity[attribute] if table is None else table[entity[attribute]]
+    text = value if isinstance(value, str) else value[LANGUAGES.index(language)]
+    article, mark, rest = text.partition("^")
+    return (article, rest) if mark else ("", text)

@@ -1,0 +1,120 @@
+"""The curve over the history and the cross-fitted gain, against references written out."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from grasp_lora.core.history import (
+    Observation,
+    fit_curve,
+    lowest,
+    observations,
+    restricted,
+    winsorised,
+)
+from grasp_lora.core.rounds import ControllerConfig, begin, conclude
+from grasp_lora.core.verdict import cross_fitted_gain
+
+CONFIG = ControllerConfig()
+
+
+def random_observations(rounds=3, candidates=3, rows=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Observation(
+            float(torch.rand(1, generator=generator)) * 0.8,
+            t,
+            dict(enumerate(torch.randn(rows, generator=generator).tolist())),
+        )
+        for t in range(rounds)
+        for _ in range(candidates)
+    ]
+
+
+def test_gaps_compare_candidates_row_by_row_within_the_round():
+    losses = [[1.0, 11.0], [2.0, 13.0], [3.0, math.nan]]
+    state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2, 0.3), [0, 0], losses, [7, 9], 1)
+    seen = observations(state.records)
+    assert [o.ratio for o in seen] == [0.1, 0.2]
+    assert seen[0].gaps == {7: -0.5, 9: -1.0}
+    assert seen[1].gaps == {7: 0.5, 9: 1.0}
+
+
+def test_a_round_with_one_finite_trial_says_nothing():
+    losses = [[1.0, 1.0], [math.nan, 1.0]]
+    state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2), [0, 0], losses, [0, 1], 1)
+    assert observations(state.records) == ()
+
+
+def test_winsorising_pulls_in_outliers_only():
+    values = [0.0, 1.0, 2.0, 3.0, 100.0]
+    assert winsorised(values) == [0.0, 1.0, 2.0, 3.0, pytest.approx(2 + 2.5 * 1.4826)]
+    assert winsorised([1.0, 1.0, 1.0, 50.0]) == [1.0, 1.0, 1.0, 50.0]
+
+
+def test_the_curve_is_the_gaussian_process_posterior_mean():
+    seen = random_observations()
+    n, horizon = len(seen), 8
+    own = [statistics.variance(o.gaps.values()) / 8 for o in seen]
+    noise = [0.5 * v + 0.5 * statistics.fmean(own) for v in own]
+    spread = statistics.fmean(o.mean**2 for o in seen)
+    u2 = max(spread - statistics.fmean(noise), 0.1 * spread)
+
+    def kernel(r1, t1, r2, t2):
+        return u2 * math.exp(-((r1 - r2) ** 2) / (2 * 0.12**2)) * math.exp(-abs(t1 - t2) / horizon)
+
+    K = torch.zeros(n, n, dtype=torch.float64)
+    for i, a in enumerate(seen):
+        for j, b in enumerate(seen):
+            K[i, j] = kernel(a.ratio, a.round, b.ratio, b.round) + 10 * u2 * (a.round == b.round)
+        K[i, i] += max(noise[i], 1e-3 * u2)
+    cross = torch.tensor([kernel(0.3, 2, o.ratio, o.round) for o in seen], dtype=torch.float64)
+    y = torch.tensor([o.mean for o in seen], dtype=torch.float64)
+    value = fit_curve(seen, horizon).values(torch.tensor([0.3], dtype=torch.float64))
+    assert float(value) == pytest.approx(float(cross @ torch.linalg.inv(K) @ y), rel=1e-9)
+
+
+def test_the_lowest_point_does_not_depend_on_the_unit_of_the_loss():
+    seen = random_observations()
+    scaled = [Observation(o.ratio, o.round, {k: 1e-4 * v for k, v in o.gaps.items()}) for o in seen]
+    assert lowest(scaled, 8, CONFIG) == lowest(seen, 8, CONFIG)
+
+
+def test_all_gaps_zero_have_their_lowest_point_at_low():
+    seen = [Observation(r, 0, {0: 0.0, 1: 0.0}) for r in (0.1, 0.4, 0.7)]
+    assert lowest(seen, 8, CONFIG) == CONFIG.low
+
+
+def test_restricting_drops_observations_with_fewer_than_two_rows_left():
+    seen = [Observation(0.1, 0, {0: 1.0, 1: 2.0, 2: 3.0}), Observation(0.2, 1, {2: 1.0, 3: 1.0})]
+    assert restricted(seen, {0, 1, 3}) == (Observation(0.1, 0, {0: 1.0, 1: 2.0}),)
+
+
+def noisy_parabola(seed, depth, rows=40, rounds=4):
+    generator = torch.Generator().manual_seed(seed)
+    slopes = torch.randn(rows, generator=generator).tolist()
+    seen = []
+    for t in range(rounds):
+        for ratio in (0.0, 0.2, 0.4, 0.6, 0.8):
+            mean = depth * ((ratio - 0.4) ** 2 - 0.08)
+            gaps = {e: mean + 0.3 * slopes[e] * (ratio - 0.4) for e in range(rows)}
+            seen.append(Observation(ratio, t, gaps))
+    return seen
+
+
+def test_the_gain_and_its_error_match_the_truth_over_repetitions():
+    evidence = [cross_fitted_gain(noisy_parabola(seed, 5.0), 8, CONFIG) for seed in range(40)]
+    gains = [gain for gain, _ in evidence]
+    errors = [error for _, error in evidence]
+    assert statistics.fmean(gains) == pytest.approx(5.0 * 0.16, abs=0.08)
+    # Rows are shared by all rounds: an error that took rounds for independent would be half as big.
+    # Halves are averaged as if fully correlated, which makes the error up to sqrt(2) too big.
+    assert 0.9 < statistics.fmean(errors) / statistics.stdev(gains) < 2.0
+
+
+def test_one_row_or_one_observation_gives_no_evidence():
+    assert cross_fitted_gain([], 8, CONFIG) is None
+    assert cross_fitted_gain([Observation(0.1, 0, {0: 1.0})], 8, CONFIG) is None
+    assert cross_fitted_gain([Observation(0.1, 0, {0: 1.0, 1: 1.0, 2: 0.0})], 8, CONFIG) is None

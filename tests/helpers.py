@@ -1,0 +1,205 @@
+"""Tiny random models, a byte tokenizer and adapter folders: everything a test needs, offline."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+TINY_VOCAB = 272
+PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
+ARCHITECTURES = ("llama", "gpt2", "gemma3_text", "qwen3")
+DEFAULT_TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn", "c_fc"),
+    "gemma3_text": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+}
+
+
+def tiny_config(
+    arch: str = "llama",
+    vocab: int = TINY_VOCAB,
+    layers: int = 2,
+    width: int = 16,
+    tie: bool | None = None,
+) -> PreTrainedConfig:
+    """Return the config of a random causal LM of `layers` blocks and hidden size `width`.
+
+    `tie` None keeps the family's own rule for the output layer (tied for gpt2 and gemma3_text).
+    """
+    special = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "bos_token_id": BOS_ID}
+    tied = {} if tie is None else {"tie_word_embeddings": tie}
+    if arch == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab,
+            n_embd=width,
+            n_layer=layers,
+            n_head=2,
+            n_positions=512,
+            **special,
+            **tied,
+        )
+    shared = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        **special,
+        **tied,
+    }
+    if arch == "llama":
+        return LlamaConfig(**shared)
+    if arch == "qwen3":
+        return Qwen3Config(head_dim=width // 2, **shared)
+    if arch == "gemma3_text":
+        return Gemma3TextConfig(
+            head_dim=width // 2, query_pre_attn_scalar=width // 2, sliding_window=64, **shared
+        )
+    raise ValueError(f"no tiny model for {arch=}; choose one of {ARCHITECTURES}")
+
+
+def tiny_model(
+    arch: str = "llama",
+    vocab: int = TINY_VOCAB,
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 16,
+    tie: bool | None = None,
+) -> PreTrainedModel:
+    """Return a random causal LM in float32 and eval mode; the same seed gives the same weights.
+
+    The global generator is left as it was. Weights are large enough for logits to differ clearly.
+    """
+    config = tiny_config(arch, vocab, layers, width, tie)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer: one token a byte (ids 0..255), then <pad>, <eos>, <bos>."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        clean_up_tokenization_spaces=False,
+    )
+    special = (fast.pad_token_id, fast.eos_token_id, fast.bos_token_id)
+    if special != (PAD_ID, EOS_ID, BOS_ID):
+        raise AssertionError(f"the special tokens moved: {special}")
+    return fast
+
+
+def tiny_backbone_folder(folder: Path, arch: str = "llama", **settings: object) -> Path:
+    """Save a tiny model (`settings` as in tiny_model) with its tokenizer to `folder`; return it."""
+    tiny_model(arch, **settings).save_pretrained(folder)  # type: ignore[arg-type]
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_peft_model(
+    model: PreTrainedModel,
+    r: int = 4,
+    alpha: float = 8,
+    targets: Sequence[str] | str | None = None,
+    seed: int = 0,
+    zero_b: bool = False,
+    **config: object,
+) -> PeftModel:
+    """Return a PEFT LoRA over a copy of `model`, A and B random (B zero if asked).
+
+    `config` goes to LoraConfig (use_rslora, rank_pattern, alpha_pattern, bias, ...).
+    """
+    arch = model.config.model_type
+    chosen = targets if isinstance(targets, str) else list(targets or DEFAULT_TARGETS[arch])
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=chosen,
+        fan_in_fan_out=arch == "gpt2",
+        task_type="CAUSAL_LM",
+        **config,  # type: ignore[arg-type]
+    )
+    with torch.random.fork_rng(devices=[]):
+        peft_model = get_peft_model(copy.deepcopy(model), lora)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in peft_model.modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for factor in (*module.lora_A.values(), *module.lora_B.values()):
+                factor.weight.normal_(std=0.2, generator=generator)
+            if zero_b:
+                for factor in module.lora_B.values():
+                    factor.weight.zero_()
+    return peft_model.eval()
+
+
+def tiny_adapter_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    r: int = 4,
+    alpha: float = 8,
+    targets: Sequence[str] | str | None = None,
+    seed: int = 0,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    zero_b: bool = False,
+    **config: object,
+) -> Path:
+    """Save a random LoRA adapter for `model` as a plain PEFT folder; return the folder."""
+    peft_model = tiny_peft_model(
+        model,
+        r,
+        alpha,
+        targets,
+        seed,
+        zero_b,
+        use_rslora=use_rslora,
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        **config,
+    )
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def random_ids(rows: int = 2, length: int = 12, vocab: int = 256, seed: int = 0) -> torch.Tensor:
+    """Return random token ids [rows, length] below `vocab`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (rows, length), generator=generator)
+
+
+def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's logits [rows, length, vocab] for `ids`, without gradients."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits

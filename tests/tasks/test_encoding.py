@@ -1,0 +1,240 @@
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch.nn import functional
+
+from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.builtin import builtin_examples
+from grasp_lora.tasks.encoding import (
+    IGNORED,
+    Collator,
+    Encoded,
+    encode,
+    encode_examples,
+    length_sorted_batches,
+)
+from grasp_lora.tasks.records import Example, Prompt
+
+PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
+
+
+@dataclass
+class WordTokenizer:
+    """A slow tokenizer: no offsets, one token for each run of three characters."""
+
+    eos_token_id: int | None = 1
+    is_fast: bool = False
+
+    def __call__(self, text: str, add_special_tokens: bool, **settings: Any) -> dict[str, Any]:
+        assert "return_offsets_mapping" not in settings
+        ids = [10 + sum(map(ord, text[i : i + 3])) for i in range(0, len(text), 3)]
+        return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+
+def with_specials(single: str) -> Any:
+    """The byte tokenizer, set to put start and end tokens as `single` says."""
+    tokenizer = tiny_tokenizer()
+    marks = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=marks
+    )
+    return tokenizer
+
+
+def text_of(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def test_a_prompt_that_fits_is_tokenised_whole_and_the_answer_apart() -> None:
+    tokenizer = tiny_tokenizer()
+    row = encode(PROMPT, "two", tokenizer, 200, example_id="q", group="g")
+    prompt = tokenizer(PROMPT.text)["input_ids"]
+    answer = tokenizer(" two", add_special_tokens=False)["input_ids"]
+    assert list(row.input_ids) == [*prompt, *answer, tokenizer.eos_token_id]
+    assert row.prompt_length == len(prompt)
+    assert row.label_tokens == len(answer) + 1
+    assert (row.id, row.group, row.cut_tokens) == ("q", "g", 0)
+
+
+@pytest.mark.parametrize("single", ["<bos> $A", "$A", "<bos> $A <eos>", "$A <eos>"])
+def test_the_start_token_is_kept_and_an_added_end_token_is_not(single: str) -> None:
+    tokenizer = with_specials(single)
+    row = encode(PROMPT, "two", tokenizer, 200)
+    ids = list(row.input_ids)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids.count(tokenizer.bos_token_id) == single.count("<bos>")
+    assert (ids[0] == tokenizer.bos_token_id) == single.startswith("<bos>")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), WordTokenizer()], ids=["fast", "slow"])
+def test_only_the_end_of_the_context_is_cut_and_no_more_than_needed(tokenizer: Any) -> None:
+    whole = encode(PROMPT, "two", tokenizer, 500)
+    shortest = len(encode(Prompt(PROMPT.prefix, "", PROMPT.suffix), "two", tokenizer, 500).input_ids)
+    for max_length in range(shortest + 1, len(whole.input_ids)):
+        row = encode(PROMPT, "two", tokenizer, max_length)
+        assert len(row.input_ids) <= max_length
+        assert row.cut_tokens == len(whole.input_ids) - len(row.input_ids) > 0
+        assert row.label_tokens == whole.label_tokens
+        # A blank or a part of a token at the cut is all that may be lost beyond the need.
+        assert max_length - len(row.input_ids) <= 1
+        ends = range(len(PROMPT.body) + 1)
+        starts = [PROMPT.prefix + PROMPT.body[:end].rstrip() + PROMPT.suffix for end in ends]
+        prompts = [tuple(tokenizer(start, add_special_tokens=True)["input_ids"]) for start in starts]
+        assert row.input_ids[: row.prompt_length] in prompts
+
+
+def test_a_cut_never_splits_a_character_of_many_bytes() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = Prompt("文：", "北京是中国的首都" * 3, "问？")
+    whole = len(encode(prompt, "北京", tokenizer, 500).input_ids)
+    for max_length in range(whole - 30, whole):
+        row = encode(prompt, "北京", tokenizer, max_length)
+        text = text_of(tokenizer, row.input_ids[: row.prompt_length])
+        assert "\ufffd" not in text
+        assert text.startswith("文：北京")
+        assert text.endswith("问？")
+        assert max_length - len(row.input_ids) < 3
+
+
+def test_what_cannot_fit_is_refused_with_its_id_and_the_lengths() -> None:
+    tokenizer = tiny_tokenizer()
+    least = len(tokenizer(PROMPT.prefix + PROMPT.suffix)["input_ids"]) + len(" two") + 1
+    assert encode(PROMPT, "two", tokenizer, least).cut_tokens > 0
+    with pytest.raises(ValueError, match=rf"row 'q7' does not fit.*at least {least}"):
+        encode(PROMPT, "two", tokenizer, least - 1, example_id="q7")
+
+
+def test_room_kept_for_generation_makes_the_cut_independent_of_the_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    cuts = [encode(PROMPT, answer, tokenizer, 50, reserve=12) for answer in ("two", "five six")]
+    assert cuts[0].input_ids[: cuts[0].prompt_length] == cuts[1].input_ids[: cuts[1].prompt_length]
+    assert cuts[0].prompt_length <= 50 - 12
+    without = encode(PROMPT, None, tokenizer, 50, reserve=12)
+    assert without.input_ids == cuts[0].input_ids[: cuts[0].prompt_length]
+    assert without.label_tokens == 0
+
+
+def test_a_tokenizer_without_end_token_and_an_empty_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="no end token"):
+        encode(PROMPT, "two", WordTokenizer(eos_token_id=None), 100)
+    with pytest.raises(ValueError, match="row 'q' *: the prompt is empty"):
+        encode(Prompt("", "", ""), "two", with_specials("$A"), 100, example_id="q")
+
+
+def test_report_adds_up_what_was_cut() -> None:
+    tokenizer = tiny_tokenizer()
+    examples = builtin_examples("es", count=30, seed=0)
+    whole, full = encode_examples(examples, TASKS["qa"], tokenizer, 2000)
+    assert (full.rows, full.truncated, full.cut_tokens_total) == (30, 0, 0)
+    limit = full.longest - 20
+    rows, report = encode_examples(examples, TASKS["qa"], tokenizer, limit)
+    pairs = list(zip(whole, rows, strict=True))
+    assert report.truncated == sum(len(a.input_ids) > limit for a, _ in pairs) > 0
+    assert report.cut_tokens_total == sum(a.prompt_length - b.prompt_length for a, b in pairs)
+    assert report.longest == max(len(b.input_ids) for b in rows) <= limit
+    assert report.label_tokens == sum(len(e.references[0].encode()) + 2 for e in examples)
+    assert encode_examples([], TASKS["qa"], tokenizer, 100)[1].longest == 0
+
+
+def test_evaluation_rows_leave_room_to_generate() -> None:
+    task = TASKS["qa"]
+    example = Example("1", "g", "en", {"context": "x " * 300, "question": "y?"}, ("z",))
+    (row,), _ = encode_examples([example], task, tiny_tokenizer(), 200, for_training=False)
+    assert row.prompt_length <= 200 - task.max_new_tokens - 1
+    (row,), _ = encode_examples([example], task, tiny_tokenizer(), 200)
+    assert len(row.input_ids) >= 199
+
+
+def rows_for_batch(pad: int) -> list[Encoded]:
+    # Prompt, answer and end token all hold the padding id.
+    return [
+        Encoded("a", "g", (5, pad, 6, pad, pad), 3, 0),
+        Encoded("b", "g", (7, 8, pad), 1, 0),
+        Encoded("c", "g", (9, 4, 3, 2, 6, pad), 5, 0),
+    ]
+
+
+def test_batch_is_padded_left_and_labels_are_the_answers_even_if_they_are_the_pad_token() -> None:
+    batch = Collator(pad_id=1)(rows_for_batch(1))
+    assert next(iter(batch)) == "input_ids"
+    assert batch["input_ids"].tolist() == [
+        [1, 5, 1, 6, 1, 1],
+        [1, 1, 1, 7, 8, 1],
+        [9, 4, 3, 2, 6, 1],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [0, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert batch["position_ids"].tolist() == [
+        [0, 0, 1, 2, 3, 4],
+        [0, 0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    i = IGNORED
+    assert batch["labels"].tolist() == [[i, i, i, i, 1, 1], [i, i, i, i, 8, 1], [i] * 5 + [1]]
+    # K = 2, L = 6: the logits at 3 and 4 predict the last two tokens.
+    assert batch["logits_to_keep"].tolist() == [3, 4]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_batch_leaves_out_what_a_model_does_not_take() -> None:
+    batch = Collator(0, with_position_ids=False, with_logits_to_keep=False)(rows_for_batch(1))
+    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+
+
+def test_prompt_batch_holds_the_prompts_alone() -> None:
+    batch = Collator(pad_id=0).prompts(rows_for_batch(1))
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert batch["input_ids"].tolist() == [[0, 0, 5, 1, 6], [0, 0, 0, 0, 7], [9, 4, 3, 2, 6]]
+
+
+def test_batches_without_rows_or_answers_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        Collator(0)([])
+    with pytest.raises(ValueError, match="row 'x' has no answer"):
+        Collator(0)([*rows_for_batch(1), Encoded("x", "g", (1, 2), 2, 0)])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
+    model = tiny_model(arch).eval()
+    tokenizer = tiny_tokenizer()
+    examples = builtin_examples("en", count=5, seed=1)
+    rows, _ = encode_examples(examples, TASKS["qa"], tokenizer, 512)
+    collate = Collator(tokenizer.eos_token_id)
+
+    def losses(chosen: list[Encoded]) -> torch.Tensor:
+        batch = collate(chosen)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logits = model(**batch).logits
+        wanted = labels[:, -logits.shape[1] :]
+        each = functional.cross_entropy(
+            logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return each.sum(1) / (wanted != IGNORED).sum(1)
+
+    def alone(row: Encoded) -> torch.Tensor:
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, row.prompt_length - 1 : -1]
+        return functional.cross_entropy(logits, ids[0, row.prompt_length :])
+
+    expected = torch.stack([alone(row) for row in rows])
+    torch.testing.assert_close(losses(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_are_sorted_by_length_longest_first_and_hold_each_row_once() -> None:
+    rows = [Encoded(str(n), "g", (0,) * n, 1, 0) for n in (3, 7, 5, 7, 2)]
+    assert length_sorted_batches(rows, 2) == [[1, 3], [2, 0], [4]]
+    assert length_sorted_batches(rows, 9) == [[1, 3, 2, 0, 4]]
+    assert length_sorted_batches([], 2) == []
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        length_sorted_batches(rows, 0)
