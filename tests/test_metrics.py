@@ -59,6 +59,8 @@ GOLD = [
     ("Paris", ["Rome", "Paris France"], "en", "squad", 0.0, 2 / 3),
     # a word counts as often as both have it: common 1, 3 found, 1 wanted: 2/4
     ("no no no", ["no"], "en", "squad", 0.0, 0.5),
+    # common 2, 3 found, 2 wanted: 4/5
+    ("no no yes", ["no no"], "en", "squad", 0.0, 0.8),
     ("dog", ["cat"], "en", "squad", 0.0, 0.0),
     ("", ["cat"], "en", "squad", 0.0, 0.0),
     ("la casa", ["casa"], "es", "squad", 0.0, 2 / 3),

@@ -55,8 +55,8 @@ def plot_search(
         _plain(axes)
     tops[2].set_xlabel("optimizer step")
     tops[2].set_xlim(0, max([last, *(float(e["step"]) for e in evaluations)]) * 1.02)
-    outcome = f"learned ratio {ratio['ratio']:.3f}, verdict: {ratio['verdict']}"
-    figure.suptitle(f"Search for the prune ratio \N{EM DASH} {outcome}", color=INK, fontsize=13)
+    outcome = f"Search for the prune ratio: {ratio['ratio']:.3f} ({ratio['verdict']})"
+    figure.suptitle(outcome, color=INK, fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -139,6 +139,7 @@ def _ratio_panel(
         ha="right",
         color=GREEN,
         fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )
     if not rounds:
         axes.set_ylim(0, 1)

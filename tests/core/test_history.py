@@ -54,6 +54,14 @@ def test_winsorising_pulls_in_outliers_only():
     assert winsorised([1.0, 1.0, 1.0, 50.0]) == [1.0, 1.0, 1.0, 50.0]
 
 
+def test_one_wild_row_is_pulled_in_before_it_is_averaged():
+    rows = 9
+    losses = [[0.1 * e for e in range(rows)], [0.11 * e for e in range(rows)]]
+    losses[1][4] += 100.0
+    state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2), [0.0] * rows, losses, range(rows), 1)
+    assert all(abs(gap) < 1.0 for o in observations(state.records) for gap in o.gaps.values())
+
+
 def test_the_curve_is_the_gaussian_process_posterior_mean():
     seen = random_observations()
     n, horizon = len(seen), 8

@@ -50,9 +50,7 @@ def delta(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     return scaling * (B.double() @ A.double())
 
 
-def assert_same_logits(
-    first: torch.nn.Module, second: torch.nn.Module, atol: float = 1e-6
-) -> None:
+def assert_same_logits(first: torch.nn.Module, second: torch.nn.Module, atol: float = 1e-6) -> None:
     """Compare in float64: what is left is the rounding of the factors themselves."""
     ids = random_ids()
     expected = logits_of(copy.deepcopy(second).double(), ids)
@@ -284,6 +282,18 @@ def test_attached_factors_stay_float32_on_a_bfloat16_base() -> None:
     assert torch.equal(layer.lora_A["default"].weight, A)
     assert torch.equal(layer.lora_B["default"].weight, B)
     assert layer.get_base_layer().weight.dtype == torch.bfloat16
+
+
+def test_an_adapter_is_checked_and_written_while_its_base_carries_lora(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    modules = pairs_of(read_adapter(tiny_adapter_folder(tmp_path / "a", model)).adapter)
+    bare = write(tmp_path / "bare", modules, model)
+    peft_model = attach_adapter(model, modules)
+    for number, wrapped in enumerate((model, peft_model)):
+        check_fits(read_adapter(bare), wrapped, "source")
+        again = write(tmp_path / str(number), modules, wrapped)
+        for name in os.listdir(bare):
+            assert (again / name).read_bytes() == (bare / name).read_bytes()
 
 
 def test_an_adapter_is_not_attached_twice() -> None:

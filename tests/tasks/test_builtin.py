@@ -29,7 +29,6 @@ def sentences(example: Example) -> set[str]:
     return {sentence for sentence in found if sentence}
 
 
-
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_question_has_its_answer_in_a_short_passage(language: str) -> None:
     examples = builtin_examples(language)
@@ -63,6 +62,32 @@ def test_the_answer_stands_in_a_sentence_on_the_entity_asked_about(language: str
         told = [s for s in sentences(example) if name in s and example.references[0] in s]
         assert told, example.id
         assert name in example.fields["question"], example.id
+
+
+@pytest.mark.parametrize(
+    ("language", "name", "answer", "told"),
+    [
+        ("es", "country.sweden.currency", "corona", "La moneda de Suecia es la corona."),
+        ("de", "country.sweden.currency", "Krone", "Die Währung von Schweden ist die Krone."),
+        (
+            "fr",
+            "country.italy.language",
+            "italien",
+            "La langue principale de l'Italie est l'italien.",
+        ),
+        ("es", "animal.owl.class", "aves", "El búho pertenece a la clase de las aves."),
+        ("en", "animal.owl.class", "birds", "The owl belongs to the class of birds."),
+        ("fr", "person.curie.birth", "1867", "Marie Curie est née en 1867."),
+        ("ar", "person.curie.birth", "1867", "وُلدت ماري كوري عام 1867."),
+        ("zh", "element.gold.symbol", "Au", "化学元素金的符号是Au。"),
+    ],
+)
+def test_sentences_agree_and_answers_come_without_article(
+    language: str, name: str, answer: str, told: str
+) -> None:
+    (example,) = (e for e in builtin_examples(language) if e.id == name)
+    assert example.references == (answer,)
+    assert told in sentences(example)
 
 
 def test_ids_order_and_shared_contexts_are_the_same_in_all_languages() -> None:

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from grasp_lora.tasks.encoding import (
     length_sorted_batches,
 )
 from grasp_lora.tasks.records import Example, Prompt
+from helpers import tiny_model, tiny_tokenizer
 
 PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
 
@@ -74,7 +74,9 @@ def test_the_start_token_is_kept_and_an_added_end_token_is_not(single: str) -> N
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), WordTokenizer()], ids=["fast", "slow"])
 def test_only_the_end_of_the_context_is_cut_and_no_more_than_needed(tokenizer: Any) -> None:
     whole = encode(PROMPT, "two", tokenizer, 500)
-    shortest = len(encode(Prompt(PROMPT.prefix, "", PROMPT.suffix), "two", tokenizer, 500).input_ids)
+    shortest = len(
+        encode(Prompt(PROMPT.prefix, "", PROMPT.suffix), "two", tokenizer, 500).input_ids
+    )
     for max_length in range(shortest + 1, len(whole.input_ids)):
         row = encode(PROMPT, "two", tokenizer, max_length)
         assert len(row.input_ids) <= max_length
@@ -84,7 +86,9 @@ def test_only_the_end_of_the_context_is_cut_and_no_more_than_needed(tokenizer: A
         assert max_length - len(row.input_ids) <= 1
         ends = range(len(PROMPT.body) + 1)
         starts = [PROMPT.prefix + PROMPT.body[:end].rstrip() + PROMPT.suffix for end in ends]
-        prompts = [tuple(tokenizer(start, add_special_tokens=True)["input_ids"]) for start in starts]
+        prompts = [
+            tuple(tokenizer(start, add_special_tokens=True)["input_ids"]) for start in starts
+        ]
         assert row.input_ids[: row.prompt_length] in prompts
 
 

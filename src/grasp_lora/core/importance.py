@@ -62,6 +62,9 @@ IMPORTANCE: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Te
 }
 """Name -> (A [rank, in], B [out, rank], input norms [in] or None) -> (scores of A, scores of B)."""
 
+NEEDS_NORMS = frozenset({"activation"})
+"""The rules that look at the input norms."""
+
 
 def _checked_norms(A: Tensor, input_norms: Tensor | None) -> Tensor:
     if input_norms is None:

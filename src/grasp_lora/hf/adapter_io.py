@@ -196,7 +196,7 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
 
 
 def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
-    """Check that an adapter belongs to a bare base model; `name` stands for it in messages.
+    """Check that an adapter belongs to a base model; `name` stands for it in messages.
 
     Raises:
         ValueError: a module is missing or has another shape, LoRA sits on the output layer, or the

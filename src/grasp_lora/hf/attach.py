@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grasp_lora.hf.modules import linear_shape, near_modules, output_embeddings
+from grasp_lora.hf.modules import linear_shape, near_modules, output_embeddings, plain_modules
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank] of one module."""
@@ -37,7 +37,7 @@ def lora_config(
     counts = Counter(ranks.values())
     common = min(counts, key=lambda rank: (-counts[rank], rank))
     other = {module: rank for module, rank in ranks.items() if rank != common}
-    known = dict(model.named_modules())
+    known = plain_modules(model)
     return LoraConfig(
         r=common,
         lora_alpha=_alpha(scaling, common),  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def adapter_modules(peft_model: PeftModel) -> dict[str, LoraLayer]:
 
 
 def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str) -> None:
-    """Check that factors belong on linear modules of the bare `model`, shapes included.
+    """Check that factors belong on linear modules of the base `model`, shapes included.
 
     Raises:
         ValueError: there are no modules, or one is missing, not linear, the output layer, or of
@@ -109,7 +109,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
     """
     if not modules:
         raise ValueError(f"{name} has no modules; an adapter needs at least one")
-    known = dict(model.named_modules())
+    known = plain_modules(model)
     output_layer = output_embeddings(model)
     for module, (A, B) in modules.items():
         if module not in known:

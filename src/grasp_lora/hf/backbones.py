@@ -24,6 +24,7 @@ from grasp_lora.hf.cache import (
     gguf_source,
     quiet_bars,
 )
+from grasp_lora.hf.devices import DTYPES, choose_device, choose_dtype
 from grasp_lora.hf.memory import MemoryPlan, plan_config_memory
 from grasp_lora.hf.modules import (
     accepts,
@@ -47,8 +48,6 @@ __all__ = [
     "plan_memory",
     "resolve_targets",
 ]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig | None]] = {
     "none": lambda dtype: None,
@@ -97,8 +96,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError(f"model name is empty; give a folder, a hub id or one of {_names()}")
-        if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be 'auto' or one of {list(_DTYPES)}, got {self.dtype!r}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {self.dtype!r}")
         if self.quantization not in _QUANTIZATIONS:
             raise ValueError(
                 f"quantization must be one of {list(_QUANTIZATIONS)}, got {self.quantization!r}"
@@ -166,41 +165,6 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
         stop_ids=_stop_ids(model, tokenizer),
         pad_id=pad_id,
     )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Return the device for "auto" (CUDA, else the CPU) or for a name like "cuda:1".
-
-    Raises:
-        ValueError: the name is no device, or CUDA is asked for and not there.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(f"device {wanted!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {wanted!r} is not available here; use 'auto' or 'cpu'")
-    return device
-
-
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype named, or for "auto" bfloat16 where `device` has it natively."""
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and _cpu_has_bfloat16()
-    return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    # torch 2.10 and later report every instruction set; before, none but the vector width.
-    report = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = report()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:

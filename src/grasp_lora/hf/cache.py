@@ -45,7 +45,7 @@ class GgufSource:
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted backbones' parent: `GRASP_LORA_CACHE`, or the system's own."""
+    """Return where this library keeps files: `GRASP_LORA_CACHE`, or the system's cache folder."""
     chosen = os.environ.get("GRASP_LORA_CACHE")
     if chosen:
         return Path(chosen).expanduser()

@@ -37,8 +37,7 @@ class MemoryPlan:
         """Return the sum in bytes."""
         return self.weights + self.adapter + self.activations
 
-    def line(self) -> str:
-        """Return the plan as one line for the user."""
+    def __str__(self) -> str:
         return (
             f"about {self.total / _GIB:.1f} GiB: weights {self.weights / _GIB:.1f}, adapter "
             f"{self.adapter / _GIB:.1f}, activations {self.activations / _GIB:.1f}"

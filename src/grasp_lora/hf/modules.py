@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +31,20 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model by full name, as if it had never carried LoRA.
+
+    PEFT wraps in place, so a model that was bare when it was loaded may carry LoRA layers now.
+    """
+    return {
+        name: module.get_base_layer() if isinstance(module, LoraLayer) else module
+        for name, module in bare_model(model).named_modules()
+        if ".lora_" not in name and not name.endswith(".base_layer")
+    }
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the Linear and Conv1D modules of a bare model by full name, the output layer left out.
+    """Return the Linear and Conv1D modules of the base by full name, the output layer left out.
 
     The output layer is no place for LoRA here: where it is tied to the input embedding, merging
     the adapter changes both.
@@ -39,7 +52,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     output_layer = output_embeddings(model)
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model).items()
         if module is not output_layer and linear_shape(module) is not None
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from grasp_lora.config import LanguageData, RunConfig
 from grasp_lora.tasks.base import Example
-from grasp_lora.tasks.builtin import builtin_splits
+from grasp_lora.tasks.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.tasks.qa import load_examples
 from grasp_lora.tasks.splits import (
     check_disjoint,
@@ -91,8 +91,8 @@ def _read(
     if "" not in read:
         return read, {}
     if section.labels == "auto":
-        return _auto(read[""], section.rows.test or 0, config.seed)
-    split = split_by_group(read[""], section.rows.given(), config.seed)
+        return _auto(read[""], section.rows.get("test", 0), config.seed)
+    split = split_by_group(read[""], section.rows, config.seed)
     return dict(split.parts), dict(split.dropped)
 
 
@@ -114,11 +114,12 @@ def _file(path: Path, language: str, say: Callable[[str], None]) -> tuple[Exampl
 
 
 def _builtin(section: LanguageData, role: str, config: RunConfig) -> Parts:
-    source = config.data.source
-    source_parts, target_parts = builtin_splits(
-        source.language if source else section.language,
-        config.data.target.language,
-        {"source": source.rows.given() if source else {}, "target": config.data.target.rows.given()},
+    source, target = config.data.source, config.data.target
+    given = {"source": source.rows if source else {}, "target": target.rows}
+    both = builtin_splits(
+        source.language if source and source.files == "builtin" else section.language,
+        target.language if target.files == "builtin" else section.language,
+        {side: sizes or DEFAULT_SIZES[side] for side, sizes in given.items()},
         config.seed,
     )
-    return dict(source_parts if role == "source" else target_parts)
+    return dict(both[0] if role == "source" else both[1])

@@ -15,7 +15,7 @@ from grasp_lora.recipes.folders import STAGE_FILE
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.search import check_search, search_ratio
 from grasp_lora.recipes.train import train_adapter
-from grasp_lora.report import plot_search
+from grasp_lora.report import plot_search, write_report
 from grasp_lora.runs import (
     finish_run,
     open_run,
@@ -67,7 +67,9 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
             read_adapter(folder)
     context = open_context(config, quiet)
     _check_before_work(context, given)
-    out = open_run(config.output, config.to_dict(), overwrite)
+    out = config.output
+    open_run(out, config.to_dict(), overwrite)
+    wait_for_all()
     if is_main():
         write_json(out / "data.json", context.data.manifest())
     adapters = {
@@ -92,6 +94,7 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
     if is_main():
         write_json(out / "scores.json", scores)
         write_json(out / "provenance.json", _provenance(context, out))
+        write_report(out)
         finish_run(out)
     wait_for_all()
     return out

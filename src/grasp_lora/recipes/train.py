@@ -10,7 +10,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.hf.modules import linear_shape, resolve_targets
 from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.fit import fit
+from grasp_lora.recipes.fit import clean_up, fit
 from grasp_lora.recipes.folders import finish_stage, save_plain, stage_is_done
 
 
@@ -51,6 +51,7 @@ def train_adapter(
         save_plain(out, plain, context.backbone, scaling)
         facts = {"seconds": time.perf_counter() - started} | result.facts()
         finish_stage(out, config, facts, role=role)
+        clean_up(out)
     wait_for_all()
     return out
 

@@ -1,0 +1,40 @@
+"""Where a model runs, and in which number format."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device for "auto" (CUDA, else the CPU) or for a name like "cuda:1".
+
+    Raises:
+        ValueError: the name is no device, or CUDA is asked for and not there.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"device {wanted!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {wanted!r} is not available here; use 'auto' or 'cpu'")
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype named, or for "auto" bfloat16 where `device` has it natively."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and _cpu_has_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # torch 2.10 and later report every instruction set; before, none but the vector width.
+    report = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = report()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

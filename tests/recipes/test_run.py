@@ -1,0 +1,139 @@
+"""The whole job on a tiny random backbone and the built-in questions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grasp_lora.config import RunConfig
+from grasp_lora.recipes.run import run
+from grasp_lora.runs import read_json, read_jsonl
+
+
+def settings(folder: Path, **changes) -> RunConfig:
+    values = {
+        "output": folder / "run",
+        "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
+        "data": {
+            "max_length": 640,
+            "source": {"language": "en", "rows": {"train": 8, "dev": 4}},
+            "target": {
+                "language": "es",
+                "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4},
+            },
+        },
+        "controller": {"rounds": 3, "rows": 4},
+        "train": {"epochs": 1},
+        "search": {"epochs": 2},
+        "finetune": {"epochs": 2},
+        "evaluate": {"max_new_tokens": 4},
+    }
+    return RunConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    return tmp_path
+
+
+def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace):
+    out = run(settings(workplace), quiet=True)
+    for name in ("ratio.json", "rounds.jsonl", "scores.json", "ratio.png", "report.md"):
+        assert (out / name).stat().st_size > 0
+    ratio = read_json(out / "ratio.json")
+    assert 0.0 <= ratio["ratio"] <= 0.8
+    rounds = read_jsonl(out / "rounds.jsonl")
+    assert [r["round"] for r in rounds] == [0, 1, 2]
+    scores = read_json(out / "scores.json")["systems"]
+    assert [s["slug"] for s in scores] == [
+        "zero-shot",
+        "source",
+        "source-finetuned",
+        "target",
+        "merged",
+        "merged-finetuned",
+        "final",
+    ]
+    assert all(s["n"] == 4 and s["loss"] > 0 for s in scores)
+    tensors = load_file(out / "final" / "adapter_model.safetensors")
+    zeros = sum(int((t == 0).sum()) for t in tensors.values())
+    entries = sum(t.numel() for t in tensors.values())
+    assert ratio["zeros"]["exported"] == pytest.approx(zeros / entries)
+    assert not list(out.rglob("*.work")), "checkpoints are removed when a stage is done"
+
+
+def test_the_final_adapter_loads_in_plain_peft_with_the_evaluated_loss(workplace):
+    out = run(settings(workplace), quiet=True)
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out / "final"))
+    config = json.loads((out / "final" / "adapter_config.json").read_text())
+    assert "work" not in config["base_model_name_or_path"].split("/")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        seen = model(input_ids=ids).logits
+    weights = load_file(out / "final" / "adapter_model.safetensors")
+    by_hand = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
+    known = dict(by_hand.named_modules())
+    with torch.no_grad():
+        for key, a in weights.items():
+            if "lora_A" in key:
+                name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                known[name].weight += weights[key.replace("lora_A", "lora_B")] @ a
+        assert torch.allclose(seen, by_hand(input_ids=ids).logits, atol=1e-5)
+
+
+def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
+    model = tiny_model("llama")
+    for seed, role in enumerate(("en", "es")):
+        tiny_adapter_folder(workplace / role, model, r=4 + seed, seed=seed)
+    config = settings(
+        workplace,
+        adapters={"source": workplace / "en", "target": workplace / "es"},
+        data={
+            "max_length": 640,
+            "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
+        },
+    )
+    out = run(config, quiet=True)
+    assert not (out / "adapters").exists()
+    assert (out / "final" / "adapter_model.safetensors").exists()
+    about = read_json(out / "merged" / "merge.json")
+    assert about["kind"] == "cat"
+    assert about["weights"] == [0.5, 0.5]
+    ratio = read_json(out / "ratio.json")
+    assert ratio["ratio"] > 0
+    for source in ("0", "1"):
+        assert ratio["zeros"]["per_source"][source] == pytest.approx(ratio["ratio"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merge": {"kind": "linear"}},
+        {"merge": {"kind": "svd"}, "mask_unit": "merged"},
+        {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
+        {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
+        {"importance": "magnitude", "mask_unit": "merged"},
+    ],
+)
+def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
+    out = run(settings(workplace, evaluate={"max_new_tokens": 2, "baselines": False}, **changes), quiet=True)
+    assert (out / "done.json").exists()
+    assert len(read_json(out / "scores.json")["systems"]) == 1
+
+
+def test_the_same_seed_gives_the_same_ratio_and_scores(workplace):
+    small = {"evaluate": {"max_new_tokens": 2, "baselines": False}}
+    one = run(settings(workplace, output=workplace / "one", **small), quiet=True)
+    two = run(settings(workplace, output=workplace / "two", **small), quiet=True)
+    assert read_json(one / "ratio.json") == read_json(two / "ratio.json")
+    assert read_json(one / "scores.json") == read_json(two / "scores.json")
+    assert (one / "final/adapter_model.safetensors").read_bytes() == (
+        two / "final/adapter_model.safetensors"
+    ).read_bytes()

@@ -1,0 +1,88 @@
+"""Which room may import which: read from the source, so that nothing has to be loaded."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "grasp_lora"
+
+# room -> (rooms of ours, third-party packages) it may import; the standard library is free
+ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "core": (set(), {"torch"}),
+    "metrics": (set(), set()),
+    "tasks": ({"metrics"}, {"torch"}),
+    "hf": ({"core"}, {"torch", "transformers", "peft", "safetensors", "accelerate"}),
+    "settings": (set(), {"pydantic"}),
+    "config_faults": (set(), {"pydantic"}),
+    "config": ({"core", "settings", "config_faults"}, {"pydantic", "yaml"}),
+    "runs": (set(), set()),
+    "report": ({"runs"}, {"matplotlib", "rich"}),
+    "recipes": (
+        {"core", "hf", "tasks", "metrics", "config", "settings", "runs", "report"},
+        {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
+    ),
+    "cli": ({"config", "recipes", "report", "runs"}, {"typer", "rich"}),
+    "__init__": ({"config"}, set()),
+    "__main__": ({"cli"}, set()),
+}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    ours, others = ALLOWED[room]
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "grasp_lora":
+            assert rest.split(".")[0] in ours | {room}, f"{room} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in others, f"{room} must not import {name}"
+
+
+def test_files_stay_readable():
+    long = {str(p): n for p in SOURCES if (n := len(p.read_text("utf-8").splitlines())) > 330}
+    assert not long
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("grasp_lora", ["torch", "transformers", "pydantic"]),
+        ("grasp_lora.cli", ["torch", "transformers", "pydantic", "matplotlib"]),
+        ("grasp_lora.config", ["torch", "transformers"]),
+        ("grasp_lora.runs", ["torch", "transformers"]),
+        ("grasp_lora.core.lora", ["transformers", "peft"]),
+    ],
+)
+def test_importing_stays_light(module, absent):
+    code = f"import {module}, sys; print(sorted(set({absent!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_of_the_package_exist():
+    import grasp_lora
+
+    for name in grasp_lora.__all__:
+        assert getattr(grasp_lora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = grasp_lora.nonsense
