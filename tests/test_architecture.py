@@ -58,11 +58,6 @@ def test_imports_go_one_way(path):
             assert top in others, f"{room} must not import {name}"
 
 
-def test_files_stay_readable():
-    long = {str(p): n for p in SOURCES if (n := len(p.read_text("utf-8").splitlines())) > 330}
-    assert not long
-
-
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

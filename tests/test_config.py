@@ -104,7 +104,7 @@ def test_all_faults_are_reported_together_with_key_value_and_near_miss(tmp_path)
     assert "did you mean controller.high?" in by_key["controller.hihg"]
     assert "'x'" in by_key["controller.low"]
     assert "train.learning_rate" in by_key["learning_rate"]
-    assert len(faults) == 9
+    assert len(faults) == 8
 
 
 def test_controller_rules_reach_the_user(tmp_path):
@@ -176,9 +176,7 @@ def test_a_file_is_a_path_and_builtin_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     labelled = {"language": "es", "files": "rows.jsonl", "labels": "auto"}
-    config = load_config(
-        written(tmp_path, data={"source": {"language": "en"}, "target": labelled})
-    )
+    config = load_config(written(tmp_path, data={"source": {"language": "en"}, "target": labelled}))
     assert config.data.target.files == Path("rows.jsonl")
     assert config.data.source is not None
     assert config.data.source.files == "builtin"

@@ -6,7 +6,7 @@ NaN or infinite. Rules that need two sections at once live in `grasp_lora.config
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -19,7 +19,10 @@ from pydantic import (
     model_validator,
 )
 
-PartName: TypeAlias = Literal["train", "dev", "micro_dev", "test"]
+if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
+    PartName: TypeAlias = str
+else:
+    PartName = Literal["train", "dev", "micro_dev", "test"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -123,7 +126,7 @@ class LanguageData(Section):
     def paths(self) -> dict[str, Path]:
         """The files named, by their key below `files` ("" for a single file)."""
         if isinstance(self.files, Mapping):
-            return {str(part): path for part, path in self.files.items()}
+            return dict(self.files)
         return {} if self.files == "builtin" else {"": Path(self.files)}
 
 

@@ -397,6 +397,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (_set(f"{Q0}.lora_A.weight", torch.ones(4)), r"\[4\], a LoRA factor"),
         (_set(f"{Q0}.lora_A.weight", torch.ones(4, 16, dtype=torch.int8)), "torch.int8"),
         (_set(f"{Q0}.lora_C.weight", torch.ones(4, 16)), "lora_C.weight' is not understood"),
+        (_set("base_model.model.lm_head.lora_A.weight", torch.ones(4, 16)), "the output layer"),
         (_set(f"{Q0}.base_layer.weight", torch.ones(1)), "a base weight saved"),
         (dict.clear, "holds no tensors"),
     ],

@@ -150,8 +150,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     if model.generation_config is not None:
         model.generation_config.pad_token_id = pad_id
     if spec.gradient_checkpointing:
-        # PEFT sees the switch and lets gradients pass the embedding. Not re-entrant: the frozen
-        # input of the first layer carries no gradient.
+        # Not re-entrant: that form would need inputs that carry gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if output_embeddings(model) is not None:
         fold_output_layer(model)

@@ -60,8 +60,8 @@ def load_run_data(config: RunConfig, say: Callable[[str], None]) -> RunData:
         names[role] = _name(section)
         parts[role], lost = _read(section, role, config, say)
         dropped |= {f"{role}/{split}": n for split, n in lost.items() if n}
+    check_disjoint({f"{r}/{split}": rows for r in parts for split, rows in parts[r].items()})
     for role in parts:
-        check_disjoint(parts[role])
         empty = [s for s in ("train", "micro_dev") if role == "target" and not parts[role].get(s)]
         if empty:
             raise ValueError(

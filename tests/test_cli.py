@@ -1,0 +1,236 @@
+"""The command line: arguments arrive at the recipes, faults arrive as one message."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from grasp_lora.cli import app
+from grasp_lora.runs import write_json
+
+COMMANDS = ["run", "demo", "train", "merge", "search", "finetune", "evaluate"]
+RECIPES = {
+    "run": "run",
+    "train": "train_adapter",
+    "merge": "merge_adapters",
+    "search": "search_ratio",
+    "finetune": "finetune_at",
+    "evaluate": "evaluate_adapter",
+}
+YAML = "model: smollm2\ndata: {source: {language: en}, target: {language: es}}\n"
+
+Called = dict[str, Any]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Called:
+    """Put recipes that record their arguments in place of the real ones."""
+    record: Called = {}
+
+    def recorder(name: str) -> Callable[..., Path]:
+        def recipe(config: Any, *args: Any, **kwargs: Any) -> Path:
+            record.update(name=name, config=config, args=args, kwargs=kwargs)
+            return args[-1] if args else config.output
+
+        return recipe
+
+    for module, function in RECIPES.items():
+        fake = types.ModuleType(f"grasp_lora.recipes.{module}")
+        setattr(fake, function, recorder(function))
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    return record
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    return str(path)
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "grasp_lora", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_answers_without_loading_torch():
+    start = time.perf_counter()
+    done = command("--help")
+    # Generous: a busy machine. Loading torch and transformers alone takes longer.
+    assert time.perf_counter() - start < 5
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_says_what_is_read_and_written(name):
+    done = invoke(name, "--help")
+    assert done.exit_code == 0
+    assert "Reads" in done.output
+    assert "Writes" in done.output
+
+
+def test_settings_output_and_seed_reach_the_configuration(called, config, tmp_path):
+    out = tmp_path / "no"
+    write_scores(out)
+    done = invoke(
+        *("run", config, "--set", "search.epochs=2", "--set", "model.dtype=float32"),
+        *("--output", str(out), "--seed", "7", "--overwrite"),
+    )
+    assert done.exit_code == 0, done.output
+    given = called["config"]
+    assert (given.search.epochs, given.model.dtype, given.seed) == (2, "float32", 7)
+    assert given.output == out
+    assert called["kwargs"] == {"overwrite": True}
+
+
+def test_run_prints_the_scores_and_writes_the_report(called, config, tmp_path):
+    out = tmp_path / "out"
+    write_scores(out)
+    done = invoke("run", config, "--output", str(out))
+    assert "zero-shot" in done.output
+    assert "12.5" in done.output
+    assert f"wrote {out}" in done.output.replace("\n", "")
+    assert "0.400" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_an_output_that_looks_like_another_type_stays_a_path(called, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scores(tmp_path / "1e3")
+    assert invoke("run", config, "--output", "1e3").exit_code == 0
+    assert called["config"].output == Path("1e3")
+
+
+def test_demo_runs_the_packaged_configuration(called, tmp_path):
+    out = tmp_path / "demo"
+    write_scores(out)
+    done = invoke("demo", "--output", str(out), "--set", "search.epochs=1")
+    assert done.exit_code == 0, done.output
+    assert (called["name"], called["config"].model.name) == ("run", "smollm2")
+    assert called["config"].search.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "args"),
+    [
+        (["train", "--role", "source"], "train_adapter", ("source",)),
+        (
+            ["merge", "--adapter", "a", "--adapter", "b"],
+            "merge_adapters",
+            ([Path("a"), Path("b")],),
+        ),
+        (["search", "--merged", "m"], "search_ratio", (Path("m"),)),
+        (["finetune", "--start", "m", "--ratio", "0.4"], "finetune_at", (Path("m"), 0.4)),
+        (["evaluate", "--adapter", "a"], "evaluate_adapter", (Path("a"),)),
+        (["evaluate", "--adapter", "none"], "evaluate_adapter", (None,)),
+    ],
+)
+def test_each_command_calls_its_recipe(called, config, arguments, name, args):
+    done = invoke(arguments[0], config, *arguments[1:], "--out", "there")
+    assert done.exit_code == 0, done.output
+    assert called["name"] == name
+    assert called["args"] == (*args, Path("there"))
+    assert called["kwargs"] == {"overwrite": False}
+
+
+def test_merge_takes_the_adapters_of_the_configuration(called, config, tmp_path):
+    for role in ("s", "t"):
+        (tmp_path / role).mkdir()
+    settings = [f"--set=adapters.source={tmp_path}/s", f"--set=adapters.target={tmp_path}/t"]
+    assert invoke("merge", config, *settings, "--out", "there").exit_code == 0
+    assert called["args"][0] == [tmp_path / "s", tmp_path / "t"]
+
+
+def test_merge_without_adapters_is_refused(called, config):
+    done = invoke("merge", config, "--out", "there")
+    assert done.exit_code == 2
+    assert "--adapter DIR" in done.output
+    assert not called
+
+
+def test_finetune_reads_the_ratio_of_a_search(called, config, tmp_path):
+    write_json(tmp_path / "ratio.json", {"ratio": 0.35})
+    ratio = str(tmp_path / "ratio.json")
+    done = invoke("finetune", config, "--start", "m", "--ratio", ratio, "--out", "there")
+    assert done.exit_code == 0, done.output
+    assert called["args"][1] == 0.35
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        ("1.01", "outside [0, 1]"),
+        ("-0.1", "outside [0, 1]"),
+        ("nan", "outside [0, 1]"),
+        ("none.json", "does not exist"),
+        ("{empty}", "holds no ratio"),
+    ],
+)
+def test_ratios_that_are_none_are_refused(called, config, tmp_path, ratio, said):
+    write_json(tmp_path / "empty.json", {})
+    text = ratio.format(empty=tmp_path / "empty.json")
+    done = invoke("finetune", config, "--start", "m", f"--ratio={text}", "--out", "there")
+    assert done.exit_code == 2
+    assert said in done.output
+    assert not called
+
+
+def test_faults_are_printed_without_a_traceback(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML + "seeed: 3\n", encoding="utf-8")
+    done = command("run", str(path), "--set", "search.epochs=0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "did you mean seed?" in done.stderr
+    assert "search.epochs: got 0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = command("run", str(tmp_path / "none.yaml"), GRASP_LORA_DEBUG="1")
+    assert done.returncode == 1
+    assert "FileNotFoundError" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_a_bug_is_not_dressed_as_a_users_fault(called, config, monkeypatch):
+    def broken(*_: Any, **__: Any) -> Path:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(sys.modules["grasp_lora.recipes.search"], "search_ratio", broken)
+    done = invoke("search", config, "--merged", "m", "--out", "there")
+    assert isinstance(done.exception, KeyError)
+
+
+def test_ctrl_c_says_how_to_go_on(called, config, monkeypatch):
+    def interrupted(*_: Any, **__: Any) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["grasp_lora.recipes.search"], "search_ratio", interrupted)
+    done = invoke("search", config, "--merged", "m", "--out", "there")
+    assert done.exit_code == 130
+    assert "run the same command to resume" in done.output
+
+
+def write_scores(run: Path) -> None:
+    write_json(run / "ratio.json", {"ratio": 0.4, "verdict": "learned"})
+    row = {"name": "zero-shot", "exact_match": 12.5, "token_f1": 30, "loss": 2.5, "n": 8}
+    scores = {"task": "qa", "language": "es", "seed": 42, "systems": [row]}
+    (run / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
