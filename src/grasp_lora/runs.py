@@ -75,7 +75,7 @@ def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> 
     if path.exists() and not path.is_dir():
         raise ValueError(f"'{path}' is a file, but a run needs a folder; set another output")
     if not marker.exists():
-        if path.exists() and _holds_something(path):
+        if path.exists() and holds_something(path):
             raise ValueError(
                 f"'{path}' is not empty and no run of grasp-lora (it has no config.json); "
                 "set another output, or empty the folder yourself"
@@ -226,6 +226,11 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def holds_something(path: Path) -> bool:
+    """Return whether a folder holds more than the temporary files of a crash."""
+    return any(not child.name.endswith(_TEMPORARY) for child in path.iterdir())
+
+
 def check_disk(path: Path, needed: int) -> None:
     """Refuse to start what the disk cannot hold.
 
@@ -245,11 +250,6 @@ def check_disk(path: Path, needed: int) -> None:
             f"'{path}' needs about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
             "free some space or set another output"
         )
-
-
-def _holds_something(path: Path) -> bool:
-    # A crash before the first rename leaves a temporary file; that is still an unused folder.
-    return any(not child.name.endswith(_TEMPORARY) for child in path.iterdir())
 
 
 def _remove(paths: Iterable[Path]) -> None:

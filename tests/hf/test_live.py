@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import logits_of, random_ids, tiny_model
 
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.masks import pruned_count
 from grasp_lora.hf.live import LiveAdapter, go_live
+from helpers import logits_of, random_ids, tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 

@@ -6,27 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
 from transformers import TrainerCallback
 
 from grasp_lora.core import rounds
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.settings import ControllerConfig
-from grasp_lora.hf.callback import (
-    MARKER,
-    BestCallback,
-    CheckpointCallback,
-    LiveState,
-    MaskCallback,
-    ProbePool,
-    SearchCallback,
-    latest_checkpoint,
-)
+from grasp_lora.hf.best import BestCallback
+from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
+from grasp_lora.hf.checkpoint import MARKER, CheckpointCallback, LiveState, latest_checkpoint
 from grasp_lora.hf.live import LiveAdapter, go_live
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.hf.trainer import Diverged, answer_loss, build_trainer, steps_per_epoch
 from grasp_lora.tasks.encoding import Collator, Encoded
+from helpers import tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
 COLLATE = Collator(pad_id=0)
@@ -301,9 +294,7 @@ def test_row_losses_do_not_depend_on_the_batches():
     live = live_adapter(dropout=0.0)
     live.model.eval()
     rows = encoded_rows(7, 8)
-    alone = [
-        row_losses(live.model, Rows([r], COLLATE, 1).batches([0]), 1)[0] for r in rows
-    ]
+    alone = [row_losses(live.model, Rows([r], COLLATE, 1).batches([0]), 1)[0] for r in rows]
     for size in (1, 2, 3, 7):
         together = row_losses(live.model, Rows(rows, COLLATE, size).batches(range(7)), 7)
         assert together == pytest.approx(alone, abs=1e-5)

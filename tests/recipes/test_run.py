@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from grasp_lora.config import RunConfig
 from grasp_lora.recipes.run import run
 from grasp_lora.runs import read_json, read_jsonl
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 
 def settings(folder: Path, **changes) -> RunConfig:
@@ -123,7 +123,10 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
     ],
 )
 def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
-    out = run(settings(workplace, evaluate={"max_new_tokens": 2, "baselines": False}, **changes), quiet=True)
+    out = run(
+        settings(workplace, evaluate={"max_new_tokens": 2, "baselines": False}, **changes),
+        quiet=True,
+    )
     assert (out / "done.json").exists()
     assert len(read_json(out / "scores.json")["systems"]) == 1
 

@@ -6,8 +6,6 @@ pruned entry is exactly zero in the weights; its last value waits in a stash, so
 by that value and can come back with it.
 """
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch.nn.utils import parametrize
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.masks import keep_at, rank_entries
 from grasp_lora.hf.attach import adapter_modules, attach_adapter
+from grasp_lora.hf.preserve import preserved
 
 Masks = Mapping[str, Tensor]
 Score = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -78,7 +77,7 @@ class LiveAdapter:
         model: nn.Module,
         params: dict[str, nn.Parameter],
         blocks: tuple[Block, ...],
-        layers: dict[str, nn.Module],
+        layers: Mapping[str, Any],
     ):
         self.model = model
         self.params = params
@@ -250,7 +249,7 @@ def go_live(
     blocks: list[Block] = []
     for name, module in merged.items():
         blocks += _cut(name, module, layers[name], mask_unit, params)
-    return LiveAdapter(peft_model, params, tuple(blocks), dict(layers))
+    return LiveAdapter(peft_model, params, tuple(blocks), layers)
 
 
 def _cut(
@@ -282,72 +281,3 @@ def _cut(
         blocks.append(Block(name, part.source, whole.a, whole.b, slice(start, stop)))
         start = stop
     return blocks
-
-
-@contextmanager
-def preserved(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Iterator[None]:
-    """Restore weights, gradients, optimizer state, modes and random generators on exit."""
-    weights = {n: p.detach().clone() for n, p in params.items()}
-    gradients = {n: p.grad for n, p in params.items()}
-    modes = [(m, m.training) for m in model.modules()]
-    state = None if optimizer is None else _copy_state(optimizer)
-    generators = _generator_states()
-    for param in params.values():
-        param.grad = None  # set aside, so that nothing inside can add to it
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(weights[name])
-                param.grad = gradients[name]
-        for module, training in modes:
-            module.training = training
-        if optimizer is not None and state is not None:
-            _restore_state(optimizer, state)
-        _restore_generators(generators)
-
-
-def _copy_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
-    return {
-        param: {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-        for param, values in optimizer.state.items()
-    }
-
-
-@torch.no_grad()
-def _restore_state(
-    optimizer: torch.optim.Optimizer, state: dict[nn.Parameter, dict[str, Any]]
-) -> None:
-    for param in list(optimizer.state):
-        if param not in state:
-            del optimizer.state[param]
-    for param, values in state.items():
-        live = optimizer.state[param]
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                live[key].copy_(value)
-            else:
-                live[key] = value
-
-
-def _generator_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
-
-
-def _restore_generators(states: Mapping[str, Any]) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])

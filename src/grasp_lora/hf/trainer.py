@@ -80,8 +80,8 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def refuse_unsupported_launch() -> None:
-    """Refuse FSDP, ZeRO and DataParallel.
+def refuse_unsupported_launch(on_cpu: bool) -> None:
+    """Refuse FSDP, ZeRO and, unless the run keeps `on_cpu`, DataParallel.
 
     Raises:
         ValueError: one of them is active, with what to use instead.
@@ -90,7 +90,7 @@ def refuse_unsupported_launch() -> None:
         raise ValueError("FSDP is not supported yet: launch with plain DDP (torchrun)")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise ValueError("DeepSpeed ZeRO is not supported yet: launch with plain DDP (torchrun)")
-    if torch.cuda.device_count() > 1 and processes() == 1:
+    if not on_cpu and torch.cuda.device_count() > 1 and processes() == 1:
         raise ValueError(
             f"{torch.cuda.device_count()} GPUs are visible to one process, which would start"
             " DataParallel (not supported): set CUDA_VISIBLE_DEVICES=0, or launch one process per"
@@ -144,7 +144,7 @@ def build_trainer(
         report_to: loggers of the Trainer (`tensorboard`, `wandb`, ...).
         on_cpu: keep off any accelerator.
     """
-    refuse_unsupported_launch()
+    refuse_unsupported_launch(on_cpu)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=batch_size,

@@ -3,10 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
 from torch import Tensor
 
 from grasp_lora.config import RunConfig
@@ -17,6 +14,7 @@ from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone
 from grasp_lora.hf.live import LiveAdapter, go_live
 from grasp_lora.hf.probe import Rows
 from grasp_lora.recipes.data import RunData, load_run_data
+from grasp_lora.recipes.processes import is_main, join
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.tasks.base import TASKS, Example, Task
 from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
@@ -106,16 +104,6 @@ class Context:
         return input_norms(live.model, live.layers, [batch for _, batch in batches])
 
 
-def is_main() -> bool:
-    """Return whether this process writes files and prints."""
-    return PartialState().is_main_process
-
-
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    PartialState().wait_for_everyone()
-
-
 def model_spec(config: RunConfig) -> ModelSpec:
     """Return the backbone settings of a run."""
     return ModelSpec(**config.model.model_dump())
@@ -127,29 +115,8 @@ def open_context(config: RunConfig, quiet: bool = False) -> Context:
     Raises:
         ValueError: the data or the backbone cannot be used, with what to do.
     """
-    narrator = Narrator(quiet)
+    join(config)
+    narrator = Narrator(quiet or not is_main())
     data = load_run_data(config, narrator.say)
-    state = PartialState(cpu=config.model.device == "cpu")
-    if not state.is_main_process:
-        narrator = Narrator(quiet=True)
     backbone = load_backbone(model_spec(config), narrator.say)
     return Context(config, data, backbone, TASKS[config.data.task], narrator)
-
-
-def stage_folder(out: Path) -> Path:
-    """Return the folder of a stage's checkpoints: beside its result, removed when it is done."""
-    return out.with_name(f"{out.name}.work")
-
-
-def settings_of(section: Any) -> dict[str, Any]:
-    """Return the trainer keywords of a training section."""
-    return {
-        "epochs": section.epochs,
-        "max_steps": section.max_steps,
-        "batch_size": section.batch_size,
-        "accumulation": section.accumulation,
-        "learning_rate": section.learning_rate,
-        "lr_decay": section.lr_decay,
-        "weight_decay": section.weight_decay,
-        "max_grad_norm": section.max_grad_norm,
-    }

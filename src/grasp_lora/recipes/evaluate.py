@@ -8,8 +8,9 @@ from typing import Any
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.generate import generate_lines
 from grasp_lora.hf.probe import Rows, row_losses
-from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.folders import finish_stage, read_start, stage_is_done
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.folders import finish_stage, read_start, stage_is_done, stage_key
+from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.runs import write_json, write_jsonl
 
 
@@ -37,8 +38,9 @@ def evaluate_adapter(
     Raises:
         ValueError: there are no test rows, or the adapter is none for this backbone.
     """
-    inputs = {"adapter": adapter}
-    if stage_is_done(out, config, overwrite, **inputs):
+    join(config)
+    key = stage_key(config, adapter=adapter)
+    if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
     if not context.examples("target", "test"):
@@ -54,14 +56,12 @@ def evaluate_adapter(
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "predictions.jsonl", rows)
         write_json(out / "scores.json", scores)
-        finish_stage(out, config, {"seconds": time.perf_counter() - started}, **inputs)
+        finish_stage(out, key, {"seconds": time.perf_counter() - started})
     wait_for_all()
     return out
 
 
-def _score(
-    context: Context, model: Any, title: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _score(context: Context, model: Any, title: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     config, backbone = context.config, context.backbone
     limit = config.evaluate.limit
     examples = context.examples("target", "test")[:limit]

@@ -8,9 +8,16 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import zero_fraction
 from grasp_lora.hf.live import LiveAdapter
-from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.fit import clean_up, fit
-from grasp_lora.recipes.folders import finish_stage, read_start, save_plain, stage_is_done
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.fit import fit
+from grasp_lora.recipes.folders import (
+    finish_stage,
+    read_start,
+    save_plain,
+    stage_is_done,
+    stage_key,
+)
+from grasp_lora.recipes.processes import is_main, join, wait_for_all
 
 
 def finetune_at(
@@ -46,8 +53,9 @@ def finetune_at(
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
-    inputs = {"start": start, "ratio": ratio}
-    if stage_is_done(out, config, overwrite, **inputs):
+    join(config)
+    key = stage_key(config, start=start, ratio=ratio)
+    if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
     started = time.perf_counter()
@@ -67,6 +75,7 @@ def finetune_at(
             live,
             section,
             out,
+            key,
             title,
             reprune=prune if repeat else None,
             reprune_every=section.mask_schedule if isinstance(section.mask_schedule, int) else 1,
@@ -78,8 +87,7 @@ def finetune_at(
         save_plain(out, plain, context.backbone)
         facts = {"ratio": ratio, "importance": rule, "zeros": zeros}
         facts |= {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, config, facts, **inputs)
-        clean_up(out)
+        finish_stage(out, key, facts)
     wait_for_all()
     return out
 

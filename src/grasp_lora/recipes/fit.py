@@ -1,7 +1,6 @@
 """One training run on a live adapter: the call that every stage and every baseline goes through."""
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,27 @@ from typing import Any
 from transformers import TrainerCallback
 
 from grasp_lora.config import RunConfig
-from grasp_lora.hf.callback import (
-    BestCallback,
+from grasp_lora.hf.best import BestCallback, Evaluation
+from grasp_lora.hf.callback import MaskCallback
+from grasp_lora.hf.checkpoint import (
     CheckpointCallback,
-    Evaluation,
     LiveState,
-    MaskCallback,
     Stateful,
-    latest_checkpoint,
+    checkpoint_step,
+    complete_checkpoints,
+    remove_incomplete,
 )
 from grasp_lora.hf.live import LiveAdapter
-from grasp_lora.hf.trainer import Diverged, build_trainer, planned_steps, steps_per_epoch
-from grasp_lora.recipes.context import Context, is_main, wait_for_all
+from grasp_lora.hf.trainer import (
+    Diverged,
+    build_trainer,
+    planned_steps,
+    processes,
+    steps_per_epoch,
+)
+from grasp_lora.recipes.context import Context
+from grasp_lora.recipes.folders import begin_stage, work_folder
+from grasp_lora.recipes.processes import is_main, wait_for_all
 from grasp_lora.recipes.progress import BarCallback
 from grasp_lora.runs import check_disk
 from grasp_lora.settings import TrainSettings
@@ -67,6 +75,7 @@ def fit(
     live: LiveAdapter,
     section: TrainSettings,
     out: Path,
+    key: Mapping[str, Any],
     title: str,
     *,
     role: str = "target",
@@ -85,6 +94,7 @@ def fit(
         live: the adapter, its masks as they are to be held.
         section: training settings.
         out: result folder of the stage; checkpoints are kept beside it until the stage is done.
+        key: of the stage, kept with the checkpoints.
         title: what the progress bar says.
         role: whose rows are trained on and measured.
         extra: callbacks that run before the best checkpoint is chosen.
@@ -98,10 +108,10 @@ def fit(
         Diverged: the training loss is not finite; names the last good checkpoint.
         ValueError: no disk space for the checkpoints.
     """
-    work = out.with_name(f"{out.name}.work")
+    work = work_folder(out)
     rows = context.encoded(role, "train")
     config: RunConfig = context.config
-    per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation)
+    per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation, processes())
     total = run_steps(context, section, role)
     masks = MaskCallback(live, reprune, reprune_every)
     parts: list[Stateful] = [LiveState(live), *stateful]
@@ -112,7 +122,8 @@ def fit(
         best = BestCallback(live, dev, per_epoch, section.patience, lambda _e: None)
         callbacks.append(best)
         parts.append(best)
-    _check_space(live, work)
+    check_disk(work.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
+    begin_stage(out, key)
     with context.narrator.bar(title, total) as done:
         trainer = build_trainer(
             live.model,
@@ -140,10 +151,9 @@ def fit(
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
-            good = latest_checkpoint(work)
-            kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written"
+            step = trainer.state.global_step
             raise Diverged(
-                f"{title}, step {trainer.state.global_step + 1}: {error}; {kept}"
+                f"{title}, step {step + 1}: {error}; {_last_good(work, step)}"
             ) from None
     kept_best = best.restore() if best is not None else None
     evaluations = tuple(best.evaluations) if best is not None else ()
@@ -151,20 +161,24 @@ def fit(
     return FitResult(evaluations, kept_best, log, trainer.state.global_step)
 
 
-def clean_up(out: Path) -> None:
-    """Remove the checkpoints of a finished stage."""
-    shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
+def checkpoint_bytes(entries: int) -> int:
+    """Return the disk space of a stage's three checkpoints of an adapter with that many entries.
+
+    Each holds fp32 copies of the adapter: the Trainer's, our own, the best, two Adam moments, and
+    masks and stash.
+    """
+    return 3 * entries * 4 * COPIES_PER_CHECKPOINT
 
 
 def _agreed_checkpoint(work: Path) -> Path | None:
     # The main process tidies first, so that every process then sees the same folders.
     if is_main():
-        latest_checkpoint(work)
+        remove_incomplete(work)
     wait_for_all()
-    return latest_checkpoint(work)
+    return next(iter(complete_checkpoints(work)), None)
 
 
-def _check_space(live: LiveAdapter, work: Path) -> None:
-    entries = sum(p.numel() for p in live.params.values())
-    # Three checkpoints of fp32 entries: adapter, snapshot and best adapter, two Adam moments, masks and stash.
-    check_disk(work.parent, 3 * entries * 4 * COPIES_PER_CHECKPOINT)
+def _last_good(work: Path, step: int) -> str:
+    # The checkpoint of this very step, if there is one, holds the weights that gave the bad loss.
+    before = [p for p in complete_checkpoints(work) if checkpoint_step(p) < step]
+    return f"the last good checkpoint is {before[0]}" if before else "no good checkpoint was written"

@@ -1,5 +1,6 @@
 """Adapter folders between stages: a merged adapter with its sources still apart, stage markers."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
-from grasp_lora.hf.adapter_io import check_fits, read_adapter, write_adapter
+from grasp_lora.hf.adapter_io import CONFIG_FILE, NOTES_FILE, check_fits, read_adapter, write_adapter
 from grasp_lora.hf.backbones import Backbone
-from grasp_lora.runs import read_json, write_json
+from grasp_lora.recipes.processes import decided_by_main, is_main
+from grasp_lora.runs import holds_something, read_json, write_json
 
 MERGE_FILE = "merge.json"
 PARTS_FILE = "parts.safetensors"
 STAGE_FILE = "stage.json"
+# What tells a stage's folder, finished or not, from one that is not to be touched.
+_OURS = (STAGE_FILE, NOTES_FILE, "rounds.jsonl", "predictions.jsonl")
 
 
 def write_merged(
@@ -89,34 +93,85 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
     }
 
 
-def stage_is_done(out: Path, config: RunConfig, overwrite: bool, **inputs: Any) -> bool:
-    """Return whether `out` already holds this stage's result for the same settings and inputs.
+def work_folder(out: Path) -> Path:
+    """Return where a stage keeps its checkpoints: beside its result, gone when it is done."""
+    return out.with_name(f"{out.name}.work")
+
+
+def stage_is_done(out: Path, key: Mapping[str, Any], overwrite: bool) -> bool:
+    """Return whether `out` already holds the result that `key` (of `stage_key`) stands for.
+
+    Every process gets the main process's answer.
+
+    Args:
+        out: the stage's result folder.
+        key: settings and inputs.
+        overwrite: remove a result, or the checkpoints of an unfinished one, first.
 
     Raises:
-        ValueError: it holds another result and `overwrite` is not set.
+        ValueError: `out` holds another result, finished or not, and `overwrite` is not set; or
+            something that no stage wrote.
     """
-    marker = out / STAGE_FILE
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    if not marker.exists():
+    return decided_by_main(lambda: _look(out, key, overwrite))
+
+
+def _look(out: Path, key: Mapping[str, Any], overwrite: bool) -> bool:
+    work = work_folder(out)
+    begun = (work / STAGE_FILE).exists()
+    if out.exists() and not begun and not _is_ours(out):
+        raise ValueError(
+            f"{out} is not empty and no result of grasp-lora; choose another folder, or empty it"
+            " yourself"
+        )
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         return False
-    found, wanted = read_json(marker)["key"], stage_key(config, inputs)
-    if found == wanted:
-        return True
-    differing = [k for k in wanted if found.get(k) != wanted[k]]
-    raise ValueError(
-        f"{out} holds a finished result made with other settings ({', '.join(differing)} differ);"
-        " choose another folder, or pass --overwrite to replace it"
-    )
+    done = (out / STAGE_FILE).exists()
+    if done or begun:
+        found = read_json((out if done else work) / STAGE_FILE)["key"]
+        differing = [k for k in key if found.get(k) != key[k]]
+        if differing:
+            raise ValueError(
+                f"{out} holds {'a finished' if done else 'an interrupted'} result made with other"
+                f" settings ({', '.join(differing)} differ); choose another folder, or pass"
+                " --overwrite to replace it"
+            )
+    if done:  # a crash may have come between the marker and the clearing
+        shutil.rmtree(work, ignore_errors=True)
+    return done
 
 
-def stage_key(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a stage's result depends on, JSON-able."""
-    return {"config": config.config_hash()} | {k: str(v) for k, v in inputs.items()}
+def _is_ours(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    return not holds_something(out) or any((out / name).exists() for name in _OURS)
 
 
-def finish_stage(
-    out: Path, config: RunConfig, facts: Mapping[str, Any], **inputs: Any
-) -> None:
-    """Write the stage's marker, last: a folder that has it is complete."""
-    write_json(out / STAGE_FILE, {"key": stage_key(config, inputs)} | dict(facts))
+def stage_key(config: RunConfig, **inputs: Any) -> dict[str, Any]:
+    """Return what a stage's result depends on, JSON-able.
+
+    Of an adapter folder among the inputs the content counts, not the place: a run may be moved,
+    and a folder may be written anew.
+    """
+    values = {k: _content(v) if isinstance(v, Path) else str(v) for k, v in inputs.items()}
+    return {"config": config.config_hash()} | values
+
+
+def _content(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_FILE)]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def begin_stage(out: Path, key: Mapping[str, Any]) -> None:
+    """Mark the stage's checkpoints with what they are made from, before there are any."""
+    if is_main():
+        write_json(work_folder(out) / STAGE_FILE, {"key": key})
+
+
+def finish_stage(out: Path, key: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the stage's marker, last: a folder that has it is complete. Checkpoints go then."""
+    write_json(out / STAGE_FILE, {"key": key} | dict(facts))
+    shutil.rmtree(work_folder(out), ignore_errors=True)

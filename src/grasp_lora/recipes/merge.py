@@ -6,8 +6,9 @@ from pathlib import Path
 from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import average_weights, merge
 from grasp_lora.hf.adapter_io import check_fits, read_adapter
-from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.folders import finish_stage, stage_is_done, write_merged
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key, write_merged
+from grasp_lora.recipes.processes import is_main, join, wait_for_all
 
 
 def merge_adapters(
@@ -34,8 +35,9 @@ def merge_adapters(
         FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
             adapters cannot be merged exactly; names the reason.
     """
-    names = [str(f) for f in folders]
-    if stage_is_done(out, config, overwrite, folders=names):
+    join(config)
+    key = stage_key(config, **{f"adapter {i}": folder for i, folder in enumerate(folders)})
+    if stage_is_done(out, key, overwrite):
         return out
     loaded = [read_adapter(folder) for folder in folders]
     context = context or open_context(config)
@@ -46,8 +48,9 @@ def merge_adapters(
         config.merge.kind, [one.adapter for one in loaded], list(weights), config.merge.rank
     )
     if is_main():
-        about = {"kind": config.merge.kind, "weights": list(weights), "sources": names}
+        about = {"kind": config.merge.kind, "weights": list(weights)}
+        about |= {"sources": [str(folder) for folder in folders]}
         write_merged(out, merged, context.backbone, about)
-        finish_stage(out, config, about, folders=names)
+        finish_stage(out, key, about)
     wait_for_all()
     return out

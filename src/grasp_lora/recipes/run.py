@@ -185,5 +185,3 @@ def _provenance(context: Context, out: Path) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-

@@ -18,9 +18,16 @@ from grasp_lora.core.rounds import (
 )
 from grasp_lora.hf.callback import ProbePool, SearchCallback
 from grasp_lora.hf.live import LiveAdapter
-from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.fit import clean_up, fit, run_steps
-from grasp_lora.recipes.folders import finish_stage, read_start, stage_is_done, write_merged
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.fit import fit, run_steps
+from grasp_lora.recipes.folders import (
+    finish_stage,
+    read_start,
+    stage_is_done,
+    stage_key,
+    write_merged,
+)
+from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.runs import write_json, write_jsonl
 
 POOLS: dict[str, tuple[str, ...]] = {
@@ -72,8 +79,9 @@ def search_ratio(
         ValueError: the run is too short for one round; the micro-dev set is empty or overlaps.
         Diverged: the training loss became NaN.
     """
-    inputs = {"merged": merged}
-    if stage_is_done(out, config, overwrite, **inputs):
+    join(config)
+    key = stage_key(config, merged=merged)
+    if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
     planned = check_search(context)
@@ -104,6 +112,7 @@ def search_ratio(
             live,
             config.search,
             out,
+            key,
             "search",
             extra=[searcher],
             stateful=[searcher],
@@ -117,8 +126,7 @@ def search_ratio(
         write_rounds(out, searcher.controller, ids)
         write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
         facts = {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, config, facts, **inputs)
-        clean_up(out)
+        finish_stage(out, key, facts)
     wait_for_all()
     return out
 
@@ -131,9 +139,7 @@ def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
     )
 
 
-def ratio_facts(
-    config: RunConfig, choice: RatioChoice, searcher: SearchCallback
-) -> dict[str, Any]:
+def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback) -> dict[str, Any]:
     """Return what `ratio.json` says of a search."""
     state = searcher.controller
     return {
@@ -159,9 +165,7 @@ def ratio_facts(
     }
 
 
-def _as_merged(
-    live: LiveAdapter, start: Mapping[str, MergedModule]
-) -> dict[str, MergedModule]:
+def _as_merged(live: LiveAdapter, start: Mapping[str, MergedModule]) -> dict[str, MergedModule]:
     """Return the live factors as a merge of the same layout, stashed values in place."""
     ended: dict[str, list[Part]] = {name: [] for name in start}
     for block, a, b in live.effective_blocks():

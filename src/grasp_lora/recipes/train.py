@@ -9,9 +9,10 @@ import torch
 from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.hf.modules import linear_shape, resolve_targets
-from grasp_lora.recipes.context import Context, is_main, open_context, wait_for_all
-from grasp_lora.recipes.fit import clean_up, fit
-from grasp_lora.recipes.folders import finish_stage, save_plain, stage_is_done
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.fit import fit
+from grasp_lora.recipes.folders import finish_stage, save_plain, stage_is_done, stage_key
+from grasp_lora.recipes.processes import is_main, join, wait_for_all
 
 
 def train_adapter(
@@ -36,7 +37,9 @@ def train_adapter(
     Raises:
         ValueError: there are no rows for the role, or no layer matches `lora.target_modules`.
     """
-    if stage_is_done(out, config, overwrite, role=role):
+    join(config)
+    key = stage_key(config, role=role)
+    if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
     if not context.examples(role, "train"):
@@ -45,13 +48,12 @@ def train_adapter(
     scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
     fresh = fresh_adapter(context.backbone.model, config)
     with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
-        result = fit(context, live, config.train, out, f"train {role} adapter", role=role)
+        result = fit(context, live, config.train, out, key, f"train {role} adapter", role=role)
         plain = live.plain()
     if is_main():
         save_plain(out, plain, context.backbone, scaling)
         facts = {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, config, facts, role=role)
-        clean_up(out)
+        finish_stage(out, key, facts)
     wait_for_all()
     return out
 
@@ -66,7 +68,9 @@ def fresh_adapter(model: torch.nn.Module, config: RunConfig) -> dict[str, Merged
     modules = dict(model.named_modules())
     fresh: dict[str, MergedModule] = {}
     for name in resolve_targets(model, config.lora.target_modules):
-        inputs, outputs = linear_shape(modules[name])
+        shape = linear_shape(modules[name])
+        assert shape is not None, "resolve_targets returns linear layers only"
+        inputs, outputs = shape
         bound = 1 / math.sqrt(inputs)  # Kaiming with a = sqrt(5)
         a = (torch.rand(config.lora.r, inputs, generator=generator) * 2 - 1) * bound
         b = torch.zeros(outputs, config.lora.r)

@@ -1,0 +1,56 @@
+"""Several processes as one job: one of them decides about files and writes them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from grasp_lora.config import RunConfig
+from grasp_lora.hf.trainer import refuse_unsupported_launch
+
+T = TypeVar("T")
+
+
+def join(config: RunConfig) -> None:
+    """Meet the other processes of the launch. Every recipe begins here.
+
+    Raises:
+        ValueError: the launch is none that works here, with what to use instead.
+    """
+    on_cpu = config.model.device == "cpu"
+    refuse_unsupported_launch(on_cpu)
+    PartialState(cpu=on_cpu)
+
+
+def is_main() -> bool:
+    """Return whether this process writes files and prints."""
+    return PartialState().is_main_process
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """Run `decide` in the main process and return its result in every process.
+
+    For whatever looks at files: a slower process would see those that the faster one has written
+    since, and take another way.
+
+    Raises:
+        ValueError, FileNotFoundError: `decide` did; raised in every process.
+    """
+    if PartialState().num_processes == 1:
+        return decide()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = decide()
+        except (ValueError, FileNotFoundError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
