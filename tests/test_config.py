@@ -65,6 +65,32 @@ def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
     assert config.finetune.mask_schedule == "every-step"
 
 
+@pytest.mark.parametrize(
+    ("sections", "overrides", "epochs"),
+    [
+        ({}, [], (10, 10)),
+        ({"finetune": {"mode": "restart"}}, [], (10, 10)),
+        ({"finetune": {"mode": "continue"}}, [], (5, 5)),
+        ({}, ["finetune.mode=continue"], (5, 5)),
+        ({"preset": "paper", "finetune": {"mode": "continue"}}, [], (5, 5)),
+        ({"finetune": {"mode": "continue", "epochs": 3}}, [], (5, 3)),
+        ({"search": {"epochs": 8}, "finetune": {"mode": "continue"}}, [], (8, 5)),
+    ],
+)
+def test_going_on_from_the_search_halves_both_runs_unless_told(
+    tmp_path, sections, overrides, epochs
+):
+    config = load_config(written(tmp_path, **sections), overrides)
+    assert (config.search.epochs, config.finetune.epochs) == epochs
+    assert RunConfig(**config.to_dict()) == config
+
+
+def test_a_mode_that_is_none_is_refused_with_the_choices(tmp_path):
+    (fault,) = faults_of(written(tmp_path, finetune={"mode": ["continue"]}))
+    assert "finetune.mode" in fault
+    assert "restart" in fault
+
+
 @pytest.mark.parametrize("preset", ["standard", "paper"])
 def test_to_dict_gives_back_the_same_configuration(tmp_path, preset):
     config = load_config(
@@ -146,7 +172,10 @@ def test_settings_that_cannot_work_are_refused(tmp_path, section, said):
     [
         ({"files": "rows.jsonl"}, "rows is not given"),
         ({"files": "rows.jsonl", "rows": {"train": 9, "dev": 9}}, "rows.micro_dev: required"),
-        ({"files": "rows.jsonl", "labels": "auto", "rows": {"test": 9}}, "rows gives test"),
+        (
+            {"files": "rows.jsonl", "labels": "auto", "rows": {"test": 9, "dev": 2}},
+            "rows gives dev;",
+        ),
         ({"labels": "auto"}, "files is builtin"),
         ({"rows": {"train": 9, "dev": 9, "micro_dev": 0}}, "rows.micro_dev: 0 rows"),
         ({"files": {"train": "rows.jsonl"}}, "files.dev: required"),

@@ -31,7 +31,8 @@ def _user_errors() -> Iterator[None]:
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GRASP_LORA_DEBUG") == "1":
             raise
-        typer.echo(f"error: {error}", err=True)
+        where = "" if _prints() else f" in process {os.environ['RANK']}"
+        typer.echo(f"error{where}: {error}", err=True)
         sys.exit(2)
 
 
@@ -216,6 +217,17 @@ def evaluate(
     _wrote(evaluate_adapter(loaded, folder, out, overwrite=overwrite))
 
 
+@app.command(name="settings")
+def list_settings() -> None:
+    """List every setting with its default and what it does.
+
+    Reads nothing and writes nothing.
+    """
+    from grasp_lora.reference import settings_markdown
+
+    typer.echo(settings_markdown(), nl=False)
+
+
 def main() -> None:
     """Entry point of the `grasp-lora` command."""
     app()
@@ -241,7 +253,7 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
     from grasp_lora.recipes.run import run as run_all
 
     folder = run_all(config, overwrite=overwrite)
-    if os.environ.get("RANK", "0") != "0":  # torchrun starts this once per device
+    if not _prints():
         return
     from rich.console import Console
 
@@ -254,7 +266,13 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
 
 
 def _wrote(folder: Path) -> None:
-    typer.echo(f"wrote {folder}")
+    if _prints():
+        typer.echo(f"wrote {folder}")
+
+
+def _prints() -> bool:
+    """Whether this is the process that speaks: torchrun starts the command once per device."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _ratio(text: str) -> float:

@@ -1,7 +1,8 @@
 """The configuration of a run: YAML text plus `--set key=value` overrides -> `RunConfig`.
 
 All faults of a file are collected and reported together: dotted key, value given, rule, and for
-an unknown key the nearest valid one. A `preset` is a table of values put beneath the user's own.
+an unknown key the nearest valid one. A `preset`, and a `finetune.mode`, is a table of values put
+beneath the user's own.
 """
 
 import hashlib
@@ -40,6 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"batch_size": 1, "accumulation": 1},
         "finetune": {"batch_size": 1, "accumulation": 8, "mask_schedule": "every-step"},
     },
+}
+
+# `continue` goes on from the search: together they are one run as long as one stage of `restart`.
+MODES: dict[str, dict[str, Any]] = {
+    "restart": {},
+    "continue": {"search": {"epochs": 5}, "finetune": {"epochs": 5}},
 }
 
 
@@ -85,12 +92,13 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _put_preset_beneath(cls, data: Any) -> Any:
+    def _put_tables_beneath(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        preset = data.get("preset", "standard")
-        table = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        return _layered(table, data)
+        preset = _row(PRESETS, data.get("preset", "standard"))
+        finetune = data.get("finetune")
+        mode = finetune.get("mode") if isinstance(finetune, Mapping) else None
+        return _layered(_layered(preset, _row(MODES, mode)), data)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -195,6 +203,10 @@ def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> d
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
+
+
+def _row(table: Mapping[str, dict[str, Any]], key: Any) -> dict[str, Any]:
+    return table.get(key, {}) if isinstance(key, str) else {}
 
 
 def _layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

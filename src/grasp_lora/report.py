@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import CenteredNorm, Colormap, LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -177,7 +177,8 @@ def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     ]
     seen = [trial for trial in trials if trial[2] is not None]
     lost = [trial for trial in trials if trial[2] is None]
-    norm = CenteredNorm(halfrange=max((abs(reward) for *_, reward in seen), default=0.0) or 1.0)
+    reach = max((abs(reward) for *_, reward in seen), default=0.0) or 1.0
+    norm = SymLogNorm(_linear_reach(rounds), vmin=-reach, vmax=reach)
     axes.scatter(
         [step for step, _, _ in seen],
         [candidate for _, candidate, _ in seen],
@@ -203,11 +204,20 @@ def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     assert figure is not None, "axes made by subplots belong to a figure"
     bar = figure.colorbar(ScalarMappable(norm, REWARDS), ax=axes, pad=0.01, aspect=28)
     bar.set_label("reward (nats)")
+    bar.ax.minorticks_off()
     bar.outline.set_visible(False)
 
 
+def _linear_reach(rounds: Sequence[Mapping[str, Any]]) -> float:
+    """Return up to which reward the scale is linear: over-pruning costs a hundred times as much
+    as good pruning gains, and a linear scale would show the first alone."""
+    sizes = sorted(abs(x) for r in rounds for x in r["rewards"] if x)
+    return max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
+
+
 def _reward_panel(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_ylabel("reward (nats)")
+    axes.set_ylabel("reward (nats, symlog)")
+    axes.set_yscale("symlog", linthresh=_linear_reach(rounds))
     axes.axhline(0, color=INK, linewidth=0.8)
     best: list[tuple[float, float]] = []
     for r in rounds:

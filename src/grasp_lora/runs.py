@@ -56,13 +56,13 @@ WRITTEN = (
 )
 
 
-def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> Opened:
-    """Prepare a run folder: a new one, or an unfinished one of the same configuration.
+def check_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> Opened:
+    """Look whether a run can go into a folder; changes nothing.
 
     Args:
-        path: the folder; made if absent.
+        path: the folder; need not exist.
         config: JSON-able configuration; its `output` is not compared, so a folder may be moved.
-        overwrite: remove what an earlier run left in the folder. Files that no run writes stay.
+        overwrite: an earlier run in the folder is to be replaced.
 
     Returns:
         "new" if the run starts from nothing, "resumed" if finished stages may be there.
@@ -82,8 +82,6 @@ def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> 
             )
     elif overwrite:
         read_config(path)
-        # The marker goes last: what a crash leaves behind is still known to be a run.
-        _remove(path / name for name in (DONE_FILE, *WRITTEN, CONFIG_FILE))
     else:
         differing = _differences(read_config(path), wanted)
         if differing:
@@ -97,9 +95,30 @@ def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> 
                 "read its report.md, or pass --overwrite to run it again"
             )
         return "resumed"
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"format": _FORMAT, "config": wanted})
     return "new"
+
+
+def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> Opened:
+    """Prepare a run folder: a new one, or an unfinished one of the same configuration.
+
+    Args:
+        path: the folder; made if absent.
+        config: as in `check_run`.
+        overwrite: remove what an earlier run left in the folder. Files that no run writes stay.
+
+    Returns:
+        As `check_run`.
+
+    Raises:
+        ValueError: as `check_run`.
+    """
+    opened = check_run(path, config, overwrite)
+    if opened == "new":
+        # The marker goes last: what a crash leaves behind is still known to be a run.
+        _remove(path / name for name in (DONE_FILE, *WRITTEN, CONFIG_FILE))
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
+    return opened
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class LanguageData(Section):
         description="builtin, one labelled file (divided by `rows`), or a file for each part",
     )
     labels: Literal["given", "auto"] = Field(
-        default="given", description="auto divides one file into train, dev and micro_dev by itself"
+        default="given",
+        description="auto divides one file (less rows.test) into train, dev and micro_dev",
     )
     rows: dict[PartName, NonNegativeInt] = Field(
         default={}, description="rows of each part; whole contexts stay in one part"
@@ -107,10 +108,11 @@ class LanguageData(Section):
                 f"{'builtin' if self.files == 'builtin' else 'a file for each part'}; "
                 "give one file or set labels: given"
             )
-        if self.labels == "auto" and self.rows:
+        chosen = [part for part in self.rows if part != "test"]
+        if self.labels == "auto" and chosen:
             raise ValueError(
-                f"labels: auto chooses the sizes itself, but rows gives {', '.join(self.rows)}; "
-                "remove rows or set labels: given"
+                "labels: auto chooses the sizes of train, dev and micro_dev itself, but rows "
+                f"gives {', '.join(chosen)}; keep rows.test only, or set labels: given"
             )
         if self.labels == "given" and one_file and not self.rows:
             raise ValueError(

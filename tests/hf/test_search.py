@@ -14,7 +14,13 @@ from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.settings import ControllerConfig
 from grasp_lora.hf.best import BestCallback
 from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
-from grasp_lora.hf.checkpoint import MARKER, CheckpointCallback, LiveState, latest_checkpoint
+from grasp_lora.hf.checkpoint import (
+    MARKER,
+    CheckpointCallback,
+    LiveState,
+    complete_checkpoints,
+    remove_incomplete,
+)
 from grasp_lora.hf.live import LiveAdapter, go_live
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.hf.trainer import Diverged, answer_loss, build_trainer, steps_per_epoch
@@ -132,7 +138,7 @@ def train(
         max_grad_norm=1.0,
         save_every=save_every,
     )
-    checkpoint = latest_checkpoint(out)
+    checkpoint = next(iter(complete_checkpoints(out)), None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = [e for e in trainer.state.log_history if "loss" in e]
     return Run(live, searcher if search else None, best, log, trainer.state.global_step)
@@ -217,10 +223,11 @@ def test_the_best_adapter_is_restored_with_its_masks(tmp_path):
 def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):
     with pytest.raises(Crash):
         train(tmp_path, crash_at=5)
-    newest = latest_checkpoint(tmp_path)
+    newest = complete_checkpoints(tmp_path)[0]
     assert newest.name == "checkpoint-4"
     (newest / MARKER).unlink()
-    assert latest_checkpoint(tmp_path).name == "checkpoint-2"
+    remove_incomplete(tmp_path)
+    assert complete_checkpoints(tmp_path)[0].name == "checkpoint-2"
     assert not newest.exists()
 
 
@@ -233,7 +240,7 @@ def test_at_least_two_complete_checkpoints_are_kept(tmp_path):
 def test_resuming_from_a_folder_outside_the_run_fails_loudly(tmp_path):
     with pytest.raises(Crash):
         train(tmp_path / "a", crash_at=5)
-    (latest_checkpoint(tmp_path / "a") / MARKER).rename(tmp_path / "marker")
+    (complete_checkpoints(tmp_path / "a")[0] / MARKER).rename(tmp_path / "marker")
     callback = CheckpointCallback([])
 
     class State:

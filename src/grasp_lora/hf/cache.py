@@ -145,8 +145,11 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
     staging.mkdir(parents=True)
     try:
         _convert(source, staging)
-        if not target.exists():  # another process may have been faster
+        try:
             staging.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from grasp_lora.config import RunConfig
-from grasp_lora.core.importance import NEEDS_NORMS
+from grasp_lora.core.importance import NEEDS_NORMS, is_blank
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.hf.activations import input_norms
-from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone
+from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
 from grasp_lora.hf.live import LiveAdapter, go_live
+from grasp_lora.hf.memory import MemoryPlan
 from grasp_lora.hf.probe import Rows
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.processes import is_main, join
@@ -99,6 +100,12 @@ class Context:
         """Return input norms over the target train rows, or None for a rule without need."""
         if importance not in NEEDS_NORMS:
             return None
+        blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
+        if blank:
+            self.narrator.say(
+                f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
+                f" {blank[0].module}); the activation rule is blind there, magnitude is used"
+            )
         train = self.rows("target", ["train"])
         batches = train.batches(range(len(train.encoded)))
         return input_norms(live.model, live.layers, [batch for _, batch in batches])
@@ -107,6 +114,24 @@ class Context:
 def model_spec(config: RunConfig) -> ModelSpec:
     """Return the backbone settings of a run."""
     return ModelSpec(**config.model.model_dump())
+
+
+_WITHOUT = {
+    "logits_to_keep": "logits are computed for the whole length, which costs time and memory",
+    "position_ids": "rows of one batch are padded on the left, so losses may depend on the batch",
+}
+
+
+def planned_memory(config: RunConfig) -> MemoryPlan:
+    """Return the memory the widest training stage is planned to take; loads no weights."""
+    rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
+    stages = (config.train, config.search, config.finetune)
+    return plan_memory(
+        model_spec(config),
+        rank=rank,
+        batch_size=max(stage.batch_size for stage in stages),
+        length=config.data.max_length,
+    )
 
 
 def open_context(config: RunConfig, quiet: bool = False) -> Context:
@@ -118,5 +143,9 @@ def open_context(config: RunConfig, quiet: bool = False) -> Context:
     join(config)
     narrator = Narrator(quiet or not is_main())
     data = load_run_data(config, narrator.say)
+    narrator.say(f"memory planned: {planned_memory(config)}")
     backbone = load_backbone(model_spec(config), narrator.say)
+    missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
+    for argument in missing:
+        narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
     return Context(config, data, backbone, TASKS[config.data.task], narrator)

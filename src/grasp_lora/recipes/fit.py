@@ -152,9 +152,7 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
             step = trainer.state.global_step
-            raise Diverged(
-                f"{title}, step {step + 1}: {error}; {_last_good(work, step)}"
-            ) from None
+            raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
     kept_best = best.restore() if best is not None else None
     evaluations = tuple(best.evaluations) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -181,4 +179,6 @@ def _agreed_checkpoint(work: Path) -> Path | None:
 def _last_good(work: Path, step: int) -> str:
     # The checkpoint of this very step, if there is one, holds the weights that gave the bad loss.
     before = [p for p in complete_checkpoints(work) if checkpoint_step(p) < step]
-    return f"the last good checkpoint is {before[0]}" if before else "no good checkpoint was written"
+    return (
+        f"the last good checkpoint is {before[0]}" if before else "no good checkpoint was written"
+    )

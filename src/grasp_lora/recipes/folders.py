@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
-from grasp_lora.hf.adapter_io import CONFIG_FILE, NOTES_FILE, check_fits, read_adapter, write_adapter
+from grasp_lora.hf.adapter_io import (
+    CONFIG_FILE,
+    NOTES_FILE,
+    check_fits,
+    read_adapter,
+    write_adapter,
+)
 from grasp_lora.hf.backbones import Backbone
 from grasp_lora.recipes.processes import decided_by_main, is_main
 from grasp_lora.runs import holds_something, read_json, write_json

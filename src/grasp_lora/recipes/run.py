@@ -5,18 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import RunConfig
+from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.hf.adapter_io import check_fits, read_adapter
-from grasp_lora.hf.backbones import plan_memory, resolve_targets
-from grasp_lora.recipes.context import Context, is_main, model_spec, open_context, wait_for_all
+from grasp_lora.hf.backbones import resolve_targets
+from grasp_lora.hf.modules import linear_shape
+from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.fit import checkpoint_bytes
 from grasp_lora.recipes.folders import STAGE_FILE
 from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.recipes.search import check_search, search_ratio
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report import plot_search, write_report
 from grasp_lora.runs import (
+    check_disk,
+    check_run,
     finish_run,
     open_run,
     peak_memory_bytes,
@@ -61,15 +66,19 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
         ValueError, FileNotFoundError: something cannot work; raised before any work is done.
         Diverged: a training loss became NaN.
     """
+    join(config)
+    faults = config.faults() + config.missing_files()
+    if faults:
+        raise ConfigError(faults)
+    out, settings = config.output, config.to_dict()
+    decided_by_main(lambda: check_run(out, settings, overwrite))
     given = {"source": config.adapters.source, "target": config.adapters.target}
     for folder in given.values():
         if folder is not None:
             read_adapter(folder)
     context = open_context(config, quiet)
     _check_before_work(context, given)
-    out = config.output
-    open_run(out, config.to_dict(), overwrite)
-    wait_for_all()
+    decided_by_main(lambda: open_run(out, settings, overwrite))
     if is_main():
         write_json(out / "data.json", context.data.manifest())
     adapters = {
@@ -101,17 +110,26 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
 
 
 def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
-    config = context.config
+    config, model = context.config, context.backbone.model
+    entries = 0
     for folder in given.values():
-        if folder is not None:
-            check_fits(read_adapter(folder), context.backbone.model, str(folder))
-    if None in given.values():
-        resolve_targets(context.backbone.model, config.lora.target_modules)
+        if folder is None:
+            targets = resolve_targets(model, config.lora.target_modules)
+            modules = dict(model.named_modules())
+            entries += sum(
+                config.lora.r * sum(linear_shape(modules[name]) or ()) for name in targets
+            )
+        else:
+            loaded = read_adapter(folder)
+            check_fits(loaded, model, str(folder))
+            entries += sum(f.A.numel() + f.B.numel() for f in loaded.adapter.values())
+    check_disk(config.output, checkpoint_bytes(entries))
     rounds = check_search(context)
-    plan = plan_memory(model_spec(config))
+    if not context.examples("target", "test"):
+        context.narrator.say("no test rows (data.target.rows.test): nothing will be scored")
     context.narrator.say(
-        f"backbone {context.backbone.public_name}, {context.backbone.dtype}; {plan};"
-        f" {rounds} rounds planned"
+        f"backbone {context.backbone.public_name}, {context.backbone.dtype}; {rounds} rounds of"
+        f" {config.controller.candidates} candidates planned"
     )
 
 
@@ -130,6 +148,13 @@ def _score_systems(
     context: Context, out: Path, adapters: dict[str, Path], merged: Path, final: Path
 ) -> dict[str, Any]:
     config = context.config
+    table = {
+        "task": config.data.task,
+        "language": config.data.target.language,
+        "seed": config.seed,
+    }
+    if not context.examples("target", "test"):
+        return table | {"systems": []}
 
     def unpruned(start: Path, slug: str, title: str) -> Path:
         folder = out / "baselines" / slug
@@ -161,12 +186,7 @@ def _score_systems(
             | read_json(folder / "scores.json")
             | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
         )
-    return {
-        "task": config.data.task,
-        "language": config.data.target.language,
-        "seed": config.seed,
-        "systems": rows,
-    }
+    return table | {"systems": rows}
 
 
 def _provenance(context: Context, out: Path) -> dict[str, Any]:
