@@ -24,7 +24,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"core", "hf", "tasks", "metrics", "config", "settings", "runs", "report"},
         {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
     ),
-    "cli": ({"config", "recipes", "report", "runs"}, {"typer", "rich"}),
+    "reference": ({"config", "core", "settings"}, {"pydantic", "pydantic_core"}),
+    "cli": ({"config", "recipes", "report", "reference", "runs"}, {"typer", "rich"}),
     "__init__": ({"config"}, set()),
     "__main__": ({"cli"}, set()),
 }
