@@ -41,6 +41,12 @@ def values(folder: Path, name: str, batch_size: int) -> dict:
     return job(
         folder,
         output=str(folder / name),
+        # "auto" is what users leave; on a machine with one GPU two processes could not share it.
+        model={
+            "name": str(folder / "base"),
+            "dtype": "float32",
+            "device": "cpu" if torch.cuda.is_available() else "auto",
+        },
         # Each process draws its own dropout.
         lora={"dropout": 0.0},
         train=section | {"epochs": 1},
@@ -166,6 +172,8 @@ def test_other_launches_are_refused_before_any_work(config, tmp_path, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if gpus > 1:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=said) as caught:
         RECIPES[recipe](config, tmp_path / "adapter", tmp_path / "out")

@@ -1,18 +1,24 @@
 """Where a model runs, and in which number format."""
 
+import os
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device for "auto" (CUDA, else the CPU) or for a name like "cuda:1".
+    """Return the device for "auto" (CUDA, a GPU for each process; else the CPU) or for a name like "cuda:1".
 
     Raises:
         ValueError: the name is no device, or CUDA is asked for and not there.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Launchers number the processes of a machine; each gets a GPU of its own.
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     try:
         device = torch.device(wanted)
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from grasp_lora.config import RunConfig
+from grasp_lora.hf.devices import choose_device
 from grasp_lora.hf.trainer import refuse_unsupported_launch
 
 T = TypeVar("T")
@@ -18,7 +19,8 @@ def join(config: RunConfig) -> None:
     Raises:
         ValueError: the launch is none that works here, with what to use instead.
     """
-    on_cpu = config.model.device == "cpu"
+    # Said outright where "auto" means the CPU: accelerate would take each process for a lone one.
+    on_cpu = choose_device(config.model.device).type == "cpu"
     refuse_unsupported_launch(on_cpu)
     PartialState(cpu=on_cpu)
 
