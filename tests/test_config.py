@@ -63,6 +63,17 @@ def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
     assert (config.search.batch_size, config.search.accumulation) == (1, 1)
     assert (config.finetune.batch_size, config.finetune.accumulation) == (1, 2)
     assert config.finetune.mask_schedule == "every-step"
+    published = {
+        "epochs": 10,
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "lr_decay": 0.85,
+    }
+    for section in (config.train, config.search, config.finetune):
+        assert published.items() <= section.model_dump().items()
+    assert (config.train.patience, config.finetune.patience) == (3, 3)
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 32, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,7 @@ def test_unknown_part_of_the_rows_is_named_once(tmp_path):
         ({"merge": {"rank": 4}}, "rank 4 has no effect"),
         ({"merge": {"kind": "svd"}}, "mask_unit: 'source'"),
         ({"finetune": {"mode": "continue", "importance": "magnitude"}}, "finetune.importance"),
+        ({"search": {"patience": 2}}, "search.patience: got 2; the search runs all of its steps"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout"),
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate"),

@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "merge": {"kind": "linear", "weights": [1.0, 1.0]},
         "controller": {"preset": "paper"},
+        "train": {"epochs": 10, "batch_size": 1, "patience": 3},
         "search": {"batch_size": 1, "accumulation": 1},
         "finetune": {"batch_size": 1, "accumulation": 8, "mask_schedule": "every-step"},
     },
@@ -117,6 +118,11 @@ class RunConfig(Section):
             found.append(
                 "mask_unit: 'source' has no meaning for merge.kind 'svd', which mixes the "
                 "sources; set mask_unit: merged"
+            )
+        if self.search.patience is not None:
+            found.append(
+                f"search.patience: got {self.search.patience}; the search runs all of its steps, "
+                "as its rounds are spread over them; remove it, or set finetune.patience"
             )
         if self.finetune.mode == "continue" and self.finetune.importance not in (
             "same",

@@ -390,6 +390,25 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"r": 8}, r"gives 'model\.layers\.0.*' the rank 8, its tensors have rank 4"),
+        ({"rank_pattern": {r"layers\.1.*v_proj": 2}}, r"'model\.layers\.1.*v_proj' the rank 2"),
+    ],
+)
+def test_a_config_of_another_rank_is_refused_as_peft_refuses_it(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(tiny_model(), folder)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (_drop("q_proj.lora_A"), r"lora_A of 'model\.layers\.0.*q_proj' is missing"),
         (_drop("v_proj.lora_B"), r"lora_B of 'model\.layers\.0.*v_proj' is missing"),
         (_set(f"{Q0}.lora_A.weight", torch.ones(3, 16)), r"ranks of .*\[3, 16\].*\[16, 4\]"),

@@ -6,10 +6,11 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from grasp_lora.hf import backbones, cache
 from grasp_lora.hf.backbones import ModelSpec, load_backbone, plan_memory
@@ -364,6 +365,23 @@ def test_a_quantized_8b_model_with_checkpointing_plans_below_24_gib() -> None:
     assert small.total < 24 * GIB < full.total
     assert small.adapter == full.adapter
     assert str(small).startswith(f"about {small.total / GIB:.1f} GiB: weights")
+
+
+def test_a_plan_trusts_remote_code_only_where_the_user_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_backbone_folder(tmp_path / "base")
+    trusted: list[bool] = []
+    build = AutoModelForCausalLM.from_config
+
+    def watched(config: Any, *, trust_remote_code: bool) -> Any:
+        trusted.append(trust_remote_code)
+        return build(config)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", watched)
+    for trust in (False, True):
+        plan_memory(spec_of(folder, trust_remote_code=trust))
+    assert trusted == [False, True]
 
 
 def test_planned_weights_and_adapter_match_a_real_model(tmp_path: Path) -> None:

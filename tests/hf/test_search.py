@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from grasp_lora.core import rounds
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import LoraFactors, merge
+from grasp_lora.core.masks import pruned_count
 from grasp_lora.core.settings import ControllerConfig
 from grasp_lora.hf.best import BestCallback
 from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
@@ -157,15 +158,34 @@ def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bi
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
 
 
-def test_rounds_fire_and_commit_and_zeros_hold(tmp_path):
-    run = train(tmp_path)
+def test_rounds_fire_and_the_mask_is_cut_at_the_ratio_recorded(tmp_path):
+    run = train(tmp_path, config=ControllerConfig(rounds=4, rows=4, max_step=0.05))
     records = run.searcher.controller.records
     assert len(records) == 4
-    assert any(r.committed for r in records)
-    ratio = run.searcher.controller.mask_ratio
+    last = [r for r in records if r.committed][-1]
+    assert all(abs(c - last.ratio) > 0.02 for c in last.candidates), "no candidate's mask will do"
     for name, param in run.live.params.items():
         assert torch.equal(param == 0, ~run.live.keep[name])
-        assert (~run.live.keep[name]).float().mean() == pytest.approx(ratio, abs=0.05)
+    for block in run.live.blocks:
+        for keep in (run.live.keep[block.a][block.rows], run.live.keep[block.b][:, block.rows]):
+            assert int((~keep).sum()) == pruned_count(keep.numel(), last.ratio)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_importance_is_computed_anew_in_every_round_unless_told(tmp_path, monkeypatch, fresh):
+    seen = []
+    rank = LiveAdapter.rank
+
+    def watched(self, score, norms):
+        seen.append(rank(self, score, norms))
+        return seen[-1]
+
+    monkeypatch.setattr(LiveAdapter, "rank", watched)
+    config = ControllerConfig(rounds=4, rows=4, refresh_importance=fresh)
+    train(tmp_path, config=config, learning_rate=0.1)
+    assert len(seen) == (4 if fresh else 1)
+    first, last = seen[0], seen[-1]
+    assert fresh == any(not torch.equal(first[name], last[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["cat", "linear"])

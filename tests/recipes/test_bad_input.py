@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from grasp_lora.cli import app
 from grasp_lora.config import load_config
 from grasp_lora.hf.modules import base_fingerprint
+from grasp_lora.recipes.data import load_run_data
 from grasp_lora.recipes.run import run
-from grasp_lora.runs import finish_run, open_run
+from grasp_lora.runs import finish_run, open_run, write_json
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job, write_rows
 
@@ -148,6 +149,15 @@ def finished_run(folder: Path, values: dict[str, Any]) -> None:
     finish_run(folder / "run")
 
 
+def changed_rows(folder: Path, values: dict[str, Any]) -> None:
+    parts = files(folder, values)
+    same = load_config(write_job(folder / "same.yaml", values))
+    open_run(folder / "run", same.to_dict())
+    rows = load_run_data(same, lambda _line: None).manifest()
+    write_json(folder / "run" / "data.json", rows)
+    append(parts["train"], row(parts["train"]) | {"id": "new", "question": "One more?"})
+
+
 def foreign_folder(folder: Path, values: dict[str, Any]) -> None:
     (folder / "run").mkdir()
     (folder / "run" / "thesis.tex").write_text("precious")
@@ -172,6 +182,7 @@ FAULTS: dict[Fault, str] = {
     unknown_modules: r"'q_prj'.*q_proj",
     another_run: r"another configuration \(seed: 1 -> 42\); set another output, or pass --ov",
     finished_run: r"holds a finished run of this configuration; read its report\.md, or pass",
+    changed_rows: r"an unfinished run on other rows .* a data file has changed since; set another",
     foreign_folder: r"is not empty and no run of grasp-lora.*set another output",
 }
 

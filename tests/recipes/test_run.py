@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora.config import RunConfig
+from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.run import run
 from grasp_lora.runs import read_json, read_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -129,6 +131,49 @@ def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
     )
     assert (out / "done.json").exists()
     assert len(read_json(out / "scores.json")["systems"]) == 1
+
+
+def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):
+    config = settings(
+        workplace,
+        search={"epochs": 2},
+        finetune={"mode": "continue", "epochs": 1, "learning_rate": 0.01},
+        evaluate={"max_new_tokens": 2},
+    )
+    out = run(config, quiet=True)
+    steps = {
+        name: read_json(out / name / "stage.json")["steps"]
+        for name in ("search", "final", "baselines/merged-finetuned", "baselines/source-finetuned")
+    }
+    assert steps["baselines/merged-finetuned"] == steps["search"] + steps["final"] == 3 * 2
+    assert steps["baselines/source-finetuned"] == 3 * 2
+    log = read_json(out / "final" / "stage.json")["log"]
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**2] * 2)
+    alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
+    assert alone[0]["learning_rate"] == 0.01
+    again = finetune_at(
+        config, out / "search/adapter", read_json(out / "ratio.json")["ratio"], out / "by-hand"
+    )
+    assert (again / "adapter_model.safetensors").read_bytes() == (
+        out / "final/adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(("schedule", "cuts"), [("once", 1), ("every-step", 5), (3, 2)])
+def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts):
+    calls = []
+    commit = LiveAdapter.commit
+    monkeypatch.setattr(
+        LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
+    )
+    start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
+    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
+    out = finetune_at(config, start, 0.5, workplace / "out")
+    assert read_json(out / "stage.json")["steps"] == 4
+    assert len(calls) == cuts
+    optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
+    assert len(optimizers) == cuts - 1, "cuts between steps clear the moments"
+    assert None not in optimizers
 
 
 def test_the_same_seed_gives_the_same_ratio_and_scores(workplace):

@@ -73,7 +73,7 @@ def read_adapter(folder: str | Path) -> LoadedAdapter:
     """Read a PEFT LoRA folder.
 
     The scaling of a module is alpha / rank (alpha / sqrt(rank) with rsLoRA); alpha follows the
-    config's `alpha_pattern`, the rank is that of the tensors.
+    config's `alpha_pattern`, the rank is that of the tensors and of the config, which must agree.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
@@ -186,6 +186,13 @@ def _checked_pair(module: str, sides: Mapping[str, Tensor], folder: Path) -> Fac
 def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
     alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
     key = get_pattern_key(list(alphas), module)
+    ranks: Mapping[str, int] = config.get("rank_pattern") or {}
+    told = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+    if told != rank:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} gives {module!r} the rank {told}, its tensors have rank "
+            f"{rank}, so its scaling cannot be known; restore the file that belongs to the weights"
+        )
     alpha = alphas.get(key, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise ValueError(

@@ -288,6 +288,7 @@ def plan_memory(
         dtype=dtype,
         quantization=spec.quantization,
         gradient_checkpointing=spec.gradient_checkpointing,
+        trust_remote_code=spec.trust_remote_code,
         rank=rank,
         batch_size=batch_size,
         length=length,

@@ -8,7 +8,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device for "auto" (CUDA, a GPU for each process; else the CPU) or for a name like "cuda:1".
+    """Return the device for "auto" or for a name like "cuda:1".
+
+    "auto" is CUDA where there is any, a GPU for each process of a launch, else the CPU.
 
     Raises:
         ValueError: the name is no device, or CUDA is asked for and not there.

@@ -50,6 +50,7 @@ def plan_config_memory(
     dtype: torch.dtype = torch.bfloat16,
     quantization: str = "none",
     gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
     rank: int = 16,
     batch_size: int = 1,
     length: int = 1024,
@@ -62,7 +63,7 @@ def plan_config_memory(
     logits of answers alone are computed in training.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     shapes = [shape for m in linear_modules(model).values() if (shape := linear_shape(m))]
     text = config.get_text_config()
     tokens, layers = batch_size * length, text.num_hidden_layers

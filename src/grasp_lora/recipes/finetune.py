@@ -11,6 +11,7 @@ from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
+    epochs_trained,
     finish_stage,
     read_start,
     save_plain,
@@ -28,11 +29,11 @@ def finetune_at(
     overwrite: bool = False,
     context: Context | None = None,
     title: str = "final fine-tuning",
-    start_epoch: float = 0.0,
 ) -> Path:
     """Prune an adapter at a fixed ratio, fine-tune it on the target rows, keep the best.
 
     The best is chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch.
+    In mode `continue` the learning rate goes on from the epochs that a search's `adapter/` has had.
 
     Args:
         config: the run's settings.
@@ -42,7 +43,6 @@ def finetune_at(
         overwrite: replace a finished result made with other settings.
         context: of the run this is part of.
         title: what the progress bar says.
-        start_epoch: epochs trained before, for the learning-rate schedule.
 
     Returns:
         `out`.
@@ -60,6 +60,7 @@ def finetune_at(
     context = context or open_context(config)
     started = time.perf_counter()
     section = config.finetune
+    before = epochs_trained(start) if section.mode == "continue" else 0.0
     rule = config.importance if section.importance == "same" else section.importance
     with context.live(read_start(start, context.backbone), config.mask_unit) as live:
         norms = context.norms(live, rule) if ratio > 0 else None
@@ -79,7 +80,7 @@ def finetune_at(
             title,
             reprune=prune if repeat else None,
             reprune_every=section.mask_schedule if isinstance(section.mask_schedule, int) else 1,
-            start_epoch=start_epoch,
+            start_epoch=before,
         )
         plain = live.plain()
         zeros = zeros_of(live)

@@ -99,6 +99,13 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
     }
 
 
+def epochs_trained(folder: Path) -> float:
+    """Return the epochs of the search that wrote an adapter folder; 0 for any other folder."""
+    if not (folder / MERGE_FILE).exists():
+        return 0.0
+    return float(read_json(folder / MERGE_FILE).get("epochs", 0.0))
+
+
 def work_folder(out: Path) -> Path:
     """Return where a stage keeps its checkpoints: beside its result, gone when it is done."""
     return out.with_name(f"{out.name}.work")

@@ -23,6 +23,7 @@ from grasp_lora.runs import (
     check_disk,
     check_run,
     finish_run,
+    jsonable,
     open_run,
     peak_memory_bytes,
     provenance,
@@ -78,9 +79,7 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
             read_adapter(folder)
     context = open_context(config, quiet)
     _check_before_work(context, given)
-    decided_by_main(lambda: open_run(out, settings, overwrite))
-    if is_main():
-        write_json(out / "data.json", context.data.manifest())
+    decided_by_main(lambda: _open(context, settings, overwrite))
     adapters = {
         role: folder or train_adapter(config, role, out / "adapters" / role, context=context)
         for role, folder in given.items()
@@ -95,7 +94,6 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
         ratio,
         out / "final",
         context=context,
-        start_epoch=config.search.epochs if onward else 0.0,
     )
     if is_main():
         publish_search(out, final)
@@ -133,6 +131,19 @@ def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
     )
 
 
+def _open(context: Context, settings: dict[str, Any], overwrite: bool) -> None:
+    out, rows = context.config.output, jsonable(context.data.manifest())
+    stored = out / "data.json"
+    opened = check_run(out, settings, overwrite)
+    if opened == "resumed" and stored.exists() and read_json(stored) != rows:
+        raise ValueError(
+            f"'{out}' holds an unfinished run on other rows (its data.json differs): a data file"
+            " has changed since; set another output, or pass --overwrite to begin anew"
+        )
+    open_run(out, settings, overwrite)
+    write_json(stored, rows)
+
+
 def publish_search(out: Path, final: Path) -> None:
     """Write the run's own ratio.json (zeros of the exported tensors added), rounds and picture."""
     search = out / "search"
@@ -156,9 +167,11 @@ def _score_systems(
     if not context.examples("target", "test"):
         return table | {"systems": []}
 
+    alone = _as_long_alone(config)
+
     def unpruned(start: Path, slug: str, title: str) -> Path:
         folder = out / "baselines" / slug
-        return finetune_at(config, start, 0.0, folder, context=context, title=title)
+        return finetune_at(alone, start, 0.0, folder, context=context, title=title)
 
     systems: list[System] = []
     if config.evaluate.baselines:
@@ -187,6 +200,15 @@ def _score_systems(
             | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
         )
     return table | {"systems": rows}
+
+
+def _as_long_alone(config: RunConfig) -> RunConfig:
+    """Return settings that give one fine-tuning run the epochs the result has had in all."""
+    if config.finetune.mode == "restart":
+        return config
+    epochs = config.search.epochs + config.finetune.epochs
+    longer = config.finetune.model_copy(update={"epochs": epochs})
+    return config.model_copy(update={"finetune": longer})
 
 
 def _provenance(context: Context, out: Path) -> dict[str, Any]:

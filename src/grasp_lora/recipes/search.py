@@ -18,6 +18,7 @@ from grasp_lora.core.rounds import (
 )
 from grasp_lora.hf.callback import ProbePool, SearchCallback
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import (
@@ -122,13 +123,19 @@ def search_ratio(
         ended = _as_merged(live, start)
     choice = choose_ratio(searcher.controller, config.controller)
     if is_main():
-        write_merged(out / "adapter", ended, context.backbone, {"kind": "search"})
+        about = {"kind": "search", "epochs": _epochs(context, result.steps)}
+        write_merged(out / "adapter", ended, context.backbone, about)
         write_rounds(out, searcher.controller, ids)
         write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
         facts = {"seconds": time.perf_counter() - started} | result.facts()
         finish_stage(out, key, facts)
     wait_for_all()
     return out
+
+
+def _epochs(context: Context, steps: int) -> float:
+    section, rows = context.config.search, len(context.examples("target", "train"))
+    return steps / steps_per_epoch(rows, section.batch_size, section.accumulation, processes())
 
 
 def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
