@@ -7,7 +7,7 @@ traceback instead.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -121,7 +121,7 @@ def train(
     loaded = _load(config, settings, None, seed)
     from grasp_lora.recipes.train import train_adapter
 
-    _wrote(train_adapter(loaded, role, out, overwrite=overwrite))
+    _stage(out, overwrite, lambda: train_adapter(loaded, role, out, overwrite=overwrite))
 
 
 @app.command()
@@ -150,7 +150,7 @@ def merge(
         )
     from grasp_lora.recipes.merge import merge_adapters
 
-    _wrote(merge_adapters(loaded, folders, out, overwrite=overwrite))
+    _stage(out, overwrite, lambda: merge_adapters(loaded, folders, out, overwrite=overwrite))
 
 
 @app.command()
@@ -169,7 +169,7 @@ def search(
     loaded = _load(config, settings, None, seed)
     from grasp_lora.recipes.search import search_ratio
 
-    _wrote(search_ratio(loaded, merged, out, overwrite=overwrite))
+    _stage(out, overwrite, lambda: search_ratio(loaded, merged, out, overwrite=overwrite))
 
 
 @app.command()
@@ -192,7 +192,7 @@ def finetune(
     loaded = _load(config, settings, None, seed)
     from grasp_lora.recipes.finetune import finetune_at
 
-    _wrote(finetune_at(loaded, start, fraction, out, overwrite=overwrite))
+    _stage(out, overwrite, lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite))
 
 
 @app.command()
@@ -214,7 +214,7 @@ def evaluate(
     from grasp_lora.recipes.evaluate import evaluate_adapter
 
     folder = None if adapter == "none" else Path(adapter)
-    _wrote(evaluate_adapter(loaded, folder, out, overwrite=overwrite))
+    _stage(out, overwrite, lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite))
 
 
 @app.command(name="settings")
@@ -263,6 +263,15 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
     write_report(folder)
     Console().print(scores_table(read_json(folder / "scores.json")))
     _wrote(folder)
+
+
+def _stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
+    before = (out / "stage.json").exists() and not overwrite
+    folder = work()
+    if before and _prints():
+        typer.echo(f"{folder} holds this result already; --overwrite makes it again")
+    elif not before:
+        _wrote(folder)
 
 
 def _wrote(folder: Path) -> None:

@@ -119,19 +119,14 @@ class RunConfig(Section):
                 "mask_unit: 'source' has no meaning for merge.kind 'svd', which mixes the "
                 "sources; set mask_unit: merged"
             )
-        if self.search.patience is not None:
-            found.append(
-                f"search.patience: got {self.search.patience}; the search runs all of its steps, "
-                "as its rounds are spread over them; remove it, or set finetune.patience"
-            )
         if self.finetune.mode == "continue" and self.finetune.importance not in (
             "same",
             self.importance,
         ):
             found.append(
                 f"finetune.importance: {self.finetune.importance!r} differs from importance "
-                f"{self.importance!r}, but finetune.mode 'continue' keeps the search's mask; "
-                "set finetune.importance: same or finetune.mode: restart"
+                f"{self.importance!r}, but finetune.mode 'continue' goes on under the masks "
+                "of the search; set finetune.importance: same or finetune.mode: restart"
             )
         found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
         if self.data.source is not None:

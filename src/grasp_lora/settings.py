@@ -191,9 +191,6 @@ class TrainSettings(Section):
     )
     batch_size: PositiveInt = Field(default=4, description="examples per forward pass")
     accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
-    patience: PositiveInt | None = Field(
-        default=None, description="stop after this many epochs without a better dev loss"
-    )
     max_steps: PositiveInt | None = Field(default=None, description="optimizer steps, at most")
     save_every: PositiveInt | None = Field(
         default=None, description="optimizer steps between checkpoints; default: once per epoch"
@@ -203,6 +200,9 @@ class TrainSettings(Section):
 
 class AdapterTraining(TrainSettings):
     epochs: PositiveInt = Field(default=3, description="passes over the training rows, at most")
+    patience: PositiveInt | None = Field(
+        default=None, description="stop after this many epochs without a better dev loss"
+    )
 
 
 class FinetuneSettings(TrainSettings):

@@ -14,7 +14,6 @@ from grasp_lora.tasks.encoding import (
     Encoded,
     encode,
     encode_examples,
-    length_sorted_batches,
 )
 from grasp_lora.tasks.records import Example, Prompt
 from helpers import tiny_model, tiny_tokenizer
@@ -193,12 +192,6 @@ def test_batch_leaves_out_what_a_model_does_not_take() -> None:
     assert list(batch) == ["input_ids", "attention_mask", "labels"]
 
 
-def test_prompt_batch_holds_the_prompts_alone() -> None:
-    batch = Collator(pad_id=0).prompts(rows_for_batch(1))
-    assert list(batch) == ["input_ids", "attention_mask"]
-    assert batch["input_ids"].tolist() == [[0, 0, 5, 1, 6], [0, 0, 0, 0, 7], [9, 4, 3, 2, 6]]
-
-
 def test_batches_without_rows_or_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         Collator(0)([])
@@ -233,12 +226,3 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
 
     expected = torch.stack([alone(row) for row in rows])
     torch.testing.assert_close(losses(rows), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_batches_are_sorted_by_length_longest_first_and_hold_each_row_once() -> None:
-    rows = [Encoded(str(n), "g", (0,) * n, 1, 0) for n in (3, 7, 5, 7, 2)]
-    assert length_sorted_batches(rows, 2) == [[1, 3], [2, 0], [4]]
-    assert length_sorted_batches(rows, 9) == [[1, 3, 2, 0, 4]]
-    assert length_sorted_batches([], 2) == []
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        length_sorted_batches(rows, 0)

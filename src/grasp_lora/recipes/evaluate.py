@@ -9,7 +9,13 @@ from grasp_lora.config import RunConfig
 from grasp_lora.hf.generate import generate_lines
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.folders import finish_stage, read_start, stage_is_done, stage_key
+from grasp_lora.recipes.folders import (
+    data_digest,
+    finish_stage,
+    read_start,
+    stage_is_done,
+    stage_key,
+)
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.runs import write_json, write_jsonl
 
@@ -39,7 +45,7 @@ def evaluate_adapter(
         ValueError: there are no test rows, or the adapter is none for this backbone.
     """
     join(config)
-    key = stage_key(config, adapter=adapter)
+    key = stage_key(config, data=data_digest(config), adapter=adapter)
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)

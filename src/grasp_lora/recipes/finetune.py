@@ -11,6 +11,7 @@ from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
+    data_digest,
     epochs_trained,
     finish_stage,
     read_start,
@@ -54,7 +55,7 @@ def finetune_at(
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
     join(config)
-    key = stage_key(config, start=start, ratio=ratio)
+    key = stage_key(config, data=data_digest(config), start=start, ratio=ratio)
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
@@ -78,6 +79,7 @@ def finetune_at(
             out,
             key,
             title,
+            patience=section.patience,
             reprune=prune if repeat else None,
             reprune_every=section.mask_schedule if isinstance(section.mask_schedule, int) else 1,
             start_epoch=before,

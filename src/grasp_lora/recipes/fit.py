@@ -82,6 +82,7 @@ def fit(
     extra: Sequence[TrainerCallback] = (),
     stateful: Sequence[Stateful] = (),
     choose_best: bool = True,
+    patience: int | None = None,
     reprune: Callable[[Any], None] | None = None,
     reprune_every: int = 1,
     start_epoch: float = 0.0,
@@ -99,7 +100,8 @@ def fit(
         role: whose rows are trained on and measured.
         extra: callbacks that run before the best checkpoint is chosen.
         stateful: their state, for the checkpoints.
-        choose_best: measure the dev rows, stop early, end with the best adapter (step 0 included).
+        choose_best: measure the dev rows and end with the best adapter (step 0 included).
+        patience: stop after so many epochs without a better dev loss.
         reprune: cuts the masks anew, every `reprune_every` steps.
         start_epoch: epochs trained before, for the learning-rate schedule.
         on_resume: called after a resumed run has its state back.
@@ -119,9 +121,11 @@ def fit(
     best: BestCallback | None = None
     dev = context.rows(role, ["dev"])
     if choose_best and dev.encoded:
-        best = BestCallback(live, dev, per_epoch, section.patience, lambda _e: None)
+        best = BestCallback(live, dev, per_epoch, patience, lambda _e: None)
         callbacks.append(best)
         parts.append(best)
+    if choose_best and not dev.encoded:
+        context.narrator.say(f"{title}: no {role} dev rows, so the last step is kept")
     check_disk(work.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
     begin_stage(out, key)
     with context.narrator.bar(title, total) as done:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.config import RunConfig
@@ -86,7 +87,12 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
     if not (folder / MERGE_FILE).exists():
         return merge("cat", [loaded.adapter], [1.0])
     layout = read_json(folder / MERGE_FILE)["layout"]
-    tensors = load_file(folder / PARTS_FILE)
+    try:
+        tensors = load_file(folder / PARTS_FILE)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder / PARTS_FILE} cannot be read ({error}); merge the adapters again"
+        ) from None
     return {
         name: MergedModule(
             about["kind"],
@@ -169,6 +175,15 @@ def stage_key(config: RunConfig, **inputs: Any) -> dict[str, Any]:
     """
     values = {k: _content(v) if isinstance(v, Path) else str(v) for k, v in inputs.items()}
     return {"config": config.config_hash()} | values
+
+
+def data_digest(config: RunConfig) -> str:
+    """Return a hash of the data files a run names: the same files, the same rows."""
+    digest = hashlib.sha256()
+    for section in (config.data.source, config.data.target):
+        for split, path in sorted(section.paths().items()) if section else ():
+            digest.update(split.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _content(folder: Path) -> str:

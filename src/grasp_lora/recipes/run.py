@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.hf.adapter_io import check_fits, read_adapter
 from grasp_lora.hf.backbones import resolve_targets
@@ -225,5 +227,8 @@ def _provenance(context: Context, out: Path) -> dict[str, Any]:
         "config_hash": context.config.config_hash(),
         "stage_seconds": stages,
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": (
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        ),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -22,6 +22,7 @@ from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import (
+    data_digest,
     finish_stage,
     read_start,
     stage_is_done,
@@ -81,7 +82,7 @@ def search_ratio(
         Diverged: the training loss became NaN.
     """
     join(config)
-    key = stage_key(config, merged=merged)
+    key = stage_key(config, data=data_digest(config), merged=merged)
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)

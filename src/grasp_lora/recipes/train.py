@@ -11,7 +11,13 @@ from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.hf.modules import linear_shape, resolve_targets
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit
-from grasp_lora.recipes.folders import finish_stage, save_plain, stage_is_done, stage_key
+from grasp_lora.recipes.folders import (
+    data_digest,
+    finish_stage,
+    save_plain,
+    stage_is_done,
+    stage_key,
+)
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 
 
@@ -38,7 +44,7 @@ def train_adapter(
         ValueError: there are no rows for the role, or no layer matches `lora.target_modules`.
     """
     join(config)
-    key = stage_key(config, role=role)
+    key = stage_key(config, data=data_digest(config), role=role)
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config)
@@ -48,7 +54,16 @@ def train_adapter(
     scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
     fresh = fresh_adapter(context.backbone.model, config)
     with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
-        result = fit(context, live, config.train, out, key, f"train {role} adapter", role=role)
+        result = fit(
+            context,
+            live,
+            config.train,
+            out,
+            key,
+            f"train {role} adapter",
+            role=role,
+            patience=config.train.patience,
+        )
         plain = live.plain()
     if is_main():
         save_plain(out, plain, context.backbone, scaling)

@@ -218,18 +218,6 @@ class Collator:
             batch["logits_to_keep"] = torch.arange(length - longest - 1, length - 1)
         return batch
 
-    def prompts(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Return the batch of the prompts alone, [B, L], from which answers are generated.
-
-        It has no `position_ids`: generation makes them from the mask.
-
-        Raises:
-            ValueError: if there is no row.
-        """
-        batch = self._padded([row.input_ids[: row.prompt_length] for row in rows])
-        batch.pop("position_ids", None)
-        return batch
-
     def _padded(self, sequences: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
         if not sequences:
             raise ValueError("a batch needs at least one row")
@@ -243,15 +231,3 @@ class Collator:
         if self.with_position_ids:
             batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return batch
-
-
-def length_sorted_batches(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:
-    """Return batches of row numbers, longest rows first, so that little is padded.
-
-    Raises:
-        ValueError: if `batch_size` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -127,6 +127,7 @@ def check_disjoint(parts: Parts) -> None:
                     raise ValueError(
                         f"row {first_id!r} of split {first_split!r} and row {example.id!r} of "
                         f"split {split!r} have the same {shared}; give splits that do not overlap"
+                        f"{', or different questions different ids' if shared == 'id' else ''}"
                     )
 
 
