@@ -100,14 +100,14 @@ def test_settings_output_and_seed_reach_the_configuration(called, config, tmp_pa
     assert called["kwargs"] == {"overwrite": True}
 
 
-def test_run_prints_the_scores_and_writes_the_report(called, config, tmp_path):
+def test_run_prints_the_scores_and_the_outcome(called, config, tmp_path):
     out = tmp_path / "out"
     write_scores(out)
     done = invoke("run", config, "--output", str(out))
     assert "zero-shot" in done.output
     assert "12.5" in done.output
     assert f"wrote {out}" in done.output.replace("\n", "")
-    assert "0.400" in (out / "report.md").read_text(encoding="utf-8")
+    assert "ratio 0.400, verdict learned" in done.output
 
 
 def test_an_output_that_looks_like_another_type_stays_a_path(called, config, tmp_path, monkeypatch):
@@ -231,6 +231,11 @@ def test_ctrl_c_says_how_to_go_on(called, config, monkeypatch):
 
 def write_scores(run: Path) -> None:
     write_json(run / "ratio.json", {"ratio": 0.4, "verdict": "learned"})
-    row = {"name": "zero-shot", "exact_match": 12.5, "token_f1": 30, "loss": 2.5, "n": 8}
+    row = {"name": "zero-shot", "slug": "zero-shot"} | {
+        "exact_match": 12.5,
+        "token_f1": 30,
+        "loss": 2.5,
+        "n": 8,
+    }
     scores = {"task": "qa", "language": "es", "seed": 42, "systems": [row]}
     (run / "scores.json").write_text(json.dumps(scores), encoding="utf-8")

@@ -9,7 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from grasp_lora.report import plot_search, scores_markdown, scores_table, write_report
+from grasp_lora.report import (
+    comparison,
+    plot_search,
+    scores_markdown,
+    scores_table,
+    write_report,
+)
 from grasp_lora.runs import write_json
 
 SCORES: dict[str, Any] = {
@@ -17,8 +23,22 @@ SCORES: dict[str, Any] = {
     "language": "ar",
     "seed": 42,
     "systems": [
-        {"name": "zero-shot", "exact_match": 3.25, "token_f1": 10.0, "loss": 2.7404, "n": 100},
-        {"name": "a | b", "exact_match": 50, "token_f1": 61.26, "loss": None, "zeros": 0.4567},
+        {
+            "slug": "a",
+            "name": "zero-shot",
+            "exact_match": 3.25,
+            "token_f1": 10.0,
+            "loss": 2.7404,
+            "n": 100,
+        },
+        {
+            "slug": "b",
+            "name": "a | b",
+            "exact_match": 50,
+            "token_f1": 61.26,
+            "loss": None,
+            "zeros": 0.4567,
+        },
     ],
 }
 
@@ -140,3 +160,24 @@ def test_the_report_names_outcome_picture_and_scores(tmp_path):
 def test_a_run_without_scores_has_no_report(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"ratio\.json"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("final", "unpruned", "said"),
+    [
+        (0.9, 0.8, "0.100 above that of the same merge fine-tuned unpruned: pruning did not help"),
+        (0.7, 0.8, "0.100 below that of the same merge fine-tuned unpruned: pruning may have"),
+    ],
+)
+def test_the_report_says_in_words_whether_pruning_paid(final, unpruned, said):
+    systems = [
+        {"slug": "merged-finetuned", "name": "unpruned", "loss": unpruned},
+        {"slug": "final", "name": "final", "loss": final},
+    ]
+    sentence = comparison({"systems": systems})
+    assert said in sentence
+    assert ("The lowest loss is that of: unpruned." in sentence) == (final > unpruned)
+
+
+def test_without_baselines_nothing_is_compared():
+    assert comparison({"systems": [{"slug": "final", "name": "final", "loss": 1.0}]}) == ""

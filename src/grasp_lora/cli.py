@@ -257,11 +257,14 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
         return
     from rich.console import Console
 
-    from grasp_lora.report import scores_table, write_report
+    from grasp_lora.report import comparison, scores_table
     from grasp_lora.runs import read_json
 
-    write_report(folder)
-    Console().print(scores_table(read_json(folder / "scores.json")))
+    scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
+    console = Console(highlight=False)
+    console.print(scores_table(scores))
+    console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
+    console.print(comparison(scores), markup=False, end="")
     _wrote(folder)
 
 

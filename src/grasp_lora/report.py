@@ -90,13 +90,33 @@ def write_report(run: Path) -> Path:
     if (run / "ratio.png").exists():
         lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
     lines += [f"{_title(scores)}. Loss in nats, mean over examples.", "", scores_markdown(scores)]
+    lines += [sentence for sentence in (comparison(scores),) if sentence]
     write_text(run / "report.md", "\n".join(lines))
     return run / "report.md"
 
 
+def comparison(scores: Mapping[str, Any]) -> str:
+    """Say in words whether pruning paid, by the test loss; empty without the baselines."""
+    losses = {row["slug"]: row["loss"] for row in scores["systems"]}
+    names = {row["slug"]: row["name"] for row in scores["systems"]}
+    if not {"final", "merged-finetuned"} <= losses.keys():
+        return ""
+    gap = losses["final"] - losses["merged-finetuned"]
+    side = "above" if gap > 0 else "below"
+    said = (
+        f"The pruned adapter's loss is {abs(gap):.3f} {side} that of the same merge fine-tuned "
+        f"unpruned: pruning {'did not help' if gap >= 0 else 'may have helped'} here."
+    )
+    best = min(losses, key=lambda slug: losses[slug])
+    if best != "final":
+        said += f" The lowest loss is that of: {names[best]}."
+    return said + " One seed and few rows: read small gaps as none.\n"
+
+
 def _outcome(ratio: Mapping[str, Any]) -> str:
     verdicts = {
-        "learned": "a gain over the lowest ratio was shown on rows the choice had not seen",
+        "learned": "while searching, a gain over the lowest ratio was shown on rows the choice "
+        "had not seen; what training makes of it, the scores say",
         "flat": "no gain over the lowest ratio could be shown; the ratio is a guess",
         "never-fired": "the search was too short for one round; nothing was learned",
     }
@@ -212,7 +232,7 @@ def _linear_reach(rounds: Sequence[Mapping[str, Any]]) -> float:
     """Return up to which reward the scale is linear: over-pruning costs a hundred times as much
     as good pruning gains, and a linear scale would show the first alone."""
     sizes = sorted(abs(x) for r in rounds for x in r["rewards"] if x)
-    return max(sizes[len(sizes) // 4], sizes[-1] / 1000) if sizes else 1.0
+    return max(sizes[len(sizes) // 4], sizes[-1] / 100) if sizes else 1.0
 
 
 def _reward_panel(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
