@@ -1,4 +1,4 @@
-"""The curve over the history and the cross-fitted gain, against references written out."""
+"""The curve over the history, against references written out."""
 
 import math
 import statistics
@@ -15,7 +15,6 @@ from grasp_lora.core.history import (
     winsorised,
 )
 from grasp_lora.core.rounds import ControllerConfig, begin, conclude
-from grasp_lora.core.verdict import cross_fitted_gain
 
 CONFIG = ControllerConfig()
 
@@ -98,31 +97,3 @@ def test_all_gaps_zero_have_their_lowest_point_at_low():
 def test_restricting_drops_observations_with_fewer_than_two_rows_left():
     seen = [Observation(0.1, 0, {0: 1.0, 1: 2.0, 2: 3.0}), Observation(0.2, 1, {2: 1.0, 3: 1.0})]
     assert restricted(seen, {0, 1, 3}) == (Observation(0.1, 0, {0: 1.0, 1: 2.0}),)
-
-
-def noisy_parabola(seed, depth, rows=40, rounds=4):
-    generator = torch.Generator().manual_seed(seed)
-    slopes = torch.randn(rows, generator=generator).tolist()
-    seen = []
-    for t in range(rounds):
-        for ratio in (0.0, 0.2, 0.4, 0.6, 0.8):
-            mean = depth * ((ratio - 0.4) ** 2 - 0.08)
-            gaps = {e: mean + 0.3 * slopes[e] * (ratio - 0.4) for e in range(rows)}
-            seen.append(Observation(ratio, t, gaps))
-    return seen
-
-
-def test_the_gain_and_its_error_match_the_truth_over_repetitions():
-    evidence = [cross_fitted_gain(noisy_parabola(seed, 5.0), 8, CONFIG) for seed in range(40)]
-    gains = [gain for gain, _ in evidence]
-    errors = [error for _, error in evidence]
-    assert statistics.fmean(gains) == pytest.approx(5.0 * 0.16, abs=0.08)
-    # Rows are shared by all rounds: an error that took rounds for independent would be half as big.
-    # Halves are averaged as if fully correlated, which makes the error up to sqrt(2) too big.
-    assert 0.9 < statistics.fmean(errors) / statistics.stdev(gains) < 2.0
-
-
-def test_one_row_or_one_observation_gives_no_evidence():
-    assert cross_fitted_gain([], 8, CONFIG) is None
-    assert cross_fitted_gain([Observation(0.1, 0, {0: 1.0})], 8, CONFIG) is None
-    assert cross_fitted_gain([Observation(0.1, 0, {0: 1.0, 1: 1.0, 2: 0.0})], 8, CONFIG) is None

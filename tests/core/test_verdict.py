@@ -1,11 +1,13 @@
 """How the final ratio is picked, and what counts as learned."""
 
 import dataclasses
+import statistics
 
 import pytest
+import torch
 
-from grasp_lora.core.rounds import ControllerConfig, begin, conclude
-from grasp_lora.core.verdict import ratio_choice
+from grasp_lora.core.rounds import ControllerConfig, begin, choose_ratio, conclude, propose
+from grasp_lora.core.verdict import cross_fitted_gain, ratio_choice
 
 CONFIG = ControllerConfig()
 RATIOS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -45,3 +47,73 @@ def test_a_gain_without_any_spread_over_the_rows_is_learned():
 def test_equal_losses_are_flat():
     choice = ratio_choice(records_with(lambda ratio: 0.1), 0.0, 8, CONFIG)
     assert choice.verdict == "flat"
+
+
+def verdicts_of(curve, spread, seeds):
+    """Return the verdicts of whole simulated searches of 6 rounds on 16 of 48 rows each."""
+    config = ControllerConfig(rounds=6)
+    said = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        slopes = torch.randn(48, generator=generator, dtype=torch.float64)
+        state = begin(config, 6)
+        for step in range(6):
+            rows = sorted(torch.randperm(48, generator=generator)[:16].tolist())
+            candidates = propose(state, config, generator)
+            tried = [
+                [1 + curve(c) + spread(c) * float(slopes[r]) for r in rows]
+                for c in (state.mask_ratio, *candidates)
+            ]
+            state, _ = conclude(state, config, candidates, tried[0], tried[1:], rows, step)
+        said.append(choose_ratio(state, config).verdict)
+    return said
+
+
+def test_a_plateau_before_a_cliff_is_not_called_learned():
+    # Ratio 0 is tried in the first round and seldom again: forgetting must not make it look bad.
+    def cliff(ratio):
+        return 0.1 * ratio + 30 * max(0.0, ratio - 0.3) ** 2
+
+    said = verdicts_of(cliff, lambda ratio: 0.1 * ratio, range(40))
+    assert said.count("learned") <= 2
+
+
+def test_a_clear_gain_before_a_cliff_is_still_learned():
+    def valley(ratio):
+        return 2 * (ratio - 0.25) ** 2 + 30 * max(0.0, ratio - 0.4) ** 2
+
+    said = verdicts_of(valley, lambda ratio: 0.1 * ratio, range(20))
+    assert said.count("learned") >= 15
+
+
+def one_round(seed, rows=16, noise=0.3):
+    """Return a round at ratios 0, 0.4 and 0.8 whose true gains over 0 are 0.5 and -1 nats."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(3, rows, generator=generator, dtype=torch.float64) * noise
+    losses = (torch.tensor([[2.0], [1.5], [3.0]], dtype=torch.float64) + noisy).tolist()
+    state = begin(CONFIG)
+    state, _ = conclude(state, CONFIG, (0.0, 0.4, 0.8), losses[0], losses, range(rows), 1)
+    return state.records
+
+
+def test_the_gain_and_its_error_match_the_truth_over_repetitions():
+    evidence = [cross_fitted_gain(one_round(seed), CONFIG) for seed in range(60)]
+    gains = [gain for gain, *_ in evidence]
+    errors = [error for _, error, _ in evidence]
+    assert statistics.fmean(gains) == pytest.approx(0.5, abs=0.04)
+    # Halves are averaged as if fully correlated, which makes the error up to sqrt(2) too big.
+    assert 0.9 < statistics.fmean(errors) / statistics.stdev(gains) < 2.0
+
+
+def test_without_two_rows_for_each_half_there_is_no_evidence():
+    assert cross_fitted_gain((), CONFIG) is None
+    assert cross_fitted_gain(one_round(0, rows=3), CONFIG) is None
+    assert cross_fitted_gain(one_round(0, rows=4), CONFIG) is not None
+
+
+def test_rounds_where_nothing_near_the_lowest_ratio_was_measured_give_no_evidence():
+    (record,) = one_round(0)
+    later = dataclasses.replace(record, candidates=(0.2, 0.4, 0.8))
+    under_a_mask = dataclasses.replace(record, mask_ratio=0.3)
+    with_low = cross_fitted_gain((under_a_mask,), CONFIG)
+    assert cross_fitted_gain((under_a_mask, later), CONFIG) == with_low

@@ -4,19 +4,18 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
 from grasp_lora.core.history import (
-    Observation,
     RoundRecord,
-    fit_curve,
     lowest,
     observations,
-    restricted,
+    winsorised,
 )
 from grasp_lora.core.settings import ControllerConfig
 
@@ -25,6 +24,7 @@ Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 Z_LEARNED = 1.645
 """One-sided 5 % level of a standard normal."""
 _NEGLIGIBLE = 1e-9  # nats; below it a gain is rounding
+_NEAR_LOW = 0.05  # a trial this close to `low` stands for it
 _SPLITS = 5
 _SPLIT_SEED = 0
 _AGREE = 0.15
@@ -84,70 +84,89 @@ def ratio_choice(
         ratio, rule = _joined(minimum, late_mu, current)
     if not records:
         return RatioChoice(ratio, "never-fired", None, None, None, rule, minimum, late_mu)
-    evidence = cross_fitted_gain(seen, horizon, config)
+    evidence = cross_fitted_gain(records, config)
     if evidence is None:
         return RatioChoice(ratio, "flat", None, None, None, rule, minimum, late_mu)
-    gain, error = evidence
+    gain, error, rows = evidence
     z = gain / error if error > 0 else None
-    verdict = "learned" if gain > max(_NEGLIGIBLE, Z_LEARNED * error) else "flat"
+    verdict = "learned" if gain > max(_NEGLIGIBLE, _critical(rows) * error) else "flat"
     return RatioChoice(ratio, verdict, gain, error, z, rule, minimum, late_mu)
 
 
 def cross_fitted_gain(
-    seen: Sequence[Observation], horizon: int, config: ControllerConfig
-) -> tuple[float, float] | None:
-    """Return the gain over `low` of choosing a ratio, and its standard error, in nats.
+    records: Sequence[RoundRecord], config: ControllerConfig
+) -> tuple[float, float, int] | None:
+    """Return the gain over `low` of choosing a trial, its standard error (nats), and rows tested.
 
-    The rows are split in two halves; the ratio is chosen on one and its gain measured on the other,
+    The rows are split in two halves; the trial is chosen on one and its gain measured on the other,
     then the halves swap. So the gain does not profit from the luck of the choice. Averaged over a
     few splits, drawn with a fixed seed. The errors of halves and splits are averaged as if fully
     correlated, since they share all rows: the test errs on the side of `flat`.
 
     Returns:
-        None if there are too few rows or trials for two halves.
+        None if no round had a ratio near `low` beside a higher one, or too few rows for two halves.
     """
-    rows = sorted({row for observation in seen for row in observation.gaps})
+    contrasts = _contrasts(records, config)
+    rows = sorted({row for contrast in contrasts for row in contrast})
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     gains: list[float] = []
     errors: list[float] = []
+    counts: list[int] = []
     for _ in range(_SPLITS):
         order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
         shuffled = [rows[i] for i in order]
-        first = restricted(seen, set(shuffled[: len(rows) // 2]))
-        second = restricted(seen, set(shuffled[len(rows) // 2 :]))
-        if not first or not second:
-            continue
+        first, second = set(shuffled[: len(rows) // 2]), set(shuffled[len(rows) // 2 :])
         for chosen_on, tested_on in ((first, second), (second, first)):
-            ratio = lowest(chosen_on, horizon, config)
-            gain, error = _measured_gain(tested_on, ratio, horizon, config)
-            gains.append(gain)
-            errors.append(error)
+            halves = [(_on(c, chosen_on), _on(c, tested_on)) for c in contrasts]
+            whole = [(a, b) for a, b in halves if len(a) > 1 and len(b) > 1]
+            if whole:
+                _, tested = max(whole, key=lambda half: statistics.fmean(half[0]))
+                gains.append(statistics.fmean(tested))
+                errors.append(statistics.stdev(tested) / math.sqrt(len(tested)))
+                counts.append(len(tested))
     if not gains:
         return None
-    return math.fsum(gains) / len(gains), math.fsum(errors) / len(errors)
+    return math.fsum(gains) / len(gains), math.fsum(errors) / len(errors), min(counts)
 
 
-def _measured_gain(
-    seen: Sequence[Observation], ratio: float, horizon: int, config: ControllerConfig
-) -> tuple[float, float]:
-    """Return curve(low) - curve(ratio) and its standard error, clustered by row.
+def _critical(rows: int) -> float:
+    """Return the 5 % level of Student's t for the mean of `rows`, to first order in 1 / rows."""
+    return Z_LEARNED * (1 + (Z_LEARNED**2 + 1) / (4 * (rows - 1)))
 
-    The curve is linear in the gaps, so the difference is a sum over rows; a row that was probed in
-    several rounds contributes once, with all of its gaps.
+
+def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list[dict[int, float]]:
+    """Return, for every trial beside which `low` was measured, row -> loss at `low` less the
+    trial's.
+
+    Within one round alone, where rows and weights are the same. The curve over all rounds is no
+    measure for this: a trial beyond a cliff shifts its whole round, and however flat the plateau
+    before the cliff is, the curve's errors there are a share of the cliff.
     """
-    curve = fit_curve(seen, horizon)
-    ends = curve.weights(torch.tensor([config.low, ratio], dtype=torch.float64))
-    weights: list[float] = (ends[0] - ends[1]).tolist()
-    shares: dict[int, float] = {}
-    for weight, observation in zip(weights, seen, strict=True):
-        count = len(observation.gaps)
-        # Residuals of few rows are too small by this factor, as in any sample variance.
-        unbiased = math.sqrt(count / (count - 1))
-        for row, gap in observation.gaps.items():
-            residual = (gap - observation.mean) * unbiased
-            shares[row] = shares.get(row, 0.0) + weight * residual / count
-    gain = math.fsum(w * o.mean for w, o in zip(weights, seen, strict=True))
-    return gain, math.sqrt(math.fsum(share**2 for share in shares.values()))
+    found: list[dict[int, float]] = []
+    in_force = 0.0  # nothing is pruned before the first commit
+    bound = config.low + _NEAR_LOW
+    for record in records:
+        trials = list(zip(record.candidates, record.per_row, strict=True))
+        lows = [losses for at, losses in trials if at <= bound]
+        if in_force <= bound:
+            lows.append(record.baseline_rows)
+        in_force = record.mask_ratio
+        for at, losses in trials:
+            if not lows or at <= bound:
+                continue
+            gaps = {
+                row: low - high
+                for row, low, high in zip(record.rows, lows[0], losses, strict=True)
+                if low is not None and high is not None
+            }
+            if gaps:
+                values = winsorised(list(gaps.values()))
+                found.append(dict(zip(gaps, values, strict=True)))
+    return found
+
+
+def _on(contrast: Mapping[int, float], rows: set[int]) -> list[float]:
+    return [gap for row, gap in contrast.items() if row in rows]
 
 
 def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[float, str]:
