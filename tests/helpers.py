@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -203,3 +204,25 @@ def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the model's logits [rows, length, vocab] for `ids`, without gradients."""
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+def tiny_bloom_model(seed: int = 0, width: int = 16) -> PreTrainedModel:
+    """Return a random causal LM whose forward takes no `position_ids` (ALiBi), as `tiny_model`."""
+    config = BloomConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=width,
+        n_layer=2,
+        n_head=2,
+        tie_word_embeddings=False,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=BOS_ID,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+    return model.eval()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from grasp_lora.cli import app
 from grasp_lora.runs import write_json
 
-COMMANDS = ["run", "demo", "train", "merge", "search", "finetune", "evaluate"]
+COMMANDS = ["run", "demo", "train", "merge", "search", "finetune", "evaluate", "score"]
 RECIPES = {
     "run": "run",
     "train": "train_adapter",
@@ -137,8 +137,6 @@ def test_demo_runs_the_packaged_configuration(called, tmp_path):
         ),
         (["search", "--merged", "m"], "search_ratio", (Path("m"),)),
         (["finetune", "--start", "m", "--ratio", "0.4"], "finetune_at", (Path("m"), 0.4)),
-        (["evaluate", "--adapter", "a"], "evaluate_adapter", (Path("a"),)),
-        (["evaluate", "--adapter", "none"], "evaluate_adapter", (None,)),
     ],
 )
 def test_each_command_calls_its_recipe(called, config, arguments, name, args):
@@ -147,6 +145,83 @@ def test_each_command_calls_its_recipe(called, config, arguments, name, args):
     assert called["name"] == name
     assert called["args"] == (*args, Path("there"))
     assert called["kwargs"] == {"overwrite": False}
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Path:
+    """A folder as an evaluation leaves it, and an adapter folder beside it."""
+    score = {"value": 12.5, "low": 5.0, "high": 20.0, "n": 8, "settings": {}}
+    sets = {"test": {"language": "es", "n": 8, "scores": {"exact_match": score}}}
+    write_json(tmp_path / "out/scores.json", {"sets": sets})
+    write_json(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": "smollm2"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("given", "folder"), [("adapter", True), ("none", False)])
+def test_evaluate_takes_the_test_rows_of_a_configuration(called, config, evaluated, given, folder):
+    adapter = str(evaluated / given) if folder else given
+    out = str(evaluated / "out")
+    done = invoke("evaluate", adapter, "--config", config, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert called["name"] == "evaluate_adapter"
+    assert called["args"] == (Path(adapter) if folder else None, Path(out))
+    assert "12.50" in done.output
+    assert "5.00 to 20.00" in done.output
+
+
+def test_evaluate_takes_files_and_the_model_the_adapter_names(called, evaluated):
+    for name in ("one.jsonl", "two.jsonl"):
+        (evaluated / name).touch()
+    done = invoke(
+        *("evaluate", str(evaluated / "adapter"), "--out", str(evaluated / "out")),
+        *("--data", str(evaluated / "one.jsonl"), "--data", f"news={evaluated}/two.jsonl"),
+        *("--language", "ar", "--language", "zh", "--task", "summarization"),
+        *("--set", "evaluate.beams=4", "--seed", "3"),
+    )
+    assert done.exit_code == 0, done.output
+    given = called["config"]
+    assert (given.model.name, given.evaluate.beams, given.seed) == ("smollm2", 4, 3)
+    assert given.data.task == "summarization"
+    assert given.data.target.files == {"test": evaluated / "one.jsonl"}
+    assert given.data.target.language == "ar"
+    assert given.data.tests["news"].language == "zh"
+    assert given.data.tests["news"].files == evaluated / "two.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give either --config YAML"),
+        (["--config", "{yaml}", "--data", "x"], "give either --config YAML"),
+        (["--config", "{yaml}", "--language", "ar"], "--language has no effect beside --config"),
+        (["--data", "{file}"], "0 languages for 1 files"),
+        (["--data", "{file}", "--data", "{file}", "--language", "ar"], "two files of --data"),
+        (["--data", "none.jsonl", "--language", "ar"], "'none.jsonl' does not exist"),
+        (["--data", "mean={file}", "--language", "ar"], "cannot be called 'mean'"),
+    ],
+)
+def test_evaluate_says_which_options_are_missing(called, config, evaluated, options, said):
+    (evaluated / "rows.jsonl").touch()
+    filled = [text.format(yaml=config, file=evaluated / "rows.jsonl") for text in options]
+    adapter, out = str(evaluated / "adapter"), str(evaluated / "out")
+    done = invoke("evaluate", adapter, *filled, "--out", out)
+    assert done.exit_code == 2
+    assert said in done.output
+    assert not called
+
+
+def test_evaluate_refuses_a_folder_that_is_no_adapter_beside_a_configuration(called, config):
+    done = invoke("evaluate", "nothing", "--config", config, "--out", "there")
+    assert done.exit_code == 2
+    assert "is no PEFT adapter" in done.output
+
+
+def test_leakage_can_be_allowed(called, config, tmp_path):
+    write_scores(tmp_path)
+    assert not invoke("run", config, "--output", str(tmp_path)).exit_code
+    assert called["config"].data.allow_leakage is False
+    assert not invoke("run", config, "--output", str(tmp_path), "--allow-leakage").exit_code
+    assert called["config"].data.allow_leakage is True
 
 
 def test_merge_takes_the_adapters_of_the_configuration(called, config, tmp_path):
@@ -231,11 +306,8 @@ def test_ctrl_c_says_how_to_go_on(called, config, monkeypatch):
 
 def write_scores(run: Path) -> None:
     write_json(run / "ratio.json", {"ratio": 0.4, "verdict": "learned"})
-    row = {"name": "zero-shot", "slug": "zero-shot"} | {
-        "exact_match": 12.5,
-        "token_f1": 30,
-        "loss": 2.5,
-        "n": 8,
-    }
+    score = {"value": 12.5, "low": 5.0, "high": 20.0, "n": 8, "settings": {}}
+    sets = {"test": {"language": "es", "n": 8, "scores": {"exact_match": score}}}
+    row = {"name": "zero-shot", "slug": "zero-shot", "sets": sets}
     scores = {"task": "qa", "language": "es", "seed": 42, "systems": [row]}
     (run / "scores.json").write_text(json.dumps(scores), encoding="utf-8")

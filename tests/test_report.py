@@ -1,152 +1,89 @@
-"""Pictures and tables from records."""
+"""Tables and sentences from records."""
 
 import io
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from grasp_lora.report import (
-    comparison,
-    plot_search,
-    scores_markdown,
-    scores_table,
-    write_report,
-)
+from grasp_lora.report import comparison, score_tables, scores_markdown, write_report
 from grasp_lora.runs import write_json
+
+
+def score(
+    value: float | None, low: float | None = None, high: float | None = None, **settings: Any
+):
+    return {"value": value, "low": low, "high": high, "n": 100, "settings": settings}
+
+
+def system(slug: str, name: str, zeros: float | None = None, **scores: Any) -> dict[str, Any]:
+    return {
+        "slug": slug,
+        "name": name,
+        "zeros": zeros,
+        "sets": {"test": {"language": "ar", "n": 100, "scores": scores}},
+    }
+
 
 SCORES: dict[str, Any] = {
     "task": "qa",
     "language": "ar",
     "seed": 42,
     "systems": [
-        {
-            "slug": "a",
-            "name": "zero-shot",
-            "exact_match": 3.25,
-            "token_f1": 10.0,
-            "loss": 2.7404,
-            "n": 100,
-        },
-        {
-            "slug": "b",
-            "name": "a | b",
-            "exact_match": 50,
-            "token_f1": 61.26,
-            "loss": None,
-            "zeros": 0.4567,
-        },
+        system(
+            "a",
+            "zero-shot",
+            exact_match=score(3.25, 0.0, 7.0),
+            bleu=score(1.0),
+            loss=score(2.7404, 2.5, 3.0, tokenizer="x"),
+        ),
+        system(
+            "b",
+            "a | b",
+            0.4567,
+            exact_match=score(50),
+            bleu=score(None),
+            loss=score(1.5, tokenizer="y"),
+        ),
     ],
 }
 
 
-def round_record(number: int, **changes: Any) -> dict[str, Any]:
-    record = {
-        "round": number,
-        "step": 10 * (number + 1),
-        "kind": "policy",
-        "candidates": [0.2, 0.4, 0.6],
-        "rewards": [-0.1, 0.2, 0.05],
-        "baseline": 1.0,
-        "losses": [1.1, 0.8, 0.95],
-        "committed": True,
-        "ratio_before": 0.1 * number,
-        "ratio": 0.1 * (number + 1),
-        "mask_ratio": 0.1 * (number + 1),
-        "best": 0.4,
-        "mu": 0.4,
-        "sigma": 0.1,
-    }
-    return {**record, **changes}
+def pair(
+    difference: float, p_value: float | None = 0.5, low: float | None = -1.0
+) -> dict[str, Any]:
+    return {"difference": difference, "low": low, "high": 1.0, "p_value": p_value}
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures that are saved."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
-        figures.append(self)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
+def compared(**tests: Any) -> dict[str, Any]:
+    systems = [
+        system("merged-finetuned", "unpruned", loss=score(1.0)),
+        system("final", "final", loss=score(tests["loss"]["difference"] + 1.0)),
+    ]
+    found = {"merged-finetuned": {"test": tests}}
+    return {"task": "qa", "seed": 1, "systems": systems, "comparisons": found}
 
 
-def line(figure: Figure, panel: int, label: str) -> list[tuple[float, float]]:
-    (found,) = [x for x in figure.axes[panel].get_lines() if x.get_label() == label]
-    return [(float(x), float(y)) for x, y in zip(*found.get_data(), strict=True)]
+def test_the_table_holds_every_score_with_its_interval():
+    lines = scores_markdown(SCORES, "test").splitlines()
+    assert lines[0] == "| system | exact match | BLEU | loss | zeros (%) |"
+    assert lines[2] == "| zero-shot | 3.2 [0.0, 7.0] | 1.0 | 2.74 [2.50, 3.00] | – |"
+    assert lines[3] == "| a \\| b | 50.0 | – | 1.50 | 45.7 |"
 
 
-def test_the_picture_shows_the_ratio_the_rewards_and_the_losses(tmp_path, drawn):
-    rounds = [round_record(0), round_record(1), round_record(2, committed=False, ratio=0.2)]
-    log = [{"step": s, "loss": 2.0 - s / 40} for s in range(1, 41)]
-    evaluations = [{"step": 0, "loss": 1.2}, {"step": 12, "loss": 0.9}]
-    ratio = {"ratio": 0.345, "verdict": "learned"}
-    plot_search(rounds, log, evaluations, ratio, tmp_path / "deep" / "ratio.png")
-    (figure,) = drawn
-    steps, ratios = zip(*line(figure, 0, "current ratio"), strict=True)
-    assert steps == (0, 10, 20, 30, 40)
-    assert ratios == pytest.approx((0.0, 0.1, 0.2, 0.2, 0.2))
-    assert line(figure, 1, "best of the round") == [(10, 0.2), (20, 0.2), (30, 0.2)]
-    assert line(figure, 1, "committed") == [(10, 0.2), (20, 0.2)]
-    assert line(figure, 2, "probing rows, before each round") == [(10, 1), (20, 1), (30, 1)]
-    assert line(figure, 2, "dev, final run (its own steps)") == [(0, 1.2), (12, 0.9)]
-    assert len(line(figure, 2, "train, each step")) == 40
-    assert "0.345" in figure.get_suptitle()
-    assert "learned" in figure.get_suptitle()
-
-
-def test_a_mask_that_differs_from_the_ratio_has_its_own_line(tmp_path, drawn):
-    ratio = {"ratio": 0.4, "verdict": "flat"}
-    plot_search([round_record(0, mask_ratio=0.4)], [], [], ratio, tmp_path / "a.png")
-    plot_search([round_record(0)], [], [], ratio, tmp_path / "b.png")
-    labels = [[x.get_label() for x in f.axes[0].get_lines()] for f in drawn]
-    assert "ratio of the mask in force" in labels[0]
-    assert "ratio of the mask in force" not in labels[1]
-
-
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        [],
-        [round_record(0, rewards=[None] * 3, losses=[None] * 3, committed=False)],
-        [round_record(0, rewards=[0.0, 0.0, 0.0])],
-        [round_record(0, rewards=[None, 0.1, 0.2]), round_record(1, baseline=None)],
-        [round_record(0, candidates=[0.3], rewards=[0.1], losses=[0.9])],
-    ],
-    ids=["no round", "all NaN", "flat", "one NaN", "one candidate"],
-)
-def test_any_search_can_be_drawn(tmp_path, rounds):
-    path = tmp_path / "ratio.png"
-    plot_search(rounds, [], [], {"ratio": 0.0, "verdict": "never-fired"}, path)
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert min(width, height) > 1000
-
-
-def test_the_table_keeps_order_and_units():
-    lines = scores_markdown(SCORES).splitlines()
-    assert lines[0] == "| system | exact match | token F1 | loss | zeros (%) |"
-    assert lines[2] == "| zero-shot | 3.2 | 10.0 | 2.740 | – |"
-    assert lines[3] == "| a \\| b | 50.0 | 61.3 | – | 45.7 |"
-
-
-def test_the_terminal_table_has_the_same_cells():
+def test_the_terminal_table_holds_the_telling_scores():
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(scores_table(SCORES))
+    (table,) = score_tables(SCORES)
+    console.print(table)
     text = console.export_text()
-    assert "qa, ar, 100 test rows, seed 42" in text
+    assert "qa, ar, 100 rows, seed 42" in text
     assert text.index("zero-shot") < text.index("a | b")
-    assert all(cell in text for cell in ("3.2", "2.740", "61.3", "45.7"))
+    assert all(cell in text for cell in ("3.2 [0.0, 7.0]", "2.74 [2.50, 3.00]", "45.7"))
+    assert "BLEU" not in text
 
 
-def test_the_report_names_outcome_picture_and_scores(tmp_path):
+def test_the_report_names_outcome_picture_scores_and_how_they_were_made(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES)
     (tmp_path / "ratio.png").touch()
@@ -154,7 +91,25 @@ def test_the_report_names_outcome_picture_and_scores(tmp_path):
     assert "**0.400**" in text
     assert "no gain over the lowest ratio could be shown" in text
     assert "(ratio.png)" in text
-    assert scores_markdown(SCORES) in text
+    assert scores_markdown(SCORES, "test") in text
+    assert "- test, loss: tokenizer: x" in text
+
+
+def test_scores_of_different_settings_in_one_column_are_said_to_be_so(tmp_path):
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
+    write_json(tmp_path / "scores.json", SCORES)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "The column loss holds scores of different settings" in text
+    assert "The column exact match" not in text
+
+
+def test_leaks_that_were_allowed_are_in_the_report(tmp_path):
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
+    write_json(tmp_path / "scores.json", SCORES)
+    leak = {"kind": "near", "first": ["target/train", "q1"], "second": ["target/test", "q2"]}
+    write_json(tmp_path / "data.json", {"leaks": [leak | {"similarity": 0.91}]})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "- near: target/train q1 and target/test q2, similarity 0.91" in text
 
 
 def test_a_run_without_scores_has_no_report(tmp_path: Path):
@@ -163,21 +118,38 @@ def test_a_run_without_scores_has_no_report(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("final", "unpruned", "said"),
+    ("loss", "said"),
     [
-        (0.9, 0.8, "0.100 above that of the same merge fine-tuned unpruned: pruning did not help"),
-        (0.7, 0.8, "0.100 below that of the same merge fine-tuned unpruned: pruning may have"),
+        (pair(0.1, 0.01), "Pruning raised the test loss. The lowest loss is that of: unpruned."),
+        (pair(-0.1, 0.01), "Pruning lowered the test loss. The result, paired"),
+        (pair(-0.1, 0.2), "Pruning did not change the test loss by more than chance. The result"),
     ],
 )
-def test_the_report_says_in_words_whether_pruning_paid(final, unpruned, said):
-    systems = [
-        {"slug": "merged-finetuned", "name": "unpruned", "loss": unpruned},
-        {"slug": "final", "name": "final", "loss": final},
-    ]
-    sentence = comparison({"systems": systems})
-    assert said in sentence
-    assert ("The lowest loss is that of: unpruned." in sentence) == (final > unpruned)
+def test_the_report_says_in_words_whether_pruning_paid(loss, said):
+    assert said in comparison(compared(loss=loss))
+
+
+def test_each_pairing_says_whether_the_systems_are_told_apart():
+    text = comparison(compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01)))
+    assert "exact match +2.0 [-1.0, +1.0], p 0.50, not told apart" in text
+    assert "loss -0.500 [-1.000, +1.000], p 0.01." in text
+
+
+def test_a_pairing_over_one_context_has_no_test():
+    assert "no test" in comparison(compared(loss=pair(-0.5, None, None)))
 
 
 def test_without_baselines_nothing_is_compared():
-    assert comparison({"systems": [{"slug": "final", "name": "final", "loss": 1.0}]}) == ""
+    alone = system("final", "final", loss=score(1.0))
+    assert comparison({"task": "qa", "systems": [alone], "comparisons": {}}) == ""
+
+
+def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
+    row = system("final", "final", exact_match=score(50.0))
+    row["sets"]["news"] = {"language": "ar", "n": 7, "scores": {"exact_match": score(30.0)}}
+    row |= {"mean": {"exact_match": 40.0}, "worst": {"exact_match": {"set": "news", "value": 30.0}}}
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
+    write_json(tmp_path / "scores.json", SCORES | {"systems": [row]})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "qa, ar, test set news, 7 rows" in text
+    assert "| final | 40.0, 30.0 (news) |" in text

@@ -16,13 +16,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grasp_lora.config_faults import ConfigError, describe
 from grasp_lora.core import ControllerConfig
+from grasp_lora.data_settings import PRESET_TASKS, DataSettings, HubData, LanguageData
 from grasp_lora.settings import (
     AdapterFolders,
     AdapterTraining,
-    DataSettings,
     EvaluateSettings,
     FinetuneSettings,
-    LanguageData,
     LoraSettings,
     MergeSettings,
     ModelSettings,
@@ -128,6 +127,13 @@ class RunConfig(Section):
                 f"{self.importance!r}, but finetune.mode 'continue' goes on under the masks "
                 "of the search; set finetune.importance: same or finetune.mode: restart"
             )
+        for role, section in (("source", self.data.source), ("target", self.data.target)):
+            task = PRESET_TASKS.get(str(section.files)) if section is not None else None
+            if section is not None and task not in (None, self.data.task):
+                found.append(
+                    f"data.{role}.files: the preset {section.files} is for the task {task}, but "
+                    f"data.task is {self.data.task}; set data.task: {task}"
+                )
         found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
         if self.data.source is not None:
             found += _part_faults("data.source", self.data.source, ("train",))
@@ -136,7 +142,9 @@ class RunConfig(Section):
     def missing_files(self) -> list[str]:
         """Files and folders this configuration names that do not exist, one message each."""
         named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
-        for role, data in (("source", self.data.source), ("target", self.data.target)):
+        sections = {"source": self.data.source, "target": self.data.target}
+        sections |= {f"tests.{name}": section for name, section in self.data.tests.items()}
+        for role, data in sections.items():
             for part, path in data.paths().items() if data else ():
                 named[f"data.{role}.files{'.' if part else ''}{part}"] = path
         return [
@@ -176,14 +184,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"not YAML: {' '.join(str(error).split())}"], str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(["the file must hold `key: value` lines at its top level"], str(path))
+    return make_config(data, overrides, str(path))
+
+
+def make_config(
+    data: dict[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "configuration",
+    training: bool = True,
+) -> RunConfig:
+    """Check a configuration given as nested dictionaries.
+
+    Args:
+        data: sections and settings; overrides are written into it.
+        overrides: `dotted.key=value`, applied in order.
+        where: what messages call the configuration.
+        training: False asks only for what an evaluation needs.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
     faults = _apply_overrides(data, overrides)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(faults + describe(error, RunConfig), str(path)) from None
-    faults += config.faults() + config.missing_files()
+        raise ConfigError(faults + describe(error, RunConfig), where) from None
+    faults += (config.faults() if training else []) + config.missing_files()
     if faults:
-        raise ConfigError(faults, str(path))
+        raise ConfigError(faults, where)
     return config
 
 
@@ -248,10 +276,14 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str
 
 def _part_faults(key: str, data: LanguageData, needed: Sequence[str]) -> list[str]:
     """Parts a stage cannot do without, left out or given no rows."""
-    if data.labels == "auto" or (data.files == "builtin" and not data.rows):
+    if data.labels == "auto" or (isinstance(data.files, str) and not data.rows):
         return []
-    section = "files" if isinstance(data.files, Mapping) else "rows"
-    given = set(data.files if isinstance(data.files, Mapping) else data.rows)
+    if isinstance(data.files, HubData):
+        section, given = "files.splits", set(data.files.splits)
+    elif isinstance(data.files, Mapping):
+        section, given = "files", set(data.files)
+    else:
+        section, given = "rows", set(data.rows)
     absent = [part for part in needed if part not in given]
     empty = [part for part, count in data.rows.items() if part in needed and count == 0]
     return [f"{key}.{section}.{part}: required, not given" for part in absent] + [

@@ -15,7 +15,8 @@ from pydantic_core import PydanticUndefined
 from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.core.settings import Preset
-from grasp_lora.settings import LanguageData, ModelSettings
+from grasp_lora.data_settings import LanguageData
+from grasp_lora.settings import ModelSettings
 
 # Sections that a run must give have no default to walk into.
 _REQUIRED_SECTIONS: dict[str, type[BaseModel]] = {

@@ -1,86 +1,68 @@
-"""A finished run for people: the search as a picture, the scores as a table.
+"""A finished run for people: its outcome in words, its scores as tables.
 
 Reads records and dictionaries; computes nothing that a number of the run depends on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from grasp_lora.runs import read_json, write_text
 
-INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
-# Orange for worse than the baseline, blue for better: told apart by colour-blind readers too.
-REWARDS: Colormap = LinearSegmentedColormap.from_list("rewards", [ORANGE, "#e9ecef", BLUE])
-
-# scores.json key -> column title, digits after the point, factor to the unit of the title
-COLUMNS: dict[str, tuple[str, int, float]] = {
-    "exact_match": ("exact match", 1, 1.0),
-    "token_f1": ("token F1", 1, 1.0),
-    "loss": ("loss", 3, 1.0),
-    "zeros": ("zeros (%)", 1, 100.0),
+# Scores shown in the terminal, most telling first; the report shows all.
+HEADLINES: Mapping[str, tuple[str, ...]] = {
+    "qa": ("exact_match", "token_f1", "chrf", "loss"),
+    "summarization": ("rougeLsum", "bleu", "chrf", "loss"),
+    "text-to-text": ("chrf", "bleu", "exact_match", "loss"),
 }
+TITLES: Mapping[str, str] = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "bertscore_f1": "BERTScore F1",
+}
+NATIVE = ("loss", "perplexity")
+"""Scores in units of their own, lower is better; all others are 0 to 100."""
+NO_VALUE = "\N{EN DASH}"
 
 
-def plot_search(
-    rounds: Sequence[Mapping[str, Any]],
-    log: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
-    ratio: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """Draw a search into a PNG: ratio, rewards and losses over the optimizer steps.
-
-    Args:
-        rounds: the controller's round records, in order; may be empty.
-        log: training loss of the search, `step` and `loss` each (nats per token).
-        evaluations: dev losses of the final run, `step` and `loss` each (nats).
-        ratio: the outcome, `ratio` and `verdict`.
-        path: the PNG.
-    """
-    figure = Figure(figsize=(9, 8.6), layout="constrained")
-    tops = figure.subplots(3, 1, sharex=True, height_ratios=[5, 3, 3])
-    steps = [float(entry["step"]) for entry in (*rounds, *log)]
-    last = max(steps, default=1.0)
-    _ratio_panel(tops[0], rounds, ratio, last)
-    _reward_panel(tops[1], rounds)
-    _loss_panel(tops[2], rounds, log, evaluations)
-    for axes in tops:
-        _plain(axes)
-    tops[2].set_xlabel("optimizer step")
-    tops[2].set_xlim(0, max([last, *(float(e["step"]) for e in evaluations)]) * 1.02)
-    outcome = f"Search for the prune ratio: {ratio['ratio']:.3f} ({ratio['verdict']})"
-    figure.suptitle(outcome, color=INK, fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def score_tables(scores: Mapping[str, Any]) -> list[Table]:
+    """Return the systems of a `scores.json` as tables for the terminal, one per test set."""
+    tables: list[Table] = []
+    for name, first in _sets(scores).items():
+        shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
+        table = Table(title=_title(scores, name, first))
+        table.add_column("system", overflow="fold")
+        for title in (*(TITLES.get(m, m) for m in shown), "zeros (%)"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in scores["systems"]:
+            cells = (_cell(row["sets"][name]["scores"][metric], metric) for metric in shown)
+            table.add_row(row["name"], *cells, _zeros(row))
+        tables.append(table)
+    return tables
 
 
-def scores_table(scores: Mapping[str, Any]) -> Table:
-    """The systems of a `scores.json` as a table for the terminal, in the order given."""
-    table = Table(title=_title(scores))
-    table.add_column("system", overflow="fold")
-    for title in _titles():
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in _rows(scores):
-        table.add_row(*row)
-    return table
-
-
-def scores_markdown(scores: Mapping[str, Any]) -> str:
-    """The same table in Markdown."""
-    lines = [f"| system | {' | '.join(_titles())} |", f"|---|{'---:|' * len(COLUMNS)}"]
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in _rows(scores))
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
+def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
+    """Return all scores of the test set `name` in Markdown, each with its interval."""
+    shown = list(_sets(scores)[name]["scores"])
+    titles = ["system", *(TITLES.get(m, m) for m in shown), "zeros (%)"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for row in scores["systems"]:
+        cells = [_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
+        system = row["name"].replace("|", "\\|")
+        lines.append(f"| {' | '.join([system, *cells, _zeros(row)])} |")
+    return "\n".join(lines) + "\n"
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.md` into a finished run folder: outcome, picture and scores.
+    """Write `report.md` into a finished run folder: outcome, picture, scores and their settings.
 
     Raises:
         FileNotFoundError: the run is not finished.
@@ -89,28 +71,129 @@ def write_report(run: Path) -> Path:
     lines = ["# Prune ratio and scores", "", _outcome(ratio), ""]
     if (run / "ratio.png").exists():
         lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
-    lines += [f"{_title(scores)}. Loss in nats, mean over examples.", "", scores_markdown(scores)]
-    lines += [sentence for sentence in (comparison(scores),) if sentence]
+    lines += list(_score_section(scores))
+    if (run / "data.json").exists():
+        lines += list(_leak_section(read_json(run / "data.json")))
     write_text(run / "report.md", "\n".join(lines))
     return run / "report.md"
 
 
-def comparison(scores: Mapping[str, Any]) -> str:
-    """Say in words whether pruning paid, by the test loss; empty without the baselines."""
-    losses = {row["slug"]: row["loss"] for row in scores["systems"]}
-    names = {row["slug"]: row["name"] for row in scores["systems"]}
-    if not {"final", "merged-finetuned"} <= losses.keys():
+def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
+    for name, first in _sets(scores).items():
+        yield f"## {_title(scores, name, first)}"
+        yield ""
+        yield (
+            "In brackets: 95 % bootstrap interval, contexts drawn. Scores are 0 to 100, loss in "
+            "nats per answer token, mean over examples."
+        )
+        yield ""
+        yield scores_markdown(scores, name)
+        yield from _differing(scores, name)
+        yield comparison(scores, name)
+    if len(_sets(scores)) > 1:
+        yield from _over_sets(scores)
+    yield from _how(scores)
+
+
+def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
+    """Say in words whether pruning paid on a test set; empty without the baselines."""
+    metrics = HEADLINES.get(scores["task"], ())
+    found = scores.get("comparisons", {})
+    if name not in _sets(scores) or "merged-finetuned" not in found:
         return ""
-    gap = losses["final"] - losses["merged-finetuned"]
-    side = "above" if gap > 0 else "below"
-    said = (
-        f"The pruned adapter's loss is {abs(gap):.3f} {side} that of the same merge fine-tuned "
-        f"unpruned: pruning {'did not help' if gap >= 0 else 'may have helped'} here."
-    )
-    best = min(losses, key=lambda slug: losses[slug])
+    names = {row["slug"]: row["name"] for row in scores["systems"]}
+    lines: list[str] = []
+    for slug, sets in found.items():
+        said = [_pair(sets[name][metric], metric) for metric in metrics if metric in sets[name]]
+        lines.append(f"- against {names[slug]}: {'; '.join(said)}.")
+    loss = found["merged-finetuned"][name].get("loss")
+    verdict = ""
+    if loss is not None:
+        helped = loss["difference"] < 0 and _told_apart(loss)
+        harmed = loss["difference"] > 0 and _told_apart(loss)
+        verdict = (
+            "Pruning lowered the test loss."
+            if helped
+            else "Pruning raised the test loss."
+            if harmed
+            else "Pruning did not change the test loss by more than chance."
+        )
+    values = {r["slug"]: r["sets"][name]["scores"].get("loss", {}) for r in scores["systems"]}
+    losses = {slug: score["value"] for slug, score in values.items() if score}
+    best = min(losses, key=lambda slug: losses[slug]) if losses else "final"
     if best != "final":
-        said += f" The lowest loss is that of: {names[best]}."
-    return said + " One seed and few rows: read small gaps as none.\n"
+        verdict += f" The lowest loss is that of: {names[best]}."
+    return "\n".join(
+        [f"{verdict} The result, paired with each system on the same rows:".strip(), "", *lines, ""]
+    )
+
+
+def _pair(pair: Mapping[str, Any], metric: str) -> str:
+    digits = 3 if metric in NATIVE else 1
+    sure = "" if _told_apart(pair) else ", not told apart"
+    return (
+        f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} "
+        f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}], p {pair['p_value']:.2f}{sure}"
+        if pair["low"] is not None
+        else f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} (one context: no test)"
+    )
+
+
+def _told_apart(pair: Mapping[str, Any]) -> bool:
+    return pair["p_value"] is not None and pair["p_value"] < 0.05
+
+
+def _differing(scores: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Name the columns whose systems were scored with different settings."""
+    for metric in _sets(scores)[name]["scores"]:
+        kinds = {str(row["sets"][name]["scores"][metric]["settings"]) for row in scores["systems"]}
+        if len(kinds) > 1:
+            yield (
+                f"The column {TITLES.get(metric, metric)} holds scores of different settings "
+                "(tokenizer, model or rescaling): do not compare them.\n"
+            )
+
+
+def _over_sets(scores: Mapping[str, Any]) -> Iterator[str]:
+    shown = [m for m in HEADLINES.get(scores["task"], ()) if m in scores["systems"][0]["mean"]]
+    yield "## Over the test sets: mean, and worst"
+    yield ""
+    yield f"| system | {' | '.join(TITLES.get(m, m) for m in shown)} |"
+    yield f"|---|{'---:|' * len(shown)}"
+    for row in scores["systems"]:
+        cells = [
+            f"{_number(row['mean'][m], m)}, {_number(row['worst'][m]['value'], m)} "
+            f"({row['worst'][m]['set']})"
+            for m in shown
+        ]
+        yield f"| {row['name']} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _how(scores: Mapping[str, Any]) -> Iterator[str]:
+    sets = _sets(scores)
+    if not sets:
+        return
+    yield "## How the scores were made"
+    yield ""
+    for name, first in sets.items():
+        for metric, score in first["scores"].items():
+            settings = ", ".join(f"{k}: {v}" for k, v in score["settings"].items())
+            yield f"- {name}, {TITLES.get(metric, metric)}: {settings}"
+    yield ""
+
+
+def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
+    leaks: Sequence[Mapping[str, Any]] = data.get("leaks", [])
+    if leaks:
+        yield "## Leakage"
+        yield ""
+        yield f"{len(leaks)} pairs of rows stand in two splits; the run was told to go on:"
+        yield ""
+        for leak in leaks[:20]:
+            first, second = (" ".join(leak[side]) for side in ("first", "second"))
+            yield f"- {leak['kind']}: {first} and {second}, similarity {leak['similarity']:.2f}"
+        yield "" if len(leaks) <= 20 else "- ... (all in data.json)\n"
 
 
 def _outcome(ratio: Mapping[str, Any]) -> str:
@@ -124,180 +207,27 @@ def _outcome(ratio: Mapping[str, Any]) -> str:
     return f"Ratio **{ratio['ratio']:.3f}**, verdict **{verdict}**: {verdicts.get(verdict, '')}."
 
 
-def _title(scores: Mapping[str, Any]) -> str:
-    counts = {row["n"] for row in scores["systems"] if row.get("n") is not None}
-    rows = f", {max(counts)} test rows" if counts else ""
-    return f"{scores['task']}, {scores['language']}{rows}, seed {scores['seed']}"
+def _sets(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    return scores["systems"][0]["sets"] if scores["systems"] else {}
 
 
-def _titles() -> list[str]:
-    return [title for title, _, _ in COLUMNS.values()]
+def _title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
+    where = "" if name == "test" else f", test set {name}"
+    return f"{scores['task']}, {one['language']}{where}, {one['n']} rows, seed {scores['seed']}"
 
 
-def _rows(scores: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [row["name"], *(_cell(row.get(key), *COLUMNS[key][1:]) for key in COLUMNS)]
-        for row in scores["systems"]
-    ]
+def _cell(score: Mapping[str, Any], metric: str) -> str:
+    if score["value"] is None:
+        return NO_VALUE
+    if score["low"] is None:
+        return _number(score["value"], metric)
+    ends = f"{_number(score['low'], metric)}, {_number(score['high'], metric)}"
+    return f"{_number(score['value'], metric)} [{ends}]"
 
 
-def _cell(value: float | None, digits: int, factor: float) -> str:
-    return "\N{EN DASH}" if value is None else f"{value * factor:.{digits}f}"
+def _number(value: float, metric: str) -> str:
+    return f"{value:.2f}" if metric in NATIVE else f"{value:.1f}"
 
 
-def _ratio_panel(
-    axes: Axes, rounds: Sequence[Mapping[str, Any]], ratio: Mapping[str, Any], last: float
-) -> None:
-    axes.set_ylabel("prune ratio")
-    axes.axhline(ratio["ratio"], color=GREEN, linestyle=(0, (5, 3)), linewidth=1.6, zorder=2)
-    axes.annotate(
-        f"ρ* = {ratio['ratio']:.3f}",
-        (1.0, ratio["ratio"]),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color=GREEN,
-        fontweight="bold",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-    )
-    if not rounds:
-        axes.set_ylim(0, 1)
-        axes.text(0.5, 0.5, "no round fired", transform=axes.transAxes, ha="center", color=INK)
-        return
-    steps = [r["step"] for r in rounds]
-    mu, sigma = [r["mu"] for r in rounds], [r["sigma"] for r in rounds]
-    low = [max(0.0, m - s) for m, s in zip(mu, sigma, strict=True)]
-    high = [min(1.0, m + s) for m, s in zip(mu, sigma, strict=True)]
-    axes.fill_between(steps, low, high, color=BLUE, alpha=0.10, linewidth=0, label="policy μ ± σ")
-    axes.plot(steps, mu, color=BLUE, alpha=0.45, linewidth=1)
-    path = [rounds[0]["ratio_before"], *(r["ratio"] for r in rounds), rounds[-1]["ratio"]]
-    axes.step([0, *steps, last], path, where="post", color=INK, linewidth=2, label="current ratio")
-    masks = [0.0, *(r["mask_ratio"] for r in rounds), rounds[-1]["mask_ratio"]]
-    if masks != path:
-        axes.step(
-            [0, *steps, last],
-            masks,
-            where="post",
-            color=INK,
-            linewidth=1.2,
-            linestyle=":",
-            label="ratio of the mask in force",
-        )
-    _candidates(axes, rounds)
-    axes.set_ylim(-0.03, max(0.85, *high, *(c for r in rounds for c in r["candidates"])) + 0.04)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=4, frameon=False, fontsize=9)
-
-
-def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
-    trials = [
-        (r["step"], candidate, reward)
-        for r in rounds
-        for candidate, reward in zip(r["candidates"], r["rewards"], strict=True)
-    ]
-    seen = [trial for trial in trials if trial[2] is not None]
-    lost = [trial for trial in trials if trial[2] is None]
-    reach = max((abs(reward) for *_, reward in seen), default=0.0) or 1.0
-    norm = SymLogNorm(_linear_reach(rounds), vmin=-reach, vmax=reach)
-    axes.scatter(
-        [step for step, _, _ in seen],
-        [candidate for _, candidate, _ in seen],
-        c=[reward for *_, reward in seen],
-        cmap=REWARDS,
-        norm=norm,
-        s=46,
-        edgecolors=INK,
-        linewidths=0.7,
-        zorder=4,
-        label="candidate",
-    )
-    if lost:
-        axes.scatter(
-            [step for step, _, _ in lost],
-            [candidate for _, candidate, _ in lost],
-            marker="x",
-            color=INK,
-            zorder=4,
-            label="lost trial (NaN)",
-        )
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "axes made by subplots belong to a figure"
-    bar = figure.colorbar(ScalarMappable(norm, REWARDS), ax=axes, pad=0.01, aspect=28)
-    bar.set_label("reward (nats)")
-    bar.ax.minorticks_off()
-    bar.outline.set_visible(False)
-
-
-def _linear_reach(rounds: Sequence[Mapping[str, Any]]) -> float:
-    """Return up to which reward the scale is linear: over-pruning costs a hundred times as much
-    as good pruning gains, and a linear scale would show the first alone."""
-    sizes = sorted(abs(x) for r in rounds for x in r["rewards"] if x)
-    return max(sizes[len(sizes) // 4], sizes[-1] / 100) if sizes else 1.0
-
-
-def _reward_panel(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_ylabel("reward (nats, symlog)")
-    axes.set_yscale("symlog", linthresh=_linear_reach(rounds))
-    axes.axhline(0, color=INK, linewidth=0.8)
-    best: list[tuple[float, float]] = []
-    for r in rounds:
-        rewards = [reward for reward in r["rewards"] if reward is not None]
-        axes.plot([r["step"]] * len(rewards), rewards, "o", color=BLUE, alpha=0.35, markersize=5)
-        if rewards:
-            best.append((r["step"], max(rewards)))
-            axes.vlines(r["step"], min(rewards), max(rewards), color=BLUE, alpha=0.35)
-    steps, tops = [step for step, _ in best], [reward for _, reward in best]
-    axes.plot(steps, tops, color=BLUE, linewidth=1.4, label="best of the round")
-    held = [(r["step"], max(x for x in r["rewards"] if x is not None)) for r in _committed(rounds)]
-    axes.plot(
-        [step for step, _ in held],
-        [reward for _, reward in held],
-        "o",
-        color=BLUE,
-        markeredgecolor=INK,
-        markersize=7,
-        label="committed",
-    )
-    if rounds:
-        axes.legend(loc="best", frameon=False, fontsize=9)
-
-
-def _committed(rounds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [r for r in rounds if r["committed"] and any(x is not None for x in r["rewards"])]
-
-
-def _loss_panel(
-    axes: Axes,
-    rounds: Sequence[Mapping[str, Any]],
-    log: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
-) -> None:
-    axes.set_ylabel("loss (nats)")
-    steps, losses = [e["step"] for e in log], [e["loss"] for e in log]
-    axes.plot(steps, losses, color=INK, alpha=0.25, linewidth=1, label="train, each step")
-    probed = [(r["step"], r["baseline"]) for r in rounds if r["baseline"] is not None]
-    axes.plot(
-        [step for step, _ in probed],
-        [loss for _, loss in probed],
-        "o-",
-        color=BLUE,
-        markersize=5,
-        label="probing rows, before each round",
-    )
-    axes.plot(
-        [e["step"] for e in evaluations],
-        [e["loss"] for e in evaluations],
-        "s--",
-        color=GREEN,
-        markersize=5,
-        label="dev, final run (its own steps)",
-    )
-    axes.legend(loc="best", frameon=False, fontsize=9)
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+def _zeros(row: Mapping[str, Any]) -> str:
+    return NO_VALUE if row.get("zeros") is None else f"{100 * row['zeros']:.1f}"

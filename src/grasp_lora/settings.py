@@ -4,25 +4,11 @@ A field's description says what changing it does. Unknown keys are refused, and 
 NaN or infinite. Rules that need two sections at once live in `grasp_lora.config`.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    Tag,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
-    PartName: TypeAlias = str
-else:
-    PartName = Literal["train", "dev", "micro_dev", "test"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -67,78 +53,6 @@ class AdapterFolders(Section):
     target: Path | None = Field(
         default=None, description="existing PEFT adapter: no target training"
     )
-
-
-def _files_kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "<parts>"
-    return "<builtin>" if value == "builtin" else "<one>"
-
-
-class LanguageData(Section):
-    language: str = Field(
-        min_length=2, description="language code such as en or ar: picks prompt and metric rules"
-    )
-    files: Annotated[
-        Annotated[Literal["builtin"], Tag("<builtin>")]
-        | Annotated[Path, Tag("<one>")]
-        | Annotated[dict[PartName, Path], Tag("<parts>")],
-        Discriminator(_files_kind),
-    ] = Field(
-        default="builtin",
-        description="builtin, one labelled file (divided by `rows`), or a file for each part",
-    )
-    labels: Literal["given", "auto"] = Field(
-        default="given",
-        description="auto divides one file (less rows.test) into train, dev and micro_dev",
-    )
-    rows: dict[PartName, NonNegativeInt] = Field(
-        default={}, description="rows of each part; whole contexts stay in one part"
-    )
-    prompt: str | None = Field(
-        default=None, description="prompt template in place of the task's own"
-    )
-
-    @model_validator(mode="after")
-    def _rows_agree_with_labels(self) -> "LanguageData":
-        one_file = isinstance(self.files, Path)
-        if self.labels == "auto" and not one_file:
-            raise ValueError(
-                "labels: auto divides one labelled file, but files is "
-                f"{'builtin' if self.files == 'builtin' else 'a file for each part'}; "
-                "give one file or set labels: given"
-            )
-        chosen = [part for part in self.rows if part != "test"]
-        if self.labels == "auto" and chosen:
-            raise ValueError(
-                "labels: auto chooses the sizes of train, dev and micro_dev itself, but rows "
-                f"gives {', '.join(chosen)}; keep rows.test only, or set labels: given"
-            )
-        if self.labels == "given" and one_file and not self.rows:
-            raise ValueError(
-                "one file has to be divided, but rows is not given; "
-                "set rows: {train: N, dev: N, micro_dev: N, test: N} or labels: auto"
-            )
-        if self.rows and isinstance(self.files, Mapping):
-            raise ValueError(
-                "rows divides one file, but files gives a file for each part; remove rows"
-            )
-        return self
-
-    def paths(self) -> dict[str, Path]:
-        """The files named, by their key below `files` ("" for a single file)."""
-        if isinstance(self.files, Mapping):
-            return dict(self.files)
-        return {} if self.files == "builtin" else {"": Path(self.files)}
-
-
-class DataSettings(Section):
-    task: str = Field(default="qa", description="name of the task: renders prompts, scores answers")
-    max_length: Annotated[int, Field(ge=16)] = Field(
-        default=512, description="tokens of prompt and answer; longer contexts are cut"
-    )
-    source: LanguageData | None = Field(default=None, description="rows of the source language")
-    target: LanguageData = Field(description="rows of the target language")
 
 
 class LoraSettings(Section):
@@ -225,11 +139,41 @@ class EvaluateSettings(Section):
     max_new_tokens: PositiveInt | None = Field(
         default=None, description="longest answer in tokens; default: the task's own"
     )
+    beams: PositiveInt = Field(
+        default=1, description="1 is greedy; more is beam search, that many times the memory"
+    )
     baselines: bool = Field(
         default=True, description="score the adapters and the unpruned merge as well"
     )
-    metric_rules: Literal["squad", "mlqa"] = Field(
-        default="squad",
-        description="answer normalisation: English SQuAD for all, or MLQA per language",
+    metrics: tuple[str, ...] | None = Field(
+        default=None,
+        description="scores to compute: exact_match, token_f1, bleu, chrf, rouge1, rouge2, rougeL, "
+        "rougeLsum, bertscore_f1, loss, perplexity; default: the task's own, without bertscore_f1",
     )
-    limit: PositiveInt | None = Field(default=None, description="score only the first N test rows")
+    metric_rules: Literal["squad", "mlqa", "mlqa-fixed"] = Field(
+        default="squad",
+        description="answer normalisation: English SQuAD for all, MLQA per language, or MLQA with "
+        "its Arabic article rule mended",
+    )
+    rouge: Literal["unicode", "xlsum"] = Field(
+        default="unicode",
+        description="words for ROUGE: any script, no stemming; or as XL-Sum's authors do",
+    )
+    bertscore_model: str | None = Field(
+        default=None, description="encoder for bertscore_f1: folder or hub id; default: by language"
+    )
+    bertscore_layer: PositiveInt | None = Field(
+        default=None, description="layer of that encoder; default: the one bert-score lists"
+    )
+    bertscore_rescale: bool = Field(
+        default=False, description="rescale by bert-score's baseline, which not every language has"
+    )
+    bertscore_max_length: PositiveInt = Field(
+        default=512, description="tokens the encoder sees of a text"
+    )
+    resamples: Annotated[int, Field(ge=100)] = Field(
+        default=1000, description="bootstrap resamples behind every interval"
+    )
+    limit: PositiveInt | None = Field(
+        default=None, description="score only the first N rows of each test set"
+    )

@@ -62,7 +62,8 @@ def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace):
         "merged-finetuned",
         "final",
     ]
-    assert all(s["n"] == 4 and s["loss"] > 0 for s in scores)
+    tested = [s["sets"]["test"] for s in scores]
+    assert all(one["n"] == 4 and one["scores"]["loss"]["value"] > 0 for one in tested)
     tensors = load_file(out / "final" / "adapter_model.safetensors")
     zeros = sum(int((t == 0).sum()) for t in tensors.values())
     entries = sum(t.numel() for t in tensors.values())

@@ -45,8 +45,8 @@ def chain(config: Path, out: Path) -> dict[str, tuple[str | Path, ...]]:
         ),
         "search": ("search", config, "--merged", merged, "--out", search),
         "final": ("finetune", config, "--start", merged, "--ratio", ratio, "--out", final),
-        "score": ("evaluate", config, "--adapter", final, "--out", out / "score"),
-        "zero": ("evaluate", config, "--adapter", "none", "--out", out / "zero"),
+        "score": ("evaluate", final, "--config", config, "--out", out / "score"),
+        "zero": ("evaluate", "none", "--config", config, "--out", out / "zero"),
     }
 
 
@@ -185,7 +185,7 @@ def test_one_labelled_file_is_divided_by_itself(finished, tmp_path, capsys):
     }
     assert len({i for ids in splits.values() for i in ids}) == 40
     scores = read_json(tmp_path / "auto/scores.json")["systems"]
-    assert [s["n"] for s in scores] == [6]
+    assert [s["sets"]["test"]["n"] for s in scores] == [6]
 
 
 def test_without_test_rows_a_run_ends_without_scores(finished, tmp_path):

@@ -3,11 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 
+from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.tasks.base import TASKS
-from grasp_lora.tasks.builtin import builtin_examples
+from grasp_lora.tasks.chat import Frame
 from grasp_lora.tasks.encoding import (
     IGNORED,
     Collator,
@@ -16,7 +18,7 @@ from grasp_lora.tasks.encoding import (
     encode_examples,
 )
 from grasp_lora.tasks.records import Example, Prompt
-from helpers import tiny_model, tiny_tokenizer
+from helpers import EOS_ID, tiny_model, tiny_tokenizer
 
 PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
 
@@ -129,21 +131,6 @@ def test_a_tokenizer_without_end_token_and_an_empty_prompt_are_refused() -> None
         encode(Prompt("", "", ""), "two", with_specials("$A"), 100, example_id="q")
 
 
-def test_report_adds_up_what_was_cut() -> None:
-    tokenizer = tiny_tokenizer()
-    examples = builtin_examples("es", count=30, seed=0)
-    whole, full = encode_examples(examples, TASKS["qa"], tokenizer, 2000)
-    assert (full.rows, full.truncated, full.cut_tokens_total) == (30, 0, 0)
-    limit = full.longest - 20
-    rows, report = encode_examples(examples, TASKS["qa"], tokenizer, limit)
-    pairs = list(zip(whole, rows, strict=True))
-    assert report.truncated == sum(len(a.input_ids) > limit for a, _ in pairs) > 0
-    assert report.cut_tokens_total == sum(a.prompt_length - b.prompt_length for a, b in pairs)
-    assert report.longest == max(len(b.input_ids) for b in rows) <= limit
-    assert report.label_tokens == sum(len(e.references[0].encode()) + 2 for e in examples)
-    assert encode_examples([], TASKS["qa"], tokenizer, 100)[1].longest == 0
-
-
 def test_evaluation_rows_leave_room_to_generate() -> None:
     task = TASKS["qa"]
     example = Example("1", "g", "en", {"context": "x " * 300, "question": "y?"}, ("z",))
@@ -151,6 +138,67 @@ def test_evaluation_rows_leave_room_to_generate() -> None:
     assert row.prompt_length <= 200 - task.max_new_tokens - 1
     (row,), _ = encode_examples([example], task, tiny_tokenizer(), 200)
     assert len(row.input_ids) >= 199
+
+
+def test_the_room_to_generate_can_be_set_and_follows_the_language_otherwise() -> None:
+    task = TASKS["summarization"]
+
+    def prompt_length(language: str, new_tokens: int | None) -> int:
+        example = Example("1", "g", language, {"article": "x" * 900}, ("z",))
+        rows, _ = encode_examples(
+            [example],
+            task,
+            tiny_tokenizer(),
+            400,
+            for_training=False,
+            new_tokens=new_tokens,
+        )
+        return rows[0].prompt_length
+
+    assert prompt_length("en", None) == 400 - 96 - 1
+    assert prompt_length("ar", None) == 400 - 128 - 1
+    assert prompt_length("ar", 10) == 400 - 10 - 1
+
+
+def test_an_answer_is_never_cut_however_long() -> None:
+    answer = "a very long answer " * 15
+    example = Example("1", "g", "en", {"article": "x" * 900}, (answer,))
+    (row,), _ = encode_examples([example], TASKS["summarization"], tiny_tokenizer(), 400)
+    assert row.label_tokens == len(" " + answer) + 1
+    with pytest.raises(ValueError, match="row '1' does not fit"):
+        encode_examples([example], TASKS["summarization"], tiny_tokenizer(), 330)
+
+
+def test_the_cut_is_found_with_few_tokenisations_of_the_prompt() -> None:
+    tokenizer, calls = tiny_tokenizer(), 0
+
+    class Counted:
+        eos_token_id, is_fast = tokenizer.eos_token_id, True
+
+        def __call__(self, text: str, **settings: Any) -> Any:
+            nonlocal calls
+            calls += len(text) > 500
+            return tokenizer(text, **settings)
+
+    prompt = Prompt("Text: ", "Kila mtu ana haki ya kuishi. " * 120, "\nA:")
+    row = encode(prompt, "ndiyo", Counted(), 1000)
+    assert len(row.input_ids) in (999, 1000)
+    # The whole prompt, the cut points, and about three tries.
+    assert calls <= 6
+
+
+def test_an_answer_is_tokenised_as_what_follows_the_prompt() -> None:
+    # A tokenizer that puts a space ahead of each text, as older sentencepiece ones do.
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=True, use_regex=False
+    )
+    assert text_of(tokenizer, tokenizer("two")["input_ids"]) == " two"
+    row = encode(PROMPT, "two", tokenizer, 200)
+    assert list(row.input_ids[:-1]) == tokenizer(PROMPT.text + " two")["input_ids"]
+    frame = Frame("", "", "", "", EOS_ID, chat=True)
+    row = encode(PROMPT, "two", tokenizer, 200, frame=frame)
+    assert list(row.input_ids[:-1]) == tokenizer(PROMPT.text + "two")["input_ids"]
 
 
 def rows_for_batch(pad: int) -> list[Encoded]:
@@ -205,7 +253,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
     tokenizer = tiny_tokenizer()
     examples = builtin_examples("en", count=5, seed=1)
     rows, _ = encode_examples(examples, TASKS["qa"], tokenizer, 512)
-    collate = Collator(tokenizer.eos_token_id)
+    collate = Collator(EOS_ID)
 
     def losses(chosen: list[Encoded]) -> torch.Tensor:
         batch = collate(chosen)

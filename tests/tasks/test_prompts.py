@@ -2,8 +2,28 @@ import unicodedata
 
 import pytest
 
-from grasp_lora.tasks.base import TASKS, Example, first_line, task_named
-from grasp_lora.tasks.prompts import PROMPTS, render_question, template_for
+from grasp_lora.tasks.base import TASKS, Example
+from grasp_lora.tasks.prompts import (
+    QA_PROMPTS,
+    SUMMARY_PROMPTS,
+    check_template,
+    render,
+    template_fields,
+    template_for,
+)
+
+QA, SUMMARY, TEXT = TASKS["qa"], TASKS["summarization"], TASKS["text-to-text"]
+SCRIPTS = {
+    "ar": "ARABIC",
+    "ur": "ARABIC",
+    "zh": "CJK",
+    "hi": "DEVANAGARI",
+    "bn": "BENGALI",
+    "th": "THAI",
+    "ru": "CYRILLIC",
+    "el": "GREEK",
+    "am": "ETHIOPIC",
+}
 
 
 def question(language: str = "en", context: str = "It is red.", asked: str = "Which?") -> Example:
@@ -11,9 +31,13 @@ def question(language: str = "en", context: str = "It is red.", asked: str = "Wh
     return Example("q1", "g", language, fields, ("red",))
 
 
-@pytest.mark.parametrize("language", sorted(PROMPTS))
-def test_each_prompt_is_short_holds_both_texts_and_ends_on_a_cue(language: str) -> None:
-    prompt = render_question(question(language))
+def article(language: str = "en") -> Example:
+    return Example("a1", "g", language, {"article": "It rained."}, ("Rain",))
+
+
+@pytest.mark.parametrize("language", sorted(QA_PROMPTS))
+def test_each_question_prompt_is_short_holds_both_texts_and_ends_on_a_cue(language: str) -> None:
+    prompt = render(QA, question(language))
     assert prompt.body == "It is red."
     assert "Which?" in prompt.suffix
     assert prompt.text.endswith((":", "："))
@@ -21,43 +45,92 @@ def test_each_prompt_is_short_holds_both_texts_and_ends_on_a_cue(language: str) 
     assert unicodedata.is_normalized("NFC", prompt.text)
 
 
-def test_no_two_languages_share_a_prompt() -> None:
-    assert len(set(PROMPTS.values())) == len(PROMPTS) == 12
+@pytest.mark.parametrize("language", sorted(SUMMARY_PROMPTS))
+def test_each_summary_prompt_instructs_then_gives_the_article_then_a_cue(language: str) -> None:
+    prompt = render(SUMMARY, article(language))
+    assert prompt.body == "It rained."
+    assert prompt.prefix.count("\n") == 1
+    assert prompt.suffix.startswith("\n")
+    assert prompt.suffix.endswith((":", "："))
+    assert len(prompt.prefix) + len(prompt.suffix) < 110
+    assert unicodedata.is_normalized("NFC", prompt.text)
+
+
+@pytest.mark.parametrize("prompts", [QA_PROMPTS, SUMMARY_PROMPTS], ids=["qa", "summarization"])
+@pytest.mark.parametrize("language", sorted(SCRIPTS))
+def test_a_prompt_is_written_in_the_script_of_its_language(prompts, language: str) -> None:
+    text = "".join(prompts[language].split("{")[0].split())
+    names = [unicodedata.name(letter) for letter in text if letter.isalpha()]
+    assert names
+    assert all(name.startswith(SCRIPTS[language]) for name in names)
+
+
+def test_the_languages_asked_for_have_prompts_and_no_two_share_one() -> None:
+    wanted = "en ar zh sw am ha so yo hi bn ur th tr ru es fr de vi id".split()
+    assert set(wanted) <= set(SUMMARY_PROMPTS)
+    assert {"en", "es", "de", "fr", "ar", "zh", "hi", "vi", "tr", "th", "ru", "sw"} <= set(
+        QA_PROMPTS
+    )
+    for prompts in (QA_PROMPTS, SUMMARY_PROMPTS):
+        assert len(set(prompts.values())) == len(prompts)
 
 
 def test_a_language_without_prompt_takes_english_and_says_so() -> None:
-    template, notice = template_for("fi")
-    assert template == PROMPTS["en"]
+    template, notice = template_for(QA, "fi")
+    assert template == QA_PROMPTS["en"]
     assert notice is not None
     assert "'fi'" in notice
-    assert template_for("es")[1] is None
-    assert render_question(question("fi")) == render_question(question("en"))
+    assert "data.*.prompt" in notice
+    assert "--prompt" in notice
+    assert template_for(QA, "es")[1] is None
+    assert render(QA, question("fi")) == render(QA, question("en"))
+
+
+@pytest.mark.parametrize("code", ["pt-BR", "pt_PT", "PT"])
+def test_a_region_takes_the_prompt_of_its_language_before_english(code: str) -> None:
+    assert template_for(SUMMARY, code) == (SUMMARY_PROMPTS["pt"], None)
+
+
+def test_written_out_prompts_are_the_same_in_every_language_without_notice() -> None:
+    assert template_for(TEXT, "fi") == ("{prompt}", None)
+    row = Example("t", "g", "fi", {"prompt": "2 + {x} =", "extra": "no"}, ("4",))
+    prompt = render(TEXT, row)
+    assert (prompt.prefix, prompt.body, prompt.suffix) == ("", "2 + {x} =", "")
+
+
+def test_a_free_template_names_its_columns_and_the_first_is_the_body() -> None:
+    template = 'Note {source} as {"tone": "{tone}"} {} {0}\n=>'
+    assert template_fields(TEXT, template) == ("source", "tone")
+    row = Example("t", "g", "en", {"source": "a {tone}", "tone": "{source}"}, ("b",))
+    prompt = render(TEXT, row, template)
+    assert prompt.body == "a {tone}"
+    assert prompt.text == 'Note a {tone} as {"tone": "{source}"} {} {0}\n=>'
+    for faulty in ("nothing", "{}", "{a} and {a}"):
+        with pytest.raises(ValueError, match="names no column|exactly once"):
+            check_template(TEXT, faulty)
 
 
 def test_placeholders_and_braces_in_the_texts_stay_as_they_are() -> None:
     row = question(context="a {question} {x}", asked="what is {context}?")
-    prompt = render_question(row, "T: {context} Q: {question} A:")
-    assert prompt.text == "T: a {question} {x} Q: what is {context}? A:"
+    prompt = render(QA, row, 'T: {context} {"a": {b}} Q: {question} A:')
+    assert prompt.text == 'T: a {question} {x} {"a": {b}} Q: what is {context}? A:'
+    three = Example("t", "g", "en", {"a": "1", "b": "{c}", "c": "{b}"}, ("z",))
+    assert render(TEXT, three, "{a} {b} {c}").text == "1 {c} {b}"
 
 
 def test_the_question_may_come_before_the_context() -> None:
-    prompt = render_question(question(), "{question}|{context}|")
+    prompt = render(QA, question(), "{question}|{context}|")
     assert (prompt.prefix, prompt.body, prompt.suffix) == ("Which?|", "It is red.", "|")
 
 
 @pytest.mark.parametrize("template", ["{context}", "{question}", "{context}{context}{question}"])
 def test_a_template_without_each_placeholder_once_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match="exactly once"):
-        render_question(question(), template)
+    with pytest.raises(ValueError, match=r"\{context\} and \{question\} exactly once each"):
+        render(QA, question(), template)
+    with pytest.raises(ValueError, match=r"holds \{article\} 0 times.*\{article\} exactly once$"):
+        check_template(SUMMARY, template)
 
 
-def test_prediction_is_the_first_line_with_text() -> None:
-    assert first_line("\n  red \nQuestion: more") == "red"
-    assert first_line(" \n") == ""
-
-
-def test_task_rows_are_found_by_name_and_unknown_names_refused() -> None:
-    assert task_named("qa") is TASKS["qa"]
-    assert all(name == task.name for name, task in TASKS.items())
-    with pytest.raises(ValueError, match="unknown task 'chess'.*qa"):
-        task_named("chess")
+def test_a_row_without_a_field_of_the_template_is_named() -> None:
+    with pytest.raises(ValueError, match="row 'a1' has no 'tone'.*it has article"):
+        render(TEXT, article(), "{article} {tone}")

@@ -166,6 +166,16 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     )
 
 
+def load_tokenizer(spec: ModelSpec, notice: Notice = _silent) -> tuple[Any, str]:
+    """Return the tokenizer of a base model and the model's public name; loads no weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_backbone`.
+    """
+    location, public_name = _locate(spec, notice)
+    return _call_hub(AutoTokenizer.from_pretrained, spec, location), public_name
+
+
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
     if spec.quantization == "none":
         return

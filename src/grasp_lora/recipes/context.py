@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import NEEDS_NORMS, is_blank
 from grasp_lora.core.lora import MergedModule
+from grasp_lora.data_settings import Rows as RowsSection
 from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
 from grasp_lora.hf.live import LiveAdapter, go_live
@@ -17,8 +19,9 @@ from grasp_lora.hf.probe import Rows
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.processes import is_main, join
 from grasp_lora.recipes.progress import Narrator
-from grasp_lora.tasks.base import TASKS, Example, Task
+from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
+from grasp_lora.tasks.prompts import template_for
 
 
 @dataclass
@@ -56,25 +59,19 @@ class Context:
         return self.data.parts[role].get(split, ())
 
     def encoded(self, role: str, split: str) -> list[Encoded]:
-        """Return the encoded rows of a split; encoded once."""
+        """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
         if (role, split) not in self._encoded:
-            section = getattr(self.config.data, role)
-            rows, report = encode_examples(
-                self.examples(role, split),
-                self.task,
-                self.backbone.tokenizer,
-                self.config.data.max_length,
-                section.prompt,
-                for_training=split != "test",
-            )
+            rows, report = encode_part(self.config, self.data, self.backbone.tokenizer, role, split)
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
-                self.narrator.say(
-                    f"{role} {split}: {report.truncated} of {report.rows} contexts cut to fit"
-                    f" {self.config.data.max_length} tokens ({report.cut_tokens_total} tokens cut)"
-                )
+                self.narrator.say(f"{role} {split}: {cut_line(report, max_length(self.config))}")
         return self._encoded[role, split]
+
+    def end_id(self, role: str, split: str) -> int:
+        """Return the token that ends the answers of a split; in a chat, that of a turn."""
+        self.encoded(role, split)
+        return self.encoding_reports[f"{role}/{split}"].end_id
 
     def rows(self, role: str, splits: Sequence[str]) -> Rows:
         """Return the rows of the splits, ready to be probed."""
@@ -111,6 +108,44 @@ class Context:
         return input_norms(live.model, live.layers, [batch for _, batch in batches])
 
 
+def section_of(config: RunConfig, role: str, split: str) -> RowsSection:
+    """Return the settings of the rows in a split; below the role "tests" splits are test sets."""
+    section = config.data.tests[split] if role == "tests" else getattr(config.data, role)
+    assert section is not None, "a role without settings has no rows"
+    return section
+
+
+def max_length(config: RunConfig) -> int:
+    """Return the most tokens of prompt and answer together."""
+    return config.data.max_length or task_named(config.data.task).max_length
+
+
+def encode_part(
+    config: RunConfig, data: RunData, tokenizer: Any, role: str, split: str
+) -> tuple[list[Encoded], EncodingReport]:
+    """Encode a split as the run does."""
+    task, section = task_named(config.data.task), section_of(config, role, split)
+    return encode_examples(
+        data.parts[role].get(split, ()),
+        task,
+        tokenizer,
+        max_length(config),
+        section.prompt,
+        for_training=role != "tests" and split != "test",
+        chat=config.data.chat,
+        new_tokens=config.evaluate.max_new_tokens or task.new_tokens(section.language),
+    )
+
+
+def cut_line(report: EncodingReport, length: int) -> str:
+    """Say how many rows were shortened, by how much, and what was lost with it."""
+    lost = f"; {report.answers_lost} answers were cut off with it" if report.answers_lost else ""
+    return (
+        f"{report.truncated} of {report.rows} contexts cut to fit {length} tokens"
+        f" ({report.cut_tokens_total} tokens, {report.cut_share:.0%} of each on average){lost}"
+    )
+
+
 def model_spec(config: RunConfig) -> ModelSpec:
     """Return the backbone settings of a run."""
     return ModelSpec(**config.model.model_dump())
@@ -130,22 +165,51 @@ def planned_memory(config: RunConfig) -> MemoryPlan:
         model_spec(config),
         rank=rank,
         batch_size=max(stage.batch_size for stage in stages),
-        length=config.data.max_length,
+        length=max_length(config),
     )
 
 
-def open_context(config: RunConfig, quiet: bool = False) -> Context:
+def open_data(config: RunConfig, context: Context | None) -> RunData:
+    """Return the rows of `context`, or read them: a stage's key depends on them."""
+    if context is not None:
+        return context.data
+    return load_run_data(config, Narrator(not is_main()).say)
+
+
+def open_context(
+    config: RunConfig, quiet: bool = False, data: RunData | None = None, training: bool = True
+) -> Context:
     """Load data, then the backbone (data faults are found before a model is loaded).
+
+    Args:
+        config: the run's settings.
+        quiet: print nothing.
+        data: rows that are read already.
+        training: False plans no memory for training.
 
     Raises:
         ValueError: the data or the backbone cannot be used, with what to do.
     """
     join(config)
     narrator = Narrator(quiet or not is_main())
-    data = load_run_data(config, narrator.say)
-    narrator.say(f"memory planned: {planned_memory(config)}")
+    data = data or load_run_data(config, narrator.say, training=training)
+    for notice in prompt_notices(config, data):
+        narrator.say(notice)
+    if training:
+        narrator.say(f"memory planned: {planned_memory(config)}")
     backbone = load_backbone(model_spec(config), narrator.say)
     missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
     for argument in missing:
         narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
-    return Context(config, data, backbone, TASKS[config.data.task], narrator)
+    return Context(config, data, backbone, task_named(config.data.task), narrator)
+
+
+def prompt_notices(config: RunConfig, data: RunData) -> list[str]:
+    """Return a line for every language without a prompt of its own, where English stands in."""
+    task = task_named(config.data.task)
+    sections = [
+        section_of(config, role, split) for role in data.parts for split in data.parts[role]
+    ]
+    languages = dict.fromkeys(s.language for s in sections if s.prompt is None)
+    notices = (template_for(task, language)[1] for language in languages)
+    return [notice for notice in notices if notice]

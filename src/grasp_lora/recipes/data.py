@@ -1,99 +1,240 @@
 """The rows of a run: which examples every role trains on, tunes on and is tested on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from grasp_lora.config import LanguageData, RunConfig
-from grasp_lora.tasks.base import Example
-from grasp_lora.tasks.builtin import DEFAULT_SIZES, builtin_splits
-from grasp_lora.tasks.qa import load_examples
-from grasp_lora.tasks.splits import (
-    check_disjoint,
-    label_budget,
-    manifest,
-    split_auto,
-    split_by_group,
-)
+from grasp_lora.config import RunConfig
+from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
+from grasp_lora.data.files import load_examples
+from grasp_lora.data.hub import PRESETS, HubRows, load_hub, load_preset, split_published
+from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, refuse_leaks
+from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
+from grasp_lora.data_settings import HubData, LanguageData, Rows, TestSet
+from grasp_lora.tasks.base import Example, Task, task_named
 
 Parts = dict[str, tuple[Example, ...]]
+Say = Callable[[str], None]
+Given = Mapping[str, Mapping[str, Iterable[Mapping[str, Any]]]]
+"""Role ("source", "target", "tests") -> part -> rows, such as a `datasets.Dataset`."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples per role ("source", "target") and split, and how they came about.
+    """Examples per role ("source", "target", "tests") and split, and how they came about.
 
     Attributes:
-        parts: role -> split -> examples.
+        parts: role -> split -> examples; below "tests" one entry for every further test set.
         dropped: "role/split" -> rows left out because their context was shared out already.
         sources: "role" -> where the rows came from.
+        leaks: rows that two splits share, where the run was told to go on all the same.
     """
 
     parts: dict[str, Parts]
     dropped: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+    leaks: tuple[Leak, ...] = ()
 
     def manifest(self) -> dict[str, Any]:
         """Return the ids of every split with a hash, JSON-able."""
-        return {
+        record: dict[str, Any] = {
             role: manifest(parts) | {"from": self.sources.get(role, "")}
             for role, parts in self.parts.items()
-        } | {"dropped": self.dropped}
+        }
+        return record | {"dropped": self.dropped, "leaks": [asdict(leak) for leak in self.leaks]}
+
+    def digest(self) -> str:
+        """Return 16 hex digits over every row: the same rows, the same digits."""
+        content = hashlib.sha256()
+        for role, parts in self.parts.items():
+            for split, rows in parts.items():
+                content.update(f"{role}/{split}\0".encode())
+                for e in rows:
+                    record = [e.id, e.group, e.language, dict(e.fields), e.references]
+                    content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
+        return content.hexdigest()[:16]
+
+    def test_sets(self) -> dict[str, tuple[str, str]]:
+        """Return name -> (role, split) of every test set that has rows, the target's own first."""
+        found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
+        return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
 
 
-def load_run_data(config: RunConfig, say: Callable[[str], None]) -> RunData:
+def load_run_data(
+    config: RunConfig, say: Say, *, given: Given | None = None, training: bool = True
+) -> RunData:
     """Read, split and check the rows of a run.
+
+    Args:
+        config: the run's settings.
+        say: receives lines for the user.
+        given: rows from Python, in place of the files of their role.
+        training: False reads for evaluation alone, which needs no training rows.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is empty or malformed, there are too few rows, or a question or context
-            is in two splits.
+        ValueError: a file is empty or malformed, there are too few rows, or two splits share
+            rows and `data.allow_leakage` is not set.
     """
-    source, target = config.data.source, config.data.target
-    parts: dict[str, Parts] = {"source": {}, "target": {}}
-    dropped: dict[str, int] = {}
-    names: dict[str, str] = {}
-    for role, section in (("source", source), ("target", target)):
-        if section is None:
-            continue
-        names[role] = _name(section)
-        parts[role], lost = _read(section, role, config, say)
-        dropped |= {f"{role}/{split}": n for split, n in lost.items() if n}
-    check_disjoint({f"{r}/{split}": rows for r in parts for split, rows in parts[r].items()})
-    for role in parts:
-        empty = [s for s in ("train", "micro_dev") if role == "target" and not parts[role].get(s)]
-        if empty:
-            raise ValueError(
-                f"the target data has no rows in {' and '.join(empty)}; the search trains on"
-                " train and probes micro_dev: give data.target.rows or data.target.files for both"
-            )
+    reader = _Reader(config, task_named(config.data.task), say, given or {})
+    target = reader.language("target", config.data.target)
+    parts: dict[str, Parts] = {"target": target}
+    if config.data.source is not None:
+        used = [example for rows in target.values() for example in rows]
+        parts = {"source": reader.language("source", config.data.source, used)} | parts
+    if config.data.tests:
+        parts["tests"] = {name: reader.test_set(name, s) for name, s in config.data.tests.items()}
+    if training:
+        _check_target(parts["target"])
+    leaks = _check_leaks(config, parts, say)
     budget = label_budget(parts["target"])
-    used = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
-    say(f"target labels used: {used}; tested on {budget.get('test', 0)}")
-    for where, count in dropped.items():
+    spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
+    tested = sum(map(len, [target.get("test", ()), *parts.get("tests", {}).values()]))
+    say(f"target labels used: {spent or 'none'}; tested on {tested}")
+    for where, count in reader.dropped.items():
         say(f"{where}: {count} rows left out (their context would be in two splits)")
-    return RunData(parts, dropped, names)
+    return RunData(parts, reader.dropped, reader.sources, leaks)
 
 
-def _name(section: LanguageData) -> str:
-    paths = section.paths()
-    return ", ".join(f"{k}={p.name}" if k else p.name for k, p in paths.items()) or "builtin"
+def _check_target(target: Parts) -> None:
+    empty = [split for split in ("train", "micro_dev") if not target.get(split)]
+    if empty:
+        raise ValueError(
+            f"the target data has no rows in {' and '.join(empty)}; the search trains on"
+            " train and probes micro_dev: give data.target.rows or data.target.files for both"
+        )
 
 
-def _read(
-    section: LanguageData, role: str, config: RunConfig, say: Callable[[str], None]
-) -> tuple[Parts, dict[str, int]]:
-    paths = section.paths()
-    if not paths:
-        return _builtin(section, role, config), {}
-    read = {key: _file(path, section.language, say) for key, path in paths.items()}
-    if "" not in read:
-        return read, {}
-    if section.labels == "auto":
-        return _auto(read[""], section.rows.get("test", 0), config.seed)
-    split = split_by_group(read[""], section.rows, config.seed)
-    return dict(split.parts), dict(split.dropped)
+def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
+    named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
+    leaks = find_leaks(named, threshold=config.data.near_duplicates)
+    # Two test sets may share rows: nothing is learned from either.
+    counted = tuple(leak for leak in leaks if not _are_tests(leak.first[0], leak.second[0]))
+    if counted and not config.data.allow_leakage:
+        refuse_leaks(counted)
+    if counted:
+        say(f"leakage: {len(counted)} pairs of rows are in two splits; recorded in data.json")
+    return counted
+
+
+def _are_tests(*splits: str) -> bool:
+    return all(split.startswith("tests/") or split.endswith("/test") for split in splits)
+
+
+@dataclass
+class _Reader:
+    """Reads the sections of one configuration; collects what the manifest says about them."""
+
+    config: RunConfig
+    task: Task
+    say: Say
+    given: Given
+    dropped: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    def language(
+        self, role: str, section: LanguageData, used: Iterable[Example] | None = None
+    ) -> Parts:
+        """Return the parts of a role; rows parallel to `used` go from rows still to be divided."""
+        if role in self.given:
+            self.sources[role] = "given in Python"
+            rows = self.given[role].items()
+            return {part: self._load(source, section, part) for part, source in rows}
+        paths = section.paths()
+        if section.files == "builtin":
+            self.sources[role] = "builtin"
+            return _builtin(section, role, self.config)
+        if not paths:
+            return self._published(role, section, used)
+        self.sources[role] = ", ".join(f"{k}={p.name}" if k else p.name for k, p in paths.items())
+        read = {part: self._load(path, section, path.name) for part, path in paths.items()}
+        if "" not in read:
+            return read
+        rows = self._unused(role, read[""], used)
+        if section.labels == "auto":
+            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.config.seed))
+        split = split_by_group(rows, section.rows, self.config.seed)
+        return self._note(role, dict(split.parts), dict(split.dropped))
+
+    def test_set(self, name: str, section: TestSet) -> tuple[Example, ...]:
+        """Return the rows of a further test set."""
+        if name in self.given.get("tests", {}):
+            rows = self._load(self.given["tests"][name], section, name)
+        elif isinstance(section.files, HubData):
+            found = self._hub(section.files, section)
+            rows = found.rows[section.files.splits["test"]]
+            self.sources[f"tests/{name}"] = found.record()
+        else:
+            rows = self._load(section.files, section, section.files.name)
+            self.sources[f"tests/{name}"] = section.files.name
+        if section.rows is None:
+            return rows
+        return split_by_group(rows, {name: section.rows}, self.config.seed).parts[name]
+
+    def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
+        if isinstance(section.files, HubData):
+            found = self._hub(section.files, section)
+            sizes = section.rows or dict.fromkeys(section.files.splits, -1)
+        else:
+            name = str(section.files)
+            found = load_preset(
+                name,
+                section.language,
+                self.config.data.protocol,
+                role=role,
+                max_faulty=self.config.data.max_faulty,
+            )
+            sizes = section.rows or PRESETS[name].sizes[role]
+            self.say(f"{role}: {name} {section.language} from {found.used}")
+        self.sources[role] = found.record()
+        if used is not None:
+            found = found.without(lambda rows: self._unused(role, rows, used))
+        split = split_published(found, sizes, self.config.seed)
+        return self._note(role, dict(split.parts), dict(split.dropped))
+
+    def _hub(self, files: HubData, section: Rows) -> HubRows:
+        return load_hub(
+            files.hub,
+            files.config,
+            files.revision,
+            dict(files.splits),
+            self.task,
+            section.language,
+            columns=section.columns,
+            template=section.prompt,
+            max_faulty=self.config.data.max_faulty,
+        )
+
+    def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
+        examples, report = load_examples(
+            source,
+            self.task,
+            section.language,
+            columns=section.columns,
+            template=section.prompt,
+            max_faulty=self.config.data.max_faulty,
+        )
+        if report.line():
+            self.say(f"{name}: {report.line()}")
+        return tuple(examples)
+
+    def _unused(
+        self, role: str, rows: tuple[Example, ...], used: Iterable[Example] | None
+    ) -> tuple[Example, ...]:
+        if used is None:
+            return rows
+        kept, count = drop_parallel(rows, list(used))
+        if count:
+            self.say(
+                f"{role}: {count} rows left out, the target uses translations of their context"
+            )
+        return tuple(kept)
+
+    def _note(self, role: str, parts: Parts, dropped: dict[str, int]) -> Parts:
+        self.dropped |= {f"{role}/{split}": n for split, n in dropped.items() if n}
+        return parts
 
 
 def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[str, int]]:
@@ -101,16 +242,6 @@ def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[
     taken = {e.group for e in held.parts["test"]}
     labelled = split_auto([e for e in rows if e.group not in taken], seed)
     return dict(labelled.parts) | dict(held.parts), dict(labelled.dropped) | dict(held.dropped)
-
-
-def _file(path: Path, language: str, say: Callable[[str], None]) -> tuple[Example, ...]:
-    examples, report = load_examples(path, language)
-    if report.answers_outside:
-        say(
-            f"{path.name}: {report.answers_outside} of {report.rows} rows have an answer that is"
-            " not in their context"
-        )
-    return tuple(examples)
 
 
 def _builtin(section: LanguageData, role: str, config: RunConfig) -> Parts:

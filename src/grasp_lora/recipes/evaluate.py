@@ -1,22 +1,21 @@
-"""Stage `evaluate`: an adapter, or none -> predictions and scores on the target test rows."""
+"""Stage `evaluate`: an adapter, or none -> predictions and scores on every test set."""
 
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import RunConfig
-from grasp_lora.hf.generate import generate_lines
+from grasp_lora.config import ConfigError, RunConfig
+from grasp_lora.hf.generate import generate_texts
+from grasp_lora.hf.opening import adapted
 from grasp_lora.hf.probe import Rows, row_losses
-from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.folders import (
-    data_digest,
-    finish_stage,
-    read_start,
-    stage_is_done,
-    stage_key,
-)
+from grasp_lora.metrics import Row
+from grasp_lora.recipes.context import Context, open_context, section_of
+from grasp_lora.recipes.data import load_run_data
+from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
+from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.scoring import missing_metrics, score_sets
 from grasp_lora.runs import write_json, write_jsonl
 
 
@@ -28,7 +27,7 @@ def evaluate_adapter(
     context: Context | None = None,
     title: str = "evaluate",
 ) -> Path:
-    """Answer the target test rows greedily and score the answers.
+    """Answer the test rows and score the answers.
 
     Args:
         config: the run's settings.
@@ -42,36 +41,63 @@ def evaluate_adapter(
         `out`.
 
     Raises:
-        ValueError: there are no test rows, or the adapter is none for this backbone.
+        ValueError: there are no test rows, a score cannot be computed here, or the adapter is
+            none for this backbone.
     """
     join(config)
-    key = stage_key(config, data=data_digest(config), adapter=adapter)
+    if context is None:
+        faults = missing_metrics(config)
+        if faults:
+            raise ConfigError(faults)
+        data = load_run_data(config, Narrator(not is_main()).say, training=False)
+    else:
+        data = context.data
+    if not data.test_sets():
+        raise ValueError(
+            "there are no test rows: give data.target.rows.test, data.target.files.test or"
+            " data.tests"
+        )
+    key = stage_key(config, data=data.digest(), adapter=adapter)
     if stage_is_done(out, key, overwrite):
         return out
-    context = context or open_context(config)
-    if not context.examples("target", "test"):
-        raise ValueError("there are no target test rows: give data.target.rows.test or files.test")
+    context = context or open_context(config, data=data, training=False)
     started = time.perf_counter()
-    attached: Any = nullcontext()
+    attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
-        attached = context.live(read_start(adapter, context.backbone), "merged")
-    with attached as live:
-        model = live.model if live is not None else context.backbone.model
-        scores, rows = _score(context, model, title)
+        attached = adapted(context.backbone, adapter)
+    with attached as model:
+        predictions = {
+            name: _answers(context, model, role, split, f"{title}, {name}")
+            for name, (role, split) in data.test_sets().items()
+        }
+    generated = time.perf_counter()
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "predictions.jsonl", rows)
+        scores, per_row = score_sets(
+            config,
+            data.test_sets(),
+            predictions,
+            context.backbone.public_name,
+            str(context.backbone.device),
+        )
+        write_jsonl(out / "predictions.jsonl", _records(predictions, per_row))
         write_json(out / "scores.json", scores)
-        finish_stage(out, key, {"seconds": time.perf_counter() - started})
+        seconds = {
+            "seconds": time.perf_counter() - started,
+            "seconds_answering": generated - started,
+            "seconds_scoring": time.perf_counter() - generated,
+        }
+        finish_stage(out, key, seconds)
     wait_for_all()
     return out
 
 
-def _score(context: Context, model: Any, title: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    config, backbone = context.config, context.backbone
+def _answers(context: Context, model: Any, role: str, split: str, title: str) -> list[Row]:
+    config, backbone, task = context.config, context.backbone, context.task
     limit = config.evaluate.limit
-    examples = context.examples("target", "test")[:limit]
-    encoded = context.encoded("target", "test")[:limit]
+    examples = context.examples(role, split)[:limit]
+    encoded = context.encoded(role, split)[:limit]
+    language = section_of(config, role, split).language
     model.eval()
     batches = Rows(encoded, context.collator, config.evaluate.batch_size).batches(
         range(len(encoded))
@@ -85,29 +111,38 @@ def _score(context: Context, model: Any, title: str) -> tuple[dict[str, Any], li
             finished += count
             done(finished)
 
-        lines = generate_lines(
+        texts = generate_texts(
             model,
             backbone.tokenizer,
             [e.input_ids[: e.prompt_length] for e in encoded],
-            max_new_tokens=config.evaluate.max_new_tokens or context.task.max_new_tokens,
+            max_new_tokens=config.evaluate.max_new_tokens or task.new_tokens(language),
             batch_size=config.evaluate.batch_size,
             pad_id=backbone.pad_id,
-            stop_ids=backbone.stop_ids,
+            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            beams=config.evaluate.beams,
+            one_line=task.one_line,
             advance=advance,
         )
-    rows: list[dict[str, Any]] = []
-    for example, line, loss in zip(examples, lines, losses, strict=True):
-        marks = {
-            name: metric(line, example.references, example.language, config.evaluate.metric_rules)
-            for name, metric in context.task.metrics.items()
+    return [
+        Row(e.id, task.clean(text), e.references, e.group, loss, row.label_tokens)
+        for e, row, text, loss in zip(examples, encoded, texts, losses, strict=True)
+    ]
+
+
+def _records(
+    predictions: dict[str, list[Row]], per_row: dict[str, dict[str, tuple[float, ...]]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "set": name,
+            "id": row.id,
+            "group": row.group,
+            "prediction": row.prediction,
+            "references": list(row.references),
+            "tokens": row.tokens,
         }
-        rows.append(
-            {"id": example.id, "prediction": line, "references": list(example.references)}
-            | marks
-            | {"loss": loss}
-        )
-    means = {name: sum(r[name] for r in rows) / len(rows) for name in context.task.metrics}
-    scores = {name: 100 * value for name, value in means.items()}
-    scores |= {"loss": sum(losses) / len(losses), "n": len(rows)}
-    scores |= {"metric_rules": config.evaluate.metric_rules}
-    return scores, rows
+        | {metric: scores[index] for metric, scores in per_row[name].items()}
+        | {"loss": row.loss}
+        for name, rows in predictions.items()
+        for index, row in enumerate(rows)
+    ]

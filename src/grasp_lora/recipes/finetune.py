@@ -8,10 +8,9 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import zero_fraction
 from grasp_lora.hf.live import LiveAdapter
-from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
-    data_digest,
     epochs_trained,
     finish_stage,
     read_start,
@@ -55,10 +54,11 @@ def finetune_at(
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
     join(config)
-    key = stage_key(config, data=data_digest(config), start=start, ratio=ratio)
+    data = open_data(config, context)
+    key = stage_key(config, data=data.digest(), start=start, ratio=ratio)
     if stage_is_done(out, key, overwrite):
         return out
-    context = context or open_context(config)
+    context = context or open_context(config, data=data)
     started = time.perf_counter()
     section = config.finetune
     before = epochs_trained(start) if section.mode == "continue" else 0.0

@@ -177,15 +177,6 @@ def stage_key(config: RunConfig, **inputs: Any) -> dict[str, Any]:
     return {"config": config.config_hash()} | values
 
 
-def data_digest(config: RunConfig) -> str:
-    """Return a hash of the data files a run names: the same files, the same rows."""
-    digest = hashlib.sha256()
-    for section in (config.data.source, config.data.target):
-        for split, path in sorted(section.paths().items()) if section else ():
-            digest.update(split.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _content(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_FILE)]):

@@ -1,6 +1,7 @@
 """The whole job: two adapters in, one pruned adapter at a learned ratio out, with its report."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.hf.adapter_io import check_fits, read_adapter
 from grasp_lora.hf.backbones import resolve_targets
 from grasp_lora.hf.modules import linear_shape
+from grasp_lora.plots import plot_search
 from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.data import Given, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.fit import checkpoint_bytes
 from grasp_lora.recipes.folders import STAGE_FILE
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_for_all
+from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.scoring import compare_evaluations, missing_metrics
 from grasp_lora.recipes.search import check_search, search_ratio
 from grasp_lora.recipes.train import train_adapter
-from grasp_lora.report import plot_search, write_report
+from grasp_lora.report import write_report
 from grasp_lora.runs import (
     check_disk,
     check_run,
@@ -51,7 +56,9 @@ class System:
     adapter: Path | None
 
 
-def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path:
+def run(
+    config: RunConfig, overwrite: bool = False, quiet: bool = False, rows: Given | None = None
+) -> Path:
     """Run every stage that is not done yet and write the run's report.
 
     An interrupted run of the same configuration goes on where it stopped.
@@ -60,6 +67,8 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
         config: the run's settings; `config.output` is the run folder.
         overwrite: replace a finished run or one of another configuration.
         quiet: print nothing.
+        rows: rows from Python (lists of mappings, a `datasets.Dataset`), role -> part -> rows, in
+            place of `data.<role>.files`; the languages are still the configuration's.
 
     Returns:
         The run folder, with `final/` (a PEFT adapter), `ratio.json`, `rounds.jsonl`,
@@ -70,7 +79,7 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
         Diverged: a training loss became NaN.
     """
     join(config)
-    faults = config.faults() + config.missing_files()
+    faults = config.faults() + config.missing_files() + missing_metrics(config)
     if faults:
         raise ConfigError(faults)
     out, settings = config.output, config.to_dict()
@@ -79,7 +88,8 @@ def run(config: RunConfig, overwrite: bool = False, quiet: bool = False) -> Path
     for folder in given.values():
         if folder is not None:
             read_adapter(folder)
-    context = open_context(config, quiet)
+    data = load_run_data(config, Narrator(quiet or not is_main()).say, given=rows)
+    context = open_context(config, quiet, data)
     _check_before_work(context, given)
     decided_by_main(lambda: _open(context, settings, overwrite))
     adapters = {
@@ -125,7 +135,7 @@ def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
             entries += sum(f.A.numel() + f.B.numel() for f in loaded.adapter.values())
     check_disk(config.output, checkpoint_bytes(entries))
     rounds = check_search(context)
-    if not context.examples("target", "test"):
+    if not context.data.test_sets():
         context.narrator.say("no test rows (data.target.rows.test): nothing will be scored")
     context.narrator.say(
         f"backbone {context.backbone.public_name}, {context.backbone.dtype}; {rounds} rounds of"
@@ -166,7 +176,8 @@ def _score_systems(
         "language": config.data.target.language,
         "seed": config.seed,
     }
-    if not context.examples("target", "test"):
+    sets = context.data.test_sets()
+    if not sets:
         return table | {"systems": []}
 
     alone = _as_long_alone(config)
@@ -201,7 +212,23 @@ def _score_systems(
             | read_json(folder / "scores.json")
             | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
         )
-    return table | {"systems": rows}
+    return table | {"systems": rows, "comparisons": _against_final(context, out, systems)}
+
+
+def _against_final(context: Context, out: Path, systems: Sequence[System]) -> dict[str, Any]:
+    """Pair the result with every other system: slug -> test set -> metric -> paired test."""
+    folder, sets = out / "evaluations", context.data.test_sets()
+    return {
+        system.slug: compare_evaluations(
+            context.config,
+            folder / "final",
+            folder / system.slug,
+            sets,
+            context.backbone.public_name,
+        )
+        for system in systems
+        if system.slug != "final" and is_main()
+    }
 
 
 def _as_long_alone(config: RunConfig) -> RunConfig:

@@ -19,10 +19,9 @@ from grasp_lora.core.rounds import (
 from grasp_lora.hf.callback import ProbePool, SearchCallback
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import processes, steps_per_epoch
-from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import (
-    data_digest,
     finish_stage,
     read_start,
     stage_is_done,
@@ -82,10 +81,11 @@ def search_ratio(
         Diverged: the training loss became NaN.
     """
     join(config)
-    key = stage_key(config, data=data_digest(config), merged=merged)
+    data = open_data(config, context)
+    key = stage_key(config, data=data.digest(), merged=merged)
     if stage_is_done(out, key, overwrite):
         return out
-    context = context or open_context(config)
+    context = context or open_context(config, data=data)
     planned = check_search(context)
     started = time.perf_counter()
     start = read_start(merged, context.backbone)

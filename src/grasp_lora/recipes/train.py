@@ -9,10 +9,9 @@ import torch
 from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.hf.modules import linear_shape, resolve_targets
-from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
-    data_digest,
     finish_stage,
     save_plain,
     stage_is_done,
@@ -44,10 +43,11 @@ def train_adapter(
         ValueError: there are no rows for the role, or no layer matches `lora.target_modules`.
     """
     join(config)
-    key = stage_key(config, data=data_digest(config), role=role)
+    data = open_data(config, context)
+    key = stage_key(config, data=data.digest(), role=role)
     if stage_is_done(out, key, overwrite):
         return out
-    context = context or open_context(config)
+    context = context or open_context(config, data=data)
     if not context.examples(role, "train"):
         raise ValueError(f"there are no {role} rows to train on: give data.{role}.files and rows")
     started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Data: rows of text, their prompts and splits, and their token ids."""
+"""Tasks: what a row asks, its prompt in each language, and its token ids."""

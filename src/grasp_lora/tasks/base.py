@@ -1,10 +1,9 @@
-"""The task table: one row per task; a new task is one render function and one row."""
+"""The task table: one row per task; a new task is one row and its prompts."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from grasp_lora.metrics import exact_match, token_f1
-from grasp_lora.tasks.prompts import render_question
+from grasp_lora.tasks.prompts import QA_PROMPTS, SUMMARY_PROMPTS, TEXT_PROMPTS
 from grasp_lora.tasks.records import Example, Prompt, Task, first_line, normalize_text, text_key
 
 __all__ = [
@@ -18,15 +17,50 @@ __all__ = [
     "text_key",
 ]
 
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_LIKELIHOOD = ("loss", "perplexity")
+_QA = Task(
+    name="qa",
+    fields=("context", "question"),
+    answer="answers",
+    prompts=QA_PROMPTS,
+    metrics=("exact_match", "token_f1", "bleu", "chrf", *_ROUGE, *_LIKELIHOOD),
+    max_new_tokens=64,
+    aliases={
+        "context": ("passage", "paragraph"),
+        "question": ("query",),
+        "answers": ("answer",),
+    },
+)
+_SUMMARIZATION = Task(
+    name="summarization",
+    fields=("article",),
+    answer="summary",
+    prompts=SUMMARY_PROMPTS,
+    metrics=(*_ROUGE, "bleu", "chrf", *_LIKELIHOOD),
+    max_new_tokens=96,
+    # The published prompts take up to 2200 tokens (paper); the longest answer and its end follow.
+    max_length=2200 + 128 + 1,
+    new_tokens_by_language={"ar": 128},
+    aliases={
+        "article": ("text", "document", "body", "content"),
+        "summary": ("headline", "highlights", "target"),
+    },
+)
+_TEXT_TO_TEXT = Task(
+    name="text-to-text",
+    fields=(),
+    answer="completion",
+    prompts=TEXT_PROMPTS,
+    metrics=("chrf", "bleu", "rougeL", "exact_match", *_LIKELIHOOD),
+    max_new_tokens=128,
+    aliases={"completion": ("target", "output", "response")},
+    clean=str.strip,
+    one_line=False,
+)
+
 TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        "qa": Task(
-            name="qa",
-            render=render_question,
-            metrics={"exact_match": exact_match, "token_f1": token_f1},
-            max_new_tokens=32,
-        ),
-    }
+    {task.name: task for task in (_QA, _SUMMARIZATION, _TEXT_TO_TEXT)}
 )
 
 

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_lora.tasks.records import Example, Prompt, Task
+from grasp_lora.tasks.chat import Frame, chat_frame, plain_frame
+from grasp_lora.tasks.fitting import continuation_ids, fitted, prompt_ids, token_ids
+from grasp_lora.tasks.prompts import render
+from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
 IGNORED = -100
 """Label of a position that has no loss."""
+
+UNSEGMENTED = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
+"""Languages written without a space between words."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,9 @@ class Encoded:
     prompt_length: int
     """Tokens of the prompt; `input_ids[:prompt_length]` is what generation starts from."""
     cut_tokens: int
-    """Tokens the context was shortened by."""
+    """Tokens the body (of a question: the context) was shortened by."""
+    body_length: int = 0
+    """Characters of the body that are left."""
 
     @property
     def label_tokens(self) -> int:
@@ -33,14 +41,25 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What encoding did to a list of rows; all but `rows` and `truncated` in tokens."""
+    """What encoding did to a list of rows; lengths in tokens."""
 
     rows: int
     truncated: int
-    """Rows whose context was shortened."""
+    """Rows whose body was shortened."""
     cut_tokens_total: int
+    cut_share: float
+    """Mean share of the body's tokens that those rows lost, in [0, 1]; 0 if there are none."""
     longest: int
     label_tokens: int
+    answers_lost: int
+    """Rows with a reference in the whole body and none in what is left of it."""
+    fertility: float | None
+    """Tokens per `fertility_unit` over the distinct whole bodies; None without any text."""
+    fertility_unit: str
+    """"word" (between white space), or "character" (code points that are not white space) if the
+    rows are of a language that writes no space between words."""
+    end_id: int
+    """Last token of every answer: generation has to stop at it."""
 
 
 def encode(
@@ -52,12 +71,13 @@ def encode(
     example_id: str = "",
     group: str = "",
     reserve: int = 0,
+    frame: Frame | None = None,
 ) -> Encoded:
     """Tokenise a prompt and its answer into at most `max_length` tokens.
 
     The prompt is tokenised as one text, with the tokenizer's own start token; where it is too
-    long, the end of its body is cut off. The answer is tokenised by itself, after a space, and
-    closed by the end token.
+    long, the end of its body is cut off. The answer is never cut: it is tokenised as what follows
+    the prompt, apart from it, and closed by the end token.
 
     Args:
         prompt: the text before the answer.
@@ -68,72 +88,32 @@ def encode(
         group: kept with the row.
         reserve: tokens kept free after the prompt even if the answer is shorter, so that the
             text a model sees does not depend on the length of the answer it is asked for.
+        frame: what stands around the prompt and the answer; None is plain text.
 
     Raises:
         ValueError: if the tokenizer has no end token, the prompt is empty, or it does not fit
             even without its body.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+    frame = frame or plain_frame(tokenizer)
+    framed = frame.wrap(prompt)
     answer: list[int] = []
     if completion is not None:
-        answer = [*_ids(tokenizer, " " + completion, special=False), int(end)]
-    budget = max_length - max(len(answer), reserve)
-    ids = _prompt_ids(tokenizer, prompt.text)
-    if not ids:
+        written = continuation_ids(tokenizer, framed.text, frame.completion(completion))
+        answer = [*written, frame.end_id]
+    kept_free = max(len(answer), reserve)
+    special = not frame.chat
+    fit = fitted(framed, tokenizer, max_length - kept_free, special)
+    if fit is None:
+        least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
+        raise ValueError(
+            f"row {example_id!r} does not fit: what may not be cut of its prompt takes {least} "
+            f"tokens and {kept_free} are kept for the answer, max_length is {max_length}; "
+            f"raise it to at least {least + kept_free}"
+        )
+    if not fit.ids:
         raise ValueError(f"row {example_id!r}: the prompt is empty")
-    cut_tokens = 0
-    if len(ids) > budget:
-        short = _shorten(prompt, tokenizer, budget)
-        if short is None:
-            least = len(_prompt_ids(tokenizer, prompt.prefix + prompt.suffix))
-            raise ValueError(
-                f"row {example_id!r} does not fit: question and instruction take {least} tokens "
-                f"and {max_length - budget} are kept for the answer, max_length is {max_length}; "
-                f"raise it to at least {least + max_length - budget}"
-            )
-        cut_tokens = len(ids) - len(short)
-        ids = short
-    return Encoded(example_id, group, (*ids, *answer), len(ids), cut_tokens)
-
-
-def _shorten(prompt: Prompt, tokenizer: Any, budget: int) -> list[int] | None:
-    """Return the ids of the prompt with the longest start of its body that fits, or None."""
-
-    def ids_up_to(end: int) -> list[int]:
-        return _prompt_ids(tokenizer, prompt.prefix + prompt.body[:end].rstrip() + prompt.suffix)
-
-    ends = _cut_points(tokenizer, prompt.body)
-    low, high = 0, len(ends)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(ids_up_to(ends[middle])) <= budget else (low, middle)
-    # Token counts may fall a little as a text grows, so the last word is a count, not the search.
-    ids = ids_up_to(ends[low])
-    return ids if len(ids) <= budget else None
-
-
-def _cut_points(tokenizer: Any, body: str) -> list[int]:
-    """Return where a body may end: 0 and its token borders, or every character without offsets."""
-    if not tokenizer.is_fast:
-        return list(range(len(body)))
-    encoded = tokenizer(body, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return sorted({0, *(end for _, end in encoded["offset_mapping"] if end < len(body))})
-
-
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    # verbose=False: a text over model_max_length is expected here, it is cut afterwards.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids with the tokenizer's start token and without an end token it may add."""
-    ids = _ids(tokenizer, text, special=True)
-    end = tokenizer.eos_token_id
-    if ids and ids[-1] == end and _ids(tokenizer, text, special=False)[-1:] != [end]:
-        return ids[:-1]
-    return ids
+    ids = (*fit.ids, *answer)
+    return Encoded(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
 
 
 def encode_examples(
@@ -143,6 +123,9 @@ def encode_examples(
     max_length: int,
     template: str | None = None,
     for_training: bool = True,
+    *,
+    chat: bool = False,
+    new_tokens: int | None = None,
 ) -> tuple[list[Encoded], EncodingReport]:
     """Encode rows with their first reference as the answer.
 
@@ -152,33 +135,70 @@ def encode_examples(
         tokenizer: a Hugging Face tokenizer.
         max_length: most tokens of prompt and answer together.
         template: prompt template; None takes the one of each row's language.
-        for_training: False keeps room for `task.max_new_tokens` and the end token behind every
-            prompt, so that generation fits and a cut prompt says nothing about its answer.
+        for_training: False keeps room for `new_tokens` and the end token behind every prompt, so
+            that generation fits and a cut prompt says nothing about its answer.
+        chat: put the tokenizer's chat template around prompt and answer.
+        new_tokens: longest answer that is generated; None takes the task's for each language.
 
     Raises:
-        ValueError: if a row does not fit even without its context.
+        ValueError: if a row does not fit even without its body, or `chat` is asked of a tokenizer
+            without a usable chat template.
     """
-    reserve = 0 if for_training else task.max_new_tokens + 1
-    encoded = [
-        encode(
-            task.render(example, template),
+    frame = chat_frame(tokenizer) if chat else plain_frame(tokenizer)
+    encoded: list[Encoded] = []
+    bodies: list[tuple[str, str]] = []
+    for example in examples:
+        prompt = render(task, example, template)
+        limit = task.new_tokens(example.language) if new_tokens is None else new_tokens
+        row = encode(
+            prompt,
             example.references[0],
             tokenizer,
             max_length,
             example_id=example.id,
             group=example.group,
-            reserve=reserve,
+            reserve=0 if for_training else limit + 1,
+            frame=frame,
         )
-        for example in examples
+        body = frame.wrap(prompt).body
+        encoded.append(row)
+        bodies.append((body, body[: row.body_length]))
+    return encoded, _report(examples, encoded, bodies, tokenizer, frame.end_id)
+
+
+def _report(
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    bodies: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    end_id: int,
+) -> EncodingReport:
+    """Sum up; `bodies` holds each row's body, whole and as far as it was kept."""
+    tokens = {body: len(token_ids(tokenizer, body)) for body in dict.fromkeys(b for b, _ in bodies)}
+    shares = [
+        min(1.0, row.cut_tokens / max(tokens[body], 1))
+        for row, (body, _) in zip(encoded, bodies, strict=True)
+        if row.cut_tokens > 0
     ]
-    report = EncodingReport(
+    lost = [
+        any(reference in body for reference in example.references)
+        and not any(reference in kept for reference in example.references)
+        for example, (body, kept) in zip(examples, bodies, strict=True)
+    ]
+    by_character = any(main_language(example.language) in UNSEGMENTED for example in examples)
+    words = sum(sum(map(len, b.split())) if by_character else len(b.split()) for b in tokens)
+    return EncodingReport(
         rows=len(encoded),
-        truncated=sum(row.cut_tokens > 0 for row in encoded),
+        truncated=len(shares),
         cut_tokens_total=sum(row.cut_tokens for row in encoded),
+        cut_share=sum(shares) / len(shares) if shares else 0.0,
         longest=max((len(row.input_ids) for row in encoded), default=0),
         label_tokens=sum(row.label_tokens for row in encoded),
+        answers_lost=sum(lost),
+        fertility=sum(tokens.values()) / words if words else None,
+        fertility_unit="character" if by_character else "word",
+        end_id=end_id,
     )
-    return encoded, report
 
 
 @dataclass(frozen=True)

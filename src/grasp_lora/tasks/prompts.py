@@ -1,14 +1,15 @@
-"""Question prompts, one template per language, and how a template becomes a prompt."""
+"""Prompt templates of the tasks, one per language, and how a template becomes a prompt."""
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from grasp_lora.tasks.records import Example, Prompt
+from grasp_lora.tasks.records import Example, Prompt, Task, in_language
 
-CONTEXT, QUESTION = "{context}", "{question}"
 FALLBACK = "en"
+_NAME = re.compile(r"\{([^\W\d]\w*)\}")
 
-PROMPTS: Mapping[str, str] = MappingProxyType(
+QA_PROMPTS: Mapping[str, str] = MappingProxyType(
     {
         "en": "Answer with words from the text.\nText: {context}\nQuestion: {question}\nAnswer:",
         "es": "Responde con palabras del texto.\n"
@@ -26,54 +27,132 @@ PROMPTS: Mapping[str, str] = MappingProxyType(
         "ru": "Ответь словами из текста.\nТекст: {context}\nВопрос: {question}\nОтвет:",
         "sw": "Jibu kwa maneno kutoka kwenye maandishi.\n"
         "Maandishi: {context}\nSwali: {question}\nJibu:",
+        "el": "Απάντησε με λέξεις από το κείμενο.\n"
+        "Κείμενο: {context}\nΕρώτηση: {question}\nΑπάντηση:",
+        "ro": "Răspunde cu cuvinte din text.\nText: {context}\nÎntrebare: {question}\nRăspuns:",
+        "pt": "Responda com palavras do texto.\nTexto: {context}\nPergunta: {question}\nResposta:",
+        "id": "Jawab dengan kata-kata dari teks.\n"
+        "Teks: {context}\nPertanyaan: {question}\nJawaban:",
+        "bn": "লেখার শব্দ দিয়ে উত্তর দিন।\nলেখা: {context}\nপ্রশ্ন: {question}\nউত্তর:",
+        "ur": "متن کے الفاظ میں جواب دیں۔\nمتن: {context}\nسوال: {question}\nجواب:",
+        "am": "ከጽሑፉ በተወሰዱ ቃላት መልስ።\nጽሑፍ: {context}\nጥያቄ: {question}\nመልስ:",
+        "ha": "Amsa da kalmomi daga rubutun.\nRubutu: {context}\nTambaya: {question}\nAmsa:",
+        "so": "Ku jawaab erayo qoraalka ku jira.\nQoraal: {context}\nSu'aal: {question}\nJawaab:",
+        "yo": "Fi ọ̀rọ̀ inú àyọkà dáhùn.\nÀyọkà: {context}\nÌbéèrè: {question}\nÌdáhùn:",
     }
 )
 
+SUMMARY_PROMPTS: Mapping[str, str] = MappingProxyType(
+    {
+        "en": "Summarize the text in one sentence.\nText: {article}\nSummary:",
+        "ar": "لخّص النص في جملة واحدة.\nالنص: {article}\nالملخص:",
+        "zh": "用一句话概括文章。\n文章：{article}\n摘要：",
+        "sw": "Fupisha maandishi kwa sentensi moja.\nMaandishi: {article}\nMuhtasari:",
+        "am": "ጽሑፉን በአንድ ዓረፍተ ነገር አጠቃልል።\nጽሑፍ: {article}\nማጠቃለያ:",
+        "ha": "Taƙaita rubutun a jimla ɗaya.\nRubutu: {article}\nTaƙaitawa:",
+        "so": "Qoraalka ku soo koob hal weedh.\nQoraal: {article}\nSoo koobid:",
+        "yo": "Ṣe àkópọ̀ àyọkà náà ní gbólóhùn kan.\nÀyọkà: {article}\nÀkópọ̀:",
+        "hi": "पाठ का सार एक वाक्य में लिखें।\nपाठ: {article}\nसार:",
+        "bn": "লেখাটির সারসংক্ষেপ এক বাক্যে লিখুন।\nলেখা: {article}\nসারসংক্ষেপ:",
+        "ur": "متن کا خلاصہ ایک جملے میں لکھیں۔\nمتن: {article}\nخلاصہ:",
+        "th": "สรุปข้อความในหนึ่งประโยค\nข้อความ: {article}\nสรุป:",
+        "tr": "Metni tek cümleyle özetle.\nMetin: {article}\nÖzet:",
+        "ru": "Кратко изложи текст одним предложением.\nТекст: {article}\nКраткое изложение:",
+        "es": "Resume el texto en una frase.\nTexto: {article}\nResumen:",
+        "fr": "Résume le texte en une phrase.\nTexte : {article}\nRésumé :",
+        "de": "Fasse den Text in einem Satz zusammen.\nText: {article}\nZusammenfassung:",
+        "vi": "Tóm tắt văn bản trong một câu.\nVăn bản: {article}\nTóm tắt:",
+        "id": "Ringkas teks ini dalam satu kalimat.\nTeks: {article}\nRingkasan:",
+        "pt": "Resuma o texto em uma frase.\nTexto: {article}\nResumo:",
+        "el": "Συνόψισε το κείμενο σε μία πρόταση.\nΚείμενο: {article}\nΠερίληψη:",
+        "ro": "Rezumă textul într-o singură propoziție.\nText: {article}\nRezumat:",
+    }
+)
 
-def template_for(language: str) -> tuple[str, str | None]:
-    """Return the question template of a language, and a notice where English stands in."""
-    if language in PROMPTS:
-        return PROMPTS[language], None
-    known = ", ".join(PROMPTS)
+TEXT_PROMPTS: Mapping[str, str] = MappingProxyType({FALLBACK: "{prompt}"})
+"""Rows whose prompt is written out already: the same in every language."""
+
+
+def template_for(task: Task, language: str) -> tuple[str, str | None]:
+    """Return the task's template in a language, and a notice where English stands in.
+
+    A code such as "pt-BR" takes the row of "pt" where it has none of its own. A task with one
+    template for all languages gives no notice.
+    """
+    found = in_language(task.prompts, language)
+    if found is not None:
+        return found, None
+    if len(task.prompts) == 1:
+        return task.prompts[FALLBACK], None
     notice = (
-        f"no built-in prompt for language {language!r} (there is one for {known}); "
-        "the English prompt is used, set data.*.prompt to give your own"
+        f"no built-in prompt for language {language!r} (there is one for "
+        f"{', '.join(task.prompts)}); the English prompt is used, set data.*.prompt or --prompt "
+        "to give your own"
     )
-    return PROMPTS[FALLBACK], notice
+    return task.prompts[FALLBACK], notice
 
 
-def check_template(template: str) -> None:
-    """Check that a template can be rendered.
+def template_fields(task: Task, template: str) -> tuple[str, ...]:
+    """Return the inputs a template needs, the body (which may be shortened) first.
+
+    These are the task's fields; a task without takes every name in braces, in order, and the
+    first one as the body.
 
     Raises:
-        ValueError: unless {context} and {question} each occur exactly once.
+        ValueError: if a field does not stand in the template exactly once.
     """
-    for name in (CONTEXT, QUESTION):
-        if template.count(name) != 1:
+    names = task.fields or tuple(dict.fromkeys(_NAME.findall(template)))
+    if not names:
+        raise ValueError(
+            f"the prompt template names no column, got {template!r}; write the name of each "
+            "column it needs in braces, such as {prompt}"
+        )
+    for name in names:
+        count = template.count(f"{{{name}}}")
+        if count != 1:
+            every = " and ".join(f"{{{name}}}" for name in names)
             raise ValueError(
-                f"the prompt template holds {name} {template.count(name)} times, got {template!r}; "
-                f"write {CONTEXT} and {QUESTION} exactly once each"
+                f"the prompt template holds {{{name}}} {count} times, got {template!r}; write "
+                f"{every} exactly once{' each' if len(names) > 1 else ''}"
             )
+    return names
 
 
-def render_question(example: Example, template: str | None = None) -> Prompt:
-    """Return the prompt of a question: its body is the context, all else is never shortened.
+def check_template(task: Task, template: str) -> None:
+    """Check that a template can be rendered; see `template_fields` for what it raises."""
+    template_fields(task, template)
 
-    Placeholders inside the context or the question are left as they are.
+
+def render(task: Task, example: Example, template: str | None = None) -> Prompt:
+    """Return the prompt of a row: its body is the first field, all else is never shortened.
+
+    Other braces in the template, and placeholders inside the row's texts, are left as they are.
 
     Args:
-        example: a row with the fields "context" and "question".
-        template: text with {context} and {question}; None takes the language's own.
+        task: which fields there are.
+        example: a row with those fields.
+        template: text with each field in braces; None takes the one of the row's language.
 
     Raises:
-        ValueError: if the template lacks or repeats a placeholder.
+        ValueError: if the template lacks or repeats a field, or the row lacks one.
     """
-    chosen = template_for(example.language)[0] if template is None else template
-    check_template(chosen)
-    before, after = chosen.split(CONTEXT)
-    question = example.fields["question"]
+    chosen = template_for(task, example.language)[0] if template is None else template
+    names = template_fields(task, chosen)
+    absent = [name for name in names if name not in example.fields]
+    if absent:
+        raise ValueError(
+            f"row {example.id!r} has no {absent[0]!r}, which the prompt needs; it has "
+            f"{', '.join(example.fields) or 'no field'}"
+        )
+    body, *others = names
+    before, after = chosen.split(f"{{{body}}}")
     return Prompt(
-        prefix=before.replace(QUESTION, question),
-        body=example.fields["context"],
-        suffix=after.replace(QUESTION, question),
+        prefix=_filled(before, example.fields, others),
+        body=example.fields[body],
+        suffix=_filled(after, example.fields, others),
     )
+
+
+def _filled(text: str, fields: Mapping[str, str], names: list[str]) -> str:
+    # In one pass: a field's own text may look like the placeholder of another.
+    return _NAME.sub(lambda found: fields[found[1]] if found[1] in names else found[0], text)

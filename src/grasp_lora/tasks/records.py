@@ -3,7 +3,10 @@
 import hashlib
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Example:
     group: str
     """Rows of one group (for questions: one context) never go to different splits."""
     language: str
-    """Two-letter code, such as "en"."""
+    """Two-letter code, such as "en", or one with a region or script, such as "zh-TW"."""
     fields: Mapping[str, str]
     """The inputs by name; for questions "context" and "question"."""
     references: tuple[str, ...]
@@ -46,14 +49,41 @@ class Task:
     """One row of the task table."""
 
     name: str
-    render: Callable[[Example, str | None], Prompt]
-    """(example, template) -> prompt; a template of None means the built-in one of the language."""
-    metrics: Mapping[str, Callable[..., float]]
-    """Name -> fn(prediction, references, language, rules=...) in [0, 1]."""
+    fields: tuple[str, ...]
+    """Inputs of a row, the one that may be shortened first; empty: those the template names."""
+    answer: str
+    """Column of the accepted answers."""
+    prompts: Mapping[str, str]
+    """Language -> template with every field in braces exactly once; "en" stands in for others."""
+    metrics: tuple[str, ...]
+    """Names of the scores reported by default, keys of `grasp_lora.metrics.METRICS`."""
     max_new_tokens: int
     """Longest answer that is generated, in tokens."""
+    max_length: int = 512
+    """Tokens of prompt and answer together, unless a run says otherwise."""
+    new_tokens_by_language: Mapping[str, int] = field(default_factory=dict)
+    """Languages with another limit."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Field, or the answer column -> column names that published files use instead."""
     clean: Callable[[str], str] = first_line
     """Generated text -> the prediction that is scored."""
+    one_line: bool = True
+    """Whether generation may stop at the first line break behind a word."""
+
+    def new_tokens(self, language: str) -> int:
+        """Return the longest answer generated in a language, in tokens."""
+        found = in_language(self.new_tokens_by_language, language)
+        return self.max_new_tokens if found is None else found
+
+
+def main_language(language: str) -> str:
+    """Return the part of a language code that names the language: "zh" of "zh-TW"."""
+    return language.replace("_", "-").split("-")[0].lower()
+
+
+def in_language(table: Mapping[str, T], language: str) -> T | None:
+    """Return a table's row of a language: of its full code, else of the language it names."""
+    return table.get(language, table.get(main_language(language)))
 
 
 def normalize_text(text: str) -> str:

@@ -136,7 +136,7 @@ def _check_language(language: str) -> None:
 
 @cache
 def _facts(kind: str) -> Mapping[str, Any]:
-    path = files("grasp_lora.tasks") / "facts" / f"{kind}.json"
+    path = files("grasp_lora.data") / "facts" / f"{kind}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Splits that share no context: cutting rows into them, checking them, recording them."""
+"""Splits that share no context: cutting rows into them, and recording them."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grasp_lora.tasks.records import Example, normalize_text
+from grasp_lora.tasks.records import Example
 
 Parts = Mapping[str, Sequence[Example]]
 
@@ -106,40 +106,6 @@ def _shuffled_groups(examples: Sequence[Example], seed: int) -> list[list[Exampl
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
     return [groups[key] for key in keys]
-
-
-def check_disjoint(parts: Parts) -> None:
-    """Check that no question leaks from one split into another.
-
-    An id, a context, or a question with its context (compared after NFKC and white space) may
-    stand in one split only. Give source and target splits together to compare across languages:
-    parallel files share their ids.
-
-    Raises:
-        ValueError: naming the two rows, the splits they are in, and what they share.
-    """
-    for shared, key in _LEAKS.items():
-        seen: dict[object, tuple[str, str]] = {}
-        for split, examples in parts.items():
-            for example in examples:
-                first_split, first_id = seen.setdefault(key(example), (split, example.id))
-                if first_split != split:
-                    raise ValueError(
-                        f"row {first_id!r} of split {first_split!r} and row {example.id!r} of "
-                        f"split {split!r} have the same {shared}; give splits that do not overlap"
-                        f"{', or different questions different ids' if shared == 'id' else ''}"
-                    )
-
-
-def _question_key(example: Example) -> tuple[str, ...]:
-    return tuple(f"{name}={normalize_text(text)}" for name, text in sorted(example.fields.items()))
-
-
-def _context_key(example: Example) -> str:
-    return normalize_text(example.fields["context"])
-
-
-_LEAKS = {"id": lambda e: e.id, "question and context": _question_key, "context": _context_key}
 
 
 def manifest(parts: Parts) -> dict[str, Any]:

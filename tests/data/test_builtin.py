@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from grasp_lora.tasks.builtin import (
+from grasp_lora.data.builtin import (
     DEFAULT_SIZES,
     KINDS,
     LANGUAGES,
@@ -14,11 +14,11 @@ from grasp_lora.tasks.builtin import (
     builtin_splits,
     fact_split,
 )
+from grasp_lora.data.splits import check_disjoint
 from grasp_lora.tasks.records import Example, text_key
-from grasp_lora.tasks.splits import check_disjoint
 
 FACTS = {
-    kind: json.loads((files("grasp_lora.tasks") / "facts" / f"{kind}.json").read_text("utf-8"))
+    kind: json.loads((files("grasp_lora.data") / "facts" / f"{kind}.json").read_text("utf-8"))
     for kind in KINDS
 }
 

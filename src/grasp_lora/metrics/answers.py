@@ -4,8 +4,11 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
+
+from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 
 _ENGLISH_ARTICLES = r"\b(a|an|the)\b"
 
@@ -24,6 +27,10 @@ MLQA_ARTICLES: Mapping[str, str | None] = MappingProxyType(
 )
 """The languages of MLQA and what counts as an article in each (mlqa_evaluation_v1)."""
 
+# The correction of lm-evaluation-harness (pull request 3589): only at the start of a word, with
+# whatever is behind it.
+_FIXED_ARTICLES: Mapping[str, str | None] = MappingProxyType({**MLQA_ARTICLES, "ar": r"(?:^|\s)ال"})
+
 _HAN = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -38,26 +45,40 @@ def _squad_form(text: str, language: str) -> str:
     return " ".join(re.sub(_ENGLISH_ARTICLES, " ", bare).split())
 
 
-def _mlqa_form(text: str, language: str) -> str:
-    """Lower case, no Unicode punctuation, no articles of the language, Han characters apart."""
-    if language not in MLQA_ARTICLES:
-        raise ValueError(
-            f"the rules 'mlqa' know no language {language!r}, only {', '.join(MLQA_ARTICLES)}; "
-            "use the rules 'squad'"
-        )
+def _mlqa_form(text: str, language: str, articles: Mapping[str, str | None]) -> str:
+    """Lower case, no Unicode punctuation, no articles of the language, Han characters apart.
+
+    The order of the steps is that of mlqa_evaluation_v1.
+    """
     bare = "".join(c for c in text.lower() if not _is_punctuation(c))
-    articles = MLQA_ARTICLES[language]
-    if articles is not None:
-        bare = re.sub(articles, " ", bare)
+    pattern = articles[language]
+    if pattern is not None:
+        bare = re.sub(pattern, " ", bare)
     if language == "zh":
         bare = _HAN.sub(lambda match: f" {match[0]} ", bare)
     return " ".join(bare.split())
 
 
 RULES: Mapping[str, Callable[[str, str], str]] = MappingProxyType(
-    {"squad": _squad_form, "mlqa": _mlqa_form}
+    {
+        "squad": _squad_form,
+        "mlqa": partial(_mlqa_form, articles=MLQA_ARTICLES),
+        "mlqa-fixed": partial(_mlqa_form, articles=_FIXED_ARTICLES),
+    }
 )
 """Name of a rule set -> fn(text, language): the form in which two answers are compared."""
+
+
+def _fault(rules: str, language: str) -> str | None:
+    """Why answers of a language cannot be compared by some rules, or None."""
+    if rules not in RULES:
+        return f"unknown rules {rules!r}; choose one of: {', '.join(RULES)}"
+    if rules != "squad" and language not in MLQA_ARTICLES:
+        return (
+            f"the rules {rules!r} know no language {language!r}, only {', '.join(MLQA_ARTICLES)}; "
+            "use the rules 'squad'"
+        )
+    return None
 
 
 def normalize_answer(text: str, language: str = "en", rules: str = "squad") -> str:
@@ -66,14 +87,17 @@ def normalize_answer(text: str, language: str = "en", rules: str = "squad") -> s
     Args:
         text: the answer.
         language: two-letter code; "squad" treats all languages alike.
-        rules: "squad", the SQuAD v1.1 script, official for XQuAD too; or "mlqa", the rules of
-            mlqa_evaluation_v1 for each of its languages.
+        rules: "squad", the SQuAD v1.1 script, official for XQuAD too; "mlqa", the rules of
+            mlqa_evaluation_v1 for each of its languages; or "mlqa-fixed", the same but that the
+            Arabic article goes only at the start of a word (lm-evaluation-harness, pull request
+            3589), where the published pattern tears "ال" out of the middle of words too.
 
     Raises:
         ValueError: for unknown rules, or a language the rules do not cover.
     """
-    if rules not in RULES:
-        raise ValueError(f"unknown rules {rules!r}; choose one of: {', '.join(RULES)}")
+    fault = _fault(rules, language)
+    if fault is not None:
+        raise ValueError(fault)
     return RULES[rules](text, language)
 
 
@@ -119,17 +143,21 @@ def _check_references(references: Sequence[str]) -> None:
         raise ValueError(f"references must be a list of at least one text, got {references!r}")
 
 
-def mean_scores(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each score over rows.
+def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
+    rules, language = options.rules, options.language
+    found = {}
+    for name, score in _SCORES.items():
+        per_row = [100 * score(row.prediction, row.references, language, rules) for row in rows]
+        settings = {"rules": rules, "language": language, "what": "mean over rows, best reference"}
+        found[name] = mean_measured(per_row, settings)
+    return found
 
-    Raises:
-        ValueError: if there is no row, or the rows do not have the same scores.
-    """
-    listed = list(rows)
-    if not listed:
-        raise ValueError("no rows to average; at least one is needed")
-    names = list(listed[0])
-    for row in listed:
-        if set(row) != set(names):
-            raise ValueError(f"rows hold different scores: {sorted(names)} and {sorted(row)}")
-    return {name: sum(row[name] for row in listed) / len(listed) for name in names}
+
+_SCORES = {"exact_match": exact_match, "token_f1": token_f1}
+
+ANSWERS = Family(
+    names=tuple(_SCORES),
+    measure=_measure,
+    missing=lambda options: _fault(options.rules, options.language),
+)
+"""Exact match and token F1 in [0, 100]."""

@@ -1,22 +1,17 @@
 import json
 import random
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
-from grasp_lora.tasks.qa import read_examples
-from grasp_lora.tasks.records import Example, text_key
-from grasp_lora.tasks.splits import (
+from grasp_lora.data.splits import (
     auto_sizes,
-    check_disjoint,
     label_budget,
     manifest,
     split_auto,
     split_by_group,
 )
-
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+from grasp_lora.tasks.records import Example, text_key
 
 
 def rows(*group_sizes: int) -> list[Example]:
@@ -79,29 +74,6 @@ def test_negative_sizes_are_refused() -> None:
         split_by_group(rows(1), {"dev": -1}, 0)
 
 
-def test_the_same_id_in_two_splits_is_refused() -> None:
-    parts = {"train": [row("1", "a")], "dev": [row("1", "b")]}
-    with pytest.raises(ValueError, match="'1' of split 'train' and row '1' of split 'dev'.*id"):
-        check_disjoint(parts)
-
-
-@pytest.mark.parametrize("other", ["a  b", "\u00a0a\u3000b ", "\uff41 b", "\ufeffa b"])
-def test_the_same_context_in_another_form_is_refused(other: str) -> None:
-    parts = {"train": [row("1", "a b", "x")], "dev": [row("2", "c"), row("3", other, "y")]}
-    with pytest.raises(ValueError, match="'1' .*'3' of split 'dev' have the same context"):
-        check_disjoint(parts)
-
-
-def test_the_same_question_on_the_same_context_is_named_as_such() -> None:
-    parts = {"train": [row("1", "a b", "x y")], "dev": [row("2", "a  b", "x  y")]}
-    with pytest.raises(ValueError, match="the same question and context"):
-        check_disjoint(parts)
-
-
-def test_rows_of_one_split_may_share_a_context_and_questions_may_recur() -> None:
-    check_disjoint({"train": [row("1", "a", "x"), row("2", "a", "y")], "dev": [row("3", "b", "x")]})
-
-
 def test_auto_sizes_keep_the_published_proportion() -> None:
     assert auto_sizes(116) == {"train": 50, "dev": 50, "micro_dev": 16}
     for n_rows in range(8, 400):
@@ -147,18 +119,3 @@ def test_manifest_is_plain_json_and_its_hash_follows_the_ids() -> None:
 
 def test_label_budget_counts_rows_of_each_split() -> None:
     assert label_budget({"train": rows(2, 3), "micro_dev": []}) == {"train": 5, "micro_dev": 0}
-
-
-@pytest.mark.skipif(
-    not DATA.is_dir(), reason="the published question files are not beside the repository"
-)
-def test_parallel_files_leak_across_languages_unless_split_together() -> None:
-    sizes = {"train": 50, "dev": 50, "micro_dev": 16, "test": 100}
-    english = read_examples(DATA / "qa" / "en.jsonl", "en")
-    spanish = split_by_group(read_examples(DATA / "qa" / "es.jsonl", "es"), sizes, 0).parts
-    check_disjoint(spanish)
-    source = split_by_group(english, {"train": 400}, 0).parts["train"]
-    with pytest.raises(ValueError, match="the same id"):
-        check_disjoint({**spanish, "source.train": source})
-    squad = read_examples(DATA / "qa" / "en_squad.jsonl", "en")
-    check_disjoint({**spanish, "source.train": squad})

@@ -1,0 +1,190 @@
+"""Commands that look at rows and at scores: evaluate, score, data describe."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from grasp_lora.cli.common import (
+    AllowLeakage,
+    Config,
+    Out,
+    Overwrite,
+    Seed,
+    Set,
+    load,
+    overrides,
+    prints,
+    stage,
+)
+
+
+def evaluate(
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            help="PEFT adapter folder of any type; a model folder, short name or hub id for a bare "
+            "model; none for the bare backbone of --config.",
+            show_default=False,
+        ),
+    ],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Take model, task and test rows from this YAML.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="[NAME=]FILE", help="Labelled rows; repeat for test sets."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="qa, summarization or text-to-text.")] = "qa",
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Language code of the rows: one, or one for every --data."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model, in place of the one the adapter names.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt template, in place of the language's own.")
+    ] = None,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer test rows with an adapter or a bare model and score the answers.
+
+    Reads the adapter, and either --config or --data with --language. Writes scores.json (each score
+    with n, its interval and its settings; mean and worst over several test sets) and
+    predictions.jsonl.
+    """
+    if (config is None) == (data is None):
+        raise ValueError(
+            "give either --config YAML (its test rows) or --data FILE with --language (rows of a "
+            "file)"
+        )
+    if config is not None:
+        unused = {"--language": language, "--model": model, "--prompt": prompt}
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} has no effect beside --config; use --set")
+        loaded = load(config, settings, None, seed, allow_leakage)
+    else:
+        from grasp_lora.recipes.from_options import evaluation_config
+
+        loaded = evaluation_config(
+            adapter, task, data or [], language or [], model, prompt, overrides(settings, seed)
+        )
+    bare = adapter == "none" or not (Path(adapter) / "adapter_config.json").exists()
+    if bare and config is not None and adapter != "none":
+        raise ValueError(
+            f"{adapter} holds no adapter_config.json, so it is no PEFT adapter; give an adapter "
+            "folder, or none for the bare backbone of the configuration"
+        )
+    folder = None if bare else Path(adapter)
+    from grasp_lora.recipes.evaluate import evaluate_adapter
+
+    stage(out, overwrite, lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite))
+    if prints():
+        from rich.console import Console
+
+        from grasp_lora.recipes.scoring import evaluation_tables
+
+        for table in evaluation_tables(out):
+            Console(highlight=False).print(table)
+
+
+def describe(
+    config: Config,
+    settings: Set = None,
+    seed: Seed = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Markdown file to write as well.")
+    ] = None,
+) -> None:
+    """Show the rows of a configuration as the model sees them.
+
+    Reads the rows and the tokenizer; loads no weights. Prints, per split: rows, lengths, cuts,
+    fertility, label tokens; examples with prompt and answer marked; the leakage verdict.
+    """
+    loaded = load(config, settings, None, seed)
+    from grasp_lora.recipes.describe import describe_data
+
+    typer.echo(describe_data(loaded, out))
+
+
+def score(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='JSON lines {"id", "prediction", "references": [...]}.', show_default=False
+        ),
+    ],
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language code of the answers, like ar; needed without spaces."),
+    ] = None,
+    task: Annotated[
+        Literal["qa", "summarization", "text-to-text"], typer.Option(help="Kind of the answers.")
+    ] = "qa",
+    json: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="The same rows answered by another system: paired test."),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Scores, parted by commas; default: all that can be had.")
+    ] = None,
+    rules: Annotated[
+        Literal["squad", "mlqa", "mlqa-fixed"], typer.Option(help="Rules of exact match and F1.")
+    ] = "squad",
+    rouge: Annotated[
+        Literal["unicode", "xlsum"], typer.Option(help="How ROUGE cuts a text into words.")
+    ] = "unicode",
+    bertscore_model: Annotated[
+        str | None, typer.Option(help="Encoder of BERTScore, folder or name.")
+    ] = None,
+    bertscore_layer: Annotated[int | None, typer.Option(help="Layer of that encoder.")] = None,
+    bertscore_rescale: Annotated[
+        bool, typer.Option("--bertscore-rescale", help="Rescale BERTScore by its baseline.")
+    ] = False,
+    resamples: Annotated[
+        int, typer.Option(help="Resamples behind intervals and p-values; 0 for none.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --json.")
+    ] = False,
+) -> None:
+    """Score the answers of any system, with intervals; or tell whether two systems differ.
+
+    Reads the predictions; rows with the same "group" are resampled together. Prints a table, or
+    with --against a line for each score (A is FILE). Writes the file of --json.
+    """
+    from rich.console import Console
+
+    from grasp_lora.metrics.records import Options
+    from grasp_lora.recipes import score as recipe
+
+    names = None if metrics is None else [n.strip() for n in metrics.split(",") if n.strip()]
+    options = Options(
+        task=task,
+        language=language or recipe.UNKNOWN,
+        rules=rules,
+        rouge=rouge,
+        bertscore_model=bertscore_model,
+        bertscore_layer=bertscore_layer,
+        bertscore_rescale=bertscore_rescale,
+        resamples=resamples,
+        seed=seed,
+    )
+    if against is None:
+        result = recipe.score_file(file, options, names, json, overwrite)
+        Console(highlight=False).print(recipe.score_table(result))
+    else:
+        result = recipe.compare_files(file, against, options, names, json, overwrite)
+        typer.echo("\n".join(recipe.comparison_lines(result)))
+    for note in recipe.result_notes(result):
+        typer.echo(f"note: {note}", err=True)
+    if json is not None:
+        typer.echo(f"wrote {json}")

@@ -1,0 +1,193 @@
+"""Commands that run the job and its stages, and the list of settings."""
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from grasp_lora.cli.common import (
+    AllowLeakage,
+    Config,
+    Out,
+    Output,
+    Overwrite,
+    Seed,
+    Set,
+    load,
+    prints,
+    stage,
+    wrote,
+)
+
+if TYPE_CHECKING:
+    from grasp_lora.config import RunConfig
+
+
+def run(
+    config: Config,
+    settings: Set = None,
+    output: Output = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Do the whole job: adapters, merge, search, final fine-tuning, evaluation.
+
+    Reads the configuration and the rows or adapters it names. Writes the run folder: final/ (the
+    adapter), ratio.json, rounds.jsonl, ratio.png, scores.json, report.md. The same command again
+    resumes an interrupted run.
+    """
+    _run(load(config, settings, output, seed, allow_leakage), overwrite)
+
+
+def demo(
+    settings: Set = None,
+    output: Output = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run English -> Spanish on an embedded question set with a small backbone, on the CPU.
+
+    Reads nothing but the packages of `pip install grasp-lora[demo]`. Writes runs/demo, as `run`.
+    """
+    with resources.as_file(resources.files("grasp_lora") / "configs" / "demo.yaml") as path:
+        config = load(path, settings, output, seed)
+    _run(config, overwrite)
+
+
+def train(
+    config: Config,
+    role: Annotated[
+        Literal["source", "target"], typer.Option(help="Whose rows.", show_default=False)
+    ],
+    out: Out,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one adapter.
+
+    Reads the rows of data.source or data.target. Writes a PEFT adapter folder.
+    """
+    loaded = load(config, settings, None, seed, allow_leakage)
+    from grasp_lora.recipes.train import train_adapter
+
+    stage(out, overwrite, lambda: train_adapter(loaded, role, out, overwrite=overwrite))
+
+
+def merge(
+    config: Config,
+    out: Out,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter", help="PEFT adapter folder; repeat it, source first."),
+    ] = None,
+    settings: Set = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge adapters of one backbone.
+
+    Reads the adapters given, or else adapters.source and adapters.target of the configuration.
+    Writes a PEFT adapter folder.
+    """
+    loaded = load(config, settings, None, seed)
+    named = (loaded.adapters.source, loaded.adapters.target)
+    folders = adapter or [folder for folder in named if folder is not None]
+    if not folders:
+        raise ValueError(
+            "no adapter to merge; give --adapter DIR, or set adapters.source and adapters.target"
+        )
+    from grasp_lora.recipes.merge import merge_adapters
+
+    stage(out, overwrite, lambda: merge_adapters(loaded, folders, out, overwrite=overwrite))
+
+
+def search(
+    config: Config,
+    merged: Annotated[Path, typer.Option(help="Merged adapter folder.", show_default=False)],
+    out: Out,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Learn the prune ratio while fine-tuning a merged adapter.
+
+    Reads the merged adapter and the target rows. Writes ratio.json, rounds.jsonl and adapter/.
+    """
+    loaded = load(config, settings, None, seed, allow_leakage)
+    from grasp_lora.recipes.search import search_ratio
+
+    stage(out, overwrite, lambda: search_ratio(loaded, merged, out, overwrite=overwrite))
+
+
+def finetune(
+    config: Config,
+    start: Annotated[Path, typer.Option(help="Adapter folder to prune.", show_default=False)],
+    ratio: Annotated[
+        str, typer.Option(help="Fraction to remove, or a ratio.json.", show_default=False)
+    ],
+    out: Out,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune an adapter at a ratio and fine-tune it.
+
+    Reads the adapter and the target rows. Writes a PEFT adapter folder.
+    """
+    fraction = _ratio(ratio)
+    loaded = load(config, settings, None, seed, allow_leakage)
+    from grasp_lora.recipes.finetune import finetune_at
+
+    stage(out, overwrite, lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite))
+
+
+def settings_list() -> None:
+    """List every setting with its default and what it does.
+
+    Reads nothing and writes nothing.
+    """
+    from grasp_lora.reference import settings_markdown
+
+    typer.echo(settings_markdown(), nl=False)
+
+
+def _run(config: "RunConfig", overwrite: bool) -> None:
+    from grasp_lora.recipes.run import run as run_all
+
+    folder = run_all(config, overwrite=overwrite)
+    if not prints():
+        return
+    from rich.console import Console
+
+    from grasp_lora.report import comparison, score_tables
+    from grasp_lora.runs import read_json
+
+    scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
+    console = Console(highlight=False)
+    for table in score_tables(scores):
+        console.print(table)
+    console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
+    console.print(comparison(scores), markup=False, end="")
+    wrote(folder)
+
+
+def _ratio(text: str) -> float:
+    """A fraction from `0.4`, or from a `ratio.json`."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        from grasp_lora.runs import read_json
+
+        stored = read_json(Path(text))
+        if not isinstance(stored, dict) or not isinstance(stored.get("ratio"), int | float):
+            raise ValueError(f"'{text}' holds no ratio; give the ratio.json of a search") from None
+        ratio = float(stored["ratio"])
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio {text} is outside [0, 1]; give the fraction to remove, like 0.4")
+    return ratio

@@ -1,0 +1,1 @@
+"""Rows: reading them from files and the hub, dividing them, and checking the divisions."""

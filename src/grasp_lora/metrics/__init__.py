@@ -1,0 +1,21 @@
+"""Scores of texts against references: what they are, how sure they are, how two systems compare."""
+
+from grasp_lora.metrics.answers import MLQA_ARTICLES, exact_match, normalize_answer, token_f1
+from grasp_lora.metrics.records import Options, Row
+from grasp_lora.metrics.scoring import Comparison, Score, compare, missing, score
+from grasp_lora.metrics.table import METRICS
+
+__all__ = [
+    "METRICS",
+    "MLQA_ARTICLES",
+    "Comparison",
+    "Options",
+    "Row",
+    "Score",
+    "compare",
+    "exact_match",
+    "missing",
+    "normalize_answer",
+    "score",
+    "token_f1",
+]

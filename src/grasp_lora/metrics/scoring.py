@@ -1,0 +1,213 @@
+"""Scores with intervals, and comparisons of two systems, for metrics named in the table."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from grasp_lora.metrics.records import Measured, Options, Row
+from grasp_lora.metrics.table import FAMILIES, METRICS
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric over all rows."""
+
+    value: float
+    low: float | None
+    """End of the interval; None where there is none, as with fewer than two groups."""
+    high: float | None
+    n: int
+    """Rows scored."""
+    settings: dict[str, Any]
+    """What a reader needs to compute the same number."""
+    per_row: tuple[float, ...]
+    """Each row's own score; its mean is not the value of a corpus metric such as BLEU."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is written down: everything but the scores of the rows."""
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "n": self.n,
+            "settings": self.settings,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two systems over the same rows."""
+
+    a: float
+    b: float
+    difference: float
+    """Score of A minus score of B."""
+    low: float | None
+    """End of the difference's interval; None where there is none."""
+    high: float | None
+    p_value: float | None
+    """Two-sided; how often two systems alike would lie as far apart."""
+    n: int
+    """Rows scored."""
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, as plain JSON values."""
+        return asdict(self)
+
+
+def score(rows: Sequence[Row], names: Iterable[str], options: Options) -> dict[str, Score]:
+    """Return the named metrics over rows, in the order of the names, with intervals.
+
+    Raises:
+        ValueError: for no rows, equal ids, a row without a reference, an unknown name, or a
+            metric that cannot be measured here or on these rows.
+    """
+    names = _known(names)
+    _check_rows(rows)
+    found = {}
+    for name, measured in _measure(rows, names, options).items():
+        low, high = _interval(rows, measured, options) or (None, None)
+        found[name] = Score(
+            value=float(measured.value(measured.statistics.sum(axis=0))),
+            low=low,
+            high=high,
+            n=len(rows),
+            settings=measured.settings,
+            per_row=tuple(map(float, measured.per_row)),
+        )
+    return {name: found[name] for name in names}
+
+
+def missing(names: Iterable[str], options: Options) -> dict[str, str]:
+    """Return the named metrics that cannot be measured here, each with why and what to do.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    reasons = {name: METRICS[name].missing(options) for name in _known(names)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def compare(
+    rows_a: Sequence[Row], rows_b: Sequence[Row], names: Iterable[str], options: Options
+) -> dict[str, Comparison]:
+    """Return how far system A is above system B in the named metrics, on the same rows.
+
+    Args:
+        rows_a: predictions of A; its groups are the ones resampled.
+        rows_b: predictions of B for the same ids, in any order, with the same references.
+        names: metrics to compare.
+        options: what the scores depend on, the same for both.
+
+    Raises:
+        ValueError: as `score`, or where ids or references differ.
+    """
+    from grasp_lora.metrics.intervals import paired  # scipy takes half a second to load
+
+    names = _known(names)
+    _check_rows(rows_a)
+    rows_b = _aligned(rows_a, rows_b)
+    measured_b = _measure(rows_b, names, options)
+    found = {}
+    for name, a in _measure(rows_a, names, options).items():
+        b = measured_b[name]
+        apart = paired(
+            a.statistics,
+            b.statistics,
+            [row.group for row in rows_a],
+            a.value,
+            resamples=options.resamples,
+            confidence=options.confidence,
+            seed=options.seed,
+        )
+        found[name] = Comparison(
+            a=float(a.value(a.statistics.sum(axis=0))),
+            b=float(b.value(b.statistics.sum(axis=0))),
+            difference=apart.difference,
+            low=apart.low,
+            high=apart.high,
+            p_value=apart.p_value,
+            n=len(rows_a),
+            settings=a.settings,
+        )
+    return {name: found[name] for name in names}
+
+
+def _known(names: Iterable[str]) -> list[str]:
+    # A single text is a sequence of its letters, each of which would be taken as a name.
+    listed = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    for name in listed:
+        if name not in METRICS:
+            close = get_close_matches(name, METRICS, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ValueError(f"unknown metric {name!r}; {hint}known: {', '.join(METRICS)}")
+    return listed
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ValueError("no rows to score; at least one is needed")
+    seen = set()
+    for row in rows:
+        if row.id in seen:
+            raise ValueError(f"two rows have the id {row.id!r}; give each row an id of its own")
+        seen.add(row.id)
+        if isinstance(row.references, str) or not row.references:
+            raise ValueError(
+                f"row {row.id!r} has the references {row.references!r}; "
+                "they must be a tuple of at least one text"
+            )
+
+
+def _aligned(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row]:
+    """Return the rows of B in the order of A."""
+    _check_rows(rows_b)
+    by_id = {row.id: row for row in rows_b}
+    ids_a = {row.id for row in rows_a}
+    only = [("A", row.id) for row in rows_a if row.id not in by_id]
+    only += [("B", row.id) for row in rows_b if row.id not in ids_a]
+    if only:
+        system, first = only[0]
+        raise ValueError(
+            f"row {first!r} is only in system {system} ({len(only)} rows are in one system only); "
+            "compare two systems on the same rows"
+        )
+    for row in rows_a:
+        if tuple(row.references) != tuple(by_id[row.id].references):
+            raise ValueError(
+                f"row {row.id!r} has other references in system B than in system A; "
+                "score both systems against the same data"
+            )
+    return [by_id[row.id] for row in rows_a]
+
+
+def _measure(rows: Sequence[Row], names: list[str], options: Options) -> dict[str, Measured]:
+    """Return the named metrics, each family measured once."""
+    reasons = missing(names, options)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(f"{name} cannot be computed: {reason}")
+    found = {}
+    for family in FAMILIES:
+        wanted = [name for name in family.names if name in names]
+        if wanted:
+            measured = family.measure(rows, options)
+            found |= {name: measured[name] for name in wanted}
+    return found
+
+
+def _interval(
+    rows: Sequence[Row], measured: Measured, options: Options
+) -> tuple[float, float] | None:
+    from grasp_lora.metrics.intervals import interval  # scipy takes half a second to load
+
+    return interval(
+        measured.statistics,
+        [row.group for row in rows],
+        measured.value,
+        resamples=options.resamples,
+        confidence=options.confidence,
+        seed=options.seed,
+    )

@@ -1,0 +1,205 @@
+"""The search of a run as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
+from matplotlib.figure import Figure
+
+INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
+# Orange for worse than the baseline, blue for better: told apart by colour-blind readers too.
+REWARDS: Colormap = LinearSegmentedColormap.from_list("rewards", [ORANGE, "#e9ecef", BLUE])
+
+
+def plot_search(
+    rounds: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    ratio: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Draw a search into a PNG: ratio, rewards and losses over the optimizer steps.
+
+    Args:
+        rounds: the controller's round records, in order; may be empty.
+        log: training loss of the search, `step` and `loss` each (nats per token).
+        evaluations: dev losses of the final run, `step` and `loss` each (nats).
+        ratio: the outcome, `ratio` and `verdict`.
+        path: the PNG.
+    """
+    figure = Figure(figsize=(9, 8.6), layout="constrained")
+    tops = figure.subplots(3, 1, sharex=True, height_ratios=[5, 3, 3])
+    steps = [float(entry["step"]) for entry in (*rounds, *log)]
+    last = max(steps, default=1.0)
+    _ratio_panel(tops[0], rounds, ratio, last)
+    _reward_panel(tops[1], rounds)
+    _loss_panel(tops[2], rounds, log, evaluations)
+    for axes in tops:
+        _plain(axes)
+    tops[2].set_xlabel("optimizer step")
+    tops[2].set_xlim(0, max([last, *(float(e["step"]) for e in evaluations)]) * 1.02)
+    outcome = f"Search for the prune ratio: {ratio['ratio']:.3f} ({ratio['verdict']})"
+    figure.suptitle(outcome, color=INK, fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _ratio_panel(
+    axes: Axes, rounds: Sequence[Mapping[str, Any]], ratio: Mapping[str, Any], last: float
+) -> None:
+    axes.set_ylabel("prune ratio")
+    axes.axhline(ratio["ratio"], color=GREEN, linestyle=(0, (5, 3)), linewidth=1.6, zorder=2)
+    axes.annotate(
+        f"ρ* = {ratio['ratio']:.3f}",
+        (1.0, ratio["ratio"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        color=GREEN,
+        fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+    )
+    if not rounds:
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "no round fired", transform=axes.transAxes, ha="center", color=INK)
+        return
+    steps = [r["step"] for r in rounds]
+    mu, sigma = [r["mu"] for r in rounds], [r["sigma"] for r in rounds]
+    low = [max(0.0, m - s) for m, s in zip(mu, sigma, strict=True)]
+    high = [min(1.0, m + s) for m, s in zip(mu, sigma, strict=True)]
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.10, linewidth=0, label="policy μ ± σ")
+    axes.plot(steps, mu, color=BLUE, alpha=0.45, linewidth=1)
+    path = [rounds[0]["ratio_before"], *(r["ratio"] for r in rounds), rounds[-1]["ratio"]]
+    axes.step([0, *steps, last], path, where="post", color=INK, linewidth=2, label="current ratio")
+    masks = [0.0, *(r["mask_ratio"] for r in rounds), rounds[-1]["mask_ratio"]]
+    if masks != path:
+        axes.step(
+            [0, *steps, last],
+            masks,
+            where="post",
+            color=INK,
+            linewidth=1.2,
+            linestyle=":",
+            label="ratio of the mask in force",
+        )
+    _candidates(axes, rounds)
+    axes.set_ylim(-0.03, max(0.85, *high, *(c for r in rounds for c in r["candidates"])) + 0.04)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=4, frameon=False, fontsize=9)
+
+
+def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
+    trials = [
+        (r["step"], candidate, reward)
+        for r in rounds
+        for candidate, reward in zip(r["candidates"], r["rewards"], strict=True)
+    ]
+    seen = [trial for trial in trials if trial[2] is not None]
+    lost = [trial for trial in trials if trial[2] is None]
+    reach = max((abs(reward) for *_, reward in seen), default=0.0) or 1.0
+    norm = SymLogNorm(_linear_reach(rounds), vmin=-reach, vmax=reach)
+    axes.scatter(
+        [step for step, _, _ in seen],
+        [candidate for _, candidate, _ in seen],
+        c=[reward for *_, reward in seen],
+        cmap=REWARDS,
+        norm=norm,
+        s=46,
+        edgecolors=INK,
+        linewidths=0.7,
+        zorder=4,
+        label="candidate",
+    )
+    if lost:
+        axes.scatter(
+            [step for step, _, _ in lost],
+            [candidate for _, candidate, _ in lost],
+            marker="x",
+            color=INK,
+            zorder=4,
+            label="lost trial (NaN)",
+        )
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes made by subplots belong to a figure"
+    bar = figure.colorbar(ScalarMappable(norm, REWARDS), ax=axes, pad=0.01, aspect=28)
+    bar.set_label("reward (nats)")
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _linear_reach(rounds: Sequence[Mapping[str, Any]]) -> float:
+    """Return up to which reward the scale is linear: over-pruning costs a hundred times as much
+    as good pruning gains, and a linear scale would show the first alone."""
+    sizes = sorted(abs(x) for r in rounds for x in r["rewards"] if x)
+    return max(sizes[len(sizes) // 4], sizes[-1] / 100) if sizes else 1.0
+
+
+def _reward_panel(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_ylabel("reward (nats, symlog)")
+    axes.set_yscale("symlog", linthresh=_linear_reach(rounds))
+    axes.axhline(0, color=INK, linewidth=0.8)
+    best: list[tuple[float, float]] = []
+    for r in rounds:
+        rewards = [reward for reward in r["rewards"] if reward is not None]
+        axes.plot([r["step"]] * len(rewards), rewards, "o", color=BLUE, alpha=0.35, markersize=5)
+        if rewards:
+            best.append((r["step"], max(rewards)))
+            axes.vlines(r["step"], min(rewards), max(rewards), color=BLUE, alpha=0.35)
+    steps, tops = [step for step, _ in best], [reward for _, reward in best]
+    axes.plot(steps, tops, color=BLUE, linewidth=1.4, label="best of the round")
+    held = [(r["step"], max(x for x in r["rewards"] if x is not None)) for r in _committed(rounds)]
+    axes.plot(
+        [step for step, _ in held],
+        [reward for _, reward in held],
+        "o",
+        color=BLUE,
+        markeredgecolor=INK,
+        markersize=7,
+        label="committed",
+    )
+    if rounds:
+        axes.legend(loc="best", frameon=False, fontsize=9)
+
+
+def _committed(rounds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [r for r in rounds if r["committed"] and any(x is not None for x in r["rewards"])]
+
+
+def _loss_panel(
+    axes: Axes,
+    rounds: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> None:
+    axes.set_ylabel("loss (nats)")
+    steps, losses = [e["step"] for e in log], [e["loss"] for e in log]
+    axes.plot(steps, losses, color=INK, alpha=0.25, linewidth=1, label="train, each step")
+    probed = [(r["step"], r["baseline"]) for r in rounds if r["baseline"] is not None]
+    axes.plot(
+        [step for step, _ in probed],
+        [loss for _, loss in probed],
+        "o-",
+        color=BLUE,
+        markersize=5,
+        label="probing rows, before each round",
+    )
+    axes.plot(
+        [e["step"] for e in evaluations],
+        [e["loss"] for e in evaluations],
+        "s--",
+        color=GREEN,
+        markersize=5,
+        label="dev, final run (its own steps)",
+    )
+    axes.legend(loc="best", frameon=False, fontsize=9)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

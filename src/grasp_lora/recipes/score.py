@@ -1,0 +1,311 @@
+"""Predictions of any system in a file -> scores with intervals, or two systems compared.
+
+Nothing is scored before everything that can be refused was looked at: the rows, the metrics and
+the place of the result.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from grasp_lora.metrics.intervals import check_resampling
+from grasp_lora.metrics.records import Options, Row
+from grasp_lora.metrics.scoring import compare, missing, score
+from grasp_lora.metrics.segment import parts_no_words
+from grasp_lora.metrics.table import METRICS
+from grasp_lora.recipes.predictions import Predictions, matched, read_predictions
+from grasp_lora.runs import write_json
+
+Result = dict[str, dict[str, Any]]
+"""Name of a metric -> what is written about it."""
+
+UNKNOWN = "und"
+"""Language code of answers nobody named a language for."""
+_LIKELIHOOD = ("loss", "perplexity")
+# Metric -> the options by which a user asks for it.
+_CHOOSING = {
+    "bertscore_f1": ("bertscore_model", "bertscore_layer", "bertscore_rescale"),
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), ("rouge",)),
+    **dict.fromkeys(("exact_match", "token_f1"), ("rules",)),
+}
+_NO_SCORE: dict[str, None] = dict.fromkeys(("value", "low", "high"))
+_NO_COMPARISON: dict[str, None] = dict.fromkeys(("a", "b", "difference", "low", "high", "p_value"))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the rows of a prediction file.
+
+    Args:
+        path: JSON lines, UTF-8. Each row has `id`, `prediction` and `references` (a list of
+            texts, or one text as `reference`); it may have `group` or `context_id` (rows of one
+            group are resampled together), `loss` (mean nats per answer token), `tokens` (answer
+            tokens behind the loss) and `set` (ids are unique within one). Other keys are ignored.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, holds no row, or a row is wrong; names file and line.
+    """
+    return list(read_predictions(Path(path)).rows)
+
+
+def score_file(
+    path: str | Path,
+    options: Options,
+    names: Sequence[str] | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Score a prediction file.
+
+    Args:
+        path: the predictions, see `read_rows`.
+        options: what the scores depend on besides the rows; the language "und" will do for
+            scripts whose words are parted by spaces.
+        names: metrics; None takes all, loss and perplexity only where every row has both `loss`
+            and `tokens`. A metric that cannot be computed here is then null with the reason
+            under settings["missing"], unless `options` choose it; asked for, it is an error.
+        out: JSON file to write the result to; None writes nothing.
+        overwrite: replace `out`.
+
+    Returns:
+        Metric -> value, low, high, n, settings; the settings say what was resampled.
+
+    Raises:
+        FileNotFoundError: as `read_rows`.
+        ValueError: as `read_rows`; for an unknown metric or one that cannot be computed; if `out`
+            exists or cannot be written.
+    """
+    path = Path(path)
+    _check_out(out, overwrite, [path])
+    read = read_predictions(path)
+    _check_language(read.rows, options)
+    wanted, reasons = _plan([read], names, options)
+    how = _resampling(read.rows, read.sets, options)
+    computed = {
+        name: found.to_json() | {"settings": {**found.settings, **how}}
+        for name, found in score(read.rows, _computable(wanted, reasons), options).items()
+    }
+    absent = _absent(reasons, _NO_SCORE, len(read.rows))
+    result = {name: (computed | absent)[name] for name in wanted}
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def compare_files(
+    path_a: str | Path,
+    path_b: str | Path,
+    options: Options,
+    names: Sequence[str] | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Compare two systems' predictions for the same rows, matched by id.
+
+    Args:
+        path_a: predictions of system A, see `read_rows`.
+        path_b: those of system B, in any order; groups may stand in one of the files only.
+        options: as `score_file`, also for the other arguments.
+
+    Returns:
+        Metric -> a, b, difference (a - b) with low and high, p_value, n, settings.
+
+    Raises:
+        FileNotFoundError: as `read_rows`.
+        ValueError: as `score_file`; if ids, references or groups of the two files differ.
+    """
+    path_a, path_b = Path(path_a), Path(path_b)
+    _check_out(out, overwrite, [path_a, path_b])
+    a, b = read_predictions(path_a), read_predictions(path_b)
+    rows_a, rows_b = matched(a, b)
+    _check_language(rows_a, options)
+    wanted, reasons = _plan([a, b], names, options)
+    how = _resampling(rows_a, a.sets, options)
+    computed = {
+        name: {key: getattr(found, key) for key in (*_NO_COMPARISON, "n")}
+        | {"settings": {**found.settings, **how}}
+        for name, found in compare(rows_a, rows_b, _computable(wanted, reasons), options).items()
+    }
+    absent = _absent(reasons, _NO_COMPARISON, len(rows_a))
+    result = {name: (computed | absent)[name] for name in wanted}
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def score_table(result: Result) -> Table:
+    """The result of `score_file` as a table for the terminal."""
+    computed = [entry["settings"] for entry in result.values() if entry["value"] is not None]
+    level = f"{100 * computed[0]['confidence']:g} % " if computed else ""
+    table = Table()
+    table.add_column("metric")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column(f"{level}interval", justify="right", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    for name, entry in result.items():
+        if entry["value"] is None:
+            table.add_row(name, "not computed", "", str(entry["n"]))
+        else:
+            ends = _ends(name, entry) or "none"
+            table.add_row(name, _shown(name, entry["value"]), ends, str(entry["n"]))
+    return table
+
+
+def result_notes(result: Result) -> list[str]:
+    """Return what a reader of the result should know: what is missing, what was resampled."""
+    reasons: dict[str, list[str]] = {}
+    for name, entry in result.items():
+        if "missing" in entry["settings"]:
+            reasons.setdefault(entry["settings"]["missing"], []).append(name)
+    notes = [f"{', '.join(names)} not computed: {reason}" for reason, names in reasons.items()]
+    how = next((e["settings"] for e in result.values() if "resampled_by" in e["settings"]), None)
+    if how is None or not how["resamples"]:
+        return notes
+    if how["resampled_by"] == "row":
+        notes.append(
+            "every row was resampled by itself; where rows share a context or document, "
+            'give them the same "group", or the intervals are too narrow'
+        )
+    elif how["groups"] < 20:
+        notes.append(
+            f"only {how['groups']} groups: the intervals are too narrow, read them loosely"
+        )
+    if "sets" in how:
+        notes.append(f"the sets {', '.join(how['sets'])} were scored together as one")
+    return notes
+
+
+def comparison_lines(result: Result) -> list[str]:
+    """Return one plain sentence for each metric of `compare_files`, then how to read them.
+
+    Two systems count as told apart where the p-value is at most 1 - confidence.
+    """
+    tested = {name: entry for name, entry in result.items() if entry["a"] is not None}
+    lines = [_comparison_line(name, entry) for name, entry in tested.items()]
+    if sum(entry["p_value"] is not None for entry in tested.values()) > 1:
+        share = 1 - next(iter(tested.values()))["settings"]["confidence"]
+        lines.append(
+            f"Each metric is tested by itself: of tests between systems that are alike, about "
+            f"{100 * share:.3g} in 100 tell them apart."
+        )
+    return lines
+
+
+def _comparison_line(name: str, entry: Mapping[str, Any]) -> str:
+    said = (
+        f"{name}: A {_shown(name, entry['a'])}, B {_shown(name, entry['b'])}, "
+        f"difference {_shown(name, entry['difference'])}"
+    )
+    ends, p, n = _ends(name, entry), entry["p_value"], entry["n"]
+    said += f" {ends}" if ends else ""
+    if p is None:
+        return f"{said}: not tested"
+    rows = "this 1 row" if n == 1 else f"these {n} rows"
+    if p > 1 - entry["settings"]["confidence"] + 1e-12:
+        outcome = f"not told apart on {rows}"
+    else:
+        a_is_better = (entry["difference"] > 0) == METRICS[name].higher_is_better
+        outcome = f"{'A' if a_is_better else 'B'} is better on {rows}"
+    return f"{said}, p {p:.{2 if p >= 0.1 else 4 if p < 0.001 else 3}f}: {outcome}"
+
+
+def _ends(name: str, entry: Mapping[str, Any]) -> str:
+    if entry["low"] is None:
+        return ""
+    return f"[{_shown(name, entry['low'])}, {_shown(name, entry['high'])}]"
+
+
+def _shown(name: str, number: float) -> str:
+    if name == "perplexity":
+        return f"{number:.4g}"
+    digits = 3 if name == "loss" else 1
+    return f"{round(number, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def _plan(
+    files: Sequence[Predictions], names: Sequence[str] | None, options: Options
+) -> tuple[list[str], dict[str, str]]:
+    """Return the metrics of the result, and which of them cannot be computed, with the reason."""
+    check_resampling(options.resamples, options.confidence)
+    bare = [row for file in files for row in file.rows if row.loss is None or row.tokens is None]
+    if names is None:
+        wanted = [name for name in METRICS if not bare or name not in _LIKELIHOOD]
+    else:
+        wanted = list(dict.fromkeys(names))
+    if not wanted:
+        raise ValueError(f"no metric to compute; choose from: {', '.join(METRICS)}")
+    reasons = missing(wanted, options)
+    for name, reason in reasons.items():
+        if names is not None or _chosen(name, options):
+            raise ValueError(f"{name} cannot be computed: {reason}")
+    if bare and not set(_LIKELIHOOD).isdisjoint(wanted):
+        raise ValueError(
+            f"{' and '.join(n for n in _LIKELIHOOD if n in wanted)} cannot be computed: "
+            f"{len(bare)} rows lack a loss or its tokens, first {bare[0].id!r}; "
+            "add both to every row, or leave the metric out"
+        )
+    return wanted, reasons
+
+
+def _check_language(rows: Sequence[Row], options: Options) -> None:
+    """Refuse an unknown language where the scores depend on it."""
+    if options.language != UNKNOWN:
+        return
+    chosen = [key for key in ("rules", "rouge") if getattr(options, key) != getattr(Options(), key)]
+    if chosen:
+        raise ValueError(f"--{chosen[0]} goes by language; give the answers' with --language")
+    for row in rows:
+        text = next((text for text in row.references if parts_no_words(text)), None)
+        if text is not None:
+            raise ValueError(
+                f"the answer {_short(text)} of row {row.id!r} is in a script without spaces between "
+                "words, where scores depend on the language; give it, such as --language zh"
+            )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def _chosen(name: str, options: Options) -> bool:
+    plain = Options()
+    return any(getattr(options, key) != getattr(plain, key) for key in _CHOOSING.get(name, ()))
+
+
+def _resampling(rows: Sequence[Row], sets: Sequence[str], options: Options) -> dict[str, Any]:
+    groups = len({row.group for row in rows})
+    how: dict[str, Any] = {
+        "resampled_by": "group" if groups < len(rows) else "row",
+        "groups": groups,
+        "resamples": options.resamples,
+        "confidence": options.confidence,
+        "seed": options.seed,
+    }
+    return how | ({"sets": list(sets)} if len(sets) > 1 else {})
+
+
+def _computable(wanted: Sequence[str], reasons: Mapping[str, str]) -> list[str]:
+    return [name for name in wanted if name not in reasons]
+
+
+def _absent(reasons: Mapping[str, str], empty: Mapping[str, None], n: int) -> Result:
+    return {
+        name: {**empty, "n": n, "settings": {"missing": reason}} for name, reason in reasons.items()
+    }
+
+
+def _check_out(out: Path | None, overwrite: bool, read: Sequence[Path]) -> None:
+    if out is None:
+        return
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a JSON file to write")
+    if out.resolve() in [path.resolve() for path in read]:
+        raise ValueError(f"{out} is a file of predictions; name another file to write")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; name another file to write, or pass --overwrite")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{out} cannot be written, {folder} takes no files; name another place")

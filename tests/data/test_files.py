@@ -1,0 +1,273 @@
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from pyarrow import parquet
+
+from grasp_lora.data.files import LoadReport, load_examples
+from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.records import Example, text_key
+
+QA, SUMMARIZATION, TEXT = (TASKS[name] for name in ("qa", "summarization", "text-to-text"))
+ROW = {"id": "1", "context": "It is red.", "question": "Which colour?", "answers": ["red"]}
+GOOD = [{**ROW, "id": f"good-{index}"} for index in range(20)]
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    return path
+
+
+def read(source: Any, language: str = "en", task: str = "qa", **settings: Any) -> list[Example]:
+    return load_examples(source, TASKS[task], language, **settings)[0]
+
+
+def report_of(source: Any, task: str = "qa", **settings: Any) -> LoadReport:
+    return load_examples(source, TASKS[task], "en", **settings)[1]
+
+
+def pair(article: Any = "A long text.", summary: Any = "Short.", **more: Any) -> dict[str, Any]:
+    return {"article": article, "summary": summary, **more}
+
+
+def test_rows_become_examples() -> None:
+    second = {**ROW, "id": 2, "answers": ["red", "is red", "red"], "title": "left alone"}
+    one, two = read([ROW, second])
+    fields = {"context": "It is red.", "question": "Which colour?"}
+    assert one == Example("1", text_key("It is red."), "en", fields, ("red",))
+    assert (two.id, two.references, two.group) == ("2", ("red", "is red"), one.group)
+
+
+ANSWERS = [
+    "red",
+    ["red"],
+    ("red",),
+    [{"text": "red", "answer_start": 6}],
+    {"text": ["red"], "answer_start": [6]},
+    {"text": "red"},
+]
+
+
+@pytest.mark.parametrize("answers", ANSWERS, ids=str)
+def test_answers_are_taken_in_every_usual_shape(answers: object) -> None:
+    assert read([{**ROW, "answers": answers}])[0].references == ("red",)
+
+
+def test_one_dataset_in_every_form_gives_the_same_examples(tmp_path: Path) -> None:
+    answers = {"text": ["red", "is red"], "answer_start": [6, 3]}
+    rows = [{**ROW, "answers": answers}, {**ROW, "id": "2", "answers": answers}]
+    expected = read([{**ROW, "id": n, "answers": ["red", "is red"]} for n in "12"])
+    dataset = Dataset.from_list(rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    qas = [{k: v for k, v in row.items() if k != "context"} for row in rows]
+    squad = {"data": [{"paragraphs": [{"context": "It is red.", "qas": qas}]}]}
+    sources = {
+        "rows": [rows, dataset, dataset.to_iterable_dataset(), iter(rows)],
+        "jsonl": [write(tmp_path / "a.jsonl", *rows), str(tmp_path / "a.jsonl")],
+        "json": [write(tmp_path / "b.json", rows)],
+        "squad": [write(tmp_path / "c.json", squad)],
+        "parquet": [tmp_path / "a.parquet"],
+    }
+    for form, given in sources.items():
+        for source in given:
+            examples, report = load_examples(source, QA, "en")
+            assert examples == expected, form
+            name = "rows" if form == "rows" else str(source)
+            assert report == LoadReport(name, form, rows=2, contexts=1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ("is red", ("is red",)),
+        ('["red", "is red"]', ("red", "is red")),
+        ("['red', 'is red']", ("red", "is red")),
+        ('{"text": ["red"], "answer_start": [6]}', ("red",)),
+        ('[{"text": "red", "answer_start": 6}]', ("red",)),
+        ("[1]", ("[1]",)),
+        ("[sic", ("[sic",)),
+        ("{}", ("{}",)),
+    ],
+)
+def test_a_table_may_spell_out_a_list_of_answers(
+    tmp_path: Path, cell: str, answers: tuple[str, ...]
+) -> None:
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([list(ROW), [*list(ROW.values())[:3], cell]])
+    assert read(tmp_path / "a.csv", max_faulty=1)[0].references == answers
+
+
+def test_brackets_in_json_are_the_answer_itself() -> None:
+    rows = [{**ROW, "context": 'Write ["x"].', "answers": '["x"]'}]
+    assert read(rows)[0].references == ('["x"]',)
+
+
+def test_decomposed_text_is_composed_so_that_answers_are_found() -> None:
+    row = {**ROW, "context": "Un cafe\u0301.", "answers": ["caf\u00e9"]}
+    example, report = read([row])[0], report_of([row])
+    assert example.fields["context"] == "Un caf\u00e9."
+    assert report.answers_outside == 0
+    swapped = {**ROW, "context": "Un caf\u00e9.", "answers": "cafe\u0301"}
+    assert read([swapped])[0].references == ("caf\u00e9",)
+
+
+def test_contexts_alike_but_for_white_space_and_width_are_one_group() -> None:
+    rows = [ROW, {**ROW, "id": "2", "context": " It\u00a0is  red."}, {**ROW, "id": "3",
+            "context": "It is blue red."}]  # fmt: skip
+    one, two, three = read(rows)
+    assert one.group == two.group != three.group
+    assert two.fields["context"] == " It\u00a0is  red."
+
+
+def test_made_ids_depend_on_the_texts_alone() -> None:
+    rows = [pair("a b", "c", url="1"), pair("a", "b c"), pair("a", "b", url="2")]
+    ids = [e.id for e in read(rows, task="summarization")]
+    assert len(set(ids)) == 3
+    assert all(re.fullmatch("row-[0-9a-f]{16}", name) for name in ids)
+    again = read([pair(" a\u00a0 b", "c", url="3")], language="sw", task="summarization")
+    assert again[0].id == ids[0]
+    assert [e.id for e in read(rows[::-1], task="summarization")] == ids[::-1]
+
+
+def test_equal_rows_without_ids_are_read_once_and_counted() -> None:
+    rows = [pair("a"), pair("b"), pair(" a "), pair("a", "Other."), pair("a")]
+    examples, report = load_examples(rows, SUMMARIZATION, "en")
+    assert [(e.fields["article"], e.references[0]) for e in examples] == [
+        ("a", "Short."), ("b", "Short."), ("a", "Other.")
+    ]  # fmt: skip
+    assert (report.rows, report.contexts, report.duplicates) == (3, 2, 2)
+    assert report.line() == "2 rows dropped as the same as an earlier one"
+
+
+def test_equal_rows_with_ids_of_their_own_are_kept() -> None:
+    assert report_of([pair(id="1"), pair(id="2")], "summarization").rows == 2
+
+
+def test_an_id_used_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROW, {**ROW, "id": "2"}, {**ROW, "id": 1})
+    message = r"a\.jsonl:3: the id '1' is used twice, first at .*a\.jsonl:1; give"
+    with pytest.raises(ValueError, match=message):
+        read(path)
+    left_out = [{**ROW, "question": ""}, *GOOD, ROW]
+    with pytest.raises(ValueError, match=r"rows\[21\]: the id '1' is used twice"):
+        read(left_out)
+
+
+@pytest.mark.parametrize("name", [None, True, "", " ", 1.5, ["1"]])
+def test_what_is_no_id_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"rows\[1\]: id must be a text or a whole number"):
+        read([ROW, {**ROW, "id": name}])
+    with pytest.raises(ValueError, match=r"rows\[0\]: group must be"):
+        read([{**ROW, "site": name}], columns={"group": "site"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"question": ""}, "empty question"),
+        ({"question": None}, "empty question"),
+        ({"question": float("nan")}, "empty question"),
+        ({"context": " \n\u200b\ufeff"}, "empty context"),
+        ({"question": "cut \ud83d"}, "broken question"),
+        ({"answers": []}, "no answer"),
+        ({"answers": {"text": [], "answer_start": []}}, "no answer"),
+        ({"answers": None}, "empty answer"),
+        ({"answers": " "}, "empty answer"),
+        ({"answers": ["red", ""]}, "empty answer"),
+        ({"answers": [{"text": None}]}, "empty answer"),
+        ({"question": "", "answers": []}, "empty question"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_left_out_and_counted(change: dict, reason: str) -> None:
+    examples, report = load_examples([{**ROW, **change}, *GOOD], QA, "en")
+    assert [e.id for e in examples] == [row["id"] for row in GOOD]
+    assert (report.rows, dict(report.left_out), report.answers_outside) == (20, {reason: 1}, 0)
+    assert report.line() == f"1 row left out ({reason}: 1)"
+
+
+def test_answers_outside_the_context_are_kept_and_counted(tmp_path: Path) -> None:
+    stray = {**ROW, "answers": ["red", "blue"]}
+    examples, report = load_examples(write(tmp_path / "a.jsonl", stray, *GOOD), QA, "en")
+    assert len(examples) == 21
+    assert (report.answers_outside, report.left_out) == (1, {})
+    assert report.line() == "1 of 21 rows have an answer that is not in their context"
+
+
+def test_a_text_that_is_written_need_not_stand_in_its_input() -> None:
+    assert report_of([pair()], "summarization", max_faulty=0).answers_outside == 0
+    free = {"context": "Good morning.", "completion": "Bom dia."}
+    settings = {"template": "{context}", "max_faulty": 0}
+    assert report_of([free], "text-to-text", **settings).answers_outside == 0
+
+
+def test_a_clean_file_has_nothing_to_say() -> None:
+    assert report_of(GOOD).line() == ""
+
+
+def test_the_share_of_faulty_rows_is_bounded_from_above_inclusively(tmp_path: Path) -> None:
+    bad = [{**ROW, "id": "a", "question": ""}, {**ROW, "id": "b", "answers": "blue"}]
+    path = write(tmp_path / "a.jsonl", *bad, *GOOD[:18])
+    examples, report = load_examples(path, QA, "en", max_faulty=0.1)
+    assert (len(examples), report.answers_outside, report.left_out) == (
+        19, 1, {"empty question": 1}
+    )  # fmt: skip
+    path = write(tmp_path / "a.jsonl", *bad, *GOOD[:17])
+    message = (
+        r"a\.jsonl: 2 of 19 rows \(10\.5%\) are faulty \(empty question: 1, answer outside its "
+        r"context: 1\), at most 10% may be; the first are .*a\.jsonl:1 \(empty question\); "
+        r".*a\.jsonl:2 \(answer outside its context\); .*set data\.max_faulty higher"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(path)
+    assert len(read(path, max_faulty=0.2)) == 18
+
+
+def test_no_share_is_refused_for_a_rounding_error() -> None:
+    rows = [{**ROW, "id": str(n), "answers": "red" if n >= 29 else "blue"} for n in range(100)]
+    # As a product, 0.29 * 100 is below 29.
+    assert report_of(rows, max_faulty=0.29).answers_outside == 29
+    with pytest.raises(ValueError, match="29 of 100"):
+        read(rows, max_faulty=0.28)
+
+
+def test_a_file_with_no_row_left_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all 1 rows are left out \(no answer: 1\)"):
+        read([{**ROW, "answers": []}], max_faulty=1)
+
+
+@pytest.mark.parametrize("rows", [[], "[]", '{"data": []}', "id,context,question,answers\n"])
+def test_no_rows_at_all_are_refused(tmp_path: Path, rows: object) -> None:
+    source = rows
+    if isinstance(rows, str):
+        source = tmp_path / ("a.csv" if rows.startswith("id") else "a.json")
+        source.write_text(rows, "utf-8")
+    with pytest.raises(ValueError, match="holds no row; it needs at least one"):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": 5}, r"question must be a text, got 5 \(int\)"),
+        ({"question": True}, r"question must be a text, got True \(bool\)"),
+        ({"context": ["x"]}, r"context must be a text, got \['x'\] \(list\)"),
+        ({"context": ["x" * 99]}, r"got \['x+\.\.\. \(list\)"),
+        ({"answers": 1998}, r"answers must be a text, got 1998 \(int\)"),
+        ({"answers": ["red", 1998]}, r"answers must be a text, got 1998 \(int\)"),
+        ({"answers": [["red"]]}, "answers must be a text"),
+        ({"answers": [{"answer": "red"}]}, "answers has no 'text', only answer"),
+        ({"answers": {}}, "answers has no 'text', only nothing"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_at_its_place(
+    tmp_path: Path, change: Mapping[str, object], message: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", *GOOD, {**ROW, **change})
+    with pytest.raises(ValueError, match=rf"a\.jsonl:21: .*{message}"):
+        read(path, max_faulty=1)

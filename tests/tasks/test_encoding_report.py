@@ -1,0 +1,87 @@
+import pytest
+
+from grasp_lora.data.builtin import builtin_examples
+from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.encoding import encode_examples
+from grasp_lora.tasks.records import Example
+from helpers import tiny_tokenizer
+
+
+def test_report_adds_up_what_was_cut() -> None:
+    tokenizer = tiny_tokenizer()
+    examples = builtin_examples("es", count=30, seed=0)
+    whole, full = encode_examples(examples, TASKS["qa"], tokenizer, 2000)
+    assert (full.rows, full.truncated, full.cut_tokens_total) == (30, 0, 0)
+    limit = full.longest - 20
+    rows, report = encode_examples(examples, TASKS["qa"], tokenizer, limit)
+    pairs = list(zip(whole, rows, strict=True))
+    assert report.truncated == sum(len(a.input_ids) > limit for a, _ in pairs) > 0
+    assert report.cut_tokens_total == sum(a.prompt_length - b.prompt_length for a, b in pairs)
+    assert report.longest == max(len(b.input_ids) for b in rows) <= limit
+    assert report.label_tokens == sum(len(e.references[0].encode()) + 2 for e in examples)
+    assert encode_examples([], TASKS["qa"], tokenizer, 100)[1].longest == 0
+
+
+def test_report_gives_the_mean_share_of_the_body_that_was_lost() -> None:
+    # One token a byte: prompt "|", body, answer " z" and the end token.
+    bodies = ["a" * 100, "b" * 50, "c" * 10]
+    examples = [Example(b[0], b[0], "en", {"text": b}, ("z",)) for b in bodies]
+    task = TASKS["text-to-text"]
+    _, report = encode_examples(examples, task, tiny_tokenizer(), 29, "{text}|")
+    # 25 tokens are left for a body: 75 of 100 and 25 of 50 are lost, the third row fits.
+    assert (report.truncated, report.cut_tokens_total) == (2, 100)
+    assert report.cut_share == pytest.approx((0.75 + 0.5) / 2)
+    assert encode_examples(examples, task, tiny_tokenizer(), 500, "{text}|")[1].cut_share == 0.0
+    everything = encode_examples(examples[:1], task, tiny_tokenizer(), 4, "{text}|")[1]
+    assert everything.cut_share == 1.0
+
+
+def test_report_counts_rows_whose_answers_were_all_cut_off() -> None:
+    context = "Anna came first. " + "Nothing happened. " * 10 + "Zoe came last."
+    references = {
+        "kept": ("Anna",),
+        "lost": ("Zoe",),
+        "one of two kept": ("Zoe", "Anna"),
+        "both lost": ("Zoe", "came last"),
+        "lost, another never there": ("Zoe", "Eve"),
+        "never there": ("Eve",),
+    }
+    examples = [
+        Example(name, "g", "en", {"context": context, "question": "Who?"}, answers)
+        for name, answers in references.items()
+    ]
+    _, report = encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 200)
+    assert report.truncated == len(examples)
+    assert report.answers_lost == 3
+    assert encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 500)[1].answers_lost == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "bodies", "fertility", "unit"),
+    [
+        ("en", ["ab  cd\nefgh"], 11 / 3, "word"),
+        # Three bytes a character; the blank costs a token and is no character.
+        ("zh", ["北京 是"], 10 / 3, "character"),
+        ("zh-TW", ["北京"], 3.0, "character"),
+        ("th", ["กขค"], 3.0, "character"),
+        # Each text counts once, however many rows it has.
+        ("sw", ["maji", "maji", "a b"], (4 + 3) / 3, "word"),
+        ("en", [" "], None, "word"),
+    ],
+)
+def test_fertility_is_tokens_per_word_or_character_of_the_whole_bodies(
+    language: str, bodies: list[str], fertility: float | None, unit: str
+) -> None:
+    examples = [Example(str(i), "g", language, {"t": b}, ("z",)) for i, b in enumerate(bodies)]
+    for max_length in (100, 8):
+        _, report = encode_examples(
+            examples, TASKS["text-to-text"], tiny_tokenizer(), max_length, "{t}>"
+        )
+        assert report.fertility_unit == unit
+        assert report.fertility == (fertility and pytest.approx(fertility))
+
+
+def test_no_rows_give_an_empty_report() -> None:
+    rows, report = encode_examples([], TASKS["qa"], tiny_tokenizer(), 100)
+    assert rows == []
+    assert (report.rows, report.answers_lost, report.cut_share, report.fertility) == (0, 0, 0, None)

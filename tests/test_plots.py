@@ -1,0 +1,96 @@
+"""The picture of a search."""
+
+import struct
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from grasp_lora.plots import plot_search
+
+
+def round_record(number: int, **changes: Any) -> dict[str, Any]:
+    record = {
+        "round": number,
+        "step": 10 * (number + 1),
+        "kind": "policy",
+        "candidates": [0.2, 0.4, 0.6],
+        "rewards": [-0.1, 0.2, 0.05],
+        "baseline": 1.0,
+        "losses": [1.1, 0.8, 0.95],
+        "committed": True,
+        "ratio_before": 0.1 * number,
+        "ratio": 0.1 * (number + 1),
+        "mask_ratio": 0.1 * (number + 1),
+        "best": 0.4,
+        "mu": 0.4,
+        "sigma": 0.1,
+    }
+    return {**record, **changes}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collect the figures that are saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def line(figure: Figure, panel: int, label: str) -> list[tuple[float, float]]:
+    (found,) = [x for x in figure.axes[panel].get_lines() if x.get_label() == label]
+    return [(float(x), float(y)) for x, y in zip(*found.get_data(), strict=True)]
+
+
+def test_the_picture_shows_the_ratio_the_rewards_and_the_losses(tmp_path, drawn):
+    rounds = [round_record(0), round_record(1), round_record(2, committed=False, ratio=0.2)]
+    log = [{"step": s, "loss": 2.0 - s / 40} for s in range(1, 41)]
+    evaluations = [{"step": 0, "loss": 1.2}, {"step": 12, "loss": 0.9}]
+    ratio = {"ratio": 0.345, "verdict": "learned"}
+    plot_search(rounds, log, evaluations, ratio, tmp_path / "deep" / "ratio.png")
+    (figure,) = drawn
+    steps, ratios = zip(*line(figure, 0, "current ratio"), strict=True)
+    assert steps == (0, 10, 20, 30, 40)
+    assert ratios == pytest.approx((0.0, 0.1, 0.2, 0.2, 0.2))
+    assert line(figure, 1, "best of the round") == [(10, 0.2), (20, 0.2), (30, 0.2)]
+    assert line(figure, 1, "committed") == [(10, 0.2), (20, 0.2)]
+    assert line(figure, 2, "probing rows, before each round") == [(10, 1), (20, 1), (30, 1)]
+    assert line(figure, 2, "dev, final run (its own steps)") == [(0, 1.2), (12, 0.9)]
+    assert len(line(figure, 2, "train, each step")) == 40
+    assert "0.345" in figure.get_suptitle()
+    assert "learned" in figure.get_suptitle()
+
+
+def test_a_mask_that_differs_from_the_ratio_has_its_own_line(tmp_path, drawn):
+    ratio = {"ratio": 0.4, "verdict": "flat"}
+    plot_search([round_record(0, mask_ratio=0.4)], [], [], ratio, tmp_path / "a.png")
+    plot_search([round_record(0)], [], [], ratio, tmp_path / "b.png")
+    labels = [[x.get_label() for x in f.axes[0].get_lines()] for f in drawn]
+    assert "ratio of the mask in force" in labels[0]
+    assert "ratio of the mask in force" not in labels[1]
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [],
+        [round_record(0, rewards=[None] * 3, losses=[None] * 3, committed=False)],
+        [round_record(0, rewards=[0.0, 0.0, 0.0])],
+        [round_record(0, rewards=[None, 0.1, 0.2]), round_record(1, baseline=None)],
+        [round_record(0, candidates=[0.3], rewards=[0.1], losses=[0.9])],
+    ],
+    ids=["no round", "all NaN", "flat", "one NaN", "one candidate"],
+)
+def test_any_search_can_be_drawn(tmp_path, rounds):
+    path = tmp_path / "ratio.png"
+    plot_search(rounds, [], [], {"ratio": 0.0, "verdict": "never-fired"}, path)
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert min(width, height) > 1000
