@@ -14,7 +14,7 @@ from grasp_lora.data.builtin import (
     builtin_splits,
     fact_split,
 )
-from grasp_lora.data.splits import check_disjoint
+from grasp_lora.data.leaks import check_disjoint
 from grasp_lora.tasks.records import Example, text_key
 
 FACTS = {

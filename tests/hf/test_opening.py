@@ -54,6 +54,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "dora": lambda: config("LoraConfig", r=4, use_dora=True),
     "lora and biases": lambda: config("LoraConfig", r=4, bias="all"),
     "lora and a whole layer": lambda: config("LoraConfig", r=4, modules_to_save=["lm_head"]),
+    "lora and embeddings": lambda: config("LoraConfig", r=4),
     "lora and tokens": lambda: config("LoraConfig", r=4, trainable_token_indices=[5, 6]),
     "adalora": lambda: config("AdaLoraConfig", total_step=9),
     "ia3": lambda: config("IA3Config", feedforward_modules=[]),
@@ -93,10 +94,10 @@ def trained(model: Any, chosen: PeftConfig) -> PeftModel:
     return adapter.eval()
 
 
-def saved(adapter: PeftModel, folder: Path) -> Path:
+def saved(adapter: PeftModel, folder: Path, **settings: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapter.save_pretrained(str(folder))
+        adapter.save_pretrained(str(folder), **settings)
     return folder
 
 
@@ -154,7 +155,12 @@ def test_any_adapter_scores_as_with_peft_and_leaves_the_backbone_bare(
     name: str, backbone: Backbone, tmp_path: Path
 ) -> None:
     reference = trained(tiny_model("llama"), CONFIGS[name]())
-    folder = saved(reference, tmp_path / "adapter")
+    if name == "lora and embeddings":
+        with torch.no_grad():
+            reference.get_input_embeddings().weight.mul_(1.5)
+        folder = saved(reference, tmp_path / "adapter", save_embedding_layers=True)
+    else:
+        folder = saved(reference, tmp_path / "adapter")
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     attributes = set(vars(backbone.model))
     bare = losses(backbone.model, 4)
@@ -183,6 +189,17 @@ def test_virtual_tokens_do_not_depend_on_the_padding(
     other = replace(backbone, model=make().requires_grad_(False), fingerprint=None)
     with adapted(other, folder) as model:
         assert_equals_peft(model, reference)
+
+
+def test_virtual_tokens_get_no_logits(backbone: Backbone, tmp_path: Path) -> None:
+    reference = trained(tiny_model("llama"), CONFIGS["prompt tuning"]())
+    ids = random_ids(2, 7)
+    with adapted(backbone, saved(reference, tmp_path / "adapter")) as model:
+        found = model(input_ids=ids).logits
+        last = model(input_ids=ids, logits_to_keep=3).logits
+    expected = reference(input_ids=ids).logits[:, 5:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(last, expected[:, -3:], rtol=0, atol=1e-5)
 
 
 def test_right_padding_is_refused_for_virtual_tokens(backbone: Backbone, tmp_path: Path) -> None:

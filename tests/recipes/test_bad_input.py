@@ -173,7 +173,7 @@ FAULTS: dict[Fault, str] = {
     same_question: r"'q0' of target/train and 'new' of target/micro_dev \(the same group\)",
     same_context: r"'q0' of target/train and 'new' of target/micro_dev \(the same group\)",
     parallel_languages: r"'q16' of source/train and 'q16' of target/test \(the same id\)",
-    parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage to go on",
+    parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage",
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
     short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise search\.epochs",
     crossed_bounds: r"controller: .*0\.6.*0\.2",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def left_bare(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Give `model` back its modules, parameters, hooks and attributes on exit, frozen.
+    """Give `model` back its modules, parameters, hooks and attributes on exit.
 
     PEFT's own `unload` leaves modules that were trained in full in place, and some adapter types
     have none. Values are not copied: name in `weights` what may be written to inside.
@@ -24,7 +24,6 @@ def left_bare(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None
         for entry, content in structure:
             entry.clear()
             entry.update(content)
-        model.requires_grad_(False)
         with torch.no_grad():
             for weight, value in zip(weights, values, strict=True):
                 weight.copy_(value)

@@ -243,7 +243,7 @@ def _built(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
     build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
     cuda_devices = list(range(torch.cuda.device_count()))
     try:
-        with warnings.catch_warnings():
+        with torch.random.fork_rng(devices=cuda_devices), warnings.catch_warnings():
             # PEFT asks for a name that transformers is about to drop; users can do nothing.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             return build(base, config, _ADAPTER)

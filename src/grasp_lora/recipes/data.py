@@ -228,7 +228,7 @@ class _Reader:
         kept, count = drop_parallel(rows, list(used))
         if count:
             self.say(
-                f"{role}: {count} rows left out, the target uses translations of their context"
+                f"{role}: {count} rows left out, the target has their context in translation"
             )
         return tuple(kept)
 

@@ -1,0 +1,157 @@
+"""The rows of a run from every kind of place, and what is refused about them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from grasp_lora.config import make_config
+from grasp_lora.recipes.data import RunData, load_run_data
+from jobs import write_rows
+
+
+def rows_of(prefix: str, numbers: range, suffix: str = "") -> list[dict[str, Any]]:
+    """Return questions with a context each; equal prefixes and numbers are parallel rows."""
+    return [
+        {
+            "id": f"{prefix}{n}",
+            "context": f"{prefix} house number {n} has {n + 2} rooms{suffix}.",
+            "question": f"How many rooms has {prefix} house {n}{suffix}?",
+            "answers": [f"{n + 2} rooms"],
+        }
+        for n in numbers
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def loaded(data: dict[str, Any], **options: Any) -> tuple[RunData, list[str]]:
+    said: list[str] = []
+    config = make_config({"model": "smollm2", "data": data}, training=False)
+    return load_run_data(config, said.append, **options), said
+
+
+def target(folder: Path, **changes: Any) -> dict[str, Any]:
+    path = write_rows(folder / "es.jsonl", range(30))
+    rows = {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}
+    return {"language": "es", "files": str(path), "rows": rows} | changes
+
+
+def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_path):
+    english = write(tmp_path / "en.jsonl", rows_of("q", range(30), " (en)"))
+    source = {"language": "en", "files": english, "rows": {"train": 8}}
+    data, said = loaded({"source": source, "target": target(tmp_path)})
+    used = {e.id for rows in data.parts["target"].values() for e in rows}
+    assert len(used) == 20
+    assert not used & {e.id for e in data.parts["source"]["train"]}
+    assert "source: 20 rows left out, the target has their context in translation" in said
+    assert data.leaks == ()
+
+
+def test_a_question_of_a_translated_context_goes_too(tmp_path):
+    english = rows_of("q", range(30), " (en)")
+    english.append(english[0] | {"id": "extra", "question": "Something else?"})
+    files = {"train": [0], "dev": [1], "micro_dev": [2], "test": [0]}
+    parts = {
+        part: str(write_rows(tmp_path / f"{part}.jsonl", [n + 100 * (part != "test") for n in ns]))
+        for part, ns in files.items()
+    }
+    source = {
+        "language": "en",
+        "files": write(tmp_path / "en.jsonl", english),
+        "rows": {"train": 29},
+    }
+    data, _ = loaded({"source": source, "target": {"language": "es", "files": parts}})
+    assert {"q0", "extra"}.isdisjoint({e.id for e in data.parts["source"]["train"]})
+    assert len(data.parts["source"]["train"]) == 29
+
+
+def test_further_test_sets_stand_beside_the_targets_own(tmp_path):
+    news = write(tmp_path / "news.jsonl", rows_of("n", range(9)))
+    tests = {"news": {"language": "es", "files": news, "rows": 5}}
+    data, said = loaded({"target": target(tmp_path), "tests": tests})
+    assert data.test_sets() == {"test": ("target", "test"), "news": ("tests", "news")}
+    assert len(data.parts["tests"]["news"]) == 5
+    assert data.manifest()["tests"]["from"] == ""
+    assert "target labels used: 8 train, 4 dev, 4 micro_dev; tested on 9" in said
+
+
+def test_a_test_set_that_holds_training_rows_is_refused_or_recorded(tmp_path):
+    same = write(tmp_path / "news.jsonl", rows_of("q", range(30)))
+    data = {
+        "target": target(tmp_path),
+        "tests": {"news": {"language": "es", "files": same}},
+    }
+    with pytest.raises(ValueError, match=r"16 pairs .* of tests/news .* --allow-leakage"):
+        loaded(data)
+    allowed, said = loaded(data | {"allow_leakage": True})
+    assert len(allowed.leaks) == 16
+    assert len(allowed.manifest()["leaks"]) == 16
+    assert any("leakage: 16 pairs of rows are in two splits" in line for line in said)
+
+
+def test_two_test_sets_may_share_rows(tmp_path):
+    same = write(tmp_path / "news.jsonl", rows_of("n", range(9)))
+    tests = {name: {"language": "es", "files": same} for name in ("one", "two")}
+    data, _ = loaded({"target": target(tmp_path), "tests": tests})
+    assert data.leaks == ()
+
+
+def test_rows_from_python_take_the_place_of_files(tmp_path):
+    rows = rows_of("p", range(20))
+    given = {
+        "target": {
+            "train": Dataset.from_list(rows[:8]),
+            "micro_dev": rows[8:12],
+            "test": rows[12:],
+        }
+    }
+    data, _ = loaded({"target": {"language": "es"}}, given=given)
+    assert [len(data.parts["target"][part]) for part in ("train", "micro_dev", "test")] == [8, 4, 8]
+    assert data.parts["target"]["train"][0].fields["context"] == rows[0]["context"]
+    again, _ = loaded({"target": {"language": "es"}}, given=given)
+    assert again.digest() == data.digest()
+    changed = {"target": {**given["target"], "test": rows[12:19]}}
+    other, _ = loaded({"target": {"language": "es"}}, given=changed)
+    assert other.digest() != data.digest()
+
+
+def test_columns_and_another_task_reach_the_loader(tmp_path):
+    rows = [
+        {"nr": n, "swahili": f"maneno {n} ya kwanza", "english": f"words {n}"} for n in range(9)
+    ]
+    section = {
+        "language": "sw",
+        "files": {"test": write(tmp_path / "pairs.jsonl", rows)},
+        "columns": {"id": "nr", "completion": "english"},
+        "prompt": "Translate into English: {swahili}\nEnglish:",
+    }
+    data, _ = loaded({"task": "text-to-text", "target": section}, training=False)
+    example = data.parts["target"]["test"][0]
+    assert (example.id, example.references) == ("0", ("words 0",))
+    assert dict(example.fields) == {"swahili": "maneno 0 ya kwanza"}
+
+
+def test_rows_left_out_are_told(tmp_path):
+    rows = rows_of("q", range(30)) + [rows_of("q", range(31))[30] | {"question": " "}]
+    files = write(tmp_path / "mine.jsonl", rows)
+    _, said = loaded({"target": target(tmp_path, files=files)})
+    assert any("mine.jsonl: 1" in line and "empty question" in line for line in said)
+    with pytest.raises(ValueError, match="max_faulty"):
+        loaded({"max_faulty": 0.01, "target": target(tmp_path, files=files)})
+
+
+def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
+    section = {
+        "language": "es",
+        "files": {"test": write(tmp_path / "t.jsonl", rows_of("q", range(3)))},
+    }
+    with pytest.raises(ValueError, match="no rows in train and micro_dev"):
+        loaded({"target": section})
+    data, _ = loaded({"target": section}, training=False)
+    assert data.test_sets() == {"test": ("target", "test")}

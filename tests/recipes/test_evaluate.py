@@ -1,0 +1,154 @@
+"""Evaluation of any adapter on several test sets, and what it writes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import IA3Config, get_peft_model
+from typer.testing import CliRunner
+
+from grasp_lora.cli import app
+from grasp_lora.config import ConfigError, make_config
+from grasp_lora.metrics import exact_match
+from grasp_lora.recipes.evaluate import evaluate_adapter
+from grasp_lora.recipes.run import run
+from grasp_lora.runs import read_json, read_jsonl
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job, write_rows
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    tiny_backbone_folder(tmp_path / "base")
+    tiny_adapter_folder(tmp_path / "lora", tiny_model("llama"), r=4)
+    write_rows(tmp_path / "one.jsonl", range(6))
+    write_rows(tmp_path / "two.jsonl", range(4), prefix="n")
+    return tmp_path
+
+
+def evaluated(place: Path, adapter: str, *options: str) -> dict[str, Any]:
+    out = place / f"scores-{Path(adapter).name}"
+    arguments = [
+        "evaluate",
+        str(place / adapter),
+        "--out",
+        str(out),
+        "--model",
+        str(place / "base"),
+    ]
+    settings = ["model.dtype=float32", "data.max_length=640", "evaluate.max_new_tokens=3"]
+    arguments += [f"--set={text}" for text in settings] + list(options)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return read_json(out / "scores.json")
+
+
+def test_several_test_sets_have_their_scores_the_mean_and_the_worst(place):
+    rows = [f"--data={place / 'one.jsonl'}", f"--data=news={place / 'two.jsonl'}"]
+    scores = evaluated(place, "lora", *rows, "--language=en")
+    assert [(name, one["n"]) for name, one in scores["sets"].items()] == [("test", 6), ("news", 4)]
+    loss = [one["scores"]["loss"]["value"] for one in scores["sets"].values()]
+    assert scores["mean"]["loss"] == pytest.approx(sum(loss) / 2)
+    assert scores["worst"]["loss"]["value"] == max(loss), "the higher loss is the worse"
+    assert scores["worst"]["chrf"]["value"] == min(
+        one["scores"]["chrf"]["value"] for one in scores["sets"].values()
+    )
+    for metric in ("exact_match", "token_f1", "bleu", "chrf", "rougeLsum", "perplexity"):
+        score = scores["sets"]["test"]["scores"][metric]
+        assert score["low"] <= score["value"] <= score["high"]
+        assert score["n"] == 6
+        assert score["settings"]
+
+
+def test_predictions_hold_what_every_score_is_made_of(place):
+    scores = evaluated(place, "lora", f"--data={place / 'one.jsonl'}", "--language=en")
+    rows = read_jsonl(place / "scores-lora/predictions.jsonl")
+    assert [row["id"] for row in rows] == [f"q{n}" for n in range(6)]
+    for row in rows:
+        assert row["exact_match"] == 100 * exact_match(row["prediction"], row["references"])
+    told = scores["sets"]["test"]["scores"]
+    assert told["loss"]["value"] == pytest.approx(np.mean([row["loss"] for row in rows]))
+    nats = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert told["perplexity"]["value"] == pytest.approx(np.exp(nats))
+
+
+def test_an_adapter_that_is_no_lora_and_a_bare_model_can_be_evaluated(place):
+    model = get_peft_model(
+        tiny_model("llama"),
+        IA3Config(
+            target_modules=["k_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            init_ia3_weights=False,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    for name, weight in model.named_parameters():
+        if "ia3" in name:
+            weight.data.mul_(1.7)
+    model.save_pretrained(str(place / "ia3"))
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    losses = {
+        name: evaluated(place, name, *rows)["sets"]["test"]["scores"]["loss"]["value"]
+        for name in ("ia3", "base", "lora")
+    }
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+
+
+def test_scores_of_a_file_of_predictions_equal_those_of_the_evaluation(place):
+    scores = evaluated(place, "lora", f"--data={place / 'one.jsonl'}", "--language=en")
+    out = place / "rescored.json"
+    file = place / "scores-lora/predictions.jsonl"
+    names = "bleu,chrf,rougeL,token_f1,loss"
+    done = CliRunner().invoke(
+        app,
+        ["score", str(file), "--language=en", f"--json={out}", f"--metrics={names}", "--seed=42"],
+    )
+    assert done.exit_code == 0, done.output
+    told = scores["sets"]["test"]["scores"]
+    for name, found in read_json(out).items():
+        assert [found[key] for key in ("value", "low", "high", "n")] == pytest.approx(
+            [told[name][key] for key in ("value", "low", "high", "n")]
+        )
+
+
+def test_an_untrained_chat_model_is_asked_in_its_template(place):
+    path = place / "base/tokenizer_config.json"
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    plain = evaluated(place, "lora", *rows)["sets"]["test"]["scores"]["loss"]["value"]
+    (place / "scores-lora").rename(place / "plain")
+    chat = evaluated(place, "lora", *rows, "--set=data.chat=true")
+    assert chat["sets"]["test"]["scores"]["loss"]["value"] != pytest.approx(plain)
+
+
+def test_a_score_that_cannot_be_computed_is_named_before_any_work(place, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    values = job(place, evaluate={"metrics": ["exact_match", "bertscore_f1"]})
+    values["evaluate"]["bertscore_model"] = str(place / "no-encoder")
+    config = make_config(values)
+    for work in (
+        lambda: run(config, quiet=True),
+        lambda: evaluate_adapter(config, None, place / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"evaluate\.metrics bertscore_f1: .*no-encoder"):
+            work()
+    assert not (place / "run").exists()
+    assert not (place / "out").exists()
+
+
+def test_an_unknown_score_is_refused_with_the_nearest(place):
+    config = make_config(job(place, evaluate={"metrics": ["exact_mach"]}))
+    with pytest.raises(ValueError, match=r"exact_mach.*exact_match"):
+        run(config, quiet=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths differ")
+def test_beam_search_is_a_setting(place):
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    scores = evaluated(place, "lora", *rows, "--set=evaluate.beams=3")
+    assert scores["sets"]["test"]["n"] == 6
