@@ -155,3 +155,42 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
         loaded({"target": section})
     data, _ = loaded({"target": section}, training=False)
     assert data.test_sets() == {"test": ("target", "test")}
+
+
+def test_nearly_equal_texts_of_one_file_do_not_stand_in_two_splits(tmp_path):
+    stories = [" ".join(f"s{n}w{i}" for i in range(40)) for n in range(10)]
+    rows = [
+        {"id": f"{n}{twin}", "article": f"{story} {twin}", "summary": "x"}
+        for n, story in enumerate(stories)
+        for twin in ("a", "b")
+    ]
+    rows += [
+        {"id": f"other{n}", "article": " ".join(f"w{n}x{i}" for i in range(20)), "summary": "y"}
+        for n in range(20)
+    ]
+    section = {
+        "language": "en",
+        "files": write(tmp_path / "news.jsonl", rows),
+        "rows": {"train": 20, "dev": 5, "micro_dev": 5, "test": 10},
+    }
+    data, said = loaded({"task": "summarization", "target": section})
+    kept = data.parts["target"]
+    assert len(kept["test"]) == 10
+    assert len(kept["train"]) < 20
+    assert any("target/train" in line and "nearly the same text" in line for line in said)
+    assert data.leaks == ()
+
+
+def test_rows_with_one_instruction_can_still_be_divided(tmp_path):
+    rows = [
+        {"instruction": "Translate.", "input": f"neno {n}", "completion": f"word {n}"}
+        for n in range(9)
+    ]
+    section = {
+        "language": "sw",
+        "files": write(tmp_path / "pairs.jsonl", rows),
+        "rows": {"train": 3, "dev": 2, "micro_dev": 2, "test": 2},
+        "prompt": "{instruction}\n{input}\n",
+    }
+    data, _ = loaded({"task": "text-to-text", "target": section})
+    assert {part: len(r) for part, r in data.parts["target"].items()} == section["rows"]

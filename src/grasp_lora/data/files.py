@@ -196,7 +196,8 @@ def _example(record: Record, reading: _Reading, given_id: str | None) -> Example
     if reason is not None:
         return _Fault(where, reason)
     if columns.group is None:
-        group = text_key(next(iter(fields.values())))
+        # A task without fields of its own may have an instruction first, the same in every row.
+        group = text_key("\n".join(list(fields.values())[: 1 if reading.task.fields else None]))
     else:
         group = id_value(values[columns.group], "group", where)
     example_id = given_id or _content_id((*fields.values(), *references))

@@ -252,7 +252,8 @@ def _near(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Un
     waiting: list[tuple[int, Any]] = []
     for number, unit in enumerate(units):
         if waiting and units[waiting[0][0]].split != unit.split:
-            # Only earlier splits are in the index: rows of one split may be alike.
+            # Only earlier splits are in the index, so that rows of one split, which may be alike,
+            # are not compared at all.
             for earlier, sketch in waiting:
                 index.insert(earlier, sketch)
             waiting = []

@@ -11,6 +11,7 @@ from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
 from grasp_lora.data.hub import PRESETS, HubRows, load_hub, load_preset, split_published
 from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, refuse_leaks
+from grasp_lora.data.separate import separated
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
 from grasp_lora.data_settings import HubData, LanguageData, Rows, TestSet
 from grasp_lora.tasks.base import Example, Task, task_named
@@ -232,7 +233,14 @@ class _Reader:
             )
         return tuple(kept)
 
-    def _note(self, role: str, parts: Parts, dropped: dict[str, int]) -> Parts:
+    def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
+        parts, lost = separated(drawn, threshold=self.config.data.near_duplicates)
+        for split, count in lost.items():
+            if count:
+                self.say(
+                    f"{role}/{split}: {count} of {len(drawn[split])} rows left out, another split"
+                    " has nearly the same text"
+                )
         self.dropped |= {f"{role}/{split}": n for split, n in dropped.items() if n}
         return parts
 

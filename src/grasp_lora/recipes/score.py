@@ -261,8 +261,8 @@ def _check_language(rows: Sequence[Row], options: Options) -> None:
         text = next((text for text in row.references if parts_no_words(text)), None)
         if text is not None:
             raise ValueError(
-                f"the answer {_short(text)} of row {row.id!r} is in a script without spaces between "
-                "words, where scores depend on the language; give it, such as --language zh"
+                f"the answer {_short(text)} of row {row.id!r} is in a script without spaces "
+                "between words, where scores depend on the language; give it: --language zh"
             )
 
 
