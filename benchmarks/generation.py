@@ -7,7 +7,9 @@ Run from the repository root:
 
 One by one, greedy, with `use_cache=False` is how research code often scores test rows. Both ways
 get the same prompts, limit and stop rules; they take turns batch by batch, so that whatever else
-the machine does hits both. Texts may differ a little in bfloat16, where sums depend on the batch.
+the machine does hits both. On a machine that is busy with other work use one thread: several wait
+for each other at every small operation, which measures the other work. Texts may differ in
+bfloat16, where the rounding of a sum depends on the batch; in float32 they should not.
 """
 
 import argparse
@@ -118,7 +120,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--language", default="en", help="language code of the questions")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and answer")
     parser.add_argument("--repeat", type=int, default=1, help="times the rows are gone through")
     parser.add_argument("--dtype", default="auto")

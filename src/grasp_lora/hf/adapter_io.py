@@ -81,10 +81,10 @@ def read_adapter(folder: str | Path) -> LoadedAdapter:
             holds NaN or infinite values, or shapes, partners or ranks do not agree.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config_file(folder)
     refuse_settings(config, folder)
-    pairs = _pair_factors(_read_tensors(folder), folder)
-    notes = _read_json(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
+    pairs = _pair_factors(read_tensors(folder), folder)
+    notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
     fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
     return LoadedAdapter(
         adapter={
@@ -99,7 +99,7 @@ def read_adapter(folder: str | Path) -> LoadedAdapter:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config_file(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is no folder; give the folder of a PEFT adapter (download it first if it "
@@ -110,10 +110,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {CONFIG_FILE}, so it is no PEFT adapter; give the folder that "
             "save_pretrained wrote"
         )
-    return _read_json(folder / CONFIG_FILE)
+    return read_json_file(folder / CONFIG_FILE)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -123,7 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise ValueError(

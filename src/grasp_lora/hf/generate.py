@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from grasp_lora.hf.modules import bare_model
 from grasp_lora.hf.probe import world
+
+Done = TypeVar("Done")
 
 
 class StopAtNewline(StoppingCriteria):
@@ -52,8 +54,8 @@ class StopAtNewline(StoppingCriteria):
 
 
 @dataclass(frozen=True, eq=False)
-class _Generator:
-    """What every batch of one call shares."""
+class Generator:
+    """What every batch of one call shares; `generator` makes one."""
 
     model: nn.Module
     tokenizer: Any
@@ -62,27 +64,44 @@ class _Generator:
     breaks: dict[int, bool] | None
     """For `StopAtNewline`; None lets texts run over several lines."""
 
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return int(self.settings.pad_token_id)  # type: ignore[arg-type]
+
     def texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return what the model writes after each prompt; the prompts make up one batch."""
         length = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), length), int(self.settings.pad_token_id))  # type: ignore[arg-type]
+        ids = torch.full((len(prompts), length), self.pad_id)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :] = torch.tensor(prompt)
             mask[row, length - len(prompt) :] = 1
+        return self.continued(ids.to(self.device), mask.to(self.device))
+
+    def continued(self, ids: Tensor, mask: Tensor, cache: Any = None) -> list[str]:
+        """Return what the model writes after left-padded prompts [batch, length].
+
+        Args:
+            ids: the prompts.
+            mask: 0 on padding.
+            cache: keys and values of all positions but the last, if they are known.
+        """
+        length = ids.shape[1]
         criteria = StoppingCriteriaList()
         if self.breaks is not None:
             criteria.append(StopAtNewline(self.tokenizer, length, self.breaks))
+        known = {} if cache is None else {"past_key_values": cache}
         output = self.model.generate(  # type: ignore[operator]
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=self.settings,
             stopping_criteria=criteria,
+            **known,
         )
         return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
-@torch.no_grad()
 def generate_texts(
     model: nn.Module,
     tokenizer: Any,
@@ -127,36 +146,74 @@ def generate_texts(
     Raises:
         ValueError: a number is below 1, a prompt is empty, or the memory does not hold one row.
     """
-    _check(max_new_tokens=max_new_tokens, batch_size=batch_size, beams=beams)
     if not all(prompts):
         raise ValueError("a prompt holds no tokens; give every prompt at least a start token")
-    generator = _Generator(
+    made = generator(model, tokenizer, max_new_tokens, pad_id, stop_ids, beams, one_line)
+    return in_batches(prompts, made.texts, made, batch_size, advance, notice)
+
+
+def generator(
+    model: nn.Module,
+    tokenizer: Any,
+    max_new_tokens: int,
+    pad_id: int,
+    stop_ids: Sequence[int],
+    beams: int = 1,
+    one_line: bool = True,
+) -> Generator:
+    """Return what generates batches by one rule; see `generate_texts` for the arguments."""
+    _check(max_new_tokens=max_new_tokens, beams=beams)
+    return Generator(
         model=model,
         tokenizer=tokenizer,
         settings=_settings(max_new_tokens, pad_id, stop_ids, beams),
         device=next(model.parameters()).device,
         breaks={} if one_line and beams == 1 else None,
     )
+
+
+def in_batches(
+    rows: Sequence[Sequence[int]],
+    work: Callable[[list[Any]], list[Done]],
+    made: Generator,
+    batch_size: int,
+    advance: Callable[[int], None],
+    notice: Callable[[str], None],
+) -> list[Done]:
+    """Return `work` of every row, in the rows' order: longest first, by batches, in eval mode.
+
+    Args:
+        rows: token ids, or anything as long as its token ids.
+        work: batch of rows -> one result each.
+        made: the generator behind `work`.
+        batch_size: rows per batch; halved, with a notice, whenever CUDA memory runs out.
+        advance: called with the number of rows just finished.
+        notice: takes a line for the user.
+
+    Raises:
+        ValueError: the batch size is below 1, or the memory does not hold one row.
+    """
+    _check(batch_size=batch_size)
     rank, size = world()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = [i for chunk in chunks[rank::size] for i in chunk]
-    texts: dict[int, str] = {}
-    with _evaluating(model), _own_settings_aside(model):
-        while len(texts) < len(mine):
-            chunk = mine[len(texts) : len(texts) + batch_size]
-            done = _within_memory(generator, [prompts[i] for i in chunk])
+    found: dict[int, Done] = {}
+    with torch.no_grad(), _evaluating(made.model), _own_settings_aside(made.model):
+        while len(found) < len(mine):
+            chunk = mine[len(found) : len(found) + batch_size]
+            done = _within_memory(work, [rows[i] for i in chunk], made.device)
             if done is None:
                 batch_size = len(chunk) // 2
                 notice(f"out of memory with {len(chunk)} rows a batch: going on with {batch_size}")
                 continue
-            texts |= dict(zip(chunk, done, strict=True))
+            found |= dict(zip(chunk, done, strict=True))
             advance(len(chunk))
     if size > 1:
         shares: list[Any] = [None] * size
-        dist.all_gather_object(shares, texts)
-        texts = {i: text for share in shares for i, text in share.items()}
-    return [texts[i] for i in range(len(prompts))]
+        dist.all_gather_object(shares, found)
+        found = {i: one for share in shares for i, one in share.items()}
+    return [found[i] for i in range(len(rows))]
 
 
 def _check(**numbers: int) -> None:
@@ -180,19 +237,20 @@ def _settings(
     )
 
 
-def _within_memory(generator: _Generator, prompts: Sequence[Sequence[int]]) -> list[str] | None:
-    """Return the texts of one batch, None where CUDA has no memory for it."""
+def _within_memory(
+    work: Callable[[list[Any]], list[Done]], rows: list[Any], device: torch.device
+) -> list[Done] | None:
+    """Return the results of one batch, None where CUDA has no memory for it."""
     try:
-        return generator.texts(prompts)
+        return work(rows)
     except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
+        if len(rows) == 1:
             raise ValueError(
-                f"a prompt of {len(prompts[0])} tokens does not fit the memory of "
-                f"{generator.device} even by itself; shorten the prompts, take fewer beams or a "
-                "smaller model"
+                f"a prompt of {len(rows[0])} tokens does not fit the memory of {device} even by "
+                "itself; shorten the prompts, take fewer beams or a smaller model"
             ) from error
     # Behind the handler, as the error keeps the tensors of the failed batch alive.
-    if generator.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 

@@ -27,11 +27,11 @@ from grasp_lora.hf.adapter_io import (
     CONFIG_FILE,
     NOTES_FILE,
     WEIGHTS_FILE,
-    _read_config,
-    _read_json,
-    _read_tensors,
+    read_config_file,
+    read_json_file,
+    read_tensors,
 )
-from grasp_lora.hf.adapter_rules import _BASE_MOVING
+from grasp_lora.hf.adapter_rules import BASE_MOVING
 from grasp_lora.hf.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.hf.bare import left_bare
 from grasp_lora.hf.cache import SHORT_NAMES, Notice
@@ -75,7 +75,7 @@ def opened(
         backbone = load_backbone(spec or ModelSpec(str(name)), notice)
         yield backbone, backbone.model
         return
-    named = _base_of(_read_config(Path(name).expanduser()))
+    named = _base_of(read_config_file(Path(name).expanduser()))
     if spec is None:
         spec = ModelSpec(base_named_by(name))
     backbone = load_backbone(spec, notice)
@@ -120,7 +120,7 @@ def base_named_by(name: str | Path) -> str:
     if not is_adapter(name):
         return str(name)
     folder = Path(name).expanduser()
-    named = _base_of(_read_config(folder))
+    named = _base_of(read_config_file(folder))
     if named is None:
         raise ValueError(
             f"{folder / CONFIG_FILE} does not say which base model the adapter belongs to "
@@ -158,9 +158,9 @@ def adapted(backbone: Backbone, folder: str | Path) -> Iterator[nn.Module]:
     """
     folder = Path(folder).expanduser()
     config = _peft_config(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     _check_values(tensors, folder)
-    _check_base(backbone, folder, _base_of(_read_config(folder)))
+    _check_base(backbone, folder, _base_of(read_config_file(folder)))
     own = _own_weights(backbone.model, tensors)
     with left_bare(backbone.model, list(own.values())):
         model = _built(backbone.model, config, folder)
@@ -169,7 +169,7 @@ def adapted(backbone: Backbone, folder: str | Path) -> Iterator[nn.Module]:
 
 
 def _peft_config(folder: Path) -> PeftConfig:
-    content = _read_config(folder)
+    content = read_config_file(folder)
     kind, task = content.get("peft_type"), content.get("task_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
@@ -187,7 +187,7 @@ def _peft_config(folder: Path) -> PeftConfig:
             "language models (CAUSAL_LM) can generate text here"
         )
     initial = content.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(_BASE_MOVING):
+    if isinstance(initial, str) and initial.lower().startswith(BASE_MOVING):
         raise ValueError(
             f"{folder}: init_lora_weights={initial!r} changes the base weights; save the adapter "
             "again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -212,7 +212,7 @@ def _check_values(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _check_base(backbone: Backbone, folder: Path, named: str | None) -> None:
-    notes = _read_json(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
+    notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
     stored, rows = notes.get("base_fingerprint"), notes.get("vocab_size")
     advice = f"load the base model it was trained on ({named})"
     actual = vocabulary_size(backbone.model)

@@ -228,9 +228,7 @@ class _Reader:
             return rows
         kept, count = drop_parallel(rows, list(used))
         if count:
-            self.say(
-                f"{role}: {count} rows left out, the target has their context in translation"
-            )
+            self.say(f"{role}: {count} rows left out, the target has their context in translation")
         return tuple(kept)
 
     def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:

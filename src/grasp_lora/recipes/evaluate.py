@@ -1,11 +1,13 @@
 """Stage `evaluate`: an adapter, or none -> predictions and scores on every test set."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.config import ConfigError, RunConfig
+from grasp_lora.hf.answer import answer_rows, can_answer_at_once
 from grasp_lora.hf.generate import generate_texts
 from grasp_lora.hf.opening import adapted
 from grasp_lora.hf.probe import Rows, row_losses
@@ -17,6 +19,7 @@ from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.scoring import missing_metrics, score_sets
 from grasp_lora.runs import write_json, write_jsonl
+from grasp_lora.tasks.encoding import Encoded
 
 
 def evaluate_adapter(
@@ -98,11 +101,7 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
     examples = context.examples(role, split)[:limit]
     encoded = context.encoded(role, split)[:limit]
     language = section_of(config, role, split).language
-    model.eval()
-    batches = Rows(encoded, context.collator, config.evaluate.batch_size).batches(
-        range(len(encoded))
-    )
-    losses = row_losses(model, batches, len(encoded))
+    prompts = [e.input_ids[: e.prompt_length] for e in encoded]
     with context.narrator.bar(title, len(encoded)) as done:
         finished = 0
 
@@ -111,22 +110,32 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             finished += count
             done(finished)
 
-        texts = generate_texts(
-            model,
-            backbone.tokenizer,
-            [e.input_ids[: e.prompt_length] for e in encoded],
-            max_new_tokens=config.evaluate.max_new_tokens or task.new_tokens(language),
-            batch_size=config.evaluate.batch_size,
-            pad_id=backbone.pad_id,
-            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
-            beams=config.evaluate.beams,
-            one_line=task.one_line,
-            advance=advance,
-        )
+        shared: dict[str, Any] = {
+            "max_new_tokens": config.evaluate.max_new_tokens or task.new_tokens(language),
+            "batch_size": config.evaluate.batch_size,
+            "pad_id": backbone.pad_id,
+            "stop_ids": sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            "one_line": task.one_line,
+            "advance": advance,
+            "notice": context.narrator.say,
+        }
+        beams = config.evaluate.beams
+        if can_answer_at_once(model, beams):
+            answered = answer_rows(model, backbone.tokenizer, encoded, **shared)
+            texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
+        else:
+            losses = _losses(context, model, encoded)
+            texts = generate_texts(model, backbone.tokenizer, prompts, beams=beams, **shared)
     return [
         Row(e.id, task.clean(text), e.references, e.group, loss, row.label_tokens)
         for e, row, text, loss in zip(examples, encoded, texts, losses, strict=True)
     ]
+
+
+def _losses(context: Context, model: Any, encoded: Sequence[Encoded]) -> list[float]:
+    rows = Rows(encoded, context.collator, context.config.evaluate.batch_size)
+    model.eval()
+    return row_losses(model, rows.batches(range(len(encoded))), len(encoded))
 
 
 def _records(
