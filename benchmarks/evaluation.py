@@ -1,0 +1,84 @@
+"""What a whole evaluation costs beside its generation alone.
+
+Run from the repository root:
+
+    OMP_NUM_THREADS=2 python benchmarks/evaluation.py
+
+The evaluation answers the rows, takes the loss of their references, and computes every score but
+BERTScore with 1000 resamples behind each interval; generation alone answers the same rows by the
+same rule. They take turns batch by batch; scoring comes once, after the last batch.
+"""
+
+import time
+from typing import Any
+
+from generation import parsed
+
+from grasp_lora.data.builtin import builtin_examples
+from grasp_lora.hf.answer import answer_rows
+from grasp_lora.hf.backbones import ModelSpec, load_backbone
+from grasp_lora.hf.generate import generate_texts
+from grasp_lora.metrics import METRICS, Options, Row, score
+from grasp_lora.tasks.base import task_named
+from grasp_lora.tasks.encoding import encode_examples
+
+
+def main() -> None:
+    """Measure both and print the ratio."""
+    options = parsed()
+    spec = ModelSpec(options.model, dtype=options.dtype, device=options.device)
+    backbone = load_backbone(spec, print)
+    task = task_named("qa")
+    examples = builtin_examples(options.language, options.rows)
+    encoded, _ = encode_examples(
+        examples,
+        task,
+        backbone.tokenizer,
+        options.max_length,
+        for_training=False,
+        new_tokens=options.new_tokens,
+    )
+    rule: dict[str, Any] = {
+        "max_new_tokens": options.new_tokens,
+        "batch_size": options.batch_size,
+        "pad_id": backbone.pad_id,
+        "stop_ids": backbone.stop_ids,
+    }
+    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].prompt_length)
+    seconds = {"generation": 0.0, "answers and losses": 0.0}
+    answered: dict[int, tuple[str, float]] = {}
+    for turn, start in enumerate(range(0, len(order), options.batch_size)):
+        chunk = order[start : start + options.batch_size]
+        rows = [encoded[i] for i in chunk]
+        for name in sorted(seconds, reverse=turn % 2 == 0):
+            began = time.perf_counter()
+            if name == "generation":
+                prompts = [row.input_ids[: row.prompt_length] for row in rows]
+                generate_texts(backbone.model, backbone.tokenizer, prompts, **rule)
+            else:
+                found = answer_rows(backbone.model, backbone.tokenizer, rows, **rule)
+                answered |= dict(zip(chunk, found, strict=True))
+            seconds[name] += time.perf_counter() - began
+    began = time.perf_counter()
+    names = [name for name in METRICS if name != "bertscore_f1"]
+    scored = score(
+        [
+            Row(e.id, task.clean(text), e.references, e.group, loss, encoded[i].label_tokens)
+            for i, e in enumerate(examples)
+            for text, loss in [answered[i]]
+        ],
+        names,
+        Options(language=options.language),
+    )
+    seconds["scores"] = time.perf_counter() - began
+    for name, taken in seconds.items():
+        print(f"{name:20} {taken:8.1f} s")
+    whole = seconds["answers and losses"] + seconds["scores"]
+    print(
+        f"{len(scored)} scores of {len(examples)} rows: the evaluation takes "
+        f"{whole / seconds['generation']:.2f} times its generation"
+    )
+
+
+if __name__ == "__main__":
+    main()
