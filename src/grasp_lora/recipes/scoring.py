@@ -130,7 +130,7 @@ def evaluation_tables(folder: Path) -> list[Table]:
     return tables
 
 
-def read_predictions(folder: Path) -> dict[str, list[Row]]:
+def rows_by_set(folder: Path) -> dict[str, list[Row]]:
     """Return set name -> the rows of an evaluation's `predictions.jsonl`."""
     found: dict[str, list[Row]] = {}
     for row in read_jsonl(folder / "predictions.jsonl"):
@@ -151,7 +151,7 @@ def compare_evaluations(
     config: RunConfig, one: Path, other: Path, sets: Mapping[str, tuple[str, str]], tokenizer: str
 ) -> dict[str, Any]:
     """Return set name -> metric -> the paired test of two evaluations, `one` less `other`."""
-    ours, theirs = read_predictions(one), read_predictions(other)
+    ours, theirs = rows_by_set(one), rows_by_set(other)
     names = [name for name in metric_names(config) if name not in _SLOW]
     compared: dict[str, Any] = {}
     for name, (role, split) in sets.items():
