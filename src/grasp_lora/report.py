@@ -40,11 +40,11 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
         shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
         table = Table(title=_title(scores, name, first))
         table.add_column("system", overflow="fold")
-        for title in (*(TITLES.get(m, m) for m in shown), "zeros (%)"):
+        for title in (*(TITLES.get(m, m) for m in shown), *_zeros_title(scores)):
             table.add_column(title, justify="right", no_wrap=True)
         for row in scores["systems"]:
             cells = (_cell(row["sets"][name]["scores"][metric], metric) for metric in shown)
-            table.add_row(row["name"], *cells, _zeros(row))
+            table.add_row(row["name"], *cells, *(_zeros(row) for _ in _zeros_title(scores)))
         tables.append(table)
     return tables
 
@@ -52,12 +52,13 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
 def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
     """Return all scores of the test set `name` in Markdown, each with its interval."""
     shown = list(_sets(scores)[name]["scores"])
-    titles = ["system", *(TITLES.get(m, m) for m in shown), "zeros (%)"]
+    titles = ["system", *(TITLES.get(m, m) for m in shown), *_zeros_title(scores)]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in scores["systems"]:
         cells = [_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
         system = row["name"].replace("|", "\\|")
-        lines.append(f"| {' | '.join([system, *cells, _zeros(row)])} |")
+        cells += [_zeros(row) for _ in _zeros_title(scores)]
+        lines.append(f"| {' | '.join([system, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,12 +112,16 @@ def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
     if loss is not None:
         helped = loss["difference"] < 0 and _told_apart(loss)
         harmed = loss["difference"] > 0 and _told_apart(loss)
+        once = (
+            ", beyond the chance of these test rows. Each was trained once: what another seed or "
+            "stopping epoch would change is not in this test."
+        )
         verdict = (
-            "Pruning lowered the test loss."
+            f"The pruned adapter's test loss is lower than the unpruned one's{once}"
             if helped
-            else "Pruning raised the test loss."
+            else f"The pruned adapter's test loss is higher than the unpruned one's{once}"
             if harmed
-            else "Pruning did not change the test loss by more than chance."
+            else "Pruning did not change the test loss by more than the chance of these test rows."
         )
     values = {r["slug"]: r["sets"][name]["scores"].get("loss", {}) for r in scores["systems"]}
     losses = {slug: score["value"] for slug, score in values.items() if score}
@@ -133,10 +138,14 @@ def _pair(pair: Mapping[str, Any], metric: str) -> str:
     sure = "" if _told_apart(pair) else ", not told apart"
     return (
         f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} "
-        f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}], p {pair['p_value']:.2f}{sure}"
+        f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}], {_chance(pair['p_value'])}{sure}"
         if pair["low"] is not None
         else f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} (one context: no test)"
     )
+
+
+def _chance(p_value: float) -> str:
+    return "p < 0.01" if p_value < 0.01 else f"p {p_value:.2f}"
 
 
 def _told_apart(pair: Mapping[str, Any]) -> bool:
@@ -227,6 +236,12 @@ def _cell(score: Mapping[str, Any], metric: str) -> str:
 
 def _number(value: float, metric: str) -> str:
     return f"{value:.2f}" if metric in NATIVE else f"{value:.1f}"
+
+
+def _zeros_title(scores: Mapping[str, Any]) -> list[str]:
+    """Return the title of the column of zeros, if any system is known to have some."""
+    known = any(row.get("zeros") is not None for row in scores["systems"])
+    return ["zeros (%)"] if known else []
 
 
 def _zeros(row: Mapping[str, Any]) -> str:
