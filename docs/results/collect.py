@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grasp_lora.config import load_config
 from grasp_lora.recipes.data import load_run_data
-from grasp_lora.recipes.scoring import compare_evaluations
+from grasp_lora.recipes.scoring import compare_evaluations, rows_by_set, score_sets
 from grasp_lora.report import comparison, scores_markdown
 from grasp_lora.runs import read_json, write_json
 
@@ -28,9 +28,12 @@ SYSTEMS = {
 def main() -> None:
     config, folder = load_config(sys.argv[1]), Path(sys.argv[2])
     sets = load_run_data(config, lambda _line: None).test_sets()
-    found = {slug: read_json(folder / slug / "scores.json") for slug in SYSTEMS}
-    loss = found["final"]["sets"]["test"]["scores"]["loss"]
+    loss = read_json(folder / "final/scores.json")["sets"]["test"]["scores"]["loss"]
     tokenizer = loss["settings"]["tokenizer"]
+    found = {
+        slug: score_sets(config, sets, rows_by_set(folder / slug), tokenizer, "cpu")[0]
+        for slug in SYSTEMS
+    }
     scores = {
         "task": config.data.task,
         "language": config.data.target.language,

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.table import Table
 
-from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
 from grasp_lora.metrics.scoring import compare, missing, score
 from grasp_lora.metrics.segment import parts_no_words
@@ -83,7 +82,7 @@ def score_file(
     read = read_predictions(path)
     _check_language(read.rows, options)
     wanted, reasons = _plan([read], names, options)
-    how = _resampling(read.rows, read.sets, options)
+    how = resampling(read.rows, read.sets, options)
     computed = {
         name: found.to_json() | {"settings": {**found.settings, **how}}
         for name, found in score(read.rows, _computable(wanted, reasons), options).items()
@@ -123,7 +122,7 @@ def compare_files(
     rows_a, rows_b = matched(a, b)
     _check_language(rows_a, options)
     wanted, reasons = _plan([a, b], names, options)
-    how = _resampling(rows_a, a.sets, options)
+    how = resampling(rows_a, a.sets, options)
     computed = {
         name: {key: getattr(found, key) for key in (*_NO_COMPARISON, "n")}
         | {"settings": {**found.settings, **how}}
@@ -275,7 +274,8 @@ def _chosen(name: str, options: Options) -> bool:
     return any(getattr(options, key) != getattr(plain, key) for key in _CHOOSING.get(name, ()))
 
 
-def _resampling(rows: Sequence[Row], sets: Sequence[str], options: Options) -> dict[str, Any]:
+def resampling(rows: Sequence[Row], sets: Sequence[str], options: Options) -> dict[str, Any]:
+    """Return how intervals and tests over these rows come about, for the record."""
     groups = len({row.group for row in rows})
     how: dict[str, Any] = {
         "resampled_by": "group" if groups < len(rows) else "row",

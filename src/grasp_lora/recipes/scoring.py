@@ -9,6 +9,7 @@ from rich.table import Table
 from grasp_lora.config import RunConfig
 from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
 from grasp_lora.recipes.context import section_of
+from grasp_lora.recipes.score import resampling
 from grasp_lora.runs import read_json, read_jsonl
 from grasp_lora.tasks.base import task_named
 
@@ -84,10 +85,14 @@ def score_sets(
         language = section_of(config, role, split).language
         options = metric_options(config, language, tokenizer, device)
         found = score(predictions[name], names, options)
+        how = resampling(predictions[name], (), options)
         scored[name] = {
             "language": language,
             "n": len(predictions[name]),
-            "scores": {metric: one.to_json() for metric, one in found.items()},
+            "scores": {
+                metric: one.to_json() | {"settings": one.settings | how}
+                for metric, one in found.items()
+            },
         }
         per_row[name] = {metric: one.per_row for metric, one in found.items()}
     return {"sets": scored} | _over_sets(scored, names), per_row
