@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
 from grasp_lora.metrics.scoring import compare, missing, score
 from grasp_lora.metrics.segment import parts_no_words
