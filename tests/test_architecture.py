@@ -17,11 +17,12 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "scipy", "sacrebleu", "rouge_score", "regex", "bert_score", "torch"}
         | {"jieba", "nltk", "pythainlp", "transformers"},
     ),
-    "tasks": (set(), {"torch"}),
+    "tasks": (set(), {"torch", "jinja2"}),
     "data": ({"tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
     "hf": ({"core"}, {"torch", "transformers", "peft", "safetensors", "accelerate"}),
     "settings": (set(), {"pydantic"}),
-    "data_settings": ({"settings"}, {"pydantic"}),
+    "languages": (set(), set()),
+    "data_settings": ({"settings", "languages"}, {"pydantic"}),
     "config_faults": (set(), {"pydantic"}),
     "config": (
         {"core", "settings", "data_settings", "config_faults"},
@@ -36,7 +37,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
     ),
     "reference": ({"config", "core", "settings", "data_settings"}, {"pydantic", "pydantic_core"}),
-    "cli": ({"config", "recipes", "report", "reference", "runs", "metrics"}, {"typer", "rich"}),
+    "cli": (
+        {"config", "recipes", "report", "reference", "runs", "metrics", "languages"},
+        {"typer", "rich"},
+    ),
     "__init__": ({"config"}, set()),
     "__main__": ({"cli"}, set()),
 }

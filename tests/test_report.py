@@ -79,7 +79,7 @@ def test_the_terminal_table_holds_the_telling_scores():
     text = console.export_text()
     assert "qa, ar, 100 rows, seed 42" in text
     assert text.index("zero-shot") < text.index("a | b")
-    assert all(cell in text for cell in ("3.2 [0.0, 7.0]", "2.74 [2.50, 3.00]", "45.7"))
+    assert all(cell in text for cell in ("3.2", "2.74", "45.7"))
     assert "BLEU" not in text
 
 

@@ -164,12 +164,15 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), training: bool = True
+) -> RunConfig:
     """Read a YAML configuration.
 
     Args:
         path: YAML file. Paths inside it are relative to the current folder.
         overrides: `dotted.key=value`, applied in order on top of the file; a value is YAML.
+        training: False asks only for what an evaluation needs.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -184,7 +187,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"not YAML: {' '.join(str(error).split())}"], str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(["the file must hold `key: value` lines at its top level"], str(path))
-    return make_config(data, overrides, str(path))
+    return make_config(data, overrides, str(path), training)
 
 
 def make_config(

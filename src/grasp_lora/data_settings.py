@@ -4,8 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
+from grasp_lora.languages import language_code
 from grasp_lora.settings import Section
 
 if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
@@ -48,8 +57,8 @@ Files: TypeAlias = Annotated[
 class Rows(Section):
     """What every set of rows has: a language, a place, and how its columns are called."""
 
-    language: str = Field(
-        min_length=2, description="language code such as en or ar: picks prompt and metric rules"
+    language: Annotated[str, AfterValidator(language_code)] = Field(
+        description="language code such as en or ar: picks prompt and metric rules"
     )
     prompt: str | None = Field(
         default=None, description="prompt template in place of the task's own"
@@ -94,6 +103,10 @@ class LanguageData(Rows):
                 "one file has to be divided, but rows is not given; "
                 "set rows: {train: N, dev: N, micro_dev: N, test: N} or labels: auto"
             )
+        if self.columns and isinstance(self.files, str):
+            raise ValueError(
+                f"columns has no effect on files: {self.files}, whose columns are known; remove it"
+            )
         if self.rows and isinstance(self.files, Mapping):
             raise ValueError(
                 "rows divides one file, but files gives a file for each part; remove rows"
@@ -118,12 +131,23 @@ class TestSet(Rows):
     __test__ = False  # pytest takes classes called Test... for tests
 
     files: Annotated[
-        Annotated[Path, Tag("<one>")] | Annotated[HubData, Tag("<hub>")],
+        Annotated[Path, Tag("<one>")]
+        | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
+        | Annotated[HubData, Tag("<hub>")],
         Discriminator(_files_kind),
-    ] = Field(description="one file, or {hub: owner/name, splits: {test: NAME}}")
+    ] = Field(description="one file, a preset, or {hub: owner/name, splits: {test: NAME}}")
     rows: PositiveInt | None = Field(
         default=None, description="this many rows, drawn by the run's seed; default: all"
     )
+
+    @model_validator(mode="after")
+    def _has_a_test_split(self) -> "TestSet":
+        if isinstance(self.files, HubData) and set(self.files.splits) != {"test"}:
+            raise ValueError(
+                f"files.splits names {', '.join(self.files.splits)}, but a test set is one "
+                "published split: write splits: {test: NAME}"
+            )
+        return self
 
     def paths(self) -> dict[str, Path]:
         """The file named, if it is one."""
@@ -138,6 +162,11 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
         description="tokens of prompt and answer, longer contexts are cut; default: the task's own",
+    )
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        default=None,
+        description="seed of the splits; default: the run's seed. Set it to compare several seeds "
+        "on the same rows",
     )
     chat: bool = Field(default=False, description="put prompts into the tokenizer's chat template")
     protocol: Literal["official", "paper"] = Field(

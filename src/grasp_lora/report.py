@@ -43,7 +43,11 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
         for title in (*(TITLES.get(m, m) for m in shown), *_zeros_title(scores)):
             table.add_column(title, justify="right", no_wrap=True)
         for row in scores["systems"]:
-            cells = (_cell(row["sets"][name]["scores"][metric], metric) for metric in shown)
+            found = [row["sets"][name]["scores"][metric]["value"] for metric in shown]
+            cells = [
+                NO_VALUE if value is None else _number(value, metric)
+                for metric, value in zip(shown, found, strict=True)
+            ]
             table.add_row(row["name"], *cells, *(_zeros(row) for _ in _zeros_title(scores)))
         tables.append(table)
     return tables

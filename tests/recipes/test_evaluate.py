@@ -152,3 +152,68 @@ def test_beam_search_is_a_setting(place):
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     scores = evaluated(place, "lora", *rows, "--set=evaluate.beams=3")
     assert scores["sets"]["test"]["n"] == 6
+
+
+def test_only_named_test_sets_will_do(place):
+    scores = evaluated(place, "lora", f"--data=news={place / 'two.jsonl'}", "--language=en")
+    assert list(scores["sets"]) == ["news"]
+
+
+def test_files_of_others_are_left_alone(place):
+    out = place / "scores-lora"
+    out.mkdir()
+    (out / "predictions.jsonl").write_text("precious")
+    rows = ["--data", str(place / "one.jsonl"), "--language", "en", "--model", str(place / "base")]
+    done = CliRunner().invoke(app, ["evaluate", str(place / "lora"), "--out", str(out), *rows])
+    assert done.exit_code == 2
+    assert "no result of grasp-lora" in done.output
+    assert (out / "predictions.jsonl").read_text() == "precious"
+
+
+def test_other_weights_under_the_same_name_are_another_result(place):
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    evaluated(place, "base", *rows)
+    tiny_backbone_folder(place / "base", seed=5)
+    again = ["evaluate", str(place / "base"), "--out", str(place / "scores-base"), *rows]
+    again += ["--set=model.dtype=float32", "--set=data.max_length=640"]
+    done = CliRunner().invoke(app, [*again, "--set=evaluate.max_new_tokens=3"])
+    assert done.exit_code == 2
+    assert "base differ" in done.output
+
+
+def test_what_an_evaluation_was_made_with_is_written_down(place):
+    evaluated(place, "lora", f"--data={place / 'one.jsonl'}", "--language=en")
+    made = read_json(place / "scores-lora/provenance.json")
+    assert made["settings"]["model"]["name"] == str(place / "base")
+    assert made["dtype"] == "torch.float32"
+    assert made["adapter"] == str(place / "lora")
+    assert made["data"]["target"]["splits"]["test"] == [f"q{n}" for n in range(6)]
+
+
+def test_losses_over_other_tokens_are_not_compared(place):
+    evaluated(place, "lora", f"--data={place / 'one.jsonl'}", "--language=en")
+    ours = place / "scores-lora/predictions.jsonl"
+    theirs = place / "theirs.jsonl"
+    rows = [row | {"tokens": row["tokens"] + 1} for row in read_jsonl(ours)]
+    theirs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = place / "both.json"
+    arguments = ["score", str(ours), "--against", str(theirs), f"--json={out}"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    told = read_json(out)
+    assert told["loss"]["difference"] is None
+    assert "different numbers of tokens" in told["loss"]["settings"]["missing"]
+    assert told["chrf"]["difference"] == 0
+    asked = CliRunner().invoke(app, [*arguments[:4], "--metrics=loss"])
+    assert asked.exit_code == 2
+    assert "loss cannot be compared" in asked.output
+
+
+def test_rows_beyond_the_positions_of_a_model_are_refused_or_cut(place):
+    tiny_backbone_folder(place / "gpt2", "gpt2")
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en", "--task=qa"]
+    out = ["--out", str(place / "far")]
+    far = ["evaluate", str(place / "gpt2"), *rows, *out, "--set=data.max_length=99999"]
+    done = CliRunner().invoke(app, far)
+    assert done.exit_code == 2
+    assert "positions; set data.max_length to" in done.output
+    assert CliRunner().invoke(app, far[:-1]).exit_code == 0

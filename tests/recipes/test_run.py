@@ -186,3 +186,14 @@ def test_the_same_seed_gives_the_same_ratio_and_scores(workplace):
     assert (one / "final/adapter_model.safetensors").read_bytes() == (
         two / "final/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_test_row_that_does_not_fit_is_told_before_any_training(workplace):
+    rows = [{"id": "a", "context": "Short.", "question": "Why " * 700 + "?", "answers": ["Short"]}]
+    (workplace / "far.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    config = settings(workplace)
+    tests = {"far": {"language": "es", "files": workplace / "far.jsonl"}}
+    data = config.data.model_dump() | {"tests": tests}
+    with pytest.raises(ValueError, match="row 'a' does not fit"):
+        run(RunConfig.model_validate(config.model_dump() | {"data": data}), quiet=True)
+    assert not (workplace / "run").exists()

@@ -461,7 +461,7 @@ def test_without_a_language_spaced_scripts_are_scored_and_others_are_refused(tmp
     assert found["rouge1"]["value"] == 100
     assert found["bleu"]["settings"]["tokenizer"] == "13a"
     han = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["房子"]})
-    with pytest.raises(ValueError, match="'房子' of row '1' .* such as --language zh"):
+    with pytest.raises(ValueError, match="'房子' of row '1' .* give it: --language zh"):
         score_file(han, Options(language=UNKNOWN), ["bleu"])
     with pytest.raises(ValueError, match="--rules goes by language"):
         score_file(spaced, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])

@@ -95,10 +95,20 @@ def test_written_out_prompts_are_the_same_in_every_language_without_notice() -> 
     assert template_for(TEXT, "fi") == ("{prompt}", None)
     row = Example("t", "g", "fi", {"prompt": "2 + {x} =", "extra": "no"}, ("4",))
     prompt = render(TEXT, row)
-    assert (prompt.prefix, prompt.body, prompt.suffix) == ("", "2 + {x} =", "")
+    assert (prompt.prefix, prompt.body, prompt.suffix) == ("2 + {x} =", "", ""), "it may not be cut"
 
 
-def test_a_free_template_names_its_columns_and_the_first_is_the_body() -> None:
+def test_of_several_columns_the_longest_may_be_shortened() -> None:
+    row = Example("t", "g", "en", {"instruction": "Translate.", "input": "a long text"}, ("b",))
+    prompt = render(TEXT, row, "{instruction}\n{input}\nAnswer:")
+    assert (prompt.prefix, prompt.body, prompt.suffix) == (
+        "Translate.\n",
+        "a long text",
+        "\nAnswer:",
+    )
+
+
+def test_a_free_template_names_its_columns_and_the_longest_is_the_body() -> None:
     template = 'Note {source} as {"tone": "{tone}"} {} {0}\n=>'
     assert template_fields(TEXT, template) == ("source", "tone")
     row = Example("t", "g", "en", {"source": "a {tone}", "tone": "{source}"}, ("b",))

@@ -62,6 +62,7 @@ def load(
     output: Path | None,
     seed: int | None,
     allow_leakage: bool = False,
+    training: bool = True,
 ) -> "RunConfig":
     """Return the configuration in a file, the command's options on top of it."""
     from grasp_lora.config import load_config
@@ -72,7 +73,7 @@ def load(
         import json
 
         options.append(f"output={json.dumps(str(output))}")
-    return load_config(path, options)
+    return load_config(path, options, training)
 
 
 def overrides(

@@ -68,7 +68,7 @@ def evaluate(
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)} has no effect beside --config; use --set")
-        loaded = load(config, settings, None, seed, allow_leakage)
+        loaded = load(config, settings, None, seed, allow_leakage, training=False)
     else:
         from grasp_lora.recipes.from_options import evaluation_config
 
@@ -101,16 +101,19 @@ def describe(
     out: Annotated[
         Path | None, typer.Option("--out", help="Markdown file to write as well.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --out.")
+    ] = False,
 ) -> None:
     """Show the rows of a configuration as the model sees them.
 
     Reads the rows and the tokenizer; loads no weights. Prints, per split: rows, lengths, cuts,
     fertility, label tokens; examples with prompt and answer marked; the leakage verdict.
     """
-    loaded = load(config, settings, None, seed)
+    loaded = load(config, settings, None, seed, training=False)
     from grasp_lora.recipes.describe import describe_data
 
-    typer.echo(describe_data(loaded, out))
+    typer.echo(describe_data(loaded, out, overwrite=overwrite))
 
 
 def score(
@@ -125,7 +128,8 @@ def score(
         typer.Option(help="Language code of the answers, like ar; needed without spaces."),
     ] = None,
     task: Annotated[
-        Literal["qa", "summarization", "text-to-text"], typer.Option(help="Kind of the answers.")
+        Literal["qa", "summarization", "text-to-text"],
+        typer.Option(help="Kind of the answers; recorded."),
     ] = "qa",
     json: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
     against: Annotated[
@@ -149,9 +153,9 @@ def score(
         bool, typer.Option("--bertscore-rescale", help="Rescale BERTScore by its baseline.")
     ] = False,
     resamples: Annotated[
-        int, typer.Option(help="Resamples behind intervals and p-values; 0 for none.")
+        int, typer.Option(min=0, help="Resamples behind intervals and p-values; 0 for none.")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --json.")
     ] = False,
@@ -163,13 +167,14 @@ def score(
     """
     from rich.console import Console
 
+    from grasp_lora.languages import language_code
     from grasp_lora.metrics.records import Options
     from grasp_lora.recipes import score as recipe
 
     names = None if metrics is None else [n.strip() for n in metrics.split(",") if n.strip()]
     options = Options(
         task=task,
-        language=language or recipe.UNKNOWN,
+        language=language_code(language or recipe.UNKNOWN),
         rules=rules,
         rouge=rouge,
         bertscore_model=bertscore_model,

@@ -172,6 +172,7 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
     console = Console(highlight=False)
     for table in score_tables(scores):
         console.print(table)
+    console.print("all scores with their 95 % intervals: report.md")
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
     console.print(comparison(scores), markup=False, end="")
     wrote(folder)

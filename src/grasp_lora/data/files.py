@@ -91,7 +91,9 @@ def load_examples(
     path, form, records = _records_of(source)
     available = list(dict.fromkeys(name for record in records for name in record.values))
     matched = match_columns(available, task, inputs, columns, path)
-    reading = _Reading(task, language, matched, packed=f".{form}" in DELIMITED)
+    reading = _Reading(
+        task, language, matched, packed=f".{form}" in DELIMITED and task.answer == "answers"
+    )
     kept, faults, duplicates = _sorted_out(records, reading)
     if len(faults) / len(records) > max_faulty:
         raise ValueError(_too_many(faults, len(records), max_faulty, path))

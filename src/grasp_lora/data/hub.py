@@ -254,8 +254,20 @@ def _first_of(
         except failures() as error:
             tried.append((source, _reason(error)))
             continue
+        rows = _distinct(rows)
         return HubRows(rows, dict(drawn_from), source, published, tuple(tried))
     raise ValueError(_nowhere(what, tried, drawn_from))
+
+
+def _distinct(rows: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
+    """Return the rows with the split in every id, if two splits number their rows alike."""
+    ids = [example.id for examples in rows.values() for example in examples]
+    if len(set(ids)) == len(ids):
+        return rows
+    return {
+        split: tuple(replace(example, id=f"{split}/{example.id}") for example in examples)
+        for split, examples in rows.items()
+    }
 
 
 def _at_most(dataset: Any, most: int) -> Any:

@@ -1,7 +1,7 @@
 """Leakage: the same or nearly the same rows in two splits, in one language or across languages.
 
 The text compared is what an answer is read from: the context or the article, or all inputs of a
-row that has neither. Near-duplicates are looked for within a language only.
+row that has neither. Near-duplicates are looked for among contexts and articles of one language.
 """
 
 import re
@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any, Literal, NoReturn, cast
 
 from grasp_lora.data.splits import Parts
-from grasp_lora.tasks.records import Example, normalize_text
+from grasp_lora.tasks.records import Example, main_language, normalize_text
 
 Kind = Literal["id", "group", "text", "near"]
 KINDS: Mapping[Kind, str] = {
@@ -81,7 +81,7 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
     search.share("group", lambda unit: unit.group)
     search.share("text", lambda unit: unit.key)
     for language in dict.fromkeys(unit.language for unit in search.units):
-        units = [unit for unit in search.units if unit.language == language]
+        units = [unit for unit in search.units if unit.language == language and unit.is_body]
         for one, two, similarity in _near(units, threshold):
             search.report("near", one, two, similarity)
     rank = list(KINDS)
@@ -149,6 +149,8 @@ class _Unit:
     language: str
     text: str
     key: str
+    is_body: bool
+    """Whether the text is a context or an article. Other rows may share an instruction."""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -188,10 +190,12 @@ def _units(parts: Parts) -> list[_Unit]:
     found: dict[tuple[str, ...], _Unit] = {}
     for split, examples in parts.items():
         for e in examples:
-            text = _body(e)
+            text, named = _body(e), any(name in e.fields for name in BODIES)
             identity = (split, e.language, e.group, text)
             if identity not in found:
-                found[identity] = _Unit(split, e.id, e.group, e.language, text, _key(text))
+                found[identity] = _Unit(
+                    split, e.id, e.group, main_language(e.language), text, _key(text), named
+                )
     return list(found.values())
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
+from grasp_lora.metrics.segment import base_language
 
 _ENGLISH_ARTICLES = r"\b(a|an|the)\b"
 
@@ -95,10 +96,11 @@ def normalize_answer(text: str, language: str = "en", rules: str = "squad") -> s
     Raises:
         ValueError: for unknown rules, or a language the rules do not cover.
     """
-    fault = _fault(rules, language)
+    code = base_language(language)
+    fault = _fault(rules, code)
     if fault is not None:
         raise ValueError(fault)
-    return RULES[rules](text, language)
+    return RULES[rules](text, code)
 
 
 def exact_match(
@@ -158,6 +160,6 @@ _SCORES = {"exact_match": exact_match, "token_f1": token_f1}
 ANSWERS = Family(
     names=tuple(_SCORES),
     measure=_measure,
-    missing=lambda options: _fault(options.rules, options.language),
+    missing=lambda options: _fault(options.rules, base_language(options.language)),
 )
 """Exact match and token F1 in [0, 100]."""

@@ -54,6 +54,20 @@ class Context:
             with_logits_to_keep=accepts(model, "logits_to_keep"),
         )
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row: `data.max_length`, or the task's own as far as the model goes."""
+        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
+        wanted = max_length(self.config)
+        if reach is None or wanted <= reach:
+            return wanted
+        if self.config.data.max_length is None:
+            return int(reach)
+        raise ValueError(
+            f"data.max_length is {wanted}, but {self.backbone.public_name} has {reach} positions; "
+            f"set data.max_length to {reach} or less"
+        )
+
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
         """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
         return self.data.parts[role].get(split, ())
@@ -61,11 +75,13 @@ class Context:
     def encoded(self, role: str, split: str) -> list[Encoded]:
         """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
         if (role, split) not in self._encoded:
-            rows, report = encode_part(self.config, self.data, self.backbone.tokenizer, role, split)
+            rows, report = encode_part(
+                self.config, self.data, self.backbone.tokenizer, role, split, self.longest
+            )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
-                self.narrator.say(f"{role} {split}: {cut_line(report, max_length(self.config))}")
+                self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
         return self._encoded[role, split]
 
     def end_id(self, role: str, split: str) -> int:
@@ -108,6 +124,9 @@ class Context:
         return input_norms(live.model, live.layers, [batch for _, batch in batches])
 
 
+_POSITIONS = "max_position_embeddings"
+
+
 def section_of(config: RunConfig, role: str, split: str) -> RowsSection:
     """Return the settings of the rows in a split; below the role "tests" splits are test sets."""
     section = config.data.tests[split] if role == "tests" else getattr(config.data, role)
@@ -121,15 +140,20 @@ def max_length(config: RunConfig) -> int:
 
 
 def encode_part(
-    config: RunConfig, data: RunData, tokenizer: Any, role: str, split: str
+    config: RunConfig,
+    data: RunData,
+    tokenizer: Any,
+    role: str,
+    split: str,
+    longest: int | None = None,
 ) -> tuple[list[Encoded], EncodingReport]:
-    """Encode a split as the run does."""
+    """Encode a split as the run does, in at most `longest` tokens a row if that is given."""
     task, section = task_named(config.data.task), section_of(config, role, split)
     return encode_examples(
         data.parts[role].get(split, ()),
         task,
         tokenizer,
-        max_length(config),
+        longest or max_length(config),
         section.prompt,
         for_training=role != "tests" and split != "test",
         chat=config.data.chat,

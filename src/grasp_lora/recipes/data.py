@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from grasp_lora.config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
-from grasp_lora.data.hub import PRESETS, HubRows, load_hub, load_preset, split_published
+from grasp_lora.data.hub import ALL, PRESETS, HubRows, load_hub, load_preset, split_published
 from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, refuse_leaks
 from grasp_lora.data.separate import separated
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
@@ -39,12 +40,20 @@ class RunData:
     leaks: tuple[Leak, ...] = ()
 
     def manifest(self) -> dict[str, Any]:
-        """Return the ids of every split with a hash, JSON-able."""
+        """Return the ids of every split with hashes of ids and of whole rows, JSON-able."""
         record: dict[str, Any] = {
             role: manifest(parts) | {"from": self.sources.get(role, "")}
             for role, parts in self.parts.items()
+            if role != "tests"
         }
-        return record | {"dropped": self.dropped, "leaks": [asdict(leak) for leak in self.leaks]}
+        if "tests" in self.parts:
+            came = {name: self.sources.get(f"tests/{name}", "") for name in self.parts["tests"]}
+            record["tests"] = manifest(self.parts["tests"]) | {"from": came}
+        return (
+            record
+            | {"rows_sha256": self.digest()}
+            | {"dropped": self.dropped, "leaks": [asdict(leak) for leak in self.leaks]}
+        )
 
     def digest(self) -> str:
         """Return 16 hex digits over every row: the same rows, the same digits."""
@@ -79,6 +88,7 @@ def load_run_data(
         ValueError: a file is empty or malformed, there are too few rows, or two splits share
             rows and `data.allow_leakage` is not set.
     """
+    _check_given(config, given or {})
     reader = _Reader(config, task_named(config.data.task), say, given or {})
     target = reader.language("target", config.data.target)
     parts: dict[str, Parts] = {"target": target}
@@ -86,7 +96,13 @@ def load_run_data(
         used = [example for rows in target.values() for example in rows]
         parts = {"source": reader.language("source", config.data.source, used)} | parts
     if config.data.tests:
-        parts["tests"] = {name: reader.test_set(name, s) for name, s in config.data.tests.items()}
+        trained = [
+            e for r in parts for split in parts[r] if split != "test" for e in parts[r][split]
+        ]
+        parts["tests"] = {
+            name: reader.test_set(name, section, trained)
+            for name, section in config.data.tests.items()
+        }
     if training:
         _check_target(parts["target"])
     leaks = _check_leaks(config, parts, say)
@@ -97,6 +113,26 @@ def load_run_data(
     for where, count in reader.dropped.items():
         say(f"{where}: {count} rows left out (their context would be in two splits)")
     return RunData(parts, reader.dropped, reader.sources, leaks)
+
+
+def _check_given(config: RunConfig, given: Given) -> None:
+    """Refuse rows from Python that no role or part of the run would take."""
+    parts = {"train", "dev", "micro_dev", "test"}
+    known = {"target": parts, "tests": set(config.data.tests)}
+    known |= {"source": parts} if config.data.source is not None else {}
+    for role, rows in given.items():
+        if role not in known:
+            raise ValueError(
+                f"rows are given for {role!r}, which the configuration has not; it has "
+                f"{', '.join(known)}"
+            )
+        named = set(rows) if isinstance(rows, Mapping) else None
+        if named is None or named - known[role]:
+            wrong = f"a {type(rows).__name__}" if named is None else f"{min(named - known[role])!r}"
+            raise ValueError(
+                f"the rows given for {role} must be a mapping of parts "
+                f"({', '.join(sorted(known[role])) or 'none are configured'}), got {wrong}"
+            )
 
 
 def _check_target(target: Parts) -> None:
@@ -116,7 +152,9 @@ def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
     if counted:
-        say(f"leakage: {len(counted)} pairs of rows are in two splits; recorded in data.json")
+        say(
+            f"leakage, allowed: {len(counted)} pairs of rows are in two splits, first: {counted[0]}"
+        )
     return counted
 
 
@@ -135,6 +173,12 @@ class _Reader:
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def seed(self) -> int:
+        """The seed of every division."""
+        given = self.config.data.split_seed
+        return self.config.seed if given is None else given
+
     def language(
         self, role: str, section: LanguageData, used: Iterable[Example] | None = None
     ) -> Parts:
@@ -146,8 +190,8 @@ class _Reader:
         paths = section.paths()
         if section.files == "builtin":
             self.sources[role] = "builtin"
-            return _builtin(section, role, self.config)
-        if not paths:
+            return _builtin(section, role, self.config, self.seed)
+        if not paths and not isinstance(section.files, Mapping):
             return self._published(role, section, used)
         self.sources[role] = ", ".join(f"{k}={p.name}" if k else p.name for k, p in paths.items())
         read = {part: self._load(path, section, path.name) for part, path in paths.items()}
@@ -155,47 +199,55 @@ class _Reader:
             return read
         rows = self._unused(role, read[""], used)
         if section.labels == "auto":
-            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.config.seed))
-        split = split_by_group(rows, section.rows, self.config.seed)
+            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.seed))
+        split = split_by_group(rows, section.rows, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
-    def test_set(self, name: str, section: TestSet) -> tuple[Example, ...]:
-        """Return the rows of a further test set."""
+    def test_set(
+        self, name: str, section: TestSet, trained: Sequence[Example]
+    ) -> tuple[Example, ...]:
+        """Return the rows of a further test set, less the translations of rows trained on."""
         if name in self.given.get("tests", {}):
             rows = self._load(self.given["tests"][name], section, name)
-        elif isinstance(section.files, HubData):
-            found = self._hub(section.files, section)
-            rows = found.rows[section.files.splits["test"]]
-            self.sources[f"tests/{name}"] = found.record()
-        else:
+            self.sources[f"tests/{name}"] = "given in Python"
+        elif isinstance(section.files, Path):
             rows = self._load(section.files, section, section.files.name)
             self.sources[f"tests/{name}"] = section.files.name
+        else:
+            found = self._found(section.files, section, "target")
+            rows = found.rows[found.drawn_from["test"]]
+            self.sources[f"tests/{name}"] = found.record()
+        others = [e for e in trained if e.language != section.language]
+        rows, count = drop_parallel(rows, others)
+        if count:
+            self.say(f"tests/{name}: {count} rows left out, training has their context translated")
         if section.rows is None:
             return rows
-        return split_by_group(rows, {name: section.rows}, self.config.seed).parts[name]
+        return split_by_group(rows, {name: section.rows}, self.seed).parts[name]
 
     def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
+        found = self._found(section.files, section, role)
         if isinstance(section.files, HubData):
-            found = self._hub(section.files, section)
-            sizes = section.rows or dict.fromkeys(section.files.splits, -1)
+            sizes = section.rows or dict.fromkeys(section.files.splits, ALL)
         else:
-            name = str(section.files)
-            found = load_preset(
-                name,
+            sizes = section.rows or PRESETS[str(section.files)].sizes[role]
+            self.say(f"{role}: {section.files} {section.language} from {found.used}")
+        self.sources[role] = found.record()
+        if used is not None:
+            found = found.without(lambda rows: self._unused(role, rows, used))
+        split = split_published(found, sizes, self.seed)
+        return self._note(role, dict(split.parts), dict(split.dropped))
+
+    def _found(self, files: Any, section: Rows, role: str) -> HubRows:
+        """Return the published rows that `files`, a preset or a data set of the hub, means."""
+        if not isinstance(files, HubData):
+            return load_preset(
+                str(files),
                 section.language,
                 self.config.data.protocol,
                 role=role,
                 max_faulty=self.config.data.max_faulty,
             )
-            sizes = section.rows or PRESETS[name].sizes[role]
-            self.say(f"{role}: {name} {section.language} from {found.used}")
-        self.sources[role] = found.record()
-        if used is not None:
-            found = found.without(lambda rows: self._unused(role, rows, used))
-        split = split_published(found, sizes, self.config.seed)
-        return self._note(role, dict(split.parts), dict(split.dropped))
-
-    def _hub(self, files: HubData, section: Rows) -> HubRows:
         return load_hub(
             files.hub,
             files.config,
@@ -250,13 +302,13 @@ def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[
     return dict(labelled.parts) | dict(held.parts), dict(labelled.dropped) | dict(held.dropped)
 
 
-def _builtin(section: LanguageData, role: str, config: RunConfig) -> Parts:
+def _builtin(section: LanguageData, role: str, config: RunConfig, seed: int) -> Parts:
     source, target = config.data.source, config.data.target
     given = {"source": source.rows if source else {}, "target": target.rows}
     both = builtin_splits(
         source.language if source and source.files == "builtin" else section.language,
         target.language if target.files == "builtin" else section.language,
         {side: sizes or DEFAULT_SIZES[side] for side, sizes in given.items()},
-        config.seed,
+        seed,
     )
     return dict(both[0] if role == "source" else both[1])

@@ -28,7 +28,9 @@ _HEAD = (
 )
 
 
-def describe_data(config: RunConfig, out: Path | None = None, quiet: bool = False) -> str:
+def describe_data(
+    config: RunConfig, out: Path | None = None, quiet: bool = False, overwrite: bool = False
+) -> str:
     """Describe every split of a configuration; loads the tokenizer, no weights.
 
     Rows that two splits share do not stop it: they are the leakage verdict.
@@ -37,13 +39,16 @@ def describe_data(config: RunConfig, out: Path | None = None, quiet: bool = Fals
         config: the run's settings.
         out: a Markdown file to write as well.
         quiet: print no progress.
+        overwrite: replace `out`.
 
     Returns:
         The description in Markdown.
 
     Raises:
-        FileNotFoundError, ValueError: the rows or the tokenizer cannot be read.
+        FileNotFoundError, ValueError: the rows or the tokenizer cannot be read, or `out` exists.
     """
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
     notes: list[str] = []
     told = config.model_copy(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}

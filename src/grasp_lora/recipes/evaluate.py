@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.scoring import missing_metrics, score_sets
-from grasp_lora.runs import write_json, write_jsonl
+from grasp_lora.runs import provenance, write_json, write_jsonl
 from grasp_lora.tasks.encoding import Encoded
 
 
@@ -35,7 +36,7 @@ def evaluate_adapter(
     Args:
         config: the run's settings.
         adapter: a PEFT adapter folder; None scores the bare backbone.
-        out: receives `scores.json` and `predictions.jsonl`.
+        out: receives `scores.json`, `predictions.jsonl` and `provenance.json`.
         overwrite: replace a finished result made with other settings.
         context: of the run this is part of.
         title: what the progress bar says.
@@ -60,7 +61,7 @@ def evaluate_adapter(
             "there are no test rows: give data.target.rows.test, data.target.files.test or"
             " data.tests"
         )
-    key = stage_key(config, data=data.digest(), adapter=adapter)
+    key = stage_key(config, data=data.digest(), adapter=adapter, base=_weights_of(config))
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data, training=False)
@@ -76,15 +77,21 @@ def evaluate_adapter(
     generated = time.perf_counter()
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
+        name = context.backbone.public_name
         scores, per_row = score_sets(
             config,
             data.test_sets(),
             predictions,
-            context.backbone.public_name,
+            name,
             str(context.backbone.device),
         )
-        write_jsonl(out / "predictions.jsonl", _records(predictions, per_row))
+        write_jsonl(out / "predictions.jsonl", _records(predictions, per_row, name))
+        if data.leaks:
+            scores["leaks"] = [asdict(leak) for leak in data.leaks]
         write_json(out / "scores.json", scores)
+        made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
+        made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
+        write_json(out / "provenance.json", provenance() | made)
         seconds = {
             "seconds": time.perf_counter() - started,
             "seconds_answering": generated - started,
@@ -93,6 +100,14 @@ def evaluate_adapter(
         finish_stage(out, key, seconds)
     wait_for_all()
     return out
+
+
+def _weights_of(config: RunConfig) -> str:
+    """Return what tells the weights of a local model from others under the same name."""
+    folder = Path(config.model.name)
+    files = [folder] if folder.is_file() else sorted(folder.glob("*"))
+    kept = [f for f in files if f.suffix in (".safetensors", ".gguf", ".bin", ".json")]
+    return str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in kept])
 
 
 def _answers(context: Context, model: Any, role: str, split: str, title: str) -> list[Row]:
@@ -139,7 +154,9 @@ def _losses(context: Context, model: Any, encoded: Sequence[Encoded]) -> list[fl
 
 
 def _records(
-    predictions: dict[str, list[Row]], per_row: dict[str, dict[str, tuple[float, ...]]]
+    predictions: dict[str, list[Row]],
+    per_row: dict[str, dict[str, tuple[float, ...]]],
+    tokenizer: str,
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -149,6 +166,7 @@ def _records(
             "prediction": row.prediction,
             "references": list(row.references),
             "tokens": row.tokens,
+            "tokenizer": tokenizer,
         }
         | {metric: scores[index] for metric, scores in per_row[name].items()}
         | {"loss": row.loss}

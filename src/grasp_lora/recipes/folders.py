@@ -27,7 +27,7 @@ MERGE_FILE = "merge.json"
 PARTS_FILE = "parts.safetensors"
 STAGE_FILE = "stage.json"
 # What tells a stage's folder, finished or not, from one that is not to be touched.
-_OURS = (STAGE_FILE, NOTES_FILE, "rounds.jsonl", "predictions.jsonl")
+_OURS = (STAGE_FILE, NOTES_FILE, "rounds.jsonl")
 
 
 def write_merged(

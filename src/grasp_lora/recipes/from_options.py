@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from grasp_lora.config import RunConfig, make_config
-from grasp_lora.hf.opening import base_named_by
+from grasp_lora.hf.opening import base_named_by, is_adapter
 
 
 def evaluation_config(
@@ -30,7 +30,14 @@ def evaluation_config(
         ValueError: the languages do not fit the files, two sets have one name, or there is no
             base model.
     """
-    named = [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in data]
+    if adapter == "none" and model is None:
+        raise ValueError("none stands for the bare model of --config or --model; give one of them")
+    if model is not None and adapter not in ("none", model) and not is_adapter(adapter):
+        raise ValueError(
+            f"{adapter} is a model and no adapter, so it has no base model, but --model gives "
+            f"{model}; leave --model out"
+        )
+    named = [_named(text) for text in data]
     names = [name for name, _ in named]
     twice = [name or "(no name)" for name in names if names.count(name) > 1]
     if twice:
@@ -54,3 +61,10 @@ def evaluation_config(
         "data": {"task": task, "target": target, "tests": rows},
     }
     return make_config(settings, overrides, "command line", training=False)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Return (name, file) of "NAME=FILE", a name of "" where there is none."""
+    name, equals, path = text.partition("=")
+    # A path may hold the sign as well; a name holds no separator.
+    return (name, path) if equals and "/" not in name else ("", text)

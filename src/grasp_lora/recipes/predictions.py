@@ -106,7 +106,7 @@ def _refuse_lone(path: Path, other: Path, ids: list[str]) -> None:
 
 def _named_by_set(line: _Line) -> Row:
     row, name = line.row, f"{line.set or ''}/{line.row.id}"
-    return replace(row, id=name, group=row.group if line.grouped else name)
+    return replace(row, id=name, group=f"{line.set or ''}/{row.group}" if line.grouped else name)
 
 
 def _text_of(path: Path) -> str:

@@ -133,6 +133,9 @@ def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
             loaded = read_adapter(folder)
             check_fits(loaded, model, str(folder))
             entries += sum(f.A.numel() + f.B.numel() for f in loaded.adapter.values())
+    for role, parts in context.data.parts.items():
+        for split in parts:
+            context.encoded(role, split)
     check_disk(config.output, checkpoint_bytes(entries))
     rounds = check_search(context)
     if not context.data.test_sets():

@@ -123,6 +123,7 @@ def compare_files(
     rows_a, rows_b = matched(a, b)
     _check_language(rows_a, options)
     wanted, reasons = _plan([a, b], names, options)
+    reasons |= _other_tokens(rows_a, rows_b, wanted, names)
     how = resampling(rows_a, a.sets, options)
     computed = {
         name: {key: getattr(found, key) for key in (*_NO_COMPARISON, "n")}
@@ -250,6 +251,28 @@ def _plan(
     return wanted, reasons
 
 
+def _other_tokens(
+    rows_a: Sequence[Row], rows_b: Sequence[Row], wanted: Sequence[str], names: Sequence[str] | None
+) -> dict[str, str]:
+    """Return why losses cannot be compared: the answers are cut into other tokens.
+
+    Raises:
+        ValueError: a loss was asked for by name all the same.
+    """
+    pairs = zip(rows_a, rows_b, strict=True)
+    row = next((one for one, other in pairs if one.tokens != other.tokens), None)
+    found = [name for name in _LIKELIHOOD if name in wanted]
+    if row is None or not found:
+        return {}
+    reason = (
+        f"the two systems cut the answer of row {row.id!r} into different numbers of tokens, and "
+        "losses of different tokenizers cannot be compared"
+    )
+    if names is not None:
+        raise ValueError(f"{found[0]} cannot be compared: {reason}; leave it out")
+    return dict.fromkeys(found, reason)
+
+
 def _check_language(rows: Sequence[Row], options: Options) -> None:
     """Refuse an unknown language where the scores depend on it."""
     if options.language != UNKNOWN:
@@ -284,6 +307,7 @@ def resampling(rows: Sequence[Row], sets: Sequence[str], options: Options) -> di
         "resamples": options.resamples,
         "confidence": options.confidence,
         "seed": options.seed,
+        "task": options.task,
     }
     return how | ({"sets": list(sets)} if len(sets) > 1 else {})
 

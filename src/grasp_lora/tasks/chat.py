@@ -98,9 +98,17 @@ def _ending(tokenizer: Any, closing: str) -> tuple[str, int]:
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    from jinja2 import TemplateError  # transformers renders by it
+
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template fails on a question and its answer ({error}); switch "
+            "chat off, or mend tokenizer.chat_template"
+        ) from error
 
 
 def _halves(text: str, mark: str) -> tuple[str, str]:

@@ -93,10 +93,9 @@ def template_for(task: Task, language: str) -> tuple[str, str | None]:
 
 
 def template_fields(task: Task, template: str) -> tuple[str, ...]:
-    """Return the inputs a template needs, the body (which may be shortened) first.
+    """Return the inputs a template needs, the one that may be shortened first.
 
-    These are the task's fields; a task without takes every name in braces, in order, and the
-    first one as the body.
+    These are the task's fields; a task without takes every name in braces, in order.
 
     Raises:
         ValueError: if a field does not stand in the template exactly once.
@@ -126,6 +125,9 @@ def check_template(task: Task, template: str) -> None:
 def render(task: Task, example: Example, template: str | None = None) -> Prompt:
     """Return the prompt of a row: its body is the first field, all else is never shortened.
 
+    A task without fields of its own takes the longest column of the row for the body, and nothing
+    where the template is one column alone: a prompt written out may end in its instruction.
+
     Other braces in the template, and placeholders inside the row's texts, are left as they are.
 
     Args:
@@ -144,6 +146,12 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
             f"row {example.id!r} has no {absent[0]!r}, which the prompt needs; it has "
             f"{', '.join(example.fields) or 'no field'}"
         )
+    if not task.fields:
+        # What is written out whole has no part that may go; else the longest column is the text
+        # that the rest of the template speaks of.
+        if chosen.strip() == f"{{{names[0]}}}":
+            return Prompt(prefix=_filled(chosen, example.fields, list(names)), body="", suffix="")
+        names = tuple(sorted(names, key=lambda name: -len(example.fields[name])))
     body, *others = names
     before, after = chosen.split(f"{{{body}}}")
     return Prompt(
