@@ -10,12 +10,10 @@ from grasp_lora.recipes import score as recipe
 from grasp_lora.recipes.score import (
     UNKNOWN,
     compare_files,
-    comparison_lines,
     read_rows,
-    result_notes,
     score_file,
-    score_table,
 )
+from grasp_lora.recipes.score_words import comparison_lines, result_notes, score_table
 
 ROW = {"id": "1", "prediction": "a dog", "references": ["the dog"]}
 NO_WEIGHTS = "the encoder is not here; download it"
@@ -253,7 +251,12 @@ def test_loss_and_perplexity_come_where_every_row_has_them(tmp_path):
         "d": {"loss": [1.0, 3.0], "tokens": [3, None]},
     }.items():
         partial = answers(tmp_path / name, *pairs, **columns)
-        assert "loss" not in score_file(partial, QA)
+        found = score_file(partial, QA)
+        if name == "c":
+            assert "loss" not in found, "no row has all it takes"
+        else:
+            assert found["loss"]["value"] is None
+            assert "1 rows lack a loss or its tokens" in found["loss"]["settings"]["missing"]
         with pytest.raises(ValueError, match="loss cannot be computed: . rows? lacks? a loss"):
             score_file(partial, QA, ["chrf", "loss"])
 

@@ -170,6 +170,7 @@ def score(
     from grasp_lora.languages import language_code
     from grasp_lora.metrics.records import Options
     from grasp_lora.recipes import score as recipe
+    from grasp_lora.recipes import score_words as words
 
     names = None if metrics is None else [n.strip() for n in metrics.split(",") if n.strip()]
     options = Options(
@@ -185,11 +186,11 @@ def score(
     )
     if against is None:
         result = recipe.score_file(file, options, names, json, overwrite)
-        Console(highlight=False).print(recipe.score_table(result))
+        Console(highlight=False).print(words.score_table(result))
     else:
         result = recipe.compare_files(file, against, options, names, json, overwrite)
-        typer.echo("\n".join(recipe.comparison_lines(result)))
-    for note in recipe.result_notes(result):
+        typer.echo("\n".join(words.comparison_lines(result)))
+    for note in words.result_notes(result):
         typer.echo(f"note: {note}", err=True)
     if json is not None:
         typer.echo(f"wrote {json}")

@@ -56,17 +56,10 @@ class Context:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row: `data.max_length`, or the task's own as far as the model goes."""
+        """Most tokens of a row: `data.max_length` or the task's own, as far as the model goes."""
         reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
         wanted = max_length(self.config)
-        if reach is None or wanted <= reach:
-            return wanted
-        if self.config.data.max_length is None:
-            return int(reach)
-        raise ValueError(
-            f"data.max_length is {wanted}, but {self.backbone.public_name} has {reach} positions; "
-            f"set data.max_length to {reach} or less"
-        )
+        return wanted if reach is None else min(wanted, int(reach))
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
         """Return the examples of `role` ("source" or "target") in `split`; may be empty."""

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
 from grasp_lora.metrics.scoring import compare, missing, score
@@ -64,8 +62,8 @@ def score_file(
         path: the predictions, see `read_rows`.
         options: what the scores depend on besides the rows; the language "und" will do for
             scripts whose words are parted by spaces.
-        names: metrics; None takes all, loss and perplexity only where every row has both `loss`
-            and `tokens`. A metric that cannot be computed here is then null with the reason
+        names: metrics; None takes all, loss and perplexity only where there is a row with both
+            `loss` and `tokens`. A metric that cannot be computed here is then null with the reason
             under settings["missing"], unless `options` choose it; asked for, it is an error.
         out: JSON file to write the result to; None writes nothing.
         overwrite: replace `out`.
@@ -137,103 +135,16 @@ def compare_files(
     return result
 
 
-def score_table(result: Result) -> Table:
-    """The result of `score_file` as a table for the terminal."""
-    computed = [entry["settings"] for entry in result.values() if entry["value"] is not None]
-    level = f"{100 * computed[0]['confidence']:g} % " if computed else ""
-    table = Table()
-    table.add_column("metric")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column(f"{level}interval", justify="right", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    for name, entry in result.items():
-        if entry["value"] is None:
-            table.add_row(name, "not computed", "", str(entry["n"]))
-        else:
-            ends = _ends(name, entry) or "none"
-            table.add_row(name, _shown(name, entry["value"]), ends, str(entry["n"]))
-    return table
-
-
-def result_notes(result: Result) -> list[str]:
-    """Return what a reader of the result should know: what is missing, what was resampled."""
-    reasons: dict[str, list[str]] = {}
-    for name, entry in result.items():
-        if "missing" in entry["settings"]:
-            reasons.setdefault(entry["settings"]["missing"], []).append(name)
-    notes = [f"{', '.join(names)} not computed: {reason}" for reason, names in reasons.items()]
-    how = next((e["settings"] for e in result.values() if "resampled_by" in e["settings"]), None)
-    if how is None or not how["resamples"]:
-        return notes
-    if how["resampled_by"] == "row":
-        notes.append(
-            "every row was resampled by itself; where rows share a context or document, "
-            'give them the same "group", or the intervals are too narrow'
-        )
-    elif how["groups"] < 20:
-        notes.append(
-            f"only {how['groups']} groups: the intervals are too narrow, read them loosely"
-        )
-    if "sets" in how:
-        notes.append(f"the sets {', '.join(how['sets'])} were scored together as one")
-    return notes
-
-
-def comparison_lines(result: Result) -> list[str]:
-    """Return one plain sentence for each metric of `compare_files`, then how to read them.
-
-    Two systems count as told apart where the p-value is at most 1 - confidence.
-    """
-    tested = {name: entry for name, entry in result.items() if entry["a"] is not None}
-    lines = [_comparison_line(name, entry) for name, entry in tested.items()]
-    if sum(entry["p_value"] is not None for entry in tested.values()) > 1:
-        share = 1 - next(iter(tested.values()))["settings"]["confidence"]
-        lines.append(
-            f"Each metric is tested by itself: of tests between systems that are alike, about "
-            f"{100 * share:.3g} in 100 tell them apart."
-        )
-    return lines
-
-
-def _comparison_line(name: str, entry: Mapping[str, Any]) -> str:
-    said = (
-        f"{name}: A {_shown(name, entry['a'])}, B {_shown(name, entry['b'])}, "
-        f"difference {_shown(name, entry['difference'])}"
-    )
-    ends, p, n = _ends(name, entry), entry["p_value"], entry["n"]
-    said += f" {ends}" if ends else ""
-    if p is None:
-        return f"{said}: not tested"
-    rows = "this 1 row" if n == 1 else f"these {n} rows"
-    if p > 1 - entry["settings"]["confidence"] + 1e-12:
-        outcome = f"not told apart on {rows}"
-    else:
-        a_is_better = (entry["difference"] > 0) == METRICS[name].higher_is_better
-        outcome = f"{'A' if a_is_better else 'B'} is better on {rows}"
-    return f"{said}, p {p:.{2 if p >= 0.1 else 4 if p < 0.001 else 3}f}: {outcome}"
-
-
-def _ends(name: str, entry: Mapping[str, Any]) -> str:
-    if entry["low"] is None:
-        return ""
-    return f"[{_shown(name, entry['low'])}, {_shown(name, entry['high'])}]"
-
-
-def _shown(name: str, number: float) -> str:
-    if name == "perplexity":
-        return f"{number:.4g}"
-    digits = 3 if name == "loss" else 1
-    return f"{round(number, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
-
-
 def _plan(
     files: Sequence[Predictions], names: Sequence[str] | None, options: Options
 ) -> tuple[list[str], dict[str, str]]:
     """Return the metrics of the result, and which of them cannot be computed, with the reason."""
     check_resampling(options.resamples, options.confidence)
     bare = [row for file in files for row in file.rows if row.loss is None or row.tokens is None]
+    total = sum(len(file.rows) for file in files)
     if names is None:
-        wanted = [name for name in METRICS if not bare or name not in _LIKELIHOOD]
+        none_has = len(bare) == total
+        wanted = [name for name in METRICS if not none_has or name not in _LIKELIHOOD]
     else:
         wanted = list(dict.fromkeys(names))
     if not wanted:
@@ -243,11 +154,14 @@ def _plan(
         if names is not None or _chosen(name, options):
             raise ValueError(f"{name} cannot be computed: {reason}")
     if bare and not set(_LIKELIHOOD).isdisjoint(wanted):
-        raise ValueError(
-            f"{' and '.join(n for n in _LIKELIHOOD if n in wanted)} cannot be computed: "
-            f"{len(bare)} rows lack a loss or its tokens, first {bare[0].id!r}; "
-            "add both to every row, or leave the metric out"
-        )
+        found = [name for name in _LIKELIHOOD if name in wanted]
+        lack = f"{len(bare)} rows lack a loss or its tokens, first {bare[0].id!r}"
+        if names is not None:
+            raise ValueError(
+                f"{' and '.join(found)} cannot be computed: {lack}; add both to every row, or "
+                "leave the metric out"
+            )
+        reasons |= dict.fromkeys(found, lack)
     return wanted, reasons
 
 
