@@ -383,3 +383,18 @@ def test_the_hubs_own_client_loads_the_presets_and_finds_them_again_offline(
     assert [found["splits"] for found in offline[:3]] == [found["splits"] for found in online[:3]]
     assert offline[4].count("OfflineModeIsEnabled") == 3
     assert "mlqa.ar.ar at refs/convert/parquet (LocalEntryNotFoundError: " in offline[4]
+
+
+def test_splits_that_number_their_rows_alike_get_ids_of_their_own() -> None:
+    def load(_repo: str, _config: str | None, **given: Any) -> Dataset:
+        split = given["split"]
+        return Dataset.from_list(
+            [{"id": str(n), "article": f"{split} text {n}", "summary": "s"} for n in range(4)]
+        )
+
+    parts = {"train": "train", "test": "test"}
+    found = load_hub("a/b", None, None, parts, TASKS["summarization"], "en", load=load)
+    assert [e.id for e in found.rows["train"]] == [f"train/{n}" for n in range(4)]
+    assert not check_disjoint(found.rows)
+    apart = load_hub("a/b", None, None, {"test": "test"}, TASKS["summarization"], "en", load=load)
+    assert [e.id for e in apart.rows["test"]] == ["0", "1", "2", "3"]

@@ -324,3 +324,18 @@ def test_passages_told_twice_are_found_in_published_questions() -> None:
     leaks = find_leaks(alone)
     assert kinds(leaks) == ["near"] * 3
     assert all(0.8 <= leak.similarity < 0.9 for leak in leaks)
+
+
+def test_rows_that_share_a_long_instruction_are_no_near_duplicates() -> None:
+    shared = " ".join(f"rule{n}" for n in range(60))
+    rows = [Example(str(n), f"g{n}", "en", {"prompt": f"{shared} {n}"}, ("x",)) for n in range(4)]
+    assert not find_leaks({"train": rows[:2], "test": rows[2:]}, threshold=0.5)
+    same = Example("9", "g9", "en", rows[0].fields, ("x",))
+    assert [leak.kind for leak in find_leaks({"train": rows[:2], "test": [same]})] == ["text"]
+
+
+def test_a_region_does_not_make_another_language() -> None:
+    text = " ".join(f"word{n}" for n in range(40))
+    one = Example("1", "a", "en", {"article": text}, ("x",))
+    other = Example("2", "b", "en-GB", {"article": f"{text} more"}, ("x",))
+    assert [leak.kind for leak in find_leaks({"train": [one], "test": [other]})] == ["near"]

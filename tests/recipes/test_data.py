@@ -194,3 +194,51 @@ def test_rows_with_one_instruction_can_still_be_divided(tmp_path):
     }
     data, _ = loaded({"task": "text-to-text", "target": section})
     assert {part: len(r) for part, r in data.parts["target"].items()} == section["rows"]
+
+
+def test_a_parallel_test_set_of_another_language_loses_the_rows_trained_on(tmp_path):
+    chinese = write(tmp_path / "zh.jsonl", rows_of("q", range(30), " (zh)"))
+    tests = {"zh": {"language": "zh", "files": chinese}}
+    data, said = loaded({"target": target(tmp_path), "tests": tests})
+    parts = data.parts["target"]
+    trained = {e.id for part in ("train", "dev", "micro_dev") for e in parts[part]}
+    assert {e.id for e in data.parts["tests"]["zh"]} == {f"q{n}" for n in range(30)} - trained
+    assert "tests/zh: 16 rows left out, training has their context translated" in said
+
+
+def test_the_split_has_a_seed_of_its_own(tmp_path):
+    section = target(tmp_path)
+
+    def test_ids(seed, split_seed):
+        data = {"target": section, "split_seed": split_seed}
+        config = make_config({"model": "smollm2", "seed": seed, "data": data}, training=False)
+        rows = load_run_data(config, lambda _line: None).parts["target"]["test"]
+        return [e.id for e in rows]
+
+    assert test_ids(1, 7) == test_ids(2, 7) == test_ids(7, None)
+    assert test_ids(1, 7) != test_ids(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"targets": {}}, "'targets', which the configuration has not; it has target, tests"),
+        ({"target": {"validation": []}}, "got 'validation'"),
+        ({"target": []}, "got a list"),
+        ({"tests": {"news": []}}, "none are configured"),
+    ],
+)
+def test_rows_that_no_part_would_take_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        loaded({"target": {"language": "es"}}, given=given)
+
+
+def test_columns_of_files_that_are_known_are_refused():
+    with pytest.raises(ValueError, match="columns has no effect on files: builtin"):
+        loaded({"target": {"language": "es", "columns": {"id": "nr"}}})
+
+
+def test_hub_test_sets_are_one_published_split():
+    tests = {"x": {"language": "es", "files": {"hub": "a/b", "splits": {"train": "train"}}}}
+    with pytest.raises(ValueError, match=r"splits: \{test: NAME\}"):
+        loaded({"target": {"language": "es"}, "tests": tests})

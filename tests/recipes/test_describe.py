@@ -84,3 +84,15 @@ def test_the_command_prints_it_and_writes_the_file(place):
     assert done.exit_code == 0, done.output
     assert out.read_text(encoding="utf-8").strip() in done.output
     assert not (place / "run").exists()
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(place):
+    out = place / "rows.md"
+    out.write_text("precious")
+    config = make_config(job(place))
+    with pytest.raises(
+        ValueError, match=r"rows\.md exists; name another file, or pass --overwrite"
+    ):
+        describe_data(config, out, quiet=True)
+    assert out.read_text() == "precious"
+    assert describe_data(config, out, quiet=True, overwrite=True) in out.read_text()

@@ -204,3 +204,10 @@ def test_rows_for_smollm2_are_what_its_own_template_writes() -> None:
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert [*row.input_ids, *newline] == ids
     assert report.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_template_that_fails_is_told_with_what_to_do() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(ValueError, match=r"fails on a question .*no system turn.* switch chat off"):
+        chat_frame(tokenizer)

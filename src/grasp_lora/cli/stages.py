@@ -174,7 +174,11 @@ def _run(config: "RunConfig", overwrite: bool) -> None:
         console.print(table)
     console.print("all scores with their 95 % intervals: report.md")
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
-    console.print(comparison(scores), markup=False, end="")
+    verdict, *pairs = comparison(scores).splitlines() or [""]
+    console.print(verdict, markup=False)
+    for line in pairs:
+        if line.startswith("- against merged, fine-tuned unpruned"):
+            console.print(line, markup=False)
     wrote(folder)
 
 
