@@ -458,13 +458,26 @@ def test_lines_say_in_words_what_the_numbers_show(name, compared, expected):
     assert expected in line
 
 
-def test_without_a_language_spaced_scripts_are_scored_and_others_are_refused(tmp_path):
-    spaced = write(tmp_path / "a.jsonl", {"id": "1", "prediction": "بيت", "references": ["بيت"]})
-    found = score_file(spaced, Options(language=UNKNOWN, resamples=0), ["bleu", "rouge1"])
-    assert found["rouge1"]["value"] == 100
-    assert found["bleu"]["settings"]["tokenizer"] == "13a"
-    han = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["房子"]})
-    with pytest.raises(ValueError, match="'房子' of row '1' .* give it: --language zh"):
-        score_file(han, Options(language=UNKNOWN), ["bleu"])
+def test_without_a_language_the_script_tells(tmp_path):
+    def scored(*references):
+        rows = [
+            {"id": str(n), "prediction": text, "references": [text]}
+            for n, text in enumerate(references)
+        ]
+        path = write(tmp_path / "a.jsonl", *rows)
+        return score_file(path, Options(language=UNKNOWN, resamples=0), ["bleu"])["bleu"]
+
+    for references, language, tokenizer in (
+        (["بيت كبير"], "und", "13a"),
+        (["他在北京大学读书"], "zh", "zh"),
+        (["東京", "東京に住む"], "ja", "char"),
+        (["บ้านหลังใหญ่"], "th", "char"),
+    ):
+        settings = scored(*references)["settings"]
+        assert settings["scored_as"] == language
+        assert settings["tokenizer"] in (tokenizer, "ja-mecab")
+    with pytest.raises(ValueError, match="the scripts of th, zh.* score each language apart"):
+        scored("房子", "บ้าน")
+    path = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["a"]})
     with pytest.raises(ValueError, match="--rules goes by language"):
-        score_file(spaced, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])
+        score_file(path, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])

@@ -125,7 +125,7 @@ def score(
     ],
     language: Annotated[
         str | None,
-        typer.Option(help="Language code of the answers, like ar; needed without spaces."),
+        typer.Option(help="Language code of the answers, like ar; default: as their script tells."),
     ] = None,
     task: Annotated[
         Literal["qa", "summarization", "text-to-text"],

@@ -16,7 +16,14 @@ _ATTACHED = rf"(?:[\p{{M}}\u0e33\u0eb3]|(?<=[\u17d2\u1039]){_CHARACTER})"
 _LETTER = rf"[[\p{{L}}\p{{N}}]--{_CHARACTER}]"
 # The joiners choose letter shapes inside a Persian or Bengali word; at its end they are noise.
 _WORD = rf"{_LETTER}(?:[\u200c\u200d]*(?:{_LETTER}|\p{{M}}))*"
-_LONE = regex.compile(rf"(?V1){_CHARACTER}")
+_BY_SCRIPT = {
+    "ja": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "zh": regex.compile(r"\p{Han}"),
+    "th": regex.compile(r"\p{Thai}"),
+    "lo": regex.compile(r"\p{Lao}"),
+    "km": regex.compile(r"\p{Khmer}"),
+    "my": regex.compile(r"\p{Myanmar}"),
+}
 _TOKEN = regex.compile(f"(?V1)(?:{_CHARACTER}{_ATTACHED}*|{_WORD})")
 
 # Soft hyphens and variation selectors change the look of a word, not the word.
@@ -38,9 +45,15 @@ _BEFORE_SPACE = r"(?:[!?…]|(?<!(?<![\p{L}\p{M}\p{N}])\p{L})\.)[.!?…]*"
 _END = regex.compile(rf"(?V1)(?:{_ALWAYS}{_CLOSING}|{_BEFORE_SPACE}{_CLOSING}(?=\s|$))|\n+")
 
 
-def parts_no_words(text: str) -> bool:
-    """Return whether a text holds a letter of a script written without spaces between words."""
-    return _LONE.search(text) is not None
+def unspaced_language(text: str) -> str | None:
+    """Return the language a text without spaces between words is in, by its script alone.
+
+    Kana make it Japanese, Han without kana Chinese.
+
+    Returns:
+        "ja", "zh", "th", "lo", "km" or "my"; None if no letter is of such a script.
+    """
+    return next((code for code, found in _BY_SCRIPT.items() if found.search(text)), None)
 
 
 def base_language(language: str) -> str:

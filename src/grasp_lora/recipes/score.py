@@ -6,13 +6,14 @@ the place of the result.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
 from grasp_lora.metrics.scoring import compare, missing, score
-from grasp_lora.metrics.segment import parts_no_words
+from grasp_lora.metrics.segment import unspaced_language
 from grasp_lora.metrics.table import METRICS
 from grasp_lora.recipes.predictions import Predictions, matched, read_predictions
 from grasp_lora.runs import write_json
@@ -60,8 +61,8 @@ def score_file(
 
     Args:
         path: the predictions, see `read_rows`.
-        options: what the scores depend on besides the rows; the language "und" will do for
-            scripts whose words are parted by spaces.
+        options: what the scores depend on besides the rows; the language "und" stands for the
+            one that the references' script tells.
         names: metrics; None takes all, loss and perplexity only where there is a row with both
             `loss` and `tokens`. A metric that cannot be computed here is then null with the reason
             under settings["missing"], unless `options` choose it; asked for, it is an error.
@@ -79,7 +80,7 @@ def score_file(
     path = Path(path)
     _check_out(out, overwrite, [path])
     read = read_predictions(path)
-    _check_language(read.rows, options)
+    options = _with_language(read.rows, options)
     wanted, reasons = _plan([read], names, options)
     how = resampling(read.rows, read.sets, options)
     computed = {
@@ -119,7 +120,7 @@ def compare_files(
     _check_out(out, overwrite, [path_a, path_b])
     a, b = read_predictions(path_a), read_predictions(path_b)
     rows_a, rows_b = matched(a, b)
-    _check_language(rows_a, options)
+    options = _with_language(rows_a, options)
     wanted, reasons = _plan([a, b], names, options)
     reasons |= _other_tokens(rows_a, rows_b, wanted, names)
     how = resampling(rows_a, a.sets, options)
@@ -187,24 +188,28 @@ def _other_tokens(
     return dict.fromkeys(found, reason)
 
 
-def _check_language(rows: Sequence[Row], options: Options) -> None:
-    """Refuse an unknown language where the scores depend on it."""
+def _with_language(rows: Sequence[Row], options: Options) -> Options:
+    """Return the options with a language: the one given, or the one the references' script tells.
+
+    Scripts that part words by spaces are scored alike in all languages; there it stays unknown.
+
+    Raises:
+        ValueError: an option goes by language and none is given, or the scripts tell several.
+    """
     if options.language != UNKNOWN:
-        return
+        return options
     chosen = [key for key in ("rules", "rouge") if getattr(options, key) != getattr(Options(), key)]
     if chosen:
         raise ValueError(f"--{chosen[0]} goes by language; give the answers' with --language")
-    for row in rows:
-        text = next((text for text in row.references if parts_no_words(text)), None)
-        if text is not None:
-            raise ValueError(
-                f"the answer {_short(text)} of row {row.id!r} is in a script without spaces "
-                "between words, where scores depend on the language; give it: --language zh"
-            )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+    found = {unspaced_language(text) for row in rows for text in row.references} - {None}
+    if found == {"ja", "zh"}:  # a Japanese answer may be of Han alone
+        found = {"ja"}
+    if len(found) > 1:
+        raise ValueError(
+            f"the references are in the scripts of {', '.join(sorted(map(str, found)))}, which are "
+            "scored by rules of their own; score each language apart, with --language"
+        )
+    return replace(options, language=found.pop() or UNKNOWN) if found else options
 
 
 def _chosen(name: str, options: Options) -> bool:
@@ -222,6 +227,7 @@ def resampling(rows: Sequence[Row], sets: Sequence[str], options: Options) -> di
         "confidence": options.confidence,
         "seed": options.seed,
         "task": options.task,
+        "scored_as": options.language,
     }
     return how | ({"sets": list(sets)} if len(sets) > 1 else {})
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from grasp_lora.metrics.table import METRICS
-from grasp_lora.recipes.score import Result
+from grasp_lora.recipes.score import UNKNOWN, Result
 
 
 def score_table(result: Result) -> Table:
@@ -37,6 +37,8 @@ def result_notes(result: Result) -> list[str]:
     how = next((e["settings"] for e in result.values() if "resampled_by" in e["settings"]), None)
     if how is None or not how["resamples"]:
         return notes
+    if how["scored_as"] == UNKNOWN:
+        notes.append("no language was given: scored by the rules of scripts with spaces")
     if how["resampled_by"] == "row":
         notes.append(
             "every row was resampled by itself; where rows share a context or document, "
