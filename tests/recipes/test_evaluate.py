@@ -217,3 +217,17 @@ def test_rows_are_cut_to_the_positions_a_model_has(place):
     done = CliRunner().invoke(app, [*far, "--set=evaluate.max_new_tokens=3"])
     assert done.exit_code == 0, done.output
     assert read_jsonl(place / "far/predictions.jsonl")[0]["loss"] > 0
+
+
+def test_overwriting_keeps_the_old_result_until_the_new_one_is_there(place):
+    tiny_backbone_folder(place / "other", width=32)
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    before = evaluated(place, "lora", *rows)
+    out, old = place / "scores-lora", place / "scores-lora.old"
+    wrong = ["evaluate", str(place / "lora"), "--out", str(out), *rows, "--overwrite"]
+    done = CliRunner().invoke(app, [*wrong, "--model", str(place / "other")])
+    assert done.exit_code == 2
+    assert read_json(old / "scores.json") == before
+    evaluated(place, "lora", *rows, "--overwrite")
+    assert not old.exists()
+    assert read_json(out / "scores.json") == before

@@ -125,7 +125,8 @@ def stage_is_done(out: Path, key: Mapping[str, Any], overwrite: bool) -> bool:
     Args:
         out: the stage's result folder.
         key: settings and inputs.
-        overwrite: remove a result, or the checkpoints of an unfinished one, first.
+        overwrite: put a result aside (`<out>.old`, gone once the new one is finished), and remove
+            the checkpoints of an unfinished one.
 
     Raises:
         ValueError: `out` holds another result, finished or not, and `overwrite` is not set; or
@@ -143,6 +144,9 @@ def _look(out: Path, key: Mapping[str, Any], overwrite: bool) -> bool:
             " yourself"
         )
     if overwrite:
+        if (out / STAGE_FILE).exists():  # whole: kept until the new result is there
+            shutil.rmtree(_old(out), ignore_errors=True)
+            out.rename(_old(out))
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         return False
@@ -159,6 +163,11 @@ def _look(out: Path, key: Mapping[str, Any], overwrite: bool) -> bool:
     if done:  # a crash may have come between the marker and the clearing
         shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+def _old(out: Path) -> Path:
+    """Where a result that is to be replaced waits for the new one."""
+    return out.with_name(f"{out.name}.old")
 
 
 def _is_ours(out: Path) -> bool:
@@ -194,3 +203,4 @@ def finish_stage(out: Path, key: Mapping[str, Any], facts: Mapping[str, Any]) ->
     """Write the stage's marker, last: a folder that has it is complete. Checkpoints go then."""
     write_json(out / STAGE_FILE, {"key": key} | dict(facts))
     shutil.rmtree(work_folder(out), ignore_errors=True)
+    shutil.rmtree(_old(out), ignore_errors=True)
