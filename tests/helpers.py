@@ -1,15 +1,20 @@
 """Tiny random models, a byte tokenizer and adapter folders: everything a test needs, offline."""
 
 import copy
+import functools
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -19,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+
+from grasp_lora.hf.cache import SHORT_NAMES, cache_folder
 
 TINY_VOCAB = 272
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
@@ -226,3 +233,21 @@ def tiny_bloom_model(seed: int = 0, width: int = 16) -> PreTrainedModel:
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.2)
     return model.eval()
+
+
+@functools.cache
+def packaged_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a packaged backbone, read from its GGUF file where none is cached.
+
+    Skips the test if the package of an optional extra is not installed.
+    """
+    folders = sorted((cache_folder() / "backbones").glob(f"{name}-*"))
+    if folders:
+        return AutoTokenizer.from_pretrained(folders[0])
+    try:
+        source = SHORT_NAMES[name]()
+    except ValueError as error:
+        pytest.skip(str(error))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = source.assemble(Path(scratch))
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -182,7 +182,7 @@ def load_config(
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at '{path}'; give the path of a YAML file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
+        data = _parsed(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not YAML: {' '.join(str(error).split())}"], str(path)) from None
     if not isinstance(data, dict):
@@ -237,6 +237,15 @@ def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> d
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
 
 
+def _parsed(text: str) -> Any:
+    """Return what a YAML text says: plain values only, as by `yaml.safe_load`, no key twice."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _row(table: Mapping[str, dict[str, Any]], key: Any) -> dict[str, Any]:
     return table.get(key, {}) if isinstance(key, str) else {}
 
@@ -262,7 +271,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str
             faults.append(f"--set {text}: not of the form key=value, such as search.epochs=3")
             continue
         try:
-            parsed = yaml.load(value, Loader=_StrictLoader)
+            parsed = _parsed(value)
         except yaml.YAMLError:
             faults.append(f"--set {text}: the value is not YAML; quote it")
             continue

@@ -8,11 +8,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from grasp_lora.hf.cache import cache_folder
 from grasp_lora.hf.generate import StopAtNewline, generate_texts
-from helpers import EOS_ID, PAD_ID, tiny_model, tiny_peft_model, tiny_tokenizer
+from helpers import EOS_ID, PAD_ID, packaged_tokenizer, tiny_model, tiny_peft_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [[5, 6, 7, 8, 9, 10], [40, 41], [100], [7, 6, 5, 4]]
@@ -305,19 +304,12 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
 
 
-def packaged(name: str) -> Any:
-    folders = sorted((cache_folder() / "backbones").glob(f"{name}-*"))
-    if not folders:
-        pytest.skip(f"the backbone {name} has not been converted on this machine")
-    return AutoTokenizer.from_pretrained(folders[0])
-
-
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "bytes": tiny_tokenizer,
     "byte-level BPE": byte_bpe,
     "pieces": sentence_pieces,
-    "smollm2": lambda: packaged("smollm2"),
-    "gemma3-270m": lambda: packaged("gemma3-270m"),
+    "smollm2": lambda: packaged_tokenizer("smollm2"),
+    "gemma3-270m": lambda: packaged_tokenizer("gemma3-270m"),
 }
 
 

@@ -2,15 +2,13 @@ from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
-from grasp_lora.hf.cache import cache_folder
 from grasp_lora.tasks.base import TASKS, Example
 from grasp_lora.tasks.chat import chat_frame, plain_frame
 from grasp_lora.tasks.encoding import encode, encode_examples
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Prompt
-from helpers import tiny_tokenizer
+from helpers import packaged_tokenizer, tiny_tokenizer
 
 PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
 
@@ -190,10 +188,7 @@ def test_report_names_the_token_generation_has_to_stop_at() -> None:
 
 
 def test_rows_for_smollm2_are_what_its_own_template_writes() -> None:
-    folders = sorted((cache_folder() / "backbones").glob("smollm2-*"))
-    if not folders:
-        pytest.skip("SmolLM2 is not in the cache; any run with model smollm2 puts it there")
-    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer = packaged_tokenizer("smollm2")
     fields = {"article": "Mvua kubwa ilinyesha usiku. Barabara zilifungwa."}
     example = Example("1", "g", "sw", fields, ("Mvua yafunga barabara",))
     task = TASKS["summarization"]
