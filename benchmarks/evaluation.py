@@ -12,15 +12,13 @@ same rule. They take turns batch by batch; scoring comes once, after the last ba
 import time
 from typing import Any
 
-from generation import parsed
+from generation import encoded_rows, parsed
 
-from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.hf.answer import answer_rows
 from grasp_lora.hf.backbones import ModelSpec, load_backbone
 from grasp_lora.hf.generate import generate_texts
 from grasp_lora.metrics import METRICS, Options, Row, score
 from grasp_lora.tasks.base import task_named
-from grasp_lora.tasks.encoding import encode_examples
 
 
 def main() -> None:
@@ -29,15 +27,7 @@ def main() -> None:
     spec = ModelSpec(options.model, dtype=options.dtype, device=options.device)
     backbone = load_backbone(spec, print)
     task = task_named("qa")
-    examples = builtin_examples(options.language, options.rows)
-    encoded, _ = encode_examples(
-        examples,
-        task,
-        backbone.tokenizer,
-        options.max_length,
-        for_training=False,
-        new_tokens=options.new_tokens,
-    )
+    examples, encoded = encoded_rows(backbone, options)
     rule: dict[str, Any] = {
         "max_new_tokens": options.new_tokens,
         "batch_size": options.batch_size,

@@ -24,8 +24,8 @@ from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
 from grasp_lora.hf.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.hf.generate import StopAtNewline, generate_texts
-from grasp_lora.tasks.base import task_named
-from grasp_lora.tasks.encoding import encode_examples
+from grasp_lora.tasks.base import Example, task_named
+from grasp_lora.tasks.encoding import Encoded, encode_examples
 
 Prompts = Sequence[Sequence[int]]
 Way = Callable[[Prompts], list[str]]
@@ -94,8 +94,10 @@ def measured(
     return seconds, texts
 
 
-def encoded_prompts(backbone: Backbone, options: argparse.Namespace) -> list[tuple[int, ...]]:
-    """Return the prompts as token ids, the longest first, as `generate_texts` orders them."""
+def encoded_rows(
+    backbone: Backbone, options: argparse.Namespace
+) -> tuple[list[Example], list[Encoded]]:
+    """Return the questions, and each as token ids with room for its answer."""
     task = task_named("qa")
     if options.data is None:
         examples = builtin_examples(options.language, options.rows)
@@ -109,6 +111,12 @@ def encoded_prompts(backbone: Backbone, options: argparse.Namespace) -> list[tup
         for_training=False,
         new_tokens=options.new_tokens,
     )
+    return examples, rows
+
+
+def encoded_prompts(backbone: Backbone, options: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Return the prompts as token ids, the longest first, as `generate_texts` orders them."""
+    _, rows = encoded_rows(backbone, options)
     return sorted((row.input_ids[: row.prompt_length] for row in rows), key=len, reverse=True)
 
 

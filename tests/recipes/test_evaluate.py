@@ -231,3 +231,14 @@ def test_overwriting_keeps_the_old_result_until_the_new_one_is_there(place):
     evaluated(place, "lora", *rows, "--overwrite")
     assert not old.exists()
     assert read_json(out / "scores.json") == before
+
+
+def test_an_adapter_put_on_another_base_than_it_names_is_told(place):
+    path = place / "lora/adapter_config.json"
+    named = json.loads(path.read_text()) | {"base_model_name_or_path": "someone/else"}
+    path.write_text(json.dumps(named))
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en", f"--model={place / 'base'}"]
+    arguments = ["evaluate", str(place / "lora"), "--out", str(place / "out"), *rows]
+    done = CliRunner().invoke(app, [*arguments, "--set=evaluate.max_new_tokens=2"])
+    assert done.exit_code == 0, done.output
+    assert "names someone/else as its base model" in " ".join(done.output.split())

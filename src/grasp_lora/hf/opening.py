@@ -75,14 +75,22 @@ def opened(
         backbone = load_backbone(spec or ModelSpec(str(name)), notice)
         yield backbone, backbone.model
         return
-    named = _base_of(read_config_file(Path(name).expanduser()))
     if spec is None:
         spec = ModelSpec(base_named_by(name))
     backbone = load_backbone(spec, notice)
-    if named not in (None, spec.name, backbone.public_name):
-        notice(f"{name} names {named} as its base model; it is evaluated on {spec.name}")
+    other = other_base(name, spec.name, backbone)
+    if other is not None:
+        notice(other)
     with adapted(backbone, name) as model:
         yield backbone, model
+
+
+def other_base(name: str | Path, asked_for: str, backbone: Backbone) -> str | None:
+    """Return a line to show if an adapter names another base model than the one it is put on."""
+    named = _base_of(read_config_file(Path(name).expanduser()))
+    if named in (None, asked_for, backbone.public_name):
+        return None
+    return f"{name} names {named} as its base model; it is evaluated on {asked_for}"
 
 
 def is_adapter(name: str | Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.hf.answer import answer_rows, can_answer_at_once
 from grasp_lora.hf.generate import generate_texts
-from grasp_lora.hf.opening import adapted
+from grasp_lora.hf.opening import adapted, other_base
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.metrics import Row
 from grasp_lora.recipes.context import Context, open_context, section_of
@@ -69,6 +69,9 @@ def evaluate_adapter(
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = adapted(context.backbone, adapter)
+        other = other_base(adapter, config.model.name, context.backbone)
+        if other is not None:
+            context.narrator.say(other)
     with attached as model:
         predictions = {
             name: _answers(context, model, role, split, f"{title}, {name}")
