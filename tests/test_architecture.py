@@ -19,7 +19,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tasks": (set(), {"torch", "jinja2"}),
     "data": ({"tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
-    "hf": ({"core"}, {"torch", "transformers", "peft", "safetensors", "accelerate"}),
+    "timing": (set(), set()),
+    "hf": ({"core", "timing"}, {"torch", "transformers", "peft", "safetensors", "accelerate"}),
     "settings": (set(), {"pydantic"}),
     "languages": (set(), set()),
     "data_settings": ({"settings", "languages"}, {"pydantic"}),
@@ -33,7 +34,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"runs"}, {"rich"}),
     "recipes": (
         {"core", "hf", "tasks", "data", "metrics", "config", "settings"}
-        | {"data_settings", "runs", "report", "plots"},
+        | {"data_settings", "runs", "report", "plots", "timing"},
         {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
     ),
     "reference": ({"config", "core", "settings", "data_settings"}, {"pydantic", "pydantic_core"}),
