@@ -1,31 +1,31 @@
 """What a whole evaluation costs beside its generation alone.
 
-Run from the repository root:
-
-    OMP_NUM_THREADS=2 python benchmarks/evaluation.py
+    OMP_NUM_THREADS=2 python -m benchmarks.evaluation --json evaluation.json
 
 The evaluation answers the rows, takes the loss of their references, and computes every score but
 BERTScore with 1000 resamples behind each interval; generation alone answers the same rows by the
 same rule. They take turns batch by batch; scoring comes once, after the last batch.
+
+JSON: `evaluation_ratio`, the time of the whole evaluation over that of its generation.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from generation import encoded_rows, parsed
-
+from benchmarks import common
+from benchmarks.generate import encoded_rows, parsed
 from grasp_lora.hf.answer import answer_rows
-from grasp_lora.hf.backbones import ModelSpec, load_backbone
 from grasp_lora.hf.generate import generate_texts
 from grasp_lora.metrics import METRICS, Options, Row, score
 from grasp_lora.tasks.base import task_named
 
 
-def main() -> None:
-    """Measure both and print the ratio."""
-    options = parsed()
-    spec = ModelSpec(options.model, dtype=options.dtype, device=options.device)
-    backbone = load_backbone(spec, print)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure both, print the ratio and return the result."""
+    options = parsed(__doc__, argv)
+    common.ready(options)
+    backbone = common.open_backbone(options)
     task = task_named("qa")
     examples, encoded = encoded_rows(backbone, options)
     rule: dict[str, Any] = {
@@ -61,13 +61,16 @@ def main() -> None:
         Options(language=options.language),
     )
     seconds["scores"] = time.perf_counter() - began
-    for name, taken in seconds.items():
-        print(f"{name:20} {taken:8.1f} s")
     whole = seconds["answers and losses"] + seconds["scores"]
+    ratio = whole / seconds["generation"]
+    rows = [{"part": name, "seconds": taken} for name, taken in seconds.items()]
+    common.table("one evaluation", ["part", "seconds"], [list(row.values()) for row in rows])
     print(
-        f"{len(scored)} scores of {len(examples)} rows: the evaluation takes "
-        f"{whole / seconds['generation']:.2f} times its generation"
+        f"{len(scored)} scores of {len(examples)} rows: the evaluation takes {ratio:.2f} times"
+        " its generation"
     )
+    figures = {"evaluation_ratio": ratio}
+    return common.write_result(options.json, figures, rows, options, backbone.device)
 
 
 if __name__ == "__main__":
