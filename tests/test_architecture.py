@@ -31,10 +31,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "runs": (set(), set()),
     "plots": (set(), {"matplotlib"}),
-    "report": ({"runs"}, {"rich"}),
+    "time_words": (set(), set()),
+    "report": ({"runs", "time_words"}, {"rich"}),
     "recipes": (
         {"core", "hf", "tasks", "data", "metrics", "config", "settings"}
-        | {"data_settings", "runs", "report", "plots", "timing"},
+        | {"data_settings", "runs", "report", "plots", "timing", "time_words"},
         {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
     ),
     "reference": ({"config", "core", "settings", "data_settings"}, {"pydantic", "pydantic_core"}),

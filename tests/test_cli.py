@@ -97,7 +97,15 @@ def test_settings_output_and_seed_reach_the_configuration(called, config, tmp_pa
     given = called["config"]
     assert (given.search.epochs, given.model.dtype, given.seed) == (2, "float32", 7)
     assert given.output == out
-    assert called["kwargs"] == {"overwrite": True}
+    assert called["kwargs"] == {"overwrite": True, "profile": False}
+
+
+def test_run_and_demo_can_be_profiled(called, config, tmp_path):
+    write_scores(tmp_path)
+    for command in (["run", config], ["demo"]):
+        done = invoke(*command, "--output", str(tmp_path), "--profile")
+        assert done.exit_code == 0, done.output
+        assert called["kwargs"] == {"overwrite": False, "profile": True}
 
 
 def test_run_prints_the_scores_and_the_outcome(called, config, tmp_path):

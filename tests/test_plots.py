@@ -1,4 +1,4 @@
-"""The picture of a search."""
+"""The pictures of a run."""
 
 import struct
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from grasp_lora.plots import plot_search
+from grasp_lora.plots import PART_COLOURS, plot_profile, plot_search
+from grasp_lora.timing import PARTS
 
 
 def round_record(number: int, **changes: Any) -> dict[str, Any]:
@@ -94,3 +95,37 @@ def test_any_search_can_be_drawn(tmp_path, rounds):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert min(width, height) > 1000
+
+
+def spent(**parts: float) -> dict[str, dict[str, float]]:
+    return {part: {"seconds": seconds, "calls": 1} for part, seconds in parts.items()}
+
+
+def profile_of(**stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+    wall = sum(s["seconds"] for parts in stages.values() for s in parts.values())
+    return {"wall_seconds": wall, "stages": stages, "parts": dict(PARTS)}
+
+
+def test_a_profile_shows_the_parts_of_every_stage_end_to_end(tmp_path, drawn):
+    stages = {
+        "search": spent(idle=2.0, step=10.0, probe=20.0),
+        "merged": {},
+        "final": spent(step=8.0),
+    }
+    plot_profile(profile_of(**stages), tmp_path / "deep" / "profile.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["search", "final"]
+    bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in axes.containers}
+    assert bars == {
+        "step 45.0 %": [(0, 10), (0, 8)],
+        "probe 50.0 %": [(10, 20), (8, 0)],
+        "idle 5.0 %": [(30, 2), (8, 0)],
+    }
+    assert [note.get_text() for note in axes.texts] == ["32.0 s, 80.0 %", "8.00 s, 20.0 %"]
+    assert "40.0 s" in figure.get_suptitle()
+
+
+def test_every_part_has_a_colour_of_its_own():
+    assert list(PART_COLOURS) == list(PARTS)
+    assert len(set(PART_COLOURS.values())) == len(PARTS)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from grasp_lora.report import comparison, score_tables, scores_markdown, write_report
 from grasp_lora.runs import write_json
+from grasp_lora.time_words import profile_markdown
 
 
 def score(
@@ -110,6 +111,67 @@ def test_leaks_that_were_allowed_are_in_the_report(tmp_path):
     write_json(tmp_path / "data.json", {"leaks": [leak | {"similarity": 0.91}]})
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "- near: target/train q1 and target/test q2, similarity 0.91" in text
+
+
+TIME: dict[str, Any] = {
+    "wall_seconds": 200.0,
+    "resumed": 0,
+    "synchronized": False,
+    "stages": {"merged": None, "search": 150.25, "outside the stages": 49.75},
+    "shares": {"step": 0.5, "probe": 0.25, "I/O": 0.125, "idle": 0.125},
+}
+
+
+def report_with(folder: Path, device: str = "cpu", **changes: Any) -> str:
+    write_json(folder / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
+    write_json(folder / "scores.json", SCORES)
+    write_json(folder / "provenance.json", {"device": device, "time": TIME | changes})
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_report_says_where_the_time_went(tmp_path):
+    text = report_with(tmp_path)
+    assert "| wall time | step | probe | I/O | idle |" in text
+    assert "| 200 s | 50.0 % | 25.0 % | 12.5 % | 12.5 % |" in text
+    assert "Seconds of each stage: search 150, outside the stages 49.75." in text
+    assert "merged: done by an earlier process whose times were not kept." in text
+    assert "resumed" not in text
+    assert "The device" not in text
+
+
+def test_the_report_of_a_resumed_run_says_which_times_are_lost(tmp_path):
+    assert "The run was resumed once: the times of its earlier" in report_with(tmp_path, resumed=1)
+    assert "not what an interrupted one did after" in report_with(tmp_path, resumed=2)
+
+
+def test_times_on_a_gpu_say_whether_it_was_waited_for(tmp_path):
+    assert "The device was not waited for" in report_with(tmp_path, "cuda:0")
+    waited = report_with(tmp_path, "cuda:0", synchronized=True)
+    assert "The device was waited for" in waited
+    assert "not waited" not in waited
+
+
+def test_a_profile_has_a_row_for_every_part_of_every_stage():
+    profile = TIME | {
+        "parts": {"step": "training", "probe": "losses", "idle": "all the rest"},
+        "stages": {
+            "merged": {},
+            "search": {
+                "idle": {"seconds": 10.0, "calls": 0},
+                "step": {"seconds": 90.0, "calls": 30},
+            },
+            "final": {"step": {"seconds": 100.0, "calls": 70}},
+        },
+    }
+    text = profile_markdown(profile)
+    assert "| step | 190 | 95.0 % | 100 | 1900.0 | training |" in text
+    assert "| idle | 10.00 | 5.0 % | – | – | all the rest |" in text
+    assert "| **all** | 200 | 100.0 % | – | – | |" in text
+    assert "| search | **all** | 100 | 50.0 % | – | – |" in text
+    assert "| | step | 90.00 | 45.0 % | 30 | 3000.0 |\n| | idle | 10.00 | 5.0 % | – | – |" in text
+    assert "| probe" not in text
+    assert "| merged" not in text
+    assert "merged: done by an earlier process" in text
 
 
 def test_a_run_without_scores_has_no_report(tmp_path: Path):

@@ -3,19 +3,7 @@
 import pytest
 
 from grasp_lora.timing import OUTSIDE, PARTS, SHORT, Clock, Spent, short_form
-
-
-class Hands:
-    """A clock that goes on when told to."""
-
-    def __init__(self):
-        self.time = 100.0
-
-    def __call__(self) -> float:
-        return self.time
-
-    def pass_(self, seconds: float) -> None:
-        self.time += seconds
+from hands import Hands
 
 
 @pytest.fixture
@@ -163,6 +151,25 @@ def test_times_of_an_earlier_process_are_added(clock, hands):
     hands.pass_(1)
     assert later.times()["search"]["step"] == Spent(5, 2)
     assert later.wall() == total(later) == 6
+    assert later.to_json()["resumed"] == 1
+
+
+def test_a_stage_done_before_keeps_its_added_times_or_has_none(clock, hands):
+    with clock.stage("search"), clock.span("step"):
+        hands.pass_(2)
+    later = Clock(now=hands)
+    later.add(clock.to_json())
+    later.skip("search")
+    later.skip("merged")
+    assert later.times()["search"]["step"] == Spent(2, 1)
+    assert later.times()["merged"] == {}
+
+
+def test_times_count_as_synchronized_only_if_all_of_them_are(hands):
+    detailed = Clock(synchronize=lambda: None, now=hands)
+    assert detailed.to_json()["synchronized"]
+    detailed.add(Clock(now=hands).to_json())
+    assert not detailed.to_json()["synchronized"]
 
 
 def test_the_short_form_shares_out_the_whole_wall_time(clock, hands):
@@ -183,5 +190,10 @@ def test_the_short_form_names_every_part_once():
     assert sorted(part for parts in SHORT.values() for part in parts) == sorted(PARTS)
 
 
-def test_no_time_at_all_has_shares_of_nothing(clock):
-    assert set(short_form(clock.to_json())["shares"].values()) == {0.0}
+def test_the_short_form_tells_a_stage_without_times_from_a_quick_one(clock, hands):
+    hands.pass_(1)
+    clock.skip("merged")
+    with clock.stage("search"):
+        pass
+    stages = short_form(clock.to_json())["stages"]
+    assert list(stages.items()) == [("merged", None), ("search", 0), (OUTSIDE, 1)]

@@ -1,6 +1,6 @@
-"""The search of a run as a picture."""
+"""Pictures of a run: its search, and where its time went."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,20 @@ from matplotlib.figure import Figure
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
 # Orange for worse than the baseline, blue for better: told apart by colour-blind readers too.
 REWARDS: Colormap = LinearSegmentedColormap.from_list("rewards", [ORANGE, "#e9ecef", BLUE])
+# Kindred parts have kindred hues; a part's place in the bar tells it apart as well.
+PART_COLOURS: Mapping[str, str] = {
+    "step": BLUE,
+    "baseline": "#f5c08a",
+    "probe": ORANGE,
+    "masks": "#a33b20",
+    "dev": GREEN,
+    "generate": "#7b5ea7",
+    "score": "#c5b3e0",
+    "checkpoint": "#17616b",
+    "load": "#4fa3a5",
+    "write": "#a9d6d5",
+    "idle": "#dfdcd5",
+}
 
 
 def plot_search(
@@ -45,6 +59,59 @@ def plot_search(
     figure.suptitle(outcome, color=INK, fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
+    """Draw a `profile.json` into a PNG: a bar for each stage, in seconds, its parts end to end.
+
+    Args:
+        profile: `wall_seconds`, `stages` (stage -> part -> `seconds`) and `parts`, in order.
+        path: the PNG.
+    """
+    wall = profile["wall_seconds"]
+    stages = {name: parts for name, parts in profile["stages"].items() if parts}
+    figure = Figure(figsize=(9, 2.4 + 0.34 * len(stages)), layout="constrained")
+    axes = figure.subplots()
+    ends = _part_bars(axes, stages, profile["parts"], wall)
+    for row, end in enumerate(ends):
+        told = f"{end:.{2 if end < 10 else 1}f} s, {_share(end, wall)}"
+        axes.annotate(
+            told, (end, row), (5, 0), textcoords="offset points", va="center", color=INK, fontsize=9
+        )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(ends))
+    axes.set_xlabel("wall time (s)")
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(f"Where the time went: {wall:.1f} s", color=INK, fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _part_bars(
+    axes: Axes, stages: Mapping[str, Mapping[str, Any]], parts: Iterable[str], wall: float
+) -> list[float]:
+    """Draw the parts of every stage; return where each stage's bar ends."""
+    ends = [0.0] * len(stages)
+    for part in parts:
+        widths = [found[part]["seconds"] if part in found else 0.0 for found in stages.values()]
+        if sum(widths) > 0:
+            axes.barh(
+                list(stages),
+                widths,
+                left=ends,
+                color=PART_COLOURS[part],
+                edgecolor="white",
+                linewidth=0.4,
+                label=f"{part} {_share(sum(widths), wall)}",
+            )
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    return ends
+
+
+def _share(seconds: float, wall: float) -> str:
+    return f"{100 * seconds / wall:.1f} %"
 
 
 def _ratio_panel(

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from grasp_lora.runs import read_json, write_text
+from grasp_lora.time_words import times_section
 
 # Scores shown in the terminal, most telling first; the report shows all.
 HEADLINES: Mapping[str, tuple[str, ...]] = {
@@ -67,7 +68,7 @@ def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.md` into a finished run folder: outcome, picture, scores and their settings.
+    """Write `report.md` into a finished run folder: outcome, picture, scores, their settings, time.
 
     Raises:
         FileNotFoundError: the run is not finished.
@@ -79,6 +80,9 @@ def write_report(run: Path) -> Path:
     lines += list(_score_section(scores))
     if (run / "data.json").exists():
         lines += list(_leak_section(read_json(run / "data.json")))
+    if (run / "provenance.json").exists():
+        made = read_json(run / "provenance.json")
+        lines += list(times_section(made["time"], made["device"]))
     write_text(run / "report.md", "\n".join(lines))
     return run / "report.md"
 

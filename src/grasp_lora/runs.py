@@ -53,6 +53,10 @@ WRITTEN = (
     "scores.json",
     "report.md",
     "provenance.json",
+    "timing.json",
+    "profile.json",
+    "profile.md",
+    "profile.png",
 )
 
 

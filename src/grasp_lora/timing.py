@@ -7,7 +7,7 @@ clock is the one that is reported; what it waits for the others is idle.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 IDLE = "idle"
@@ -61,16 +61,19 @@ class Clock:
             down: give it for a detailed profile only. Without it, work that a device does on its
             own is charged to the part that waited for the result.
         now: seconds of a clock that never goes back.
+        resumed: earlier processes whose times were added.
     """
 
     synchronize: Callable[[], None] = _wait_for_nothing
     now: Callable[[], float] = time.perf_counter
-    _spent: dict[tuple[str, str], Spent] = field(default_factory=dict)
+    resumed: int = 0
+    _spent: dict[str, dict[str, Spent]] = field(default_factory=dict)
     _open: list[tuple[str, str]] = field(default_factory=lambda: [(OUTSIDE, IDLE)])
     _earlier_wall: float = 0.0
 
     def __post_init__(self) -> None:
         self._started = self._charged = self.now()
+        self._synchronized = self.synchronize is not _wait_for_nothing
 
     @contextmanager
     def span(self, part: str) -> Iterator[None]:
@@ -88,6 +91,10 @@ class Clock:
         with self._opened((name, IDLE)):
             yield
 
+    def skip(self, name: str) -> None:
+        """Name a stage that an earlier process has finished: its times are those added, if any."""
+        self._spent.setdefault(name, {})
+
     def start(self, part: str) -> None:
         """Open a span that an event of its own ends, see `stop` and `span`."""
         self._enter((self._stage(), _known(part)))
@@ -104,24 +111,32 @@ class Clock:
     def wall(self) -> float:
         """Return the seconds since the clock was made, and those added from earlier processes."""
         self._charge()
-        return self._earlier_wall + self._charged - self._started
+        return self._wall()
 
     def times(self) -> dict[str, dict[str, Spent]]:
         """Return stage -> part -> what was spent up to now, idle time included."""
         self._charge()
-        times: dict[str, dict[str, Spent]] = {}
-        for (stage, part), spent in self._spent.items():
-            times.setdefault(stage, {})[part] = Spent(spent.seconds, spent.calls)
-        return times
+        return {
+            stage: {part: Spent(s.seconds, s.calls) for part, s in parts.items()}
+            for stage, parts in self._spent.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
-        """Return wall time and times as JSON-able values."""
-        wall = self.wall()
+        """Return wall time and times as JSON-able values.
+
+        `synchronized` says whether the device was waited for all along.
+        """
+        times = self.times()
         stages = {
-            stage: {part: {"seconds": s.seconds, "calls": s.calls} for part, s in parts.items()}
-            for stage, parts in self.times().items()
+            stage: {part: asdict(spent) for part, spent in times[stage].items()}
+            for stage in sorted(times, key=lambda stage: stage == OUTSIDE)
         }
-        return {"wall_seconds": wall, "stages": stages}
+        return {
+            "wall_seconds": self._wall(),
+            "resumed": self.resumed,
+            "synchronized": self._synchronized,
+            "stages": stages,
+        }
 
     def add(self, earlier: Mapping[str, Any]) -> None:
         """Add what the clock of an earlier process had measured.
@@ -129,10 +144,13 @@ class Clock:
         Args:
             earlier: its `to_json()`.
         """
+        self.resumed += 1 + earlier["resumed"]
+        self._synchronized = self._synchronized and earlier["synchronized"]
         self._earlier_wall += earlier["wall_seconds"]
         for stage, parts in earlier["stages"].items():
+            self.skip(stage)
             for part, found in parts.items():
-                spent = self._spent.setdefault((stage, part), Spent())
+                spent = self._entry(stage, part)
                 spent.seconds += found["seconds"]
                 spent.calls += found["calls"]
 
@@ -148,7 +166,7 @@ class Clock:
     def _enter(self, key: tuple[str, str]) -> None:
         self._charge()
         self._open.append(key)
-        self._spent.setdefault(key, Spent()).calls += key[1] != IDLE
+        self._entry(*key).calls += key[1] != IDLE
 
     def _leave(self, depth: int) -> None:
         self._charge()
@@ -158,8 +176,14 @@ class Clock:
         """Charge the time since the last charge to the innermost open span."""
         self.synchronize()
         now = self.now()
-        self._spent.setdefault(self._open[-1], Spent()).seconds += now - self._charged
+        self._entry(*self._open[-1]).seconds += now - self._charged
         self._charged = now
+
+    def _wall(self) -> float:
+        return self._earlier_wall + self._charged - self._started
+
+    def _entry(self, stage: str, part: str) -> Spent:
+        return self._spent.setdefault(stage, {}).setdefault(part, Spent())
 
     def _stage(self) -> str:
         return self._open[-1][0]
@@ -176,11 +200,11 @@ def short_form(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's report says of its time.
 
     Args:
-        record: `Clock.to_json()`.
+        record: `Clock.to_json()` of a clock that has gone on.
 
     Returns:
-        `wall_seconds`; `shares`, the fraction of the wall time per column of `SHORT`; and
-        `stages`, the seconds of each.
+        The record, with `shares`, the fraction of the wall time per column of `SHORT`, and with
+        the seconds of each stage in place of its parts; None for a stage without times.
     """
     wall = record["wall_seconds"]
     stages: Mapping[str, Mapping[str, Mapping[str, float]]] = record["stages"]
@@ -190,10 +214,10 @@ def short_form(record: Mapping[str, Any]) -> dict[str, Any]:
             s["seconds"] for found in stages.values() for p, s in found.items() if p in parts
         )
 
-    return {
-        "wall_seconds": wall,
-        "shares": {name: seconds(p) / wall if wall else 0.0 for name, p in SHORT.items()},
+    return dict(record) | {
+        "shares": {name: seconds(p) / wall for name, p in SHORT.items()},
         "stages": {
-            name: sum(s["seconds"] for s in parts.values()) for name, parts in stages.items()
+            name: sum(s["seconds"] for s in parts.values()) if parts else None
+            for name, parts in stages.items()
         },
     }

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
+from grasp_lora.runs import read_json
 from helpers import tiny_backbone_folder
 from jobs import QUIET_EVALUATION, job, start, write_job
 
@@ -75,6 +76,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(base, uninterrup
     for name in RESULTS:
         assert (out / name).read_bytes() == uninterrupted[name], name
     assert not list(out.rglob("*.work"))
+    time = read_json(out / "provenance.json")["time"]
+    assert time["resumed"] == len(STAGES)
+    assert all(time["stages"][stage] > 0 for stage in STAGES), "times of killed processes are kept"
 
 
 def test_a_finished_run_is_not_run_again_unasked(base, uninterrupted):

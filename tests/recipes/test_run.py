@@ -197,3 +197,68 @@ def test_a_test_row_that_does_not_fit_is_told_before_any_training(workplace):
     with pytest.raises(ValueError, match="row 'a' does not fit"):
         run(RunConfig.model_validate(config.model_dump() | {"data": data}), quiet=True)
     assert not (workplace / "run").exists()
+
+
+QUICK = {"max_new_tokens": 2, "baselines": False}
+
+
+def seconds(parts: dict) -> float:
+    return sum(spent["seconds"] for spent in parts.values())
+
+
+def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
+    out = run(settings(workplace, evaluate=QUICK), quiet=True, profile=True)
+    profile = read_json(out / "profile.json")
+    stages = profile["stages"]
+    names = ["adapters/source", "adapters/target", "merged", "search", "final"]
+    assert list(stages) == [*names, "evaluations/final", "outside the stages"]
+    assert sum(map(seconds, stages.values())) == pytest.approx(profile["wall_seconds"])
+    for name in ("search", "final"):
+        steps = read_json(out / name / "stage.json")["steps"]
+        assert stages[name]["step"]["calls"] == steps
+        assert stages[name]["checkpoint"]["calls"] == steps / 2, "one after each epoch of 2 steps"
+    assert stages["final"]["dev"]["calls"] == 3
+    assert stages["evaluations/final"]["generate"]["calls"] == 1
+    assert "| search | **all** |" in (out / "profile.md").read_text()
+    assert (out / "profile.png").stat().st_size > 0
+    time = read_json(out / "provenance.json")["time"]
+    assert time["wall_seconds"] == profile["wall_seconds"]
+    assert sum(time["shares"].values()) == pytest.approx(1)
+    assert "## Where the time went" in (out / "report.md").read_text()
+
+
+def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Run until `stage`, whose recipe fails."""
+
+    def fail(*given, **named):
+        raise ValueError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"grasp_lora.recipes.run.{stage}", fail)
+        with pytest.raises(ValueError, match="broken off"):
+            run(config, quiet=True)
+
+
+def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace, monkeypatch):
+    config = settings(workplace, evaluate=QUICK)
+    break_off(config, monkeypatch, "finetune_at")
+    kept = read_json(config.output / "timing.json")
+    out = run(config, quiet=True)
+    assert not (out / "profile.json").exists()
+    times = read_json(out / "timing.json")
+    assert times["resumed"] == 1
+    assert times["stages"]["search"] == kept["stages"]["search"]
+    assert times["wall_seconds"] > kept["wall_seconds"]
+    assert sum(map(seconds, times["stages"].values())) == pytest.approx(times["wall_seconds"])
+    assert "The run was resumed once" in (out / "report.md").read_text()
+
+
+def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypatch):
+    config = settings(workplace, evaluate=QUICK)
+    break_off(config, monkeypatch, "search_ratio")
+    (config.output / "timing.json").unlink()
+    out = run(config, quiet=True, profile=True)
+    told = "adapters/source, adapters/target, merged: done by an earlier process whose times"
+    assert told in (out / "report.md").read_text()
+    assert told in (out / "profile.md").read_text()
+    assert read_json(out / "provenance.json")["time"]["stages"]["merged"] is None

@@ -25,6 +25,12 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there instead of resuming.")
 ]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile", help="Also write where the time went: profile.md, profile.png, profile.json."
+    ),
+]
 AllowLeakage = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Go on, and record it, where two splits share rows."),

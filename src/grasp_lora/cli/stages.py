@@ -12,6 +12,7 @@ from grasp_lora.cli.common import (
     Out,
     Output,
     Overwrite,
+    Profile,
     Seed,
     Set,
     load,
@@ -31,6 +32,7 @@ def run(
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
     overwrite: Overwrite = False,
+    profile: Profile = False,
 ) -> None:
     """Do the whole job: adapters, merge, search, final fine-tuning, evaluation.
 
@@ -38,7 +40,7 @@ def run(
     adapter), ratio.json, rounds.jsonl, ratio.png, scores.json, report.md. The same command again
     resumes an interrupted run.
     """
-    _run(load(config, settings, output, seed, allow_leakage), overwrite)
+    _run(load(config, settings, output, seed, allow_leakage), overwrite, profile)
 
 
 def demo(
@@ -46,6 +48,7 @@ def demo(
     output: Output = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
+    profile: Profile = False,
 ) -> None:
     """Run English -> Spanish on an embedded question set with a small backbone, on the CPU.
 
@@ -53,7 +56,7 @@ def demo(
     """
     with resources.as_file(resources.files("grasp_lora") / "configs" / "demo.yaml") as path:
         config = load(path, settings, output, seed)
-    _run(config, overwrite)
+    _run(config, overwrite, profile)
 
 
 def train(
@@ -157,10 +160,10 @@ def settings_list() -> None:
     typer.echo(settings_markdown(), nl=False)
 
 
-def _run(config: "RunConfig", overwrite: bool) -> None:
+def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from grasp_lora.recipes.run import run as run_all
 
-    folder = run_all(config, overwrite=overwrite)
+    folder = run_all(config, overwrite=overwrite, profile=profile)
     if not prints():
         return
     from rich.console import Console

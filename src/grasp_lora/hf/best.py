@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.preserve import preserved
 from grasp_lora.hf.probe import Rows, row_losses
+from grasp_lora.timing import Clock
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class BestCallback(TrainerCallback):
         every: optimizer steps of an epoch.
         patience: evaluations without a new best before training stops; None never stops.
         on_evaluation: called with every evaluation.
+        clock: charged with the evaluations, as `dev`.
     """
 
     name = "best"
@@ -44,6 +46,7 @@ class BestCallback(TrainerCallback):
         every: int,
         patience: int | None,
         on_evaluation: Callable[[Evaluation], None],
+        clock: Clock | None = None,
     ):
         self._live = live
         self._batches = rows.batches(range(len(rows.encoded)))
@@ -51,6 +54,7 @@ class BestCallback(TrainerCallback):
         self._every = every
         self._patience = patience
         self._on_evaluation = on_evaluation
+        self._clock = clock or Clock()
         self._best: dict[str, Tensor] = {}
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
@@ -58,7 +62,8 @@ class BestCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start, unless the run goes on from a checkpoint."""
         if state.global_step == 0:
-            self._evaluate(0)
+            with self._clock.span("dev"):
+                self._evaluate(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure at the end of an epoch and of the run; stop when patience has run out."""
@@ -66,7 +71,8 @@ class BestCallback(TrainerCallback):
         # and a run resumed from it would never see the evaluation.
         step = state.global_step
         if not self._exhausted() and (step % self._every == 0 or step == state.max_steps):
-            self._evaluate(step)
+            with self._clock.span("dev"):
+                self._evaluate(step)
         if self._exhausted():
             control.should_training_stop = True
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.timing import Clock
 
 MARKER = "grasp.json"
 TENSORS = "grasp.safetensors"
@@ -64,20 +65,31 @@ class CheckpointCallback(TrainerCallback):
     Args:
         parts: what goes into a checkpoint.
         on_resume: called after a state was taken over.
+        clock: charged with taking over a state, as `checkpoint`. The Trainer's own reading comes
+            before any event and is idle time; writing is measured by `hf.clock.SaveClock`.
     """
 
-    def __init__(self, parts: Sequence[Stateful], on_resume: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        parts: Sequence[Stateful],
+        on_resume: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
+    ):
         self._parts = parts
         self._on_resume = on_resume
+        self._clock = clock or Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the state of the checkpoint that the Trainer resumed from."""
-        if state.global_step == 0:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step > 0:
+            with self._clock.span("checkpoint"):
+                self._take_over(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._on_resume()
+
+    def _take_over(self, folder: Path) -> None:
         if not (folder / MARKER).exists():
             raise ValueError(
-                f"training resumed at step {state.global_step} but {folder} is not a complete"
+                f"training resumed at step {checkpoint_step(folder)} but {folder} is not a complete"
                 " checkpoint of this run; resume from a folder inside the run's own output"
             )
         tensors = load_file(folder / TENSORS)
@@ -86,7 +98,6 @@ class CheckpointCallback(TrainerCallback):
             prefix = f"{part.name}/"
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             part.load_state(own, values[part.name])
-        self._on_resume()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""

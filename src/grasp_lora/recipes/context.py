@@ -1,6 +1,6 @@
 """What every stage works on: the settings, the data, the backbone, and how to show progress."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from grasp_lora.recipes.progress import Narrator
 from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
 from grasp_lora.tasks.prompts import template_for
+from grasp_lora.timing import Clock
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Context:
         backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
         task: the task of the data.
         narrator: prints for the user.
+        clock: says where the time goes.
+        on_saved: called after every checkpoint.
     """
 
     config: RunConfig
@@ -41,6 +44,8 @@ class Context:
     backbone: Backbone
     task: Task
     narrator: Narrator
+    clock: Clock = field(default_factory=Clock)
+    on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
     _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
 
@@ -68,9 +73,10 @@ class Context:
     def encoded(self, role: str, split: str) -> list[Encoded]:
         """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
         if (role, split) not in self._encoded:
-            rows, report = encode_part(
-                self.config, self.data, self.backbone.tokenizer, role, split, self.longest
-            )
+            with self.clock.span("load"):
+                rows, report = encode_part(
+                    self.config, self.data, self.backbone.tokenizer, role, split, self.longest
+                )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
@@ -96,7 +102,8 @@ class Context:
         scaling: float = 1.0,
     ) -> Iterator[LiveAdapter]:
         """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
-        live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling)
+        with self.clock.span("load"):
+            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling)
         try:
             yield live
         finally:
@@ -106,6 +113,10 @@ class Context:
         """Return input norms over the target train rows, or None for a rule without need."""
         if importance not in NEEDS_NORMS:
             return None
+        with self.clock.span("masks"):
+            return self._norms(live)
+
+    def _norms(self, live: LiveAdapter) -> dict[str, Tensor]:
         blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
         if blank:
             self.narrator.say(
@@ -194,7 +205,11 @@ def open_data(config: RunConfig, context: Context | None) -> RunData:
 
 
 def open_context(
-    config: RunConfig, quiet: bool = False, data: RunData | None = None, training: bool = True
+    config: RunConfig,
+    quiet: bool = False,
+    data: RunData | None = None,
+    training: bool = True,
+    clock: Clock | None = None,
 ) -> Context:
     """Load data, then the backbone (data faults are found before a model is loaded).
 
@@ -203,22 +218,24 @@ def open_context(
         quiet: print nothing.
         data: rows that are read already.
         training: False plans no memory for training.
+        clock: charged from here on; a new one without.
 
     Raises:
         ValueError: the data or the backbone cannot be used, with what to do.
     """
     join(config)
-    narrator = Narrator(quiet or not is_main())
-    data = data or load_run_data(config, narrator.say, training=training)
-    for notice in prompt_notices(config, data):
-        narrator.say(notice)
-    if training:
-        narrator.say(f"memory planned: {planned_memory(config)}")
-    backbone = load_backbone(model_spec(config), narrator.say)
+    narrator, clock = Narrator(quiet or not is_main()), clock or Clock()
+    with clock.span("load"):
+        data = data or load_run_data(config, narrator.say, training=training)
+        for notice in prompt_notices(config, data):
+            narrator.say(notice)
+        if training:
+            narrator.say(f"memory planned: {planned_memory(config)}")
+        backbone = load_backbone(model_spec(config), narrator.say)
     missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
     for argument in missing:
         narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
-    return Context(config, data, backbone, task_named(config.data.task), narrator)
+    return Context(config, data, backbone, task_named(config.data.task), narrator, clock)
 
 
 def prompt_notices(config: RunConfig, data: RunData) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,42 +65,43 @@ def evaluate_adapter(
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data, training=False)
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), context.clock
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = adapted(context.backbone, adapter)
         other = other_base(adapter, config.model.name, context.backbone)
         if other is not None:
             context.narrator.say(other)
-    with attached as model:
-        predictions = {
-            name: _answers(context, model, role, split, f"{title}, {name}")
-            for name, (role, split) in data.test_sets().items()
-        }
+    with ExitStack() as stack:
+        with clock.span("load"):
+            model = stack.enter_context(attached)
+        with clock.span("generate"):
+            predictions = {
+                name: _answers(context, model, role, split, f"{title}, {name}")
+                for name, (role, split) in data.test_sets().items()
+            }
     generated = time.perf_counter()
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         name = context.backbone.public_name
-        scores, per_row = score_sets(
-            config,
-            data.test_sets(),
-            predictions,
-            name,
-            str(context.backbone.device),
-        )
-        write_jsonl(out / "predictions.jsonl", _records(predictions, per_row, name))
-        if data.leaks:
-            scores["leaks"] = [asdict(leak) for leak in data.leaks]
-        write_json(out / "scores.json", scores)
-        made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
-        made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
-        write_json(out / "provenance.json", provenance() | made)
-        seconds = {
-            "seconds": time.perf_counter() - started,
-            "seconds_answering": generated - started,
-            "seconds_scoring": time.perf_counter() - generated,
-        }
-        finish_stage(out, key, seconds)
+        with clock.span("score"):
+            scores, per_row = score_sets(
+                config, data.test_sets(), predictions, name, str(context.backbone.device)
+            )
+        with clock.span("write"):
+            write_jsonl(out / "predictions.jsonl", _records(predictions, per_row, name))
+            if data.leaks:
+                scores["leaks"] = [asdict(leak) for leak in data.leaks]
+            write_json(out / "scores.json", scores)
+            made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
+            made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
+            write_json(out / "provenance.json", provenance() | made)
+            seconds = {
+                "seconds": time.perf_counter() - started,
+                "seconds_answering": generated - started,
+                "seconds_scoring": time.perf_counter() - generated,
+            }
+            finish_stage(out, key, seconds)
     wait_for_all()
     return out
 

@@ -63,11 +63,14 @@ def finetune_at(
     section = config.finetune
     before = epochs_trained(start) if section.mode == "continue" else 0.0
     rule = config.importance if section.importance == "same" else section.importance
-    with context.live(read_start(start, context.backbone), config.mask_unit) as live:
+    with context.clock.span("load"):
+        pruned = read_start(start, context.backbone)
+    with context.live(pruned, config.mask_unit) as live:
         norms = context.norms(live, rule) if ratio > 0 else None
 
         def prune(optimizer: Any = None) -> None:
-            live.commit(live.masks(live.rank(IMPORTANCE[rule], norms), ratio), optimizer)
+            with context.clock.span("masks"):
+                live.commit(live.masks(live.rank(IMPORTANCE[rule], norms), ratio), optimizer)
 
         repeat = ratio > 0 and section.mask_schedule != "once"
         if ratio > 0:
@@ -87,10 +90,11 @@ def finetune_at(
         plain = live.plain()
         zeros = zeros_of(live)
     if is_main():
-        save_plain(out, plain, context.backbone)
-        facts = {"ratio": ratio, "importance": rule, "zeros": zeros}
-        facts |= {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, key, facts)
+        with context.clock.span("write"):
+            save_plain(out, plain, context.backbone)
+            facts = {"ratio": ratio, "importance": rule, "zeros": zeros}
+            facts |= {"seconds": time.perf_counter() - started} | result.facts()
+            finish_stage(out, key, facts)
     wait_for_all()
     return out
 

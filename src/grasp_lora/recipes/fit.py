@@ -18,6 +18,7 @@ from grasp_lora.hf.checkpoint import (
     complete_checkpoints,
     remove_incomplete,
 )
+from grasp_lora.hf.clock import SaveClock, StepClock
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import (
     Diverged,
@@ -32,6 +33,8 @@ from grasp_lora.recipes.processes import is_main, wait_for_all
 from grasp_lora.recipes.progress import BarCallback
 from grasp_lora.runs import check_disk
 from grasp_lora.settings import TrainSettings
+from grasp_lora.tasks.encoding import Collator
+from grasp_lora.timing import Clock
 
 COPIES_PER_CHECKPOINT = 8
 
@@ -115,13 +118,13 @@ def fit(
     config: RunConfig = context.config
     per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation, processes())
     total = run_steps(context, section, role)
-    masks = MaskCallback(live, reprune, reprune_every)
+    clock, masks = context.clock, MaskCallback(live, reprune, reprune_every)
     parts: list[Stateful] = [LiveState(live), *stateful]
-    callbacks: list[TrainerCallback] = [masks, *extra]
+    callbacks: list[TrainerCallback] = [StepClock(clock), masks, *extra]
     best: BestCallback | None = None
     dev = context.rows(role, ["dev"])
     if choose_best and dev.encoded:
-        best = BestCallback(live, dev, per_epoch, patience, lambda _e: None)
+        best = BestCallback(live, dev, per_epoch, patience, lambda _e: None, clock)
         callbacks.append(best)
         parts.append(best)
     if choose_best and not dev.encoded:
@@ -132,8 +135,13 @@ def fit(
         trainer = build_trainer(
             live.model,
             rows,
-            context.collator,
-            [CheckpointCallback(parts, on_resume), *callbacks, BarCallback(done)],
+            _timed(context.collator, clock),
+            [
+                CheckpointCallback(parts, on_resume, clock),
+                *callbacks,
+                BarCallback(done),
+                SaveClock(clock, context.on_saved),
+            ],
             work,
             seed=config.seed,
             epochs=section.epochs,
@@ -161,6 +169,14 @@ def fit(
     evaluations = tuple(best.evaluations) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
     return FitResult(evaluations, kept_best, log, trainer.state.global_step)
+
+
+def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:
+    def batch(rows: list[Any]) -> Any:
+        with clock.span("load"):
+            return collate(rows)
+
+    return batch
 
 
 def checkpoint_bytes(entries: int) -> int:

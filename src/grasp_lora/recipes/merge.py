@@ -50,7 +50,8 @@ def merge_adapters(
     if is_main():
         about = {"kind": config.merge.kind, "weights": list(weights)}
         about |= {"sources": [str(folder) for folder in folders]}
-        write_merged(out, merged, context.backbone, about)
-        finish_stage(out, key, about)
+        with context.clock.span("write"):
+            write_merged(out, merged, context.backbone, about)
+            finish_stage(out, key, about)
     wait_for_all()
     return out

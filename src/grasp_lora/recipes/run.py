@@ -24,6 +24,13 @@ from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_fo
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.scoring import compare_evaluations, missing_metrics
 from grasp_lora.recipes.search import check_search, search_ratio
+from grasp_lora.recipes.times import (
+    carry_times,
+    keep_times,
+    open_clock,
+    timed_stage,
+    write_profile,
+)
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report import write_report
 from grasp_lora.runs import (
@@ -39,6 +46,7 @@ from grasp_lora.runs import (
     write_json,
     write_jsonl,
 )
+from grasp_lora.timing import short_form
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,11 @@ class System:
 
 
 def run(
-    config: RunConfig, overwrite: bool = False, quiet: bool = False, rows: Given | None = None
+    config: RunConfig,
+    overwrite: bool = False,
+    quiet: bool = False,
+    rows: Given | None = None,
+    profile: bool = False,
 ) -> Path:
     """Run every stage that is not done yet and write the run's report.
 
@@ -69,15 +81,19 @@ def run(
         quiet: print nothing.
         rows: rows from Python (lists of mappings, a `datasets.Dataset`), role -> part -> rows, in
             place of `data.<role>.files`; the languages are still the configuration's.
+        profile: write where the time went, stage by stage, and wait for a GPU at the edges of
+            every part, without which its time is charged to whatever waits for it.
 
     Returns:
         The run folder, with `final/` (a PEFT adapter), `ratio.json`, `rounds.jsonl`,
-        `scores.json`, `ratio.png`, `data.json`, `provenance.json` and the stages' own folders.
+        `scores.json`, `ratio.png`, `data.json`, `provenance.json` and the stages' own folders;
+        for a profile `profile.json`, `profile.md` and `profile.png`.
 
     Raises:
         ValueError, FileNotFoundError: something cannot work; raised before any work is done.
         Diverged: a training loss became NaN.
     """
+    clock = open_clock(config, profile)
     join(config)
     faults = config.faults() + config.missing_files() + missing_metrics(config)
     if faults:
@@ -85,38 +101,49 @@ def run(
     out, settings = config.output, config.to_dict()
     decided_by_main(lambda: check_run(out, settings, overwrite))
     given = {"source": config.adapters.source, "target": config.adapters.target}
-    for folder in given.values():
-        if folder is not None:
-            read_adapter(folder)
-    data = load_run_data(config, Narrator(quiet or not is_main()).say, given=rows)
-    context = open_context(config, quiet, data)
+    with clock.span("load"):
+        for folder in given.values():
+            if folder is not None:
+                read_adapter(folder)
+        data = load_run_data(config, Narrator(quiet or not is_main()).say, given=rows)
+    context = open_context(config, quiet, data, clock=clock)
     _check_before_work(context, given)
     decided_by_main(lambda: _open(context, settings, overwrite))
-    adapters = {
-        role: folder or train_adapter(config, role, out / "adapters" / role, context=context)
-        for role, folder in given.items()
-    }
-    merged = merge_adapters(config, list(adapters.values()), out / "merged", context=context)
-    search = search_ratio(config, merged, out / "search", context=context)
-    ratio = read_json(search / "ratio.json")["ratio"]
-    onward = config.finetune.mode == "continue"
-    final = finetune_at(
-        config,
-        search / "adapter" if onward else merged,
-        ratio,
-        out / "final",
-        context=context,
-    )
-    if is_main():
-        publish_search(out, final)
-    scores = _score_systems(context, out, adapters, merged, final)
+    carry_times(context)
+    scores = _stages(context, out, given)
     if is_main():
         write_json(out / "scores.json", scores)
-        write_json(out / "provenance.json", _provenance(context, out))
+        times = keep_times(context)
+        write_json(out / "provenance.json", _provenance(context, short_form(times)))
         write_report(out)
+        if profile:
+            write_profile(out, times)
         finish_run(out)
     wait_for_all()
     return out
+
+
+def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[str, Any]:
+    """Run the stages that are not done yet; return what `scores.json` says."""
+    config = context.config
+    adapters = {role: folder or _trained(context, role) for role, folder in given.items()}
+    with timed_stage(context, out / "merged") as merged:
+        merge_adapters(config, list(adapters.values()), merged, context=context)
+    with timed_stage(context, out / "search") as search:
+        search_ratio(config, merged, search, context=context)
+    ratio = read_json(search / "ratio.json")["ratio"]
+    start = search / "adapter" if config.finetune.mode == "continue" else merged
+    with timed_stage(context, out / "final") as final:
+        finetune_at(config, start, ratio, final, context=context)
+    if is_main():
+        with context.clock.span("write"):
+            publish_search(out, final)
+    return _score_systems(context, out, adapters, merged, final)
+
+
+def _trained(context: Context, role: str) -> Path:
+    with timed_stage(context, context.config.output / "adapters" / role) as folder:
+        return train_adapter(context.config, role, folder, context=context)
 
 
 def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
@@ -186,8 +213,8 @@ def _score_systems(
     alone = _as_long_alone(config)
 
     def unpruned(start: Path, slug: str, title: str) -> Path:
-        folder = out / "baselines" / slug
-        return finetune_at(alone, start, 0.0, folder, context=context, title=title)
+        with timed_stage(context, out / "baselines" / slug) as folder:
+            return finetune_at(alone, start, 0.0, folder, context=context, title=title)
 
     systems: list[System] = []
     if config.evaluate.baselines:
@@ -205,9 +232,9 @@ def _score_systems(
     systems.append(System(f"final: merged, pruned at {ratio:.3f}, fine-tuned", "final", final))
     rows: list[dict[str, Any]] = []
     for system in systems:
-        folder = out / "evaluations" / system.slug
         title = f"evaluate {system.name}"
-        evaluate_adapter(config, system.adapter, folder, context=context, title=title)
+        with timed_stage(context, out / "evaluations" / system.slug) as folder:
+            evaluate_adapter(config, system.adapter, folder, context=context, title=title)
         stage = system.adapter / STAGE_FILE if system.adapter else None
         about = read_json(stage) if stage is not None and stage.exists() else {}
         rows.append(
@@ -215,7 +242,9 @@ def _score_systems(
             | read_json(folder / "scores.json")
             | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
         )
-    return table | {"systems": rows, "comparisons": _against_final(context, out, systems)}
+    with context.clock.span("score"):
+        compared = _against_final(context, out, systems)
+    return table | {"systems": rows, "comparisons": compared}
 
 
 def _against_final(context: Context, out: Path, systems: Sequence[System]) -> dict[str, Any]:
@@ -243,11 +272,7 @@ def _as_long_alone(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"finetune": longer})
 
 
-def _provenance(context: Context, out: Path) -> dict[str, Any]:
-    stages = {
-        str(p.parent.relative_to(out)): read_json(p).get("seconds")
-        for p in sorted(out.rglob(STAGE_FILE))
-    }
+def _provenance(context: Context, times: dict[str, Any]) -> dict[str, Any]:
     return provenance() | {
         "backbone": context.backbone.public_name,
         "base_fingerprint": context.backbone.fingerprint,
@@ -255,7 +280,7 @@ def _provenance(context: Context, out: Path) -> dict[str, Any]:
         "device": str(context.backbone.device),
         "seed": context.config.seed,
         "config_hash": context.config.config_hash(),
-        "stage_seconds": stages,
+        "time": times,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": (
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

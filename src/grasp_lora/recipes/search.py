@@ -88,12 +88,15 @@ def search_ratio(
     context = context or open_context(config, data=data)
     planned = check_search(context)
     started = time.perf_counter()
-    start = read_start(merged, context.backbone)
+    clock = context.clock
+    with clock.span("load"):
+        start = read_start(merged, context.backbone)
     out.mkdir(parents=True, exist_ok=True)
 
     def record(state: ControllerState, _last: RoundRecord) -> None:
         if is_main():
-            write_rounds(out, state, ids)
+            with clock.span("write"):
+                write_rounds(out, state, ids)
 
     with context.live(start, config.mask_unit) as live:
         rows = context.rows("target", POOLS[config.controller.probe_rows])
@@ -124,12 +127,13 @@ def search_ratio(
         ended = _as_merged(live, start)
     choice = choose_ratio(searcher.controller, config.controller)
     if is_main():
-        about = {"kind": "search", "epochs": _epochs(context, result.steps)}
-        write_merged(out / "adapter", ended, context.backbone, about)
-        write_rounds(out, searcher.controller, ids)
-        write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
-        facts = {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, key, facts)
+        with clock.span("write"):
+            about = {"kind": "search", "epochs": _epochs(context, result.steps)}
+            write_merged(out / "adapter", ended, context.backbone, about)
+            write_rounds(out, searcher.controller, ids)
+            write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
+            facts = {"seconds": time.perf_counter() - started} | result.facts()
+            finish_stage(out, key, facts)
     wait_for_all()
     return out
 

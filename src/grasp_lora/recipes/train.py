@@ -66,9 +66,10 @@ def train_adapter(
         )
         plain = live.plain()
     if is_main():
-        save_plain(out, plain, context.backbone, scaling)
-        facts = {"seconds": time.perf_counter() - started} | result.facts()
-        finish_stage(out, key, facts)
+        with context.clock.span("write"):
+            save_plain(out, plain, context.backbone, scaling)
+            facts = {"seconds": time.perf_counter() - started} | result.facts()
+            finish_stage(out, key, facts)
     wait_for_all()
     return out
 
