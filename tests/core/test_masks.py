@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grasp_lora.core.masks import keep_at, pruned_count, rank_entries, zero_fraction
+from grasp_lora.core import masks
+from grasp_lora.core.masks import Mask, keep_masks, pruned_count, zero_fraction
 
 
 def keep_by_sorting(scores, ratio):
@@ -16,57 +17,94 @@ def keep_by_sorting(scores, ratio):
     return torch.tensor([i not in pruned for i in range(len(flat))]).reshape(scores.shape)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.29, 0.5, 0.6, 0.999, 1.0])
-def test_keep_at_equals_a_plain_sort_with_ties(ratio):
-    scores = torch.randint(0, 6, (10, 10), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(keep_at(rank_entries(scores), ratio), keep_by_sorting(scores, ratio))
+def keep_at(scores, ratio):
+    return keep_masks(scores, [ratio])[0]
+
+
+@pytest.fixture(params=["selection", "sort"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "sort":
+        monkeypatch.setattr(masks, "_MOST_SELECTIONS", 0)
+
+
+RATIOS = [0.0, 0.1, 0.25, 0.29, 0.5, 0.6, 0.999, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("levels", [1, 2, 6, 1000])
+def test_masks_of_many_ratios_equal_a_plain_sort_with_ties(levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (10, 10), generator=generator).float()
+    for ratio, keep in zip(RATIOS, keep_masks(scores, RATIOS), strict=True):
+        assert torch.equal(keep, keep_by_sorting(scores, ratio))
+
+
+def test_the_same_ratio_twice_and_no_ratio_at_all():
+    scores = torch.rand(9, generator=torch.Generator().manual_seed(3))
+    one, other = keep_masks(scores, [0.4, 0.4])
+    assert torch.equal(one, other)
+    assert keep_masks(scores, []) == []
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_keep_counts_exactly_when_all_scores_tie(ratio):
-    keep = keep_at(rank_entries(torch.zeros(10, 10)), ratio)
+    keep = keep_at(torch.zeros(10, 10), ratio)
     assert int(keep.sum()) == 100 - round(100 * ratio)
     assert torch.equal(keep.flatten(), torch.arange(100) < 100 - round(100 * ratio))
 
 
 def test_masks_are_nested_in_the_ratio():
-    scores = torch.rand(37, generator=torch.Generator().manual_seed(1))
-    ranks = rank_entries(scores)
-    masks = [keep_at(ranks, i / 50) for i in range(51)]
-    assert all(bool((high <= low).all()) for low, high in zip(masks, masks[1:], strict=False))
+    scores = torch.randint(0, 9, (37,), generator=torch.Generator().manual_seed(1)).float()
+    cut = keep_masks(scores, [i / 50 for i in range(51)])
+    assert all(bool((high <= low).all()) for low, high in zip(cut, cut[1:], strict=False))
 
 
 def test_ratio_zero_keeps_all_and_ratio_one_keeps_none():
-    ranks = rank_entries(torch.rand(3, 4, generator=torch.Generator().manual_seed(1)))
-    assert bool(keep_at(ranks, 0.0).all())
-    assert not bool(keep_at(ranks, 1.0).any())
+    scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
+    assert bool(keep_at(scores, 0.0).all())
+    assert not bool(keep_at(scores, 1.0).any())
 
 
 def test_one_entry_goes_at_half():
-    ranks = rank_entries(torch.tensor([3.0]))
-    assert keep_at(ranks, 0.49).tolist() == [True]
-    assert keep_at(ranks, 0.5).tolist() == [False]
+    assert keep_at(torch.tensor([3.0]), 0.49).tolist() == [True]
+    assert keep_at(torch.tensor([3.0]), 0.5).tolist() == [False]
 
 
 def test_empty_and_scalar_tensors_have_masks():
-    assert keep_at(rank_entries(torch.empty(0, 4)), 0.5).shape == (0, 4)
-    assert keep_at(rank_entries(torch.tensor(1.0)), 1.0).tolist() is False
+    assert keep_at(torch.empty(0, 4), 0.5).shape == (0, 4)
+    assert keep_at(torch.tensor(1.0), 1.0).tolist() is False
 
 
-def test_ranks_are_int32_and_infinite_scores_are_ordered():
-    ranks = rank_entries(torch.tensor([[1.0, math.inf], [-math.inf, 1.0]]))
-    assert ranks.dtype == torch.int32
-    assert ranks.tolist() == [[1, 0], [3, 2]]
+def test_infinite_scores_are_ordered():
+    scores = torch.tensor([[1.0, math.inf], [-math.inf, 1.0]])
+    assert keep_at(scores, 0.25).tolist() == [[True, True], [False, True]]
+    assert keep_at(scores, 0.5).tolist() == [[True, True], [False, False]]
+    assert keep_at(scores, 0.75).tolist() == [[False, True], [False, False]]
 
 
-def test_a_transposed_tensor_is_ranked_by_its_own_positions():
+def test_a_transposed_tensor_is_cut_by_its_own_positions():
     scores = torch.zeros(2, 3).T
-    assert rank_entries(scores).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert keep_at(scores, 0.5).tolist() == [[True, True], [True, False], [False, False]]
 
 
 def test_nan_scores_are_refused():
     with pytest.raises(ValueError, match="got NaN"):
-        rank_entries(torch.tensor([1.0, math.nan]))
+        keep_at(torch.tensor([1.0, math.nan]), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (16, 16)])
+def test_a_packed_mask_gives_back_what_it_was_made_of(shape):
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.4
+    packed = Mask.of(keep)
+    assert packed.bits.dtype == torch.uint8
+    assert packed.bits.numel() == math.ceil(keep.numel() / 8)
+    assert torch.equal(packed.keep(), keep)
+    assert torch.equal(Mask.of(keep.T if keep.dim() == 2 else keep).keep().sum(), keep.sum())
+
+
+def test_entry_i_is_bit_i_of_the_packed_mask():
+    keep = torch.tensor([True, False, True] + [False] * 6 + [True])
+    assert Mask.of(keep).bits.tolist() == [0b101, 0b10]
 
 
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, 40.0, math.nan])

@@ -8,8 +8,8 @@ import torch
 
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import LoraFactors, merge
-from grasp_lora.core.masks import pruned_count
-from grasp_lora.hf.live import LiveAdapter, go_live
+from grasp_lora.core.masks import Mask, pruned_count
+from grasp_lora.hf.live import LiveAdapter, go_live, scored
 from helpers import logits_of, random_ids, tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -35,8 +35,8 @@ def live_of(kind: str = "cat", mask_unit: str = "source", ranks=(3, 3), **settin
     return go_live(model, merged, mask_unit, **settings)
 
 
-def pruned_at(live: LiveAdapter, ratio: float) -> dict[str, torch.Tensor]:
-    return live.masks(live.rank(IMPORTANCE["magnitude"], None), ratio)
+def pruned_at(live: LiveAdapter, ratio: float) -> dict[str, Mask]:
+    return live.masks(scored(IMPORTANCE["magnitude"], None), [ratio])[0]
 
 
 def trained_optimizer(live: LiveAdapter, weight_decay: float = 0.1, steps: int = 3):
@@ -89,7 +89,7 @@ def test_every_source_loses_exactly_the_ratio_in_each_tensor(kind, ranks, ratio)
     live = live_of(kind, "source", ranks)
     masks = pruned_at(live, ratio)
     for block in live.blocks:
-        for keep in (masks[block.a][block.rows], masks[block.b][:, block.rows]):
+        for keep in (masks[block.a].keep()[block.rows], masks[block.b].keep()[:, block.rows]):
             assert int((~keep).sum()) == pruned_count(keep.numel(), ratio)
 
 
@@ -100,7 +100,7 @@ def test_one_threshold_for_a_concatenated_tensor_prunes_the_smaller_source_harde
     }
     merged = merge("cat", [factors(model, 0, 3), small], [0.5, 0.5])
     live = go_live(model, merged, "merged")
-    keep = pruned_at(live, 0.5)[f"{MODULES[0]}.A"]
+    keep = pruned_at(live, 0.5)[f"{MODULES[0]}.A"].keep()
     assert keep[3:].float().mean() < 0.2 < 0.8 < keep[:3].float().mean()
 
 
@@ -118,7 +118,7 @@ def everything(live: LiveAdapter, optimizer) -> dict[str, object]:
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),
-        "stash": [s.clone() for s in live.stash.values()],
+        "stash": [live.effective(n).clone() for n in live.params],
     }
 
 
@@ -132,8 +132,9 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8, 1.0])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_trial_restores_everything_also_after_an_exception(fails):
+def test_a_trial_restores_everything_also_after_an_exception(fails, ratio):
     live = live_of(dropout=0.1)
     optimizer = trained_optimizer(live)
     live.commit(pruned_at(live, 0.4), optimizer)
@@ -144,10 +145,10 @@ def test_a_trial_restores_everything_also_after_an_exception(fails):
     before = everything(live, optimizer)
 
     def meddle() -> None:
-        with live.trial(pruned_at(live, 0.8), optimizer):
+        with live.trial(pruned_at(live, ratio)):
             assert not any(m.training for m in live.model.modules())
-            live.model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
+            if ratio < 1:
+                live.model(input_ids=ids, labels=ids).loss.backward()
             live.model.train()
             torch.rand(3), random.random(), np.random.rand()
             if fails:
@@ -161,6 +162,76 @@ def test_a_trial_restores_everything_also_after_an_exception(fails):
     assert same(before, everything(live, optimizer))
 
 
+def test_a_trial_whose_body_writes_weights_is_refused_and_the_rest_restored():
+    live = live_of(dropout=0.1)
+    optimizer = trained_optimizer(live)
+    ids = random_ids(seed=9)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    before = everything(live, optimizer)
+
+    def step_inside() -> None:
+        with live.trial(pruned_at(live, 0.8)):
+            live.model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="wrote to the adapter weights"):
+        step_inside()
+    after = everything(live, optimizer)
+    for kind in ("gradients", "modes", "torch", "python", "numpy"):
+        assert same(before[kind], after[kind])
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("committed", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("tried", [0.0, 0.3, 0.6, 1.0])
+def test_a_trial_equals_masking_a_whole_copy(kind, committed, tried):
+    live = live_of(kind)
+    live.commit(pruned_at(live, committed))
+    whole = {n: live.effective(n).clone() for n in live.params}
+    weights = {n: p.detach().clone() for n, p in live.params.items()}
+    masks = pruned_at(live, tried)
+    with live.trial(masks):
+        for name, param in live.params.items():
+            assert torch.equal(param, whole[name] * masks[name].keep())
+    assert all(torch.equal(p, weights[n]) for n, p in live.params.items())
+    assert all(torch.equal(live.effective(n), whole[n]) for n in whole)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "activation"])
+@pytest.mark.parametrize("mask_unit", ["source", "merged"])
+def test_masks_of_many_ratios_come_from_one_pass_and_equal_those_of_one_ratio(rule, mask_unit):
+    live = live_of("cat", mask_unit, ranks=(2, 5))
+    generator = torch.Generator().manual_seed(3)
+    norms = {
+        n: torch.rand(layer.in_features, generator=generator) for n, layer in live.layers.items()
+    }
+    calls = []
+
+    def score(block, a, b):
+        calls.append(block)
+        return IMPORTANCE[rule](a, b, norms[block.module])
+
+    ratios = [0.7, 0.1, 0.4]
+    together = live.masks(score, ratios)
+    assert calls == list(live.blocks)
+    for ratio, masks in zip(ratios, together, strict=True):
+        (alone,) = live.masks(scored(IMPORTANCE[rule], norms), [ratio])
+        for name in live.params:
+            assert torch.equal(masks[name].keep(), alone[name].keep())
+
+
+def test_masks_and_stash_take_a_bit_an_entry_and_a_value_for_each_pruned_one():
+    live = live_of()
+    assert live.held_bytes() == 0
+    live.commit(pruned_at(live, 0.8))
+    entries = sum(p.numel() for p in live.params.values())
+    pruned = sum(int((~live.keep(n)).sum()) for n in live.params)
+    assert live.held_bytes() == sum(-(-p.numel() // 8) for p in live.params.values()) + 4 * pruned
+    assert live.held_bytes() < 1.0 * 4 * entries
+    live.commit(pruned_at(live, 0.0))
+    assert live.held_bytes() == 0
+
+
 def test_a_trial_runs_with_the_masked_weights():
     live = live_of()
     masks = pruned_at(live, 0.5)
@@ -168,7 +239,7 @@ def test_a_trial_runs_with_the_masked_weights():
     with live.trial(masks):
         seen = logits_of(live.model, ids)
         for name, param in live.params.items():
-            assert torch.equal(param == 0, ~masks[name])
+            assert torch.equal(param == 0, ~masks[name].keep())
     live.commit(masks)
     assert torch.equal(seen, logits_of(live.model.eval(), ids))
 
@@ -189,7 +260,7 @@ def test_committing_a_ratio_below_the_current_one_revives_what_matters_most():
     live.commit(pruned_at(live, 0.8))
     live.commit(pruned_at(live, 0.5))
     block = live.blocks[0]
-    keep = live.keep[block.a][block.rows]
+    keep = live.keep(block.a)[block.rows]
     scores = magnitudes[block.a][block.rows]
     assert scores[keep].min() >= scores[~keep].max()
 
@@ -200,14 +271,14 @@ def test_a_commit_clears_the_moments_of_newly_pruned_entries_only():
     live.commit(pruned_at(live, 0.3), optimizer)
     train_step(live, optimizer, 11)
     old = {
-        n: (live.keep[n].clone(), {k: v.clone() for k, v in optimizer.state[p].items()})
+        n: (live.keep(n), {k: v.clone() for k, v in optimizer.state[p].items()})
         for n, p in live.params.items()
     }
     masks = pruned_at(live, 0.6)
     live.commit(masks, optimizer)
     for name, param in live.params.items():
         was, state = old[name]
-        newly = was & ~masks[name]
+        newly = was & ~masks[name].keep()
         assert newly.any()
         for key in ("exp_avg", "exp_avg_sq"):
             now = optimizer.state[param][key]
@@ -224,8 +295,8 @@ def test_committed_zeros_survive_adamw_with_weight_decay_and_momentum():
     for step in range(5):
         train_step(live, optimizer, step)
     for name, param in live.params.items():
-        assert (param[~masks[name]] == 0).all()
-        assert (param[masks[name]] != 0).all()
+        assert (param[~masks[name].keep()] == 0).all()
+        assert (param[masks[name].keep()] != 0).all()
 
 
 def test_pruned_entries_do_not_count_in_the_clipping_norm_nor_refill_the_moments():
@@ -237,13 +308,13 @@ def test_pruned_entries_do_not_count_in_the_clipping_norm_nor_refill_the_moments
     for _ in range(2):  # two batches accumulate
         live.model(input_ids=ids, labels=ids).loss.backward()
     for name, param in live.params.items():
-        assert (param.grad[~masks[name]] == 0).all()
+        assert (param.grad[~masks[name].keep()] == 0).all()
     norm = torch.nn.utils.clip_grad_norm_(live.params.values(), 1.0)
-    kept = torch.cat([p.grad[masks[n]] for n, p in live.params.items()])
+    kept = torch.cat([p.grad[masks[n].keep()] for n, p in live.params.items()])
     assert kept.norm() == pytest.approx(min(1.0, float(norm)), rel=1e-4)
     optimizer.step()
     for name, param in live.params.items():
-        assert (optimizer.state[param]["exp_avg"][~masks[name]] == 0).all()
+        assert (optimizer.state[param]["exp_avg"][~masks[name].keep()] == 0).all()
 
 
 def test_enforce_clears_nan_too():
@@ -251,9 +322,9 @@ def test_enforce_clears_nan_too():
     masks = pruned_at(live, 0.5)
     live.commit(masks)
     for name, param in live.params.items():
-        param.data[~masks[name]] = float("nan")
+        param.data[~masks[name].keep()] = float("nan")
     live.enforce()
-    assert all((p[~masks[n]] == 0).all() for n, p in live.params.items())
+    assert all((p[~masks[n].keep()] == 0).all() for n, p in live.params.items())
 
 
 def test_a_snapshot_brings_back_weights_masks_and_stash():
@@ -265,7 +336,7 @@ def test_a_snapshot_brings_back_weights_masks_and_stash():
     live.commit(pruned_at(live, 0.8), optimizer)
     live.load(saved)
     assert all(torch.equal(live.effective(n), expected[n]) for n in expected)
-    assert all(torch.equal(p == 0, ~live.keep[n]) for n, p in live.params.items())
+    assert all(torch.equal(p == 0, ~live.keep(n)) for n, p in live.params.items())
 
 
 def test_svd_mixes_the_sources_so_source_units_are_refused():

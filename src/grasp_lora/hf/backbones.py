@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from grasp_lora.hf.attention import use_products
 from grasp_lora.hf.cache import (
     SHORT_NAMES,
     GgufSource,
@@ -154,6 +155,8 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if output_embeddings(model) is not None:
         fold_output_layer(model)
+    if spec.attn_implementation is None:
+        use_products(model)
     return Backbone(
         model=model,
         tokenizer=tokenizer,

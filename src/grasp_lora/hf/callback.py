@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 
 from grasp_lora.core import rounds
 from grasp_lora.core.rounds import ControllerConfig, ControllerState, RoundRecord
-from grasp_lora.hf.live import LiveAdapter, Score
+from grasp_lora.hf.live import Block, LiveAdapter, Rule, Score, scored
 from grasp_lora.hf.preserve import preserved
 from grasp_lora.hf.probe import Rows, row_losses
+from grasp_lora.timing import Clock
 
 
 class MaskCallback(TrainerCallback):
@@ -70,7 +71,7 @@ class SearchCallback(TrainerCallback):
         live: the adapter.
         config: the controller's settings.
         pool: rows to probe.
-        score: importance rule.
+        rule: importance rule.
         norms: input norms of the rule, or None.
         seed: seed of the controller's own generator.
         total_steps: optimizer steps of the whole run.
@@ -78,6 +79,7 @@ class SearchCallback(TrainerCallback):
         on_round: called with every round's record after it is closed.
         discard: probe, but never commit and never move (the probes' side effects can then be
             measured: there are none).
+        clock: charged with `baseline`, `probe` and `masks`.
     """
 
     name = "search"
@@ -87,24 +89,25 @@ class SearchCallback(TrainerCallback):
         live: LiveAdapter,
         config: ControllerConfig,
         pool: ProbePool,
-        score: Score,
+        rule: Rule,
         norms: Mapping[str, Tensor] | None,
         seed: int,
         total_steps: int,
         planned: int,
         on_round: Callable[[ControllerState, RoundRecord], None],
         discard: bool = False,
+        clock: Clock | None = None,
     ):
         self._live = live
         self._config = config
         self._pool = pool
-        self._score = score
-        self._norms = norms
+        self._score = scored(rule, norms)
+        self._first = None if config.refresh_importance else _FirstScores(self._score)
         self._total_steps = total_steps
         self._on_round = on_round
         self._discard = discard
+        self._clock = clock or Clock()
         self._generator = torch.Generator().manual_seed(seed)
-        self._first_ranks: dict[str, Tensor] = {}
         self._fixed: list[tuple[list[int], Any]] | None = None
         self.controller = rounds.begin(config, planned)
         self.flipped: list[int] = []
@@ -126,23 +129,19 @@ class SearchCallback(TrainerCallback):
             self._fixed = rows.batches(drawn)
         return drawn, self._fixed
 
-    def _ranks(self) -> dict[str, Tensor]:
-        if self._config.refresh_importance or not self._first_ranks:
-            self._first_ranks = self._live.rank(self._score, self._norms)
-        return self._first_ranks
-
     def _round(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        live, clock, score = self._live, self._clock, self._first or self._score
         drawn, batches = self._rows()
         candidates = rounds.propose(self.controller, self._config, self._generator)
-        ranks = self._ranks()
-        live = self._live
-        losses: list[list[float]] = []
-        with preserved(live.model, live.params):
+        with clock.span("baseline"), preserved(live.model, live.params):
             live.model.eval()
             baseline = row_losses(live.model, batches, len(drawn))
-        for ratio in candidates:
-            with live.trial(live.masks(ranks, ratio), optimizer):
-                losses.append(row_losses(live.model, batches, len(drawn)))
+        losses: list[list[float]] = []
+        with clock.span("masks"):
+            cut = dict(zip(candidates, live.masks(score, candidates), strict=True))
+            for ratio in candidates:
+                with live.trial(cut[ratio]), clock.span("probe"):
+                    losses.append(row_losses(live.model, batches, len(drawn)))
         self.forwards += len(drawn) * (1 + len(candidates))
         if self._discard:
             return
@@ -151,15 +150,19 @@ class SearchCallback(TrainerCallback):
         )
         flipped = 0
         if record.committed:
-            flipped = live.commit(live.masks(ranks, record.mask_ratio), optimizer)
+            with clock.span("masks"):
+                wanted = cut.get(record.mask_ratio)
+                if wanted is None:
+                    (wanted,) = live.masks(score, [record.mask_ratio])
+                flipped = live.commit(wanted, optimizer)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return generator, importance of the first round where it is kept, and history."""
         tensors = {"generator": self._generator.get_state()}
-        if not self._config.refresh_importance:
-            tensors |= {f"ranks.{n}": r.cpu() for n, r in self._first_ranks.items()}
+        if self._first is not None:
+            tensors |= {f"scores.{n}": held.cpu() for n, held in self._first.held.items()}
         values = {
             "controller": rounds.state_to_json(self.controller),
             "flipped": self.flipped,
@@ -170,11 +173,27 @@ class SearchCallback(TrainerCallback):
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over a state; rounds after it are forgotten."""
         self._generator.set_state(tensors["generator"])
-        self._first_ranks = {
-            n.removeprefix("ranks."): t.to(self._live.params[n.removeprefix("ranks.")].device)
-            for n, t in tensors.items()
-            if n.startswith("ranks.")
-        }
+        if self._first is not None:
+            device = next(iter(self._live.params.values())).device
+            self._first.held = {
+                n.removeprefix("scores."): t.to(device)
+                for n, t in tensors.items()
+                if n.startswith("scores.")
+            }
         self.controller = rounds.state_from_json(values["controller"])
         self.flipped = list(values["flipped"])
         self.forwards = int(values["forwards"])
+
+
+class _FirstScores:
+    """Importance as it was when a block was first scored (`refresh_importance: false`)."""
+
+    def __init__(self, score: Score):
+        self._score = score
+        self.held: dict[str, Tensor] = {}
+
+    def __call__(self, block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        names = [f"{block.module}.{side}.{block.source}" for side in "AB"]
+        if names[0] not in self.held:
+            self.held |= zip(names, self._score(block, a, b), strict=True)
+        return self.held[names[0]], self.held[names[1]]

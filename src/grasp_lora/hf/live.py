@@ -4,11 +4,16 @@ Every trainable LoRA tensor is cut into *blocks*, the tensors a prune ratio appl
 the whole tensor (`merged`), or the part of it that came from one source adapter (`source`). A
 pruned entry is exactly zero in the weights; its last value waits in a stash, so that it is scored
 by that value and can come back with it.
+
+Memory beside the weights: the stash (a value for each pruned entry) and masks of one bit an entry.
+A trial writes only the entries it changes and keeps only the values it takes away; every entry's
+value is held once in all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,12 +21,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.masks import keep_at, rank_entries
+from grasp_lora.core.masks import Mask, keep_masks
 from grasp_lora.hf.attach import adapter_modules, attach_adapter
 from grasp_lora.hf.preserve import preserved
 
-Masks = Mapping[str, Tensor]
-Score = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Masks = Mapping[str, Mask]
+"""Name of a parameter -> its keep mask."""
+
+Rule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""An entry of `core.importance.IMPORTANCE`."""
+
+Score = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(block, its A [r, in], its B [out, r]) -> importance of their entries; see `scored`."""
 
 
 class SumOfSources(nn.Module):
@@ -83,10 +94,8 @@ class LiveAdapter:
         self.params = params
         self.blocks = blocks
         self.layers = layers
-        self.keep: dict[str, Tensor] = {
-            n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()
-        }
-        self.stash: dict[str, Tensor] = {n: p.data.new_empty(0) for n, p in params.items()}
+        self._keep: dict[str, Mask] = {}
+        self._stash: dict[str, Tensor] = {}
         for name, param in params.items():
             param.register_hook(self._gradient_filter(name))
 
@@ -94,64 +103,107 @@ class LiveAdapter:
         # Filtering as the gradient arrives, not after the backward pass, keeps pruned entries out
         # of the norm that clipping divides by and out of Adam's moments.
         def keep_only(gradient: Tensor) -> Tensor | None:
-            return gradient.masked_fill(~self.keep[name], 0.0) if self.any_pruned(name) else None
+            if not self.any_pruned(name):
+                return None
+            return gradient.masked_fill(~self.keep(name), 0.0)
 
         return keep_only
 
     def any_pruned(self, name: str) -> bool:
         """Return whether the tensor has a pruned entry."""
-        return self.stash[name].numel() > 0
+        return name in self._keep
+
+    def keep(self, name: str) -> Tensor:
+        """Return the tensor's keep mask, True = kept (a copy)."""
+        if self.any_pruned(name):
+            return self._keep[name].keep()
+        return torch.ones_like(self.params[name], dtype=torch.bool)
 
     def effective(self, name: str) -> Tensor:
-        """Return the tensor with every pruned entry at its stashed value (a copy)."""
-        value = self.params[name].detach().clone()
-        if self.any_pruned(name):
-            value[~self.keep[name]] = self.stash[name]
-        return value
+        """Return the tensor with every pruned entry at its stashed value; read it only."""
+        value = self.params[name].detach()
+        if not self.any_pruned(name):
+            return value
+        return value.masked_scatter(~self.keep(name), self._stash[name])
 
     def effective_blocks(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
-        """Yield (block, A [r, in], B [out, r]) with stashed values in place."""
-        values = {name: self.effective(name) for name in self.params}
-        for block in self.blocks:
-            yield block, values[block.a][block.rows], values[block.b][:, block.rows]
+        """Yield (block, A [r, in], B [out, r]) with stashed values in place; read them only."""
+        for (name_a, name_b), blocks in groupby(self.blocks, key=lambda block: (block.a, block.b)):
+            a, b = self.effective(name_a), self.effective(name_b)
+            for block in blocks:
+                yield block, a[block.rows], b[:, block.rows]
 
-    def rank(self, score: Score, norms: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return name -> int32 importance positions, counted within each block's own tensors.
+    def masks(
+        self,
+        score: Callable[[Block, Tensor, Tensor], tuple[Tensor, Tensor]],
+        ratios: Sequence[float],
+    ) -> list[Masks]:
+        """Return for each ratio the masks that prune it of every block's tensors.
+
+        One pass over the adapter: importance is computed once for all ratios, and only one
+        module's is held at a time.
 
         Args:
-            score: an entry of `core.importance.IMPORTANCE`.
-            norms: module name -> input norms [in], or None for rules that need none.
+            score: importance of a block's A [r, in] and B [out, r]; see `scored`.
+            ratios: fractions removed, in [0, 1].
         """
-        ranks = {n: torch.zeros_like(p, dtype=torch.int32) for n, p in self.params.items()}
-        for block, a, b in self.effective_blocks():
-            norm = None if norms is None else norms[block.module].to(a.device)
-            score_a, score_b = score(a, b, norm)
-            ranks[block.a][block.rows] = rank_entries(score_a)
-            ranks[block.b][:, block.rows] = rank_entries(score_b)
-        return ranks
-
-    def masks(self, ranks: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
-        """Return name -> keep masks that prune `ratio` of every block's tensors."""
-        keep = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.params.items()}
-        for block in self.blocks:
-            keep[block.a][block.rows] = keep_at(ranks[block.a][block.rows], ratio)
-            keep[block.b][:, block.rows] = keep_at(ranks[block.b][:, block.rows], ratio)
-        return keep
+        cut: list[dict[str, Mask]] = [{} for _ in ratios]
+        scored_blocks = ((block, *score(block, a, b)) for block, a, b in self.effective_blocks())
+        for names, group in groupby(scored_blocks, key=lambda item: (item[0].a, item[0].b)):
+            drafts = [
+                tuple(torch.empty_like(self.params[n], dtype=torch.bool) for n in names)
+                for _ in ratios
+            ]
+            for block, score_a, score_b in group:
+                both = zip(
+                    drafts, keep_masks(score_a, ratios), keep_masks(score_b, ratios), strict=True
+                )
+                for (keep_a, keep_b), found_a, found_b in both:
+                    keep_a[block.rows] = found_a
+                    keep_b[:, block.rows] = found_b
+            for masks, draft in zip(cut, drafts, strict=True):
+                masks.update((n, Mask.of(keep)) for n, keep in zip(names, draft, strict=True))
+        return list(cut)
 
     @contextmanager
-    def trial(self, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    def trial(self, masks: Masks) -> Iterator[None]:
         """Run the body under `masks` in eval mode, then put everything back as it was.
 
-        Put back, also after an exception: weights, gradients, the optimizer's state (when given),
-        every module's train/eval mode and every random generator. Entries that the mask keeps but
-        that are pruned now take part with their stashed value.
+        Put back, also after an exception: the entries that the masks changed, gradients, every
+        module's train or eval mode and every random generator. Entries that a mask keeps but that
+        are pruned now take part with their stashed value.
+
+        Raises:
+            RuntimeError: the body wrote to the weights, which it may not.
         """
-        with preserved(self.model, self.params, optimizer):
-            with torch.no_grad():
-                for name, param in self.params.items():
-                    param.copy_(self.effective(name).masked_fill_(~masks[name], 0.0))
-            self.model.eval()
-            yield
+        taken: dict[str, Tensor] = {}
+        try:
+            for name in self.params:
+                taken[name] = self._apply(name, masks[name].keep())
+            with preserved(self.model, self.params):
+                self.model.eval()
+                yield
+        finally:
+            for name, values in taken.items():
+                self._undo(name, masks[name].keep(), values)
+
+    @torch.no_grad()
+    def _apply(self, name: str, wanted: Tensor) -> Tensor:
+        """Put `wanted` in force without touching mask or stash; return the values taken away."""
+        param, keep = self.params[name], self.keep(name)
+        pruned = keep & ~wanted
+        values = param[pruned]
+        param.masked_fill_(pruned, 0.0)
+        if self.any_pruned(name):
+            param.masked_scatter_(wanted & ~keep, self._stash[name][wanted[~keep]])
+        return values
+
+    @torch.no_grad()
+    def _undo(self, name: str, wanted: Tensor, values: Tensor) -> None:
+        param, keep = self.params[name], self.keep(name)
+        param.masked_scatter_(keep & ~wanted, values)
+        if self.any_pruned(name):
+            param.masked_fill_(~keep, 0.0)
 
     @torch.no_grad()
     def commit(self, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -163,17 +215,21 @@ class LiveAdapter:
         """
         flipped = 0
         for name, param in self.params.items():
-            keep = masks[name]
+            keep, wanted = self.keep(name), masks[name].keep()
+            pruned = keep & ~wanted
+            flipped += int((keep ^ wanted).sum())
             value = self.effective(name)
-            newly_pruned = self.keep[name] & ~keep
-            flipped += int((self.keep[name] ^ keep).sum())
-            self.stash[name] = value[~keep]
-            self.keep[name] = keep.clone()
-            param.copy_(value.masked_fill_(~keep, 0.0))
+            stash = value[~wanted]
+            param.copy_(value.masked_fill(~wanted, 0.0))
+            if stash.numel() > 0:
+                self._keep[name], self._stash[name] = masks[name], stash
+            else:
+                self._keep.pop(name, None)
+                self._stash.pop(name, None)
             if optimizer is not None:
                 for state in optimizer.state.get(param, {}).values():
                     if isinstance(state, Tensor) and state.shape == param.shape:
-                        state.masked_fill_(newly_pruned, 0)
+                        state.masked_fill_(pruned, 0)
         return flipped
 
     @torch.no_grad()
@@ -181,24 +237,32 @@ class LiveAdapter:
         """Set pruned entries to zero again (momentum and weight decay move them)."""
         for name, param in self.params.items():
             if self.any_pruned(name):
-                param.masked_fill_(~self.keep[name], 0.0)
+                param.masked_fill_(~self.keep(name), 0.0)
+
+    def held_bytes(self) -> int:
+        """Return the memory of masks and stash, in bytes."""
+        return sum(self._keep[n].bits.nbytes + self._stash[n].nbytes for n in self._keep)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return copies of weights, masks and stash, on the CPU."""
+        """Return copies of weights, masks (bits) and stash, on the CPU."""
         out: dict[str, Tensor] = {}
         for name, param in self.params.items():
             out[f"weight.{name}"] = param.detach().cpu().clone()
-            out[f"keep.{name}"] = self.keep[name].cpu().clone()
-            out[f"stash.{name}"] = self.stash[name].cpu().clone()
+            if self.any_pruned(name):
+                out[f"keep.{name}"] = self._keep[name].bits.cpu().clone()
+                out[f"stash.{name}"] = self._stash[name].cpu().clone()
         return out
 
     @torch.no_grad()
     def load(self, snapshot: Mapping[str, Tensor]) -> None:
         """Take over a `snapshot` of an adapter of the same layout."""
+        self._keep.clear()
+        self._stash.clear()
         for name, param in self.params.items():
             param.copy_(snapshot[f"weight.{name}"])
-            self.keep[name] = snapshot[f"keep.{name}"].to(param.device)
-            self.stash[name] = snapshot[f"stash.{name}"].to(param.device)
+            if f"keep.{name}" in snapshot:
+                self._keep[name] = Mask(snapshot[f"keep.{name}"].to(param.device), param.shape)
+                self._stash[name] = snapshot[f"stash.{name}"].to(param.device)
 
     def plain(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return module -> (A, B) as a plain LoRA layer holds them, on the CPU."""
@@ -209,6 +273,20 @@ class LiveAdapter:
             )
             for name, layer in self.layers.items()
         }
+
+
+def scored(rule: Rule, norms: Mapping[str, Tensor] | None) -> Score:
+    """Return the scores of blocks by a rule, for `LiveAdapter.masks`.
+
+    Args:
+        rule: an entry of `core.importance.IMPORTANCE`.
+        norms: module name -> input norms [in], or None for rules that need none.
+    """
+
+    def score(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return rule(a, b, None if norms is None else norms[block.module].to(a.device))
+
+    return score
 
 
 def go_live(

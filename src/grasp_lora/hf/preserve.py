@@ -7,56 +7,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
-def preserved(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Iterator[None]:
-    """Restore weights, gradients, optimizer state, modes and random generators on exit."""
-    weights = {n: p.detach().clone() for n, p in params.items()}
+def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Restore gradients, modes and random generators on exit; the body may not write weights.
+
+    No copy of the weights is kept, which would cost as much memory as the adapter itself: a body
+    that writes them is found out by the tensors' version counters, after all else is restored.
+
+    Args:
+        model: its modules' train or eval modes are restored.
+        params: name -> the tensors that are watched.
+
+    Raises:
+        RuntimeError: the body wrote to one of `params`.
+    """
+    versions = {n: p._version for n, p in params.items()}
     gradients = {n: p.grad for n, p in params.items()}
     modes = [(m, m.training) for m in model.modules()]
-    state = None if optimizer is None else _copy_state(optimizer)
     generators = _generator_states()
     for param in params.values():
         param.grad = None  # set aside, so that nothing inside can add to it
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(weights[name])
-                param.grad = gradients[name]
+        for name, param in params.items():
+            param.grad = gradients[name]
         for module, training in modes:
             module.training = training
-        if optimizer is not None and state is not None:
-            _restore_state(optimizer, state)
         _restore_generators(generators)
-
-
-def _copy_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
-    return {
-        param: {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-        for param, values in optimizer.state.items()
-    }
-
-
-@torch.no_grad()
-def _restore_state(optimizer: torch.optim.Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
-    for param in list(optimizer.state):
-        if param not in state:
-            del optimizer.state[param]
-    for param, values in state.items():
-        live = optimizer.state[param]
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                live[key].copy_(value)
-            else:
-                live[key] = value
+        written = [n for n, p in params.items() if p._version != versions[n]]
+        if written:
+            raise RuntimeError(
+                f"what ran inside a probe wrote to the adapter weights ({written[0]} and "
+                f"{len(written) - 1} more), which are not restored: measure there, and take "
+                "optimizer steps outside"
+            )
 
 
 def _generator_states() -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Attention by plain matrix products, where that beats the fused kernel: bfloat16 on a CPU.
+
+torch's fused attention for CPUs is slow in bfloat16, its backward pass above all. Below some
+hundred tokens the textbook form (scores, softmax, values), an example at a time so that the scores
+stay in the processor's cache, takes half the time. Everything else, long rows, decoding, other
+dtypes and devices, goes to transformers' own `sdpa` as before.
+
+Scores are rounded to bfloat16 before the softmax, as in transformers' `eager` attention; the fused
+kernel keeps them in float32. The probabilities are kept for the backward pass: 2 bytes for each
+head and pair of tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_short_products"
+
+LONGEST = 512
+"""Tokens of a row up to which the products are used; both ways break even at about 700."""
+
+_CACHED_SCORES = 2_500_000
+"""Scores computed at once, so that they stay in the cache."""
+
+
+def use_products(model: PreTrainedModel) -> bool:
+    """Let a model use the products where they are faster; return whether that changed anything.
+
+    Only models that chose `sdpa` themselves and look their attention up in transformers' table are
+    changed: others name the kernels they know.
+    """
+    fits = (
+        model.device.type == "cpu"
+        and model.dtype == torch.bfloat16
+        and model.config._attn_implementation == "sdpa"
+        and model._supports_attention_backend
+    )
+    if fits:
+        model.set_attn_implementation(NAME)
+    return fits
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Return [batch, length, heads, width] attention, in the form transformers asks for.
+
+    Args:
+        module: the attention layer.
+        query: [batch, heads, length, width].
+        key: [batch, key heads, keys, width].
+        value: as `key`.
+        attention_mask: True where attention goes, [batch or 1, 1, length, keys]; None is causal.
+        dropout: of the probabilities.
+        scaling: factor of the scores; None is 1 / sqrt(width).
+        is_causal: what no mask means; None asks the layer.
+        settings: passed on to `sdpa`.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = settings.get("position_bias") is None and settings.get("cache") is None
+    if plain and dropout == 0.0 and _is_short(query, key, attention_mask, causal):
+        bias = _bias(attention_mask, query)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return products(query, key, value, bias, scale), None
+    output, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **settings,
+    )
+    return output, None
+
+
+def products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale * query key^T + bias) value, [batch, length, heads, width].
+
+    Args:
+        query: [batch, heads, length, width].
+        key: [batch, key heads, length, width]; the heads are a multiple of the key heads.
+        value: as `key`.
+        bias: added to the scores, [batch or 1, 1, length, length]; no gradient.
+        scale: factor of the scores.
+    """
+    result: Tensor = _Products.apply(query, key, value, bias, scale)  # type: ignore[assignment]
+    return result
+
+
+def _is_short(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    length = query.shape[2]
+    fits = (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and 1 < length <= LONGEST
+        and key.shape[2] == length
+    )
+    if mask is None:
+        return fits and causal
+    return fits and mask.dtype == torch.bool and mask.shape[1] == 1
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor:
+    # The lowest number, not minus infinity: a row of padding that sees nothing stays finite.
+    lowest = torch.finfo(query.dtype).min
+    if mask is None:
+        length = query.shape[2]
+        return query.new_full((1, 1, length, length), lowest).triu_(1)
+    return query.new_zeros(mask.shape).masked_fill_(~mask, lowest)
+
+
+def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, slice, slice]]:
+    """Return (example, its heads, its key heads) of the parts computed at once."""
+    examples, heads, length, _ = query.shape
+    groups = key.shape[1]
+    shared = heads // groups
+    step = max(1, min(groups, _CACHED_SCORES // (shared * length * length)))
+    starts = range(0, groups, step)
+    return [
+        (b, slice(g * shared, min(g + step, groups) * shared), slice(g, min(g + step, groups)))
+        for b in range(examples)
+        for g in starts
+    ]
+
+
+class _Products(torch.autograd.Function):
+    """The heads that share a key head are rows of one product, so that keys are never repeated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+    ) -> Tensor:
+        examples, heads, length, width = query.shape
+        rows = heads // key.shape[1] * length
+        output = query.new_empty(examples, length, heads, value.shape[-1])
+        kept = any(ctx.needs_input_grad)
+        shares = query.new_empty(examples, key.shape[1], rows, length) if kept else None
+        for b, of, at in _blocks(query, key):
+            scores = torch.bmm(
+                (query[b, of] * scale).reshape(-1, rows, width), key[b, at].transpose(1, 2)
+            )
+            scores.view(-1, length, length).add_(bias[b if bias.shape[0] > 1 else 0])
+            place = scores if shares is None else shares[b, at]
+            torch.softmax(scores, -1, out=place)
+            found = torch.bmm(place, value[b, at])
+            output[b, :, of] = found.view(-1, length, found.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, shares)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        query, key, value, shares = ctx.saved_tensors
+        _, heads, length, width = query.shape
+        rows = heads // key.shape[1] * length
+        of_query, of_key = torch.empty_like(query), torch.empty_like(key)
+        of_value = torch.empty_like(value)
+        for b, of, at in _blocks(query, key):
+            arriving = gradient[b, :, of].transpose(0, 1).reshape(-1, rows, gradient.shape[-1])
+            share = shares[b, at]
+            of_value[b, at] = torch.bmm(share.transpose(1, 2), arriving)
+            of_share = torch.bmm(arriving, value[b, at].transpose(1, 2))
+            of_score = torch.ops.aten._softmax_backward_data(of_share, share, -1, share.dtype)
+            back = torch.bmm(of_score, key[b, at]).view(-1, length, width)
+            of_query[b, of] = back.mul_(ctx.scale)
+            asked = query[b, of].reshape(-1, rows, width)
+            of_key[b, at] = torch.bmm(of_score.transpose(1, 2), asked).mul_(ctx.scale)
+        return of_query, of_key, of_value, None, None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
