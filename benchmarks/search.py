@@ -16,7 +16,6 @@ loaded, where the system can do that (on CUDA: the largest allocated memory).
 
 import argparse
 import copy
-import inspect
 import tempfile
 import threading
 import time
@@ -186,7 +185,7 @@ def search_side(
         total_steps=sizes.steps,
         planned=planned_rounds(sizes.steps, config),
         on_round=lambda _state, _record: None,
-        **({"clock": clock} if "clock" in inspect.signature(SearchCallback).parameters else {}),
+        clock=clock,
     )
     found = [MaskCallback(live), searcher, *callbacks]
     trainer = _trainer(live, rows, backbone, sizes, found, out)

@@ -1,0 +1,143 @@
+"""Every benchmark's quick path on a tiny random model: its figures are there and are numbers."""
+
+import functools
+import json
+import math
+
+import pytest
+from benchmarks import common, end_to_end, evaluation, generate, growth, search
+from benchmarks.authors_schedule import Schedule
+
+from helpers import tiny_backbone_folder
+
+FIGURES = {
+    generate: ("generate_speedup",),
+    evaluation: ("evaluation_ratio",),
+    search: ("memory_ratio", "plain_seconds"),
+    end_to_end: (
+        "speedup_vs_grid_restart",
+        "speedup_vs_grid_continue",
+        "speedup_vs_authors_schedule",
+        "speedup_vs_authors_schedule_continue",
+    ),
+    growth: (),
+}
+
+
+@pytest.fixture(scope="module")
+def result_of(tmp_path_factory):
+    """Return a function that gives a benchmark's result, run once."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    model = tiny_backbone_folder(folder / "base")
+    shared = ["--quick", "--model", str(model), "--dtype", "float32", "--device", "cpu"]
+
+    @functools.cache
+    def result(benchmark) -> dict:
+        path = folder / f"{benchmark.__name__}.json"
+        more = ["--picture", str(folder / "growth.png")] if benchmark is growth else []
+        benchmark.main([*shared, "--json", str(path), *more])
+        text = path.read_text()
+        assert str(folder) not in text, "a folder of this machine"
+        return json.loads(text) | {"folder": folder}
+
+    return result
+
+
+@pytest.mark.parametrize("benchmark", FIGURES, ids=lambda module: module.__name__.split(".")[1])
+def test_quick_figures_are_finite_and_positive(benchmark, result_of):
+    result = result_of(benchmark)
+    for figure in FIGURES[benchmark]:
+        assert math.isfinite(result[figure]), figure
+        assert result[figure] > 0, figure
+    assert result["quick"] is True
+    assert {"machine", "versions", "command", "settings"} <= result.keys()
+    assert result["rows"]
+
+
+def test_the_overhead_of_a_search_is_split_and_both_sides_train_on_the_same_rows(result_of):
+    result = result_of(search)
+    for name in ("search_overhead", "search_overhead_totals"):
+        assert math.isfinite(result[name])
+    parts = result["split_seconds"]
+    assert set(parts) == {"norms", "baseline", "probe", "masks", "rest"}
+    assert parts["baseline"] > 0
+    assert parts["probe"] > 0
+    assert parts["masks"] > 0
+    assert sum(parts.values()) == pytest.approx(sum(result["extra_seconds"].values()))
+    read = result["forwards"]
+    assert read["plain"]["train"] == read["search"]["train"] == {"rows": 16, "tokens": 256}
+    assert read["plain"]["probe"]["rows"] == 0
+    assert read["search"]["probe"]["rows"] > 0
+    assert result["published_schedule"]["computed"] is True
+
+
+def test_growth_gives_a_line_for_every_quantity_and_draws_it(result_of):
+    result = result_of(growth)
+    assert [row["quantity"] for row in result["rows"]] == list(result["slopes"])
+    for row in result["rows"]:
+        assert all(map(math.isfinite, (row["slope"], row["intercept"], row["r2"])))
+        assert all(point["median"] > 0 for point in row["points"])
+    assert (result["folder"] / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_is_fitted_by_least_squares():
+    assert growth.line([1, 2, 3], [3, 5, 7]) == pytest.approx((2, 1, 1))
+    slope, intercept, r2 = growth.line([0, 1, 2, 3], [0, 2, 1, 3])
+    assert (slope, intercept) == pytest.approx((0.8, 0.3))
+    assert r2 == pytest.approx(0.64)
+
+
+def test_the_published_schedule_is_counted_as_published():
+    assert Schedule(train=50, dev=50, epochs=10).counts() == {
+        "search example": 500,
+        "round": 50,
+        "final example": 500,
+        "final update": 70,
+        "dev row": 500,
+    }
+
+
+def test_what_is_projected_says_so(result_of):
+    result = result_of(end_to_end)
+    assert result["authors_schedule"]["projected"] is True
+    assert result["measured_points"] == 1
+    assert result["seconds"]["grid"] > result["seconds_per_run"]["grid"]
+    assert result["runs"] == {"restart": 2, "continue": 1, "grid": 8, "authors": 2}
+
+
+def test_ways_take_turns_and_who_goes_first_alternates():
+    calls: list[str] = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = common.in_turns(ways, 3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_the_failure_of_one_side_ends_the_other():
+    baton = search.Baton(search.turn_plan(["a", "b"], 2))
+
+    class Trainer:
+        def __init__(self, turns, fault):
+            self.turns, self.fault = turns, fault
+
+        def train(self):
+            if self.fault:
+                raise ZeroDivisionError("of this side")
+            state = type("State", (), {"global_step": 1, "max_steps": 2})
+            self.turns.on_step_end(None, state, None)
+
+    sides = {}
+    for name in "ab":
+        turns = search.TurnCallback(name, baton)
+        trainer = Trainer(turns, fault=name == "b")
+        sides[name] = (search.Side(trainer, None, None, None, 0.0), turns)
+    with pytest.raises(ZeroDivisionError, match="of this side"):
+        search.train_in_turns(sides, baton)
+
+
+def test_a_process_of_its_own_reports_its_memory_and_its_failure(result_of):
+    peaks = [row["process_peak_bytes"] for row in result_of(search)["rows"] if "step" not in row]
+    assert len(peaks) == 2
+    assert all(50 < common.mib(peak) < 4096 for peak in peaks)
+    with pytest.raises(RuntimeError, match="no_such_function"):
+        common.isolated("benchmarks.common:no_such_function", {})
