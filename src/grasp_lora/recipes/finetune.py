@@ -7,7 +7,7 @@ from typing import Any
 from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import zero_fraction
-from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.live import LiveAdapter, scored
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
@@ -70,7 +70,8 @@ def finetune_at(
 
         def prune(optimizer: Any = None) -> None:
             with context.clock.span("masks"):
-                live.commit(live.masks(live.rank(IMPORTANCE[rule], norms), ratio), optimizer)
+                (masks,) = live.masks(scored(IMPORTANCE[rule], norms), [ratio])
+                live.commit(masks, optimizer)
 
         repeat = ratio > 0 and section.mask_schedule != "once"
         if ratio > 0:
