@@ -111,6 +111,7 @@ def search_ratio(
             total_steps=run_steps(context, config.search, "target"),
             planned=planned,
             on_round=record,
+            clock=clock,
         )
         result = fit(
             context,
