@@ -8,7 +8,8 @@ and who goes first changes with every step. A round belongs to the step it follo
 
 JSON: `search_overhead`, the extra seconds over those of the plain fine-tuning, from medians: of a
 plain step, of what a step without a round takes longer under masks, of a round, of the input norms.
-`search_overhead_totals` is the same from plain sums. `split` says where the extra time goes.
+`search_overhead_totals` is the same from plain sums. `split` says where the extra time goes; `rest`
+is what the parts of the rounds do not explain, and may be a little below 0 for that reason.
 `published_schedule` is computed from the measured costs, not run. `memory_ratio` compares the
 largest resident memory of a search process and of a plain one, counted after the backbone is
 loaded, where the system can do that (on CUDA: the largest allocated memory).
@@ -166,6 +167,8 @@ def search_side(
     live = _live(model, sizes)
     rows = training_rows(backbone, sizes, data)
     clock = Clock(lambda: common.synchronised(backbone.device))
+    _norms(live, rows[:1], backbone, sizes)  # a model's first forward is slower
+    common.synchronised(backbone.device)
     began = time.perf_counter()
     norms = _norms(live, rows, backbone, sizes)
     common.synchronised(backbone.device)
