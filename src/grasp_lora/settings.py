@@ -110,6 +110,10 @@ class TrainSettings(Section):
         default=None, description="optimizer steps between checkpoints; default: once per epoch"
     )
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    order: Literal["by-step", "by-length"] = Field(
+        default="by-step",
+        description="rows of a step: drawn at random, or of like length (less padding)",
+    )
 
 
 class AdapterTraining(TrainSettings):

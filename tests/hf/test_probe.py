@@ -42,7 +42,8 @@ def test_rows_come_in_their_own_order_with_like_lengths_together():
     batches = Rows(rows(), Collator(pad_id=0), 3).batches([7, 0, 3, 5])
     positions = [p for chunk, _ in batches for p in chunk]
     assert positions == [0, 3, 2, 1]
-    assert [b["input_ids"].shape[1] for _, b in batches] == [19, 5]
+    assert [len(chunk) for chunk, _ in batches] == [2, 2], "less padding than the longest three"
+    assert [b["input_ids"].shape[1] for _, b in batches] == [19, 11]
 
 
 def test_the_output_layer_of_a_frozen_backbone_is_not_multiplied_by_bmm(tmp_path):

@@ -1,6 +1,7 @@
 """Rounds, best checkpoint and resume, inside the real Trainer on a tiny model."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.masks import pruned_count
 from grasp_lora.core.settings import ControllerConfig
+from grasp_lora.hf import best as best_module
 from grasp_lora.hf.best import BestCallback
 from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
 from grasp_lora.hf.checkpoint import (
@@ -235,17 +237,22 @@ def test_a_crash_at_the_end_of_an_epoch_keeps_its_evaluation(tmp_path):
     assert resumed.best.evaluations == whole.best.evaluations
 
 
-def test_step_0_wins_when_training_only_makes_it_worse(tmp_path):
-    run = train(tmp_path, learning_rate=50.0, search=False, patience=1)
+def test_step_0_wins_when_training_only_makes_it_worse(tmp_path, monkeypatch):
+    worse = itertools.count(1.0)
+    monkeypatch.setattr(
+        best_module, "row_losses", lambda model, batches, count: [next(worse)] * count
+    )
+    run = train(tmp_path, search=False, patience=1)
     start = live_adapter()
+    assert not same_weights(run.live, start)
     assert run.best.restore().step == 0
     assert same_weights(run.live, start)
 
 
 def test_the_best_adapter_is_restored_with_its_masks(tmp_path):
     run = train(tmp_path)
-    best = run.best.restore()
-    assert best.loss == min(e.loss for e in run.best.evaluations)
+    kept = run.best.restore()
+    assert kept.loss == min(e.loss for e in run.best.evaluations)
     for name, param in run.live.params.items():
         assert (param[~run.live.keep(name)] == 0).all()
 

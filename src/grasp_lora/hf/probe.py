@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grasp_lora.hf.batches import right_sized
+
 IGNORED = -100
 
 Batch = Mapping[str, Tensor]
@@ -60,17 +62,19 @@ class Rows:
     Attributes:
         encoded: the rows, each with `input_ids` and `group`.
         collate: turns a list of rows into one batch of tensors.
-        batch_size: rows per forward.
+        batch_size: rows per forward, at most.
+        forward_tokens: tokens that cost as much as one more forward, see `right_sized`.
     """
 
     encoded: Sequence[Any]
     collate: Callable[[list[Any]], Batch]
     batch_size: int
+    forward_tokens: int = 64
 
     def batches(self, indices: Sequence[int]) -> list[tuple[list[int], Batch]]:
         """Return (positions within `indices`, batch) pairs, rows of like length together."""
-        order = sorted(range(len(indices)), key=lambda i: -len(self.encoded[indices[i]].input_ids))
-        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        lengths = [len(self.encoded[i].input_ids) for i in indices]
+        chunks = right_sized(lengths, self.batch_size, self.forward_tokens)
         return [(c, self.collate([self.encoded[indices[i]] for i in c])) for c in chunks]
 
 

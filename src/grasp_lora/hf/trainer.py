@@ -9,28 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grasp_lora.hf.batches import EpochRows
 from grasp_lora.hf.probe import IGNORED, answer_logits
 
 
 class Diverged(FloatingPointError):
     """The training loss is NaN or infinite; raised before the optimizer step."""
-
-
-class RowDataset(Dataset[Any]):
-    """A list of encoded rows as a Dataset."""
-
-    def __init__(self, rows: Sequence[Any]):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._rows[index]
 
 
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -116,6 +103,7 @@ def build_trainer(
     max_grad_norm: float,
     save_every: int,
     start_epoch: float = 0.0,
+    order: str = "by-step",
     report_to: Sequence[str] = (),
     on_cpu: bool = True,
 ) -> Trainer:
@@ -141,6 +129,7 @@ def build_trainer(
         max_grad_norm: gradient clipping norm.
         save_every: optimizer steps between checkpoints.
         start_epoch: epochs already trained elsewhere, for the schedule.
+        order: which rows share a step, see `hf.batches.epoch_order`.
         report_to: loggers of the Trainer (`tensorboard`, `wandb`, ...).
         on_cpu: keep off any accelerator.
     """
@@ -162,6 +151,7 @@ def build_trainer(
         seed=seed,
         data_seed=seed,
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # the rows come in the order of `EpochRows`
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
@@ -180,7 +170,7 @@ def build_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=RowDataset(rows),
+        train_dataset=EpochRows(rows, seed, batch_size * accumulation * processes(), order),
         data_collator=collate,
         compute_loss_func=answer_loss,
         callbacks=list(callbacks),

@@ -91,7 +91,8 @@ class Context:
     def rows(self, role: str, splits: Sequence[str]) -> Rows:
         """Return the rows of the splits, ready to be probed."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
-        return Rows(encoded, self.collator, self.config.evaluate.batch_size)
+        forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
+        return Rows(encoded, self.collator, self.config.evaluate.batch_size, forward_tokens)
 
     @contextmanager
     def live(

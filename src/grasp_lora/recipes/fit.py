@@ -154,6 +154,7 @@ def fit(
             max_grad_norm=section.max_grad_norm,
             save_every=section.save_every or per_epoch,
             start_epoch=start_epoch,
+            order=section.order,
             report_to=config.report_to,
             on_cpu=context.backbone.device.type == "cpu",
         )
