@@ -121,16 +121,12 @@ class Side:
     Attributes:
         trainer: its Trainer.
         live: its adapter.
-        clock: charged by the rounds.
         searcher: the controller, None where there is none.
-        norm_seconds: time that the input norms took, 0 where there are none.
     """
 
     trainer: Trainer
     live: LiveAdapter
-    clock: Clock
-    searcher: SearchCallback | None
-    norm_seconds: float
+    searcher: SearchCallback | None = None
 
 
 def training_rows(backbone: Backbone, sizes: Sizes, data: str | None) -> list[Encoded]:
@@ -152,7 +148,7 @@ def plain_side(
     live = _live(model, sizes)
     rows = training_rows(backbone, sizes, data)
     trainer = _trainer(live, rows, backbone, sizes, callbacks, out)
-    return Side(trainer, live, Clock(), None, 0.0)
+    return Side(trainer, live)
 
 
 def search_side(
@@ -162,17 +158,11 @@ def search_side(
     out: Path,
     callbacks: Sequence[TrainerCallback] = (),
     data: str | None = None,
+    clock: Clock | None = None,
 ) -> Side:
-    """Return the same fine-tuning with the controller."""
+    """Return the same fine-tuning with the controller; `clock` is charged by its rounds."""
     live = _live(model, sizes)
     rows = training_rows(backbone, sizes, data)
-    clock = Clock(lambda: common.synchronised(backbone.device))
-    _norms(live, rows[:1], backbone, sizes)  # a model's first forward is slower
-    common.synchronised(backbone.device)
-    began = time.perf_counter()
-    norms = _norms(live, rows, backbone, sizes)
-    common.synchronised(backbone.device)
-    norm_seconds = time.perf_counter() - began if norms is not None else 0.0
     pool = common.synthetic_rows(backbone, sizes.pool, sizes.length, seed=1)
     config = sizes.controller
     searcher = SearchCallback(
@@ -183,7 +173,7 @@ def search_side(
             fresh=config.probe_rows != "micro-dev",
         ),
         IMPORTANCE[sizes.importance],
-        norms,
+        _norms(live, rows, backbone, sizes),
         seed=0,
         total_steps=sizes.steps,
         planned=planned_rounds(sizes.steps, config),
@@ -192,7 +182,7 @@ def search_side(
     )
     found = [MaskCallback(live), searcher, *callbacks]
     trainer = _trainer(live, rows, backbone, sizes, found, out)
-    return Side(trainer, live, clock, searcher, norm_seconds)
+    return Side(trainer, live, searcher)
 
 
 def _live(model: nn.Module, sizes: Sizes) -> LiveAdapter:
@@ -280,13 +270,16 @@ class TurnCallback(TrainerCallback):
     Args:
         name: of the side.
         baton: shared by the sides.
+        clock: charged by the side's rounds.
     """
 
-    def __init__(self, name: str, baton: Baton):
+    def __init__(self, name: str, baton: Baton, clock: Clock):
         self._name = name
         self._baton = baton
+        self._clock = clock
         self._began = 0.0
-        self.seconds: list[float] = []
+        self._spent = dict.fromkeys(PARTS, 0.0)
+        self.steps: list[dict[str, float]] = []
 
     def begin(self) -> None:
         """Wait for the first turn."""
@@ -296,7 +289,9 @@ class TurnCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the turn and wait for the next one; the last turn ends with the training."""
         common.synchronised()
-        self.seconds.append(time.perf_counter() - self._began)
+        step = {"seconds": time.perf_counter() - self._began}
+        before, self._spent = self._spent, _spent(self._clock)
+        self.steps.append(step | {part: self._spent[part] - before[part] for part in PARTS})
         if state.global_step < state.max_steps:
             self._baton.give()
             self.begin()
@@ -306,7 +301,7 @@ class TurnCallback(TrainerCallback):
         self._baton.give()
 
 
-def train_in_turns(sides: Mapping[str, tuple[Side, TurnCallback]], baton: Baton) -> None:
+def train_in_turns(sides: Sequence[tuple[Side, TurnCallback]], baton: Baton) -> None:
     """Train all sides to their end, one step at a time.
 
     Raises:
@@ -323,7 +318,7 @@ def train_in_turns(sides: Mapping[str, tuple[Side, TurnCallback]], baton: Baton)
             faults.append(fault)
             baton.fail()
 
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in sides.values()]
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in sides]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -341,92 +336,94 @@ def turn_plan(names: Sequence[str], steps: int) -> list[str]:
 
 
 def compare(
-    backbone: Backbone, sizes: Sizes, data: str | None = None
+    backbone: Backbone, sizes: Sizes, data: str | None = None, repeat: int = 3
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return figures of the time, and a row per step and side."""
+    """Return figures of the time, and a row per step and side.
+
+    Args:
+        backbone: gets an adapter attached for the search; the plain side trains a copy.
+        sizes: what is trained and probed.
+        data: file of questions to train on.
+        repeat: times the input norms are taken.
+    """
+    clock = Clock(lambda: common.synchronised(backbone.device))
     baton = Baton(turn_plan(["plain", "search"], sizes.steps))
-    turns = {name: TurnCallback(name, baton) for name in ("plain", "search")}
+    plain_turns = TurnCallback("plain", baton, Clock())
+    turns = TurnCallback("search", baton, clock)
     other = copy.deepcopy(backbone.model)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            "plain": plain_side(
-                other, backbone, sizes, Path(folder, "plain"), [turns["plain"]], data
-            ),
-            "search": search_side(
-                backbone.model, backbone, sizes, Path(folder, "search"), [turns["search"]], data
-            ),
-        }
-        meters = {name: Meter(side.live.model) for name, side in sides.items()}
-        train_in_turns({name: (sides[name], turns[name]) for name in sides}, baton)
-    searcher = sides["search"].searcher
-    assert searcher is not None
-    due = {record.step for record in searcher.controller.records}
-    rows = [
-        {"side": name, "step": step, "seconds": seconds, "round": name == "search" and step in due}
-        for name in sides
-        for step, seconds in enumerate(turns[name].seconds, start=1)
+        place = Path(folder)
+        plain = plain_side(other, backbone, sizes, place / "plain", [plain_turns], data)
+        search = search_side(
+            backbone.model, backbone, sizes, place / "search", [turns], data, clock
+        )
+        rows = training_rows(backbone, sizes, data)
+        take = {"norms": lambda: _norms(search.live, rows, backbone, sizes)}
+        norms = common.median(common.in_turns(take, repeat)["norms"])
+        meters = {"plain": Meter(other), "search": Meter(backbone.model)}
+        train_in_turns([(plain, plain_turns), (search, turns)], baton)
+    assert search.searcher is not None
+    due = {record.step for record in search.searcher.controller.records}
+    found = [
+        {"side": side, "step": step, "round": side == "search" and step in due} | measured
+        for side, steps in (("plain", plain_turns.steps), ("search", turns.steps))
+        for step, measured in enumerate(steps, start=1)
     ]
-    spent = _spent(sides["search"].clock)
-    figures = overhead(rows, sizes.steps, spent, sides["search"].norm_seconds)
-    counts = {name: meter.counts for name, meter in meters.items()}
+    figures = overhead(found, sizes.steps, norms)
+    figures |= {"rounds": len(due), "forwards": {n: m.counts for n, m in meters.items()}}
+    figures["published_schedule"] = published(figures, sizes)
     for meter in meters.values():
         meter.remove()
-    sides["search"].live.model.unload()  # type: ignore[operator]
-    figures |= {"rounds": len(due), "forwards": counts}
-    figures["published_schedule"] = published(figures, sizes)
-    return figures, rows
+    search.live.model.unload()  # type: ignore[operator]
+    return figures, found
 
 
 def _spent(clock: Clock) -> dict[str, float]:
-    found = dict.fromkeys(PARTS, 0.0)
-    for parts in clock.times().values():
-        for part in PARTS:
-            found[part] += parts[part].seconds if part in parts else 0.0
-    return found
+    """Return the seconds charged to the parts of a round so far."""
+    stages = clock.times().values()
+    return {part: sum(spent[part].seconds for spent in stages if part in spent) for part in PARTS}
 
 
-def overhead(
-    rows: Sequence[Mapping[str, Any]], steps: int, spent: Mapping[str, float], norms: float
-) -> dict[str, Any]:
+def overhead(rows: Sequence[Mapping[str, Any]], steps: int, norms: float) -> dict[str, Any]:
     """Return the overhead and its split, in seconds and as shares of the plain fine-tuning.
 
     Args:
         rows: a row per side and step; the first step of each side, which sets up, is left out of
             the medians.
         steps: optimizer steps of a run.
-        spent: seconds of all rounds by part.
         norms: seconds of the input norms.
     """
+    later = [row for row in rows if row["step"] > 1]
+    rounds = [row for row in rows if row["round"]]
 
-    def seconds(side: str, with_round: bool) -> list[float]:
-        return [
-            r["seconds"]
-            for r in rows
-            if r["side"] == side and r["step"] > 1 and r["round"] == with_round
-        ]
+    def step(side: str) -> float:
+        own = [row["seconds"] for row in later if row["side"] == side and not row["round"]]
+        return common.median(own)
 
-    plain = common.median(seconds("plain", False))
-    masked = common.median(seconds("search", False))
-    in_rounds = [s - masked for s in seconds("search", True)]
+    def all_rounds(seconds: Sequence[float]) -> float:
+        return len(rounds) * common.median(seconds)
+
+    plain, masked = step("plain"), step("search")
     extra = {
         "norms": norms,
-        "rounds": len(in_rounds) * common.median(in_rounds),
+        "rounds": all_rounds([row["seconds"] - masked for row in rounds]),
         "steps": steps * (masked - plain),
     }
+    split = {"norms": norms}
+    split |= {part: all_rounds([row[part] for row in rounds]) for part in PARTS}
+    split["rest"] = sum(extra.values()) - sum(split.values())
     totals = {
-        side: sum(r["seconds"] for r in rows if r["side"] == side and r["step"] > 1)
+        side: sum(row["seconds"] for row in later if row["side"] == side)
         for side in ("plain", "search")
     }
     base = steps * plain
-    whole = {"norms": norms} | dict(spent)
-    whole["rest"] = sum(extra.values()) - sum(whole.values())
     return {
         "search_overhead": sum(extra.values()) / base,
         "search_overhead_totals": (totals["search"] + norms) / totals["plain"] - 1,
         "plain_seconds": base,
         "extra_seconds": extra,
-        "split_seconds": whole,
-        "split": {part: taken / base for part, taken in whole.items()},
+        "split_seconds": split,
+        "split": {part: taken / base for part, taken in split.items()},
     }
 
 
@@ -529,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = QUICK if options.quick else Sizes()
     if options.epochs is not None:
         sizes = replace(sizes, epochs=options.epochs)
-    figures, rows = compare(backbone, sizes, options.data)
+    figures, rows = compare(backbone, sizes, options.data, 1 if options.quick else 3)
     memory_rows = memory(options, 1 if options.quick else options.memory_repeat)
     figures |= memory_figures(memory_rows)
     show(backbone, sizes, figures)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import common, end_to_end, evaluation, generate, growth, search
 from benchmarks.authors_schedule import Schedule
 
+from grasp_lora.timing import Clock
 from helpers import tiny_backbone_folder
 
 FIGURES = {
@@ -126,11 +127,11 @@ def test_the_failure_of_one_side_ends_the_other():
             state = type("State", (), {"global_step": 1, "max_steps": 2})
             self.turns.on_step_end(None, state, None)
 
-    sides = {}
+    sides = []
     for name in "ab":
-        turns = search.TurnCallback(name, baton)
+        turns = search.TurnCallback(name, baton, Clock())
         trainer = Trainer(turns, fault=name == "b")
-        sides[name] = (search.Side(trainer, None, None, None, 0.0), turns)
+        sides.append((search.Side(trainer, None), turns))
     with pytest.raises(ZeroDivisionError, match="of this side"):
         search.train_in_turns(sides, baton)
 
