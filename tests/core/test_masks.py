@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from grasp_lora.core import masks
 from grasp_lora.core.masks import Mask, keep_masks, pruned_count, zero_fraction
 
 
@@ -21,12 +20,6 @@ def keep_at(scores, ratio):
     return keep_masks(scores, [ratio])[0]
 
 
-@pytest.fixture(params=["selection", "sort"], autouse=True)
-def way(request, monkeypatch):
-    if request.param == "sort":
-        monkeypatch.setattr(masks, "_MOST_SELECTIONS", 0)
-
-
 RATIOS = [0.0, 0.1, 0.25, 0.29, 0.5, 0.6, 0.999, 1.0]
 
 
@@ -37,6 +30,13 @@ def test_masks_of_many_ratios_equal_a_plain_sort_with_ties(levels, seed):
     scores = torch.randint(0, levels, (10, 10), generator=generator).float()
     for ratio, keep in zip(RATIOS, keep_masks(scores, RATIOS), strict=True):
         assert torch.equal(keep, keep_by_sorting(scores, ratio))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_scores_of_other_dtypes_are_cut_alike(dtype):
+    scores = torch.randint(0, 9, (40,), generator=torch.Generator().manual_seed(4)).to(dtype)
+    (keep,) = keep_masks(scores, [0.4])
+    assert torch.equal(keep, keep_by_sorting(scores.float(), 0.4))
 
 
 def test_the_same_ratio_twice_and_no_ratio_at_all():

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora.config import RunConfig
+from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.recipes import context
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.run import run
 from grasp_lora.runs import read_json, read_jsonl
@@ -175,6 +177,18 @@ def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, sch
     optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
     assert len(optimizers) == cuts - 1, "cuts between steps clear the moments"
     assert None not in optimizers
+
+
+def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        context, "input_norms", lambda *given: seen.append(1) or input_norms(*given)
+    )
+    run(settings(workplace, importance="activation"), quiet=True)
+    assert len(seen) == 1, "search and final run start alike"
+    changed = {"importance": "activation", "output": workplace / "onward"}
+    run(settings(workplace, finetune={"epochs": 1, "mode": "continue"}, **changed), quiet=True)
+    assert len(seen) == 3, "going on from the search is another start"
 
 
 def test_the_same_seed_gives_the_same_ratio_and_scores(workplace):

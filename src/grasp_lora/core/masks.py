@@ -12,12 +12,12 @@ k-th: there an all-zero tensor loses all of its entries at any ratio.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-_MOST_SELECTIONS = 4
-"""Selections on a CPU that take less time than one sort (16M entries: 0.4 s each, a sort 2 s)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,27 +33,42 @@ class Mask:
     shape: torch.Size
 
     @classmethod
-    def of(cls, keep: Tensor) -> "Mask":
-        """Return the mask that holds a bool tensor, True = kept."""
+    def of(cls, keep: Tensor, place: Tensor | None = None) -> "Mask":
+        """Return the mask that holds a bool tensor, True = kept.
+
+        Args:
+            keep: the tensor.
+            place: uint8 [packed_size(entries)] to write the bits to; None makes a tensor.
+        """
         flat = keep.reshape(-1)
-        whole = flat.new_zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8)
-        whole[: flat.numel()] = flat
-        places = _places(keep.device)
-        bits = (whole.view(-1, 8) * places).sum(1, dtype=torch.uint8)
+        size = packed_size(flat.numel())
+        if flat.numel() < 8 * size:
+            flat = torch.cat([flat, flat.new_zeros(8 * size - flat.numel())])
+        bits = flat.new_empty(size, dtype=torch.uint8) if place is None else place
+        # Eight bools are the bytes of one integer; the product moves byte i to bit 56 + i.
+        bits.copy_((flat.view(torch.int64) * _GATHER) >> 56)
         return cls(bits, keep.shape)
 
     def keep(self) -> Tensor:
         """Return the bool tensor, True = kept."""
-        whole = (self.bits.unsqueeze(1) & _places(self.bits.device)) != 0
-        return whole.view(-1)[: self.shape.numel()].view(self.shape)
-
-    def to(self, device: torch.device | str) -> "Mask":
-        """Return the mask on a device."""
-        return Mask(self.bits.to(device), self.shape)
+        spread = torch.index_select(_spread(self.bits.device), 0, self.bits.int())
+        return spread.view(torch.bool)[: self.shape.numel()].view(self.shape)
 
 
-def _places(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+_GATHER = 0x0102040810204080
+
+
+def packed_size(entries: int) -> int:
+    """Return the bytes of a mask's bits."""
+    return -(-entries // 8)
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """Return int64 [256]: byte -> eight bytes, each one of its bits."""
+    values = torch.arange(256, device=device).unsqueeze(1)
+    bits = (values >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).view(-1)
 
 
 def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
@@ -70,12 +85,12 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
     Raises:
         ValueError: If a score is NaN, or a ratio is not in [0, 1].
     """
-    if bool(torch.isnan(scores).any()):
+    flat = scores.detach().reshape(-1)
+    if flat.numel() > 0 and bool(torch.isnan(flat.max())):
         raise ValueError(
             "importance scores must be numbers, got NaN; the weights have probably diverged, "
             "so lower the learning rate"
         )
-    flat = scores.detach().reshape(-1)
     counts = [pruned_count(flat.numel(), ratio) for ratio in ratios]
     inner = sorted({count for count in counts if 0 < count < flat.numel()})
     borders = dict(zip(inner, _smallest(flat, inner), strict=True))
@@ -92,13 +107,19 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
 def _smallest(flat: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Return the count-th smallest score for each count, 0-d tensors.
 
-    A CPU selects each in linear time, which beats a sort as long as they are few; other devices
-    sort once.
+    A CPU selects them all in one call, in linear time (numpy's vectorised partition takes about a
+    third of the time of three `torch.kthvalue`, and a tenth of a sort's); other devices sort once.
     """
-    if flat.device.type == "cpu" and len(counts) <= _MOST_SELECTIONS:
-        return [torch.kthvalue(flat, count).values for count in counts]
+    places = [count - 1 for count in counts]
+    if flat.device.type == "cpu" and places:
+        return list(torch.from_numpy(np.partition(_as_numpy(flat), places)[places]))
     ordered = torch.sort(flat).values
-    return [ordered[count - 1] for count in counts]
+    return [ordered[place] for place in places]
+
+
+def _as_numpy(flat: Tensor) -> Any:
+    exact = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
+    return exact.numpy()
 
 
 def _above(flat: Tensor, border: Tensor, count: int) -> Tensor:

@@ -42,7 +42,7 @@ def input_norms(
         for batch in batches:
             moved = {k: v.to(device) for k, v in batch.items() if k != "labels"}
             current[:] = [moved["attention_mask"].bool()]
-            model(**moved)
+            model(**moved, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

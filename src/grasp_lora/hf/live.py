@@ -10,6 +10,7 @@ A trial writes only the entries it changes and keeps only the values it takes aw
 value is held once in all.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.masks import Mask, keep_masks
+from grasp_lora.core.masks import Mask, keep_masks, packed_size
 from grasp_lora.hf.attach import adapter_modules, attach_adapter
 from grasp_lora.hf.preserve import preserved
 
@@ -148,6 +149,7 @@ class LiveAdapter:
             ratios: fractions removed, in [0, 1].
         """
         cut: list[dict[str, Mask]] = [{} for _ in ratios]
+        places = self._places_for_bits(len(ratios))
         scored_blocks = ((block, *score(block, a, b)) for block, a, b in self.effective_blocks())
         for names, group in groupby(scored_blocks, key=lambda item: (item[0].a, item[0].b)):
             drafts = [
@@ -161,9 +163,16 @@ class LiveAdapter:
                 for (keep_a, keep_b), found_a, found_b in both:
                     keep_a[block.rows] = found_a
                     keep_b[:, block.rows] = found_b
-            for masks, draft in zip(cut, drafts, strict=True):
-                masks.update((n, Mask.of(keep)) for n, keep in zip(names, draft, strict=True))
+            for masks, draft, place in zip(cut, drafts, places, strict=True):
+                masks |= {n: Mask.of(k, place[n]) for n, k in zip(names, draft, strict=True)}
         return list(cut)
+
+    def _places_for_bits(self, count: int) -> list[dict[str, Tensor]]:
+        """Return room for the bits of so many masks, one piece of memory each, as `_room`."""
+        sizes = [packed_size(p.numel()) for p in self.params.values()]
+        device = next(iter(self.params.values())).device
+        wholes = [torch.empty(sum(sizes), dtype=torch.uint8, device=device) for _ in range(count)]
+        return [dict(zip(self.params, whole.split(sizes), strict=True)) for whole in wholes]
 
     @contextmanager
     def trial(self, masks: Masks) -> Iterator[None]:
@@ -176,34 +185,52 @@ class LiveAdapter:
         Raises:
             RuntimeError: the body wrote to the weights, which it may not.
         """
-        taken: dict[str, Tensor] = {}
+        with torch.no_grad():
+            places = self._room({n: int(self._leaving(n, masks).sum()) for n in self.params})
+        applied: list[str] = []
         try:
             for name in self.params:
-                taken[name] = self._apply(name, masks[name].keep())
+                self._apply(name, masks, places[name])
+                applied.append(name)
             with preserved(self.model, self.params):
                 self.model.eval()
                 yield
         finally:
-            for name, values in taken.items():
-                self._undo(name, masks[name].keep(), values)
+            for name in applied:
+                self._undo(name, masks, places[name])
+
+    def _leaving(self, name: str, masks: Masks) -> Tensor:
+        """Return which entries are in the weights now and go under `masks`."""
+        wanted = masks[name].keep()
+        return self.keep(name) & ~wanted if self.any_pruned(name) else ~wanted
+
+    def _room(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return room for so many values of each tensor, all in one piece of memory.
+
+        What lives long and is made a piece at a time between large short-lived tensors scatters
+        over the heap, which then holds far more than is in use.
+        """
+        param = next(iter(self.params.values()))
+        whole = torch.empty(sum(counts.values()), dtype=param.dtype, device=param.device)
+        return dict(zip(counts, whole.split(list(counts.values())), strict=True))
 
     @torch.no_grad()
-    def _apply(self, name: str, wanted: Tensor) -> Tensor:
-        """Put `wanted` in force without touching mask or stash; return the values taken away."""
-        param, keep = self.params[name], self.keep(name)
-        pruned = keep & ~wanted
-        values = param[pruned]
-        param.masked_fill_(pruned, 0.0)
+    def _apply(self, name: str, masks: Masks, place: Tensor) -> None:
+        """Put `masks` in force, mask and stash untouched; the values that go move to `place`."""
+        param, leaving = self.params[name], self._leaving(name, masks)
+        torch.masked_select(param, leaving, out=place)
         if self.any_pruned(name):
-            param.masked_scatter_(wanted & ~keep, self._stash[name][wanted[~keep]])
-        return values
+            wanted, pruned = masks[name].keep(), ~self.keep(name)
+            back = torch.masked_select(self._stash[name], torch.masked_select(wanted, pruned))
+            param.masked_scatter_(wanted & pruned, back)
+        param.masked_fill_(leaving, 0.0)
 
     @torch.no_grad()
-    def _undo(self, name: str, wanted: Tensor, values: Tensor) -> None:
-        param, keep = self.params[name], self.keep(name)
-        param.masked_scatter_(keep & ~wanted, values)
+    def _undo(self, name: str, masks: Masks, place: Tensor) -> None:
+        param = self.params[name]
+        param.masked_scatter_(self._leaving(name, masks), place)
         if self.any_pruned(name):
-            param.masked_fill_(~keep, 0.0)
+            param.masked_fill_(~self.keep(name), 0.0)
 
     @torch.no_grad()
     def commit(self, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -215,21 +242,17 @@ class LiveAdapter:
         """
         flipped = 0
         for name, param in self.params.items():
-            keep, wanted = self.keep(name), masks[name].keep()
-            pruned = keep & ~wanted
-            flipped += int((keep ^ wanted).sum())
-            value = self.effective(name)
-            stash = value[~wanted]
-            param.copy_(value.masked_fill(~wanted, 0.0))
-            if stash.numel() > 0:
-                self._keep[name], self._stash[name] = masks[name], stash
-            else:
-                self._keep.pop(name, None)
-                self._stash.pop(name, None)
+            wanted = masks[name].keep()
+            flipped += int((self.keep(name) ^ wanted).sum())
             if optimizer is not None:
-                for state in optimizer.state.get(param, {}).values():
-                    if isinstance(state, Tensor) and state.shape == param.shape:
-                        state.masked_fill_(pruned, 0)
+                _clear_moments(optimizer, param, self._leaving(name, masks))
+            if self.any_pruned(name):  # all values go back first: old and new stash never coexist
+                param.masked_scatter_(~self.keep(name), self._stash[name])
+        self._keep, self._stash = {}, {}
+        counts = {n: int((~masks[n].keep()).sum()) for n in self.params}
+        for name, place in self._room({n: count for n, count in counts.items() if count}).items():
+            self._apply(name, masks, place)
+            self._keep[name], self._stash[name] = masks[name], place
         return flipped
 
     @torch.no_grad()
@@ -238,6 +261,14 @@ class LiveAdapter:
         for name, param in self.params.items():
             if self.any_pruned(name):
                 param.masked_fill_(~self.keep(name), 0.0)
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) of names and weights, zeros of pruned entries included."""
+        digest = hashlib.sha256()
+        for name, param in self.params.items():
+            digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def held_bytes(self) -> int:
         """Return the memory of masks and stash, in bytes."""
@@ -273,6 +304,12 @@ class LiveAdapter:
             )
             for name, layer in self.layers.items()
         }
+
+
+def _clear_moments(optimizer: torch.optim.Optimizer, param: Tensor, entries: Tensor) -> None:
+    for state in optimizer.state.get(param, {}).values():
+        if isinstance(state, Tensor) and state.shape == param.shape:
+            state.masked_fill_(entries, 0)
 
 
 def scored(rule: Rule, norms: Mapping[str, Tensor] | None) -> Score:

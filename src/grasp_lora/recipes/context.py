@@ -48,6 +48,7 @@ class Context:
     on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
     _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
+    _norms_known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def collator(self) -> Collator:
@@ -124,9 +125,15 @@ class Context:
                 f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
                 f" {blank[0].module}); the activation rule is blind there, magnitude is used"
             )
-        train = self.rows("target", ["train"])
-        batches = train.batches(range(len(train.encoded)))
-        return input_norms(live.model, live.layers, [batch for _, batch in batches])
+        # Search, final run and baselines of a run start from the same merge: one reading of the
+        # train rows serves them all.
+        digest = live.digest()
+        if digest not in self._norms_known:
+            train = self.rows("target", ["train"])
+            batches = train.batches(range(len(train.encoded)))
+            found = input_norms(live.model, live.layers, [batch for _, batch in batches])
+            self._norms_known[digest] = found
+        return self._norms_known[digest]
 
 
 _POSITIONS = "max_position_embeddings"
