@@ -49,7 +49,7 @@ def test_a_round_with_one_finite_trial_says_nothing():
 
 def test_winsorising_pulls_in_outliers_only():
     values = [0.0, 1.0, 2.0, 3.0, 100.0]
-    assert winsorised(values) == [0.0, 1.0, 2.0, 3.0, pytest.approx(2 + 2.5 * 1.4826)]
+    assert winsorised(values) == [0.0, 1.0, 2.0, 3.0, pytest.approx(2 + 4 * 1.4826)]
     assert winsorised([1.0, 1.0, 1.0, 50.0]) == [1.0, 1.0, 1.0, 50.0]
 
 
@@ -70,7 +70,8 @@ def test_the_curve_is_the_gaussian_process_posterior_mean():
     u2 = max(spread - statistics.fmean(noise), 0.1 * spread)
 
     def kernel(r1, t1, r2, t2):
-        return u2 * math.exp(-((r1 - r2) ** 2) / (2 * 0.12**2)) * math.exp(-abs(t1 - t2) / horizon)
+        x = math.sqrt(3) * abs(r1 - r2) / 0.25
+        return u2 * (1 + x) * math.exp(-x) * math.exp(-abs(t1 - t2) / horizon)
 
     K = torch.zeros(n, n, dtype=torch.float64)
     for i, a in enumerate(seen):

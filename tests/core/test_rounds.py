@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
+from grasp_lora.core.history import lowest, observations
 from grasp_lora.core.rounds import (
     ControllerConfig,
     begin,
     choose_ratio,
     conclude,
     draw_rows,
+    needs_baseline,
+    next_rows,
     propose,
     state_from_json,
     state_to_json,
@@ -239,3 +242,86 @@ def test_the_horizon_is_the_planned_number_of_rounds_where_it_is_known():
     assert begin(STANDARD).horizon == 8
     assert begin(STANDARD, 40).horizon == 40
     assert begin(PAPER).horizon == 8
+
+
+def test_only_the_paper_preset_asks_for_a_baseline():
+    assert needs_baseline(PAPER)
+    assert not needs_baseline(STANDARD)
+    assert needs_baseline(ControllerConfig(baseline=True))
+
+
+def unmeasured(config, candidates, losses, state=None):
+    return conclude(
+        state or begin(config), config, candidates, None, losses, range(len(losses[0])), 1
+    )
+
+
+def test_without_a_baseline_rewards_compare_with_the_lowest_ratio_tried():
+    _, record = unmeasured(STANDARD, (0.4, 0.1, 0.7), [[1.0, 2.0], [2.0, 2.0], [3.0, 4.0]])
+    assert record.rewards == pytest.approx((0.5, 0.0, -1.5))
+    assert (record.baseline, record.baseline_rows) == (None, ())
+    assert record.committed
+    assert record.best == 0.4
+    assert record.ratio == pytest.approx(0.1)
+
+
+def test_without_a_baseline_the_policy_moves_as_it_would_with_one():
+    state = dataclasses.replace(simulate(STANDARD, 3, lambda r: r, rounds=3), mu=0.4)
+    candidates, losses = (0.5, 0.3, 0.35), [[1.0, 1.2], [0.8, 0.9], [0.9, 0.7]]
+    without, _ = unmeasured(STANDARD, candidates, losses, state)
+    with_one, _ = conclude(state, STANDARD, candidates, [7.0, 9.0], losses, range(2), 1)
+    assert without.mu == pytest.approx(with_one.mu)
+    assert without.sigma == pytest.approx(with_one.sigma)
+
+
+def test_without_a_baseline_a_lost_lowest_trial_hands_over_to_the_next():
+    _, record = unmeasured(STANDARD, (0.1, 0.4, 0.7), [[math.nan], [1.0], [1.5]])
+    assert record.rewards == (None, 0.0, pytest.approx(-0.5))
+    _, record = unmeasured(STANDARD, (0.1, 0.4), [[math.nan], [math.inf]])
+    assert record.rewards == (None, None)
+    assert record.reason == "no trial was finite"
+    assert not record.committed
+
+
+def test_without_a_baseline_one_candidate_or_equal_ones_change_no_policy():
+    one = ControllerConfig(candidates=1)
+    after, record = unmeasured(one, (0.3,), [[1.0, 1.1]])
+    assert record.rewards == (0.0,)
+    assert (after.mu, after.sigma) == (begin(one).mu, begin(one).sigma)
+    later = simulate(STANDARD, 3, lambda r: r, rounds=3)
+    after, record = unmeasured(STANDARD, (0.2, 0.3, 0.4), [[1.0, 1.0]] * 3, later)
+    assert record.kind == "policy"
+    assert record.rewards == (0.0, 0.0, 0.0)
+    assert (after.mu, after.sigma) == (later.mu, later.sigma)
+
+
+def test_a_baseline_that_the_settings_ask_for_is_missed():
+    with pytest.raises(ValueError, match="baseline is on"):
+        unmeasured(PAPER, (0.4,), [[1.0]])
+
+
+def test_a_state_without_baselines_survives_json():
+    state, _ = unmeasured(STANDARD, (0.1, 0.4), [[1.0, 2.0], [1.5, 1.0]])
+    assert state_from_json(state_to_json(state)) == state
+
+
+def test_a_policy_round_tries_the_best_of_the_history_again():
+    state = simulate(STANDARD, 5, lambda r: (r - 0.5) ** 2, rounds=3)
+    drawn = propose(state, STANDARD, torch.Generator().manual_seed(1))
+    assert drawn[2] == lowest(observations(state.records), 3, STANDARD)
+    assert drawn[0] + drawn[1] == pytest.approx(2 * state.mu)
+    even = propose(state, ControllerConfig(candidates=2), torch.Generator().manual_seed(1))
+    assert even[0] + even[1] == pytest.approx(2 * state.mu)
+
+
+def test_rows_are_dealt_so_that_eight_rounds_see_nearly_all_of_them():
+    groups = [str(i) for i in range(66)]
+    generator = torch.Generator().manual_seed(0)
+    state, seen = begin(STANDARD), []
+    for _ in range(9):
+        rows = next_rows(state, groups, STANDARD, generator)
+        seen += rows
+        losses = [[1.0] * len(rows)] * 3
+        state, _ = conclude(state, STANDARD, (0.0, 0.3, 0.6), None, losses, rows, 1)
+    assert len(set(seen[:64])) == 64
+    assert set(seen) == set(range(66))

@@ -77,3 +77,26 @@ def test_drawing_nothing_is_refused():
         draw_rows(["a"], 0, generator)
     with pytest.raises(ValueError, match="no row to probe"):
         draw_rows([], 3, generator)
+
+
+def test_rows_probed_less_come_first_within_their_group():
+    groups = ["a"] * 3 + ["b"] * 3
+    probed = {0: 1, 1: 1, 3: 2, 5: 1}
+    for seed in range(20):
+        assert draw_rows(groups, 2, torch.Generator().manual_seed(seed), probed) == (2, 4)
+
+
+def test_a_small_group_is_not_asked_again_while_others_have_fresh_rows():
+    groups = ["a", "b", "b", "c", "c"]
+    for seed in range(20):
+        drawn = draw_rows(groups, 2, torch.Generator().manual_seed(seed), {0: 1, 1: 1})
+        assert 0 not in drawn
+        assert {groups[row] for row in drawn} == {"b", "c"}
+
+
+def test_dealing_without_any_history_is_a_plain_draw():
+    groups = [str(i % 7) for i in range(30)]
+    plain, dealt = (
+        draw_rows(groups, 9, torch.Generator().manual_seed(4), probed) for probed in (None, {})
+    )
+    assert plain == dealt

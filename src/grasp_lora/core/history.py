@@ -21,9 +21,9 @@ from grasp_lora.core.policy import RoundKind
 from grasp_lora.core.settings import ControllerConfig
 
 GRID_POINTS = 161
-_LENGTH = 0.12  # ratios this far apart are seen as related
+_LENGTH = 0.25  # ratios this far apart are seen as related
 _ROUND_FACTOR = 10.0  # variance of a round's shared term over that of the curve
-_OUTLIER = 2.5 * 1.4826  # 2.5 standard deviations, in median absolute deviations of a normal
+_OUTLIER = 4 * 1.4826  # 4 standard deviations, in median absolute deviations of a normal
 _LEAST_NOISE = 1e-3  # of the curve's variance: the probing rows are never the whole truth
 _LEAST_SIGNAL = 0.1  # of the spread of the observations
 _TINY = 1e-18
@@ -40,8 +40,9 @@ class RoundRecord:
         step: Optimizer step it followed.
         kind: `coverage` (evenly spaced candidates) or `policy` (sampled ones).
         candidates: Ratios tried.
-        rewards: Baseline loss - trial loss of each candidate.
-        baseline: Mean loss of the model as it was.
+        rewards: Baseline loss - trial loss of each candidate; without a baseline, loss of the
+            lowest ratio whose trial was finite - trial loss.
+        baseline: Mean loss of the model as it was; None if it was not measured.
         losses: Mean loss of each candidate.
         committed: Whether the current ratio was moved and a mask applied.
         ratio_before: Current ratio before the round.
@@ -52,7 +53,7 @@ class RoundRecord:
         sigma: Standard deviation of the policy after the round.
         rows: Ids of the probing rows.
         per_row: For each candidate the loss of each row.
-        baseline_rows: Loss of each row of the model as it was.
+        baseline_rows: Loss of each row of the model as it was; empty if it was not measured.
         reason: Why the round did or did not commit, in a few words.
     """
 
@@ -152,7 +153,7 @@ def observations(records: Sequence[RoundRecord]) -> tuple[Observation, ...]:
 
 
 def winsorised(values: Sequence[float]) -> list[float]:
-    """Return the values with outliers pulled in to 2.5 robust standard deviations.
+    """Return the values with outliers pulled in to 4 robust standard deviations.
 
     If more than half of the values are equal, no scale can be told and nothing is changed.
     """
@@ -175,9 +176,9 @@ def restricted(seen: Sequence[Observation], rows: Collection[int]) -> tuple[Obse
 def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     """Return the posterior over the loss curve at the latest round seen.
 
-    Kernel `u^2 exp(-dr^2 / (2 * 0.12^2)) exp(-|dt| / horizon)`, plus a term shared by the trials of
-    a round, plus noise: the variance over rows / number of rows. `u^2` is the spread of the
-    observations less their noise.
+    Kernel `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25` (Matern 3/2,
+    for a plateau may end in a cliff), plus a term shared by the trials of a round, plus noise: the
+    variance over rows / number of rows. `u^2` is the spread of the observations less their noise.
 
     Args:
         seen: At least one observation.
@@ -224,7 +225,8 @@ def lowest_near(
 
 
 def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:
-    return variance * torch.exp(-(distance**2) / (2 * _LENGTH**2) - age / horizon)
+    scaled = math.sqrt(3) * distance.abs() / _LENGTH
+    return variance * (1 + scaled) * torch.exp(-scaled - age / horizon)
 
 
 def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:

@@ -10,8 +10,9 @@ Two rules, one per preset:
   use the clipped sample; for reward spans under about 0.3 nats the entropy bonus dominates and
   sigma grows until the policy is uniform random search.
 - `standard`, our departure: the first rounds and every fifth cover the range evenly instead of
-  sampling; samples come in antithetic pairs; advantages are divided by their standard deviation,
-  so the step does not depend on the scale of the loss; steps are natural and bounded.
+  sampling; samples come in antithetic pairs, and the odd one out is the ratio that the history
+  finds best, so that it is measured again on other rows; advantages are divided by their standard
+  deviation, so the step does not depend on the scale of the loss; steps are natural and bounded.
 """
 
 # torch leaves these results untyped.
@@ -80,14 +81,23 @@ def coverage_candidates(index: int, config: ControllerConfig) -> tuple[float, ..
 
 
 def sampled_candidates(
-    policy: Policy, config: ControllerConfig, generator: torch.Generator
+    policy: Policy,
+    config: ControllerConfig,
+    generator: torch.Generator,
+    favourite: float | None = None,
 ) -> tuple[float, ...]:
-    """Return candidates drawn from the policy, clipped to [low, high]."""
+    """Return candidates drawn from the policy, clipped to [low, high].
+
+    With `standard` and an odd number of candidates the last is the `favourite`, where there is one.
+    """
     draw = _independent if config.preset == "paper" else _antithetic
-    return tuple(
+    drawn = tuple(
         clip(policy.mu + policy.sigma * z, config.low, config.high)
         for z in draw(config.candidates, generator)
     )
+    if favourite is None or config.preset == "paper" or config.candidates % 2 == 0:
+        return drawn
+    return (*drawn[:-1], favourite)
 
 
 def updated_policy(
@@ -101,8 +111,8 @@ def updated_policy(
 
     Args:
         policy: The policy the candidates were drawn from.
-        candidates: The clipped samples whose trials gave a finite reward, at least one.
-        rewards: Their rewards, baseline loss - trial loss.
+        candidates: The ratios tried whose trials gave a finite reward, at least one.
+        rewards: Their rewards, loss of the reference - loss of the trial.
         ratio: Current ratio before this round's commit; the anchor.
         config: Settings of the controller.
     """

@@ -1,12 +1,17 @@
 """The controller as an ask-and-tell loop: state and losses in, new state and a record out.
 
 `begin` once; then for each round that `is_due`: `propose` ratios, measure their losses on the rows
-of `draw_rows`, `conclude`, and apply a mask at `record.mask_ratio` if `record.committed`;
-`choose_ratio` at the end. Nothing here knows a model, and the state survives a JSON round trip.
+of `next_rows` (and those of the model as it is, if `needs_baseline`), `conclude`, and apply a mask
+at `record.mask_ratio` if `record.committed`; `choose_ratio` at the end. Nothing here knows a model,
+and the state survives a JSON round trip.
 
 A commit moves the current ratio towards the best candidate by at most `max_step` and cuts the mask
 at the ratio it records. Departure from the published code, which cuts the mask at the candidate's
 ratio; `commit="candidate"` does that for comparison.
+
+Without a baseline the rewards of a round compare with the lowest ratio it tried: their differences,
+which are all that the policy and the history use, are the same, and a quarter of the forwards is
+saved. The best of the round is then never negative, so every round with a finite trial commits.
 
 A trial whose loss is not finite loses, and nothing else: it takes no part in means, in the policy
 update or in the choice of the best.
@@ -14,13 +19,14 @@ update or in the choice of the best.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 import torch
 
-from grasp_lora.core.history import RoundRecord, lowest_near, observations
+from grasp_lora.core.history import RoundRecord, lowest, lowest_near, observations
 from grasp_lora.core.policy import (
     PRIOR_RATIO,
     Policy,
@@ -46,6 +52,8 @@ __all__ = [
     "conclude",
     "draw_rows",
     "is_due",
+    "needs_baseline",
+    "next_rows",
     "planned_rounds",
     "propose",
     "state_from_json",
@@ -100,14 +108,44 @@ def propose(
     """Return the ratios to try in the next round, each in [low, high]."""
     if round_kind(state.round, state.horizon, config) == "coverage":
         return coverage_candidates(state.round, config)
-    return sampled_candidates(Policy(state.mu, state.sigma), config, generator)
+    seen = () if config.preset == "paper" else observations(state.records)
+    favourite = lowest(seen, state.horizon, config) if seen else None
+    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
+
+
+def needs_baseline(config: ControllerConfig) -> bool:
+    """Return whether a round must also measure the model as it is, on the rows of the round."""
+    return config.baseline
+
+
+def next_rows(
+    state: ControllerState,
+    groups: Sequence[str],
+    config: ControllerConfig,
+    generator: torch.Generator,
+) -> tuple[int, ...]:
+    """Return the row positions of the next round; rows that earlier rounds probed less come first.
+
+    So that `rounds` x `rows` probes see as many different rows as they can.
+
+    Args:
+        state: The state before the round; its records name the rows by these positions.
+        groups: Group of each row, as in `draw_rows`.
+        config: Settings of the controller.
+        generator: Source of the randomness.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    probed = Counter(row for record in state.records for row in record.rows)
+    return draw_rows(groups, config.rows, generator, probed)
 
 
 def conclude(
     state: ControllerState,
     config: ControllerConfig,
     candidates: Sequence[float],
-    baseline: Sequence[float],
+    baseline: Sequence[float] | None,
     losses: Sequence[Sequence[float]],
     rows: Sequence[int],
     step: int,
@@ -118,19 +156,29 @@ def conclude(
         state: The state `propose` was asked with.
         config: Settings of the controller.
         candidates: The ratios tried, [candidates].
-        baseline: Loss of each row under the model as it is, in nats, [rows].
+        baseline: Loss of each row under the model as it is, in nats, [rows]; None if it was not
+            measured. If it was it is used, whatever the settings ask for.
         losses: Loss of each row under each candidate's mask, [candidates][rows].
         rows: Id of each row; the same row has the same id in every round.
         step: Optimizer step the round followed.
 
     Raises:
-        ValueError: If the lengths do not agree, or a row id occurs twice.
+        ValueError: If the lengths do not agree, a row id occurs twice, or the settings ask for a
+            baseline and there is none.
     """
+    if baseline is None and config.baseline:
+        raise ValueError(
+            "controller.baseline is on, but the round came without the losses of the model as it "
+            "is; measure them or turn the setting off"
+        )
     _check_lengths(candidates, baseline, losses, rows)
-    base = _mean_or_none(baseline)
+    base = None if baseline is None else _mean_or_none(baseline)
     means = tuple(_mean_or_none(row_losses) for row_losses in losses)
-    rewards = tuple(None if base is None or mean is None else base - mean for mean in means)
-    ratio, mask_ratio, best, reason = _commit(state, config, candidates, rewards, base)
+    reference = _lowest_trial(candidates, means) if baseline is None else base
+    rewards = tuple(
+        None if reference is None or mean is None else reference - mean for mean in means
+    )
+    ratio, mask_ratio, best, reason = _commit(state, config, candidates, rewards, means)
     policy = _policy_after(state, config, candidates, rewards)
     record = RoundRecord(
         round=state.round,
@@ -149,7 +197,7 @@ def conclude(
         sigma=policy.sigma,
         rows=tuple(rows),
         per_row=tuple(tuple(_or_none(loss) for loss in row_losses) for row_losses in losses),
-        baseline_rows=tuple(_or_none(loss) for loss in baseline),
+        baseline_rows=tuple(_or_none(loss) for loss in baseline or ()),
         reason=reason,
     )
     return _recentred(state, config, record)
@@ -190,18 +238,25 @@ def _commit(
     config: ControllerConfig,
     candidates: Sequence[float],
     rewards: Sequence[float | None],
-    base: float | None,
+    means: Sequence[float | None],
 ) -> tuple[float, float, float | None, str]:
     """Return (ratio, mask ratio, best candidate, reason) after the round."""
     finite = [(r, c) for r, c in zip(rewards, candidates, strict=True) if r is not None]
     if not finite:
-        reason = "the baseline loss is not finite" if base is None else "no trial was finite"
+        no_trial = all(mean is None for mean in means)
+        reason = "no trial was finite" if no_trial else "the baseline loss is not finite"
         return state.ratio, state.mask_ratio, None, reason
     reward, best = max(finite, key=lambda trial: trial[0])
     if reward < 0:
         return state.ratio, state.mask_ratio, best, "best reward below 0"
     ratio = state.ratio + clip(best - state.ratio, -config.max_step, config.max_step)
     return ratio, (best if config.commit == "candidate" else ratio), best, _COMMITTED
+
+
+def _lowest_trial(candidates: Sequence[float], means: Sequence[float | None]) -> float | None:
+    """Return the mean loss at the lowest ratio whose trial was finite, or None."""
+    finite = [(c, mean) for c, mean in zip(candidates, means, strict=True) if mean is not None]
+    return min(finite)[1] if finite else None
 
 
 def _policy_after(
@@ -238,7 +293,7 @@ def _recentred(
 
 def _check_lengths(
     candidates: Sequence[float],
-    baseline: Sequence[float],
+    baseline: Sequence[float] | None,
     losses: Sequence[Sequence[float]],
     rows: Sequence[int],
 ) -> None:
@@ -247,10 +302,11 @@ def _check_lengths(
             f"a round needs one list of losses per candidate, got {len(losses)} lists for "
             f"{len(candidates)} candidates; measure every candidate once"
         )
-    lengths = [len(baseline), *(len(row_losses) for row_losses in losses)]
+    measured = losses if baseline is None else (baseline, *losses)
+    lengths = [len(row_losses) for row_losses in measured]
     if not rows or any(length != len(rows) for length in lengths):
         raise ValueError(
-            f"a round needs one loss per row for the baseline and every candidate, got {lengths} "
+            f"a round needs one loss per row for every candidate and the baseline, got {lengths} "
             f"losses for {len(rows)} rows; use the same rows throughout a round"
         )
     if len(set(rows)) != len(rows):

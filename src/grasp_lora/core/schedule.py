@@ -3,7 +3,7 @@
 # torch leaves these results untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,16 +29,22 @@ def planned_rounds(total_steps: int, config: ControllerConfig) -> int:
     return len(_spread_steps(total_steps, config))
 
 
-def draw_rows(groups: Sequence[str], count: int, generator: torch.Generator) -> tuple[int, ...]:
+def draw_rows(
+    groups: Sequence[str],
+    count: int,
+    generator: torch.Generator,
+    probed: Mapping[int, int] | None = None,
+) -> tuple[int, ...]:
     """Return `count` row positions drawn at random, ascending, spread over the groups.
 
-    A group gives a second row only when every group has given its first, and so on; all rows if
-    there are no more than `count`.
+    A group gives a second row only when every group has given its first, and so on; within that,
+    rows probed less often come first. All rows if there are no more than `count`.
 
     Args:
         groups: Group of each row; rows of one group (one context) are not independent.
         count: How many rows to draw, at least 1.
         generator: Source of the randomness.
+        probed: Row position -> how many rounds have probed it; a row left out, none.
 
     Raises:
         ValueError: If the count is below 1 or there is no row.
@@ -47,15 +53,17 @@ def draw_rows(groups: Sequence[str], count: int, generator: torch.Generator) -> 
         raise ValueError(f"a round probes at least 1 row, got {count}; raise the number of rows")
     if not groups:
         raise ValueError("there is no row to probe; give the micro-dev split at least one example")
+    before = probed or {}
     shuffled: list[int] = torch.randperm(len(groups), generator=generator).tolist()
+    shuffled.sort(key=lambda row: before.get(row, 0))  # stable: equal ones stay shuffled
     given: dict[str, int] = {}
-    turns: list[tuple[int, int]] = []  # (how many its group gave before, row)
+    turns: list[tuple[int, int, int]] = []  # (how many its group gave before, rounds, row)
     for row in shuffled:
         turn = given.get(groups[row], 0)
         given[groups[row]] = turn + 1
-        turns.append((turn, row))
-    turns.sort(key=lambda pair: pair[0])  # stable: within a turn the shuffled order stays
-    return tuple(sorted(row for _, row in turns[:count]))
+        turns.append((turn, before.get(row, 0), row))
+    turns.sort(key=lambda each: each[:2])
+    return tuple(sorted(row for *_, row in turns[:count]))
 
 
 def _spread_steps(total_steps: int, config: ControllerConfig) -> frozenset[int]:

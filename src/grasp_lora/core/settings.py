@@ -19,6 +19,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "sigma": 0.1,
             "rounds": 8,
             "interval": None,
+            "rows": 8,
+            "baseline": False,
             "probe_rows": "micro-dev+dev",
             "lr": 1.0,
             "anchor": 0.0,
@@ -31,6 +33,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "sigma": None,
             "rounds": None,
             "interval": 10,
+            "rows": 16,
+            "baseline": True,
             "probe_rows": "micro-dev",
             "lr": 0.05,
             "anchor": 0.05,
@@ -76,8 +80,11 @@ class ControllerConfig:
     """Optimizer steps from round to round. None when `rounds` is used."""
     candidates: int = 3
     """Ratios tried per round; each costs one evaluation of the probing rows."""
-    rows: int = 16
-    """Probing rows per round; the same rows for the baseline and all candidates of a round."""
+    rows: int = _BY_PRESET
+    """Probing rows per round; the same rows for all candidates of a round."""
+    baseline: bool = _BY_PRESET
+    """Whether a round also measures the model as it is, the published reference of the rewards;
+    costs one evaluation more. Without it they compare with the lowest ratio tried."""
     probe_rows: ProbeRows = _BY_PRESET
     """Where they come from: a fixed micro-dev set, or a fresh draw from micro-dev and dev."""
     lr: float = _BY_PRESET

@@ -5,18 +5,13 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
-from grasp_lora.core.history import (
-    RoundRecord,
-    lowest,
-    observations,
-    winsorised,
-)
+from grasp_lora.core.history import RoundRecord, lowest, observations, winsorised
 from grasp_lora.core.settings import ControllerConfig
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
@@ -24,10 +19,11 @@ Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 Z_LEARNED = 1.645
 """One-sided 5 % level of a standard normal."""
 _NEGLIGIBLE = 1e-9  # nats; below it a gain is rounding
-_NEAR_LOW = 0.05  # a trial this close to `low` stands for it
+_NEAR_LOW = 0.07  # a trial this close to `low` stands for it
+_WINDOW = 0.1  # trials this far apart are tested together; one nearer to `low` shows no gain
+_SHARED = 0.5  # correlation at which the gains of two halves of the rows are averaged
 _SPLITS = 5
 _SPLIT_SEED = 0
-_AGREE = 0.15
 _LATE_ROUNDS = 3
 
 
@@ -44,7 +40,8 @@ class RatioChoice:
         z: gain / gain_error; None without evidence or without spread over the rows.
         rule: How the ratio was picked, in a few words.
         history_minimum: Lowest point of the curve over all rounds; None without evidence.
-        late_mu: Mean centre of the last policy rounds; None if there were none.
+        late_mu: Mean centre of the last policy rounds; None if there were none. For the reader, it
+            does not move the ratio.
     """
 
     ratio: float
@@ -65,8 +62,7 @@ def ratio_choice(
     Preset `paper` takes the candidate with the largest reward of all rounds, as published. Its
     reward is a difference to its own round's baseline, so this finds the round with the worst
     baseline as much as the best ratio, and the largest of many noisy numbers flatters itself
-    (winner's curse). Preset `standard` takes the lowest point of the curve over all rounds,
-    averaged with the policy's late centre where the two agree within 0.15.
+    (winner's curse). Preset `standard` takes the lowest point of the curve over all rounds.
 
     Args:
         records: All rounds, in order.
@@ -81,7 +77,7 @@ def ratio_choice(
     if config.preset == "paper":
         ratio, rule = _largest_reward(records, current)
     else:
-        ratio, rule = _joined(minimum, late_mu, current)
+        ratio, rule = _history_minimum(minimum, current)
     if not records:
         return RatioChoice(ratio, "never-fired", None, None, None, rule, minimum, late_mu)
     evidence = cross_fitted_gain(records, config)
@@ -96,18 +92,20 @@ def ratio_choice(
 def cross_fitted_gain(
     records: Sequence[RoundRecord], config: ControllerConfig
 ) -> tuple[float, float, int] | None:
-    """Return the gain over `low` of choosing a trial, its standard error (nats), and rows tested.
+    """Return the gain over `low` of choosing a ratio, its standard error (nats), and rows tested.
 
-    The rows are split in two halves; the trial is chosen on one and its gain measured on the other,
-    then the halves swap. So the gain does not profit from the luck of the choice. Averaged over a
-    few splits, drawn with a fixed seed. The errors of halves and splits are averaged as if fully
-    correlated, since they share all rows: the test errs on the side of `flat`.
+    The rows are split in two halves; the ratio is chosen on one, by its gain less one standard
+    error, and its gain measured on the other, then the halves swap. So the gain does not profit
+    from the luck of the choice. A ratio's gain is that of all trials near it, in all rounds.
+    Averaged over a few splits, drawn with a fixed seed. The splits' errors are averaged as if fully
+    correlated, since they share all rows, those of two halves as if half so.
 
     Returns:
         None if no round had a ratio near `low` beside a higher one, or too few rows for two halves.
     """
     contrasts = _contrasts(records, config)
-    rows = sorted({row for contrast in contrasts for row in contrast})
+    ratios = sorted({contrast.ratio for contrast in contrasts})
+    rows = sorted({row for contrast in contrasts for row in contrast.gaps})
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     gains: list[float] = []
     errors: list[float] = []
@@ -117,16 +115,20 @@ def cross_fitted_gain(
         shuffled = [rows[i] for i in order]
         first, second = set(shuffled[: len(rows) // 2]), set(shuffled[len(rows) // 2 :])
         for chosen_on, tested_on in ((first, second), (second, first)):
-            halves = [(_on(c, chosen_on), _on(c, tested_on)) for c in contrasts]
+            halves = [
+                (_near(contrasts, ratio, chosen_on), _near(contrasts, ratio, tested_on))
+                for ratio in ratios
+            ]
             whole = [(a, b) for a, b in halves if len(a) > 1 and len(b) > 1]
             if whole:
-                _, tested = max(whole, key=lambda half: statistics.fmean(half[0]))
+                _, tested = max(whole, key=lambda half: statistics.fmean(half[0]) - _error(half[0]))
                 gains.append(statistics.fmean(tested))
-                errors.append(statistics.stdev(tested) / math.sqrt(len(tested)))
+                errors.append(_error(tested))
                 counts.append(len(tested))
     if not gains:
         return None
-    return math.fsum(gains) / len(gains), math.fsum(errors) / len(errors), min(counts)
+    error = math.sqrt((1 + _SHARED) / 2) * math.fsum(errors) / len(errors)
+    return math.fsum(gains) / len(gains), error, min(counts)
 
 
 def _critical(rows: int) -> float:
@@ -134,39 +136,56 @@ def _critical(rows: int) -> float:
     return Z_LEARNED * (1 + (Z_LEARNED**2 + 1) / (4 * (rows - 1)))
 
 
-def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list[dict[int, float]]:
-    """Return, for every trial beside which `low` was measured, row -> loss at `low` less the
-    trial's.
+@dataclass(frozen=True)
+class _Contrast:
+    """A trial beside which `low` was measured: row -> loss at `low` less the trial's."""
+
+    ratio: float
+    gaps: dict[int, float]
+
+
+def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list[_Contrast]:
+    """Return the contrast of every trial with the lowest ratio of its round, where that is near
+    `low`.
 
     Within one round alone, where rows and weights are the same. The curve over all rounds is no
     measure for this: a trial beyond a cliff shifts its whole round, and however flat the plateau
     before the cliff is, the curve's errors there are a share of the cliff.
     """
-    found: list[dict[int, float]] = []
+    found: list[_Contrast] = []
     in_force = 0.0  # nothing is pruned before the first commit
-    bound = config.low + _NEAR_LOW
     for record in records:
         trials = list(zip(record.candidates, record.per_row, strict=True))
-        lows = [losses for at, losses in trials if at <= bound]
-        if in_force <= bound:
-            lows.append(record.baseline_rows)
+        measured = [(in_force, record.baseline_rows)] if record.baseline_rows else []
         in_force = record.mask_ratio
-        for at, losses in trials:
-            if not lows or at <= bound:
-                continue
+        lowest_ratio, reference = min((*trials, *measured), key=lambda trial: trial[0])
+        if lowest_ratio > config.low + _NEAR_LOW:
+            continue
+        for ratio, losses in trials:
             gaps = {
                 row: low - high
-                for row, low, high in zip(record.rows, lows[0], losses, strict=True)
+                for row, low, high in zip(record.rows, reference, losses, strict=True)
                 if low is not None and high is not None
             }
-            if gaps:
+            if gaps and ratio > lowest_ratio + _WINDOW:
                 values = winsorised(list(gaps.values()))
-                found.append(dict(zip(gaps, values, strict=True)))
+                found.append(_Contrast(ratio, dict(zip(gaps, values, strict=True))))
     return found
 
 
-def _on(contrast: Mapping[int, float], rows: set[int]) -> list[float]:
-    return [gap for row, gap in contrast.items() if row in rows]
+def _near(contrasts: Sequence[_Contrast], ratio: float, rows: set[int]) -> list[float]:
+    """Return the mean gap of each of the rows over the contrasts near the ratio that have it."""
+    gaps: dict[int, list[float]] = {}
+    for contrast in contrasts:
+        if abs(contrast.ratio - ratio) <= _WINDOW:
+            for row in rows & contrast.gaps.keys():
+                gaps.setdefault(row, []).append(contrast.gaps[row])
+    return [statistics.fmean(gaps[row]) for row in sorted(gaps)]
+
+
+def _error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[float, str]:
@@ -181,9 +200,7 @@ def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[flo
     return max(trials, key=lambda trial: trial[0])[1], "candidate with the largest reward"
 
 
-def _joined(minimum: float | None, late_mu: float | None, current: float) -> tuple[float, str]:
+def _history_minimum(minimum: float | None, current: float) -> tuple[float, str]:
     if minimum is None:
         return current, "current ratio: no round had two finite trials to compare"
-    if late_mu is not None and abs(late_mu - minimum) <= _AGREE:
-        return (minimum + late_mu) / 2, "mean of the history minimum and the late policy centre"
     return minimum, "history minimum"
