@@ -1,6 +1,7 @@
 """Backbones: found, loaded frozen, refused in words; and what is read off a model."""
 
 import copy
+import gc
 import importlib.machinery
 import json
 import socket
@@ -403,3 +404,19 @@ def test_the_fixtures_build_what_the_helpers_build(
     folder = tiny_adapter_folder(tmp_path / "a", tiny_model("qwen3"), zero_b=True)
     assert (folder / "adapter_model.safetensors").is_file()
     assert backbone.fingerprint == base_fingerprint(tiny_model("qwen3"))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(tiny_backbone_folder, tmp_path, on):
+    folder, was_on = str(tiny_backbone_folder()), gc.isenabled()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("no JSON")
+    (gc.enable if on else gc.disable)()
+    try:
+        load_backbone(ModelSpec(folder, dtype="float32", device="cpu"))
+        assert gc.isenabled() == on
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_backbone(ModelSpec(str(tmp_path / "broken"), device="cpu"))
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if was_on else gc.disable)()
