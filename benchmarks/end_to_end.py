@@ -4,8 +4,9 @@
 
 - `restart`: a search run, and a final run at its ratio from the merge again.
 - `continue`: one run in all, half of its epochs searching and half at the ratio.
-- `grid`: one final run for each of eight ratios. Some are run, the mean is taken for the others
-  (`measured_points`); `--all-points` runs all.
+- `grid`: one final run for each of eight ratios. Some are run (`measured_points`), the others are
+  taken to last as long as those after the first, which alone reads the input norms;
+  `--all-points` runs all.
 - `authors`: the published schedule, emulated by `benchmarks.authors_schedule`. Its units are
   measured and multiplied by its counts; the whole is projected, not run.
 
@@ -109,13 +110,22 @@ def settings(job: Job, options: argparse.Namespace, mode: str) -> RunConfig:
 
 
 def contexts(job: Job, options: argparse.Namespace) -> dict[str, Context]:
-    """Return mode -> context, on one backbone, rows encoded."""
+    """Return way -> context, on one backbone, rows encoded.
+
+    Each way has a context of its own: what one has measured of its start must not serve another.
+    """
     config = settings(job, options, "restart")
     data = load_run_data(config, lambda _line: None, given={"target": given_rows(job)})
-    first = open_context(config, quiet=True, data=data)
+    opened = open_context(config, quiet=True, data=data)
+    modes = {"warm-up": "restart", "restart": "restart", "continue": "continue", "grid": "restart"}
+    return {way: _anew(opened, settings(job, options, mode)) for way, mode in modes.items()}
+
+
+def _anew(context: Context, config: RunConfig) -> Context:
+    made = Context(config, context.data, context.backbone, context.task, context.narrator)
     for split in SPLITS:
-        first.encoded("target", split)
-    return {"restart": first, "continue": replace(first, config=settings(job, options, "continue"))}
+        made.encoded("target", split)
+    return made
 
 
 def write_sources(context: Context, folder: Path) -> list[Path]:
@@ -165,19 +175,19 @@ def run_stages(
     """Run the stages of `restart`, `continue` and of the grid's `points` in a mixed order.
 
     Args:
-        found: mode -> context.
+        found: way -> context.
         points: ratios of the grid that are run.
         folder: for the results.
         between: called with the merged folder halfway.
     """
     recorder = Recorder([])
-    restart, going_on = found["restart"], found["continue"]
+    restart, going_on, plain = found["restart"], found["continue"], found["grid"]
     sources = write_sources(restart, folder)
     merged = folder / "merged"
     recorder.stage(
         "all", "merge", lambda: merge_adapters(restart.config, sources, merged, context=restart)
     )
-    _warm_up(restart, merged, folder / "warm-up")
+    _warm_up(found["warm-up"], merged, folder / "warm-up")
 
     def search(context: Context) -> None:
         mode = context.config.finetune.mode
@@ -203,7 +213,7 @@ def run_stages(
             recorder.stage(
                 "grid",
                 f"{ratio}",
-                lambda r=ratio, o=out: finetune_at(restart.config, merged, r, o, context=restart),
+                lambda r=ratio, o=out: finetune_at(plain.config, merged, r, o, context=plain),
             )
 
     half = (len(points) + 1) // 2
@@ -297,11 +307,11 @@ def summary(
         for name, count in counts.items()
     }
     theirs = sum(unit["seconds"] for unit in priced.values())
-    mean = sum(points) / len(points)
+    alike = points[1:] or points
     per_run = {
         "restart": seconds("restart"),
         "continue": [sum(seconds("continue"))],
-        "grid": points + [mean] * (len(GRID) - len(points)),
+        "grid": points + [sum(alike) / len(alike)] * (len(GRID) - len(points)),
     }
     whole = {way: merging + sum(runs) for way, runs in per_run.items()}
     whole["authors"] = merging + theirs

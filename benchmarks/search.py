@@ -436,7 +436,7 @@ def published(figures: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """
     config = ControllerConfig(preset="paper")
     rounds = planned_rounds(planned_steps(sizes.rows, sizes.epochs, 1, 1, None), config)
-    forwards = rounds * config.rows * (1 + config.candidates)
+    forwards = rounds * config.rows * (config.baseline + config.candidates)
     split, read = figures["split_seconds"], figures["forwards"]["search"]["probe"]["rows"]
     per_row = (split["baseline"] + split["probe"]) / read if read else 0.0
     per_round = split["masks"] / figures["rounds"]
