@@ -17,6 +17,7 @@ def test_the_paper_preset_holds_the_published_numbers():
     assert config.sigma == pytest.approx(0.7 / 6)
     assert (config.interval, config.rounds) == (10, None)
     assert (config.candidates, config.rows, config.probe_rows) == (3, 16, "micro-dev")
+    assert config.baseline
     assert (config.lr, config.anchor, config.entropy, config.max_step) == (0.05, 0.05, 0.01, 0.10)
 
 
@@ -25,6 +26,8 @@ def test_the_standard_preset_starts_unpruned_with_eight_rounds():
     assert (config.low, config.high, config.start) == (0.0, 0.8, 0.0)
     assert (config.rounds, config.interval, config.candidates) == (8, None, 3)
     assert config.probe_rows == "micro-dev+dev"
+    assert config.rounds * config.candidates * config.rows == 240
+    assert not config.baseline
 
 
 def test_values_that_follow_from_the_range_follow_a_changed_range():
