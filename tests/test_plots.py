@@ -68,6 +68,19 @@ def test_the_picture_shows_the_ratio_the_rewards_and_the_losses(tmp_path, drawn)
     assert "learned" in figure.get_suptitle()
 
 
+def test_without_a_baseline_the_losses_are_those_of_the_lowest_ratio_tried(tmp_path, drawn):
+    records = [
+        round_record(0, baseline=None, candidates=[0.5, 0.1], losses=[0.7, 0.9], rewards=[0.2, 0]),
+        round_record(
+            1, baseline=None, candidates=[0.2, 0.3], losses=[None, 0.8], rewards=[None, 0]
+        ),
+        round_record(2, baseline=None, candidates=[0.2], losses=[None], rewards=[None]),
+    ]
+    plot_search(records, [], [], {"ratio": 0.4, "verdict": "flat"}, tmp_path / "a.png")
+    label = "probing rows, lowest ratio of each round"
+    assert line(drawn[0], 2, label) == [(10, 0.9), (20, 0.8)]
+
+
 def test_a_mask_that_differs_from_the_ratio_has_its_own_line(tmp_path, drawn):
     ratio = {"ratio": 0.4, "verdict": "flat"}
     plot_search([round_record(0, mask_ratio=0.4)], [], [], ratio, tmp_path / "a.png")

@@ -10,7 +10,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
-# Orange for worse than the baseline, blue for better: told apart by colour-blind readers too.
+# Orange for worse, blue for better than what a round compares with: colour-blind readers can
+# tell them apart.
 REWARDS: Colormap = LinearSegmentedColormap.from_list("rewards", [ORANGE, "#e9ecef", BLUE])
 # Kindred parts have kindred hues; a part's place in the bar tells it apart as well.
 PART_COLOURS: Mapping[str, str] = {
@@ -244,14 +245,16 @@ def _loss_panel(
     axes.set_ylabel("loss (nats)")
     steps, losses = [e["step"] for e in log], [e["loss"] for e in log]
     axes.plot(steps, losses, color=INK, alpha=0.25, linewidth=1, label="train, each step")
-    probed = [(r["step"], r["baseline"]) for r in rounds if r["baseline"] is not None]
+    based = any(r["baseline"] is not None for r in rounds)
+    references = [(r["step"], r["baseline"] if based else _lowest_trial(r)) for r in rounds]
+    probed = [(step, loss) for step, loss in references if loss is not None]
     axes.plot(
         [step for step, _ in probed],
         [loss for _, loss in probed],
         "o-",
         color=BLUE,
         markersize=5,
-        label="probing rows, before each round",
+        label=f"probing rows, {'before each round' if based else 'lowest ratio of each round'}",
     )
     axes.plot(
         [e["step"] for e in evaluations],
@@ -262,6 +265,13 @@ def _loss_panel(
         label="dev, final run (its own steps)",
     )
     axes.legend(loc="best", frameon=False, fontsize=9)
+
+
+def _lowest_trial(record: Mapping[str, Any]) -> float | None:
+    """Return the loss at the lowest ratio of a round: what its rewards compare with."""
+    tried = zip(record["candidates"], record["losses"], strict=True)
+    finite = [(ratio, loss) for ratio, loss in tried if loss is not None]
+    return min(finite)[1] if finite else None
 
 
 def _plain(axes: Axes) -> None:

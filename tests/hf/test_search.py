@@ -152,10 +152,14 @@ def same_weights(a: LiveAdapter, b: LiveAdapter) -> bool:
     return all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bit(tmp_path):
-    probed = train(tmp_path / "a", discard=True)
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bit(
+    tmp_path, baseline
+):
+    config = ControllerConfig(rounds=4, rows=4, max_step=0.3, baseline=baseline)
+    probed = train(tmp_path / "a", discard=True, config=config)
     plain = train(tmp_path / "b", search=False)
-    assert probed.searcher.forwards == 4 * 4 * 4
+    assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
 
@@ -255,6 +259,13 @@ def test_the_best_adapter_is_restored_with_its_masks(tmp_path):
     assert kept.loss == min(e.loss for e in run.best.evaluations)
     for name, param in run.live.params.items():
         assert (param[~run.live.keep(name)] == 0).all()
+
+
+def test_rows_are_dealt_before_any_is_probed_again(tmp_path):
+    run = train(tmp_path, config=ControllerConfig(rounds=4, rows=2, max_step=0.3))
+    records = run.searcher.controller.records
+    assert sorted(row for r in records for row in r.rows) == list(range(8))
+    assert all(r.baseline is None and r.baseline_rows == () for r in records)
 
 
 def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):

@@ -232,7 +232,7 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
         assert stages[name]["step"]["calls"] == steps
         assert stages[name]["checkpoint"]["calls"] == steps / 2, "one after each epoch of 2 steps"
     assert stages["final"]["dev"]["calls"] == 3
-    assert stages["search"]["baseline"]["calls"] == 3
+    assert "baseline" not in stages["search"], "the default measures none"
     assert stages["search"]["probe"]["calls"] == 9, "3 rounds of 3 candidates"
     assert stages["evaluations/final"]["generate"]["calls"] == 1
     assert "| search | **all** |" in (out / "profile.md").read_text()

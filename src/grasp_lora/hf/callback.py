@@ -122,7 +122,7 @@ class SearchCallback(TrainerCallback):
         rows = self._pool.rows
         if self._pool.fresh:
             groups = [e.group for e in rows.encoded]
-            drawn = rounds.draw_rows(groups, self._config.rows, self._generator)
+            drawn = rounds.next_rows(self.controller, groups, self._config, self._generator)
             return drawn, rows.batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(rows.encoded))))
         if self._fixed is None:
@@ -133,16 +133,18 @@ class SearchCallback(TrainerCallback):
         live, clock, score = self._live, self._clock, self._first or self._score
         drawn, batches = self._rows()
         candidates = rounds.propose(self.controller, self._config, self._generator)
-        with clock.span("baseline"), preserved(live.model, live.params):
-            live.model.eval()
-            baseline = row_losses(live.model, batches, len(drawn))
+        baseline = None
+        if rounds.needs_baseline(self._config):
+            with clock.span("baseline"), preserved(live.model, live.params):
+                live.model.eval()
+                baseline = row_losses(live.model, batches, len(drawn))
         losses: list[list[float]] = []
         with clock.span("masks"):
             cut = dict(zip(candidates, live.masks(score, candidates), strict=True))
             for ratio in candidates:
                 with live.trial(cut[ratio]), clock.span("probe"):
                     losses.append(row_losses(live.model, batches, len(drawn)))
-        self.forwards += len(drawn) * (1 + len(candidates))
+        self.forwards += len(drawn) * (len(candidates) + (baseline is not None))
         if self._discard:
             return
         self.controller, record = rounds.conclude(
