@@ -79,13 +79,15 @@ def plain_round(live: LiveAdapter) -> None:
     """Do the same by `kthvalue` and a clone of the adapter for every candidate."""
     for ratio in (*CANDIDATES, COMMITTED):
         whole = {name: param.clone() for name, param in live.params.items()}
-        _plain_cut(live, ratio)
+        plain_cut(live, ratio)
         for name, param in live.params.items():  # the committed one too: rounds start alike
             param.copy_(whole[name])
         del whole
 
 
-def _plain_cut(live: LiveAdapter, ratio: float) -> None:
+@torch.no_grad()
+def plain_cut(live: LiveAdapter, ratio: float) -> None:
+    """Set the lowest `ratio` of every block's tensors to zero."""
     for block in live.blocks:
         for part in (live.params[block.a][block.rows], live.params[block.b][:, block.rows]):
             scores = part.abs()

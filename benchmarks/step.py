@@ -280,7 +280,7 @@ def padding(rows: Sequence[Encoded], rows_per_step: int) -> dict[str, float]:
 def cases(options: argparse.Namespace) -> list[Case]:
     """Return what is measured, the default case first."""
     if options.quick:
-        return [Case(options.model, "float32", 2, 48), Case(options.model, "float32", 2, 48, True)]
+        return [Case(options.model, "float32", 2, 48), Case(options.model, "float32", 2, 160, True)]
     found = [
         Case(options.model, "bfloat16", 4, 256),
         Case(options.model, "bfloat16", 8, 256),

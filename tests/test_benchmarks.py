@@ -5,11 +5,12 @@ import json
 import math
 
 import pytest
-from benchmarks import common, end_to_end, evaluation, generate, growth, search
+import torch
+from benchmarks import common, end_to_end, evaluation, generate, growth, masks, search, step
 from benchmarks.authors_schedule import Schedule
 
 from grasp_lora.timing import Clock
-from helpers import tiny_backbone_folder
+from helpers import tiny_backbone_folder, tiny_model
 
 FIGURES = {
     generate: ("generate_speedup",),
@@ -22,6 +23,8 @@ FIGURES = {
         "speedup_vs_authors_schedule_continue",
     ),
     growth: (),
+    masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
+    step: ("step_matmul_fraction", "step_speedup_vs_trainer", "probe_over_forward"),
 }
 
 
@@ -69,6 +72,38 @@ def test_the_overhead_of_a_search_is_split_and_both_sides_train_on_the_same_rows
     assert read["plain"]["probe"]["rows"] == 0
     assert read["search"]["probe"]["rows"] > 0
     assert result["published_schedule"]["computed"] is True
+
+
+def test_the_flops_of_a_step_are_those_of_its_products():
+    model = tiny_model("llama")
+    text = model.config
+    weights = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
+    pairs = sum(2 * (i + 1) for i in range(10))  # two rows, causal, the diagonal included
+    attention = 4 * pairs * text.hidden_size * text.num_hidden_layers
+    output = 2 * 3 * text.hidden_size * text.vocab_size
+    expected = 4 * weights * 20 + 3 * attention + 4 * output
+    counted = step.step_flops(model, 2, 10, 3)
+    assert counted == pytest.approx(expected, rel=0.05)
+    assert counted < expected, "the diagonal is left out"
+
+
+def test_padding_is_counted_in_tokens():
+    class Row:
+        def __init__(self, length):
+            self.input_ids = (0,) * length
+
+    assert step.padding([Row(5)] * 6, 4) == {"by-step": 1.0, "by-length": 1.0}
+    found = step.padding([Row(n) for n in (10, 2, 10, 2, 10, 2, 10, 2)], 2)
+    assert found["by-length"] == 1.0
+    assert 1.2 < found["by-step"] <= 40 / 24
+
+
+def test_both_rounds_of_masks_leave_the_same_zeros():
+    ours, plain = masks.adapter(20_000), masks.adapter(20_000)
+    masks.our_round(ours)
+    masks.plain_cut(plain, masks.COMMITTED)
+    for name, param in ours.params.items():
+        assert torch.equal(param, plain.params[name])
 
 
 def test_growth_gives_a_line_for_every_quantity_and_draws_it(result_of):
