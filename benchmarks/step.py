@@ -80,7 +80,7 @@ class Case:
     def name(self) -> str:
         """What the table calls it."""
         kind = "questions, at most" if self.questions else "x"
-        return f"{self.model} {self.dtype} {self.batch_size} {kind} {self.length}"
+        return f"{Path(self.model).name} {self.dtype} {self.batch_size} {kind} {self.length}"
 
 
 class StepTimes(TrainerCallback):
