@@ -26,7 +26,7 @@ def test_the_standard_preset_starts_unpruned_with_eight_rounds():
     assert (config.low, config.high, config.start) == (0.0, 0.8, 0.0)
     assert (config.rounds, config.interval, config.candidates) == (8, None, 3)
     assert config.probe_rows == "micro-dev+dev"
-    assert config.rounds * config.candidates * config.rows == 240
+    assert config.rounds * config.candidates * config.rows == 288
     assert not config.baseline
 
 

@@ -19,7 +19,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "sigma": 0.1,
             "rounds": 8,
             "interval": None,
-            "rows": 10,
+            "rows": 12,
             "baseline": False,
             "probe_rows": "micro-dev+dev",
             "lr": 1.0,
