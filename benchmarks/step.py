@@ -75,6 +75,8 @@ class Case:
     batch_size: int
     length: int
     questions: bool = False
+    plain: bool = False
+    """Whether a plain Trainer is measured too; with questions it always is."""
 
     @property
     def name(self) -> str:
@@ -227,7 +229,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     backbone = backbone_of(case, options.device)
     device = backbone.device
     rows, collate = rows_of(case, backbone, options), common.collator(backbone)
-    with_plain = case.model not in SHAPES and not options.no_plain
+    with_plain = (case.plain or case.questions) and not options.no_plain
     bare = copy.deepcopy(backbone.model) if case.model not in SHAPES else None
     live = go_live(backbone.model, common.adapters(backbone.model, TARGETS, RANK, 0), "source")
     plain = plain_model(case, device) if with_plain else None
@@ -282,7 +284,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     if options.quick:
         return [Case(options.model, "float32", 2, 48), Case(options.model, "float32", 2, 160, True)]
     found = [
-        Case(options.model, "bfloat16", 4, 256),
+        Case(options.model, "bfloat16", 4, 256, plain=True),
         Case(options.model, "bfloat16", 8, 256),
         Case(options.model, "bfloat16", 4, 512),
         Case(options.model, "float32", 4, 256),
