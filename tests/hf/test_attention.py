@@ -42,8 +42,10 @@ def bias_of(visible):
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("cached", [1, 10_000])
-def test_products_equal_the_textbook(heads, key_heads, cached, monkeypatch):
+@pytest.mark.parametrize("span", [1, 2, 3, 100])
+def test_products_equal_the_textbook(heads, key_heads, cached, span, monkeypatch):
     monkeypatch.setattr(attention, "_CACHED_SCORES", cached)
+    monkeypatch.setattr(attention, "_SPAN", span)
     query, key = drawn(2, heads, 5, 4, seed=1), drawn(2, key_heads, 5, 4, seed=2)
     value = drawn(2, key_heads, 5, 3, seed=3)
     visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
@@ -53,7 +55,18 @@ def test_products_equal_the_textbook(heads, key_heads, cached, monkeypatch):
     assert torch.allclose(got, textbook(query, key, value, visible, 0.3), atol=1e-12)
 
 
-def test_the_gradients_are_those_of_finite_differences():
+def test_queries_that_see_later_keys_are_not_cut(monkeypatch):
+    monkeypatch.setattr(attention, "_SPAN", 2)
+    query, key, value = drawn(1, 2, 6, 4, seed=1), drawn(1, 2, 6, 4, seed=2), drawn(1, 2, 6, 4)
+    visible = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    visible[0, 1, 5] = True
+    got = products(query, key, value, bias_of(visible).unsqueeze(1), 0.3)
+    assert torch.allclose(got, textbook(query, key, value, visible, 0.3), atol=1e-12)
+
+
+@pytest.mark.parametrize("span", [1, 2, 100])
+def test_the_gradients_are_those_of_finite_differences(span, monkeypatch):
+    monkeypatch.setattr(attention, "_SPAN", span)
     inputs = [
         drawn(2, 4, 4, 3, seed=1).requires_grad_(),
         drawn(2, 2, 4, 3, seed=2).requires_grad_(),

@@ -26,6 +26,9 @@ LONGEST = 512
 _CACHED_SCORES = 2_500_000
 """Scores computed at once, so that they stay in the cache."""
 
+_SPAN = 128
+"""Queries that are cut to the same keys."""
+
 
 def use_products(model: PreTrainedModel) -> bool:
     """Let a model use the products where they are faster; return whether that changed anything.
@@ -124,6 +127,22 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor:
     return query.new_zeros(mask.shape).masked_fill_(~mask, lowest)
 
 
+def _spans(bias: Tensor) -> list[tuple[slice, int]]:
+    """Return (queries, how many keys they can see at most), from the first query to the last.
+
+    Where attention is causal the first queries see the first keys alone, and what is left out
+    would have had no share.
+    """
+    length = bias.shape[-1]
+    parts = max(1, length // _SPAN)
+    edges = [length * part // parts for part in range(1, parts)]
+    lowest = torch.finfo(bias.dtype).min
+    if any(bool((bias[..., :edge, edge:] > lowest).any()) for edge in edges):
+        return [(slice(0, length), length)]
+    bounds = zip([0, *edges], [*edges, length], strict=True)
+    return [(slice(start, stop), stop) for start, stop in bounds]
+
+
 def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, slice, slice]]:
     """Return (example, its heads, its key heads) of the parts computed at once."""
     examples, heads, length, _ = query.shape
@@ -138,6 +157,11 @@ def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, slice, slice]]:
     ]
 
 
+def _folded(heads: Tensor, groups: int) -> Tensor:
+    """Return [heads, rows, width] as [groups, heads of a group x rows, width]."""
+    return heads.reshape(groups, -1, heads.shape[-1])
+
+
 class _Products(torch.autograd.Function):
     """The heads that share a key head are rows of one product, so that keys are never repeated."""
 
@@ -145,42 +169,49 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
     ) -> Tensor:
-        examples, heads, length, width = query.shape
-        rows = heads // key.shape[1] * length
-        output = query.new_empty(examples, length, heads, value.shape[-1])
-        kept = any(ctx.needs_input_grad)
-        shares = query.new_empty(examples, key.shape[1], rows, length) if kept else None
+        examples, heads, length, _ = query.shape
+        groups, out_width = key.shape[1], value.shape[-1]
+        output = query.new_empty(examples, length, heads, out_width)
+        spans = _spans(bias)
+        shares: list[Tensor] = []
+        if any(ctx.needs_input_grad):
+            counts = [heads // groups * (rows.stop - rows.start) for rows, _ in spans]
+            shares = [
+                query.new_empty(examples, groups, count, seen)
+                for count, (_, seen) in zip(counts, spans, strict=True)
+            ]
         for b, of, at in _blocks(query, key):
-            scores = torch.bmm(
-                (query[b, of] * scale).reshape(-1, rows, width), key[b, at].transpose(1, 2)
-            )
-            scores.view(-1, length, length).add_(bias[b if bias.shape[0] > 1 else 0])
-            place = scores if shares is None else shares[b, at]
-            torch.softmax(scores, -1, out=place)
-            found = torch.bmm(place, value[b, at])
-            output[b, :, of] = found.view(-1, length, found.shape[-1]).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, shares)
-        ctx.scale = scale
+            added = bias[b if bias.shape[0] > 1 else 0]
+            for number, (rows, seen) in enumerate(spans):
+                asked = _folded(query[b, of, rows] * scale, at.stop - at.start)
+                scores = torch.bmm(asked, key[b, at, :seen].transpose(1, 2))
+                scores.view(-1, rows.stop - rows.start, seen).add_(added[:, rows, :seen])
+                share = shares[number][b, at] if shares else scores
+                torch.softmax(scores, -1, out=share)
+                found = torch.bmm(share, value[b, at, :seen])
+                found = found.view(-1, rows.stop - rows.start, out_width)
+                output[b, rows, of] = found.transpose(0, 1)
+        ctx.save_for_backward(query, key, value, *shares)
+        ctx.spans, ctx.scale = spans, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        query, key, value, shares = ctx.saved_tensors
-        _, heads, length, width = query.shape
-        rows = heads // key.shape[1] * length
-        of_query, of_key = torch.empty_like(query), torch.empty_like(key)
-        of_value = torch.empty_like(value)
+        query, key, value, *shares = ctx.saved_tensors
+        of_query, of_key = torch.empty_like(query), torch.zeros_like(key)
+        of_value = torch.zeros_like(value)
         for b, of, at in _blocks(query, key):
-            arriving = gradient[b, :, of].transpose(0, 1).reshape(-1, rows, gradient.shape[-1])
-            share = shares[b, at]
-            of_value[b, at] = torch.bmm(share.transpose(1, 2), arriving)
-            of_share = torch.bmm(arriving, value[b, at].transpose(1, 2))
-            of_score = torch.ops.aten._softmax_backward_data(of_share, share, -1, share.dtype)
-            back = torch.bmm(of_score, key[b, at]).view(-1, length, width)
-            of_query[b, of] = back.mul_(ctx.scale)
-            asked = query[b, of].reshape(-1, rows, width)
-            of_key[b, at] = torch.bmm(of_score.transpose(1, 2), asked).mul_(ctx.scale)
+            for share, (rows, seen) in zip(shares, ctx.spans, strict=True):
+                groups, share = at.stop - at.start, share[b, at]
+                arriving = _folded(gradient[b, rows, of].transpose(0, 1), groups)
+                of_share = torch.bmm(arriving, value[b, at, :seen].transpose(1, 2))
+                of_score = torch.ops.aten._softmax_backward_data(of_share, share, -1, share.dtype)
+                back = torch.bmm(of_score, key[b, at, :seen]).mul_(ctx.scale)
+                of_query[b, of, rows] = back.view(-1, rows.stop - rows.start, back.shape[-1])
+                asked = _folded(query[b, of, rows], groups)
+                of_key[b, at, :seen] += torch.bmm(of_score.transpose(1, 2), asked).mul_(ctx.scale)
+                of_value[b, at, :seen] += torch.bmm(share.transpose(1, 2), arriving)
         return of_query, of_key, of_value, None, None
 
 
