@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,6 +71,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of all benchmarks; `doc` is the module's docstring."""
+    versions()  # the code that is loaded is that of now, whatever is committed meanwhile
     made = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
     made.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
     made.add_argument("--quick", action="store_true", help="smallest sizes, a minute at most")
@@ -169,8 +171,9 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@cache
 def versions() -> dict[str, Any]:
-    """Return the versions of Python, the packages and this repository."""
+    """Return the versions of Python, the packages and this repository, when first asked."""
     found = provenance()
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return found["packages"] | {
