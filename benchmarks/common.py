@@ -53,6 +53,7 @@ __all__ = [
     "question_rows",
     "ready",
     "reset_peak",
+    "shown",
     "synchronised",
     "synthetic_rows",
     "table",
@@ -183,7 +184,7 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """Return an option's value without the folders of this machine."""
     is_place = isinstance(value, str | Path) and Path(value).is_absolute()
     return Path(value).name if is_place else value
@@ -192,7 +193,7 @@ def _shown(value: Any) -> Any:
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
-    return " ".join(["python -m", module, *(str(_shown(a)) for a in sys.argv[1:])])
+    return " ".join(["python -m", module, *(str(shown(a)) for a in sys.argv[1:])])
 
 
 def write_result(
@@ -217,7 +218,7 @@ def write_result(
         "machine": machine(device),
         "versions": versions(),
         "command": _command(),
-        "settings": {key: _shown(value) for key, value in given.items() if key != "json"},
+        "settings": {key: shown(value) for key, value in given.items() if key != "json"},
         "rows": list(rows),
     }
     if path is not None:

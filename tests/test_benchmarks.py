@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from benchmarks import common, end_to_end, evaluation, generate, growth, masks, search, step
+from benchmarks import (
+    common,
+    end_to_end,
+    evaluation,
+    generate,
+    growth,
+    loading,
+    masks,
+    search,
+    step,
+)
 from benchmarks.authors_schedule import Schedule
 
 from grasp_lora.timing import Clock
@@ -23,6 +33,7 @@ FIGURES = {
         "speedup_vs_authors_schedule_continue",
     ),
     growth: (),
+    loading: ("help_seconds",),
     masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
     step: ("step_matmul_fraction", "step_speedup_vs_trainer", "probe_over_forward"),
 }

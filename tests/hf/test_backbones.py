@@ -244,6 +244,10 @@ def test_smollm2_converts_loads_and_speaks(tmp_path: Path, monkeypatch: pytest.M
     ids = torch.tensor([backbone.tokenizer("The capital of France is").input_ids])
     best = logits_of(backbone.model, ids)[0, -1].argmax()
     assert backbone.tokenizer.decode([int(best)]).strip() == "Paris"
+    tokenizer_file = next((tmp_path / "backbones").glob("*/tokenizer.json"))
+    assert len(tokenizer_file.read_text(encoding="utf-8").splitlines()) == 1, "not compact"
+    text = "Zażółć gęślą jaźń, 你好 👋\n\t مرحبا"
+    assert backbone.tokenizer.decode(backbone.tokenizer(text).input_ids) == text
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

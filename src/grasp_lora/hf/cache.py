@@ -7,6 +7,7 @@ the result is kept in float32 and cast when it is loaded.
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -171,11 +172,20 @@ def _convert(source: GgufSource, staging: Path) -> None:
             shutil.rmtree(scratch)
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            _compact(staging / "tokenizer.json")
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"transformers cannot read {file} ({error}); use a GGUF of a supported architecture, "
             "or the model's original folder"
         ) from error
+
+
+def _compact(file: Path) -> None:
+    """Write a tokenizer's JSON without indentation: of 262k tokens it is read much faster."""
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+        file.write_text(text, encoding="utf-8")
 
 
 @contextmanager
