@@ -1,0 +1,382 @@
+"""Is there a better prune ratio, and do probes see it? Curves before and after training, recorded.
+
+    python -m benchmarks.landscape CONFIG --out docs/results/landscape/en-es --work runs/en-es
+
+CONFIG is a run's configuration with source and target rows. The two adapters are trained once (or
+taken from `adapters.source` and `adapters.target`), kept in `--work`, and merged. Then
+
+- `probes`: the loss of every micro-dev and dev row at nine ratios, before, halfway through and
+  after a fine-tuning of the merge, by how that trains: `plain`, with nothing pruned; `random`, each
+  step under a mask of a ratio drawn evenly from the range, masks nested; `branches`, a few steps
+  from the merge under each ratio's own mask. Before training also under a uniform shrink.
+- `finals`: fine-tuning at a fixed ratio (mask cut once), and the rivals of pruning at ratio 0: the
+  merge shrunk, other weights, weight decay, the source adapter alone. The adapter of the best dev
+  loss is kept, step 0 included, and answers the test rows.
+
+Each finished run is one small JSON file below `--out`; one that is there is not run again, so the
+command goes on where it was stopped. `benchmarks.landscape_report` reads them.
+"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from benchmarks import common
+from grasp_lora.config import RunConfig, load_config
+from grasp_lora.core.importance import IMPORTANCE
+from grasp_lora.hf.live import LiveAdapter, scored
+from grasp_lora.hf.preserve import preserved
+from grasp_lora.hf.probe import row_losses
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.evaluate import evaluate_adapter
+from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.fit import fit, run_steps
+from grasp_lora.recipes.folders import STAGE_FILE, read_start, work_folder
+from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.train import train_adapter
+from grasp_lora.runs import read_json, read_jsonl, write_jsonl
+from grasp_lora.settings import TrainSettings
+
+PROBED = tuple(round(0.1 * n, 1) for n in range(9))
+TRAINED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
+SHRINKS = (1.0, 0.9, 0.75, 0.5)
+BRANCH_STEPS = 8
+SPLITS = ("micro_dev", "dev")
+SOURCE_EPOCHS = 1.0
+"""The source adapter sees its rows once; `train.epochs` is the target adapter's."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """A fine-tuning run of the experiment; what is left out is the method's own.
+
+    Attributes:
+        ratio: fraction removed.
+        weights: of source and target adapter; None starts from the source adapter itself.
+        weight_decay: of AdamW.
+    """
+
+    ratio: float = 0.0
+    weights: tuple[float, float] | None = (0.5, 0.5)
+    weight_decay: float = 0.0
+
+
+FINALS: Mapping[str, Final] = {f"ratio-{ratio}": Final(ratio) for ratio in TRAINED} | {
+    "source": Final(weights=None),
+    "shrink-0.75": Final(weights=(0.375, 0.375)),
+    "shrink-0.5": Final(weights=(0.25, 0.25)),
+    "weights-75-25": Final(weights=(0.75, 0.25)),
+    "weights-25-75": Final(weights=(0.25, 0.75)),
+    "weight-decay-30": Final(weight_decay=30.0),
+}
+"""Name -> run. A decay of 30 takes 0.3 % of every weight a step at the usual rate of 1e-4."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the runs of a pair of languages share.
+
+    Attributes:
+        context: data and backbone.
+        folders: of the source and of the target adapter.
+        work: folder of adapters and checkpoints.
+        out: folder of the recorded results.
+    """
+
+    context: Context
+    folders: tuple[Path, Path]
+    work: Path
+    out: Path
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the pair."""
+        return self.context.config
+
+    def merged(self, weights: tuple[float, float]) -> Path:
+        """Return the folder of the merge with these weights."""
+        section = self.config.merge.model_copy(update={"weights": weights})
+        config = self.config.model_copy(update={"merge": section})
+        out = self.work / f"merged-{weights[0]}-{weights[1]}"
+        return merge_adapters(
+            config, self.folders, out, context=replace(self.context, config=config)
+        )
+
+
+def open_pair(config: RunConfig, work: Path, out: Path) -> Pair:
+    """Return the pair, its two adapters trained where the configuration names none."""
+    context = open_context(config)
+    given = {"source": config.adapters.source, "target": config.adapters.target}
+    folders: list[Path] = []
+    for role, folder in given.items():
+        if folder is not None:
+            folders.append(folder)
+            continue
+        once = config.train.model_copy(update={"epochs": SOURCE_EPOCHS})
+        changed = {"train": once} if role == "source" else {}
+        asked = config.model_copy(update=changed)
+        folders.append(
+            train_adapter(asked, role, work / role, context=replace(context, config=asked))
+        )
+    return Pair(context, (folders[0], folders[1]), work, out)
+
+
+def final_run(pair: Pair, name: str, seed: int) -> dict[str, Any]:
+    """Fine-tune as `FINALS[name]` says and score the best adapter; return what is recorded."""
+    run = FINALS[name]
+    section = pair.config.finetune.model_copy(
+        update={"patience": None, "weight_decay": run.weight_decay, "mode": "restart"}
+    )
+    config = pair.config.model_copy(update={"finetune": section, "seed": seed})
+    context = replace(pair.context, config=config)
+    start = pair.folders[0] if run.weights is None else pair.merged(run.weights)
+    folder = pair.work / "finals" / f"{name}-s{seed}"
+    began = time.perf_counter()
+    finetune_at(config, start, run.ratio, folder / "adapter", context=context, title=name)
+    trained = time.perf_counter()
+    evaluate_adapter(config, folder / "adapter", folder / "scores", context=context)
+    stage = read_json(folder / "adapter" / STAGE_FILE)
+    rows = read_jsonl(folder / "scores" / "predictions.jsonl")
+    metrics = [m for m in ("loss", "exact_match", "token_f1", "rougeL", "chrf") if m in rows[0]]
+    return {
+        "name": name,
+        "seed": seed,
+        "ratio": run.ratio,
+        "weights": run.weights,
+        "weight_decay": run.weight_decay,
+        "dev": [(e["step"], e["loss"]) for e in stage["evaluations"]],
+        "best_step": stage["best"]["step"],
+        "zeros": stage["zeros"]["exported"],
+        "test": {metric: [round(row[metric], 4) for row in rows] for metric in metrics},
+        "seconds": {"training": trained - began, "all": time.perf_counter() - began},
+    }
+
+
+@contextmanager
+def shrunk(live: LiveAdapter, factor: float) -> Iterator[None]:
+    """Multiply the adapter's contribution for the body."""
+    before = {name: layer.scaling["default"] for name, layer in live.layers.items()}
+    for name, layer in live.layers.items():
+        layer.scaling["default"] = before[name] * factor
+    try:
+        yield
+    finally:
+        for name, layer in live.layers.items():
+            layer.scaling["default"] = before[name]
+
+
+class Prober(TrainerCallback):
+    """Measures every probing row at every ratio before the first step and after the given ones.
+
+    Args:
+        live: the adapter.
+        context: data and backbone.
+        norms: input norms of the importance rule, or None.
+        steps: optimizer steps after which it measures; 0 is before the first.
+    """
+
+    def __init__(
+        self,
+        live: LiveAdapter,
+        context: Context,
+        norms: Mapping[str, Tensor] | None,
+        steps: Sequence[int],
+    ):
+        self._live, self._steps = live, steps
+        self._score = scored(IMPORTANCE[context.config.importance], norms)
+        rows = context.rows("target", SPLITS)
+        self._count = len(rows.encoded)
+        self._batches = rows.batches(range(self._count))
+        self.found: dict[str, list[list[float]]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the start."""
+        if 0 in self._steps:
+            self.found["0"] = self.curve(PROBED)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure after the steps asked for."""
+        if state.global_step in self._steps:
+            self.found[str(state.global_step)] = self.curve(PROBED)
+
+    def curve(self, ratios: Sequence[float]) -> list[list[float]]:
+        """Return [ratios][rows] losses, in nats."""
+        curve: list[list[float]] = []
+        for masks in self._live.masks(self._score, ratios):
+            with self._live.trial(masks):
+                losses = row_losses(self._live.model, self._batches, self._count)
+            curve.append([round(loss, 4) for loss in losses])
+        return curve
+
+    def shrinks(self) -> list[list[float]]:
+        """Return [SHRINKS][rows] losses of the adapter as it is, shrunk."""
+        curve: list[list[float]] = []
+        for factor in SHRINKS:
+            with preserved(self._live.model, self._live.params), shrunk(self._live, factor):
+                self._live.model.eval()
+                losses = row_losses(self._live.model, self._batches, self._count)
+            curve.append([round(loss, 4) for loss in losses])
+        return curve
+
+
+class RandomRatios(TrainerCallback):
+    """Puts every optimizer step under a mask of a ratio drawn evenly from [low, high].
+
+    Masks of one step's importance are nested, and what is pruned keeps its value aside. A pruned
+    entry's moments go on decaying; they are not cleared, or none would ever build up.
+
+    Args:
+        live: the adapter; nothing is pruned when training ends.
+        score: importance, as `LiveAdapter.masks` takes it.
+        low, high: range of the ratio.
+        generator: source of the ratios.
+    """
+
+    def __init__(
+        self,
+        live: LiveAdapter,
+        score: Callable[..., tuple[Tensor, Tensor]],
+        low: float,
+        high: float,
+        generator: torch.Generator,
+    ):
+        self._live, self._score = live, score
+        self._low, self._high = low, high
+        self._generator = generator
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut the mask of the step."""
+        share = float(torch.rand((), generator=self._generator))
+        self._cut(self._low + share * (self._high - self._low))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put everything back."""
+        self._cut(0.0)
+
+    def _cut(self, ratio: float) -> None:
+        (masks,) = self._live.masks(self._score, [ratio])
+        self._live.commit(masks)
+
+
+def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
+    """Fine-tune as `training` says ("plain", "random" or "branches"); return the probes."""
+    config = pair.config.model_copy(update={"seed": seed})
+    context = replace(pair.context, config=config)
+    start = read_start(pair.merged((0.5, 0.5)), context.backbone)
+    total = run_steps(context, config.search, "target")
+    folder = pair.work / "probes" / f"{training}-s{seed}"
+    began = time.perf_counter()
+    shrinks: list[list[float]] = []
+    if training == "branches":
+        found = {str(BRANCH_STEPS): [_branch(context, start, r, folder) for r in PROBED]}
+    else:
+        with context.live(start, config.mask_unit) as live:
+            norms = context.norms(live, config.importance)
+            prober = Prober(live, context, norms, (0, total // 2, total))
+            extra: list[TrainerCallback] = [prober]
+            if training == "random":
+                score = scored(IMPORTANCE[config.importance], norms)
+                generator = torch.Generator().manual_seed(seed)
+                controller = config.controller
+                extra.append(RandomRatios(live, score, controller.low, controller.high, generator))
+            else:
+                shrinks = prober.shrinks()
+            _fit(context, live, config.search, folder, training, extra)
+            found = prober.found
+    ids = [(split, e.id) for split in SPLITS for e in context.encoded("target", split)]
+    return {
+        "training": training,
+        "seed": seed,
+        "steps": total,
+        "rows": ids,
+        "ratios": PROBED,
+        "losses": found,
+        "shrinks": {"factors": SHRINKS, "losses": shrinks} if shrinks else None,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[float]:
+    """Return the losses after a few steps under the ratio's mask."""
+    config = context.config
+    section = config.search.model_copy(update={"max_steps": BRANCH_STEPS})
+    with context.live(start, config.mask_unit) as live:
+        norms = context.norms(live, config.importance)
+        (masks,) = live.masks(scored(IMPORTANCE[config.importance], norms), [ratio])
+        live.commit(masks)
+        _fit(context, live, section, folder / str(ratio), f"branch {ratio}", [])
+        rows = context.rows("target", SPLITS)
+        count = len(rows.encoded)
+        live.model.eval()
+        losses = row_losses(live.model, rows.batches(range(count)), count)
+    return [round(loss, 4) for loss in losses]
+
+
+def _fit(
+    context: Context,
+    live: LiveAdapter,
+    section: TrainSettings,
+    out: Path,
+    title: str,
+    extra: Sequence[TrainerCallback],
+) -> None:
+    # Probes are not part of a checkpoint: a run that was stopped begins anew.
+    shutil.rmtree(work_folder(out), ignore_errors=True)
+    fit(context, live, section, out, {}, title, extra=extra, choose_best=False)
+    shutil.rmtree(work_folder(out), ignore_errors=True)
+
+
+def planned(options: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Return (part, name, seed) in the order they are run: the first seed's come first."""
+    parts = {"probes": ("plain", "random", "branches"), "finals": tuple(FINALS)}
+    jobs = [
+        (part, name, seed)
+        for seed in options.seeds
+        for part, names in parts.items()
+        for name in names
+        # The rivals of pruning and the branches are run once.
+        if seed == options.seeds[0] or name.startswith("ratio-") or name in ("plain", "random")
+    ]
+    return [job for job in jobs if not options.only or job[1] in options.only]
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("config", type=Path, help="configuration of a run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the recorded results")
+    parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1337])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the runs")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not recorded yet."""
+    options = parsed(argv)
+    config = load_config(options.config, options.changes)
+    data = config.data.model_copy(update={"split_seed": config.data.split_seed or config.seed})
+    config = config.model_copy(update={"data": data})
+    pair = open_pair(config, options.work, options.out)
+    for part, name, seed in planned(options):
+        file = options.out / part / f"{name}-s{seed}.json"
+        if file.exists():
+            continue
+        found = {"probes": probe_run, "finals": final_run}[part](pair, name, seed)
+        about = {"machine": common.machine(), "versions": common.versions()}
+        write_jsonl(file, [found | about])  # one line: the lists are long
+        print(f"{file}: {time.strftime('%H:%M:%S')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
