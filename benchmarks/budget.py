@@ -2,16 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.budget --json budget.json
 
-No model: synthetic curves (ratio -> loss), each with 66 rows that have a smooth random function of
-the ratio of their own, the same in every round, whose spread grows with the ratio; the candidates
-of a round share its rows. The controller is that of the library. Curves, rows and the controller's
-seed are the same for every design, so differences to the first row are paired by seed.
-
-Calibration, from the recorded searches under `docs/results` (seen as shares of the span between the
-best and the worst ratio, which was extrapolated to 0.8 by eye): the spread over rows of loss less
-loss at ratio 0 was 0.04-0.06 at 0.27, 0.2-0.5 at 0.53 and 0.5-0.9 at 0.7 (here 0.12, 0.38, 0.78);
-two ratios of one round agree over rows by 0.3-0.9 (here by a length of 0.3), one row in two rounds
-by 0.6-0.8; two nearly equal ratios differ by 0.025-0.05 per row (here 0.035).
+No model: the synthetic families of `benchmarks.worlds`. The controller is that of the library.
+Curves, rows and the controller's seed are the same for every design, so differences to the first
+row are paired by seed.
 
 Regret is the loss at the learned ratio less the least loss of the curve at the end of the run, in
 spans; of `shallow`, whose gain is 0.02 nats, in thousandths of a nat. `flat` has no regret.
@@ -36,137 +29,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.worlds import CLEAR_GAIN, FAMILIES, IN_SPANS, NO_GAIN, POOL, SyntheticWorld
 from grasp_lora.core import rounds
 from grasp_lora.core.rounds import ControllerConfig
 
-POOL = 66  # 16 micro-dev and 50 dev rows
 TRAINING = 50 * 10  # examples of a fine-tuning run at the published size
 FORMER = "8b5f6c8"  # the last commit with the former default
-HIGH = 0.8
-RATIOS = np.linspace(0.0, HIGH, 161)
-SPREAD = 0.06 * 20 ** ((RATIOS - 0.1) / 0.7) * (1 - np.exp(-RATIOS / 0.05))
-LENGTH = 0.3
-ROUGHNESS = 0.025
-SMOOTH = np.linalg.cholesky(
-    np.exp(-((RATIOS[:, None] - RATIOS) ** 2) / (2 * LENGTH**2)) + 1e-8 * np.eye(len(RATIOS))
-)
-
-Curve = Callable[[float], np.ndarray]  # share of the run that is over -> loss at RATIOS
-Random = np.random.Generator
-
-
-def _scaled(values: np.ndarray) -> np.ndarray:
-    return (values - values.min()) / (values.max() - values.min())
-
-
-def quadratic(random: Random) -> Curve:
-    """A parabola."""
-    curve = _scaled((RATIOS - random.uniform(0.1, 0.7)) ** 2)
-    return lambda done: curve
-
-
-def cliff(random: Random) -> Curve:
-    """No gain at all, then a cliff."""
-    curve = _scaled(np.maximum(0, RATIOS - random.uniform(0.3, 0.6)) ** 2)
-    return lambda done: curve
-
-
-def _before_a_cliff(random: Random, least: float, most: float) -> Curve:
-    edge, depth = random.uniform(0.25, 0.55), random.uniform(least, most)
-    falling, rising = depth * ((RATIOS - edge) / edge) ** 2, ((RATIOS - edge) / (HIGH - edge)) ** 2
-    curve = np.where(edge > RATIOS, falling, rising)
-    return lambda done: curve
-
-
-def dip(random: Random) -> Curve:
-    """A gain of 2-6 % of the span before a cliff."""
-    return _before_a_cliff(random, 0.02, 0.06)
-
-
-def valley(random: Random) -> Curve:
-    """A gain of 10-30 % of the span before a cliff."""
-    return _before_a_cliff(random, 0.1, 0.3)
-
-
-def rising(random: Random) -> Curve:
-    """Pruning only harms."""
-    curve = (RATIOS / HIGH) ** random.uniform(1, 3)
-    return lambda done: curve
-
-
-def falling(random: Random) -> Curve:
-    """The more is pruned the better, as for a sum that overshoots."""
-    curve = (1 - RATIOS / HIGH) ** random.uniform(1, 3)
-    return lambda done: curve
-
-
-def two_optima(random: Random) -> Curve:
-    """Two wells, one 10-30 % deeper."""
-    wells = [random.uniform(0.1, 0.25), random.uniform(0.5, 0.7)]
-    random.shuffle(wells)
-    less = random.uniform(0.1, 0.3)
-    deep, other = (np.exp(-((RATIOS - well) ** 2) / (2 * 0.15**2)) for well in wells)
-    curve = _scaled(-deep - (1 - less) * other)
-    return lambda done: curve
-
-
-def drifting(random: Random) -> Curve:
-    """A parabola whose optimum moves by 0.1-0.25 over the run."""
-    start = random.uniform(0.1, 0.7)
-    end = start + random.uniform(0.1, 0.25) * random.choice((-1, 1))
-    end = min(max(end, 0.05), 0.75)
-    span = ((RATIOS - end) ** 2).max()
-    return lambda done: (RATIOS - start - (end - start) * done) ** 2 / span
-
-
-def shallow(random: Random) -> Curve:
-    """A dip of 0.02 nats in a flat curve."""
-    curve = 0.02 * np.minimum(1, ((RATIOS - random.uniform(0.1, 0.7)) / 0.3) ** 2)
-    return lambda done: curve
-
-
-def flat(random: Random) -> Curve:
-    """Nothing to be learned."""
-    del random
-    return lambda done: np.zeros_like(RATIOS)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Kind of curve, span of the noise in nats, and whether single rows have wild functions."""
-
-    make: Callable[[Random], Curve]
-    scale: float = 1.0
-    heavy: bool = False
-
-
-FAMILIES = {
-    "quadratic": Family(quadratic),
-    "cliff": Family(cliff),
-    "dip": Family(dip),
-    "valley": Family(valley),
-    "rising": Family(rising),
-    "falling": Family(falling),
-    "two optima": Family(two_optima),
-    "drifting": Family(drifting),
-    "heavy tails": Family(quadratic, heavy=True),
-    "shallow": Family(shallow, 0.1),
-    "flat": Family(flat, 0.1),
-    "flat, heavy": Family(flat, 0.1, heavy=True),
-    "cliff, heavy": Family(cliff, heavy=True),
-}
-IN_SPANS = tuple(FAMILIES)[:9]
-NO_GAIN = ("cliff", "rising", "flat", "flat, heavy", "cliff, heavy")
-CLEAR_GAIN = ("quadratic", "valley", "falling", "two optima", "drifting", "heavy tails")
 
 
 @dataclass(frozen=True)
@@ -220,37 +96,7 @@ DESIGNS = {
 }
 
 
-class World:
-    """One curve and the rows that see it, each in its own way."""
-
-    def __init__(self, family: str, seed: int):
-        kind = FAMILIES[family]
-        self._random = np.random.default_rng((seed, list(FAMILIES).index(family)))
-        self._curve = kind.make(self._random)
-        own = self._random.standard_normal((POOL, len(RATIOS))) @ SMOOTH.T
-        if kind.heavy:
-            own *= np.abs(self._random.standard_t(2.5, size=(POOL, 1))) / 1.5
-        self._own = kind.scale * SPREAD * own
-        self._hardness = self._random.standard_normal(POOL)
-        self._roughness = ROUGHNESS * kind.scale
-
-    def losses(self, ratio: float, rows: Sequence[int], done: float) -> list[float]:
-        """Return the loss of each row at the ratio."""
-        below = min(int(ratio / HIGH * (len(RATIOS) - 1)), len(RATIOS) - 2)
-        share = (ratio - RATIOS[below]) / (RATIOS[1] - RATIOS[0])
-        chosen = list(rows)
-        seen = self._curve(done)[below : below + 2] + self._own[chosen, below : below + 2]
-        rough = self._roughness * self._random.standard_normal(len(chosen))
-        mixed = (1 - share) * seen[:, 0] + share * seen[:, 1]
-        return (2.0 + self._hardness[chosen] + mixed + rough).tolist()
-
-    def regret(self, ratio: float) -> float:
-        """Return how much worse the ratio is than the best one at the end of the run."""
-        curve = self._curve(1.0)
-        return float(np.interp(ratio, RATIOS, curve) - curve.min())
-
-
-def _raced(world: World, tried: Sequence[float], rows: Sequence[int], done: float) -> Any:
+def _raced(world: SyntheticWorld, tried: Sequence[float], rows: Sequence[int], done: float) -> Any:
     """Return the losses and their number where the worst trial may be dropped half way.
 
     A dropped trial's other rows are given what the best trial lost there plus its own mean gap.
@@ -279,7 +125,7 @@ def _config(design: Design, candidates: int) -> ControllerConfig:
 
 def search(family: str, seed: int, design: Design) -> dict[str, Any]:
     """Return what one simulated search ends with."""
-    world = World(family, seed)
+    world = SyntheticWorld(family, seed)
     config = _config(design, design.candidates)
     generator = torch.Generator().manual_seed(seed)
     state = rounds.begin(config, design.rounds)

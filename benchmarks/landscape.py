@@ -20,8 +20,7 @@ command goes on where it was stopped. `benchmarks.landscape_report` reads them.
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from benchmarks import common
 from grasp_lora.config import RunConfig, load_config
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.hf.live import LiveAdapter, scored
-from grasp_lora.hf.preserve import preserved
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.evaluate import evaluate_adapter
@@ -161,19 +159,6 @@ def final_run(pair: Pair, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def shrunk(live: LiveAdapter, factor: float) -> Iterator[None]:
-    """Multiply the adapter's contribution for the body."""
-    before = {name: layer.scaling["default"] for name, layer in live.layers.items()}
-    for name, layer in live.layers.items():
-        layer.scaling["default"] = before[name] * factor
-    try:
-        yield
-    finally:
-        for name, layer in live.layers.items():
-            layer.scaling["default"] = before[name]
-
-
 class Prober(TrainerCallback):
     """Measures every probing row at every ratio before the first step and after the given ones.
 
@@ -221,8 +206,7 @@ class Prober(TrainerCallback):
         """Return [SHRINKS][rows] losses of the adapter as it is, shrunk."""
         curve: list[list[float]] = []
         for factor in SHRINKS:
-            with preserved(self._live.model, self._live.params), shrunk(self._live, factor):
-                self._live.model.eval()
+            with self._live.scaled(factor):
                 losses = row_losses(self._live.model, self._batches, self._count)
             curve.append([round(loss, 4) for loss in losses])
         return curve

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from grasp_lora.cli import app
 from grasp_lora.runs import write_json
 
-COMMANDS = ["run", "demo", "train", "merge", "search", "finetune", "evaluate", "score"]
+COMMANDS = [
+    *("run", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate", "score")
+]
 RECIPES = {
     "run": "run",
     "train": "train_adapter",

@@ -54,6 +54,18 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def precheck_table(found: Mapping[str, Any]) -> Table:
+    """Return the variants of a `precheck.json` as a table for the terminal, best first."""
+    table = Table(title=f"before training, {len(found['rows'])} rows")
+    table.add_column("variant", overflow="fold")
+    for title in ("loss", "against the merge", "standard error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, one in sorted(found["variants"].items(), key=lambda item: item[1]["loss"]):
+        gap, error = one["difference"], one["standard_error"]
+        table.add_row(name, f"{one['loss']:.3f}", f"{gap:+.3f}", f"{error:.3f}")
+    return table
+
+
 def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
     """Return all scores of the test set `name` in Markdown, each with its interval."""
     shown = list(_sets(scores)[name]["scores"])
@@ -75,6 +87,8 @@ def write_report(run: Path) -> Path:
     """
     ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
     lines = ["# Prune ratio and scores", "", _outcome(ratio), ""]
+    lines += [f"- {line}" for line in finding_lines(ratio)]
+    lines += [""] if finding_lines(ratio) else []
     if (run / "ratio.png").exists():
         lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
     lines += list(_score_section(scores))
@@ -213,6 +227,11 @@ def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
         yield "" if len(leaks) <= 20 else "- ... (all in data.json)\n"
 
 
+def finding_lines(ratio: Mapping[str, Any]) -> list[str]:
+    """Return a line for everything that the run's own numbers say against it."""
+    return [f"{one['name']}: {one['says']}" for one in ratio.get("findings", [])]
+
+
 def _outcome(ratio: Mapping[str, Any]) -> str:
     verdicts = {
         "learned": "while searching, a gain over the lowest ratio was shown on rows the choice "
@@ -221,7 +240,10 @@ def _outcome(ratio: Mapping[str, Any]) -> str:
         "never-fired": "the search was too short for one round; nothing was learned",
     }
     verdict = ratio["verdict"]
-    return f"Ratio **{ratio['ratio']:.3f}**, verdict **{verdict}**: {verdicts.get(verdict, '')}."
+    interval = ratio.get("evidence", {}).get("ratio_interval")
+    other = "" if interval is None else f" (other rows: {interval[0]:.2f} to {interval[1]:.2f})"
+    told = verdicts.get(verdict, "")
+    return f"Ratio **{ratio['ratio']:.3f}**{other}, verdict **{verdict}**: {told}."
 
 
 def _sets(scores: Mapping[str, Any]) -> Mapping[str, Any]:

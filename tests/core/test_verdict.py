@@ -94,8 +94,8 @@ def one_round(seed, rows=16, noise=0.3):
 
 def test_the_gain_and_its_error_match_the_truth_over_repetitions():
     evidence = [cross_fitted_gain(one_round(seed), CONFIG) for seed in range(60)]
-    gains = [gain for gain, *_ in evidence]
-    errors = [error for _, error, _ in evidence]
+    gains = [found.gain for found in evidence]
+    errors = [found.error for found in evidence]
     assert statistics.fmean(gains) == pytest.approx(0.5, abs=0.04)
     # Halves are averaged as if half correlated, which makes the error up to sqrt(1.5) too big.
     assert 0.85 < statistics.fmean(errors) / statistics.stdev(gains) < 1.6
@@ -135,15 +135,16 @@ def test_trials_at_like_ratios_in_several_rounds_are_tested_together():
         rows = tuple(range(8 * seed, 8 * seed + 8))
         near = (0.0, 0.38 + 0.01 * seed, 0.8)
         rounds_.append(dataclasses.replace(record, rows=rows, candidates=near))
-    _, alone, rows_alone = cross_fitted_gain(rounds_[:1], CONFIG)
-    _, joined, rows_joined = cross_fitted_gain(rounds_, CONFIG)
+    one, all_of_them = (cross_fitted_gain(found, CONFIG) for found in (rounds_[:1], rounds_))
+    alone, rows_alone = one.error, one.rows
+    joined, rows_joined = all_of_them.error, all_of_them.rows
     assert (rows_alone, rows_joined) == (4, 16)
     assert joined == pytest.approx(alone / 2, rel=0.5)  # four times the rows
     apart = [
         dataclasses.replace(r, candidates=(0.0, 0.2 + 0.15 * i, 0.8))
         for i, r in enumerate(rounds_[:2])
     ]
-    assert cross_fitted_gain(apart, CONFIG)[2] < 8
+    assert cross_fitted_gain(apart, CONFIG).rows < 8
 
 
 def test_a_gain_on_the_halves_matches_a_plain_mean_where_there_is_no_choice_to_make():
@@ -155,7 +156,69 @@ def test_a_gain_on_the_halves_matches_a_plain_mean_where_there_is_no_choice_to_m
         baseline_rows=(),
     )
     gaps = winsorised([a - b for a, b in zip(*record.per_row, strict=True)])
-    gain, error, _ = cross_fitted_gain([record], CONFIG)
+    found = cross_fitted_gain([record], CONFIG)
+    gain, error = found.gain, found.error
     assert gain == pytest.approx(statistics.fmean(gaps))  # every split has the whole in its halves
     own = statistics.stdev(gaps) / 4  # of 16 rows; a half has sqrt(2) of it, both halves sqrt(1.5)
     assert error == pytest.approx(1.5**0.5 * own, rel=0.1)
+
+
+def searched(curve, seed, spread=0.1, rows=40, config=CONFIG, noise=0.0):
+    """Return how a simulated search ends whose rows have slopes of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    slopes = spread * torch.randn(rows, generator=generator, dtype=torch.float64)
+    state = begin(config, 8)
+    for step in range(8):
+        drawn = sorted(torch.randperm(rows, generator=generator)[:12].tolist())
+        candidates = propose(state, config, generator)
+        losses = [
+            [
+                1
+                + curve(c)
+                + c * float(slopes[r])
+                + noise * float(torch.randn((), generator=generator))
+                for r in drawn
+            ]
+            for c in candidates
+        ]
+        state, _ = conclude(state, config, candidates, None, losses, drawn, step)
+    return choose_ratio(state, config)
+
+
+def test_the_interval_holds_the_ratio_and_grows_with_the_rows_disagreement():
+    narrow = searched(parabola, 0, spread=0.05)
+    wide = searched(parabola, 0, spread=1.5)
+    for choice in (narrow, wide):
+        low, high = choice.interval
+        assert CONFIG.low <= low <= choice.ratio <= high <= CONFIG.high
+    assert wide.interval[1] - wide.interval[0] > 3 * (narrow.interval[1] - narrow.interval[0])
+
+
+def test_the_interval_covers_the_true_optimum_about_as_often_as_it_says():
+    covered = [
+        low <= 0.4 <= high
+        for low, high in (searched(parabola, seed, spread=0.6).interval for seed in range(60))
+    ]
+    assert statistics.fmean(covered) > 0.75  # the bias of the smoothing is not in it
+
+
+def test_a_flat_search_may_take_the_largest_ratio_that_is_as_good():
+    largest = dataclasses.replace(CONFIG, when_flat="largest")
+
+    def plateau(ratio):
+        return 5 * max(0.0, ratio - 0.5) ** 2
+
+    more = []
+    for seed in range(10):
+        usual = searched(plateau, seed, spread=0.02, noise=0.05)
+        other = searched(plateau, seed, spread=0.02, noise=0.05, config=largest)
+        assert usual.verdict == other.verdict == "flat"
+        assert usual.ratio <= other.ratio < 0.7
+        assert other.rule == "largest ratio within one standard error"
+        more.append(other.ratio - usual.ratio)
+    assert statistics.fmean(more) > 0.05
+
+
+def test_a_learned_ratio_is_the_minimum_whatever_flat_ones_are():
+    largest = dataclasses.replace(CONFIG, when_flat="largest")
+    assert searched(parabola, 0).ratio == searched(parabola, 0, config=largest).ratio

@@ -1,5 +1,6 @@
 """The live adapter: trials leave no trace, commits stash and revive, zeros stay zero."""
 
+import copy
 import random
 
 import numpy as np
@@ -343,3 +344,32 @@ def test_svd_mixes_the_sources_so_source_units_are_refused():
     with pytest.raises(ValueError, match="svd"):
         live_of("svd", "source")
     assert live_of("svd", "merged").blocks[0].source is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_scaled_adapter_is_the_scaled_delta_and_is_put_back(fails):
+    live = live_of(dropout=0.1)
+    optimizer = trained_optimizer(live)
+    live.commit(pruned_at(live, 0.4), optimizer)
+    ids = random_ids(seed=9)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    live.model.train()
+    before = everything(live, optimizer)
+    scalings = [layer.scaling["default"] for layer in live.layers.values()]
+    for factor in (0.0, 0.5):
+        twin = copy.deepcopy(live.model).eval()
+        for name, param in twin.named_parameters():
+            if "lora_B" in name:
+                param.data *= factor
+        with live.scaled(factor):
+            assert not live.model.training
+            assert torch.allclose(logits_of(live.model, ids), logits_of(twin, ids), atol=1e-5)
+    with live.scaled(0.0):
+        with live.model.disable_adapter():
+            bare = logits_of(live.model, ids)
+        assert torch.equal(logits_of(live.model, ids), bare)
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"), live.scaled(0.5):
+            raise RuntimeError("in the middle")
+    assert [layer.scaling["default"] for layer in live.layers.values()] == scalings
+    assert same(before, everything(live, optimizer))

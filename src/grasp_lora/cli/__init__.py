@@ -29,6 +29,7 @@ for command in (
     stages.merge,
     stages.search,
     stages.finetune,
+    stages.precheck,
     scores.evaluate,
     scores.score,
 ):

@@ -150,6 +150,41 @@ def finetune(
     stage(out, overwrite, lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite))
 
 
+def precheck(
+    config: Config,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for precheck.json; none if left out.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Micro-dev and dev rows to measure on.")] = 16,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+) -> None:
+    """Say from two trained adapters whether to merge them, with which weights, and to search.
+
+    Reads adapters.source, adapters.target and the micro-dev and dev rows; trains nothing. Writes
+    precheck.json where --out says.
+    """
+    loaded = load(config, settings, None, seed, allow_leakage)
+    from grasp_lora.recipes.precheck import precheck as check
+
+    found = check(loaded, out, rows)
+    if not prints():
+        return
+    from rich.console import Console
+
+    from grasp_lora.report import precheck_table
+
+    console = Console(highlight=False)
+    console.print(precheck_table(found))
+    console.print(f"{found['advice']}: {found['why']}", markup=False)
+    console.print(
+        f"{found['forwards']} forwards, {found['share_of_run']:.0%} of search and final run"
+    )
+    if out is not None:
+        wrote(out)
+
+
 def settings_list() -> None:
     """List every setting with its default and what it does.
 
@@ -168,7 +203,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         return
     from rich.console import Console
 
-    from grasp_lora.report import comparison, score_tables
+    from grasp_lora.report import comparison, finding_lines, score_tables
     from grasp_lora.runs import read_json
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
@@ -177,6 +212,8 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         console.print(table)
     console.print("all scores with their 95 % intervals: report.md")
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
+    for line in finding_lines(ratio):
+        console.print(line, markup=False)
     verdict, *pairs = comparison(scores).splitlines() or [""]
     console.print(verdict, markup=False)
     for line in pairs:

@@ -224,6 +224,40 @@ def lowest_near(
     return float(at[int((curve.values(at) + pull).argmin())])
 
 
+def resampled_curves(
+    seen: Sequence[Observation], horizon: int, config: ControllerConfig, count: int, seed: int = 0
+) -> Tensor:
+    """Return the curve over `grid` as it would be had other rows been drawn, [count, GRID_POINTS].
+
+    The rows are drawn with replacement, together with all their losses; how observations are
+    weighed against each other stays that of the rows there were. A trial none of whose rows is
+    drawn keeps its own mean.
+
+    Args:
+        seen: at least one observation.
+        horizon: number of rounds of the run.
+        config: settings of the controller.
+        count: how many draws.
+        seed: of the draws.
+    """
+    rows = sorted({row for observation in seen for row in observation.gaps})
+    place = {row: i for i, row in enumerate(rows)}
+    gaps = torch.zeros(len(rows), len(seen), dtype=torch.float64)
+    measured = torch.zeros_like(gaps)
+    for column, observation in enumerate(seen):
+        for row, gap in observation.gaps.items():
+            gaps[place[row], column] = gap
+            measured[place[row], column] = 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(rows), (count, len(rows)), generator=generator)
+    times = torch.zeros(count, len(rows), dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    curve = fit_curve(seen, horizon)
+    counted = times @ measured
+    means = torch.where(counted > 0, times @ gaps / counted.clamp(min=1), curve.means)
+    return means @ curve.weights(grid(config)).T
+
+
 def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:
     scaled = math.sqrt(3) * distance.abs() / _LENGTH
     return variance * (1 + scaled) * torch.exp(-scaled - age / horizon)

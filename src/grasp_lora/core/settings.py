@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 Preset: TypeAlias = Literal["standard", "paper"]
 ProbeRows: TypeAlias = Literal["micro-dev", "micro-dev+dev"]
 CommitRule: TypeAlias = Literal["bounded", "candidate"]
+WhenFlat: TypeAlias = Literal["minimum", "largest"]
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -87,6 +88,9 @@ class ControllerConfig:
     costs one evaluation more. Without it they compare with the lowest ratio tried."""
     probe_rows: ProbeRows = _BY_PRESET
     """Where they come from: a fixed micro-dev set, or a fresh draw from micro-dev and dev."""
+    reward: str = "loss"
+    """What a trial is judged by: `loss`, a score of generated answers (chrf, token_f1,
+    exact_match, rougeL, ...), or `module:function` of your own. Scores of few rows are coarse."""
     lr: float = _BY_PRESET
     """Step size of the policy update; for `standard` 1 is the full natural step."""
     anchor: float = _BY_PRESET
@@ -98,6 +102,9 @@ class ControllerConfig:
     commit: CommitRule = "bounded"
     """Ratio of the mask applied at a commit. `candidate` is the published fault: it applies the
     best candidate's mask although the bounded ratio is recorded."""
+    when_flat: WhenFlat = "minimum"
+    """Ratio to take where no gain was shown (`standard`): the lowest point all the same, or the
+    largest ratio that is not worse by more than one standard error, for the smallest adapter."""
     refresh_importance: bool = True
     """Whether importance is computed anew each round. False is the published fault: the scores of
     round one serve for ever."""
@@ -154,6 +161,7 @@ class ControllerConfig:
             ),
             _one_of(self, "commit", ("bounded", "candidate")),
             _one_of(self, "probe_rows", ("micro-dev", "micro-dev+dev")),
+            _one_of(self, "when_flat", ("minimum", "largest")),
         )
 
 

@@ -10,21 +10,25 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
-from grasp_lora.core.history import RoundRecord, lowest, observations, winsorised
+from grasp_lora.core.crossfit import Gain, halves, pooled, standard_error
+from grasp_lora.core.history import (
+    RoundRecord,
+    grid,
+    lowest,
+    observations,
+    resampled_curves,
+    winsorised,
+)
 from grasp_lora.core.settings import ControllerConfig
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 
-Z_LEARNED = 1.645
-"""One-sided 5 % level of a standard normal."""
-_NEGLIGIBLE = 1e-9  # nats; below it a gain is rounding
 _NEAR_LOW = 0.07  # a trial this close to `low` stands for it
 _WINDOW = 0.1  # trials this far apart are tested together; one nearer to `low` shows no gain
-_SHARED = 0.5  # correlation at which the gains of two halves of the rows are averaged
-_SPLITS = 5
-_SPLIT_SEED = 0
 _LATE_ROUNDS = 3
+_RESAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class RatioChoice:
         history_minimum: Lowest point of the curve over all rounds; None without evidence.
         late_mu: Mean centre of the last policy rounds; None if there were none. For the reader, it
             does not move the ratio.
+        interval: Where 95 % of the lowest points lie that other rows would have given, (low, high);
+            None without evidence.
     """
 
     ratio: float
@@ -52,6 +58,7 @@ class RatioChoice:
     rule: str
     history_minimum: float | None
     late_mu: float | None
+    interval: tuple[float, float] | None = None
 
 
 def ratio_choice(
@@ -62,7 +69,9 @@ def ratio_choice(
     Preset `paper` takes the candidate with the largest reward of all rounds, as published. Its
     reward is a difference to its own round's baseline, so this finds the round with the worst
     baseline as much as the best ratio, and the largest of many noisy numbers flatters itself
-    (winner's curse). Preset `standard` takes the lowest point of the curve over all rounds.
+    (winner's curse). Preset `standard` takes the lowest point of the curve over all rounds; where
+    nothing is shown and `when_flat` is `largest`, the largest ratio that is not worse by more than
+    one standard error over resampled rows, for the smallest adapter.
 
     Args:
         records: All rounds, in order.
@@ -74,31 +83,51 @@ def ratio_choice(
     late_mu = math.fsum(late) / len(late) if late else None
     seen = observations(records)
     minimum = lowest(seen, horizon, config) if seen else None
+    curves = resampled_curves(seen, horizon, config, _RESAMPLES) if seen else None
+    interval = None if curves is None else _interval(curves, config)
+    found = cross_fitted_gain(records, config)
+    verdict: Verdict = "learned" if found and found.shown else "flat"
+    if not records:
+        verdict = "never-fired"
     if config.preset == "paper":
         ratio, rule = _largest_reward(records, current)
+    elif verdict == "flat" and config.when_flat == "largest" and curves is not None:
+        ratio, rule = _largest_as_good(curves, config), "largest ratio within one standard error"
     else:
         ratio, rule = _history_minimum(minimum, current)
-    if not records:
-        return RatioChoice(ratio, "never-fired", None, None, None, rule, minimum, late_mu)
-    evidence = cross_fitted_gain(records, config)
-    if evidence is None:
-        return RatioChoice(ratio, "flat", None, None, None, rule, minimum, late_mu)
-    gain, error, rows = evidence
-    z = gain / error if error > 0 else None
-    verdict = "learned" if gain > max(_NEGLIGIBLE, _critical(rows) * error) else "flat"
-    return RatioChoice(ratio, verdict, gain, error, z, rule, minimum, late_mu)
+    return RatioChoice(
+        ratio=ratio,
+        verdict=verdict,
+        gain=found.gain if found else None,
+        gain_error=found.error if found else None,
+        z=found.z if found else None,
+        rule=rule,
+        history_minimum=minimum,
+        late_mu=late_mu,
+        interval=interval,
+    )
 
 
-def cross_fitted_gain(
-    records: Sequence[RoundRecord], config: ControllerConfig
-) -> tuple[float, float, int] | None:
-    """Return the gain over `low` of choosing a ratio, its standard error (nats), and rows tested.
+def _interval(curves: Tensor, config: ControllerConfig) -> tuple[float, float]:
+    lowest_points = grid(config)[curves.argmin(dim=1)]
+    ends = torch.quantile(lowest_points, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(ends[0]), float(ends[1])
 
-    The rows are split in two halves; the ratio is chosen on one, by its gain less one standard
-    error, and its gain measured on the other, then the halves swap. So the gain does not profit
-    from the luck of the choice. A ratio's gain is that of all trials near it, in all rounds.
-    Averaged over a few splits, drawn with a fixed seed. The splits' errors are averaged as if fully
-    correlated, since they share all rows, those of two halves as if half so.
+
+def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
+    """Return the largest ratio whose loss is within one standard error of the lowest point's."""
+    best = int(curves.mean(dim=0).argmin())
+    behind = curves - curves[:, best : best + 1]
+    as_good = behind.mean(dim=0) <= behind.std(dim=0)
+    return float(grid(config)[int(as_good.nonzero().max())])
+
+
+def cross_fitted_gain(records: Sequence[RoundRecord], config: ControllerConfig) -> Gain | None:
+    """Return the gain over `low` of choosing a ratio, tested on rows that it was not chosen on.
+
+    The ratio is chosen on one half of the rows, by its gain less one standard error, and its gain
+    measured on the other, then the halves swap. A ratio's gain is that of all trials near it, in
+    all rounds.
 
     Returns:
         None if no round had a ratio near `low` beside a higher one, or too few rows for two halves.
@@ -106,34 +135,20 @@ def cross_fitted_gain(
     contrasts = _contrasts(records, config)
     ratios = sorted({contrast.ratio for contrast in contrasts})
     rows = sorted({row for contrast in contrasts for row in contrast.gaps})
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    gains: list[float] = []
-    errors: list[float] = []
-    counts: list[int] = []
-    for _ in range(_SPLITS):
-        order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
-        shuffled = [rows[i] for i in order]
-        first, second = set(shuffled[: len(rows) // 2]), set(shuffled[len(rows) // 2 :])
-        for chosen_on, tested_on in ((first, second), (second, first)):
-            halves = [
-                (_near(contrasts, ratio, chosen_on), _near(contrasts, ratio, tested_on))
-                for ratio in ratios
-            ]
-            whole = [(a, b) for a, b in halves if len(a) > 1 and len(b) > 1]
-            if whole:
-                _, tested = max(whole, key=lambda half: statistics.fmean(half[0]) - _error(half[0]))
-                gains.append(statistics.fmean(tested))
-                errors.append(_error(tested))
-                counts.append(len(tested))
-    if not gains:
-        return None
-    error = math.sqrt((1 + _SHARED) / 2) * math.fsum(errors) / len(errors)
-    return math.fsum(gains) / len(gains), error, min(counts)
+    tested: list[list[float]] = []
+    for chosen_on, tested_on in halves(rows):
+        sides = [
+            (_near(contrasts, ratio, chosen_on), _near(contrasts, ratio, tested_on))
+            for ratio in ratios
+        ]
+        whole = [(a, b) for a, b in sides if len(a) > 1 and len(b) > 1]
+        if whole:
+            tested.append(max(whole, key=lambda side: _at_least(side[0]))[1])
+    return pooled(tested)
 
 
-def _critical(rows: int) -> float:
-    """Return the 5 % level of Student's t for the mean of `rows`, to first order in 1 / rows."""
-    return Z_LEARNED * (1 + (Z_LEARNED**2 + 1) / (4 * (rows - 1)))
+def _at_least(gains: Sequence[float]) -> float:
+    return statistics.fmean(gains) - standard_error(gains)
 
 
 @dataclass(frozen=True)
@@ -181,11 +196,6 @@ def _near(contrasts: Sequence[_Contrast], ratio: float, rows: set[int]) -> list[
             for row in rows & contrast.gaps.keys():
                 gaps.setdefault(row, []).append(contrast.gaps[row])
     return [statistics.fmean(gaps[row]) for row in sorted(gaps)]
-
-
-def _error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[float, str]:

@@ -58,6 +58,7 @@ class BestCallback(TrainerCallback):
         self._best: dict[str, Tensor] = {}
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
+        self.best_rows: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start, unless the run goes on from a checkpoint."""
@@ -89,7 +90,7 @@ class BestCallback(TrainerCallback):
         evaluation = Evaluation(step, sum(losses) / len(losses))
         self.evaluations.append(evaluation)
         if self.best is None or _better(evaluation.loss, self.best.loss):
-            self.best = evaluation
+            self.best, self.best_rows = evaluation, losses
             self._best = self._live.snapshot()
         self._on_evaluation(evaluation)
 
@@ -104,6 +105,7 @@ class BestCallback(TrainerCallback):
         values = {"evaluations": [asdict(e) for e in self.evaluations]}
         if self.best is not None:
             values["best"] = asdict(self.best)  # type: ignore[assignment]
+            values["best_rows"] = self.best_rows  # type: ignore[assignment]
         return dict(self._best), values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -111,6 +113,7 @@ class BestCallback(TrainerCallback):
         self._best = dict(tensors)
         self.evaluations = [Evaluation(**e) for e in values["evaluations"]]
         self.best = Evaluation(**values["best"]) if "best" in values else None
+        self.best_rows = list(values.get("best_rows", []))
 
 
 def _better(loss: float, best: float) -> bool:

@@ -6,12 +6,12 @@ The order of one optimizer step in transformers: clip -> `on_pre_optimizer_step`
 when gradients are gone, and zeros are enforced in `on_optimizer_step`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from grasp_lora.core import rounds
@@ -64,6 +64,10 @@ class ProbePool:
     fresh: bool
 
 
+Cost = Callable[[nn.Module, Sequence[int]], list[float]]
+"""(model in eval mode, positions in the pool) -> what each row costs, lower is better."""
+
+
 class SearchCallback(TrainerCallback):
     """Runs a controller round at the steps the settings name.
 
@@ -80,6 +84,7 @@ class SearchCallback(TrainerCallback):
         discard: probe, but never commit and never move (the probes' side effects can then be
             measured: there are none).
         clock: charged with `baseline`, `probe` and `masks`.
+        cost: what takes the place of the rows' losses, such as a metric of generated answers.
     """
 
     name = "search"
@@ -97,8 +102,10 @@ class SearchCallback(TrainerCallback):
         on_round: Callable[[ControllerState, RoundRecord], None],
         discard: bool = False,
         clock: Clock | None = None,
+        cost: Cost | None = None,
     ):
         self._live = live
+        self._cost = cost
         self._config = config
         self._pool = pool
         self._score = scored(rule, norms)
@@ -129,6 +136,11 @@ class SearchCallback(TrainerCallback):
             self._fixed = rows.batches(drawn)
         return drawn, self._fixed
 
+    def _costs(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
+        if self._cost is not None:
+            return self._cost(self._live.model, drawn)
+        return row_losses(self._live.model, batches, len(drawn))
+
     def _round(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         live, clock, score = self._live, self._clock, self._first or self._score
         drawn, batches = self._rows()
@@ -137,13 +149,13 @@ class SearchCallback(TrainerCallback):
         if rounds.needs_baseline(self._config):
             with clock.span("baseline"), preserved(live.model, live.params):
                 live.model.eval()
-                baseline = row_losses(live.model, batches, len(drawn))
+                baseline = self._costs(drawn, batches)
         losses: list[list[float]] = []
         with clock.span("masks"):
             cut = dict(zip(candidates, live.masks(score, candidates), strict=True))
             for ratio in candidates:
                 with live.trial(cut[ratio]), clock.span("probe"):
-                    losses.append(row_losses(live.model, batches, len(drawn)))
+                    losses.append(self._costs(drawn, batches))
         self.forwards += len(drawn) * (len(candidates) + (baseline is not None))
         if self._discard:
             return

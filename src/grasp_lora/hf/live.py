@@ -199,6 +199,27 @@ class LiveAdapter:
             for name in applied:
                 self._undo(name, masks, places[name])
 
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Run the body in eval mode with the adapter's contribution multiplied, then restore.
+
+        A factor of 0 gives the bare backbone, one below 1 shrinks what the adapter adds. What is
+        put back is that of `trial`.
+
+        Raises:
+            RuntimeError: the body wrote to the weights, which it may not.
+        """
+        before = {name: layer.scaling["default"] for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.scaling["default"] = before[name] * factor
+            with preserved(self.model, self.params):
+                self.model.eval()
+                yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.scaling["default"] = before[name]
+
     def _leaving(self, name: str, masks: Masks) -> Tensor:
         """Return which entries are in the weights now and go under `masks`."""
         wanted = masks[name].keep()

@@ -46,12 +46,14 @@ class FitResult:
     Attributes:
         evaluations: dev losses, step 0 first; empty where the run has no dev rows.
         best: the evaluation whose weights were kept, None where there was nothing to choose by.
+        best_rows: loss of each dev row at the best evaluation, in nats; empty without dev rows.
         log: the Trainer's log: training loss, learning rate and gradient norm per step.
         steps: optimizer steps done.
     """
 
     evaluations: tuple[Evaluation, ...]
     best: Evaluation | None
+    best_rows: tuple[float, ...]
     log: tuple[dict[str, Any], ...]
     steps: int
 
@@ -60,6 +62,7 @@ class FitResult:
         return {
             "evaluations": [asdict(e) for e in self.evaluations],
             "best": asdict(self.best) if self.best else None,
+            "best_rows": list(self.best_rows),
             "steps": self.steps,
             "log": list(self.log),
         }
@@ -168,8 +171,9 @@ def fit(
             raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
     kept_best = best.restore() if best is not None else None
     evaluations = tuple(best.evaluations) if best is not None else ()
+    best_rows = tuple(best.best_rows) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
-    return FitResult(evaluations, kept_best, log, trainer.state.global_step)
+    return FitResult(evaluations, kept_best, best_rows, log, trainer.state.global_step)
 
 
 def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:

@@ -16,12 +16,14 @@ from grasp_lora.plots import plot_search
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.data import Given, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
+from grasp_lora.recipes.findings import add_run_findings
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.fit import checkpoint_bytes
 from grasp_lora.recipes.folders import STAGE_FILE
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.rewards import reward_faults
 from grasp_lora.recipes.scoring import compare_evaluations, missing_metrics
 from grasp_lora.recipes.search import check_search, search_ratio
 from grasp_lora.recipes.times import (
@@ -95,7 +97,9 @@ def run(
     """
     clock = open_clock(config, profile)
     join(config)
-    faults = config.faults() + config.missing_files() + missing_metrics(config)
+    faults = (
+        config.faults() + config.missing_files() + missing_metrics(config) + reward_faults(config)
+    )
     if faults:
         raise ConfigError(faults)
     out, settings = config.output, config.to_dict()
@@ -138,7 +142,14 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
     if is_main():
         with context.clock.span("write"):
             publish_search(out, final)
-    return _score_systems(context, out, adapters, merged, final)
+    scores = _score_systems(context, out, adapters, merged, final)
+    if is_main():
+        baseline = {"source adapter, fine-tuned on target": out / "baselines" / "source-finetuned"}
+        # An adapter given by the user was chosen on rows of its own.
+        trained = {} if given["target"] else {"target adapter": adapters["target"]}
+        with context.clock.span("write"):
+            add_run_findings(out, final, baseline | trained)
+    return scores
 
 
 def _trained(context: Context, role: str) -> Path:

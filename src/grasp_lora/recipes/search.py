@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import RunConfig
+from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.lora import MergedModule, Part
 from grasp_lora.core.rounds import (
@@ -20,6 +20,7 @@ from grasp_lora.hf.callback import ProbePool, SearchCallback
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
+from grasp_lora.recipes.findings import search_findings
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import (
     finish_stage,
@@ -29,6 +30,7 @@ from grasp_lora.recipes.folders import (
     write_merged,
 )
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
+from grasp_lora.recipes.rewards import cost_of, reward_faults
 from grasp_lora.runs import write_json, write_jsonl
 
 POOLS: dict[str, tuple[str, ...]] = {
@@ -81,6 +83,9 @@ def search_ratio(
         Diverged: the training loss became NaN.
     """
     join(config)
+    faults = reward_faults(config)
+    if faults:
+        raise ConfigError(faults)
     data = open_data(config, context)
     key = stage_key(config, data=data.digest(), merged=merged)
     if stage_is_done(out, key, overwrite):
@@ -112,6 +117,7 @@ def search_ratio(
             planned=planned,
             on_round=record,
             clock=clock,
+            cost=cost_of(context, POOLS[config.controller.probe_rows]),
         )
         result = fit(
             context,
@@ -126,13 +132,24 @@ def search_ratio(
             on_resume=lambda: write_rounds(out, searcher.controller, ids) if is_main() else None,
         )
         ended = _as_merged(live, start)
+        entries = sum(param.numel() for param in live.params.values())
     choice = choose_ratio(searcher.controller, config.controller)
     if is_main():
         with clock.span("write"):
             about = {"kind": "search", "epochs": _epochs(context, result.steps)}
             write_merged(out / "adapter", ended, context.backbone, about)
             write_rounds(out, searcher.controller, ids)
-            write_json(out / "ratio.json", ratio_facts(config, choice, searcher))
+            shown = search_findings(
+                config.controller,
+                choice,
+                searcher.controller.records,
+                searcher.flipped,
+                entries,
+                len(context.encoded("target", "micro_dev")),
+                len(ids),
+            )
+            facts = ratio_facts(config, choice, searcher) | {"findings": shown}
+            write_json(out / "ratio.json", facts)
             facts = {"seconds": time.perf_counter() - started} | result.facts()
             finish_stage(out, key, facts)
     wait_for_all()
@@ -163,6 +180,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
             "gain_over_lowest_ratio": choice.gain,
             "standard_error": choice.gain_error,
             "z": choice.z,
+            "ratio_interval": choice.interval,
             "history_minimum": choice.history_minimum,
             "late_mu": choice.late_mu,
         },
@@ -172,6 +190,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
         "flipped_entries": searcher.flipped,
         "probe_forwards": searcher.forwards,
         "preset": config.controller.preset,
+        "reward": config.controller.reward,
         "importance": config.importance,
         "mask_unit": config.mask_unit,
         "seed": config.seed,

@@ -1,0 +1,239 @@
+"""What `benchmarks.landscape` recorded, as tables and a picture.
+
+    python -m benchmarks.landscape_report docs/results/landscape/* --picture landscape.png
+
+Of every pair: the final runs by ratio, probes against them (rank correlation, and the regret of
+taking the ratio where the probes are lowest), and the rivals of pruning. Differences are paired by
+test row; where there are two seeds a row's values are averaged over them first. The standard error
+is that of the rows: what other adapters would give is not in it.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from grasp_lora.plots import BLUE, GREEN, GRID, INK, ORANGE
+from grasp_lora.runs import read_jsonl
+
+
+class Recorded:
+    """All results of a pair, read from its folder."""
+
+    def __init__(self, folder: Path):
+        self.name = folder.name
+        self.finals: dict[str, list[dict[str, Any]]] = {}
+        for file in sorted((folder / "finals").glob("*.json")):
+            one = read_jsonl(file)[0]
+            self.finals.setdefault(one["name"], []).append(one)
+        self.probes = [read_jsonl(file)[0] for file in sorted((folder / "probes").glob("*.json"))]
+
+    def ratios(self) -> list[float]:
+        """Return the ratios with a final run, ascending."""
+        return sorted(
+            {runs[0]["ratio"] for n, runs in self.finals.items() if n.startswith("ratio")}
+        )
+
+    def at(self, ratio: float) -> str:
+        """Return the name of the run at a ratio."""
+        return f"ratio-{ratio}"
+
+    def test(self, name: str, metric: str) -> np.ndarray:
+        """Return each test row's value, averaged over the seeds of a run."""
+        return np.mean([one["test"][metric] for one in self.finals[name]], axis=0)
+
+    def dev(self, name: str, best: bool = True) -> float:
+        """Return the dev loss at the best or the last epoch, averaged over the seeds."""
+        pick = min if best else (lambda losses: losses[-1])
+        return float(np.mean([pick([loss for _, loss in one["dev"]]) for one in self.finals[name]]))
+
+    def best_epochs(self, name: str) -> str:
+        """Return the epochs that were kept, a number for every seed."""
+        steps = [[step for step, _ in one["dev"]] for one in self.finals[name]]
+        kept = [one["best_step"] for one in self.finals[name]]
+        return ", ".join(str(s.index(k)) for s, k in zip(steps, kept, strict=True))
+
+    def final_curve(self) -> np.ndarray:
+        """Return the mean test loss at every ratio."""
+        return np.array([self.test(self.at(r), "loss").mean() for r in self.ratios()])
+
+
+def paired(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Return the mean difference and its standard error over rows."""
+    gaps = values - reference
+    return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+
+
+def finals_table(pair: Recorded) -> Iterator[str]:
+    """Yield the final runs at fixed ratios."""
+    whole = pair.at(0.0)
+    yield (
+        "| ratio | zeros | seeds | kept epoch | dev, best epoch | dev, last epoch | test loss | "
+        "against ratio 0 | EM | F1 |"
+    )
+    yield "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
+    for ratio in pair.ratios():
+        yield _row(pair, pair.at(ratio), f"{ratio:g}", whole)
+
+
+def rivals_table(pair: Recorded) -> Iterator[str]:
+    """Yield the best ratio chosen on dev beside everything that is not pruned."""
+    whole = pair.at(0.0)
+    chosen = min((r for r in pair.ratios() if r > 0), key=lambda r: pair.dev(pair.at(r)))
+    yield (
+        "| run | zeros | seeds | kept epoch | dev, best epoch | dev, last epoch | test loss | "
+        "against the plain merge | EM | F1 |"
+    )
+    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
+    yield _row(pair, pair.at(chosen), f"pruned at {chosen:g} (lowest dev loss)", whole)
+    yield _row(pair, whole, "plain merge, 1/2 + 1/2", whole)
+    for name in pair.finals:
+        if not name.startswith("ratio-"):
+            yield _row(pair, name, name, whole)
+
+
+def _row(pair: Recorded, name: str, title: str, reference: str) -> str:
+    runs = pair.finals[name]
+    gap, error = paired(pair.test(name, "loss"), pair.test(reference, "loss"))
+    against = "–" if name == reference else f"{gap:+.3f} ± {error:.3f}"
+    cells = [
+        title,
+        f"{np.mean([one['zeros'] for one in runs]):.2f}",
+        str(len(runs)),
+        pair.best_epochs(name),
+        f"{pair.dev(name):.3f}",
+        f"{pair.dev(name, best=False):.3f}",
+        f"{pair.test(name, 'loss').mean():.3f}",
+        against,
+        *(f"{pair.test(name, m).mean():.1f}" for m in ("exact_match", "token_f1")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def probes_table(pair: Recorded) -> Iterator[str]:
+    """Yield how well each kind of probe foretells the final curve."""
+    ratios, final = pair.ratios(), pair.final_curve()
+    span = float(np.ptp(final))
+    yield (
+        f"| training | after steps | {' | '.join(f'{r:g}' for r in ratios)} "
+        "| rank correlation | lowest at | regret (spans) |"
+    )
+    yield f"|---|---:|{'---:|' * len(ratios)}---:|---:|---:|"
+    for one in pair.probes:
+        places = [one["ratios"].index(ratio) for ratio in ratios]
+        for step, losses in one["losses"].items():
+            curve = np.mean(losses, axis=1)[places]
+            lowest = int(curve.argmin())
+            correlation = stats.spearmanr(curve, final).statistic
+            regret = (final[lowest] - final.min()) / span
+            cells = [
+                f"{one['training']}, seed {one['seed']}",
+                step,
+                *(f"{value:.3f}" for value in curve),
+                f"{correlation:+.2f}",
+                f"{ratios[lowest]:g}",
+                f"{regret:.3f}",
+            ]
+            yield f"| {' | '.join(cells)} |"
+    cells = ["**final runs, test**", "", *(f"{v:.3f}" for v in final), "", "", ""]
+    cells[-2] = f"{ratios[int(final.argmin())]:g}"
+    yield f"| {' | '.join(cells)} |"
+    dev = np.array([pair.dev(pair.at(r)) for r in ratios])
+    correlation = stats.spearmanr(dev, final).statistic
+    regret = (final[int(dev.argmin())] - final.min()) / span
+    cells = ["final runs, dev", "", *(f"{v:.3f}" for v in dev), f"{correlation:+.2f}"]
+    yield f"| {' | '.join([*cells, f'{ratios[int(dev.argmin())]:g}', f'{regret:.3f}'])} |"
+
+
+def shrinks_table(pair: Recorded) -> Iterator[str]:
+    """Yield the untrained merge under a uniform shrink, and pruned, on all probing rows."""
+    one = next((p for p in pair.probes if p["shrinks"]), None)
+    if one is None:
+        return
+    losses = np.array(one["losses"]["0"])
+    whole = losses[0]
+    yield "| untrained merge | loss | against the merge |"
+    yield "|---|---:|---:|"
+    cases = [
+        (f"x {factor:g}", np.array(found))
+        for factor, found in zip(one["shrinks"]["factors"], one["shrinks"]["losses"], strict=True)
+    ]
+    cases += [
+        (f"pruned at {ratio:g}", losses[i]) for i, ratio in enumerate(one["ratios"]) if ratio > 0
+    ]
+    for title, found in cases:
+        gap, error = paired(found, whole)
+        yield f"| {title} | {found.mean():.3f} | {gap:+.3f} ± {error:.3f} |"
+
+
+SECTIONS = {
+    "Final runs by ratio": finals_table,
+    "Do probes foretell them?": probes_table,
+    "The rivals of pruning": rivals_table,
+    "Before any training": shrinks_table,
+}
+
+
+def draw(pairs: Sequence[Recorded], path: Path) -> None:
+    """Draw probe curves and final curves, a row of two pictures for every pair."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(10, 3.4 * len(pairs)), layout="constrained")
+    axes = figure.subplots(len(pairs), 2, squeeze=False)
+    colours = {"plain": BLUE, "random": ORANGE, "branches": GREEN}
+    for pair, (left, right) in zip(pairs, axes, strict=True):
+        for one in pair.probes:
+            if one["seed"] != pair.probes[0]["seed"]:
+                continue
+            steps = list(one["losses"])
+            for i, step in enumerate(steps):
+                left.plot(
+                    one["ratios"],
+                    np.mean(one["losses"][step], axis=1),
+                    color=colours[one["training"]],
+                    alpha=(i + 1) / len(steps),
+                    label=f"{one['training']}, after {step} steps",
+                )
+        left.set_title(f"{pair.name}: probes (micro-dev + dev)", fontsize=9)
+        left.set_ylabel("loss (nats)")
+        left.legend(fontsize=6, frameon=False)
+        ratios = pair.ratios()
+        right.plot(ratios, pair.final_curve(), "o-", color=INK, label="test, best epoch")
+        for best, style in ((True, "o-"), (False, "o--")):
+            label = f"dev, {'best' if best else 'last'} epoch"
+            values = [pair.dev(pair.at(r), best) for r in ratios]
+            right.plot(ratios, values, style, color=BLUE, markersize=3, label=label)
+        rivals = [n for n in pair.finals if not n.startswith("ratio-")]
+        for i, name in enumerate(rivals):
+            value = pair.test(name, "loss").mean()
+            right.axhline(value, color=GRID, linewidth=0.8)
+            place = 0.02 + 0.13 * (i % 6)
+            right.text(place, value, name, fontsize=6, color=INK, va="bottom")
+        right.set_title(f"{pair.name}: after the final run (lines: unpruned rivals)", fontsize=9)
+        right.legend(fontsize=6, frameon=False)
+        for axis in (left, right):
+            axis.set_xlabel("ratio")
+            axis.grid(color=GRID, linewidth=0.5)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="recorded pairs")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    pairs = [Recorded(folder) for folder in options.folders]
+    for pair in pairs:
+        for title, table in SECTIONS.items():
+            print(f"\n### {pair.name}: {title}\n")
+            print("\n".join(table(pair)))
+    if options.picture is not None:
+        draw(pairs, options.picture)
+
+
+if __name__ == "__main__":
+    main()

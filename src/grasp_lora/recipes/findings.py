@@ -1,0 +1,78 @@
+"""What a run's numbers say against it, gathered from the stages' folders."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.core import findings
+from grasp_lora.core.findings import Finding
+from grasp_lora.core.rounds import ControllerConfig, RatioChoice, RoundRecord
+from grasp_lora.recipes.folders import STAGE_FILE
+from grasp_lora.runs import read_json, write_json
+
+
+def search_findings(
+    config: ControllerConfig,
+    choice: RatioChoice,
+    records: Sequence[RoundRecord],
+    flipped: Sequence[int],
+    entries: int,
+    micro_dev: int,
+    pool: int,
+) -> list[dict[str, Any]]:
+    """Return what the search itself shows, JSON-able.
+
+    Args:
+        config: settings of the controller.
+        choice: how the search ended.
+        records: its rounds.
+        flipped: entries that changed side at each round.
+        entries: of the adapter.
+        micro_dev: how many of the pool's first rows are micro-dev.
+        pool: rows there are to probe.
+    """
+    found = [
+        findings.never_fired(choice.verdict),
+        findings.at_bound(choice.ratio, choice.verdict, config),
+        findings.thrashing(records, flipped, entries),
+        findings.coarse_reward(records),
+    ]
+    if 0 < micro_dev < pool:
+        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev), config))
+    return _shown(found)
+
+
+def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
+    """Add to `ratio.json` what only the final run and the baselines show.
+
+    Args:
+        out: the run's folder; its `ratio.json` and `baselines/` are read.
+        final: folder of the final adapter.
+        alone: name -> folder of a single adapter that was chosen on the same dev rows.
+    """
+    ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
+    rows = stage.get("best_rows", [])
+    found: list[Finding | None] = []
+    if stage["best"] is not None:
+        found.append(findings.overfitting(stage["best"]["step"], stage["steps"]))
+    whole = _best_rows(out / "baselines" / "merged-finetuned")
+    if rows and len(whole) == len(rows) and stage["ratio"] > 0:
+        found.append(findings.over_pruned(rows, whole))
+    others = {name: _best_rows(folder) for name, folder in alone.items()}
+    others = {name: losses for name, losses in others.items() if len(losses) == len(rows)}
+    if rows and others:
+        found.append(findings.not_worth_merging(rows, others))
+    known = ratio.get("findings", [])
+    names = {one["name"] for one in _shown(found)}
+    kept = [one for one in known if one["name"] not in names]
+    write_json(out / "ratio.json", ratio | {"findings": kept + _shown(found)})
+
+
+def _best_rows(folder: Path) -> list[float]:
+    stage = folder / STAGE_FILE
+    return list(read_json(stage).get("best_rows", [])) if stage.exists() else []
+
+
+def _shown(found: Iterable[Finding | None]) -> list[dict[str, Any]]:
+    return [asdict(one) for one in found if one is not None]

@@ -1,0 +1,67 @@
+"""Findings of a run: read from the stages' folders, written into ratio.json once each."""
+
+from grasp_lora.core.rounds import ControllerConfig, RatioChoice
+from grasp_lora.recipes.findings import add_run_findings, search_findings
+from grasp_lora.report import finding_lines
+from grasp_lora.runs import read_json, write_json
+
+ROWS = [2.0, 2.5, 1.5, 3.0, 2.2, 1.9]
+
+
+def finished(folder, losses, step=13, ratio=0.4):
+    best = {"step": step, "loss": sum(losses) / len(losses)}
+    stage = {"ratio": ratio, "best": best, "best_rows": losses, "steps": 26}
+    write_json(folder / "stage.json", stage)
+    return folder
+
+
+def better(by):
+    return [loss - by - 0.01 * i for i, loss in enumerate(ROWS)]
+
+
+def found_in(tmp_path, final, alone=()):
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "findings": []})
+    add_run_findings(tmp_path, final, {name: tmp_path / name for name in alone})
+    return {one["name"]: one for one in read_json(tmp_path / "ratio.json")["findings"]}
+
+
+def test_nothing_is_found_where_the_result_is_as_good(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    finished(tmp_path / "baselines" / "merged-finetuned", ROWS)
+    finished(tmp_path / "target", [loss + 1 for loss in ROWS])
+    assert found_in(tmp_path, final, ["target"]) == {}
+
+
+def test_a_result_that_is_worse_than_what_is_simpler_says_so(tmp_path):
+    final = finished(tmp_path / "final", ROWS, step=0)
+    finished(tmp_path / "baselines" / "merged-finetuned", better(0.3))
+    finished(tmp_path / "target", better(0.5))
+    finished(tmp_path / "source", better(0.1))
+    found = found_in(tmp_path, final, ["target", "source", "absent"])
+    assert set(found) == {"overfitting", "over-pruned", "not-worth-merging"}
+    assert found["not-worth-merging"]["evidence"]["better"] == "target"
+    lines = finding_lines(read_json(tmp_path / "ratio.json"))
+    assert [line.split(":")[0] for line in lines] == list(found)
+
+
+def test_an_unpruned_result_is_not_over_pruned(tmp_path):
+    final = finished(tmp_path / "final", ROWS, ratio=0.0)
+    finished(tmp_path / "baselines" / "merged-finetuned", better(0.3))
+    assert found_in(tmp_path, final) == {}
+
+
+def test_losses_of_other_rows_are_left_out_and_known_findings_stay_once(tmp_path):
+    final = finished(tmp_path / "final", ROWS, step=0)
+    finished(tmp_path / "other", better(0.5)[:4])
+    known = {"name": "at-bound", "says": "x", "evidence": {}}
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "findings": [known]})
+    for _ in range(2):
+        add_run_findings(tmp_path, final, {"other": tmp_path / "other"})
+    names = [one["name"] for one in read_json(tmp_path / "ratio.json")["findings"]]
+    assert names == ["at-bound", "overfitting"]
+
+
+def test_a_search_without_rounds_is_named():
+    choice = RatioChoice(0.0, "never-fired", None, None, None, "", None, None)
+    found = search_findings(ControllerConfig(), choice, (), (), 100, 16, 66)
+    assert [one["name"] for one in found] == ["never-fired"]
