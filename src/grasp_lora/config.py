@@ -75,6 +75,11 @@ class RunConfig(Section):
         default="source",
         description="prune each source's tensors by themselves, or the merged tensors",
     )
+    structure: Literal["entries", "rank"] = Field(
+        default="entries",
+        description="what a ratio removes: single entries, or whole components, which makes the "
+        "adapter smaller (experimental)",
+    )
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="how the prune ratio is searched"
     )

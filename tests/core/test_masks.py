@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from grasp_lora.core.masks import Mask, keep_masks, pruned_count, zero_fraction
+from grasp_lora.core.masks import (
+    STRUCTURES,
+    Mask,
+    keep_components,
+    keep_masks,
+    pruned_count,
+    without_dead_components,
+    zero_fraction,
+)
 
 
 def keep_by_sorting(scores, ratio):
@@ -120,3 +128,37 @@ def test_pruned_count_rounds_half_up():
 def test_zero_fraction_counts_over_all_tensors():
     assert zero_fraction([torch.zeros(3), torch.ones(2, 2), torch.empty(0)]) == 3 / 7
     assert zero_fraction(iter([])) == 0.0
+
+
+def test_components_go_whole_the_least_worth_first():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(5, 7, generator=generator), torch.rand(3, 5, generator=generator)
+    worth = [float(a[i].sum() + b[:, i].sum()) for i in range(5)]
+    for ratio, (keep_a, keep_b) in zip(RATIOS, keep_components(a, b, RATIOS), strict=True):
+        gone = sorted(range(5), key=lambda i: worth[i])[: int(5 * ratio + 0.5)]
+        assert keep_a.shape == a.shape
+        assert keep_b.shape == b.shape
+        for i in range(5):
+            assert bool(keep_a[i].all()) == bool(keep_b[:, i].all()) == (i not in gone)
+            assert bool(keep_a[i].any()) == (i not in gone)
+
+
+def test_entries_are_cut_in_each_tensor_by_itself():
+    a, b = torch.rand(2, 5), 10 * torch.rand(3, 2)
+    ((keep_a, keep_b),) = STRUCTURES["entries"](a, b, [0.5])
+    assert torch.equal(keep_a, keep_at(a, 0.5))
+    assert torch.equal(keep_b, keep_at(b, 0.5))
+
+
+@pytest.mark.parametrize("dead", [(), (0,), (1, 3), (0, 1, 2, 3)])
+def test_dead_components_are_dropped_and_the_product_stays(dead):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
+    for n, i in enumerate(dead):  # dead in A, or in B
+        if n % 2:
+            a[i] = 0
+        else:
+            b[:, i] = 0
+    small_a, small_b = without_dead_components(a, b)
+    assert torch.equal(small_b @ small_a, b @ a) or torch.allclose(small_b @ small_a, b @ a)
+    assert small_a.shape[0] == small_b.shape[1] == max(1, 4 - len(dead))

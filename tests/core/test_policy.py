@@ -7,6 +7,7 @@ import torch
 
 from grasp_lora.core.policy import (
     Policy,
+    confirming_candidates,
     coverage_candidates,
     initial_policy,
     round_kind,
@@ -103,12 +104,31 @@ def test_coverage_is_even_in_a_round_and_shifts_between_rounds():
     assert coverage_candidates(2, config) == pytest.approx((0.1472, 0.3472, 0.5472))
 
 
-def test_coverage_comes_first_and_at_every_fifth_round():
-    kinds = [round_kind(t, 8, STANDARD)[0] for t in range(8)]
-    assert "".join(kinds) == "cccpcppp"
-    kinds = [round_kind(t, 18, STANDARD)[0] for t in range(18)]
-    assert "".join(kinds) == "cccccppppcppppcppp"
-    assert {round_kind(t, 8, PAPER) for t in range(8)} == {"policy"}
+def test_coverage_comes_first_and_at_every_fifth_round_and_confirmation_last():
+    def kinds(horizon, config=STANDARD):
+        letters = {"coverage": "c", "policy": "p", "confirmation": "="}
+        return "".join(letters[round_kind(t, horizon, config)] for t in range(horizon))
+
+    assert kinds(8) == "cccpc==="
+    assert kinds(18) == "cccccppppcppppc==="
+    assert kinds(50)[-7:] == "p======"
+    assert [kinds(n) for n in (1, 3, 4, 5)] == ["c", "ccc", "ccc=", "ccc=="]
+    assert kinds(8, ControllerConfig(candidates=1)) == "cccpcppp", "one ratio confirms nothing"
+    assert kinds(8, PAPER) == "p" * 8
+
+
+@pytest.mark.parametrize("candidates", [2, 3, 4])
+def test_confirmation_measures_the_lowest_ratio_beside_the_favourite(candidates):
+    config = ControllerConfig(low=0.1, start=0.1, candidates=candidates)
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        confirming_candidates(Policy(0.5, 0.1), config, generator, 0.37) for _ in range(200)
+    ]
+    assert all(one[:2] == (0.1, 0.37) and len(one) == candidates for one in found)
+    rest = torch.tensor([one[2:] for one in found])
+    if candidates > 2:
+        assert rest.mean() == pytest.approx(0.5, abs=0.03)
+        assert rest.std() == pytest.approx(0.1, abs=0.02)
 
 
 def test_the_policy_starts_at_the_start_or_at_the_prior():

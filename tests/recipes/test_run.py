@@ -12,9 +12,14 @@ from transformers import AutoModelForCausalLM
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.opening import adapted
+from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes import context
+from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.run import run
+from grasp_lora.recipes.train import train_adapter
 from grasp_lora.runs import read_json, read_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
@@ -125,6 +130,8 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
         {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
         {"importance": "magnitude", "mask_unit": "merged"},
+        {"structure": "rank"},
+        {"structure": "rank", "merge": {"kind": "linear"}, "finetune": {"mask_schedule": 1}},
     ],
 )
 def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
@@ -134,6 +141,31 @@ def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
     )
     assert (out / "done.json").exists()
     assert len(read_json(out / "scores.json")["systems"]) == 1
+
+
+def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):
+    config = settings(workplace, structure="rank", lora={"r": 4})
+    opened = context.open_context(config, quiet=True)
+    for role in ("source", "target"):
+        train_adapter(config, role, workplace / role, context=opened)
+    merged = merge_adapters(
+        config, [workplace / "source", workplace / "target"], workplace / "merged", context=opened
+    )
+    final = finetune_at(config, merged, 0.5, workplace / "final", context=opened)
+    stage = read_json(final / "stage.json")
+    assert stage["ranks"]["exported"] == stage["ranks"]["whole"] // 2
+    assert stage["zeros"]["exported"] == pytest.approx(0.5)
+    tensors = load_file(final / "adapter_model.safetensors")
+    assert all(not bool((tensor == 0).all(dim=1).any()) for tensor in tensors.values())
+    sizes = {key: tensor.shape for key, tensor in tensors.items() if "lora_A" in key}
+    assert {shape[0] for shape in sizes.values()} == {4}, "half of each source's 4"
+    evaluate_adapter(config, final, workplace / "scores", context=opened)
+    losses = [row["loss"] for row in read_jsonl(workplace / "scores" / "predictions.jsonl")]
+    assert all(loss > 0 for loss in losses)
+    dev = opened.rows("target", ["dev"])
+    with adapted(opened.backbone, final) as model:
+        found = row_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+    assert found == pytest.approx(stage["best_rows"], abs=1e-5)
 
 
 def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):

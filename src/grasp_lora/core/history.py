@@ -38,7 +38,8 @@ class RoundRecord:
     Attributes:
         round: Number of the round, from 0.
         step: Optimizer step it followed.
-        kind: `coverage` (evenly spaced candidates) or `policy` (sampled ones).
+        kind: `coverage` (evenly spaced candidates), `policy` (sampled ones) or `confirmation` (the
+            lowest ratio beside the best so far).
         candidates: Ratios tried.
         rewards: Baseline loss - trial loss of each candidate; without a baseline, loss of the
             lowest ratio whose trial was finite - trial loss.

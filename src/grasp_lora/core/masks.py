@@ -104,6 +104,49 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
     return cut
 
 
+def keep_entries(
+    score_a: Tensor, score_b: Tensor, ratios: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for each ratio the keep masks of A [r, in] and B [out, r], each cut by itself."""
+    return list(zip(keep_masks(score_a, ratios), keep_masks(score_b, ratios), strict=True))
+
+
+def keep_components(
+    score_a: Tensor, score_b: Tensor, ratios: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for each ratio the keep masks that remove whole components.
+
+    A component is a row of A with its column of B, worth the sum of its entries' importance.
+    `pruned_count(r, ratio)` components go, so a module of rank r knows r + 1 ratios. Our departure
+    from arXiv 2601.06702, which prunes single entries.
+
+    Args:
+        score_a: importance, [r, in].
+        score_b: importance, [out, r].
+        ratios: fractions removed, each in [0, 1].
+    """
+    worth = score_a.float().sum(dim=1) + score_b.float().sum(dim=0)
+    return [
+        (keep[:, None].expand_as(score_a), keep[None, :].expand_as(score_b))
+        for keep in keep_masks(worth, ratios)
+    ]
+
+
+def without_dead_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A [k, in] and B [out, k] without the components that add nothing; `B @ A` is the same.
+
+    One is kept where all are dead: a LoRA layer has a rank of at least 1.
+    """
+    alive = (a != 0).any(dim=1) & (b != 0).any(dim=0)
+    if not bool(alive.any()):
+        alive[0] = True
+    return a[alive], b[:, alive]
+
+
+STRUCTURES = {"entries": keep_entries, "rank": keep_components}
+"""What is removed -> (scores of A, scores of B, ratios) -> keep masks of both for each ratio."""
+
+
 def _smallest(flat: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Return the count-th smallest score for each count, 0-d tensors.
 

@@ -10,8 +10,9 @@ Two rules, one per preset:
   use the clipped sample; for reward spans under about 0.3 nats the entropy bonus dominates and
   sigma grows until the policy is uniform random search.
 - `standard`, our departure: the first rounds and every fifth cover the range evenly instead of
-  sampling; samples come in antithetic pairs, and the odd one out is the ratio that the history
-  finds best, so that it is measured again on other rows; advantages are divided by their standard
+  sampling, the last ones measure the lowest ratio beside the best; samples come in antithetic
+  pairs, and the odd one out is the ratio that the history finds best, so that it is measured again
+  on other rows; advantages are divided by their standard
   deviation, so the step does not depend on the scale of the loss; steps are natural and bounded.
 """
 
@@ -27,7 +28,7 @@ import torch
 
 from grasp_lora.core.settings import ControllerConfig
 
-RoundKind: TypeAlias = Literal["coverage", "policy"]
+RoundKind: TypeAlias = Literal["coverage", "policy", "confirmation"]
 
 _MIN_PAPER_VARIANCE = 1e-4
 _MIN_PAPER_SIGMA = 1e-3
@@ -36,6 +37,8 @@ _MAX_MU_STEP = 0.1
 _SAME_REWARDS = 1e-12
 _GOLDEN = 0.618
 _COVERAGE_EVERY = 5
+_CONFIRMATIONS = 3
+_MOST_CONFIRMATIONS = 6
 PRIOR_RATIO = 0.4
 """Where `standard` looks as long as the rewards say nothing."""
 
@@ -65,10 +68,26 @@ def initial_coverage(horizon: int) -> int:
     return max(3, math.ceil(horizon / 4))
 
 
+def last_confirmations(horizon: int) -> int:
+    """Return how many of the last rounds of `standard` measure the lowest ratio beside the best.
+
+    So that what the verdict tests was seen on as many rows as the budget gives. They replace policy
+    rounds and cost no more.
+    """
+    wanted = min(_MOST_CONFIRMATIONS, max(_CONFIRMATIONS, horizon // 8))
+    return min(wanted, max(0, horizon - initial_coverage(horizon)))
+
+
 def round_kind(index: int, horizon: int, config: ControllerConfig) -> RoundKind:
-    """Return whether round `index` (from 0) of `horizon` covers the range or samples the policy."""
+    """Return what round `index` (from 0) of `horizon` is for.
+
+    `coverage` spreads the ratios over the range, `policy` samples them, `confirmation` measures the
+    lowest ratio beside the best so far.
+    """
     if config.preset == "paper":
         return "policy"
+    if config.candidates > 1 and index >= horizon - last_confirmations(horizon):
+        return "confirmation"
     repeated = index % _COVERAGE_EVERY == _COVERAGE_EVERY - 1
     return "coverage" if index < initial_coverage(horizon) or repeated else "policy"
 
@@ -98,6 +117,15 @@ def sampled_candidates(
     if favourite is None or config.preset == "paper" or config.candidates % 2 == 0:
         return drawn
     return (*drawn[:-1], favourite)
+
+
+def confirming_candidates(
+    policy: Policy, config: ControllerConfig, generator: torch.Generator, favourite: float
+) -> tuple[float, ...]:
+    """Return the lowest ratio, the favourite, and samples of the policy for the rest."""
+    draws = _antithetic(config.candidates, generator)[: config.candidates - 2]
+    drawn = (clip(policy.mu + policy.sigma * z, config.low, config.high) for z in draws)
+    return (config.low, favourite, *drawn)
 
 
 def updated_policy(

@@ -31,6 +31,7 @@ from grasp_lora.core.policy import (
     PRIOR_RATIO,
     Policy,
     clip,
+    confirming_candidates,
     coverage_candidates,
     initial_coverage,
     initial_policy,
@@ -106,10 +107,14 @@ def propose(
     state: ControllerState, config: ControllerConfig, generator: torch.Generator
 ) -> tuple[float, ...]:
     """Return the ratios to try in the next round, each in [low, high]."""
-    if round_kind(state.round, state.horizon, config) == "coverage":
+    kind = round_kind(state.round, state.horizon, config)
+    if kind == "coverage":
         return coverage_candidates(state.round, config)
     seen = () if config.preset == "paper" else observations(state.records)
     favourite = lowest(seen, state.horizon, config) if seen else None
+    if kind == "confirmation" and favourite is not None:
+        policy = Policy(state.mu, state.sigma)
+        return confirming_candidates(policy, config, generator, favourite)
     return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
 
 
@@ -268,7 +273,7 @@ def _policy_after(
     """Return the updated policy; a coverage round does not move it, its ratios are no samples."""
     policy = Policy(state.mu, state.sigma)
     finite = [(c, r) for c, r in zip(candidates, rewards, strict=True) if r is not None]
-    if not finite or round_kind(state.round, state.horizon, config) == "coverage":
+    if not finite or round_kind(state.round, state.horizon, config) != "policy":
         return policy
     tried, gained = zip(*finite, strict=True)
     return updated_policy(policy, tried, gained, state.ratio, config)

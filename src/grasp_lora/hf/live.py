@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.masks import Mask, keep_masks, packed_size
+from grasp_lora.core.masks import STRUCTURES, Mask, packed_size
 from grasp_lora.hf.attach import adapter_modules, attach_adapter
 from grasp_lora.hf.preserve import preserved
 
@@ -82,6 +82,7 @@ class LiveAdapter:
         params: name -> trainable tensor; A tensors are [rank, in], B tensors [out, rank].
         blocks: the mask units that cover them.
         layers: module name -> LoRA layer, for input norms.
+        structure: what a ratio removes, a key of `core.masks.STRUCTURES`.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class LiveAdapter:
         params: dict[str, nn.Parameter],
         blocks: tuple[Block, ...],
         layers: Mapping[str, Any],
+        structure: str = "entries",
     ):
+        self._cut_both = STRUCTURES[structure]
         self.model = model
         self.params = params
         self.blocks = blocks
@@ -157,10 +160,8 @@ class LiveAdapter:
                 for _ in ratios
             ]
             for block, score_a, score_b in group:
-                both = zip(
-                    drafts, keep_masks(score_a, ratios), keep_masks(score_b, ratios), strict=True
-                )
-                for (keep_a, keep_b), found_a, found_b in both:
+                found = self._cut_both(score_a, score_b, ratios)
+                for (keep_a, keep_b), (found_a, found_b) in zip(drafts, found, strict=True):
                     keep_a[block.rows] = found_a
                     keep_b[:, block.rows] = found_b
             for masks, draft, place in zip(cut, drafts, places, strict=True):
@@ -353,6 +354,7 @@ def go_live(
     mask_unit: str,
     dropout: float = 0.0,
     scaling: float = 1.0,
+    structure: str = "entries",
 ) -> LiveAdapter:
     """Attach a merged adapter to a bare model, trainable, and return the handles on it.
 
@@ -363,6 +365,7 @@ def go_live(
             merged tensors as one.
         dropout: LoRA dropout.
         scaling: the layers' LoRA scaling; 1 for merged factors, which carry theirs inside.
+        structure: what a ratio removes, a key of `core.masks.STRUCTURES`.
 
     Raises:
         ValueError: `mask_unit` is unknown, or is `source` for an `svd` merge, which mixes the
@@ -385,7 +388,7 @@ def go_live(
     blocks: list[Block] = []
     for name, module in merged.items():
         blocks += _cut(name, module, layers[name], mask_unit, params)
-    return LiveAdapter(peft_model, params, tuple(blocks), layers)
+    return LiveAdapter(peft_model, params, tuple(blocks), layers, structure)
 
 
 def _cut(

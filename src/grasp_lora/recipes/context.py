@@ -104,8 +104,9 @@ class Context:
         scaling: float = 1.0,
     ) -> Iterator[LiveAdapter]:
         """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
+        structure = self.config.structure
         with self.clock.span("load"):
-            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling)
+            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling, structure)
         try:
             yield live
         finally:

@@ -1,12 +1,15 @@
 """Stage `finetune`: an adapter and a prune ratio -> the final adapter."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
-from grasp_lora.core.masks import zero_fraction
+from grasp_lora.core.masks import without_dead_components, zero_fraction
 from grasp_lora.hf.live import LiveAdapter, scored
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit
@@ -90,14 +93,22 @@ def finetune_at(
         )
         plain = live.plain()
         zeros = zeros_of(live)
+        ranks = {"whole": _total_rank(plain)}
+        if config.structure == "rank" and ratio > 0:
+            plain = {name: without_dead_components(*pair) for name, pair in plain.items()}
+        ranks["exported"] = _total_rank(plain)
     if is_main():
         with context.clock.span("write"):
             save_plain(out, plain, context.backbone)
-            facts = {"ratio": ratio, "importance": rule, "zeros": zeros}
+            facts = {"ratio": ratio, "importance": rule, "zeros": zeros, "ranks": ranks}
             facts |= {"seconds": time.perf_counter() - started} | result.facts()
             finish_stage(out, key, facts)
     wait_for_all()
     return out
+
+
+def _total_rank(plain: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    return sum(a.shape[0] for a, _ in plain.values())
 
 
 def zeros_of(live: LiveAdapter) -> dict[str, Any]:

@@ -193,6 +193,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
         "reward": config.controller.reward,
         "importance": config.importance,
         "mask_unit": config.mask_unit,
+        "structure": config.structure,
         "seed": config.seed,
     }
 
