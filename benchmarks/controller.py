@@ -16,18 +16,20 @@ seeds below 8000; these start at 20000.
 
 JSON: `default`, the name of the default; `controllers`, by name: `regret_24`, `regret_51`,
 `regret_150` (by family, and `mean` over those in spans), `forwards` likewise by number of probes,
-`flat_called_flat`, `clear_called_flat`, `power`; `floor`, likewise.
+`flat_called_flat`, `clear_called_flat`, `interval_covers` (a ratio as good as the best lies in the
+interval), `power`; `floor`, likewise.
 """
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import common
@@ -64,7 +66,13 @@ def one_search(
         "verdict": found.verdict,
         "forwards": found.forwards,
         "effect": effect,
+        "covered": None if found.interval is None else _covers(world.regret, found.interval),
     }
+
+
+def _covers(regret: Callable[[float], float], interval: tuple[float, float]) -> bool:
+    """Return whether an interval holds a ratio that is the best, or within 0.1 % of the span."""
+    return min(regret(float(ratio)) for ratio in np.linspace(*interval, 81)) <= 0.001
 
 
 def searches(
@@ -142,6 +150,9 @@ def summary(rows: Sequence[Mapping[str, Any]], recorded: Sequence[str]) -> dict[
     return figures | {
         "flat_called_flat": _share_flat(flat),
         "clear_called_flat": _share_flat(clear),
+        "interval_covers": fmean(
+            row["covered"] for row in judged if row["family"] in (*IN_SPANS, *recorded)
+        ),
         "no_gain_called_flat": {
             family: _share_flat([r for r in judged if r["family"] == family])
             for family in ("cliff", "rising", *FLAT, "cliff, heavy")
@@ -197,10 +208,10 @@ def markdown(figures: Mapping[str, Any], recorded: Sequence[str]) -> str:
         parts += lines
     parts += [
         f"\nVerdicts at {PROBES[0]} probes\n",
-        "| way | flat called flat | clear called flat | "
+        "| way | flat called flat | clear called flat | interval covers | "
         + " | ".join(_effect(low, high) for low, high in zip(EFFECTS, EFFECTS[1:], strict=False))
         + " |",
-        f"|---|---:|---:|{'---:|' * (len(EFFECTS) - 1)}",
+        f"|---|---:|---:|---:|{'---:|' * (len(EFFECTS) - 1)}",
     ]
     for name, one in figures["controllers"].items():
         if one["power"] is None:
@@ -209,7 +220,7 @@ def markdown(figures: Mapping[str, Any], recorded: Sequence[str]) -> str:
         cells = [f"{by_effect[e]:.0%}" if e in by_effect else "–" for e in EFFECTS[:-1]]
         parts.append(
             f"| {name} | {one['flat_called_flat']:.1%} | {one['clear_called_flat']:.1%} "
-            f"| {' | '.join(cells)} |"
+            f"| {one['interval_covers']:.0%} | {' | '.join(cells)} |"
         )
     return "\n".join(parts)
 

@@ -29,12 +29,14 @@ class Found:
         verdict: the controller's, None where the way has none.
         forwards: rows read, each at one ratio.
         in_force: mean regret of the masks in force over the search, None where there were none.
+        interval: the controller's, around the ratio; None where it gives none.
     """
 
     ratio: float
     verdict: str | None
     forwards: int
     in_force: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 Search = Callable[[World, int, int], Found]
@@ -81,7 +83,7 @@ def library(
         state, _ = rounds.conclude(state, config, tried, baseline, losses, rows, turn)
         in_force.append(world.regret(state.mask_ratio))
     choice = rounds.choose_ratio(state, config)
-    return Found(choice.ratio, choice.verdict, forwards, fmean(in_force))
+    return Found(choice.ratio, choice.verdict, forwards, fmean(in_force), choice.interval)
 
 
 def _rows(

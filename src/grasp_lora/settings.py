@@ -75,19 +75,21 @@ class MergeSettings(Section):
         description="cat: exact sum, ranks add up; linear: published kind, has cross terms; "
         "svd: best low-rank fit of cat",
     )
-    weights: tuple[float, ...] | None = Field(
-        default=None, description="weights of source and target; default: their average"
+    weights: tuple[float, ...] | Literal["auto"] | None = Field(
+        default=None,
+        description="weights of source and target; default: their average; auto: those that "
+        "probes of the untrained merge show to be better",
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
 
     @model_validator(mode="after")
     def _weights_and_rank(self) -> "MergeSettings":
-        if self.weights is not None and len(self.weights) != 2:
+        given = None if self.weights == "auto" else self.weights
+        if given is not None and len(given) != 2:
             raise ValueError(
-                f"weights {list(self.weights)} has {len(self.weights)} entries; "
-                "give two: source and target"
+                f"weights {list(given)} has {len(given)} entries; give two: source and target"
             )
-        if self.weights is not None and not any(self.weights):
+        if given is not None and not any(given):
             raise ValueError("weights are all 0, which merges nothing; make one of them non-zero")
         if self.rank is not None and self.kind != "svd":
             raise ValueError(

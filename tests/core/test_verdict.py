@@ -194,14 +194,6 @@ def test_the_interval_holds_the_ratio_and_grows_with_the_rows_disagreement():
     assert wide.interval[1] - wide.interval[0] > 3 * (narrow.interval[1] - narrow.interval[0])
 
 
-def test_the_interval_covers_the_true_optimum_about_as_often_as_it_says():
-    covered = [
-        low <= 0.4 <= high
-        for low, high in (searched(parabola, seed, spread=0.6).interval for seed in range(60))
-    ]
-    assert statistics.fmean(covered) > 0.75  # the bias of the smoothing is not in it
-
-
 def test_a_flat_search_may_take_the_largest_ratio_that_is_as_good():
     largest = dataclasses.replace(CONFIG, when_flat="largest")
 

@@ -12,8 +12,11 @@ from grasp_lora.core.lora import merge
 from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.hf.live import go_live
 from grasp_lora.hf.probe import row_losses
+from grasp_lora.recipes import weights
 from grasp_lora.recipes.context import open_context
 from grasp_lora.recipes.precheck import MERGE, VARIANTS, conclusion, precheck
+from grasp_lora.recipes.run import run
+from grasp_lora.recipes.weights import learned_weights
 from grasp_lora.runs import read_json
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
@@ -141,3 +144,56 @@ def test_what_cannot_be_checked_is_refused_before_any_work(given, tmp_path, chan
     done = CliRunner().invoke(app, ["precheck", str(file), "--rows", rows])
     assert done.exit_code == 2
     assert said in done.output.replace("\n", " ")
+
+
+def test_weights_to_be_learned_are_those_the_probes_show(given, monkeypatch):
+    config, _, folder = given
+    context = open_context(config, quiet=True)
+    names = [name for name, v in VARIANTS.items() if v.group in ("merge", "weights")]
+    asked = []
+
+    def measured(gains):
+        def measure(context, folders, which, rows):
+            asked.append((tuple(which), rows))
+            losses = losses_with(**gains)
+            return ["r"] * 16, {name: losses[name] for name in which}
+
+        return measure
+
+    adapters = folder / "source", folder / "target"
+    monkeypatch.setattr(weights, "measure", measured({"weights 0.75 + 0.25, x 0.75": 0.4}))
+    out = folder / "learned"
+    assert learned_weights(context, *adapters, out) == (0.5625, 0.1875)
+    assert asked == [(tuple(names), 16)]
+    found = read_json(out / "weights.json")
+    assert found["variant"] == "weights 0.75 + 0.25, x 0.75"
+    assert found["evidence"]["shown"] is True
+    assert learned_weights(context, *adapters, out) == (0.5625, 0.1875)
+    assert len(asked) == 1, "a finished stage is read, not done again"
+
+    monkeypatch.setattr(weights, "measure", measured({}))
+    assert learned_weights(context, *adapters, folder / "average") == USUAL
+    assert read_json(folder / "average" / "weights.json")["evidence"]["shown"] is False
+
+
+def test_a_run_merges_by_the_weights_it_learned(given):
+    _, _, folder = given
+    values = job(
+        folder,
+        adapters={role: str(folder / role) for role in ("source", "target")},
+        merge={"weights": "auto"},
+        output=str(folder / "auto"),
+    )
+    run(load_config(write_job(folder / "auto.yaml", values)), quiet=True)
+    learned = read_json(folder / "auto" / "weights" / "weights.json")["weights"]
+    assert read_json(folder / "auto" / "merged" / "merge.json")["weights"] == learned
+
+
+def test_a_merge_alone_cannot_learn_its_weights(given, tmp_path):
+    _, _, folder = given
+    values = job(folder, merge={"weights": "auto"})
+    file = write_job(tmp_path / "run.yaml", values)
+    arguments = ("--adapter", str(folder / "source"), "--adapter", str(folder / "target"))
+    done = CliRunner().invoke(app, ["merge", str(file), *arguments, "--out", str(tmp_path / "m")])
+    assert done.exit_code == 2
+    assert "auto is learned by a run" in done.output.replace("\n", " ")

@@ -86,7 +86,7 @@ def round_kind(index: int, horizon: int, config: ControllerConfig) -> RoundKind:
     """
     if config.preset == "paper":
         return "policy"
-    if config.candidates > 1 and index >= horizon - last_confirmations(horizon):
+    if config.candidates > 1 and horizon - last_confirmations(horizon) <= index < horizon:
         return "confirmation"
     repeated = index % _COVERAGE_EVERY == _COVERAGE_EVERY - 1
     return "coverage" if index < initial_coverage(horizon) or repeated else "policy"

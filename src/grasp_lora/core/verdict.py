@@ -46,8 +46,9 @@ class RatioChoice:
         history_minimum: Lowest point of the curve over all rounds; None without evidence.
         late_mu: Mean centre of the last policy rounds; None if there were none. For the reader, it
             does not move the ratio.
-        interval: Where 95 % of the lowest points lie that other rows would have given, (low, high);
-            None without evidence.
+        interval: Where 95 % of the lowest points lie that other draws of the same rows give, (low,
+            high); None without evidence. The curve's smoothing is the same in all of them, so it
+            holds the true optimum less often (`benchmarks.controller` says how often).
     """
 
     ratio: float

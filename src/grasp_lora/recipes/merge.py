@@ -43,7 +43,13 @@ def merge_adapters(
     context = context or open_context(config)
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
-    weights = config.merge.weights or average_weights(len(folders))
+    given = config.merge.weights
+    if given == "auto":
+        raise ValueError(
+            "merge.weights: auto is learned by a run (or found by grasp-lora precheck); give the "
+            "weights to merge by"
+        )
+    weights = given or average_weights(len(folders))
     merged = merge(
         config.merge.kind, [one.adapter for one in loaded], list(weights), config.merge.rank
     )

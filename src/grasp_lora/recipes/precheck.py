@@ -5,7 +5,7 @@ and under pruned merges. Nothing is trained, so what training would make of each
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from grasp_lora.recipes.processes import is_main, join
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.runs import write_json
 
+ROWS = 16
 MERGE = "merge"
 """Name of the merge as configured."""
 
@@ -69,7 +70,7 @@ VARIANTS: Mapping[str, Variant] = {
 def precheck(
     config: RunConfig,
     out: Path | None = None,
-    rows: int = 16,
+    rows: int = ROWS,
     context: Context | None = None,
 ) -> dict[str, Any]:
     """Measure every variant on the same rows and say what that advises.
@@ -90,47 +91,22 @@ def precheck(
     """
     join(config)
     named = (config.adapters.source, config.adapters.target)
-    if None in named:
+    if named[0] is None or named[1] is None:
         raise ValueError(
             f"a precheck compares two trained adapters, got adapters.source={named[0]} and "
             f"adapters.target={named[1]}; set both (grasp-lora train makes one)"
         )
     if rows < 4:
         raise ValueError(f"a precheck needs at least 4 rows, got {rows}; raise --rows")
-    loaded = [read_adapter(folder) for folder in named if folder is not None]
+    for folder in named:
+        read_adapter(folder)
     context = context or open_context(config)
-    for folder, adapter in zip(named, loaded, strict=True):
-        check_fits(adapter, context.backbone.model, str(folder))
-    pool = context.rows("target", POOLS[config.controller.probe_rows])
-    if len(pool.encoded) < 4:
-        raise ValueError(
-            f"a precheck needs at least 4 micro-dev or dev rows, got {len(pool.encoded)}; raise "
-            "data.target.rows.micro_dev"
-        )
     began = time.perf_counter()
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = draw_rows([e.group for e in pool.encoded], rows, generator)
-    batches = pool.batches(drawn)
-    usual = config.merge.weights or average_weights(2)
-    kind, rank = config.merge.kind, config.merge.rank
-    losses: dict[str, list[float]] = {}
-    with context.narrator.bar("precheck", len(VARIANTS)) as done:
-        for weights, names in _by_weights(tuple(usual)).items():
-            kept = [i for i, weight in enumerate(weights) if weight != 0]
-            factors = [loaded[i].adapter for i in kept]
-            merged = merge(
-                kind if len(kept) > 1 else "cat",
-                factors,
-                [weights[i] for i in kept],
-                rank if len(kept) > 1 else None,
-            )
-            losses |= _measure(context, merged, names, batches, len(drawn))
-            done(len(losses))
-    losses = {name: losses[name] for name in VARIANTS}
-    found = {"rows": [pool.encoded[i].id for i in drawn]}
-    found |= conclusion(losses, tuple(usual)) | {
-        "forwards": len(VARIANTS) * len(drawn),
-        "share_of_run": _share_of_run(context, len(VARIANTS) * len(drawn)),
+    ids, losses = measure(context, (named[0], named[1]), tuple(VARIANTS), rows)
+    found = {"rows": ids} | conclusion(losses, usual_weights(config))
+    found |= {
+        "forwards": len(VARIANTS) * len(ids),
+        "share_of_run": _share_of_run(context, len(VARIANTS) * len(ids)),
         "seconds": time.perf_counter() - began,
     }
     if out is not None and is_main():
@@ -138,10 +114,56 @@ def precheck(
     return found
 
 
-def _by_weights(usual: tuple[float, ...]) -> dict[tuple[float, ...], list[str]]:
+def usual_weights(config: RunConfig) -> tuple[float, ...]:
+    """Return the weights of the merge as configured; where they are to be learned, the average."""
+    given = config.merge.weights
+    return average_weights(2) if given is None or given == "auto" else tuple(given)
+
+
+def measure(
+    context: Context, folders: tuple[Path, Path], names: Sequence[str], rows: int
+) -> tuple[list[str], dict[str, list[float]]]:
+    """Return the ids of the rows that were drawn, and each variant's losses on them, in nats.
+
+    Raises:
+        ValueError: an adapter does not fit, or there are fewer than 4 rows.
+    """
+    config = context.config
+    loaded = [read_adapter(folder) for folder in folders]
+    for folder, adapter in zip(folders, loaded, strict=True):
+        check_fits(adapter, context.backbone.model, str(folder))
+    pool = context.rows("target", POOLS[config.controller.probe_rows])
+    if len(pool.encoded) < 4:
+        raise ValueError(
+            f"comparing merges needs at least 4 micro-dev or dev rows, got {len(pool.encoded)}; "
+            "raise data.target.rows.micro_dev"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = draw_rows([e.group for e in pool.encoded], rows, generator)
+    batches = pool.batches(drawn)
+    kind, rank = config.merge.kind, config.merge.rank
+    losses: dict[str, list[float]] = {}
+    with context.narrator.bar("untrained merges", len(names)) as done:
+        for weights, alike in _by_weights(names, usual_weights(config)).items():
+            kept = [i for i, weight in enumerate(weights) if weight != 0]
+            both = len(kept) > 1
+            merged = merge(
+                kind if both else "cat",
+                [loaded[i].adapter for i in kept],
+                [weights[i] for i in kept],
+                rank if both else None,
+            )
+            losses |= _measure(context, merged, alike, batches, len(drawn))
+            done(len(losses))
+    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in names}
+
+
+def _by_weights(
+    names: Sequence[str], usual: tuple[float, ...]
+) -> dict[tuple[float, ...], list[str]]:
     grouped: dict[tuple[float, ...], list[str]] = {}
-    for name, variant in VARIANTS.items():
-        grouped.setdefault(variant.weights or usual, []).append(name)
+    for name in names:
+        grouped.setdefault(VARIANTS[name].weights or usual, []).append(name)
     return grouped
 
 
@@ -247,14 +269,19 @@ def _why(
             "merge; a search may still find what training makes of a ratio"
         )
     by = f"by {found.gain:.3f} nats (standard error {found.error:.3f})"
-    chosen = VARIANTS[best]
-    weights = [round(weight * chosen.factor, 4) for weight in chosen.weights or usual]
+    weights = list(weights_of(best, usual))
     return {
         "do-not-merge": f"{best} is better than every merge {by}: fine-tune it instead of merging",
         "search": f"pruned merges are better than all whole ones {by}: a search is worth its cost",
         "reweight": f"{best} is better than the merge as configured {by}: set merge.weights to "
         f"{weights}",
     }[advice]
+
+
+def weights_of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the merge weights that a variant without pruning stands for."""
+    variant = VARIANTS[name]
+    return tuple(round(weight * variant.factor, 4) for weight in variant.weights or usual)
 
 
 def _share_of_run(context: Context, forwards: int) -> float:

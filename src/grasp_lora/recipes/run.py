@@ -34,6 +34,7 @@ from grasp_lora.recipes.times import (
     write_profile,
 )
 from grasp_lora.recipes.train import train_adapter
+from grasp_lora.recipes.weights import learned_weights
 from grasp_lora.report import write_report
 from grasp_lora.runs import (
     check_disk,
@@ -132,7 +133,9 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
     config = context.config
     adapters = {role: folder or _trained(context, role) for role, folder in given.items()}
     with timed_stage(context, out / "merged") as merged:
-        merge_adapters(config, list(adapters.values()), merged, context=context)
+        merge_adapters(
+            _weighted(context, adapters), list(adapters.values()), merged, context=context
+        )
     with timed_stage(context, out / "search") as search:
         search_ratio(config, merged, search, context=context)
     ratio = read_json(search / "ratio.json")["ratio"]
@@ -150,6 +153,18 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
         with context.clock.span("write"):
             add_run_findings(out, final, baseline | trained)
     return scores
+
+
+def _weighted(context: Context, adapters: dict[str, Path]) -> RunConfig:
+    """Return the settings with weights for the merge; learned where they ask for that."""
+    config = context.config
+    if config.merge.weights != "auto":
+        return config
+    weights = learned_weights(
+        context, adapters["source"], adapters["target"], config.output / "weights"
+    )
+    section = config.merge.model_copy(update={"weights": weights})
+    return config.model_copy(update={"merge": section})
 
 
 def _trained(context: Context, role: str) -> Path:
