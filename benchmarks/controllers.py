@@ -15,6 +15,8 @@ import torch
 
 from benchmarks.worlds import HIGH, MICRO_DEV, World
 from grasp_lora.core import rounds
+from grasp_lora.core.history import lowest, observations
+from grasp_lora.core.policy import Policy, round_kind, sampled_candidates
 from grasp_lora.core.rounds import ControllerConfig, ControllerState
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
@@ -117,6 +119,16 @@ def stratified(
     return tuple(config.low + width * (part + share) for part, share in enumerate(shares))
 
 
+def unconfirmed(
+    state: ControllerState, config: ControllerConfig, generator: torch.Generator
+) -> tuple[float, ...]:
+    """Return samples of the policy where the library would measure the lowest ratio again."""
+    if round_kind(state.round, state.horizon, config) != "confirmation":
+        return rounds.propose(state, config, generator)
+    favourite = lowest(observations(state.records), state.horizon, config)
+    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
+
+
 def grid(world: World, probes: int, seed: int, *, fresh: bool, rows: int = MICRO_DEV) -> Found:
     """Try eight ratios in passes, all ratios of a pass on the same rows; take the lowest mean."""
     generator = torch.Generator().manual_seed(seed)
@@ -179,6 +191,9 @@ CONTROLLERS: Mapping[str, Controller] = {
     "standard, 16 rows": Controller(_with(library, rows=16), "16 rows dealt"),
     "standard, fixed rows": Controller(
         _with(library, rows=16, fresh=False), "always the 16 micro-dev rows"
+    ),
+    "standard, unconfirmed": Controller(
+        _with(library, propose=unconfirmed), "no confirmation rounds, 12 rows dealt"
     ),
     "stratified": Controller(
         _with(library, propose=stratified), "stratified random ratios, history: 12 rows dealt"

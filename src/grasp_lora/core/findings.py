@@ -96,7 +96,8 @@ def thrashing(
         flipped: entries that changed side at each round, in the same order.
         entries: of the adapter.
     """
-    before, excess = 0.0, []
+    before = 0.0
+    excess: list[float] = []
     for record, count in zip(records, flipped, strict=True):
         if record.committed:
             excess.append(count / entries - abs(record.mask_ratio - before))

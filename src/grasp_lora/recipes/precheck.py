@@ -90,19 +90,19 @@ def precheck(
             than 4 rows.
     """
     join(config)
-    named = (config.adapters.source, config.adapters.target)
-    if named[0] is None or named[1] is None:
+    source, target = config.adapters.source, config.adapters.target
+    if source is None or target is None:
         raise ValueError(
-            f"a precheck compares two trained adapters, got adapters.source={named[0]} and "
-            f"adapters.target={named[1]}; set both (grasp-lora train makes one)"
+            f"a precheck compares two trained adapters, got adapters.source={source} and "
+            f"adapters.target={target}; set both (grasp-lora train makes one)"
         )
     if rows < 4:
         raise ValueError(f"a precheck needs at least 4 rows, got {rows}; raise --rows")
-    for folder in named:
+    for folder in (source, target):
         read_adapter(folder)
     context = context or open_context(config)
     began = time.perf_counter()
-    ids, losses = measure(context, (named[0], named[1]), tuple(VARIANTS), rows)
+    ids, losses = measure(context, (source, target), tuple(VARIANTS), rows)
     found = {"rows": ids} | conclusion(losses, usual_weights(config))
     found |= {
         "forwards": len(VARIANTS) * len(ids),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any, cast
 
 from torch import nn
 
@@ -111,7 +112,7 @@ def _function(name: str) -> UserReward:
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"controller.reward {name!r} cannot be loaded ({error}); name a function as "
@@ -121,4 +122,4 @@ def _function(name: str) -> UserReward:
         raise ValueError(
             f"controller.reward {name!r} is no function; name one that takes answers and references"
         )
-    return found
+    return cast(UserReward, found)

@@ -1,0 +1,249 @@
+"""The laboratory: worlds are what they say, ways cost what they say, figures add up."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from benchmarks import controller, controllers, landscape, landscape_report
+from benchmarks.controllers import CONTROLLERS, floor
+from benchmarks.worlds import (
+    FAMILIES,
+    HIGH,
+    MICRO_DEV,
+    POOL,
+    RecordedWorld,
+    SyntheticWorld,
+    read_recording,
+)
+
+from grasp_lora.runs import write_jsonl
+from helpers import tiny_backbone_folder
+from jobs import job, write_job
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_synthetic_world_sees_its_own_curve(family):
+    world = SyntheticWorld(family, 0)
+    ratios = np.linspace(0, HIGH, 81)
+    assert min(world.regret(r) for r in ratios) == pytest.approx(0, abs=1e-3)
+    curve = [np.mean(world.losses(r, range(POOL), 1.0)) for r in ratios]
+    on_dev = [world.regret_on_dev(r) for r in ratios]
+    assert np.allclose(np.array(curve) - min(curve), on_dev, atol=0.03)
+    assert SyntheticWorld(family, 0).losses(0.3, [1, 2], 0.5) == SyntheticWorld(family, 0).losses(
+        0.3, [1, 2], 0.5
+    )
+
+
+def test_rows_agree_between_rounds_and_differ_more_at_higher_ratios():
+    world = SyntheticWorld("cliff", 1)
+    rows = range(POOL)
+    at = {r: np.array(world.losses(r, rows, 0.5)) for r in (0.0, 0.2, 0.7)}
+    again = np.array(world.losses(0.7, rows, 0.5))
+    assert np.corrcoef(at[0.7] - at[0.0], again - at[0.0])[0, 1] > 0.95
+    assert (at[0.7] - at[0.0]).std() > 3 * (at[0.2] - at[0.0]).std()
+
+
+def test_flat_worlds_have_no_effect_and_clear_ones_a_large_one():
+    assert SyntheticWorld("flat", 0).effect() == 0
+    assert SyntheticWorld("rising", 0).effect() == 0
+    effects = [SyntheticWorld("falling", seed).effect() for seed in range(5)]
+    assert min(effects) > 3
+
+
+def recorded(folder, shift=0.0):
+    """Write a recording of 4 ratios, 20 rows and 2 phases whose best final ratio is 0.4."""
+    ratios = [0.0, 0.4, 0.6, 0.8]
+    rows = np.arange(20) / 100
+    losses = {
+        str(step): [[1 + abs(r - 0.6 + shift * done) + float(x) for x in rows] for r in ratios]
+        for step, done in ((0, 0), (10, 1))
+    }
+    probes = {"training": "plain", "seed": 42, "steps": 10, "ratios": ratios, "losses": losses}
+    ids = [("micro_dev" if i < MICRO_DEV else "dev", f"q{i}") for i in range(20)]
+    write_jsonl(folder / "probes" / "plain-s42.json", [probes | {"rows": ids, "shrinks": None}])
+    for seed in (42, 1337):
+        for ratio in ratios:
+            loss = 2 + abs(ratio - 0.4) + (0.1 if seed == 42 else -0.1)
+            final = {
+                "name": f"ratio-{ratio}",
+                "seed": seed,
+                "ratio": ratio,
+                "zeros": ratio,
+                "dev": [(0, loss + 0.5), (5, loss), (10, loss + 0.2)],
+                "best_step": 5,
+                "test": {"loss": [loss, loss], "exact_match": [0, 100], "token_f1": [50, 100]},
+            }
+            write_jsonl(folder / "finals" / f"ratio-{ratio}-s{seed}.json", [final])
+    return folder
+
+
+def test_a_recorded_world_is_the_recording_between_its_points(tmp_path):
+    world = RecordedWorld(read_recording(recorded(tmp_path / "pair", shift=0.2)), 0)
+    assert world.pool == 20
+    middle = np.array(world.losses(0.5, range(20), 0.5))
+    expected = 1 + np.mean([abs(r - 0.6 + s) for r in (0.4, 0.6) for s in (0, 0.2)])
+    assert np.mean(middle - np.arange(20) / 100) == pytest.approx(expected, abs=0.02)
+    # final: 2 + |r - 0.4|, span 0.4
+    assert world.regret(0.4) == 0
+    assert world.regret(0.6) == pytest.approx(0.5)
+    assert world.exact(range(20)) == 0.4
+    assert floor(world, MICRO_DEV) == 0.4
+
+
+def test_other_seeds_have_other_rows_of_the_same_kind(tmp_path):
+    recording = read_recording(recorded(tmp_path / "pair"))
+    first = RecordedWorld(recording, 1).losses(0.4, range(20), 0.0)
+    second = RecordedWorld(recording, 2).losses(0.4, range(20), 0.0)
+    assert not np.allclose(sorted(first), sorted(second), atol=0.005)
+    assert max(first[:MICRO_DEV]) < 1.2 + (MICRO_DEV - 1) / 100 + 0.05, "micro-dev from micro-dev"
+
+
+def test_a_recording_without_final_runs_is_refused(tmp_path):
+    folder = recorded(tmp_path / "pair")
+    for file in (folder / "finals").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="record the runs first"):
+        read_recording(folder)
+
+
+@pytest.mark.parametrize("name", [n for n, way in CONTROLLERS.items() if way.needs is None])
+@pytest.mark.parametrize("probes", [24, 51])
+def test_every_way_costs_what_it_says_and_is_the_same_again(name, probes):
+    way = CONTROLLERS[name]
+    found = way.search(SyntheticWorld("quadratic", 3), probes, 5)
+    assert 0 <= found.ratio <= HIGH
+    rows = 12 if name in ("standard", "standard, unconfirmed", "stratified") else 16
+    tried = probes // 8 * 8 if name.startswith("grid") else probes
+    baselines = rows * probes // 3 if name == "paper" else 0
+    assert found.forwards == tried * rows + baselines
+    assert way.search(SyntheticWorld("quadratic", 3), probes, 5) == found
+
+
+def test_the_optuna_ways_find_a_noiseless_optimum(monkeypatch):
+    pytest.importorskip("optuna")
+
+    class Plain:
+        pool = POOL
+
+        def losses(self, ratio, rows, done):
+            return [(ratio - 0.5) ** 2 for _ in rows]
+
+    for name in ("TPE", "GP"):
+        found = CONTROLLERS[name].search(Plain(), 24, 0)
+        assert found.ratio == pytest.approx(0.5, abs=0.1)
+        assert found.forwards == 24 * 16
+
+
+def test_the_figures_are_those_of_their_searches():
+    rows = [
+        {"family": f, "probes": 24, "seed": s, "regret": r, "verdict": v, "forwards": 288}
+        | {"effect": e, "covered": True}
+        for f, s, r, v, e in [
+            ("quadratic", 0, 0.1, "learned", 5.0),
+            ("quadratic", 1, 0.3, "flat", 5.0),
+            ("cliff", 0, 0.0, "flat", 0.0),
+            ("cliff", 1, 0.2, "learned", 0.0),
+            ("flat", 0, 0.0, "flat", 0.0),
+            ("flat", 1, 0.0, "flat", 0.0),
+        ]
+    ]
+    found = controller.summary(rows, [])
+    assert found["regret_24"]["quadratic"] == pytest.approx(0.2)
+    assert found["regret_24"]["mean"] == pytest.approx(0.15)
+    # seed means 0.05 and 0.25
+    assert found["regret_24"]["standard_error"] == pytest.approx(0.1)
+    assert found["regret_51"] is None
+    assert found["flat_called_flat"] == 1
+    assert found["clear_called_flat"] == 0.5
+    by_effect = {row["from"]: row for row in found["power"]}
+    assert by_effect[4.0] == {"from": 4.0, "to": 6.0, "searches": 2, "learned": 0.5}
+    assert by_effect[0.0]["searches"] == 4
+
+
+def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
+    folder = recorded(tmp_path / "pair")
+    out, picture = tmp_path / "found.json", tmp_path / "found.png"
+    names = ["standard", "paper", "grid"]
+    controller.main(
+        ["--quick", "--only", *names, "--recordings", str(folder), "--json", str(out)]
+        + ["--picture", str(picture)]
+    )
+    found = json.loads(out.read_text())
+    assert found["default"] == "standard"
+    assert list(found["controllers"]) == names
+    for one in found["controllers"].values():
+        assert math.isfinite(one["regret_24"]["mean"])
+        assert math.isfinite(one["regret_24"]["pair"])
+    assert (
+        found["floor"]["all"]["regret_24"]["mean"] <= found["floor"]["fixed"]["regret_24"]["mean"]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| standard | 288 |" in capsys.readouterr().out
+
+
+def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(controllers.importlib.util, "find_spec", lambda name: None)
+    assert "TPE" not in controllers.available()
+    assert "left out: TPE, which needs optuna" in capsys.readouterr().out
+
+
+def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys):
+    folder = recorded(tmp_path / "pair")
+    picture = tmp_path / "landscape.png"
+    landscape_report.main([str(folder), "--picture", str(picture)])
+    text = capsys.readouterr().out
+    # probes are lowest at 0.6, finals at 0.4: regret 0.2 of a span of 0.4
+    assert "| plain, seed 42 | 10 |" in text
+    assert "| 0.6 | 0.500 |" in text
+    assert (
+        "| 0.4 | 0.40 | 2 | 1, 1 | 2.000 | 2.200 | 2.000 | -0.400 ± 0.000 | 50.0 | 75.0 |" in text
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def landscape_of_a_tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("landscape")
+    tiny_backbone_folder(folder / "base")
+    file = write_job(folder / "run.yaml", job(folder, controller={"rounds": 1, "rows": 2}))
+    names = ["plain", "random", "ratio-0.5", "source", "shrink-0.5"]
+    arguments = [str(file), "--out", str(folder / "out"), "--work", str(folder / "work")]
+    arguments += ["--seeds", "42", "--only", *names]
+    landscape.main(arguments)
+    return folder / "out", arguments
+
+
+def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tiny_model):
+    out, _ = landscape_of_a_tiny_model
+    plain, random = (
+        json.loads((out / "probes" / f"{name}-s42.json").read_text())
+        for name in ("plain", "random")
+    )
+    for one in (plain, random):
+        assert list(one["losses"]) == ["0", "2", "4"] or len(one["losses"]) == 3
+        for curve in one["losses"].values():
+            assert np.array(curve).shape == (9, 8)
+    first = [one["losses"]["0"] for one in (plain, random)]
+    assert first[0] == first[1], "both start from the same merge"
+    last = [list(one["losses"].values())[-1] for one in (plain, random)]
+    assert last[0] != last[1]
+    assert np.allclose(plain["shrinks"]["losses"][0], plain["losses"]["0"][0], atol=2e-4)
+
+
+def test_final_runs_of_a_landscape_keep_what_is_compared(landscape_of_a_tiny_model):
+    out, _ = landscape_of_a_tiny_model
+    one = json.loads((out / "finals" / "ratio-0.5-s42.json").read_text())
+    assert one["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert one["best_step"] == min(one["dev"], key=lambda e: e[1])[0]
+    assert len(one["test"]["loss"]) == len(one["test"]["exact_match"]) == 4
+    source = json.loads((out / "finals" / "source-s42.json").read_text())
+    assert source["weights"] is None
+    assert source["zeros"] < 0.01
+
+
+def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatch):
+    _, arguments = landscape_of_a_tiny_model
+    monkeypatch.setattr(landscape, "final_run", lambda *a: pytest.fail("run again"))
+    monkeypatch.setattr(landscape, "probe_run", lambda *a: pytest.fail("run again"))
+    landscape.main(arguments)
