@@ -49,7 +49,7 @@ TRAINED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHRINKS = (1.0, 0.9, 0.75, 0.5)
 BRANCH_STEPS = 8
 SPLITS = ("micro_dev", "dev")
-SOURCE_EPOCHS = 1.0
+SOURCE_EPOCHS = 1
 """The source adapter sees its rows once; `train.epochs` is the target adapter's."""
 
 
