@@ -273,7 +273,7 @@ def draw(figures: Mapping[str, Any], recorded: Sequence[str], path: Path) -> Non
     right.set_ylim(0, 1)
     right.tick_params(axis="x", labelrotation=60)
     right.set_ylabel("share called learned")
-    right.set_xlabel("gain over ratio 0, in standard errors of 66 new rows")
+    right.set_xlabel("gain over ratio 0 (standard errors)")
     figure.savefig(path, dpi=120)
 
 
