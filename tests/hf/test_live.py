@@ -133,15 +133,21 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8, 1.0])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_trial_restores_everything_also_after_an_exception(fails, ratio):
+def in_mid_step():
+    """Return a trained and pruned adapter in train mode with gradients, its optimizer, and ids."""
     live = live_of(dropout=0.1)
     optimizer = trained_optimizer(live)
     live.commit(pruned_at(live, 0.4), optimizer)
     ids = random_ids(seed=9)
     live.model(input_ids=ids, labels=ids).loss.backward()
     live.model.train()
+    return live, optimizer, ids
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_restores_everything_also_after_an_exception(fails, ratio):
+    live, optimizer, ids = in_mid_step()
     live.layers[MODULES[0]].eval()
     before = everything(live, optimizer)
 
@@ -348,12 +354,7 @@ def test_svd_mixes_the_sources_so_source_units_are_refused():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_scaled_adapter_is_the_scaled_delta_and_is_put_back(fails):
-    live = live_of(dropout=0.1)
-    optimizer = trained_optimizer(live)
-    live.commit(pruned_at(live, 0.4), optimizer)
-    ids = random_ids(seed=9)
-    live.model(input_ids=ids, labels=ids).loss.backward()
-    live.model.train()
+    live, optimizer, ids = in_mid_step()
     before = everything(live, optimizer)
     scalings = [layer.scaling["default"] for layer in live.layers.values()]
     for factor in (0.0, 0.5):
