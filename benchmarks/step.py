@@ -48,6 +48,7 @@ from grasp_lora.hf.batches import epoch_order
 from grasp_lora.hf.cache import SHORT_NAMES, converted_backbone
 from grasp_lora.hf.live import LiveAdapter, go_live, scored
 from grasp_lora.hf.modules import linear_modules, output_embeddings
+from grasp_lora.hf.norms import use_fused_norms
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.hf.trainer import build_trainer
 from grasp_lora.tasks.encoding import Collator, Encoded
@@ -131,6 +132,7 @@ def backbone_of(case: Case, device: str) -> Backbone:
     model.requires_grad_(False).eval()
     fold_output_layer(model)
     use_products(model)
+    use_fused_norms(model)
     return Backbone(model, None, case.model, None, dtype, place, (0,), 0)  # type: ignore[arg-type]
 
 

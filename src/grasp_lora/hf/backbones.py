@@ -37,6 +37,7 @@ from grasp_lora.hf.modules import (
     output_embeddings,
     resolve_targets,
 )
+from grasp_lora.hf.norms import use_fused_norms
 
 __all__ = [
     "Backbone",
@@ -159,6 +160,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
         fold_output_layer(model)
     if spec.attn_implementation is None:
         use_products(model)
+    use_fused_norms(model)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
