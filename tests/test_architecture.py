@@ -33,14 +33,17 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "plots": (set(), {"matplotlib"}),
     "time_words": (set(), set()),
     "report": ({"runs", "time_words"}, {"rich"}),
+    "report_comparison": ({"report"}, {"rich"}),
     "recipes": (
         {"core", "hf", "tasks", "data", "metrics", "config", "settings"}
-        | {"data_settings", "runs", "report", "plots", "timing", "time_words"},
-        {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"},
+        | {"data_settings", "runs", "report", "report_comparison", "plots", "timing", "time_words"},
+        {"torch", "transformers", "peft", "safetensors", "accelerate", "rich"}
+        | {"optuna", "nevergrad"},
     ),
     "reference": ({"config", "core", "settings", "data_settings"}, {"pydantic", "pydantic_core"}),
     "cli": (
-        {"config", "recipes", "report", "reference", "runs", "metrics", "languages"},
+        {"config", "recipes", "report", "report_comparison", "reference", "runs"}
+        | {"metrics", "languages"},
         {"typer", "rich"},
     ),
     "__init__": ({"config"}, set()),

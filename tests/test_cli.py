@@ -154,7 +154,7 @@ def test_each_command_calls_its_recipe(called, config, arguments, name, args):
     assert done.exit_code == 0, done.output
     assert called["name"] == name
     assert called["args"] == (*args, Path("there"))
-    assert called["kwargs"] == {"overwrite": False}
+    assert called["kwargs"] == {"overwrite": False} | ({"spread": None} if len(args) > 1 else {})
 
 
 @pytest.fixture

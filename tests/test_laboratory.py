@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks import controller, controllers, landscape, landscape_report
+from benchmarks import controller, controllers, landscape, landscape_report, rewards
 from benchmarks.controllers import CONTROLLERS, floor
 from benchmarks.worlds import (
     FAMILIES,
@@ -18,7 +18,7 @@ from benchmarks.worlds import (
 )
 
 from grasp_lora.runs import write_jsonl
-from helpers import tiny_backbone_folder
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
 
@@ -247,3 +247,36 @@ def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatc
     monkeypatch.setattr(landscape, "final_run", lambda *a: pytest.fail("run again"))
     monkeypatch.setattr(landscape, "probe_run", lambda *a: pytest.fail("run again"))
     landscape.main(arguments)
+
+
+def test_rewards_are_judged_by_the_rows_that_were_not_drawn():
+    generator = np.random.default_rng(1)
+    clear = np.linspace(2.0, 1.0, 9)[:, None] + 0.01 * generator.standard_normal((9, 40))
+    coarse = 100.0 * (generator.random((9, 40)) < 0.05)
+    values = {"loss": clear, "token_f1": 100 * (2 - clear), "exact_match": coarse}
+    found = rewards.judged(values, 12, draws=300)
+    assert found["loss"]["tied"] == 0
+    assert found["loss"]["right"] > 0.99
+    assert found["loss"]["lost_loss"] < 1e-3
+    assert found["loss"]["lost_f1"] < 0.1
+    # with one hit in twenty rows a mean over 12 is mostly 0 or 1/12, and tells nothing
+    assert found["exact_match"]["tied"] > 0.3
+    assert 0.4 < found["exact_match"]["right"] < 0.6
+    assert found["exact_match"]["lost_loss"] > 0.2
+
+
+def test_rewards_are_recorded_for_every_row_and_ratio(tmp_path, capsys):
+    tiny_backbone_folder(tmp_path / "base")
+    adapter = tiny_adapter_folder(tmp_path / "adapter", tiny_model(), r=2, seed=1)
+    file = write_job(tmp_path / "run.yaml", job(tmp_path))
+    out = tmp_path / "rewards.json"
+    rewards.main([str(file), "--adapter", str(adapter), "--rows", "4", "--json", str(out)])
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    for name in ("loss", "exact_match", "token_f1", "chrf", "rougeL"):
+        assert np.array(found["values"][name]).shape == (9, 8)
+    assert len(set(np.array(found["values"]["loss"]).mean(1))) == 9
+    rewards.main(["--from", str(out), "--rows", "4"])
+    table = capsys.readouterr().out
+    assert "| reward, 4 rows | tied |" in table
+    assert printed.endswith(table)

@@ -80,6 +80,12 @@ class RunConfig(Section):
         description="what a ratio removes: single entries, or whole components, which makes the "
         "adapter smaller (experimental)",
     )
+    scope: Literal["global", "module-type", "layer", "adapter"] = Field(
+        default="global",
+        description="tensors that share a ratio: all, or (experimental) those of a kind of layer, "
+        "of a layer, of a source adapter; spread around the learned ratio where that is shown to "
+        "help",
+    )
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="how the prune ratio is searched"
     )
@@ -122,6 +128,11 @@ class RunConfig(Section):
             found.append(
                 "mask_unit: 'source' has no meaning for merge.kind 'svd', which mixes the "
                 "sources; set mask_unit: merged"
+            )
+        if self.scope == "adapter" and self.mask_unit == "merged":
+            found.append(
+                "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
+                "mask_unit: source, or another scope"
             )
         if self.finetune.mode == "continue" and self.finetune.importance not in (
             "same",

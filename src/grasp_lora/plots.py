@@ -62,6 +62,96 @@ def plot_search(
     figure.savefig(path, dpi=150)
 
 
+def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
+    """Draw a `comparison.json`: score against seconds, score against ratio, seconds.
+
+    The score is the first of the first test set. Writes `pareto.png`, `ratios.png` and
+    `seconds.png`; nothing where there are no rows.
+    """
+    rows = [row for row in found["rows"] if row["scores"]]
+    if not rows:
+        return
+    test = next(iter(rows[0]["scores"]))
+    metric = next(iter(rows[0]["scores"][test]))
+    runs: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        point = (row["ratio"], row["scores"][test][metric], row["seconds"])
+        runs.setdefault(row["method"], []).append(point)
+    folder.mkdir(parents=True, exist_ok=True)
+    for draw, name, height in (
+        (_pareto_panel, "pareto.png", 5.0),
+        (_ratios_panel, "ratios.png", 5.0),
+        (_seconds_panel, "seconds.png", 1 + 0.28 * len(runs)),
+    ):
+        figure = Figure(figsize=(8, height), layout="constrained")
+        axes = figure.subplots()
+        draw(axes, runs, f"{metric}, {test}")
+        _plain(axes)
+        figure.savefig(folder / name, dpi=130)
+
+
+_Runs = Mapping[str, Sequence[tuple[float, float, float]]]
+"""Method -> (ratio, score, seconds) of each run."""
+_CHOSEN_FROM = ("grid-0", "adaptive-0")
+
+
+def _pareto_panel(axes: Axes, runs: _Runs, label: str) -> None:
+    for method, points in runs.items():
+        if method.startswith(_CHOSEN_FROM):
+            continue
+        score = _mean_of(score for _, score, _ in points)
+        seconds = _mean_of(seconds for _, _, seconds in points)
+        axes.plot(seconds, score, "o", color=_colour_of(method))
+        _name_point(axes, method, seconds, score)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlabel("seconds from the two adapters to the final one")
+    axes.set_ylabel(label)
+
+
+def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
+    for prefix, colour in zip(_CHOSEN_FROM, (BLUE, GREEN), strict=True):
+        grid = [points for method, points in runs.items() if method.startswith(prefix)]
+        if grid:
+            means = [(points[0][0], _mean_of(score for _, score, _ in points)) for points in grid]
+            axes.plot(*zip(*means, strict=True), "-", color=colour, label=prefix[:-2])
+        for points in grid:
+            for ratio, score, _ in points:
+                axes.plot(ratio, score, ".", color=colour)
+    for ratio, score, _ in runs.get("average-finetuned", ()):
+        axes.axhline(score, color=GRID)
+        axes.annotate("unpruned", (ratio, score), fontsize=8, color=INK)
+    for method, points in runs.items():
+        if method.startswith("grasp"):
+            for ratio, score, _ in points:
+                axes.plot(ratio, score, "*", color=ORANGE, markersize=11)
+                _name_point(axes, method, ratio, score)
+    axes.set_xlabel("ratio (fraction removed)")
+    axes.set_ylabel(label)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _seconds_panel(axes: Axes, runs: _Runs, label: str) -> None:
+    means = {m: _mean_of(seconds for _, _, seconds in points) for m, points in runs.items()}
+    dear = {m: s for m, s in means.items() if s > 0 and not m.startswith(_CHOSEN_FROM)}
+    axes.barh(list(dear), list(dear.values()), color=[_colour_of(method) for method in dear])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds from the two adapters to the final one")
+
+
+def _colour_of(method: str) -> str:
+    return ORANGE if method.startswith("grasp") else BLUE
+
+
+def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
+    axes.annotate(name, (x, y), fontsize=7, color=INK, xytext=(4, 3), textcoords="offset points")
+
+
+def _mean_of(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
 def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
     """Draw a `profile.json` into a PNG: a bar for each stage, in seconds, its parts end to end.
 

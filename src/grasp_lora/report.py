@@ -66,6 +66,95 @@ def precheck_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def ablation_table(found: Mapping[str, Any]) -> Table:
+    """Return the variants of an `ablation.json` as a table for the terminal."""
+    titles, rows = _ablation(found)
+    title = f"ablation, preset {found['preset']}, seeds {_listed(found['seeds'])}"
+    shown = ("variant", "ratio", "commits", "flipped", "dev loss", "against configured")
+    return narrow_table(title, titles, rows, shown)
+
+
+def narrow_table(
+    title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[str]
+) -> Table:
+    """Return a table for the terminal with the columns of these titles, the first of them names."""
+    places = [titles.index(name) for name in shown]
+    table = Table(title=title)
+    table.add_column(shown[0], no_wrap=True)
+    for name in shown[1:]:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in places))
+    return table
+
+
+def ablation_markdown(found: Mapping[str, Any]) -> str:
+    """Return an `ablation.json` as a document."""
+    titles, rows = _ablation(found)
+    lines = [
+        "# Ablation",
+        "",
+        f"Preset `{found['preset']}`, seeds {_listed(found['seeds'])}; means over seeds. Every run "
+        "starts from the same merge. *Flipped* is the share of the adapter's entries that a commit "
+        "exchanges, *jump* the training loss of the four steps after a commit less that of the "
+        "four before. *Against configured* is the difference of the dev loss seed by seed, with "
+        "its standard error: lower is better.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|---|{'---:|' * (len(titles) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+    abouts = [f"- `{name}`: {one['about']}" for name, one in found["variants"].items()]
+    lines += ["Variants:", "", *abouts, ""]
+    for title, names in (("Left out", found["left_out"]), ("Without a result", found["failed"])):
+        if names:
+            lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
+    return "\n".join(lines)
+
+
+def _ablation(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    first = next((one["mean"] for one in found["variants"].values() if one["mean"]), {})
+    headlines = HEADLINES.get(found["task"], ())
+    scores = [name for name in first if "/" in name and name.split("/", 1)[1] in headlines]
+    titles = ["variant", "ratio", "verdicts", "commits", "flipped", "jump", "forwards", "dev loss"]
+    titles += ["against configured"]
+    titles += [f"{TITLES.get(m, m)} ({test})" for test, m in (n.split("/", 1) for n in scores)]
+    rows: list[list[str]] = []
+    for name, one in found["variants"].items():
+        mean, apart = one["mean"], one["against_configured"]
+        if not mean:
+            rows.append([name, *[NO_VALUE] * (len(titles) - 1)])
+            continue
+        verdicts = [run["verdict"] for run in one["runs"].values()]
+        counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        cells = [name, _spread(mean["ratio"], ".3f"), counted, _spread(mean["commits"], ".1f")]
+        cells += [_spread(mean["flipped_per_commit"], ".1%"), _spread(mean["loss_jump"], "+.3f")]
+        cells += [_spread(mean["forwards"], ".0f"), _spread(mean["dev_loss"], ".4f")]
+        cells.append(_gap(apart.get("dev_loss")))
+        rows.append(cells + [_spread(mean[score], ".1f") for score in scores])
+    return titles, rows
+
+
+def _spread(value: Mapping[str, Any], form: str) -> str:
+    if value["mean"] is None:
+        return NO_VALUE
+    deviation = value["deviation"]
+    shown = f" ± {deviation:{form.removeprefix('+')}}" if deviation else ""
+    return f"{value['mean']:{form}}{shown}"
+
+
+def _gap(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return NO_VALUE
+    error = value["standard_error"]
+    return f"{value['mean']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
 def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
     """Return all scores of the test set `name` in Markdown, each with its interval."""
     shown = list(_sets(scores)[name]["scores"])

@@ -39,6 +39,7 @@ _TEMPORARY = ".part"
 # Everything a run writes, folders with all they hold. Nothing else is ever removed.
 WRITTEN = (
     "adapters",
+    "weights",
     "merged",
     "search",
     "search.work",

@@ -30,6 +30,8 @@ for command in (
     stages.search,
     stages.finetune,
     stages.precheck,
+    stages.ablate,
+    stages.compare,
     scores.evaluate,
     scores.score,
 ):

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +36,16 @@ AllowLeakage = Annotated[
     typer.Option("--allow-leakage", help="Go on, and record it, where two splits share rows."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+Jobs = Annotated[
+    int, typer.Option("--jobs", help="Runs at once, each a process; 0 is none but this one.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        help="Threads of each run; without it the cores over --jobs, kept for the folder.",
+    ),
+]
 
 
 @contextmanager
@@ -92,6 +102,26 @@ def overrides(
     if allow_leakage:
         found.append("data.allow_leakage=true")
     return found
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a text like `42,1337`.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds {text}: give whole numbers, comma between, as 42,1337") from None
+
+
+def report_failures(failed: Mapping[str, str]) -> None:
+    """Leave with exit code 1 where runs have no result, naming them."""
+    for name, why in failed.items():
+        typer.echo(f"{name}: {why}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:

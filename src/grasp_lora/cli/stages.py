@@ -9,14 +9,18 @@ import typer
 from grasp_lora.cli.common import (
     AllowLeakage,
     Config,
+    Jobs,
     Out,
     Output,
     Overwrite,
     Profile,
     Seed,
     Set,
+    Threads,
     load,
+    numbers_in,
     prints,
+    report_failures,
     stage,
     wrote,
 )
@@ -143,11 +147,15 @@ def finetune(
 
     Reads the adapter and the target rows. Writes a PEFT adapter folder.
     """
-    fraction = _ratio(ratio)
     loaded = load(config, settings, None, seed, allow_leakage)
+    fraction, spread = _ratio(ratio, loaded)
     from grasp_lora.recipes.finetune import finetune_at
 
-    stage(out, overwrite, lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite))
+    stage(
+        out,
+        overwrite,
+        lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite, spread=spread),
+    )
 
 
 def precheck(
@@ -183,6 +191,76 @@ def precheck(
     )
     if out is not None:
         wrote(out)
+
+
+def ablate(
+    config: Config,
+    out: Out,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Variant to run; may be repeated. All without it.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, comma between.")] = "42",
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    settings: Set = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the search and the final fine-tuning with each part of the controller left out.
+
+    Reads the configuration and the rows or adapters it names. Writes ablation.md, ablation.json
+    and a folder for each run; the same command again does what is missing.
+    """
+    numbers = numbers_in(seeds)
+    loaded = load(config, settings, None, None, allow_leakage)
+    from grasp_lora.recipes.ablate import ablate as compare_variants
+
+    found = compare_variants(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    from rich.console import Console
+
+    from grasp_lora.report import ablation_table
+
+    Console(highlight=False).print(ablation_table(found))
+    wrote(out)
+    report_failures(found["failed"])
+
+
+def compare(
+    config: Config,
+    out: Out,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Method to run; may be repeated. All without it.")
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of the main methods, comma between.")
+    ] = "42,1337,9001",
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    settings: Set = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run every baseline beside the method on one's own model and data, and compare them.
+
+    Reads the configuration and the rows or adapters it names. Writes comparison.md, .csv, .json,
+    pictures and a folder for each run; the same command again does what is missing.
+    """
+    numbers = numbers_in(seeds)
+    loaded = load(config, settings, None, None, allow_leakage)
+    from grasp_lora.recipes.compare import compare_methods
+
+    found = compare_methods(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    from rich.console import Console
+
+    from grasp_lora.report_comparison import comparison_tables
+
+    console = Console(highlight=False)
+    for table in comparison_tables(found):
+        console.print(table)
+    for name, why in found["not_applicable"].items():
+        console.print(f"{name}: not applicable, {why}", markup=False)
+    wrote(out)
+    report_failures(found["failed"])
 
 
 def settings_list() -> None:
@@ -222,17 +300,14 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     wrote(folder)
 
 
-def _ratio(text: str) -> float:
-    """A fraction from `0.4`, or from a `ratio.json`."""
+def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | None]:
+    """A fraction from `0.4`, or what is in a `ratio.json`."""
     try:
         ratio = float(text)
     except ValueError:
-        from grasp_lora.runs import read_json
+        from grasp_lora.recipes.folders import read_ratio
 
-        stored = read_json(Path(text))
-        if not isinstance(stored, dict) or not isinstance(stored.get("ratio"), int | float):
-            raise ValueError(f"'{text}' holds no ratio; give the ratio.json of a search") from None
-        ratio = float(stored["ratio"])
+        return read_ratio(Path(text), config)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio {text} is outside [0, 1]; give the fraction to remove, like 0.4")
-    return ratio
+    return ratio, None

@@ -105,6 +105,8 @@ class ControllerConfig:
     when_flat: WhenFlat = "minimum"
     """Ratio to take where no gain was shown (`standard`): the lowest point all the same, or the
     largest ratio that is not worse by more than one standard error, for the smallest adapter."""
+    clear_moments: bool = True
+    """Whether a commit forgets the optimizer's moments of the entries it prunes."""
     refresh_importance: bool = True
     """Whether importance is computed anew each round. False is the published fault: the scores of
     round one serve for ever."""

@@ -168,7 +168,8 @@ class SearchCallback(TrainerCallback):
                 wanted = cut.get(record.mask_ratio)
                 if wanted is None:
                     (wanted,) = live.masks(score, [record.mask_ratio])
-                flipped = live.commit(wanted, optimizer)
+                cleared = optimizer if self._config.clear_moments else None
+                flipped = live.commit(wanted, cleared)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 

@@ -74,6 +74,10 @@ class Block:
     rows: slice
 
 
+RatioOf = Callable[[Block], float]
+"""Block -> fraction of its entries that is removed."""
+
+
 class LiveAdapter:
     """Handles on the trainable tensors of one LoRA adapter, their masks and their stash.
 
@@ -140,7 +144,7 @@ class LiveAdapter:
     def masks(
         self,
         score: Callable[[Block, Tensor, Tensor], tuple[Tensor, Tensor]],
-        ratios: Sequence[float],
+        ratios: Sequence["float | RatioOf"],
     ) -> list[Masks]:
         """Return for each ratio the masks that prune it of every block's tensors.
 
@@ -149,7 +153,7 @@ class LiveAdapter:
 
         Args:
             score: importance of a block's A [r, in] and B [out, r]; see `scored`.
-            ratios: fractions removed, in [0, 1].
+            ratios: fractions removed, in [0, 1]; a function gives each block its own.
         """
         cut: list[dict[str, Mask]] = [{} for _ in ratios]
         places = self._places_for_bits(len(ratios))
@@ -160,7 +164,8 @@ class LiveAdapter:
                 for _ in ratios
             ]
             for block, score_a, score_b in group:
-                found = self._cut_both(score_a, score_b, ratios)
+                own = [ratio(block) if callable(ratio) else ratio for ratio in ratios]
+                found = self._cut_both(score_a, score_b, own)
                 for (keep_a, keep_b), (found_a, found_b) in zip(drafts, found, strict=True):
                     keep_a[block.rows] = found_a
                     keep_b[:, block.rows] = found_b

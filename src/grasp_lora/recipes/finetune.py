@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import without_dead_components, zero_fraction
-from grasp_lora.hf.live import LiveAdapter, scored
+from grasp_lora.hf.groups import ratio_by_group
+from grasp_lora.hf.live import Block, LiveAdapter, Score, scored
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import fit
 from grasp_lora.recipes.folders import (
@@ -32,6 +34,8 @@ def finetune_at(
     overwrite: bool = False,
     context: Context | None = None,
     title: str = "final fine-tuning",
+    spread: Mapping[str, float] | None = None,
+    random_masks: bool = False,
 ) -> Path:
     """Prune an adapter at a fixed ratio, fine-tune it on the target rows, keep the best.
 
@@ -46,6 +50,8 @@ def finetune_at(
         overwrite: replace a finished result made with other settings.
         context: of the run this is part of.
         title: what the progress bar says.
+        spread: group of `config.scope` -> a ratio of its own, in place of `ratio`.
+        random_masks: prune entries drawn at random, a control for the importance rule.
 
     Returns:
         `out`.
@@ -59,6 +65,10 @@ def finetune_at(
     join(config)
     data = open_data(config, context)
     key = stage_key(config, data=data.digest(), start=start, ratio=ratio)
+    if spread is not None:
+        key["spread"] = dict(spread)
+    if random_masks:
+        key["random_masks"] = True
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
@@ -69,11 +79,13 @@ def finetune_at(
     with context.clock.span("load"):
         pruned = read_start(start, context.backbone)
     with context.live(pruned, config.mask_unit) as live:
-        norms = context.norms(live, rule) if ratio > 0 else None
+        norms = context.norms(live, rule) if ratio > 0 and not random_masks else None
+        score = random_score(config.seed) if random_masks else scored(IMPORTANCE[rule], norms)
 
         def prune(optimizer: Any = None) -> None:
             with context.clock.span("masks"):
-                (masks,) = live.masks(scored(IMPORTANCE[rule], norms), [ratio])
+                wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
+                (masks,) = live.masks(score, [wanted])
                 live.commit(masks, optimizer)
 
         repeat = ratio > 0 and section.mask_schedule != "once"
@@ -105,6 +117,17 @@ def finetune_at(
             finish_stage(out, key, facts)
     wait_for_all()
     return out
+
+
+def random_score(seed: int) -> Score:
+    """Return scores that are drawn, for masks that know nothing of the entries."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def score(_block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = [torch.rand(factor.shape, generator=generator) for factor in (a, b)]
+        return drawn[0].to(a.device), drawn[1].to(b.device)
+
+    return score
 
 
 def _total_rank(plain: Mapping[str, tuple[Tensor, Tensor]]) -> int:

@@ -112,6 +112,26 @@ def epochs_trained(folder: Path) -> float:
     return float(read_json(folder / MERGE_FILE).get("epochs", 0.0))
 
 
+def read_ratio(file: Path, config: RunConfig) -> tuple[float, dict[str, float] | None]:
+    """Return the ratio in a `ratio.json`, and the ratios of groups where it has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no ratio, or those of another `scope` than the settings name.
+    """
+    stored = read_json(file)
+    ratio = stored.get("ratio") if isinstance(stored, dict) else None
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise ValueError(f"'{file}' holds no ratio in [0, 1]; give the ratio.json of a search")
+    spread = (stored.get("spread") or {}).get("ratios")
+    if spread is not None and stored["scope"] != config.scope:
+        raise ValueError(
+            f"'{file}' holds ratios of scope {stored['scope']}, but scope is {config.scope}; set "
+            f"scope: {stored['scope']}"
+        )
+    return float(ratio), spread
+
+
 def work_folder(out: Path) -> Path:
     """Return where a stage keeps its checkpoints: beside its result, gone when it is done."""
     return out.with_name(f"{out.name}.work")

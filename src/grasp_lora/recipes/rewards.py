@@ -53,20 +53,40 @@ def cost_of(context: Context, splits: Sequence[str]) -> Cost | None:
     The cost of a row is its score of 0 to 100 with the sign changed and divided by 100, so that a
     point is 0.01; that of a function of the user's is its value with the sign changed.
     """
-    config, task = context.config, context.task
+    config = context.config
     name = config.controller.reward
     if name == LOSS:
         return None
-    backbone = context.backbone
-    encoded = [e for split in splits for e in context.encoded("target", split)]
+    answered = answers_of(context, splits)
     examples = [e for split in splits for e in context.examples("target", split)]
+    language = config.data.target.language
+    judge = _function(name) if ":" in name else _metric(context, name, language)
+
+    def cost(model: nn.Module, drawn: Sequence[int]) -> list[float]:
+        texts = answered(model, drawn)
+        scores = list(judge(texts, [examples[i].references for i in drawn]))
+        if len(scores) != len(texts):
+            raise ValueError(
+                f"controller.reward {name} gave {len(scores)} scores for {len(texts)} answers; "
+                "return one number for each, in their order"
+            )
+        return [-float(one) if math.isfinite(one) else math.nan for one in scores]
+
+    return cost
+
+
+def answers_of(
+    context: Context, splits: Sequence[str]
+) -> Callable[[nn.Module, Sequence[int]], list[str]]:
+    """Return what gives a model's answers to rows of the splits, by their positions."""
+    config, task, backbone = context.config, context.task, context.backbone
+    encoded = [e for split in splits for e in context.encoded("target", split)]
     language = config.data.target.language
     stops = {
         context.end_id("target", split) for split in splits if context.encoded("target", split)
     }
-    judge = _function(name) if ":" in name else _metric(context, name, language)
 
-    def cost(model: nn.Module, drawn: Sequence[int]) -> list[float]:
+    def answered(model: nn.Module, drawn: Sequence[int]) -> list[str]:
         texts = generate_texts(
             model,
             backbone.tokenizer,
@@ -78,16 +98,9 @@ def cost_of(context: Context, splits: Sequence[str]) -> Cost | None:
             one_line=task.one_line,
             notice=context.narrator.say,
         )
-        given = [examples[i].references for i in drawn]
-        scores = list(judge([task.clean(text) for text in texts], given))
-        if len(scores) != len(texts):
-            raise ValueError(
-                f"controller.reward {name} gave {len(scores)} scores for {len(texts)} answers; "
-                "return one number for each, in their order"
-            )
-        return [-float(one) if math.isfinite(one) else math.nan for one in scores]
+        return [task.clean(text) for text in texts]
 
-    return cost
+    return answered
 
 
 def _metric(context: Context, name: str, language: str) -> UserReward:

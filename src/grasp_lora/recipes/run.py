@@ -19,7 +19,7 @@ from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.findings import add_run_findings
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.fit import checkpoint_bytes
-from grasp_lora.recipes.folders import STAGE_FILE
+from grasp_lora.recipes.folders import STAGE_FILE, read_ratio
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
@@ -34,7 +34,7 @@ from grasp_lora.recipes.times import (
     write_profile,
 )
 from grasp_lora.recipes.train import train_adapter
-from grasp_lora.recipes.weights import learned_weights
+from grasp_lora.recipes.weights import with_learned_weights
 from grasp_lora.report import write_report
 from grasp_lora.runs import (
     check_disk,
@@ -133,15 +133,14 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
     config = context.config
     adapters = {role: folder or _trained(context, role) for role, folder in given.items()}
     with timed_stage(context, out / "merged") as merged:
-        merge_adapters(
-            _weighted(context, adapters), list(adapters.values()), merged, context=context
-        )
+        weighted = with_learned_weights(context, adapters, out / "weights")
+        merge_adapters(weighted, list(adapters.values()), merged, context=context)
     with timed_stage(context, out / "search") as search:
         search_ratio(config, merged, search, context=context)
-    ratio = read_json(search / "ratio.json")["ratio"]
+    ratio, spread = read_ratio(search / "ratio.json", config)
     start = search / "adapter" if config.finetune.mode == "continue" else merged
     with timed_stage(context, out / "final") as final:
-        finetune_at(config, start, ratio, final, context=context)
+        finetune_at(config, start, ratio, final, context=context, spread=spread)
     if is_main():
         with context.clock.span("write"):
             publish_search(out, final)
@@ -153,18 +152,6 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
         with context.clock.span("write"):
             add_run_findings(out, final, baseline | trained)
     return scores
-
-
-def _weighted(context: Context, adapters: dict[str, Path]) -> RunConfig:
-    """Return the settings with weights for the merge; learned where they ask for that."""
-    config = context.config
-    if config.merge.weights != "auto":
-        return config
-    weights = learned_weights(
-        context, adapters["source"], adapters["target"], config.output / "weights"
-    )
-    section = config.merge.model_copy(update={"weights": weights})
-    return config.model_copy(update={"merge": section})
 
 
 def _trained(context: Context, role: str) -> Path:

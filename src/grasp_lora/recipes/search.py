@@ -31,6 +31,7 @@ from grasp_lora.recipes.folders import (
 )
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.recipes.rewards import cost_of, reward_faults
+from grasp_lora.recipes.scope import spread_ratio
 from grasp_lora.runs import write_json, write_jsonl
 
 POOLS: dict[str, tuple[str, ...]] = {
@@ -103,21 +104,22 @@ def search_ratio(
             with clock.span("write"):
                 write_rounds(out, state, ids)
 
+    splits = POOLS[config.controller.probe_rows]
     with context.live(start, config.mask_unit) as live:
-        rows = context.rows("target", POOLS[config.controller.probe_rows])
+        rows, norms = context.rows("target", splits), context.norms(live, config.importance)
         ids = [e.id for e in rows.encoded]
         searcher = SearchCallback(
             live,
             config.controller,
             ProbePool(rows, fresh=config.controller.probe_rows != "micro-dev"),
             IMPORTANCE[config.importance],
-            context.norms(live, config.importance),
+            norms,
             seed=config.seed,
             total_steps=run_steps(context, config.search, "target"),
             planned=planned,
             on_round=record,
             clock=clock,
-            cost=cost_of(context, POOLS[config.controller.probe_rows]),
+            cost=cost_of(context, splits),
         )
         result = fit(
             context,
@@ -133,7 +135,10 @@ def search_ratio(
         )
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
-    choice = choose_ratio(searcher.controller, config.controller)
+        choice = choose_ratio(searcher.controller, config.controller)
+        spread = None
+        if config.scope != "global":
+            spread = spread_ratio(context, live, norms, choice.ratio, splits)
     if is_main():
         with clock.span("write"):
             about = {"kind": "search", "epochs": _epochs(context, result.steps)}
@@ -148,7 +153,10 @@ def search_ratio(
                 len(context.encoded("target", "micro_dev")),
                 len(ids),
             )
-            facts = ratio_facts(config, choice, searcher) | {"findings": shown}
+            facts = ratio_facts(config, choice, searcher) | {"entries": entries, "findings": shown}
+            if spread is not None:
+                facts["probe_forwards"] += spread["forwards"]
+                facts |= {"scope": config.scope, "spread": spread}
             write_json(out / "ratio.json", facts)
             facts = {"seconds": time.perf_counter() - started} | result.facts()
             finish_stage(out, key, facts)

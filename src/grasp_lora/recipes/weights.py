@@ -5,8 +5,10 @@ gets the credit of a smaller scale.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from grasp_lora.config import RunConfig
 from grasp_lora.core.crossfit import gain_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.recipes.context import Context
@@ -14,6 +16,22 @@ from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
 from grasp_lora.recipes.precheck import MERGE, ROWS, VARIANTS, measure, weights_of
 from grasp_lora.recipes.processes import is_main, wait_for_all
 from grasp_lora.runs import read_json, write_json
+
+
+def with_learned_weights(context: Context, adapters: Mapping[str, Path], out: Path) -> RunConfig:
+    """Return the settings with weights for the merge, learned where they ask for that.
+
+    Args:
+        context: data, backbone and settings.
+        adapters: folders of `source` and `target`.
+        out: as for `learned_weights`.
+    """
+    config = context.config
+    if config.merge.weights != "auto":
+        return config
+    weights = learned_weights(context, adapters["source"], adapters["target"], out)
+    section = config.merge.model_copy(update={"weights": weights})
+    return config.model_copy(update={"merge": section})
 
 
 def learned_weights(

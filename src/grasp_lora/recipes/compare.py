@@ -1,0 +1,417 @@
+"""The comparison: every baseline beside the method, each a run of one queue.
+
+Methods differ by the arguments of the same fine-tuning call wherever that is possible, start from
+the same two adapters and are scored on the same rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config import ConfigError, RunConfig
+from grasp_lora.core import ControllerConfig
+from grasp_lora.metrics import Row, compare
+from grasp_lora.plots import plot_comparison
+from grasp_lora.recipes.data import RunData, load_run_data
+from grasp_lora.recipes.methods import RATIO_STEP, adapters_job, settings_of, with_split_seed
+from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.queue import Job, Outcome, run_queue
+from grasp_lora.recipes.scoring import (
+    NOT_PAIRED,
+    metric_names,
+    metric_options,
+    missing_metrics,
+    rows_by_set,
+)
+from grasp_lora.report_comparison import comparison_csv, comparison_markdown
+from grasp_lora.runs import write_json, write_text
+
+SEEDS = (42, 1337, 9001)
+GRID = tuple(round(RATIO_STEP * n, 1) for n in range(1, 9))
+AVERAGE = {"merge": {"kind": "cat", "weights": None}}
+SUM = {"merge": {"kind": "cat", "weights": (1.0, 1.0)}}
+PUBLISHED = {"merge": {"kind": "linear", "weights": (1.0, 1.0)}}
+LEARNED = {"merge": {"kind": "cat", "weights": "auto"}}
+SVD = {"merge": {"kind": "svd", "weights": None}}
+PEFT_DENSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        about: what it is.
+        work: function of `recipes.methods`.
+        inputs: what it is given beside the settings.
+        changes: settings, dotted, that differ.
+        needs: methods of the same seed whose results it reads.
+        seeds: `all`, `first` (one run), or `none` (nothing in it is drawn).
+        role: `baseline` (what a user would do without pruning: the best of them by dev loss is what
+            others are tested against), `oracle` (chosen by test scores; no method), or `other`.
+    """
+
+    about: str
+    work: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    seeds: str = "first"
+    role: str = "other"
+
+
+def _tuned(about: str, start: Mapping[str, Any], ratio: Any = 0.0, **more: Any) -> Method:
+    inputs = {"start": start, "ratio": ratio} | more.pop("inputs", {})
+    return Method(about, "finetuned", inputs, **more)
+
+
+CONFIGURED = {"merge": {}}
+PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
+AGAIN = {"finetune.mode": "restart", "finetune.mask_schedule": "every-step"}
+ADAPTIVE = AGAIN | {"importance": "activation", "finetune.importance": "same"}
+
+METHODS: Mapping[str, Method] = {
+    "zero-shot": Method("backbone alone", "fixed", {"start": {"adapter": None}}, seeds="none"),
+    "source": Method("source adapter", "fixed", {"start": {"adapter": "source"}}, seeds="none"),
+    "target": Method("target adapter", "fixed", {"start": {"adapter": "target"}}, seeds="none"),
+    "source-finetuned": _tuned(
+        "source adapter fine-tuned on the target rows",
+        {"adapter": "source"},
+        seeds="all",
+        role="baseline",
+    ),
+    "target-all-labels": Method(
+        "target adapter on all labelled rows, epochs by cross-validation",
+        "all_labels",
+        role="baseline",
+    ),
+    "average": Method(
+        "average of the deltas, untrained", "fixed", {"start": AVERAGE}, seeds="none"
+    ),
+    "average-finetuned": _tuned(
+        "average of the deltas, fine-tuned unpruned", AVERAGE, seeds="all", role="baseline"
+    ),
+    "sum": Method("sum of the deltas, untrained", "fixed", {"start": SUM}, seeds="none"),
+    "sum-finetuned": _tuned("sum of the deltas, fine-tuned unpruned", SUM),
+    "linear": Method("the published merge, untrained", "fixed", {"start": PUBLISHED}, seeds="none"),
+    "linear-finetuned": _tuned(
+        "the published merge, fine-tuned unpruned (Adaptive LoRA Merge without pruning)", PUBLISHED
+    ),
+    "svd": Method(
+        "low-rank average of the deltas, untrained", "fixed", {"start": SVD}, seeds="none"
+    ),
+    "svd-finetuned": _tuned(
+        "low-rank average, fine-tuned unpruned", SVD, changes={"mask_unit": "merged"}
+    ),
+    "learned-weights": _tuned(
+        "merge weights learned by probes, fine-tuned unpruned", LEARNED, role="baseline"
+    ),
+    **{
+        f"{kind.replace('_', '-')}-finetuned": _tuned(
+            f"PEFT's {kind} on the {'deltas' if kind.endswith('svd') else 'factors'}, fine-tuned",
+            {"peft": kind, "density": PEFT_DENSITY},
+        )
+        for kind in ("ties", "ties_svd", "dare_linear", "dare_linear_svd")
+    },
+    "lorahub": Method(
+        "LoRAHub: weights by nevergrad, untrained", "fixed", {"start": {"lorahub": True}}
+    ),
+    **{
+        f"grid-{ratio}": _tuned(f"pruned at {ratio}", CONFIGURED, ratio, seeds="all")
+        for ratio in GRID
+    },
+    "grid": Method(
+        "grid of ratios, chosen by micro-dev and dev loss",
+        "best_of",
+        {"judged": ("micro_dev", "dev")},
+        needs=tuple(f"grid-{ratio}" for ratio in GRID),
+        seeds="all",
+    ),
+    "grid-few-rows": Method(
+        "the same grid, chosen by micro-dev loss alone",
+        "best_of",
+        {"judged": ("micro_dev",)},
+        needs=tuple(f"grid-{ratio}" for ratio in GRID),
+        seeds="all",
+    ),
+    **{
+        f"adaptive-{ratio}": _tuned(
+            f"Adaptive LoRA Merge at {ratio}", PUBLISHED, ratio, changes=ADAPTIVE
+        )
+        for ratio in GRID
+    },
+    "adaptive": Method(
+        "Adaptive LoRA Merge over the grid, chosen by dev loss",
+        "best_of",
+        {"judged": ("dev",)},
+        needs=tuple(f"adaptive-{ratio}" for ratio in GRID),
+    ),
+    "optuna-tpe": Method("Optuna TPE, 8 full runs", "optuna_search", {"sampler": "tpe"}),
+    "optuna-gp": Method("Optuna GP, 8 full runs", "optuna_search", {"sampler": "gp"}),
+    "grasp-paper": Method(
+        "the published controller and merge", "grasp", {"start": PUBLISHED}, changes=PAPER
+    ),
+    "grasp-restart": Method(
+        "this library's controller, two runs",
+        "grasp",
+        changes={"finetune.mode": "restart"},
+        seeds="all",
+    ),
+    "grasp-continue": Method(
+        "this library's controller, one run",
+        "grasp",
+        changes={"finetune.mode": "continue"},
+        seeds="all",
+    ),
+    "random-masks": _tuned(
+        "masks drawn at random, at the ratio of grasp-restart",
+        CONFIGURED,
+        {"of": "grasp-restart", "shift": 0.0},
+        inputs={"random_masks": True},
+        needs=("grasp-restart",),
+    ),
+    "ratio-lower": _tuned(
+        "the ratio of grasp-restart less 0.05",
+        CONFIGURED,
+        {"of": "grasp-restart", "shift": -0.05},
+        needs=("grasp-restart",),
+    ),
+    "ratio-higher": _tuned(
+        "the ratio of grasp-restart and 0.05",
+        CONFIGURED,
+        {"of": "grasp-restart", "shift": 0.05},
+        needs=("grasp-restart",),
+    ),
+}
+"""Name -> method, in the order of the tables."""
+
+
+def compare_methods(
+    config: RunConfig,
+    out: Path,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    workers: int = 1,
+    threads: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run every method that has no result yet, and write tables and pictures.
+
+    Args:
+        config: the run's settings. Its own seed divides the rows and trains the adapters.
+        out: receives `comparison.md`, `.csv`, `.json`, pictures, and a folder for each run.
+        only: names of methods; none is all. What they need is run as well.
+        seeds: of searches and fine-tuning; methods that are run once take the first.
+        workers, threads, overwrite: as for `run_queue`.
+        quiet: print nothing.
+
+    Returns:
+        What `comparison.json` holds.
+
+    Raises:
+        ValueError: a method has no such name, or the settings or data cannot work.
+    """
+    unknown = [name for name in only if name not in METHODS]
+    if unknown:
+        raise ValueError(f"no method {unknown[0]!r}; choose from {', '.join(METHODS)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    faults = config.faults() + config.missing_files() + missing_metrics(config)
+    if faults:
+        raise ConfigError(faults)
+    data = load_run_data(config, Narrator(quiet).say)
+    if not data.test_sets():
+        raise ValueError(
+            "there are no test rows to compare on: give data.target.rows.test, "
+            "data.target.files.test or data.tests"
+        )
+    jobs = jobs_of(config, data, with_needs(only or METHODS), seeds)
+    outcomes = run_queue(out, jobs, workers, threads, overwrite, quiet)
+    found = summary(config, data, out, jobs, outcomes)
+    write_json(out / "comparison.json", found)
+    write_text(out / "comparison.csv", comparison_csv(found))
+    plot_comparison(found, out)
+    write_text(out / "comparison.md", comparison_markdown(found))
+    return found
+
+
+def with_needs(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return the methods and all that they read, in the order of `METHODS`."""
+    wanted = set(names)
+    for name in reversed(list(METHODS)):
+        if name in wanted:
+            wanted |= set(METHODS[name].needs)
+    return [name for name in METHODS if name in wanted]
+
+
+def jobs_of(
+    config: RunConfig, data: RunData, names: Sequence[str], seeds: Sequence[int]
+) -> list[Job]:
+    """Return the queue: the adapters, then seed by seed all methods."""
+    config = with_split_seed(config)
+    jobs = [adapters_job(config, data)]
+    for place, seed in enumerate(seeds):
+        for name in names:
+            method = METHODS[name]
+            if place > 0 and method.seeds != "all":
+                continue
+            changed = changed_settings(config, method.changes)
+            drawn = config.seed if method.seeds == "none" else seed
+            own = {"config": settings_of(changed.model_copy(update={"seed": drawn}))}
+            needs = ("adapters", *(job_name(need, seed) for need in method.needs))
+            if method.work == "best_of":
+                own, needs = {}, needs[1:]
+            jobs.append(
+                Job(
+                    job_name(name, seed), f"methods:{method.work}", own | dict(method.inputs), needs
+                )
+            )
+    return jobs
+
+
+def job_name(method: str, seed: int) -> str:
+    """Return the name of a method's run."""
+    return method if METHODS[method].seeds == "none" else f"{method}-s{seed}"
+
+
+def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return settings with dotted changes; a fine-tuning in one or two runs has the same epochs.
+
+    In mode `restart` search and final run each have all epochs of a fine-tuning run, in mode
+    `continue` they share them.
+    """
+    total = config.finetune.epochs
+    if config.finetune.mode == "continue":
+        total += config.search.epochs
+    mode = changes.get("finetune.mode", "restart")
+    first = total if mode == "restart" else total - total // 2
+    second = total if mode == "restart" else max(1, total // 2)
+    plain: dict[str, Any] = {
+        "finetune.mode": mode,
+        "search.epochs": first,
+        "finetune.epochs": second,
+    }
+    for key, value in (plain | dict(changes)).items():
+        section, _, name = key.partition(".")
+        if name:
+            value = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: value})
+    return config
+
+
+def summary(
+    config: RunConfig,
+    data: RunData,
+    out: Path,
+    jobs: Sequence[Job],
+    outcomes: Mapping[str, Outcome],
+) -> dict[str, Any]:
+    """Return rows of all runs, the baseline that others are held against, and the paired tests."""
+    rows: list[dict[str, Any]] = []
+    not_applicable: dict[str, str] = {}
+    for job in jobs[1:]:
+        result, name = outcomes[job.name].result, _method_of(job.name)
+        if result is None:
+            continue
+        if "not_applicable" in result:
+            not_applicable[name] = result["not_applicable"]
+            continue
+        rows.append(_row(config, name, job.name, result, outcomes[job.name]))
+    reference = _best_baseline(rows)
+    failed = {name: one.error for name, one in outcomes.items() if one.result is None}
+    return {
+        "pair": f"{config.data.source.language if config.data.source else '?'}-"
+        f"{config.data.target.language}",
+        "task": config.data.task,
+        "rows": rows,
+        "methods": {name: METHODS[name].about for name in dict.fromkeys(r["method"] for r in rows)},
+        "reference": reference,
+        "paired": _paired(config, data, out, rows, reference) if reference else {},
+        "not_applicable": not_applicable,
+        "failed": failed,
+    }
+
+
+def _method_of(job: str) -> str:
+    return job if job in METHODS else job.rpartition("-s")[0]
+
+
+def _row(
+    config: RunConfig, name: str, job: str, result: Mapping[str, Any], outcome: Outcome
+) -> dict[str, Any]:
+    losses = result["losses"]
+    judged = [x for split in losses.values() for x in split] if losses else []
+    return {
+        "method": name,
+        "job": result.get("chosen", job),
+        "seed": config.seed if METHODS[name].seeds == "none" else int(job.rpartition("-s")[2]),
+        "ratio": result["ratio"],
+        "verdict": result.get("verdict"),
+        "scores": result["scores"],
+        "dev_loss": sum(judged) / len(judged) if judged else None,
+        **result["price"],
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "adapter_bytes": result["bytes"],
+        "zeros": result["zeros"],
+    }
+
+
+def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the baseline with the lowest mean loss on labelled rows that it was not trained on."""
+    losses: dict[str, list[float]] = {}
+    for row in rows:
+        if METHODS[row["method"]].role == "baseline" and row["dev_loss"] is not None:
+            losses.setdefault(row["method"], []).append(row["dev_loss"])
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    return min(means, key=lambda name: means[name]) if means else None
+
+
+def _paired(
+    config: RunConfig, data: RunData, out: Path, rows: Sequence[Mapping[str, Any]], reference: str
+) -> dict[str, Any]:
+    """Return method -> test set -> metric -> its paired test against the reference.
+
+    Runs of the same seed are paired, or the one run of either side with every seed of the other;
+    a context's rows of all seeds are drawn together.
+    """
+    folders: dict[str, dict[int, Path]] = {}
+    for row in rows:
+        folders.setdefault(row["method"], {})[row["seed"]] = out / row["job"] / "scores"
+    names = [name for name in metric_names(config) if name not in NOT_PAIRED]
+    found: dict[str, Any] = {}
+    for method, ours in folders.items():
+        theirs = folders[reference]
+        if method == reference:
+            continue
+        pairs = {
+            seed: (ours.get(seed) or _only(ours), theirs.get(seed) or _only(theirs))
+            for seed in sorted({*ours, *theirs})
+        }
+        whole = {seed: pair for seed, pair in pairs.items() if None not in pair}
+        found[method] = {}
+        for test, (_, _) in data.test_sets().items():
+            left, right = (
+                [
+                    replace(row, id=f"{seed}/{row.id}")
+                    for seed, pair in whole.items()
+                    for row in _rows(pair[side], test)
+                ]
+                for side in (0, 1)
+            )
+            language = config.data.target.language
+            if test in config.data.tests:
+                language = config.data.tests[test].language
+            tests = compare(left, right, names, metric_options(config, language))
+            found[method][test] = {metric: one.to_json() for metric, one in tests.items()}
+    return found
+
+
+def _only(folders: Mapping[int, Path]) -> Path | None:
+    return next(iter(folders.values())) if len(folders) == 1 else None
+
+
+def _rows(folder: Path | None, test: str) -> list[Row]:
+    assert folder is not None
+    return rows_by_set(folder)[test]

@@ -1,0 +1,399 @@
+"""What queued runs do: from adapters to a final adapter with its scores and its price.
+
+Each function is the work of a `job`: it reads its settings and earlier results, writes stages into
+its folder and returns what tables are made of. A job that was killed goes on within its stages.
+"""
+
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config import RunConfig
+from grasp_lora.hf.probe import row_losses
+from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.data import RunData
+from grasp_lora.recipes.evaluate import evaluate_adapter
+from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.folders import STAGE_FILE, read_ratio, read_start, stage_key
+from grasp_lora.recipes.job import Work
+from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.queue import Job
+from grasp_lora.recipes.search import search_ratio
+from grasp_lora.recipes.starts import NotApplicable, started
+from grasp_lora.recipes.train import train_adapter
+from grasp_lora.recipes.weights import with_learned_weights
+from grasp_lora.runs import read_json, read_jsonl
+from grasp_lora.tasks.base import Example
+
+JUDGED = ("micro_dev", "dev")
+"""Labelled rows that choices are made on; a result holds its loss on each."""
+FOLDS = 5
+RATIO_STEP = 0.1
+TRIALS = 8
+
+
+def with_split_seed(config: RunConfig) -> RunConfig:
+    """Return settings whose rows are divided by the seed they have now, whatever seed they get."""
+    if config.data.split_seed is not None:
+        return config
+    data = config.data.model_copy(update={"split_seed": config.seed})
+    return config.model_copy(update={"data": data})
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return settings without the place of the results, which must not change a run's key."""
+    return {key: value for key, value in config.to_dict().items() if key != "output"}
+
+
+def adapters_job(config: RunConfig, data: RunData) -> Job:
+    """Return the job that all others of a queue need: the adapters and their merge."""
+    given = {f"adapters.{role}": path for role, path in config.adapters if path is not None}
+    key = stage_key(config, data=data.digest(), **given)
+    return Job("adapters", "methods:prepare", key | {"config": settings_of(config)})
+
+
+def _or_not_applicable(work: Work) -> Work:
+    @functools.wraps(work)
+    def tried(
+        inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
+    ) -> Mapping[str, Any]:
+        for name, result in needed.items():
+            if "not_applicable" in result:
+                return {"not_applicable": f"{name}: {result['not_applicable']}"}
+        try:
+            return work(inputs, needed, folder)
+        except NotApplicable as error:
+            return {"not_applicable": str(error)}
+
+    return tried
+
+
+def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train the adapters that are not given and merge the two; return their folders."""
+    config = RunConfig(**inputs["config"])
+    context = open_context(config)
+    given = {"source": config.adapters.source, "target": config.adapters.target}
+    adapters = {
+        role: path or train_adapter(config, role, folder / role, context=context)
+        for role, path in given.items()
+    }
+    weighted = with_learned_weights(context, adapters, folder / "weights")
+    merged = merge_adapters(weighted, list(adapters.values()), folder / "merged", context=context)
+    seconds = {role: _seconds(path) for role, path in adapters.items() if given[role] is None}
+    return {role: str(path) for role, path in adapters.items()} | {
+        "merged": str(merged),
+        "seconds": seconds,
+    }
+
+
+@_or_not_applicable
+def fixed(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Score an adapter, a merge, or the bare backbone, without training.
+
+    Args:
+        inputs: `config`, and `start` as `starts.started` takes it.
+        needed: `adapters`, the result of `prepare`.
+        folder: receives `start/` and `scores/`.
+    """
+    context = open_context(RunConfig(**inputs["config"]))
+    adapter, read = started(context, inputs["start"], needed["adapters"], folder)
+    price = {"runs": 0, "seconds": 0.0, "forwards": read, "steps": 0, "tokens": 0}
+    return outcome(context, adapter, folder) | {"ratio": 0.0, "price": price}
+
+
+@_or_not_applicable
+def finetuned(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fine-tune a start at a ratio and score the best of it.
+
+    Args:
+        inputs: `config`; `start`; `ratio`, a number or `{"of": METHOD, "shift": s}`; and
+            `random_masks`, true for masks that are drawn.
+        needed: `adapters`, and the method whose ratio is taken.
+        folder: receives `start/`, `final/` and `scores/`.
+    """
+    context = open_context(RunConfig(**inputs["config"]))
+    start, read = started(context, inputs["start"], needed["adapters"], folder)
+    assert start is not None, "the bare backbone has nothing to fine-tune"
+    ratio = ratio_in(inputs["ratio"], needed)
+    random_masks = bool(inputs.get("random_masks", False))
+    final = finetune_at(
+        context.config, start, ratio, folder / "final", context=context, random_masks=random_masks
+    )
+    price = _price(context, [final], forwards=read)
+    return outcome(context, final, folder) | {"ratio": ratio, "price": price}
+
+
+@_or_not_applicable
+def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Search the ratio, fine-tune at it, score; return what happened in rounds and what came out.
+
+    Args:
+        inputs: `config`, a run's settings; `start` where it is not the configured merge.
+        needed: `adapters`, the result of `prepare`.
+        folder: receives `search/`, `final/` and `scores/`.
+    """
+    config = RunConfig(**inputs["config"])
+    context = open_context(config)
+    adapters, read = needed["adapters"], 0
+    merged: Path | None = Path(adapters["merged"])
+    if "start" in inputs:
+        merged, read = started(context, inputs["start"], adapters, folder)
+        assert merged is not None, "a search starts from an adapter"
+    search = search_ratio(config, merged, folder / "search", context=context)
+    found, log = read_json(search / "ratio.json"), read_json(search / STAGE_FILE)["log"]
+    start = search / "adapter" if config.finetune.mode == "continue" else merged
+    ratio, spread = read_ratio(search / "ratio.json", config)
+    final = finetune_at(config, start, ratio, folder / "final", context=context, spread=spread)
+    rounds = read_jsonl(search / "rounds.jsonl")
+    committed = [r["step"] for r in rounds if r["committed"]]
+    return outcome(context, final, folder) | {
+        "ratio": ratio,
+        "spread": spread,
+        "verdict": found["verdict"],
+        "findings": [one["name"] for one in found["findings"]],
+        "rounds": len(rounds),
+        "commits": len(committed),
+        "flipped": found["flipped_entries"],
+        "entries": found["entries"],
+        "forwards": found["probe_forwards"],
+        "loss_jump": loss_jump(log, committed),
+        "price": _price(context, [search, final], forwards=read + found["probe_forwards"]),
+    }
+
+
+@_or_not_applicable
+def best_of(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the run with the lowest loss on labelled rows, at the price of all of them.
+
+    Args:
+        inputs: `judged`, the splits that choose.
+        needed: results of the runs.
+        folder: not written to.
+    """
+    losses = {
+        name: statistics.fmean(x for split in inputs["judged"] for x in result["losses"][split])
+        for name, result in needed.items()
+    }
+    chosen = min(losses, key=lambda name: losses[name])
+    prices = [result["price"] for result in needed.values()]
+    price = {name: sum(one[name] for one in prices) for name in prices[0]}
+    return dict(needed[chosen]) | {"chosen": chosen, "price": price}
+
+
+@_or_not_applicable
+def optuna_search(
+    inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Let Optuna choose the ratio by full fine-tuning runs, each judged by its best dev loss.
+
+    Args:
+        inputs: `config`, and `sampler`, "tpe" or "gp".
+        needed: `adapters`.
+        folder: receives a folder for every trial.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise NotApplicable("Optuna is not installed; run: pip install optuna") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    context = open_context(RunConfig(**inputs["config"]))
+    config, merged = context.config, Path(needed["adapters"]["merged"])
+    samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+    try:
+        sampler = samplers[inputs["sampler"]](seed=config.seed)
+    except ImportError as error:
+        raise NotApplicable(f"Optuna's {inputs['sampler']} sampler: {error}") from None
+    study = optuna.create_study(sampler=sampler)
+    finals: list[tuple[float, float, Path]] = []
+    for number in range(TRIALS):
+        trial = study.ask()
+        ratio = trial.suggest_float("ratio", RATIO_STEP, config.controller.high)
+        out = folder / f"trial-{number}"
+        final = finetune_at(config, merged, ratio, out, context=context, title=out.name)
+        loss = read_json(final / STAGE_FILE)["best"]["loss"]
+        study.tell(trial, loss if math.isfinite(loss) else None)
+        finals.append((loss, ratio, final))
+    _, ratio, best = min(finals, key=lambda one: one[0])
+    price = _price(context, [final for _, _, final in finals])
+    return outcome(context, best, folder) | {"ratio": ratio, "price": price}
+
+
+@_or_not_applicable
+def all_labels(
+    inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Train a target adapter on train, dev and micro-dev rows, epochs chosen by cross-validation.
+
+    Args:
+        inputs: `config`.
+        needed: nothing is read from it.
+        folder: receives the folds, `final/` and `scores/`.
+    """
+    context = open_context(RunConfig(**inputs["config"]))
+    parts = context.data.parts["target"]
+    rows = [e for split in ("train", *JUDGED) for e in parts.get(split, ())]
+    folds = folds_of(rows, FOLDS)
+    if len(folds) < 2:
+        raise NotApplicable("cross-validation needs labelled rows from at least 2 contexts")
+    losses: list[list[float]] = []
+    trained: list[Path] = []
+    for number, held in enumerate(folds):
+        kept = [e for fold in folds if fold is not held for e in fold]
+        one = _on_rows(context, {"train": tuple(kept), "dev": tuple(held)}, patience=None)
+        trained.append(train_adapter(one.config, "target", folder / f"fold-{number}", context=one))
+        curve = [e["loss"] for e in read_json(trained[-1] / STAGE_FILE)["evaluations"]]
+        losses.append(curve)
+    means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+    epochs = max(1, min(range(len(means)), key=lambda epoch: means[epoch]))
+    whole = _on_rows(context, {"train": tuple(rows)}, patience=None, epochs=epochs)
+    final = train_adapter(whole.config, "target", folder / "final", context=whole)
+    price = _price(context, [*trained, final], section="train", rows=len(rows))
+    # Its labelled rows are all train rows: nothing is left to choose by.
+    found = outcome(context, final, folder, judged=False)
+    return found | {"ratio": 0.0, "epochs": epochs, "price": price}
+
+
+def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
+    """Return rows in folds of like size, whole groups only; at most a fold for each group."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    folds: list[list[Example]] = [[] for _ in range(min(count, len(groups)))]
+    for group in sorted(groups, key=lambda name: (-len(groups[name]), name)):
+        min(folds, key=len).extend(groups[group])
+    return folds
+
+
+def ratio_in(asked: Any, needed: Mapping[str, Any]) -> float:
+    """Return a ratio: the number itself, or that of a needed run, shifted and cut to [0, 0.95]."""
+    if isinstance(asked, Mapping):
+        (found,) = (result["ratio"] for name, result in needed.items() if name != "adapters")
+        return min(0.95, max(0.0, found + asked["shift"]))
+    return float(asked)
+
+
+def outcome(
+    context: Context, adapter: Path | None, folder: Path, judged: bool = True
+) -> dict[str, Any]:
+    """Return how good an adapter is, on labelled rows and on the test sets; writes `scores/`.
+
+    Args:
+        context: data, backbone and settings.
+        adapter: its folder, None for the bare backbone.
+        folder: of the job.
+        judged: False where its labelled rows were trained on.
+    """
+    sets: dict[str, dict[str, float]] = {}
+    if context.data.test_sets():
+        scores = evaluate_adapter(context.config, adapter, folder / "scores", context=context)
+        sets = {
+            name: {metric: value["value"] for metric, value in one["scores"].items()}
+            for name, one in read_json(scores / "scores.json")["sets"].items()
+        }
+    about: Mapping[str, Any] = {}
+    if adapter is not None and (adapter / STAGE_FILE).exists():
+        about = read_json(adapter / STAGE_FILE)
+    size = (adapter / "adapter_model.safetensors").stat().st_size if adapter is not None else 0
+    return {
+        "adapter": None if adapter is None else str(adapter),
+        "best": about.get("best"),
+        "zeros": about.get("zeros", {}).get("exported"),
+        "bytes": size,
+        "losses": _losses(context, adapter) if judged else None,
+        "scores": sets,
+    }
+
+
+def _losses(context: Context, adapter: Path | None) -> dict[str, list[float]]:
+    def read(model: Any) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for split in JUDGED:
+            rows = context.rows("target", [split])
+            count = len(rows.encoded)
+            found[split] = row_losses(model, rows.batches(range(count)), count) if count else []
+        return found
+
+    if adapter is None:
+        return read(context.backbone.model)
+    with context.live(read_start(adapter, context.backbone), "merged") as live:
+        live.model.eval()
+        return read(live.model)
+
+
+def loss_jump(log: list[dict[str, Any]], committed: list[int], window: int = 4) -> float | None:
+    """Return the mean rise of the training loss over commits, in nats; None without a commit.
+
+    Each is the mean loss of `window` steps after the commit less that of as many up to it, so the
+    usual fall of a training loss is part of it.
+
+    Args:
+        log: entries with `step` and `loss`.
+        committed: steps after which a commit was made.
+        window: steps on either side; fewer where the run begins or ends.
+    """
+    losses = {entry["step"]: entry["loss"] for entry in log}
+    jumps: list[float] = []
+    for step in committed:
+        before = [losses[s] for s in range(step - window + 1, step + 1) if s in losses]
+        after = [losses[s] for s in range(step + 1, step + window + 1) if s in losses]
+        if before and after:
+            jumps.append(sum(after) / len(after) - sum(before) / len(before))
+    return sum(jumps) / len(jumps) if jumps else None
+
+
+def _price(
+    context: Context,
+    stages: Sequence[Path],
+    forwards: int = 0,
+    section: str = "finetune",
+    rows: int | None = None,
+) -> dict[str, float]:
+    """Return what stages cost: runs, seconds, rows read without a gradient, steps, and tokens.
+
+    Args:
+        context: data and settings.
+        stages: folders of training stages.
+        forwards: rows read beside them.
+        section: settings of the stages' batches.
+        rows: training rows of a stage; None is the target train rows.
+    """
+    train, dev = context.encoded("target", "train"), context.encoded("target", "dev")
+    length = statistics.fmean(len(e.input_ids) for e in [*train, *dev])
+    settings = getattr(context.config, section)
+    found = [read_json(stage / STAGE_FILE) for stage in stages]
+    steps = sum(one["steps"] for one in found)
+    measured = sum(len(one["evaluations"]) for one in found) * len(dev)
+    count = len(train) if rows is None else rows
+    batch = min(count, settings.batch_size * settings.accumulation)
+    read = forwards + measured
+    return {
+        "runs": len(found),
+        "seconds": sum(one["seconds"] for one in found),
+        "forwards": read,
+        "steps": steps,
+        "tokens": round((steps * batch + read) * length),
+    }
+
+
+def _on_rows(
+    context: Context,
+    parts: dict[str, tuple[Example, ...]],
+    patience: int | None,
+    epochs: int | None = None,
+) -> Context:
+    """Return a context with other target rows; the test rows stay."""
+    test = context.data.parts["target"].get("test", ())
+    target = parts | ({"test": test} if test else {})
+    data = replace(context.data, parts=context.data.parts | {"target": target})
+    changes: dict[str, Any] = {"patience": patience} | ({"epochs": epochs} if epochs else {})
+    section = context.config.train.model_copy(update=changes)
+    config = context.config.model_copy(update={"train": section})
+    return Context(config, data, context.backbone, context.task, context.narrator, context.clock)
+
+
+def _seconds(stage: Path) -> float:
+    return read_json(stage / STAGE_FILE)["seconds"]

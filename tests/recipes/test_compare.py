@@ -1,0 +1,381 @@
+"""The comparison: what each method starts from, chooses and costs, and what the tables say."""
+
+import csv
+import io
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from grasp_lora.cli import app
+from grasp_lora.config import load_config
+from grasp_lora.core.lora import merge
+from grasp_lora.hf.adapter_io import read_adapter
+from grasp_lora.hf.peft_merges import peft_merge
+from grasp_lora.recipes.compare import (
+    GRID,
+    METHODS,
+    changed_settings,
+    compare_methods,
+    job_name,
+    jobs_of,
+    with_needs,
+)
+from grasp_lora.recipes.context import open_context
+from grasp_lora.recipes.folders import read_start
+from grasp_lora.recipes.methods import folds_of, ratio_in
+from grasp_lora.recipes.queue import keys_of
+from grasp_lora.recipes.starts import NotApplicable, started, summed
+from grasp_lora.runs import read_json
+from grasp_lora.tasks.base import Example
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job, write_job
+
+ONLY = (
+    *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
+    *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
+    "ratio-higher",
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_backbone_folder(folder / "base")
+    adapters = {
+        "source": str(tiny_adapter_folder(folder / "source", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(folder / "target", tiny_model(), r=2, seed=2)),
+    }
+    steps = {"epochs": 1, "batch_size": 2}
+    changes = {"search": steps, "finetune": steps, "train": steps, "adapters": adapters}
+    changes["controller"] = {"rounds": 2, "rows": 4}
+    return write_job(folder / "run.yaml", job(folder, **changes))
+
+
+@pytest.fixture(scope="module")
+def done(settings):
+    out = settings.parent / "comparison"
+    found = compare_methods(
+        load_config(settings), out, ONLY, (1, 2), workers=0, threads=1, quiet=True
+    )
+    return found, out
+
+
+def of(found, method):
+    return [row for row in found["rows"] if row["method"] == method]
+
+
+def test_every_method_has_its_rows(done):
+    found, _ = done
+    assert found["failed"] == {}
+    counts = {name: len(of(found, name)) for name in found["methods"]}
+    once = dict.fromkeys(("zero-shot", "source", "target-all-labels", "learned-weights"), 1)
+    once |= dict.fromkeys(("random-masks", "ratio-higher"), 1)
+    twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
+    assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
+    assert list(found["not_applicable"]) == ["ties-finetuned"]
+    assert "rank 4 and" in found["not_applicable"]["ties-finetuned"]
+
+
+def test_the_grid_takes_the_point_with_the_lowest_labelled_loss_at_the_price_of_all(done):
+    found, out = done
+    for seed in (1, 2):
+        points = [row for row in found["rows"] if row["method"].startswith("grid-0")]
+        points = [row for row in points if row["seed"] == seed]
+        (chosen,) = (row for row in of(found, "grid") if row["seed"] == seed)
+        best = min(points, key=lambda row: row["dev_loss"])
+        assert chosen["ratio"] == best["ratio"]
+        assert chosen["scores"] == best["scores"]
+        assert chosen["job"] == best["job"]
+        for name in ("runs", "seconds", "forwards", "steps", "tokens"):
+            assert chosen[name] == pytest.approx(sum(row[name] for row in points))
+        result = read_json(out / best["job"] / "result.json")["result"]
+        losses = [x for split in ("micro_dev", "dev") for x in result["losses"][split]]
+        assert len(losses) == 8
+        assert best["dev_loss"] == pytest.approx(statistics.fmean(losses))
+
+
+def test_prices_count_what_was_done(done):
+    found, _ = done
+    (zero,) = of(found, "zero-shot")
+    assert [zero[name] for name in ("runs", "seconds", "forwards", "steps", "tokens")] == [0] * 5
+    for row in of(found, "source-finetuned"):
+        # 8 rows in batches of 2, and 4 dev rows before and after
+        assert (row["runs"], row["steps"], row["forwards"]) == (1, 4, 8)
+    for row in of(found, "grasp-restart"):
+        assert (row["runs"], row["steps"]) == (2, 8)
+        assert row["forwards"] == 2 * 3 * 4 + 8
+    (learned,) = of(found, "learned-weights")
+    assert learned["forwards"] == 8 + 8 * 11  # all 8 labelled rows under eleven merges
+    (labels,) = of(found, "target-all-labels")
+    assert labels["runs"] == 6
+    assert labels["dev_loss"] is None, "it was trained on the labelled rows"
+
+
+def test_variations_take_the_ratio_of_the_search(done):
+    found, _ = done
+    ratio = next(row["ratio"] for row in of(found, "grasp-restart") if row["seed"] == 1)
+    assert of(found, "random-masks")[0]["ratio"] == ratio
+    assert of(found, "ratio-higher")[0]["ratio"] == pytest.approx(ratio + 0.05)
+    assert ratio_in({"of": "m", "shift": -0.05}, {"adapters": {}, "m": {"ratio": 0.02}}) == 0.0
+    assert ratio_in({"of": "m", "shift": 0.05}, {"m": {"ratio": 0.93}}) == 0.95
+    assert ratio_in(0.4, {}) == 0.4
+
+
+def test_the_reference_is_the_baseline_with_the_lowest_dev_loss(done):
+    found, _ = done
+    losses = {
+        name: statistics.fmean(row["dev_loss"] for row in of(found, name))
+        for name in ("source-finetuned", "average-finetuned", "learned-weights")
+    }
+    assert found["reference"] == min(losses, key=losses.get)
+    others = set(found["methods"]) - {found["reference"]}
+    assert set(found["paired"]) == others
+
+
+def test_paired_differences_are_those_of_the_scores_over_seeds(done):
+    found, _ = done
+    reference = of(found, found["reference"])
+    for method in ("grasp-restart", "zero-shot", "random-masks"):
+        ours = {row["seed"]: row["scores"]["test"]["loss"] for row in of(found, method)}
+        theirs = {row["seed"]: row["scores"]["test"]["loss"] for row in reference}
+        pick = lambda one, seed: one.get(seed, next(iter(one.values())))  # noqa: E731
+        seeds = {
+            seed
+            for seed in {*ours, *theirs}
+            if all(seed in one or len(one) == 1 for one in (ours, theirs))
+        }
+        gaps = [pick(ours, seed) - pick(theirs, seed) for seed in seeds]
+        paired = found["paired"][method]["test"]["loss"]
+        assert paired["difference"] == pytest.approx(statistics.fmean(gaps), abs=1e-6)
+
+
+def test_the_documents_hold_the_numbers(done):
+    found, out = done
+    assert read_json(out / "comparison.json")["reference"] == found["reference"]
+    text = (out / "comparison.md").read_text()
+    row = next(part for part in text.splitlines() if part.startswith("| grasp-restart |"))
+    losses = [r["scores"]["test"]["loss"] for r in of(found, "grasp-restart")]
+    assert f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}" in row
+    assert "grid, chosen by the test rows" in text
+    assert "| grid-0.1 |" not in text
+    assert "`ties-finetuned`" in text
+    lines = list(csv.DictReader(io.StringIO((out / "comparison.csv").read_text())))
+    mine = [
+        one for one in lines
+        if (one["method"], one["metric"], one["seed"]) == ("grasp-restart", "loss", "1")
+    ]  # fmt: skip
+    (value,) = (float(one["value"]) for one in mine)
+    assert (
+        value
+        == next(r for r in of(found, "grasp-restart") if r["seed"] == 1)["scores"]["test"]["loss"]
+    )
+    for name in ("pareto.png", "ratios.png", "seconds.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_does_nothing_twice(done, settings):
+    _, out = done
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
+    arguments = ["compare", str(settings), "--out", str(out), "--seeds", "1,2", "--jobs", "0"]
+    arguments += [text for name in ONLY for text in ("--only", name)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")} == times
+    assert "ties-finetuned: not applicable" in result.output
+
+
+def test_processes_give_the_same_as_this_one(done, settings, tmp_path):
+    found, _ = done
+    names = ("source-finetuned", "grasp-restart", "random-masks")
+    again = compare_methods(
+        load_config(settings), tmp_path / "two", names, (1,), workers=2, threads=1, quiet=True
+    )
+    for row in again["rows"]:
+        (before,) = (r for r in of(found, row["method"]) if r["seed"] == row["seed"])
+        for name in ("ratio", "scores", "dev_loss", "forwards", "tokens"):
+            assert row[name] == before[name], (row["method"], name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nonsense"], "no method 'nonsense'; choose from zero-shot"),
+        (["--seeds", "1,1"], "different numbers"),
+        (["--set", "data.target.rows={train: 8, dev: 4, micro_dev: 4}"], "no test rows"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(settings, tmp_path, arguments, message):
+    command = ["compare", str(settings), "--out", str(tmp_path / "out"), *arguments]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_all_methods_are_a_queue_and_main_methods_get_every_seed(settings):
+    config = load_config(settings)
+    jobs = jobs_of(config, open_context(config, quiet=True).data, with_needs(METHODS), (1, 2, 3))
+    keys = keys_of(jobs)
+    assert len(keys) == len(jobs) == len({job.name for job in jobs})
+    names = {job.name for job in jobs}
+    for method, about in METHODS.items():
+        count = 3 if about.seeds == "all" else 1
+        assert sum(job_name(method, seed) in names for seed in (1, 2, 3)) == (
+            3 if about.seeds == "none" else count
+        )
+        assert set(about.needs) <= set(METHODS)
+    assert json.dumps([dict(job.inputs) for job in jobs], default=str)
+    moved = config.model_copy(update={"output": settings.parent / "elsewhere"})
+    again = jobs_of(moved, open_context(config, quiet=True).data, with_needs(METHODS), (1, 2, 3))
+    assert keys_of(again) == keys
+
+
+def test_one_run_and_two_have_the_epochs_that_make_them_comparable(settings):
+    config = load_config(settings, ["search.epochs=10", "finetune.epochs=10"])
+    restart = changed_settings(config, {"finetune.mode": "restart"})
+    assert (restart.search.epochs, restart.finetune.epochs) == (10, 10)
+    continued = changed_settings(config, {"finetune.mode": "continue"})
+    assert (continued.search.epochs, continued.finetune.epochs) == (5, 5)
+    config = load_config(
+        settings, ["finetune.mode=continue", "search.epochs=4", "finetune.epochs=3"]
+    )
+    assert changed_settings(config, {}).finetune.epochs == 7
+    odd = changed_settings(config, {"finetune.mode": "continue"})
+    assert (odd.search.epochs, odd.finetune.epochs) == (4, 3)
+
+
+def test_needs_are_run_as_well():
+    assert with_needs(["random-masks"]) == ["grasp-restart", "random-masks"]
+    assert with_needs(["grid"]) == [*(f"grid-{ratio}" for ratio in GRID), "grid"]
+
+
+def test_folds_hold_whole_groups_and_every_row_once():
+    rows = [Example(f"r{i}", f"g{i // 3}", "es", {}, ("x",)) for i in range(20)]
+    folds = folds_of(rows, 5)
+    assert sorted(e.id for fold in folds for e in fold) == sorted(e.id for e in rows)
+    groups = [{e.group for e in fold} for fold in folds]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 7
+    assert max(map(len, folds)) - min(map(len, folds)) <= 3
+    assert len(folds_of(rows[:3], 5)) == 1
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Two adapters of one rank, each as a merge of one."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+    live = tiny_model()
+    shapes = {name: module.weight.shape for name, module in live.named_modules() if name in names}
+    from grasp_lora.core.lora import LoraFactors
+
+    def adapter():
+        return {
+            name: LoraFactors(
+                torch.randn(4, shape[1], generator=generator),
+                torch.randn(shape[0], 4, generator=generator),
+                2.0,
+            )
+            for name, shape in shapes.items()
+        }
+
+    return [adapter(), adapter()]
+
+
+def trimmed(tensor, density):
+    """TIES on the side: keep the largest by size, elect the sign, average what agrees."""
+    flat = tensor.abs().flatten()
+    kept = max(1, int(density * flat.numel()))
+    border = flat.sort(descending=True).values[kept - 1]
+    return torch.where(tensor.abs() >= border, tensor, torch.zeros(()))
+
+
+def test_ties_of_factors_is_the_textbooks(pairs):
+    alone = [merge("cat", [one], [1.0]) for one in pairs]
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    merged = peft_merge(model, alone, "ties", [0.5, 0.5], 0.5, seed=0)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    for name, module in merged.items():
+        for side in ("A", "B"):
+            parts = [trimmed(getattr(one[name], side), 0.5) for one in alone]
+            sign = torch.sign(sum(parts))
+            sign[sign == 0] = 1
+            agreeing = [torch.where(torch.sign(p) == sign, p, torch.zeros(())) for p in parts]
+            count = sum((p != 0).float() for p in agreeing).clamp(min=1)
+            expected = sum(np.sqrt(0.5) * p for p in agreeing) / count
+            assert torch.allclose(getattr(module, side), expected, atol=1e-5), (name, side)
+
+
+def test_dare_depends_on_its_seed_alone(pairs):
+    alone = [merge("cat", [one], [1.0]) for one in pairs]
+    made = [
+        peft_merge(tiny_model(), alone, "dare_linear", [0.5, 0.5], 0.5, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    name = next(iter(made[0]))
+    assert torch.equal(made[0][name].A, made[1][name].A)
+    assert not torch.equal(made[0][name].A, made[2][name].A)
+
+
+def test_whole_deltas_by_svd_are_the_average_of_low_rank(pairs):
+    """With density 1 nothing is trimmed; the rank-4 fit of the mean of agreeing entries is left."""
+    alone = [merge("cat", [one], [1.0]) for one in pairs]
+    with pytest.warns(UserWarning, match="no pruning"):
+        merged = peft_merge(tiny_model(), alone, "dare_linear_svd", [0.5, 0.5], 1.0, seed=0)
+    for name, module in merged.items():
+        whole = sum(0.5 * one[name].delta() for one in pairs)
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        best = u[:, :4] * s[:4] @ v[:4]
+        assert torch.allclose(module.B @ module.A, best, atol=1e-3)
+
+
+def test_lorahub_sums_factors(pairs):
+    merged = summed(pairs, [0.7, -0.4])
+    for name, module in merged.items():
+        a = 0.7 * pairs[0][name].A - 0.4 * pairs[1][name].A
+        b = 0.7 * pairs[0][name].B - 0.4 * pairs[1][name].B
+        assert torch.allclose(module.B @ module.A, 2.0 * b @ a, atol=1e-4)
+    with pytest.raises(NotApplicable, match="same modules"):
+        summed([pairs[0], {}], [1.0, 1.0])
+
+
+def test_lorahub_finds_weights_that_lower_its_price(settings, tmp_path):
+    pytest.importorskip("nevergrad")
+    context = open_context(load_config(settings), quiet=True)
+    for seed in (1, 2):
+        tiny_adapter_folder(tmp_path / str(seed), tiny_model(), r=4, seed=seed)
+    adapters = {"source": tmp_path / "1", "target": tmp_path / "2"}
+    folder, read = started(context, {"lorahub": True}, adapters, tmp_path / "a")
+    assert read == 40 * 8
+    tried = read_json(folder / "tried.json")
+    assert len(tried["tried"]) == 40
+    assert tried["tried"][0][1] == [0.0, 0.0], "starts at the bare backbone"
+    assert all(abs(w) <= 1.5 for _, weights in tried["tried"] for w in weights)
+    again, _ = started(context, {"lorahub": True}, adapters, tmp_path / "b")
+    assert read_json(again / "tried.json") == tried
+    # the folder is the merge of those weights
+    loaded = [read_adapter(path).adapter for path in adapters.values()]
+    expected = summed(loaded, tried["weights"])
+    got = read_start(folder, context.backbone)
+    for name, module in expected.items():
+        assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
+    context = open_context(load_config(settings), quiet=True)
+    for seed in (1, 2):
+        tiny_adapter_folder(tmp_path / str(seed), tiny_model(), r=4, seed=seed)
+    adapters = {"source": tmp_path / "1", "target": tmp_path / "2"}
+    asked = {"merge": {"kind": kind, "weights": (1.0, 1.0)}}
+    folder, read = started(context, asked, adapters, tmp_path / "out")
+    assert read == 0
+    loaded = [read_adapter(path).adapter for path in adapters.values()]
+    expected = merge(kind, loaded, [1.0, 1.0])
+    got = read_start(folder, context.backbone)
+    for name, module in expected.items():
+        assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
