@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from benchmarks import (
+    budget,
     common,
     end_to_end,
     evaluation,
@@ -187,3 +188,20 @@ def test_a_process_of_its_own_reports_its_memory_and_its_failure(result_of):
     assert all(50 < common.mib(peak) < 4096 for peak in peaks)
     with pytest.raises(RuntimeError, match="no_such_function"):
         common.isolated("benchmarks.common:no_such_function", {})
+
+
+def test_a_design_of_the_budget_is_charged_for_the_rows_it_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "former_searches", lambda _seeds: None)
+    out = tmp_path / "budget.json"
+    budget.main(["--quick", "--only", "default (12 rows)", "4 rows", "--json", str(out)])
+    found = json.loads(out.read_text())["designs"]
+    whole, few = found["default (12 rows)"], found["4 rows"]
+    assert whole["forwards"] == 8 * 3 * 12
+    assert few["forwards"] == 8 * 3 * 4
+    # a forward is half of a training row; 50 rows x 10 epochs
+    assert whole["share_of_fine_tuning"] == pytest.approx(288 / 2 / 500)
+    for design in found.values():
+        assert 0 <= design["regret"] < 1
+        assert 0 <= design["learned_clear"] <= 1
+    assert whole["regret_difference"] == 0
+    assert "| 4 rows | 96 |" in capsys.readouterr().out
