@@ -42,7 +42,8 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         lines += [
             f"The best simple baseline by dev loss is `{reference}`: "
             f"{found['methods'][reference]}. Differences to it are paired over contexts, rows of "
-            "all seeds together, with 95 % bootstrap intervals; of the loss, below 0 is better.",
+            "all seeds together, with 95 % bootstrap intervals; of the loss, below 0 is better. "
+            "They are differences of means over rows, of chrF too.",
             "",
         ]
     for test in _tests(found):

@@ -7,6 +7,7 @@ import pytest
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
+from grasp_lora.metrics import Options, compare_means
 from grasp_lora.metrics.intervals import Paired, interval, paired
 
 
@@ -300,3 +301,16 @@ def test_p_values_and_intervals_agree_with_sacrebleu():
     low, high = interval(statistics[0], alone(a), chrf, resamples=2000) or (0, 0)
     assert (high - low) / 2 == pytest.approx(theirs_a.ci, rel=0.1)
     assert (high + low) / 2 == pytest.approx(theirs_a.mean, abs=0.5)
+
+
+def test_means_are_compared_over_groups_of_rows():
+    generator = np.random.default_rng(3)
+    a, b = generator.random(40), generator.random(40)
+    groups = [f"g{i // 4}" for i in range(40)]
+    found = compare_means(a, b, groups, Options("qa", "en", resamples=4000, seed=1))
+    assert found["difference"] == pytest.approx(a.mean() - b.mean())
+    # the bootstrap's spread over ten groups is that of their means
+    spread = (a - b).reshape(10, 4).mean(1).std() / np.sqrt(10)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    same = compare_means(a, a, groups, Options("qa", "en", resamples=200, seed=1))
+    assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)

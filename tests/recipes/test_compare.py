@@ -150,7 +150,7 @@ def test_paired_differences_are_those_of_the_scores_over_seeds(done):
         }
         gaps = [pick(ours, seed) - pick(theirs, seed) for seed in seeds]
         paired = found["paired"][method]["test"]["loss"]
-        assert paired["difference"] == pytest.approx(statistics.fmean(gaps), abs=1e-6)
+        assert paired["difference"] == pytest.approx(statistics.fmean(gaps), abs=1e-5)
 
 
 def test_the_documents_hold_the_numbers(done):

@@ -5,25 +5,19 @@ the same two adapters and are scored on the same rows.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.core import ControllerConfig
-from grasp_lora.metrics import Row, compare
+from grasp_lora.metrics import compare_means
 from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.methods import RATIO_STEP, adapters_job, settings_of, with_split_seed
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.queue import Job, Outcome, run_queue
-from grasp_lora.recipes.scoring import (
-    NOT_PAIRED,
-    metric_names,
-    metric_options,
-    missing_metrics,
-    rows_by_set,
-)
+from grasp_lora.recipes.scoring import metric_options, missing_metrics
 from grasp_lora.report_comparison import comparison_csv, comparison_markdown
 from grasp_lora.runs import write_json, write_text
 
@@ -35,6 +29,8 @@ PUBLISHED = {"merge": {"kind": "linear", "weights": (1.0, 1.0)}}
 LEARNED = {"merge": {"kind": "cat", "weights": "auto"}}
 SVD = {"merge": {"kind": "svd", "weights": None}}
 PEFT_DENSITY = 0.5
+NOT_PAIRED = {"bleu", "perplexity"}
+"""Scores whose rows' own values mean little."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,20 @@ METHODS: Mapping[str, Method] = {
     ),
     "average-finetuned": _tuned(
         "average of the deltas, fine-tuned unpruned", AVERAGE, seeds="all", role="baseline"
+    ),
+    **{
+        name: _tuned(about, {"merge": {"kind": "cat", "weights": weights}})
+        for name, weights, about in (
+            ("shrunk-0.75", (0.375, 0.375), "the average shrunk by 0.75, fine-tuned unpruned"),
+            ("shrunk-0.5", (0.25, 0.25), "the average shrunk by 0.5, fine-tuned unpruned"),
+            ("weights-75-25", (0.75, 0.25), "weights 0.75 + 0.25, fine-tuned unpruned"),
+            ("weights-25-75", (0.25, 0.75), "weights 0.25 + 0.75, fine-tuned unpruned"),
+        )
+    },
+    "weight-decay": _tuned(
+        "the average, fine-tuned unpruned under weight decay 30 (0.3 % of a weight a step)",
+        AVERAGE,
+        changes={"finetune.weight_decay": 30.0},
     ),
     "sum": Method("sum of the deltas, untrained", "fixed", {"start": SUM}, seeds="none"),
     "sum-finetuned": _tuned("sum of the deltas, fine-tuned unpruned", SUM),
@@ -229,7 +239,7 @@ def compare_methods(
         )
     jobs = jobs_of(config, data, with_needs(only or METHODS), seeds)
     outcomes = run_queue(out, jobs, workers, threads, overwrite, quiet)
-    found = summary(config, data, out, jobs, outcomes)
+    found = summary(config, jobs, outcomes)
     write_json(out / "comparison.json", found)
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
@@ -302,14 +312,11 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
 
 
 def summary(
-    config: RunConfig,
-    data: RunData,
-    out: Path,
-    jobs: Sequence[Job],
-    outcomes: Mapping[str, Outcome],
+    config: RunConfig, jobs: Sequence[Job], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
     """Return rows of all runs, the baseline that others are held against, and the paired tests."""
     rows: list[dict[str, Any]] = []
+    results: dict[str, dict[int, Mapping[str, Any]]] = {}
     not_applicable: dict[str, str] = {}
     for job in jobs[1:]:
         result, name = outcomes[job.name].result, _method_of(job.name)
@@ -319,6 +326,7 @@ def summary(
             not_applicable[name] = result["not_applicable"]
             continue
         rows.append(_row(config, name, job.name, result, outcomes[job.name]))
+        results.setdefault(name, {})[rows[-1]["seed"]] = result
     reference = _best_baseline(rows)
     failed = {name: one.error for name, one in outcomes.items() if one.result is None}
     return {
@@ -328,7 +336,7 @@ def summary(
         "rows": rows,
         "methods": {name: METHODS[name].about for name in dict.fromkeys(r["method"] for r in rows)},
         "reference": reference,
-        "paired": _paired(config, data, out, rows, reference) if reference else {},
+        "paired": _paired(config, results, reference) if reference else {},
         "not_applicable": not_applicable,
         "failed": failed,
     }
@@ -369,49 +377,45 @@ def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _paired(
-    config: RunConfig, data: RunData, out: Path, rows: Sequence[Mapping[str, Any]], reference: str
+    config: RunConfig, results: Mapping[str, Mapping[int, Mapping[str, Any]]], reference: str
 ) -> dict[str, Any]:
     """Return method -> test set -> metric -> its paired test against the reference.
 
     Runs of the same seed are paired, or the one run of either side with every seed of the other;
-    a context's rows of all seeds are drawn together.
+    a context's rows of all seeds are drawn together. What is compared are means over rows, of
+    scores that are not (chrF) too.
+
+    Args:
+        config: settings of the intervals.
+        results: method -> seed -> result of its job.
+        reference: one of the methods.
     """
-    folders: dict[str, dict[int, Path]] = {}
-    for row in rows:
-        folders.setdefault(row["method"], {})[row["seed"]] = out / row["job"] / "scores"
-    names = [name for name in metric_names(config) if name not in NOT_PAIRED]
+    theirs = results[reference]
     found: dict[str, Any] = {}
-    for method, ours in folders.items():
-        theirs = folders[reference]
+    for method, ours in results.items():
         if method == reference:
             continue
-        pairs = {
-            seed: (ours.get(seed) or _only(ours), theirs.get(seed) or _only(theirs))
+        pairs = [
+            (ours.get(seed) or _only(ours), theirs.get(seed) or _only(theirs))
             for seed in sorted({*ours, *theirs})
-        }
-        whole = {seed: pair for seed, pair in pairs.items() if None not in pair}
+        ]
+        whole = [(one["rows"], other["rows"]) for one, other in pairs if one and other]
         found[method] = {}
-        for test, (_, _) in data.test_sets().items():
-            left, right = (
-                [
-                    replace(row, id=f"{seed}/{row.id}")
-                    for seed, pair in whole.items()
-                    for row in _rows(pair[side], test)
-                ]
-                for side in (0, 1)
-            )
-            language = config.data.target.language
-            if test in config.data.tests:
-                language = config.data.tests[test].language
-            tests = compare(left, right, names, metric_options(config, language))
-            found[method][test] = {metric: one.to_json() for metric, one in tests.items()}
+        for test in whole[0][0] if whole else ():
+            options = metric_options(config, config.data.target.language)
+            groups = [group for one, _ in whole for group in one[test]["groups"]]
+            shared = set(whole[0][0][test]["values"]) & set(whole[0][1][test]["values"])
+            found[method][test] = {
+                metric: compare_means(
+                    [value for one, _ in whole for value in one[test]["values"][metric]],
+                    [value for _, other in whole for value in other[test]["values"][metric]],
+                    groups,
+                    options,
+                )
+                for metric in sorted(shared - NOT_PAIRED)
+            }
     return found
 
 
-def _only(folders: Mapping[int, Path]) -> Path | None:
-    return next(iter(folders.values())) if len(folders) == 1 else None
-
-
-def _rows(folder: Path | None, test: str) -> list[Row]:
-    assert folder is not None
-    return rows_by_set(folder)[test]
+def _only(runs: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next(iter(runs.values())) if len(runs) == 1 else None

@@ -7,7 +7,7 @@ its folder and returns what tables are made of. A job that was killed goes on wi
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,12 +288,14 @@ def outcome(
         judged: False where its labelled rows were trained on.
     """
     sets: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     if context.data.test_sets():
         scores = evaluate_adapter(context.config, adapter, folder / "scores", context=context)
         sets = {
             name: {metric: value["value"] for metric, value in one["scores"].items()}
             for name, one in read_json(scores / "scores.json")["sets"].items()
         }
+        rows = rows_of(scores, next(iter(sets.values())))
     about: Mapping[str, Any] = {}
     if adapter is not None and (adapter / STAGE_FILE).exists():
         about = read_json(adapter / STAGE_FILE)
@@ -301,10 +303,31 @@ def outcome(
     return {
         "adapter": None if adapter is None else str(adapter),
         "best": about.get("best"),
+        "dev": [(one["step"], one["loss"]) for one in about.get("evaluations", [])],
         "zeros": about.get("zeros", {}).get("exported"),
         "bytes": size,
         "losses": _losses(context, adapter) if judged else None,
         "scores": sets,
+        "rows": rows,
+    }
+
+
+def rows_of(scores: Path, metrics: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return test set -> ids, groups and each row's own scores, from an evaluation's folder."""
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(scores / "predictions.jsonl"):
+        sets.setdefault(row["set"], []).append(row)
+    return {
+        name: {
+            "ids": [row["id"] for row in rows],
+            "groups": [row["group"] for row in rows],
+            "values": {
+                metric: [round(row[metric], 5) for row in rows]
+                for metric in metrics
+                if all(isinstance(row.get(metric), int | float) for row in rows)
+            },
+        }
+        for name, rows in sets.items()
     }
 
 

@@ -14,7 +14,7 @@ from grasp_lora.runs import read_json, read_jsonl
 from grasp_lora.tasks.base import task_named
 
 # Left out of the pairing of systems within a run: its encoder would have to read all texts again.
-NOT_PAIRED = ("bertscore_f1",)
+_SLOW = ("bertscore_f1",)
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def compare_evaluations(
 ) -> dict[str, Any]:
     """Return set name -> metric -> the paired test of two evaluations, `one` less `other`."""
     ours, theirs = rows_by_set(one), rows_by_set(other)
-    names = [name for name in metric_names(config) if name not in NOT_PAIRED]
+    names = [name for name in metric_names(config) if name not in _SLOW]
     compared: dict[str, Any] = {}
     for name, (role, split) in sets.items():
         language = section_of(config, role, split).language
