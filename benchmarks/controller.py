@@ -1,7 +1,7 @@
 """The laboratory: how well each way to search finds the ratio, without any model.
 
     OMP_NUM_THREADS=1 python -m benchmarks.controller --json controller.json --picture FILE.png
-    python -m benchmarks.controller --recordings docs/results/landscape/*   # real pairs as well
+    python -m benchmarks.controller --recordings docs/results/runs/*   # real pairs as well
 
 Curves, rows and the seeds of the searches are the same for every way. Regret is the loss at the
 ratio found less the least loss after the final run, in spans of the curve between 0 and 0.8; of

@@ -1,20 +1,17 @@
-"""Is there a better prune ratio, and do probes see it? Curves before and after training, recorded.
+"""What probes see of a real pair, before, during and after training: the curves, recorded.
 
-    python -m benchmarks.landscape CONFIG --out docs/results/landscape/en-es --work runs/en-es
+    python -m benchmarks.landscape CONFIG --out docs/results/runs/en-es --work runs/landscape/en-es
 
 CONFIG is a run's configuration with source and target rows. The two adapters are trained once (or
-taken from `adapters.source` and `adapters.target`), kept in `--work`, and merged. Then
+taken from `adapters.source` and `adapters.target`), kept in `--work`, and merged. Recorded is the
+loss of every micro-dev and dev row at nine ratios, before, halfway through and after a fine-tuning
+of the merge, by how that trains: `plain`, with nothing pruned; `random`, each step under a mask of
+a ratio drawn evenly from the range, masks nested; `branches`, a few steps from the merge under each
+ratio's own mask. Before training also under a uniform shrink.
 
-- `probes`: the loss of every micro-dev and dev row at nine ratios, before, halfway through and
-  after a fine-tuning of the merge, by how that trains: `plain`, with nothing pruned; `random`, each
-  step under a mask of a ratio drawn evenly from the range, masks nested; `branches`, a few steps
-  from the merge under each ratio's own mask. Before training also under a uniform shrink.
-- `finals`: fine-tuning at a fixed ratio (mask cut once), and the rivals of pruning at ratio 0: the
-  merge shrunk, other weights, weight decay, the source adapter alone. The adapter of the best dev
-  loss is kept, step 0 included, and answers the test rows.
-
-Each finished run is one small JSON file below `--out`; one that is there is not run again, so the
-command goes on where it was stopped. `benchmarks.landscape_report` reads them.
+Each run is one small JSON file below `--out`/probes; one that is there is not run again, so the
+command goes on where it was stopped. What training makes of the ratios is recorded by `grasp-lora
+compare` (see `benchmarks.recorded`); `benchmarks.landscape_report` holds the two side by side.
 """
 
 import argparse
@@ -35,48 +32,20 @@ from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.hf.live import LiveAdapter, scored
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.evaluate import evaluate_adapter
-from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.fit import fit, run_steps
-from grasp_lora.recipes.folders import STAGE_FILE, read_start, work_folder
+from grasp_lora.recipes.folders import read_start, work_folder
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.train import train_adapter
-from grasp_lora.runs import read_json, read_jsonl, write_jsonl
+from grasp_lora.runs import write_jsonl
 from grasp_lora.settings import TrainSettings
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))
-TRAINED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
+TRAININGS = ("plain", "random", "branches")
 SHRINKS = (1.0, 0.9, 0.75, 0.5)
 BRANCH_STEPS = 8
 SPLITS = ("micro_dev", "dev")
 SOURCE_EPOCHS = 1
 """The source adapter sees its rows once; `train.epochs` is the target adapter's."""
-
-
-@dataclass(frozen=True)
-class Final:
-    """A fine-tuning run of the experiment; what is left out is the method's own.
-
-    Attributes:
-        ratio: fraction removed.
-        weights: of source and target adapter; None starts from the source adapter itself.
-        weight_decay: of AdamW.
-    """
-
-    ratio: float = 0.0
-    weights: tuple[float, float] | None = (0.5, 0.5)
-    weight_decay: float = 0.0
-
-
-FINALS: Mapping[str, Final] = {f"ratio-{ratio}": Final(ratio) for ratio in TRAINED} | {
-    "source": Final(weights=None),
-    "shrink-0.75": Final(weights=(0.375, 0.375)),
-    "shrink-0.5": Final(weights=(0.25, 0.25)),
-    "weights-75-25": Final(weights=(0.75, 0.25)),
-    "weights-25-75": Final(weights=(0.25, 0.75)),
-    "weight-decay-30": Final(weight_decay=30.0),
-}
-"""Name -> run. A decay of 30 takes 0.3 % of every weight a step at the usual rate of 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -126,37 +95,6 @@ def open_pair(config: RunConfig, work: Path, out: Path) -> Pair:
             train_adapter(asked, role, work / role, context=replace(context, config=asked))
         )
     return Pair(context, (folders[0], folders[1]), work, out)
-
-
-def final_run(pair: Pair, name: str, seed: int) -> dict[str, Any]:
-    """Fine-tune as `FINALS[name]` says and score the best adapter; return what is recorded."""
-    run = FINALS[name]
-    section = pair.config.finetune.model_copy(
-        update={"patience": None, "weight_decay": run.weight_decay, "mode": "restart"}
-    )
-    config = pair.config.model_copy(update={"finetune": section, "seed": seed})
-    context = replace(pair.context, config=config)
-    start = pair.folders[0] if run.weights is None else pair.merged(run.weights)
-    folder = pair.work / "finals" / f"{name}-s{seed}"
-    began = time.perf_counter()
-    finetune_at(config, start, run.ratio, folder / "adapter", context=context, title=name)
-    trained = time.perf_counter()
-    evaluate_adapter(config, folder / "adapter", folder / "scores", context=context)
-    stage = read_json(folder / "adapter" / STAGE_FILE)
-    rows = read_jsonl(folder / "scores" / "predictions.jsonl")
-    metrics = [m for m in ("loss", "exact_match", "token_f1", "rougeL", "chrf") if m in rows[0]]
-    return {
-        "name": name,
-        "seed": seed,
-        "ratio": run.ratio,
-        "weights": run.weights,
-        "weight_decay": run.weight_decay,
-        "dev": [(e["step"], e["loss"]) for e in stage["evaluations"]],
-        "best_step": stage["best"]["step"],
-        "zeros": stage["zeros"]["exported"],
-        "test": {metric: [round(row[metric], 4) for row in rows] for metric in metrics},
-        "seconds": {"training": trained - began, "all": time.perf_counter() - began},
-    }
 
 
 class Prober(TrainerCallback):
@@ -319,18 +257,16 @@ def _fit(
     shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
-def planned(options: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """Return (part, name, seed) in the order they are run: the first seed's come first."""
-    parts = {"probes": ("plain", "random", "branches"), "finals": tuple(FINALS)}
-    jobs = [
-        (part, name, seed)
+def planned(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return (training, seed) in the order they are run: the first seed's come first."""
+    return [
+        (name, seed)
         for seed in options.seeds
-        for part, names in parts.items()
-        for name in names
-        # The rivals of pruning and the branches are run once.
-        if seed == options.seeds[0] or name.startswith("ratio-") or name in ("plain", "random")
+        for name in TRAININGS
+        # Branches are run once: nothing but the order of eight steps is drawn in them.
+        if seed == options.seeds[0] or name != "branches"
+        if not options.only or name in options.only
     ]
-    return [job for job in jobs if not options.only or job[1] in options.only]
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -340,7 +276,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the recorded results")
     parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1337])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the runs")
+    parser.add_argument("--only", nargs="+", choices=TRAININGS, help="of the ways to train")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     return parser.parse_args(argv)
 
@@ -352,11 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = config.data.model_copy(update={"split_seed": config.data.split_seed or config.seed})
     config = config.model_copy(update={"data": data})
     pair = open_pair(config, options.work, options.out)
-    for part, name, seed in planned(options):
-        file = options.out / part / f"{name}-s{seed}.json"
+    for name, seed in planned(options):
+        file = options.out / "probes" / f"{name}-s{seed}.json"
         if file.exists():
             continue
-        found = {"probes": probe_run, "finals": final_run}[part](pair, name, seed)
+        found = probe_run(pair, name, seed)
         about = {"machine": common.machine(), "versions": common.versions()}
         write_jsonl(file, [found | about])  # one line: the lists are long
         print(f"{file}: {time.strftime('%H:%M:%S')}", flush=True)

@@ -1,6 +1,6 @@
 """What `benchmarks.landscape` recorded, as tables and a picture.
 
-    python -m benchmarks.landscape_report docs/results/landscape/* --picture landscape.png
+    python -m benchmarks.landscape_report docs/results/runs/* --picture landscape.png
 
 Of every pair: the final runs by ratio, probes against them (rank correlation, and the regret of
 taking the ratio where the probes are lowest), and the rivals of pruning. Differences are paired by
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.recorded import final_runs
 from grasp_lora.plots import BLUE, GREEN, GRID, INK, ORANGE
 from grasp_lora.runs import read_jsonl
 
@@ -26,8 +27,7 @@ class Recorded:
     def __init__(self, folder: Path):
         self.name = folder.name
         self.finals: dict[str, list[dict[str, Any]]] = {}
-        for file in sorted((folder / "finals").glob("*.json")):
-            one = read_jsonl(file)[0]
+        for one in final_runs(folder):
             self.finals.setdefault(one["name"], []).append(one)
         self.probes = [read_jsonl(file)[0] for file in sorted((folder / "probes").glob("*.json"))]
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.recorded import final_runs
 from grasp_lora.runs import read_jsonl
 
 HIGH = 0.8
@@ -248,7 +249,7 @@ def read_recording(folder: Path, training: str = "plain", seed: int = 42) -> Rec
     """Return the recording of a pair.
 
     Args:
-        folder: of a pair, as `benchmarks.landscape --out`.
+        folder: of a pair, as `benchmarks.landscape --out` and `benchmarks.recorded keep`.
         training: how the search run trained.
         seed: of the search run.
 
@@ -256,9 +257,9 @@ def read_recording(folder: Path, training: str = "plain", seed: int = 42) -> Rec
         FileNotFoundError: the probes or all final runs at fixed ratios are missing.
     """
     probes = read_jsonl(folder / "probes" / f"{training}-s{seed}.json")[0]
-    finals = [read_jsonl(file)[0] for file in sorted((folder / "finals").glob("ratio-*.json"))]
+    finals = [run for run in final_runs(folder) if run["name"].startswith("ratio-")]
     if not finals:
-        raise FileNotFoundError(f"{folder / 'finals'} holds no ratio-*.json; record the runs first")
+        raise FileNotFoundError(f"'{folder}' holds no run at a fixed ratio; record the runs first")
     by_ratio: dict[float, list[float]] = {}
     for one in finals:
         by_ratio.setdefault(one["ratio"], []).append(float(np.mean(one["test"]["loss"])))

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from benchmarks import controller, controllers, landscape, landscape_report, rewards
+from benchmarks import recorded as recorded_runs
 from benchmarks.controllers import CONTROLLERS, floor
 from benchmarks.worlds import (
     FAMILIES,
@@ -17,7 +18,7 @@ from benchmarks.worlds import (
     read_recording,
 )
 
-from grasp_lora.runs import write_jsonl
+from grasp_lora.runs import write_json, write_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -65,16 +66,17 @@ def recorded(folder, shift=0.0):
     for seed in (42, 1337):
         for ratio in ratios:
             loss = 2 + abs(ratio - 0.4) + (0.1 if seed == 42 else -0.1)
+            name = f"grid-{ratio}-s{seed}" if ratio else f"average-finetuned-s{seed}"
+            values = {"loss": [loss, loss], "exact_match": [0, 100], "token_f1": [50, 100]}
             final = {
-                "name": f"ratio-{ratio}",
-                "seed": seed,
+                "job": name,
                 "ratio": ratio,
                 "zeros": ratio,
                 "dev": [(0, loss + 0.5), (5, loss), (10, loss + 0.2)],
-                "best_step": 5,
-                "test": {"loss": [loss, loss], "exact_match": [0, 100], "token_f1": [50, 100]},
+                "best": {"step": 5, "loss": loss},
+                "rows": {"test": {"values": values}},
             }
-            write_jsonl(folder / "finals" / f"ratio-{ratio}-s{seed}.json", [final])
+            write_jsonl(folder / f"{name}.json", [final])
     return folder
 
 
@@ -101,7 +103,7 @@ def test_other_seeds_have_other_rows_of_the_same_kind(tmp_path):
 
 def test_a_recording_without_final_runs_is_refused(tmp_path):
     folder = recorded(tmp_path / "pair")
-    for file in (folder / "finals").iterdir():
+    for file in folder.glob("*.json"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="record the runs first"):
         read_recording(folder)
@@ -207,7 +209,7 @@ def landscape_of_a_tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("landscape")
     tiny_backbone_folder(folder / "base")
     file = write_job(folder / "run.yaml", job(folder, controller={"rounds": 1, "rows": 2}))
-    names = ["plain", "random", "ratio-0.5", "source", "shrink-0.5"]
+    names = ["plain", "random"]
     arguments = [str(file), "--out", str(folder / "out"), "--work", str(folder / "work")]
     arguments += ["--seeds", "42", "--only", *names]
     landscape.main(arguments)
@@ -231,20 +233,25 @@ def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tin
     assert np.allclose(plain["shrinks"]["losses"][0], plain["losses"]["0"][0], atol=2e-4)
 
 
-def test_final_runs_of_a_landscape_keep_what_is_compared(landscape_of_a_tiny_model):
-    out, _ = landscape_of_a_tiny_model
-    one = json.loads((out / "finals" / "ratio-0.5-s42.json").read_text())
-    assert one["zeros"] == pytest.approx(0.5, abs=0.01)
-    assert one["best_step"] == min(one["dev"], key=lambda e: e[1])[0]
-    assert len(one["test"]["loss"]) == len(one["test"]["exact_match"]) == 4
-    source = json.loads((out / "finals" / "source-s42.json").read_text())
-    assert source["weights"] is None
-    assert source["zeros"] < 0.01
+def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
+    queue = tmp_path / "queue"
+    result = {"scores": {"test": {"loss": 1.0}}, "ratio": 0.2, "adapter": str(tmp_path)}
+    record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "provenance": {}}
+    write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result})
+    write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
+    recorded_runs.main(["keep", str(queue), str(tmp_path / "kept")])
+    (file,) = (tmp_path / "kept").iterdir()
+    assert str(tmp_path) not in file.read_text(), "a folder of this machine"
+    assert "1 runs written" in capsys.readouterr().out
+    assert recorded_runs.keep(queue, tmp_path / "kept") == 0
+    assert recorded_runs.restore(tmp_path / "kept", tmp_path / "again") == 1
+    back = json.loads((tmp_path / "again" / "grid-0.2-s42" / "result.json").read_text())
+    assert back["key"] == "k"
+    assert back["result"] == result | {"adapter": None}
 
 
 def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatch):
     _, arguments = landscape_of_a_tiny_model
-    monkeypatch.setattr(landscape, "final_run", lambda *a: pytest.fail("run again"))
     monkeypatch.setattr(landscape, "probe_run", lambda *a: pytest.fail("run again"))
     landscape.main(arguments)
 
