@@ -37,7 +37,7 @@ from jobs import job, write_job
 ONLY = (
     *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
     *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
-    "ratio-higher",
+    *("ratio-higher", "target-adalora"),
 )
 
 
@@ -73,7 +73,7 @@ def test_every_method_has_its_rows(done):
     assert found["failed"] == {}
     counts = {name: len(of(found, name)) for name in found["methods"]}
     once = dict.fromkeys(("zero-shot", "source", "target-all-labels", "learned-weights"), 1)
-    once |= dict.fromkeys(("random-masks", "ratio-higher"), 1)
+    once |= dict.fromkeys(("random-masks", "ratio-higher", "target-adalora"), 1)
     twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
     assert list(found["not_applicable"]) == ["ties-finetuned"]

@@ -82,6 +82,7 @@ METHODS: Mapping[str, Method] = {
         "all_labels",
         role="baseline",
     ),
+    "target-adalora": Method("an AdaLoRA adapter trained on the target rows", "adalora"),
     "average": Method(
         "average of the deltas, untrained", "fixed", {"start": AVERAGE}, seeds="none"
     ),

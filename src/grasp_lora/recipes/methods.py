@@ -6,19 +6,33 @@ its folder and returns what tables are made of. A job that was killed goes on wi
 
 import functools
 import math
+import shutil
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.config import RunConfig
+from grasp_lora.hf.adalora import AdaLoraCallback, as_lora, attach_adalora
+from grasp_lora.hf.modules import resolve_targets
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.data import RunData
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
-from grasp_lora.recipes.folders import STAGE_FILE, read_ratio, read_start, stage_key
+from grasp_lora.recipes.fit import fit, run_steps
+from grasp_lora.recipes.folders import (
+    STAGE_FILE,
+    finish_stage,
+    read_ratio,
+    read_start,
+    save_plain,
+    stage_is_done,
+    stage_key,
+    work_folder,
+)
 from grasp_lora.recipes.job import Work
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.queue import Job
@@ -255,6 +269,63 @@ def all_labels(
     # Its labelled rows are all train rows: nothing is left to choose by.
     found = outcome(context, final, folder, judged=False)
     return found | {"ratio": 0.0, "epochs": epochs, "price": price}
+
+
+@_or_not_applicable
+def adalora(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train an AdaLoRA adapter on the target rows; it is kept as a plain LoRA adapter.
+
+    Args:
+        inputs: `config`.
+        needed: nothing is read from it.
+        folder: receives `final/` and `scores/`. A run that was killed begins anew: PEFT's schedule
+            of ranks is not part of a checkpoint.
+    """
+    config = RunConfig(**inputs["config"])
+    if config.model.quantization != "none":
+        raise NotApplicable("AdaLoRA is not run on a quantized backbone")
+    context = open_context(config)
+    final, key = folder / "final", stage_key(config, data=context.data.digest())
+    if not stage_is_done(final, key, overwrite=False):
+        _train_adalora(context, final, key)
+    price = _price(context, [final], section="train")
+    return outcome(context, final, folder) | {"ratio": 0.0, "price": price}
+
+
+def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> None:
+    config, model = context.config, context.backbone.model
+    began = time.perf_counter()
+    targets = resolve_targets(model, config.lora.target_modules)
+    steps = run_steps(context, config.train, "target")
+    try:
+        live = attach_adalora(
+            model,
+            targets,
+            config.lora.r,
+            config.lora.alpha,
+            config.lora.dropout,
+            steps,
+            config.seed,
+        )
+    except ValueError as error:
+        raise NotApplicable(f"AdaLoRA: {error}") from None
+    try:
+        shutil.rmtree(work_folder(final), ignore_errors=True)
+        result = fit(
+            context,
+            live,
+            config.train,
+            final,
+            key,
+            "AdaLoRA",
+            extra=[AdaLoraCallback(live)],
+            patience=config.train.patience,
+        )
+        plain = as_lora(live)
+    finally:
+        live.model.unload()  # type: ignore[operator]
+    save_plain(final, plain, context.backbone)
+    finish_stage(final, key, {"seconds": time.perf_counter() - began} | result.facts())
 
 
 def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
