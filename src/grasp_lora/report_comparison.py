@@ -91,7 +91,8 @@ def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[lis
     metrics = [m for m in HEADLINES.get(found["task"], ()) if m in _metrics(found, test)]
     main, reference = metrics[0], found["reference"]
     titles = ["method", "seeds", "ratio", *(TITLES.get(m, m) for m in metrics), "dev loss"]
-    titles += [f"{TITLES.get(main, main)} against {reference}", f"loss against {reference}"]
+    if reference:
+        titles += [f"{TITLES.get(main, main)} against {reference}", f"loss against {reference}"]
     rows: list[list[str]] = []
     for method, runs in shown_methods(found).items():
         cells = [method, str(len(runs)), _spread([run["ratio"] for run in runs], 3)]
@@ -99,8 +100,9 @@ def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[lis
             digits = 3 if metric in NATIVE else 1
             cells.append(_spread([run["scores"][test][metric] for run in runs], digits))
         cells.append(_spread([run["dev_loss"] for run in runs], 3))
-        paired = found["paired"].get(method, {}).get(test, {})
-        cells += [_apart(paired.get(main), 1), _apart(paired.get("loss"), 3)]
+        if reference:
+            paired = found["paired"].get(method, {}).get(test, {})
+            cells += [_apart(paired.get(main), 1), _apart(paired.get("loss"), 3)]
         rows.append(cells)
     oracle = _oracle(found, test, metrics)
     return titles, rows + ([oracle] if oracle else [])
@@ -121,7 +123,8 @@ def _oracle(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> list
     for metric in metrics:
         digits = 3 if metric in NATIVE else 1
         cells.append(_spread([run["scores"][test][metric] for run in best], digits))
-    return [*cells, _spread([run["dev_loss"] for run in best], 3), NO_VALUE, NO_VALUE]
+    cells.append(_spread([run["dev_loss"] for run in best], 3))
+    return cells + ([NO_VALUE, NO_VALUE] if found["reference"] else [])
 
 
 def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -151,9 +154,9 @@ def shown_methods(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]
     """Return method -> its runs; what another method chooses from has no row of its own."""
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in found["rows"]:
-        if not row["method"].startswith(("grid-0", "adaptive-0")):
-            methods.setdefault(row["method"], []).append(row)
-    return methods
+        methods.setdefault(row["method"], []).append(row)
+    chosen_from = tuple(f"{name}-0" for name in ("grid", "adaptive") if name in methods)
+    return {name: runs for name, runs in methods.items() if not name.startswith(chosen_from)}
 
 
 def _tests(found: Mapping[str, Any]) -> list[str]:

@@ -113,6 +113,9 @@ def test_the_command_prints_the_table_and_does_nothing_twice(done, settings):
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")} == times
     assert "entropy-on" in result.output
     written = (out / "ablation.md").read_text()
+    fewer = CliRunner().invoke(app, [*arguments[:6], "--only", "moments-kept"])
+    assert fewer.exit_code == 0, fewer.output
+    assert list(read_json(out / "ablation.json")["variants"]) == list(found["variants"])
     line = next(part for part in written.splitlines() if part.startswith("| entropy-on"))
     dev = found["variants"]["entropy-on"]["mean"]["dev_loss"]["mean"]
     assert f"{dev:.4f}" in line

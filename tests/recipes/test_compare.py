@@ -185,6 +185,10 @@ def test_the_command_does_nothing_twice(done, settings):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")} == times
+    before = read_json(out / "comparison.json")
+    fewer = CliRunner().invoke(app, [*arguments[:8], "--only", "zero-shot"])
+    assert fewer.exit_code == 0, fewer.output
+    assert read_json(out / "comparison.json") == before, "what is there stays in the tables"
     assert "ties-finetuned: not applicable" in result.output
 
 

@@ -17,7 +17,7 @@ from grasp_lora.core import ControllerConfig
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.methods import adapters_job, settings_of, with_split_seed
 from grasp_lora.recipes.progress import Narrator
-from grasp_lora.recipes.queue import Job, Outcome, run_queue
+from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
 from grasp_lora.recipes.scoring import missing_metrics
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.report import ablation_markdown
@@ -123,8 +123,15 @@ def ablate(
     data = load_run_data(config, Narrator(quiet).say)
     wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)
-    jobs = _jobs(config, data, chosen, seeds)
-    outcomes = run_queue(out, jobs, workers, threads, overwrite, quiet)
+    outcomes = run_queue(
+        out, _jobs(config, data, chosen, seeds), workers, threads, overwrite, quiet
+    )
+    # What an earlier start with other names left there belongs in the table as well.
+    others, _ = _chosen(config, data, [name for name in VARIANTS if name not in wanted])
+    kept = results_in(out, _jobs(config, data, others, seeds))
+    outcomes = kept | outcomes
+    there = {name for name in others if any(f"{name}-s{seed}" in kept for seed in seeds)}
+    chosen = {name: (chosen | others)[name] for name in VARIANTS if name in there or name in chosen}
     found = _summary(chosen, left_out, seeds, outcomes) | {
         "task": config.data.task,
         "language": config.data.target.language,
@@ -181,9 +188,9 @@ def _summary(
     for name in chosen:
         runs: dict[int, Mapping[str, Any]] = {}
         for seed in seeds:
-            result = outcomes[f"{name}-s{seed}"].result
-            if result is not None:
-                runs[seed] = result
+            outcome = outcomes.get(f"{name}-s{seed}")
+            if outcome is not None and outcome.result is not None:
+                runs[seed] = outcome.result
         variants[name] = {
             "about": VARIANTS[name].about,
             "runs": {str(seed): dict(run) for seed, run in runs.items()},

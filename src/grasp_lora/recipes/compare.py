@@ -16,7 +16,7 @@ from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.methods import RATIO_STEP, adapters_job, settings_of, with_split_seed
 from grasp_lora.recipes.progress import Narrator
-from grasp_lora.recipes.queue import Job, Outcome, run_queue
+from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
 from grasp_lora.recipes.scoring import metric_options, missing_metrics
 from grasp_lora.report_comparison import comparison_csv, comparison_markdown
 from grasp_lora.runs import write_json, write_text
@@ -213,7 +213,8 @@ def compare_methods(
     Args:
         config: the run's settings. Its own seed divides the rows and trains the adapters.
         out: receives `comparison.md`, `.csv`, `.json`, pictures, and a folder for each run.
-        only: names of methods; none is all. What they need is run as well.
+        only: names of methods to run; none is all. What they need is run as well. The tables have
+            all methods with a result in the folder.
         seeds: of searches and fine-tuning; methods that are run once take the first.
         workers, threads, overwrite: as for `run_queue`.
         quiet: print nothing.
@@ -240,7 +241,10 @@ def compare_methods(
         )
     jobs = jobs_of(config, data, with_needs(only or METHODS), seeds)
     outcomes = run_queue(out, jobs, workers, threads, overwrite, quiet)
-    found = summary(config, jobs, outcomes)
+    # What an earlier start with other names left there belongs in the tables as well.
+    whole = jobs_of(config, data, list(METHODS), seeds)
+    outcomes = results_in(out, whole) | outcomes
+    found = summary(config, [job for job in whole if job.name in outcomes], outcomes)
     write_json(out / "comparison.json", found)
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
@@ -319,7 +323,9 @@ def summary(
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[int, Mapping[str, Any]]] = {}
     not_applicable: dict[str, str] = {}
-    for job in jobs[1:]:
+    for job in jobs:
+        if job.name == "adapters":
+            continue
         result, name = outcomes[job.name].result, _method_of(job.name)
         if result is None:
             continue

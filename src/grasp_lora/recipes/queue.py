@@ -129,6 +129,18 @@ def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
     return keys
 
 
+def results_in(folder: Path, jobs: Sequence[Job]) -> dict[str, Outcome]:
+    """Return the outcomes of those jobs that a queue's folder has a result of, same inputs only."""
+    found: dict[str, Outcome] = {}
+    for name, key in keys_of(jobs).items():
+        file = folder / name / RESULT_FILE
+        if file.exists() and read_json(file)["key"] == key:
+            outcome = _outcome(folder / name, key)
+            assert outcome is not None, "its result is there"
+            found[name] = outcome
+    return found
+
+
 def gpu_of(place: int, gpus: Sequence[str]) -> dict[str, str]:
     """Return the environment that gives a worker its GPU.
 
