@@ -182,7 +182,9 @@ def test_a_result_of_other_inputs_is_not_taken_for_the_jobs_own(tmp_path):
 def queue_process(folder, *jobs):
     listed = [[job.name, job.work, dict(job.inputs), list(job.needs)] for job in jobs]
     code = (
-        "import json, sys; from pathlib import Path\n"
+        "import json, signal, sys; from pathlib import Path\n"
+        # A shell's background job is started with interrupts ignored, and hands that on.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from grasp_lora.recipes.queue import Job, run_queue\n"
         "jobs = [Job(n, w, i, tuple(d)) for n, w, i, d in json.loads(sys.argv[2])]\n"
         "run_queue(Path(sys.argv[1]), jobs, threads=1)\n"
