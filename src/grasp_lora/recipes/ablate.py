@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import ConfigError, RunConfig
+from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
-from grasp_lora.recipes.data import RunData, load_run_data
-from grasp_lora.recipes.methods import adapters_job, settings_of, with_split_seed
-from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.data import RunData
+from grasp_lora.recipes.methods import adapters_job, checked_data, settings_of, with_split_seed
 from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
-from grasp_lora.recipes.scoring import missing_metrics
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.report import ablation_markdown
 from grasp_lora.runs import write_json, write_text
@@ -110,17 +108,7 @@ def ablate(
     Raises:
         ValueError: a variant has no such name, or the settings or data cannot work.
     """
-    unknown = [name for name in only if name not in VARIANTS]
-    if unknown or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"no variant {unknown[0]!r}; choose from {', '.join(VARIANTS)}"
-            if unknown
-            else f"seeds must be different numbers, at least one, got {list(seeds)}"
-        )
-    faults = config.faults() + config.missing_files() + missing_metrics(config)
-    if faults:
-        raise ConfigError(faults)
-    data = load_run_data(config, Narrator(quiet).say)
+    data = checked_data(config, "variant", only, VARIANTS, seeds, quiet)
     wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)
     outcomes = run_queue(

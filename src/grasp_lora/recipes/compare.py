@@ -9,15 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import ConfigError, RunConfig
+from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.metrics import compare_means
 from grasp_lora.plots import plot_comparison
-from grasp_lora.recipes.data import RunData, load_run_data
-from grasp_lora.recipes.methods import RATIO_STEP, adapters_job, settings_of, with_split_seed
-from grasp_lora.recipes.progress import Narrator
+from grasp_lora.recipes.data import RunData
+from grasp_lora.recipes.methods import (
+    RATIO_STEP,
+    adapters_job,
+    checked_data,
+    settings_of,
+    with_split_seed,
+)
 from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
-from grasp_lora.recipes.scoring import metric_options, missing_metrics
+from grasp_lora.recipes.scoring import metric_options
 from grasp_lora.report_comparison import comparison_csv, comparison_markdown
 from grasp_lora.runs import write_json, write_text
 
@@ -225,15 +230,7 @@ def compare_methods(
     Raises:
         ValueError: a method has no such name, or the settings or data cannot work.
     """
-    unknown = [name for name in only if name not in METHODS]
-    if unknown:
-        raise ValueError(f"no method {unknown[0]!r}; choose from {', '.join(METHODS)}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
-    faults = config.faults() + config.missing_files() + missing_metrics(config)
-    if faults:
-        raise ConfigError(faults)
-    data = load_run_data(config, Narrator(quiet).say)
+    data = checked_data(config, "method", only, METHODS, seeds, quiet)
     if not data.test_sets():
         raise ValueError(
             "there are no test rows to compare on: give data.target.rows.test, "

@@ -9,17 +9,17 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config import RunConfig
+from grasp_lora.config import ConfigError, RunConfig
 from grasp_lora.hf.adalora import AdaLoraCallback, as_lora, attach_adalora
 from grasp_lora.hf.modules import resolve_targets
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.data import RunData
+from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.fit import fit, run_steps
@@ -35,7 +35,9 @@ from grasp_lora.recipes.folders import (
 )
 from grasp_lora.recipes.job import Work
 from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.queue import Job
+from grasp_lora.recipes.scoring import missing_metrics
 from grasp_lora.recipes.search import search_ratio
 from grasp_lora.recipes.starts import NotApplicable, started
 from grasp_lora.recipes.train import train_adapter
@@ -48,6 +50,31 @@ JUDGED = ("micro_dev", "dev")
 FOLDS = 5
 RATIO_STEP = 0.1
 TRIALS = 8
+
+
+def checked_data(
+    config: RunConfig,
+    kind: str,
+    only: Sequence[str],
+    known: Collection[str],
+    seeds: Sequence[int],
+    quiet: bool,
+) -> RunData:
+    """Return the rows of a queue of runs, once all that can be checked before any work is right.
+
+    Raises:
+        ValueError: a name is unknown, seeds are none or twice the same, or the settings or the
+            data cannot work.
+    """
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise ValueError(f"no {kind} {unknown[0]!r}; choose from {', '.join(known)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    faults = config.faults() + config.missing_files() + missing_metrics(config)
+    if faults:
+        raise ConfigError(faults)
+    return load_run_data(config, Narrator(quiet).say)
 
 
 def with_split_seed(config: RunConfig) -> RunConfig:
