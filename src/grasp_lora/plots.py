@@ -103,7 +103,7 @@ def _pareto_panel(axes: Axes, runs: _Runs, label: str) -> None:
         seconds = _mean_of(seconds for _, _, seconds in points)
         axes.plot(seconds, score, "o", color=_colour_of(method))
         _name_point(axes, method, seconds, score)
-    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
     axes.set_xlabel("seconds from the two adapters to the final one")
     axes.set_ylabel(label)
 
@@ -118,13 +118,14 @@ def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
             for ratio, score, _ in points:
                 axes.plot(ratio, score, ".", color=colour)
     for ratio, score, _ in runs.get("average-finetuned", ()):
-        axes.axhline(score, color=GRID)
+        axes.axhline(score, color=INK, linestyle=":", linewidth=0.8, zorder=0)
         axes.annotate("unpruned", (ratio, score), fontsize=8, color=INK)
     for method, points in runs.items():
         if method.startswith("grasp"):
             for ratio, score, _ in points:
                 axes.plot(ratio, score, "*", color=ORANGE, markersize=11)
                 _name_point(axes, method, ratio, score)
+    axes.set_xlim(left=-0.02)
     axes.set_xlabel("ratio (fraction removed)")
     axes.set_ylabel(label)
     if axes.get_legend_handles_labels()[1]:
