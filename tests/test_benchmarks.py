@@ -16,6 +16,7 @@ from benchmarks import (
     loading,
     masks,
     search,
+    sharing,
     step,
 )
 from benchmarks.authors_schedule import Schedule
@@ -36,6 +37,7 @@ FIGURES = {
     growth: (),
     loading: ("help_seconds",),
     masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
+    sharing: ("sharing_speedup",),
     step: ("step_matmul_fraction", "step_speedup_vs_trainer", "probe_over_forward"),
 }
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from grasp_lora.hf.batches import EpochRows, epoch_order, right_sized
+from grasp_lora.hf.batches import EpochRows, epoch_order, right_sized, shared_prompts
 
 
 def lengths_of(count, seed=0):
@@ -98,3 +98,52 @@ def test_right_sized_cuts_cost_no_more_than_any_other(most_rows, forward_tokens,
 def test_no_rows_need_no_forward_and_one_row_needs_one():
     assert right_sized([], 4, 64) == []
     assert right_sized([9], 4, 64) == [[0]]
+
+
+def families(seed, families=4, most=6):
+    """Rows (ids, prompt length) of a few texts with questions behind them, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        count = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(0, 3, (count,), generator=generator).tolist())
+
+    found = []
+    for _ in range(families):
+        text = draw(20, 40)
+        for _ in range(int(torch.randint(1, most, (), generator=generator))):
+            ids = text + draw(3, 9)
+            found.append((ids, len(ids) - 2))
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+
+@pytest.mark.parametrize("most_rows", [1, 3, 8])
+@pytest.mark.parametrize("forward_tokens", [0, 30, 10_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_shared_beginnings_are_common_worth_it_and_leave_no_row_out(
+    most_rows, forward_tokens, seed
+):
+    rows = families(seed)
+    shared, alone = shared_prompts(rows, most_rows, forward_tokens)
+    assert sorted([i for members, _ in shared for i in members] + alone) == list(range(len(rows)))
+    for members, common in shared:
+        assert 2 <= len(members) <= most_rows
+        assert len({rows[i][0][:common] for i in members}) == 1
+        assert all(common <= rows[i][1] for i in members)
+        assert common * (len(members) - 1) > forward_tokens
+    if most_rows == 1 or forward_tokens == 10_000:
+        assert shared == []
+
+
+def test_rows_of_one_text_are_found_wherever_they_stand():
+    text, other = tuple(range(100, 140)), tuple(range(40))
+    rows = [(text + (i, i + 1, 9), 42) for i in (5, 1, 7)] + [(other + (1, 2), 41)]
+    rows = [rows[0], rows[3], rows[1], rows[2]]
+    shared, alone = shared_prompts(rows, 8, 64)
+    assert [(sorted(members), common) for members, common in shared] == [([0, 2, 3], 40)]
+    assert alone == [1]
+
+
+def test_no_rows_share_nothing():
+    assert shared_prompts([], 8, 0) == ([], [])
+    assert shared_prompts([((1, 2, 3), 2)], 8, 0) == ([], [0])

@@ -119,3 +119,45 @@ def right_sized(lengths: Sequence[int], most_rows: int, forward_tokens: int) -> 
         cuts.append(order[start:end])
         end = start
     return cuts[::-1]
+
+
+def shared_prompts(
+    rows: Sequence[tuple[Sequence[int], int]], most_rows: int, forward_tokens: int
+) -> tuple[list[tuple[list[int], int]], list[int]]:
+    """Return rows that begin alike, whose common beginning is better read once, and the others.
+
+    Questions about one text begin with that text. Reading it once takes a forward of its own; it
+    is worth that where the tokens saved outweigh it, at the prices of `right_sized`.
+
+    Args:
+        rows: (token ids, how many of them at the beginning may be shared).
+        most_rows: rows a forward may hold, at least 1.
+        forward_tokens: tokens that cost as much as one more forward does by itself.
+
+    Returns:
+        [(rows that share a forward, their common tokens)], [rows that stand alone].
+    """
+    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i][0]))
+    shared: list[tuple[list[int], int]] = []
+    alone: list[int] = []
+    while order:
+        members, common = [order[0]], rows[order[0]][1]
+        for i in order[1:most_rows]:
+            with_it = min(_common(rows[members[0]][0], rows[i][0]), common, rows[i][1])
+            # Less than half a row in common: its own neighbours are the better company.
+            saved = with_it * len(members) - common * (len(members) - 1)
+            if saved <= 0 or 2 * with_it < len(rows[i][0]):
+                break
+            members.append(i)
+            common = with_it
+        order = order[len(members) :]
+        if common * (len(members) - 1) > forward_tokens:
+            shared.append((members, common))
+        else:
+            alone += members
+    return shared, alone
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
 from grasp_lora.hf.live import LiveAdapter, go_live
 from grasp_lora.hf.memory import MemoryPlan
-from grasp_lora.hf.probe import Rows
+from grasp_lora.hf.probe import Rows, can_share
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.processes import is_main, join
 from grasp_lora.recipes.progress import Narrator
@@ -93,7 +93,14 @@ class Context:
         """Return the rows of the splits, ready to be probed."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
         forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
-        return Rows(encoded, self.collator, self.config.evaluate.batch_size, forward_tokens)
+        longest = max((len(row.input_ids) for row in encoded), default=0)
+        return Rows(
+            encoded,
+            self.collator,
+            self.config.evaluate.batch_size,
+            forward_tokens,
+            share=can_share(self.backbone.model, longest),
+        )
 
     @contextmanager
     def live(
@@ -130,7 +137,7 @@ class Context:
         # train rows serves them all.
         digest = live.digest()
         if digest not in self._norms_known:
-            train = self.rows("target", ["train"])
+            train = replace(self.rows("target", ["train"]), share=False)
             batches = train.batches(range(len(train.encoded)))
             found = input_norms(live.model, live.layers, [batch for _, batch in batches])
             self._norms_known[digest] = found
