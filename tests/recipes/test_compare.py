@@ -27,6 +27,7 @@ from grasp_lora.recipes.compare import (
 from grasp_lora.recipes.context import open_context
 from grasp_lora.recipes.folders import read_start
 from grasp_lora.recipes.methods import folds_of, ratio_in
+from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
 from grasp_lora.runs import read_json
@@ -113,6 +114,54 @@ def test_prices_count_what_was_done(done):
     (labels,) = of(found, "target-all-labels")
     assert labels["runs"] == 6
     assert labels["dev_loss"] is None, "it was trained on the labelled rows"
+
+
+def test_what_is_projected_is_what_was_done(done, settings):
+    found, out = done
+    config = load_config(settings)
+    data = open_context(config, quiet=True).data
+    jobs = {job.name: job for job in jobs_of(config, data, with_needs(ONLY), (1, 2))}
+    # 4 micro-dev and 4 dev rows judge, 8 train rows are read for the norms of a pruned start
+    judged, train = 8, 8
+    for row in found["rows"]:
+        if row["method"] == "grid":
+            assert amount_of(jobs[f"grid-s{row['seed']}"], data) == Amount()
+            continue
+        amount = amount_of(jobs[row["job"]], data)
+        reads = train * (row["method"].startswith("grid-0") or row["method"] == "ratio-higher")
+        reads += 2 * train * (row["method"] == "grasp-restart")
+        if row["method"] == "target-all-labels":
+            judged_here = 0
+            assert amount.steps == 5 * 7 + 8, "13 of 16 rows by twos, then all"
+        else:
+            judged_here = judged
+            assert amount.steps == row["steps"], row["method"]
+            assert amount.forwards == row["forwards"] + judged_here + reads, row["method"]
+        assert amount.answers == 4
+    rates = read_json(out / "measured" / "result.json")["result"]
+    assert all(rates[name] > 0 for name in ("load", "step", "forward", "answer"))
+    assert not list((out / "measured").glob("*steps*")), "nothing is kept of the measured steps"
+    expected = projected(list(jobs.values()), data, rates)
+    assert expected["grid-s1"] == 0
+    parts = [rates["load"], 8 * rates["step"], (32 + 8 + 16) * rates["forward"]]
+    assert expected["grasp-restart-s1"] == pytest.approx(sum(parts) + 4 * rates["answer"])
+
+
+def test_the_time_is_projected_before_anything_long_is_done(settings, tmp_path):
+    command = ["compare", str(settings), "--out", str(tmp_path / "out"), "--jobs", "0"]
+    command += ["--seeds", "1", "--only", "source-finetuned", "--threads", "1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    said = next(i for i, line in enumerate(lines) if line.startswith("2 runs to do: about"))
+    assert "a step" in " ".join(lines[said : said + 3])
+    ended = [i for i, line in enumerate(lines) if line.startswith("source-finetuned-s1: done in")]
+    assert ended
+    assert said < ended[0]
+    assert "(2 of 2 runs)" in lines[ended[0]]
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0
+    assert "runs to do" not in again.stderr, "nothing is left to measure for"
 
 
 def test_variations_take_the_ratio_of_the_search(done):

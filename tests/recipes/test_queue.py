@@ -10,6 +10,7 @@ import pytest
 
 from grasp_lora.recipes import queue
 from grasp_lora.recipes.job import JOB_FILE, RESULT_FILE, do_job, work_named
+from grasp_lora.recipes.progress import duration
 from grasp_lora.recipes.queue import Job, gpu_of, keys_of, run_queue
 from grasp_lora.runs import read_json, write_json
 
@@ -212,3 +213,31 @@ def test_a_queue_that_was_killed_goes_on(tmp_path, number):
     assert starts(tmp_path / "q", "a") == 1
     assert starts(tmp_path / "q", "slow") == (1 if number == signal.SIGKILL else 2)
     assert read_json(tmp_path / "q" / "slow" / RESULT_FILE)["result"] == {"sum": 2}
+
+
+def test_the_time_left_follows_the_projection_and_how_it_is_kept(tmp_path, capsys, monkeypatch):
+    jobs = [added("a"), added("b"), added("broken", fail=True), added("c")]
+    seconds = {"a": 20.0, "b": 10.0, "broken": 0.0, "c": 5.0}
+    real = queue._outcome
+
+    def slow(folder, key):
+        found = real(folder, key)
+        return found and queue.Outcome(found.result, seconds[folder.name], None)
+
+    monkeypatch.setattr(queue, "_outcome", slow)
+    expected = {"a": 10.0, "b": 100.0, "broken": 40.0, "c": 1000.0}
+    run_queue(tmp_path / "q", jobs, 0, 1, expected=expected)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " runs" in line]
+    joined = "\n".join(lines)
+    assert "a: done in 0:20 (1 of 4 runs, about 38 min left)" in joined  # 1140 s, twice as long
+    # 30 s were spent where 110 were projected: 1040 s become 284.
+    assert "b: done in 0:10 (2 of 4 runs, about 5 min left)" in joined
+    assert "c: done in 0:05 (4 of 4 runs)" in joined
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (119.4, "119 s"), (120, "2 min"), (7190, "2 h 0 min"), (22_260, "6 h 11 min")],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words

@@ -115,7 +115,7 @@ def can_share(model: nn.Module, longest: int) -> bool:
     if not all(accepts(model, name) for name in ("position_ids", "past_key_values")):
         return False
     try:
-        layers = DynamicCache(config=bare_model(model).config).layers
+        layers = _empty_cache(model).layers
     except (AttributeError, KeyError, ValueError):  # a config that names no layers we know
         return False
     return all(
@@ -159,7 +159,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch, use_cache=False).logits
     shared = batch.pop(SHARED)
     kept = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
-    cache = DynamicCache(config=bare_model(model).config)
+    cache = _empty_cache(model)
     model(input_ids=shared, past_key_values=cache, use_cache=True, **kept)
     rows, count = batch["input_ids"].shape[0], shared.shape[1]
     cache.batch_repeat_interleave(rows)
@@ -167,3 +167,8 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     batch["attention_mask"] = torch.cat([seen, batch["attention_mask"]], dim=1)
     batch["position_ids"] = batch["position_ids"] + count
     return model(**batch, past_key_values=cache, use_cache=True).logits
+
+
+def _empty_cache(model: nn.Module) -> DynamicCache:
+    bare: Any = bare_model(model)
+    return DynamicCache(config=bare.config)

@@ -16,7 +16,8 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.recipes.data import RunData
 from grasp_lora.recipes.methods import adapters_job, checked_data, settings_of, with_split_seed
-from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
+from grasp_lora.recipes.projection import run_projected
+from grasp_lora.recipes.queue import Job, Outcome, results_in
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.report import ablation_markdown
 from grasp_lora.runs import write_json, write_text
@@ -111,9 +112,8 @@ def ablate(
     data = checked_data(config, "variant", only, VARIANTS, seeds, quiet)
     wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)
-    outcomes = run_queue(
-        out, _jobs(config, data, chosen, seeds), workers, threads, overwrite, quiet
-    )
+    jobs = _jobs(config, data, chosen, seeds)
+    outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
     # What an earlier start with other names left there belongs in the table as well.
     others, _ = _chosen(config, data, [name for name in VARIANTS if name not in wanted])
     kept = results_in(out, _jobs(config, data, others, seeds))

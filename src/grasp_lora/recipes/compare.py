@@ -21,7 +21,8 @@ from grasp_lora.recipes.methods import (
     settings_of,
     with_split_seed,
 )
-from grasp_lora.recipes.queue import Job, Outcome, results_in, run_queue
+from grasp_lora.recipes.projection import run_projected
+from grasp_lora.recipes.queue import Job, Outcome, results_in
 from grasp_lora.recipes.scoring import metric_options
 from grasp_lora.report_comparison import comparison_csv, comparison_markdown
 from grasp_lora.runs import write_json, write_text
@@ -237,7 +238,7 @@ def compare_methods(
             "data.target.files.test or data.tests"
         )
     jobs = jobs_of(config, data, with_needs(only or METHODS), seeds)
-    outcomes = run_queue(out, jobs, workers, threads, overwrite, quiet)
+    outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
     # What an earlier start with other names left there belongs in the tables as well.
     whole = jobs_of(config, data, list(METHODS), seeds)
     outcomes = results_in(out, whole) | outcomes

@@ -25,6 +25,14 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words: seconds below two minutes, then minutes, then hours and minutes."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Narrator:
     """Prints for the user; silent where `quiet` (other processes, tests, library use).
 
@@ -79,6 +87,26 @@ class Narrator:
         with progress:
             yield done
         self.say(f"{title}: done in {clock(time.perf_counter() - start)}")
+
+    @contextmanager
+    def long_bar(self, title: str, total: float) -> Iterator[Callable[[float], None]]:
+        """Show the projected seconds of a queue as a bar on a terminal, and nothing elsewhere.
+
+        Yields a function that sets how many of them are done.
+        """
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        task = progress.add_task(title, total=total)
+        with progress:
+            yield lambda seconds: progress.update(task, completed=seconds)
 
 
 class BarCallback(TrainerCallback):

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.recipes.job import JOB_FILE, RESULT_FILE, do_job, result_of
-from grasp_lora.recipes.progress import Narrator, clock
+from grasp_lora.recipes.progress import Narrator, clock, duration
 from grasp_lora.runs import holds_something, jsonable, read_json, write_json
 
 QUEUE_FILE = "queue.json"
@@ -71,6 +71,7 @@ def run_queue(
     threads: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    expected: Mapping[str, float] | None = None,
 ) -> dict[str, Outcome]:
     """Run every job that has no result yet.
 
@@ -84,6 +85,7 @@ def run_queue(
             digits, and training carries that on.
         overwrite: do jobs again whose folder holds a result of other inputs.
         quiet: print nothing.
+        expected: job name -> seconds it is projected to take; the time left is said by it.
 
     Returns:
         Job name -> outcome, in the order of `jobs`.
@@ -91,9 +93,8 @@ def run_queue(
     Raises:
         ValueError: the jobs are no queue, or the folder holds something else; before any work.
     """
-    _check(jobs, workers)
-    keys = keys_of(jobs)
-    _look(folder, jobs, keys, overwrite)
+    keys = check_queue(folder, jobs, workers, threads, overwrite)
+    _remove_others(folder, jobs, keys)
     threads = _threads(folder, threads, workers)
     _write_jobs(folder, jobs, keys)
     narrator = Narrator(quiet)
@@ -101,22 +102,71 @@ def run_queue(
     done = {name: found for name, found in outcomes.items() if found is not None}
     if done:
         narrator.say(f"{len(done)} of {len(jobs)} runs are done already")
-    with narrator.bar("runs", len(jobs)) as show:
-        show(len(done))
+    pace = _Pace(expected or dict.fromkeys(keys, 1.0), done, workers)
+    with narrator.long_bar(f"{len(jobs)} runs", pace.total) as show:
+        show(pace.total - pace.left)
 
         def ended(name: str, outcome: Outcome) -> None:
             done[name] = outcome
+            pace.end(name, outcome)
             log = folder / name / LOG_FILE
-            narrator.say(f"{name}: {outcome.error or 'done in ' + clock(outcome.seconds or 0)}")
+            state = outcome.error or "done in " + clock(outcome.seconds or 0)
+            rest = f", about {duration(pace.seconds_left)} left" if pace.left else ""
+            narrator.say(f"{name}: {state} ({len(done)} of {len(jobs)} runs{rest})")
             if outcome.error is not None and log.exists():
                 narrator.say(_tail(log))
-            show(len(done))
+            show(pace.total - pace.left)
 
         if workers == 0:
             _work_here(folder, jobs, keys, done, ended)
         else:
             _work_off(folder, jobs, keys, done, ended, workers, threads)
     return {job.name: done[job.name] for job in jobs}
+
+
+def check_queue(
+    folder: Path, jobs: Sequence[Job], workers: int, threads: int | None, overwrite: bool
+) -> dict[str, str]:
+    """Refuse, before any work, what `run_queue` cannot do; return the jobs' keys.
+
+    Raises:
+        ValueError: as `run_queue`.
+    """
+    _check(jobs, workers)
+    keys = keys_of(jobs)
+    _look(folder, jobs, keys, overwrite)
+    _check_threads(folder, threads)
+    return keys
+
+
+class _Pace:
+    """What is left of a queue, by the projection and by how this start keeps to it.
+
+    Args:
+        expected: job name -> projected seconds, or ones where nothing is projected.
+        done: jobs that have a result already.
+        workers: processes at once.
+    """
+
+    def __init__(self, expected: Mapping[str, float], done: Iterable[str], workers: int):
+        self._expected, self._workers = dict(expected), max(1, workers)
+        self.total = sum(expected.values())
+        self.left = self.total - sum(expected.get(name, 0.0) for name in done)
+        self._spent = self._projected = 0.0
+
+    def end(self, name: str, outcome: Outcome) -> None:
+        """Take a job as ended."""
+        projected = self._expected.get(name, 0.0)
+        self.left = max(0.0, self.left - projected)
+        if outcome.seconds is not None:
+            self._spent += outcome.seconds
+            self._projected += projected
+
+    @property
+    def seconds_left(self) -> float:
+        """Wall time, once something has ended; before that as projected."""
+        factor = self._spent / self._projected if self._projected else 1.0
+        return self.left * factor / self._workers
 
 
 def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
@@ -173,25 +223,37 @@ def _look(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str], overwrite:
         )
     if marker.exists() and read_json(marker).get("format") != _FORMAT:
         raise ValueError(f"'{marker}' was not written by grasp-lora; choose another folder")
-    others = [
-        job.name
-        for job in jobs
-        if (folder / job.name / JOB_FILE).exists()
-        and read_json(folder / job.name / JOB_FILE)["key"] != keys[job.name]
-    ]
+    others = _others(folder, jobs, keys)
     if others and not overwrite:
         raise ValueError(
             f"'{folder}' holds runs with other settings or data ({', '.join(others[:5])}"
             f"{', ...' if len(others) > 5 else ''}); choose another folder, or pass --overwrite to "
             "do them again"
         )
-    for name in others:
+
+
+def _others(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str]) -> list[str]:
+    """Return the jobs whose folder is that of other inputs."""
+    return [
+        job.name
+        for job in jobs
+        if (folder / job.name / JOB_FILE).exists()
+        and read_json(folder / job.name / JOB_FILE)["key"] != keys[job.name]
+    ]
+
+
+def _remove_others(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str]) -> None:
+    for name in _others(folder, jobs, keys):
         shutil.rmtree(folder / name)
 
 
-def _threads(folder: Path, asked: int | None, workers: int) -> int:
+def _kept_threads(folder: Path) -> int | None:
     marker = folder / QUEUE_FILE
-    kept = read_json(marker)["threads"] if marker.exists() else None
+    return read_json(marker)["threads"] if marker.exists() else None
+
+
+def _check_threads(folder: Path, asked: int | None) -> None:
+    kept = _kept_threads(folder)
     if asked is not None and asked < 1:
         raise ValueError(f"threads must be at least 1, got {asked}")
     if kept is not None and asked not in (None, kept):
@@ -199,8 +261,11 @@ def _threads(folder: Path, asked: int | None, workers: int) -> int:
             f"'{folder}' was begun with {kept} threads a run, and {asked} would change the last "
             "digits of what is left; leave --threads out, or choose another folder"
         )
-    threads = kept or asked or max(1, (os.cpu_count() or 1) // max(1, workers))
-    write_json(marker, {"format": _FORMAT, "threads": threads})
+
+
+def _threads(folder: Path, asked: int | None, workers: int) -> int:
+    threads = _kept_threads(folder) or asked or max(1, (os.cpu_count() or 1) // max(1, workers))
+    write_json(folder / QUEUE_FILE, {"format": _FORMAT, "threads": threads})
     return threads
 
 
