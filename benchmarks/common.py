@@ -33,7 +33,7 @@ from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
 from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone
 from grasp_lora.hf.modules import linear_shape, plain_modules, resolve_targets, vocabulary_size
-from grasp_lora.runs import peak_memory_bytes, provenance, read_json, write_json
+from grasp_lora.runs import cpu_name, peak_memory_bytes, provenance, read_json, write_json
 from grasp_lora.tasks.base import task_named
 from grasp_lora.tasks.encoding import Collator, Encoded, encode_examples
 
@@ -140,7 +140,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     """Return what the numbers were measured on; memory in bytes."""
     cuda = device is not None and device.type == "cuda"
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
@@ -148,13 +148,6 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "platform": platform.platform(),
     }
-
-
-def _cpu_model() -> str:
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:

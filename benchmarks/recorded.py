@@ -1,23 +1,113 @@
-"""Recorded runs of real pairs: small files that stay when the folders of the runs are gone.
+"""Recorded runs of real pairs: made, kept as small files, and put into tables.
 
-    python -m benchmarks.recorded keep runs/compare/en-es docs/results/runs/en-es
-    python -m benchmarks.recorded restore docs/results/runs/en-es runs/compare/en-es
+    python -m benchmarks.recorded run en-es en-ar --minutes 120
+    python -m benchmarks.recorded tables --out docs/results
 
-`keep` copies the result of every finished run of `grasp-lora compare`, without places of this
-machine. `restore` puts them back below a comparison's folder, which then does not run again what
-has the same inputs.
+`run` trains the two adapters of each pair once (`configs/results/PAIR-*.yaml`, the source adapter
+for one epoch), then goes through `PLAN` with `grasp-lora compare` and writes the result of every
+finished run, without places of this machine, to docs/results/runs/PAIR/RUN.json. A run that is
+recorded there is not run again, on whatever machine it was. `tables` writes comparison.json,
+comparison.md and pictures from what is recorded.
+
+`keep QUEUE FOLDER` copies the finished runs of a comparison's folder; `restore FOLDER QUEUE` puts
+them back below it, which then does not run again what has the same inputs.
 """
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from grasp_lora.config import RunConfig, load_config
+from grasp_lora.plots import plot_comparison
+from grasp_lora.recipes.compare import METHODS, compare_methods, job_name, method_of, summary
 from grasp_lora.recipes.job import RESULT_FILE
-from grasp_lora.runs import read_json, read_jsonl, write_json, write_jsonl
+from grasp_lora.recipes.methods import best_of
+from grasp_lora.recipes.queue import Outcome
+from grasp_lora.recipes.train import train_adapter
+from grasp_lora.report_comparison import comparison_markdown
+from grasp_lora.runs import read_json, read_jsonl, write_json, write_jsonl, write_text
 
+CONFIGS = common.ROOT / "configs" / "results"
+RUNS = common.ROOT / "docs" / "results" / "runs"
+TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
+NO_RUNS = {"precheck.json"}
+SEEDS = (42, 1337, 9001)
 UNPRUNED = "average-finetuned"
+SOURCE_EPOCHS = 1
+"""The source adapter sees its rows once; `train.epochs` is the target adapter's."""
+
+_COARSE = ("grid-0.2", "grid-0.4", "grid-0.6", "grid-0.8")
+_FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
+_MAIN = (UNPRUNED, "grasp-restart", "source-finetuned")
+_RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
+
+
+def planned() -> list[tuple[str, int]]:
+    """Return (method, seed) in the order of what is most wanted.
+
+    First the curve after training and the method beside it, seed by seed, then what fills the
+    comparison. What is only chosen among other runs is not run: see `outcomes_in`.
+    """
+    order: list[tuple[str, int]] = []
+    for seed in SEEDS:
+        order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], "grasp-continue")]
+        if seed == SEEDS[0]:
+            fixed = (name for name, one in METHODS.items() if one.seeds == "none")
+            order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
+    order += [(name, seed) for seed in SEEDS[1:] for name in _FINE]
+    order += [(name, SEEDS[0]) for name, one in METHODS.items() if one.work != "best_of"]
+    return list(dict.fromkeys(order))
+
+
+def config_of(pair: str) -> RunConfig:
+    """Return the committed settings of a pair.
+
+    Raises:
+        ValueError: there is no such pair, or more than one file for it.
+    """
+    files = sorted(CONFIGS.glob(f"{pair}-*.yaml"))
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} files are named {CONFIGS.name}/{pair}-*.yaml, wanted one")
+    return load_config(files[0])
+
+
+def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
+    """Return settings with two trained adapters; pairs with the same backbone share the source."""
+    once = config.model_copy(
+        update={"train": config.train.model_copy(update={"epochs": SOURCE_EPOCHS})}
+    )
+    task = config.data.task
+    places = {
+        "source": (once, work / f"source-{task}-{Path(config.model.name).name}"),
+        "target": (config, work / pair / "target"),
+    }
+    for role, (settings, folder) in places.items():
+        if not (folder / "adapter_model.safetensors").exists():
+            train_adapter(settings, role, folder)
+    folders = {role: folder for role, (_, folder) in places.items()}
+    return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
+
+
+def run(
+    pair: str, work: Path, out: Path, until: float, only: Sequence[str], threads: int | None
+) -> None:
+    """Do what is planned and not recorded, until a time of `time.monotonic`."""
+    config = with_adapters(config_of(pair), work, pair)
+    queue = work / pair / "compare"
+    for method, seed in planned():
+        if only and method not in only:
+            continue
+        if (out / f"{job_name(method, seed)}.json").exists():
+            continue
+        if time.monotonic() > until:
+            return
+        found = compare_methods(config, queue, (method,), (seed,), 1, threads)
+        keep(queue, out)
+        for name, why in found["not_applicable"].items():
+            write_jsonl(out / f"{job_name(name, seed)}.json", [{"not_applicable": why}])
 
 
 def keep(queue: Path, out: Path) -> int:
@@ -27,12 +117,12 @@ def keep(queue: Path, out: Path) -> int:
         found = read_json(file)
         result = dict(found["result"])
         place = out / f"{file.parent.name}.json"
-        if "scores" not in result or place.exists():
+        if "scores" not in result or "chosen" in result or place.exists():
             continue
         result.pop("adapter", None)
         record = {"job": file.parent.name} | result
-        record |= {name: found[name] for name in ("key", "seconds", "peak_memory_bytes")}
-        write_jsonl(place, [record | {"machine": common.machine(), "versions": common.versions()}])
+        record |= {name: found[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
+        write_jsonl(place, [record | {"versions": common.versions()}])
         new += 1
     return new
 
@@ -44,9 +134,9 @@ def restore(folder: Path, queue: Path) -> int:
         place = queue / record["job"] / RESULT_FILE
         if place.exists():
             continue
-        about = ("job", "key", "seconds", "peak_memory_bytes", "machine", "versions")
+        whole = {name: record[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
+        about = {"job", "versions", *whole}
         result = {name: value for name, value in record.items() if name not in about}
-        whole = {name: record[name] for name in ("key", "seconds", "peak_memory_bytes")}
         write_json(place, whole | {"result": result | {"adapter": None}})
         count += 1
     return count
@@ -54,45 +144,129 @@ def restore(folder: Path, queue: Path) -> int:
 
 def runs_in(folder: Path) -> list[dict[str, Any]]:
     """Return the recorded runs of a pair, in the order of their names."""
-    files = sorted(file for file in folder.glob("*.json") if file.name != "precheck.json")
-    return [read_jsonl(file)[0] for file in files]
+    files = sorted(file for file in folder.glob("*.json") if file.name not in NO_RUNS)
+    records = (read_jsonl(file)[0] for file in files)
+    return [record for record in records if "not_applicable" not in record]
 
 
 def final_runs(folder: Path) -> list[dict[str, Any]]:
     """Return the fine-tuning runs of a pair, as its tables need them.
 
     Each has `name` (ratio-R for a fixed ratio, the method's name for the rest), `seed`, `ratio`,
-    `dev` (step, loss), `best_step`, `zeros`, and `test`, metric -> value of each test row.
+    `dev` (step, loss), `best_step`, `zeros`, `losses` (of micro-dev and dev rows), `verdict`, and
+    `test`, metric -> value of each test row.
     """
     found: list[dict[str, Any]] = []
-    for run in runs_in(folder):
-        method, _, seed = run["job"].rpartition("-s")
-        if not run["dev"] or not method:
+    for record in runs_in(folder):
+        method, _, seed = record["job"].rpartition("-s")
+        if not record["dev"] or not method:
             continue
         fixed = method == UNPRUNED or method.startswith("grid-0")
         found.append(
             {
-                "name": f"ratio-{run['ratio']}" if fixed else method,
+                "name": f"ratio-{record['ratio']}" if fixed else method,
                 "seed": int(seed),
-                "ratio": run["ratio"],
-                "dev": run["dev"],
-                "best_step": run["best"]["step"],
-                "zeros": run["zeros"],
-                "test": run["rows"]["test"]["values"],
+                "ratio": record["ratio"],
+                "dev": record["dev"],
+                "best_step": record["best"]["step"],
+                "zeros": record["zeros"],
+                "losses": record["losses"],
+                "verdict": record.get("verdict"),
+                "test": record["rows"]["test"]["values"],
             }
         )
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Keep or restore, and say how many."""
+def outcomes_in(folder: Path) -> dict[str, Outcome]:
+    """Return the recorded runs of a pair as outcomes of a comparison, in the order of its tables.
+
+    A method that chooses among other runs has an outcome where all of them are recorded.
+    """
+    found: dict[str, Outcome] = {}
+    for file in sorted(folder.glob("*.json")):
+        if file.name in NO_RUNS:
+            continue
+        (record,) = read_jsonl(file)
+        found[file.stem] = Outcome(
+            record, record.get("seconds"), record.get("peak_memory_bytes"),
+            machine=record.get("machine"),
+        )  # fmt: skip
+    for name, method in METHODS.items():
+        if method.work != "best_of":
+            continue
+        for seed in SEEDS:
+            needs = [job_name(need, seed) for need in method.needs]
+            if all(need in found for need in needs):
+                points = {need: found[need].result or {} for need in needs}
+                chosen = best_of(method.inputs, points, folder)
+                peaks = [found[need].peak_memory_bytes or 0 for need in needs]
+                found[job_name(name, seed)] = Outcome(
+                    chosen, peak_memory_bytes=max(peaks), machine=found[needs[0]].machine
+                )
+    return {
+        job: outcome for name in METHODS for job, outcome in found.items() if method_of(job) == name
+    }
+
+
+def tables(runs: Path, out: Path) -> None:
+    """Write comparison.json, pictures, and the tables of comparison.md, of all recorded pairs.
+
+    What stands in comparison.md above `TABLES_BELOW` is kept.
+    """
+    rows: list[dict[str, Any]] = []
+    documents: list[str] = []
+    for folder in sorted(runs.iterdir()):
+        outcomes = outcomes_in(folder)
+        if not outcomes:
+            continue
+        found = summary(config_of(folder.name), outcomes)
+        rows += [{"pair": folder.name, "task": found["task"]} | row for row in found["rows"]]
+        plot_comparison(found, out / "comparison" / folder.name)
+        text = comparison_markdown(found).replace("\n## ", "\n### ")
+        text = text.replace(f"# Comparison {found['pair']}", f"## {folder.name}", 1)
+        for name in ("pareto.png", "ratios.png", "seconds.png"):
+            text = text.replace(f"({name})", f"(comparison/{folder.name}/{name})")
+        documents.append(text)
+    write_json(out / "comparison.json", rows)
+    file = out / "comparison.md"
+    above = file.read_text().split(TABLES_BELOW)[0] if file.exists() else "# The comparison\n\n"
+    write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("what", choices=["keep", "restore"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args(argv)
-    count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
-    print(f"{options.out}: {count} runs written")
+    commands = parser.add_subparsers(dest="what", required=True)
+    running = commands.add_parser("run", help="make what is planned and not recorded")
+    running.add_argument("pairs", nargs="+")
+    running.add_argument("--work", type=Path, default=Path("runs/recorded"), help="may be large")
+    running.add_argument("--minutes", type=float, default=1e9, help="start nothing later")
+    running.add_argument("--only", nargs="+", default=[], choices=list(METHODS))
+    running.add_argument("--threads", type=int, default=1, help="of every run")
+    made = commands.add_parser("tables", help="write the tables of what is recorded")
+    made.add_argument("--runs", type=Path, default=RUNS)
+    made.add_argument("--out", type=Path, required=True)
+    for name in ("keep", "restore"):
+        copying = commands.add_parser(name)
+        copying.add_argument("source", type=Path)
+        copying.add_argument("out", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what is asked."""
+    options = parsed(argv)
+    if options.what == "run":
+        common.ready(options)
+        until = time.monotonic() + 60 * options.minutes
+        for pair in options.pairs:
+            run(pair, options.work, RUNS / pair, until, options.only, options.threads)
+    elif options.what == "tables":
+        tables(options.runs, options.out)
+    else:
+        count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
+        print(f"{options.out}: {count} runs written")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from benchmarks.worlds import (
     read_recording,
 )
 
+from grasp_lora.config import load_config
+from grasp_lora.recipes.compare import METHODS
 from grasp_lora.runs import write_json, write_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
@@ -237,6 +239,7 @@ def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     queue = tmp_path / "queue"
     result = {"scores": {"test": {"loss": 1.0}}, "ratio": 0.2, "adapter": str(tmp_path)}
     record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "provenance": {}}
+    record["machine"] = {"cpu": "c"}
     write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result})
     write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
     recorded_runs.main(["keep", str(queue), str(tmp_path / "kept")])
@@ -248,6 +251,90 @@ def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     back = json.loads((tmp_path / "again" / "grid-0.2-s42" / "result.json").read_text())
     assert back["key"] == "k"
     assert back["result"] == result | {"adapter": None}
+    assert back["machine"] == {"cpu": "c"}
+
+
+def kept_run(folder, job, ratio, loss, test_loss):
+    """A recorded run whose four labelled rows and two test rows have these losses."""
+    values = {"loss": [test_loss - 0.1, test_loss + 0.1], "exact_match": [0.0, 100.0]}
+    price = {"runs": 1, "seconds": 10.0, "forwards": 5, "steps": 6, "tokens": 7}
+    record = {
+        "job": job, "ratio": ratio, "price": price, "bytes": 9, "zeros": ratio, "key": job,
+        "losses": {"micro_dev": [loss] * 2, "dev": [loss + (ratio == 0.2)] * 2},
+        "scores": {"test": {"exact_match": 50.0, "loss": test_loss}},
+        "rows": {"test": {"ids": ["a", "b"], "groups": ["g", "h"], "values": values}},
+        "best": {"step": 3, "loss": loss}, "dev": [[0, 2.0], [3, loss]], "dtype": "float32",
+        "machine": {"cpu": "c"}, "seconds": 11.0, "peak_memory_bytes": int(100 * ratio),
+    }  # fmt: skip
+    write_jsonl(folder / f"{job}.json", [record])
+
+
+def test_tables_are_made_of_what_is_recorded(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    pair = runs / "en-es"
+    # On micro-dev 0.2 is best, on micro-dev and dev together 0.5 is.
+    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        loss = {0.2: 1.0, 0.5: 1.1}.get(ratio, 1.5)
+        kept_run(pair, f"grid-{ratio}-s42", ratio, loss, 2 + ratio)
+    kept_run(pair, "average-finetuned-s42", 0.0, 1.4, 2.0)
+    write_jsonl(pair / "ties-finetuned-s42.json", [{"not_applicable": "ranks differ"}])
+    write_json(pair / "precheck.json", {"advice": "merge"})
+    out.mkdir()
+    (out / "comparison.md").write_text(f"mine\n{recorded_runs.TABLES_BELOW}\nold tables\n")
+    recorded_runs.main(["tables", "--runs", str(runs), "--out", str(out)])
+    rows = json.loads((out / "comparison.json").read_text())
+    assert {row["pair"] for row in rows} == {"en-es"}
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["grid"]["ratio"] == 0.5
+    assert by_method["grid-few-rows"]["ratio"] == 0.2
+    assert by_method["grid"]["seconds"] == 80.0
+    assert by_method["grid"]["peak_memory_bytes"] == 80
+    assert "grid-s1337" not in by_method
+    wanted = {
+        *("pair", "task", "method", "seed", "ratio", "scores", "seconds", "forwards", "tokens"),
+        *("peak_memory_bytes", "machine"),
+    }
+    assert all(wanted <= row.keys() for row in rows)
+    text = (out / "comparison.md").read_text()
+    assert text.startswith("mine\n")
+    assert "old tables" not in text
+    assert "| grid | 1 | 0.500 |" in text
+    assert "`ties-finetuned`: ranks differ" in text
+    assert (out / "comparison" / "en-es" / "pareto.png").exists()
+
+
+def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
+    planned = recorded_runs.planned()
+    assert len(set(planned)) == len(planned)
+    assert {name for name, _ in planned} == {
+        name for name, method in METHODS.items() if method.work != "best_of"
+    }
+    for name in ("average-finetuned", "grasp-restart", "source-finetuned", "grid-0.3"):
+        assert {seed for method, seed in planned if method == name} == {42, 1337, 9001}
+    assert planned[0] == ("average-finetuned", 42)
+
+
+def test_a_pair_without_settings_is_named():
+    with pytest.raises(ValueError, match="0 files are named results/xx-yy"):
+        recorded_runs.config_of("xx-yy")
+
+
+def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
+    tiny_backbone_folder(tmp_path / "base")
+    steps = {"epochs": 1, "batch_size": 2}
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
+    monkeypatch.setattr(recorded_runs, "RUNS", tmp_path / "kept")
+    monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
+    command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--only", "zero-shot", "target"]
+    recorded_runs.main(command)
+    kept = {file.name: file.read_text() for file in (tmp_path / "kept" / "xx-yy").iterdir()}
+    assert set(kept) == {"zero-shot.json", "target.json"}
+    for text in kept.values():
+        assert str(tmp_path) not in text, "a folder of this machine"
+        assert json.loads(text)["machine"]["cores"] > 0
+    monkeypatch.setattr(recorded_runs, "compare_methods", lambda *a: pytest.fail("run again"))
+    recorded_runs.main(command)
+    recorded_runs.main([*command[:4], "--only", "source", "--minutes", "0"])  # no time is left
 
 
 def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatch):

@@ -240,6 +240,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def cpu_name() -> str:
+    """Return the processor's name, with what it multiplies bfloat16 by, if it says so."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"{name} ({fast[0]})" if fast else name
+
+
 def peak_memory_bytes() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where unknown (Windows)."""
     try:

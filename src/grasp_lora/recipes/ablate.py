@@ -15,7 +15,13 @@ from typing import Any
 from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.recipes.data import RunData
-from grasp_lora.recipes.methods import adapters_job, checked_data, settings_of, with_split_seed
+from grasp_lora.recipes.methods import (
+    ADAPTERS,
+    adapters_job,
+    checked_data,
+    settings_of,
+    with_split_seed,
+)
 from grasp_lora.recipes.projection import run_projected
 from grasp_lora.recipes.queue import Job, Outcome, results_in
 from grasp_lora.recipes.search import POOLS
@@ -162,7 +168,7 @@ def _jobs(
         for name, controller in chosen.items():
             one = config.model_copy(update={"controller": controller, "seed": seed})
             work = {"config": settings_of(one)}
-            jobs.append(Job(f"{name}-s{seed}", "methods:grasp", work, ("adapters",)))
+            jobs.append(Job(f"{name}-s{seed}", "methods:grasp", work, (ADAPTERS,)))
     return jobs
 
 

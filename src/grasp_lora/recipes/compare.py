@@ -15,6 +15,7 @@ from grasp_lora.metrics import compare_means
 from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.data import RunData
 from grasp_lora.recipes.methods import (
+    ADAPTERS,
     RATIO_STEP,
     adapters_job,
     checked_data,
@@ -242,7 +243,7 @@ def compare_methods(
     # What an earlier start with other names left there belongs in the tables as well.
     whole = jobs_of(config, data, list(METHODS), seeds)
     outcomes = results_in(out, whole) | outcomes
-    found = summary(config, [job for job in whole if job.name in outcomes], outcomes)
+    found = summary(config, {job.name: outcomes[job.name] for job in whole if job.name in outcomes})
     write_json(out / "comparison.json", found)
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
@@ -273,7 +274,7 @@ def jobs_of(
             changed = changed_settings(config, method.changes)
             drawn = config.seed if method.seeds == "none" else seed
             own = {"config": settings_of(changed.model_copy(update={"seed": drawn}))}
-            needs = ("adapters", *(job_name(need, seed) for need in method.needs))
+            needs = (ADAPTERS, *(job_name(need, seed) for need in method.needs))
             if method.work == "best_of":
                 own, needs = {}, needs[1:]
             jobs.append(
@@ -314,23 +315,26 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     return config
 
 
-def summary(
-    config: RunConfig, jobs: Sequence[Job], outcomes: Mapping[str, Outcome]
-) -> dict[str, Any]:
-    """Return rows of all runs, the baseline that others are held against, and the paired tests."""
+def summary(config: RunConfig, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Return rows of all runs, the baseline that others are held against, and the paired tests.
+
+    Args:
+        config: names the pair and the task, and sets the intervals.
+        outcomes: of the runs, in the order of the tables.
+    """
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[int, Mapping[str, Any]]] = {}
     not_applicable: dict[str, str] = {}
-    for job in jobs:
-        if job.name == "adapters":
+    for job, outcome in outcomes.items():
+        if job == ADAPTERS:
             continue
-        result, name = outcomes[job.name].result, _method_of(job.name)
+        result, name = outcome.result, method_of(job)
         if result is None:
             continue
         if "not_applicable" in result:
             not_applicable[name] = result["not_applicable"]
             continue
-        rows.append(_row(config, name, job.name, result, outcomes[job.name]))
+        rows.append(_row(config, name, job, result, outcome))
         results.setdefault(name, {})[rows[-1]["seed"]] = result
     reference = _best_baseline(rows)
     failed = {name: one.error for name, one in outcomes.items() if one.result is None}
@@ -347,7 +351,8 @@ def summary(
     }
 
 
-def _method_of(job: str) -> str:
+def method_of(job: str) -> str:
+    """Return the method of a run's name."""
     return job if job in METHODS else job.rpartition("-s")[0]
 
 
@@ -366,6 +371,8 @@ def _row(
         "dev_loss": sum(judged) / len(judged) if judged else None,
         **result["price"],
         "peak_memory_bytes": outcome.peak_memory_bytes,
+        "machine": outcome.machine,
+        "dtype": result.get("dtype"),
         "adapter_bytes": result["bytes"],
         "zeros": result["zeros"],
     }

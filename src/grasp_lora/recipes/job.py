@@ -6,6 +6,7 @@ that `job.json` names, inputs and results of other jobs, so any machine that see
 """
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.runs import peak_memory_bytes, provenance, read_json, write_json
+import torch
+
+from grasp_lora.runs import cpu_name, peak_memory_bytes, provenance, read_json, write_json
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -33,8 +36,19 @@ def do_job(folder: Path) -> None:
         began = time.perf_counter()
         result = work_named(job["work"])(job["inputs"], needed, folder)
         about = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
-        made = {"key": job["key"], "provenance": provenance()}
+        made = {"key": job["key"], "machine": machine(), "provenance": provenance()}
         write_json(folder / RESULT_FILE, {"result": result} | about | made)
+
+
+def machine() -> dict[str, Any]:
+    """Return what a job ran on: processor, cores, threads of torch, and GPU (None without)."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
 
 
 def result_of(folder: Path, key: str) -> dict[str, Any] | None:

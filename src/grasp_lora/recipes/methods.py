@@ -45,6 +45,8 @@ from grasp_lora.recipes.weights import with_learned_weights
 from grasp_lora.runs import read_json, read_jsonl
 from grasp_lora.tasks.base import Example
 
+ADAPTERS = "adapters"
+"""Name of the job that all others need."""
 JUDGED = ("micro_dev", "dev")
 """Labelled rows that choices are made on; a result holds its loss on each."""
 FOLDS = 5
@@ -94,7 +96,7 @@ def adapters_job(config: RunConfig, data: RunData) -> Job:
     """Return the job that all others of a queue need: the adapters and their merge."""
     given = {f"adapters.{role}": path for role, path in config.adapters if path is not None}
     key = stage_key(config, data=data.digest(), **given)
-    return Job("adapters", "methods:prepare", key | {"config": settings_of(config)})
+    return Job(ADAPTERS, "methods:prepare", key | {"config": settings_of(config)})
 
 
 def _or_not_applicable(work: Work) -> Work:
@@ -141,7 +143,7 @@ def fixed(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
         folder: receives `start/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
-    adapter, read = started(context, inputs["start"], needed["adapters"], folder)
+    adapter, read = started(context, inputs["start"], needed[ADAPTERS], folder)
     price = {"runs": 0, "seconds": 0.0, "forwards": read, "steps": 0, "tokens": 0}
     return outcome(context, adapter, folder) | {"ratio": 0.0, "price": price}
 
@@ -157,7 +159,7 @@ def finetuned(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
         folder: receives `start/`, `final/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
-    start, read = started(context, inputs["start"], needed["adapters"], folder)
+    start, read = started(context, inputs["start"], needed[ADAPTERS], folder)
     assert start is not None, "the bare backbone has nothing to fine-tune"
     ratio = ratio_in(inputs["ratio"], needed)
     random_masks = bool(inputs.get("random_masks", False))
@@ -179,7 +181,7 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
     """
     config = RunConfig(**inputs["config"])
     context = open_context(config)
-    adapters, read = needed["adapters"], 0
+    adapters, read = needed[ADAPTERS], 0
     merged: Path | None = Path(adapters["merged"])
     if "start" in inputs:
         merged, read = started(context, inputs["start"], adapters, folder)
@@ -242,7 +244,7 @@ def optuna_search(
         raise NotApplicable("Optuna is not installed; run: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     context = open_context(RunConfig(**inputs["config"]))
-    config, merged = context.config, Path(needed["adapters"]["merged"])
+    config, merged = context.config, Path(needed[ADAPTERS]["merged"])
     samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
     try:
         sampler = samplers[inputs["sampler"]](seed=config.seed)
@@ -369,7 +371,7 @@ def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
 def ratio_in(asked: Any, needed: Mapping[str, Any]) -> float:
     """Return a ratio: the number itself, or that of a needed run, shifted and cut to [0, 0.95]."""
     if isinstance(asked, Mapping):
-        (found,) = (result["ratio"] for name, result in needed.items() if name != "adapters")
+        (found,) = (result["ratio"] for name, result in needed.items() if name != ADAPTERS)
         return min(0.95, max(0.0, found + asked["shift"]))
     return float(asked)
 
@@ -404,6 +406,7 @@ def outcome(
         "dev": [(one["step"], one["loss"]) for one in about.get("evaluations", [])],
         "zeros": about.get("zeros", {}).get("exported"),
         "bytes": size,
+        "dtype": str(context.backbone.dtype).removeprefix("torch."),
         "losses": _losses(context, adapter) if judged else None,
         "scores": sets,
         "rows": rows,

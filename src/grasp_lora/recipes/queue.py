@@ -56,12 +56,14 @@ class Outcome:
         seconds: its work's wall time.
         peak_memory_bytes: of its process.
         error: why there is no result.
+        machine: what it ran on, see `job.machine`.
     """
 
     result: Mapping[str, Any] | None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     error: str | None = None
+    machine: Mapping[str, Any] | None = None
 
 
 def run_queue(
@@ -282,7 +284,12 @@ def _outcome(folder: Path, key: str) -> Outcome | None:
     found = result_of(folder, key)
     if found is None:
         return None
-    return Outcome(found["result"], found["seconds"], found["peak_memory_bytes"])
+    return Outcome(
+        found["result"],
+        found["seconds"],
+        found["peak_memory_bytes"],
+        machine=found.get("machine"),
+    )
 
 
 def _work_here(
