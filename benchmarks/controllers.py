@@ -68,13 +68,27 @@ def library(
     """
     candidates = settings.get("candidates", 3)
     config = ControllerConfig(**({"rounds": probes // candidates} | settings))
-    count = config.rounds or probes // candidates
+    state, forwards, in_force = searched(world, config, seed, fresh, dealt, propose)
+    choice = rounds.choose_ratio(state, config)
+    return Found(choice.ratio, choice.verdict, forwards, in_force, choice.interval)
+
+
+def searched(
+    world: World,
+    config: ControllerConfig,
+    seed: int,
+    fresh: bool = True,
+    dealt: bool = True,
+    propose: Proposal = rounds.propose,
+) -> tuple[ControllerState, int, float]:
+    """Return where a search ends, the rows it read, and the mean regret of its masks in force."""
+    assert config.rounds is not None, "a world has rounds and no steps"
     generator = torch.Generator().manual_seed(seed)
-    state = rounds.begin(config, count)
+    state = rounds.begin(config, config.rounds)
     groups = [str(row) for row in range(world.pool)]
     forwards, in_force = 0, []
-    for turn in range(count):
-        done = (turn + 1) / (count + 1)
+    for turn in range(config.rounds):
+        done = (turn + 1) / (config.rounds + 1)
         rows = _rows(state, groups, config, generator, fresh, dealt)
         tried = propose(state, config, generator)
         losses = [world.losses(ratio, rows, done) for ratio in tried]
@@ -84,8 +98,7 @@ def library(
         forwards += len(rows) * (len(tried) + (baseline is not None))
         state, _ = rounds.conclude(state, config, tried, baseline, losses, rows, turn)
         in_force.append(world.regret(state.mask_ratio))
-    choice = rounds.choose_ratio(state, config)
-    return Found(choice.ratio, choice.verdict, forwards, fmean(in_force), choice.interval)
+    return state, forwards, fmean(in_force)
 
 
 def _rows(

@@ -169,9 +169,56 @@ def shrinks_table(pair: Recorded) -> Iterator[str]:
         yield f"| {title} | {found.mean():.3f} | {gap:+.3f} ± {error:.3f} |"
 
 
+def searches_table(pair: Recorded) -> Iterator[str]:
+    """Yield each search of the method beside the grid point that dev rows choose, seed by seed.
+
+    The regret is the test loss of the method's final run less that of the grid's choice, in spans
+    of the grid's test losses of that seed.
+    """
+    yield (
+        "| search | seed | verdict | ratio | grid, chosen on dev | dev, ours | dev, grid | test, ours "
+        "| test, grid | span | regret (spans) |"
+    )
+    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for name, runs in pair.finals.items():
+        for one in runs if name.startswith("ratio-") else ():
+            by_seed.setdefault(one["seed"], []).append(one)
+    for name in ("grasp-restart", "grasp-continue"):
+        for one in pair.finals.get(name, ()):
+            points = by_seed.get(one["seed"], [])
+            if len(points) < LEAST_POINTS:
+                continue
+            chosen = min(points, key=_dev_of)
+            tests = [float(np.mean(point["test"]["loss"])) for point in points]
+            ours, theirs = (float(np.mean(run["test"]["loss"])) for run in (one, chosen))
+            cells = [
+                name,
+                str(one["seed"]),
+                str(one["verdict"]),
+                f"{one['ratio']:.3f}",
+                f"{chosen['ratio']:g}",
+                f"{_dev_of(one):.3f}",
+                f"{_dev_of(chosen):.3f}",
+                f"{ours:.3f}",
+                f"{theirs:.3f}",
+                f"{max(tests) - min(tests):.3f}",
+                f"{(ours - theirs) / (max(tests) - min(tests)):+.3f}",
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _dev_of(one: dict[str, Any]) -> float:
+    return min(loss for _, loss in one["dev"])
+
+
+LEAST_POINTS = 3
+"""Ratios with a final run of a seed, ratio 0 among them, that make a grid to be held against."""
+
 SECTIONS = {
     "Final runs by ratio": finals_table,
     "Do probes foretell them?": probes_table,
+    "The method beside the grid": searches_table,
     "The rivals of pruning": rivals_table,
     "Before any training": shrinks_table,
 }
@@ -226,12 +273,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="recorded pairs")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
-    pairs = [Recorded(folder) for folder in options.folders]
+    pairs: list[Recorded] = []
+    for folder in options.folders:
+        pair = Recorded(folder)
+        if 0.0 not in pair.ratios() or len(pair.ratios()) < LEAST_POINTS:
+            print(f"{folder.name}: no final runs yet at ratio 0 and two others")
+            continue
+        pairs.append(pair)
     for pair in pairs:
         for title, table in SECTIONS.items():
             print(f"\n### {pair.name}: {title}\n")
             print("\n".join(table(pair)))
-    if options.picture is not None:
+    if options.picture is not None and pairs:
         draw(pairs, options.picture)
 
 

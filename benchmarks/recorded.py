@@ -22,9 +22,16 @@ from typing import Any
 from benchmarks import common
 from grasp_lora.config import RunConfig, load_config
 from grasp_lora.plots import plot_comparison
-from grasp_lora.recipes.compare import METHODS, compare_methods, job_name, method_of, summary
+from grasp_lora.recipes.compare import (
+    CHOOSING,
+    METHODS,
+    compare_methods,
+    job_name,
+    method_of,
+    summary,
+)
 from grasp_lora.recipes.job import RESULT_FILE
-from grasp_lora.recipes.methods import best_of
+from grasp_lora.recipes.methods import best_of, nearest_of
 from grasp_lora.recipes.queue import Outcome
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import comparison_markdown
@@ -58,7 +65,7 @@ def planned() -> list[tuple[str, int]]:
             fixed = (name for name, one in METHODS.items() if one.seeds == "none")
             order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
     order += [(name, seed) for seed in SEEDS[1:] for name in _FINE]
-    order += [(name, SEEDS[0]) for name, one in METHODS.items() if one.work != "best_of"]
+    order += [(name, SEEDS[0]) for name, one in METHODS.items() if one.work not in CHOOSING]
     return list(dict.fromkeys(order))
 
 
@@ -170,7 +177,7 @@ def final_runs(folder: Path) -> list[dict[str, Any]]:
                 "dev": record["dev"],
                 "best_step": record["best"]["step"],
                 "zeros": record["zeros"],
-                "losses": record["losses"],
+                "losses": record.get("losses"),
                 "verdict": record.get("verdict"),
                 "test": record["rows"]["test"]["values"],
             }
@@ -193,13 +200,14 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
             machine=record.get("machine"),
         )  # fmt: skip
     for name, method in METHODS.items():
-        if method.work != "best_of":
+        if method.work not in CHOOSING:
             continue
         for seed in SEEDS:
             needs = [job_name(need, seed) for need in method.needs]
             if all(need in found for need in needs):
                 points = {need: found[need].result or {} for need in needs}
-                chosen = best_of(method.inputs, points, folder)
+                choose = {"best_of": best_of, "nearest_of": nearest_of}[method.work]
+                chosen = choose(method.inputs, points, folder)
                 peaks = [found[need].peak_memory_bytes or 0 for need in needs]
                 found[job_name(name, seed)] = Outcome(
                     chosen, peak_memory_bytes=max(peaks), machine=found[needs[0]].machine

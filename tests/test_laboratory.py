@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks import controller, controllers, landscape, landscape_report, rewards
+from benchmarks import ablation, controller, controllers, landscape, landscape_report, rewards
 from benchmarks import recorded as recorded_runs
 from benchmarks.controllers import CONTROLLERS, floor
 from benchmarks.worlds import (
@@ -19,8 +19,8 @@ from benchmarks.worlds import (
 )
 
 from grasp_lora.config import load_config
-from grasp_lora.recipes.compare import METHODS
-from grasp_lora.runs import write_json, write_jsonl
+from grasp_lora.recipes.compare import CHOOSING, METHODS
+from grasp_lora.runs import read_jsonl, write_json, write_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -194,8 +194,11 @@ def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsy
 
 def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys):
     folder = recorded(tmp_path / "pair")
+    found = read_jsonl(folder / "grid-0.6-s42.json")[0] | {"job": "grasp-restart-s42"}
+    write_jsonl(folder / "grasp-restart-s42.json", [found | {"verdict": "flat"}])
     picture = tmp_path / "landscape.png"
-    landscape_report.main([str(folder), "--picture", str(picture)])
+    (tmp_path / "begun").mkdir()
+    landscape_report.main([str(folder), str(tmp_path / "begun"), "--picture", str(picture)])
     text = capsys.readouterr().out
     # probes are lowest at 0.6, finals at 0.4: regret 0.2 of a span of 0.4
     assert "| plain, seed 42 | 10 |" in text
@@ -203,6 +206,12 @@ def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, caps
     assert (
         "| 0.4 | 0.40 | 2 | 1, 1 | 2.000 | 2.200 | 2.000 | -0.400 ± 0.000 | 50.0 | 75.0 |" in text
     )
+    # The search ended at 0.6, dev rows choose 0.4: 0.2 nats worse, of a span of 0.4.
+    assert (
+        "| grasp-restart | 42 | flat | 0.600 | 0.4 | 2.300 | 2.100 | 2.300 | 2.100 | 0.400 | +0.500 |"
+        in text
+    )
+    assert "begun: no final runs yet" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -262,6 +271,7 @@ def kept_run(folder, job, ratio, loss, test_loss):
         "job": job, "ratio": ratio, "price": price, "bytes": 9, "zeros": ratio, "key": job,
         "losses": {"micro_dev": [loss] * 2, "dev": [loss + (ratio == 0.2)] * 2},
         "scores": {"test": {"exact_match": 50.0, "loss": test_loss}},
+        "intervals": {"test": {"exact_match": [40.0, 60.0], "loss": [1.0, 3.0]}},
         "rows": {"test": {"ids": ["a", "b"], "groups": ["g", "h"], "values": values}},
         "best": {"step": 3, "loss": loss}, "dev": [[0, 2.0], [3, loss]], "dtype": "float32",
         "machine": {"cpu": "c"}, "seconds": 11.0, "peak_memory_bytes": int(100 * ratio),
@@ -277,6 +287,7 @@ def test_tables_are_made_of_what_is_recorded(tmp_path):
         loss = {0.2: 1.0, 0.5: 1.1}.get(ratio, 1.5)
         kept_run(pair, f"grid-{ratio}-s42", ratio, loss, 2 + ratio)
     kept_run(pair, "average-finetuned-s42", 0.0, 1.4, 2.0)
+    kept_run(pair, "grasp-restart-s42", 0.33, 1.2, 2.1)
     write_jsonl(pair / "ties-finetuned-s42.json", [{"not_applicable": "ranks differ"}])
     write_json(pair / "precheck.json", {"advice": "merge"})
     out.mkdir()
@@ -289,7 +300,9 @@ def test_tables_are_made_of_what_is_recorded(tmp_path):
     assert by_method["grid-few-rows"]["ratio"] == 0.2
     assert by_method["grid"]["seconds"] == 80.0
     assert by_method["grid"]["peak_memory_bytes"] == 80
-    assert "grid-s1337" not in by_method
+    assert by_method["ratio-nearest"]["ratio"] == 0.3
+    assert by_method["ratio-nearest"]["seconds"] == 10.0
+    assert by_method["grid"]["intervals"]["test"]["loss"] == [1.0, 3.0]
     wanted = {
         *("pair", "task", "method", "seed", "ratio", "scores", "seconds", "forwards", "tokens"),
         *("peak_memory_bytes", "machine"),
@@ -307,7 +320,7 @@ def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
     planned = recorded_runs.planned()
     assert len(set(planned)) == len(planned)
     assert {name for name, _ in planned} == {
-        name for name, method in METHODS.items() if method.work != "best_of"
+        name for name, method in METHODS.items() if method.work not in CHOOSING
     }
     for name in ("average-finetuned", "grasp-restart", "source-finetuned", "grid-0.3"):
         assert {seed for method, seed in planned if method == name} == {42, 1337, 9001}
@@ -374,3 +387,31 @@ def test_rewards_are_recorded_for_every_row_and_ratio(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "| reward, 4 rows | tied |" in table
     assert printed.endswith(table)
+
+
+def test_an_ablation_holds_each_variant_beside_the_preset(tmp_path, capsys):
+    out = tmp_path / "ablation.json"
+    only = ["--only", "entropy-on", "rows-4"]
+    ablation.main(["--preset", "standard", "--quick", *only, "--json", str(out)])
+    found = json.loads(out.read_text())["variants"]
+    assert list(found) == ["as-configured", "entropy-on", "rows-4"]
+    assert found["as-configured"]["difference"] == 0.0
+    assert found["rows-4"]["forwards"] == found["as-configured"]["forwards"] / 3
+    worlds = [SyntheticWorld("flat", seed) for seed in (30000, 30001)]
+    config = ablation.variants_of("standard")["rows-4"]
+    ends = [
+        controllers.searched(world, config, 30000 + i)[0].mask_ratio
+        for i, world in enumerate(worlds)
+    ]
+    assert found["rows-4"]["in_force"]["flat"] == pytest.approx(sum(ends) / 2)
+    assert found["entropy-on"]["sigma"] > found["as-configured"]["sigma"]
+    assert capsys.readouterr().out.count("\n| ") == 3
+
+
+def test_variants_that_need_a_model_are_no_part_of_the_laboratory():
+    for preset in ("paper", "standard"):
+        found = ablation.variants_of(preset)
+        assert not {"moments-kept", "importance-fixed"} & set(found)
+        base = found["as-configured"]
+        assert all(config != base for name, config in found.items() if name != "as-configured")
+    assert ablation.variants_of("paper")["anchor-and-entropy-off"].entropy == 0.0

@@ -15,7 +15,8 @@ from grasp_lora.report import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
 ORACLE = "grid, chosen by the test rows"
 FIELDS = (
-    *("pair", "task", "method", "seed", "ratio", "test", "metric", "value", "dev_loss", "runs"),
+    *("pair", "task", "method", "seed", "ratio", "test", "metric", "value", "low", "high"),
+    *("dev_loss", "runs"),
     *("seconds", "forwards", "steps", "tokens", "peak_memory_bytes", "adapter_bytes"),
 )
 
@@ -30,7 +31,9 @@ def comparison_csv(found: Mapping[str, Any]) -> str:
         shared |= {"pair": found["pair"], "task": found["task"]}
         for test, values in row["scores"].items():
             for metric, value in values.items():
-                writer.writerow(shared | {"test": test, "metric": metric, "value": value})
+                low, high = row["intervals"][test][metric]
+                one = {"test": test, "metric": metric, "value": value, "low": low, "high": high}
+                writer.writerow(shared | one)
     return text.getvalue()
 
 

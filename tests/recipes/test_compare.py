@@ -30,6 +30,7 @@ from grasp_lora.recipes.methods import folds_of, ratio_in
 from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
+from grasp_lora.report_comparison import comparison_csv
 from grasp_lora.runs import read_json
 from grasp_lora.tasks.base import Example
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -38,7 +39,7 @@ from jobs import job, write_job
 ONLY = (
     *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
     *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
-    *("ratio-higher", "target-adalora"),
+    *("ratio-higher", "ratio-nearest", "target-adalora"),
 )
 
 
@@ -76,6 +77,7 @@ def test_every_method_has_its_rows(done):
     once = dict.fromkeys(("zero-shot", "source", "target-all-labels", "learned-weights"), 1)
     once |= dict.fromkeys(("random-masks", "ratio-higher", "target-adalora"), 1)
     twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
+    twice["ratio-nearest"] = 2
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
     assert list(found["not_applicable"]) == ["ties-finetuned"]
     assert "rank 4 and" in found["not_applicable"]["ties-finetuned"]
@@ -97,6 +99,31 @@ def test_the_grid_takes_the_point_with_the_lowest_labelled_loss_at_the_price_of_
         losses = [x for split in ("micro_dev", "dev") for x in result["losses"][split]]
         assert len(losses) == 8
         assert best["dev_loss"] == pytest.approx(statistics.fmean(losses))
+
+
+def test_the_nearest_point_of_the_grid_is_taken_at_its_own_price(done):
+    found, _ = done
+    for row in of(found, "ratio-nearest"):
+        (wanted,) = (r for r in of(found, "grasp-restart") if r["seed"] == row["seed"])
+        points = [r for r in found["rows"] if r["method"].startswith("grid-0")]
+        points = [r for r in points if r["seed"] == row["seed"]]
+        best = min(points, key=lambda r: abs(r["ratio"] - wanted["ratio"]))
+        assert row["job"] == best["job"]
+        assert row["seconds"] == best["seconds"]
+
+
+def test_every_score_of_every_run_has_the_interval_of_its_evaluation(done):
+    found, out = done
+    for row in found["rows"]:
+        scores = read_json(out / row["job"] / "scores" / "scores.json")["sets"]["test"]["scores"]
+        ends = {metric: [one["low"], one["high"]] for metric, one in scores.items()}
+        intervals = {m: list(pair) for m, pair in row["intervals"]["test"].items()}
+        assert intervals == ends, row["job"]
+    row = next(row for row in found["rows"] if row["method"] == "source")
+    row["intervals"]["test"]["loss"] = (1.5, 2.5)
+    lines = list(csv.DictReader(io.StringIO(comparison_csv(found | {"rows": [row]}))))
+    (line,) = (line for line in lines if line["metric"] == "loss")
+    assert (line["low"], line["high"]) == ("1.5", "2.5")
 
 
 def test_prices_count_what_was_done(done):
@@ -124,8 +151,8 @@ def test_what_is_projected_is_what_was_done(done, settings):
     # 4 micro-dev and 4 dev rows judge, 8 train rows are read for the norms of a pruned start
     judged, train = 8, 8
     for row in found["rows"]:
-        if row["method"] == "grid":
-            assert amount_of(jobs[f"grid-s{row['seed']}"], data) == Amount()
+        if row["method"] in ("grid", "ratio-nearest"):
+            assert amount_of(jobs[f"{row['method']}-s{row['seed']}"], data) == Amount()
             continue
         amount = amount_of(jobs[row["job"]], data)
         reads = train * (row["method"].startswith("grid-0") or row["method"] == "ratio-higher")

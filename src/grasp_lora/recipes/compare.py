@@ -36,6 +36,8 @@ PUBLISHED = {"merge": {"kind": "linear", "weights": (1.0, 1.0)}}
 LEARNED = {"merge": {"kind": "cat", "weights": "auto"}}
 SVD = {"merge": {"kind": "svd", "weights": None}}
 PEFT_DENSITY = 0.5
+CHOOSING = ("best_of", "nearest_of")
+"""Work that chooses among the results of other methods and runs nothing itself."""
 NOT_PAIRED = {"bleu", "perplexity"}
 """Scores whose rows' own values mean little."""
 
@@ -189,6 +191,13 @@ METHODS: Mapping[str, Method] = {
         inputs={"random_masks": True},
         needs=("grasp-restart",),
     ),
+    "ratio-nearest": Method(
+        "the grid point nearest to the ratio of grasp-restart",
+        "nearest_of",
+        {"to": "grasp-restart"},
+        needs=tuple(f"grid-{ratio}" for ratio in GRID) + ("grasp-restart",),
+        seeds="all",
+    ),
     "ratio-lower": _tuned(
         "the ratio of grasp-restart less 0.05",
         CONFIGURED,
@@ -275,7 +284,7 @@ def jobs_of(
             drawn = config.seed if method.seeds == "none" else seed
             own = {"config": settings_of(changed.model_copy(update={"seed": drawn}))}
             needs = (ADAPTERS, *(job_name(need, seed) for need in method.needs))
-            if method.work == "best_of":
+            if method.work in CHOOSING:
                 own, needs = {}, needs[1:]
             jobs.append(
                 Job(
@@ -368,6 +377,7 @@ def _row(
         "ratio": result["ratio"],
         "verdict": result.get("verdict"),
         "scores": result["scores"],
+        "intervals": result["intervals"],
         "dev_loss": sum(judged) / len(judged) if judged else None,
         **result["price"],
         "peak_memory_bytes": outcome.peak_memory_bytes,

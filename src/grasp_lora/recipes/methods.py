@@ -228,6 +228,24 @@ def best_of(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
 
 
 @_or_not_applicable
+def nearest_of(
+    inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Return the run whose ratio is nearest to another run's, at its own price.
+
+    Args:
+        inputs: `to`, the method of that other run.
+        needed: results of it and of the runs to choose from; of two as near the first is taken.
+        folder: not written to.
+    """
+    other = next(name for name in needed if name.startswith(inputs["to"]))
+    points = {name: result for name, result in needed.items() if name != other}
+    wanted = needed[other]["ratio"]
+    chosen = min(points, key=lambda name: abs(points[name]["ratio"] - wanted))
+    return dict(points[chosen]) | {"chosen": chosen}
+
+
+@_or_not_applicable
 def optuna_search(
     inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
@@ -388,13 +406,14 @@ def outcome(
         judged: False where its labelled rows were trained on.
     """
     sets: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     rows: dict[str, dict[str, Any]] = {}
     if context.data.test_sets():
         scores = evaluate_adapter(context.config, adapter, folder / "scores", context=context)
-        sets = {
-            name: {metric: value["value"] for metric, value in one["scores"].items()}
-            for name, one in read_json(scores / "scores.json")["sets"].items()
-        }
+        for name, one in read_json(scores / "scores.json")["sets"].items():
+            values = one["scores"]
+            sets[name] = {metric: value["value"] for metric, value in values.items()}
+            intervals[name] = {m: (value["low"], value["high"]) for m, value in values.items()}
         rows = rows_of(scores, next(iter(sets.values())))
     about: Mapping[str, Any] = {}
     if adapter is not None and (adapter / STAGE_FILE).exists():
@@ -409,6 +428,7 @@ def outcome(
         "dtype": str(context.backbone.dtype).removeprefix("torch."),
         "losses": _losses(context, adapter) if judged else None,
         "scores": sets,
+        "intervals": intervals,
         "rows": rows,
     }
 
