@@ -176,8 +176,8 @@ def searches_table(pair: Recorded) -> Iterator[str]:
     of the grid's test losses of that seed.
     """
     yield (
-        "| search | seed | verdict | ratio | grid, chosen on dev | dev, ours | dev, grid | test, ours "
-        "| test, grid | span | regret (spans) |"
+        "| search | seed | verdict | ratio | grid, chosen on dev | dev, ours | dev, grid "
+        "| test, ours | test, grid | span | regret (spans) |"
     )
     yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     by_seed: dict[int, list[dict[str, Any]]] = {}
