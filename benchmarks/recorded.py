@@ -98,23 +98,27 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
 
 
-def run(
-    pair: str, work: Path, out: Path, until: float, only: Sequence[str], threads: int | None
-) -> None:
+def run(pair: str, options: argparse.Namespace, until: float) -> None:
     """Do what is planned and not recorded, until a time of `time.monotonic`."""
-    config = with_adapters(config_of(pair), work, pair)
-    queue = work / pair / "compare"
-    for method, seed in planned():
-        if only and method not in only:
-            continue
-        if (out / f"{job_name(method, seed)}.json").exists():
-            continue
-        if time.monotonic() > until:
+    config, out = with_adapters(config_of(pair), options.work, pair), RUNS / pair
+    queue = options.work / pair / "compare"
+    while time.monotonic() <= until:
+        missing = [
+            (method, seed)
+            for method, seed in planned()
+            if not options.only or method in options.only
+            if not (out / f"{job_name(method, seed)}.json").exists()
+        ]
+        if not missing:
             return
-        found = compare_methods(config, queue, (method,), (seed,), 1, threads)
+        seed = missing[0][1]
+        now = [method for method, of in missing[: options.jobs] if of == seed]
+        found = compare_methods(config, queue, now, (seed,), options.jobs, options.threads)
         keep(queue, out)
         for name, why in found["not_applicable"].items():
             write_jsonl(out / f"{job_name(name, seed)}.json", [{"not_applicable": why}])
+        if found["failed"]:
+            raise SystemExit(f"{pair}: {found['failed']}")
 
 
 def keep(queue: Path, out: Path) -> int:
@@ -251,6 +255,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--work", type=Path, default=Path("runs/recorded"), help="may be large")
     running.add_argument("--minutes", type=float, default=1e9, help="start nothing later")
     running.add_argument("--only", nargs="+", default=[], choices=list(METHODS))
+    running.add_argument("--jobs", type=int, default=1, help="processes at once")
     running.add_argument("--threads", type=int, default=1, help="of every run")
     made = commands.add_parser("tables", help="write the tables of what is recorded")
     made.add_argument("--runs", type=Path, default=RUNS)
@@ -269,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.ready(options)
         until = time.monotonic() + 60 * options.minutes
         for pair in options.pairs:
-            run(pair, options.work, RUNS / pair, until, options.only, options.threads)
+            run(pair, options, until)
     elif options.what == "tables":
         tables(options.runs, options.out)
     else:

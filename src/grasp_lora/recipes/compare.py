@@ -184,6 +184,27 @@ METHODS: Mapping[str, Method] = {
         changes={"finetune.mode": "continue"},
         seeds="all",
     ),
+    **{
+        f"grasp-{name}": Method(
+            f"this library's controller, two runs, {about}", "grasp", inputs, changes=changes
+        )
+        for name, about, inputs, changes in (
+            ("module-types", "a ratio for each type of module", {}, {"scope": "module-type"}),
+            ("layers", "a ratio for each layer", {}, {"scope": "layer"}),
+            ("adapters", "a ratio for each of the two adapters", {}, {"scope": "adapter"}),
+            ("ranks", "whole components pruned", {}, {"structure": "rank"}),
+            ("weights", "merge weights learned first", {"start": LEARNED}, {}),
+        )
+    },
+    **{
+        f"recut-{schedule}": _tuned(
+            f"pruned at 0.4, masks cut anew {about}",
+            CONFIGURED,
+            0.4,
+            changes={"finetune.mask_schedule": schedule},
+        )
+        for schedule, about in (("every-step", "every step"), (8, "every 8 steps"))
+    },
     "random-masks": _tuned(
         "masks drawn at random, at the ratio of grasp-restart",
         CONFIGURED,
@@ -281,11 +302,17 @@ def jobs_of(
             if place > 0 and method.seeds != "all":
                 continue
             changed = changed_settings(config, method.changes)
+            broken = changed.faults()
             drawn = config.seed if method.seeds == "none" else seed
             own = {"config": settings_of(changed.model_copy(update={"seed": drawn}))}
             needs = (ADAPTERS, *(job_name(need, seed) for need in method.needs))
             if method.work in CHOOSING:
                 own, needs = {}, needs[1:]
+            if broken:
+                # A rule between settings that this method breaks with these adapters or this merge.
+                refusal = {"why": "; ".join(broken)}
+                jobs.append(Job(job_name(name, seed), "methods:refused", refusal))
+                continue
             jobs.append(
                 Job(
                     job_name(name, seed), f"methods:{method.work}", own | dict(method.inputs), needs

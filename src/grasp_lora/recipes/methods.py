@@ -133,6 +133,11 @@ def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     }
 
 
+def refused(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return that a method cannot run; `inputs` hold `why`."""
+    return {"not_applicable": inputs["why"]}
+
+
 @_or_not_applicable
 def fixed(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Score an adapter, a merge, or the bare backbone, without training.
