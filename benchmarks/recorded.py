@@ -4,7 +4,7 @@
     python -m benchmarks.recorded tables --out docs/results
 
 `run` trains the two adapters of each pair once (`configs/results/PAIR-*.yaml`, the source adapter
-for one epoch), then goes through `PLAN` with `grasp-lora compare` and writes the result of every
+for one epoch), then goes through `planned` with `grasp-lora compare` and writes the result of every
 finished run, without places of this machine, to docs/results/runs/PAIR/RUN.json. A run that is
 recorded there is not run again, on whatever machine it was. `tables` writes comparison.json,
 comparison.md and pictures from what is recorded.
