@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -62,6 +62,13 @@ def plot_search(
     figure.savefig(path, dpi=150)
 
 
+class _Point(NamedTuple):
+    ratio: float
+    score: float
+    seconds: float
+    interval: tuple[float | None, float | None]
+
+
 def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     """Draw a `comparison.json`: score against seconds, score against ratio, seconds.
 
@@ -73,9 +80,14 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
         return
     test = next(iter(rows[0]["scores"]))
     metric = next(iter(rows[0]["scores"][test]))
-    runs: dict[str, list[tuple[float, float, float]]] = {}
+    runs: dict[str, list[_Point]] = {}
     for row in rows:
-        point = (row["ratio"], row["scores"][test][metric], row["seconds"])
+        point = _Point(
+            row["ratio"],
+            row["scores"][test][metric],
+            row["seconds"],
+            row["intervals"][test][metric],
+        )
         runs.setdefault(row["method"], []).append(point)
     folder.mkdir(parents=True, exist_ok=True)
     for draw, name, height in (
@@ -90,8 +102,8 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
         figure.savefig(folder / name, dpi=130)
 
 
-_Runs = Mapping[str, Sequence[tuple[float, float, float]]]
-"""Method -> (ratio, score, seconds) of each run."""
+_Runs = Mapping[str, Sequence[_Point]]
+"""Method -> its runs."""
 _CHOSEN_FROM = ("grid-0", "adaptive-0")
 
 
@@ -99,32 +111,39 @@ def _pareto_panel(axes: Axes, runs: _Runs, label: str) -> None:
     for method, points in runs.items():
         if method.startswith(_CHOSEN_FROM):
             continue
-        score = _mean_of(score for _, score, _ in points)
-        seconds = _mean_of(seconds for _, _, seconds in points)
-        axes.plot(seconds, score, "o", color=_colour_of(method))
+        score = _mean_of(point.score for point in points)
+        seconds = _mean_of(point.seconds for point in points)
+        colour = _colour_of(method)
+        known = [(low, high) for low, high in (p.interval for p in points) if low is not None]
+        if known:
+            low, high = (_mean_of(ends) for ends in zip(*known, strict=True))
+            axes.plot([seconds] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
+        axes.plot(seconds, score, "o", color=colour)
         _name_point(axes, method, seconds, score)
     axes.set_xlim(left=0)
+    axes.margins(0.1)
     axes.set_xlabel("seconds from the two adapters to the final one")
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"{label} (lines: 95 % intervals of a run)")
 
 
 def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
     for prefix, colour in zip(_CHOSEN_FROM, (BLUE, GREEN), strict=True):
         grid = [points for method, points in runs.items() if method.startswith(prefix)]
         if grid:
-            means = [(points[0][0], _mean_of(score for _, score, _ in points)) for points in grid]
+            means = [(points[0].ratio, _mean_of(p.score for p in points)) for points in grid]
             axes.plot(*zip(*means, strict=True), "-", color=colour, label=prefix[:-2])
         for points in grid:
-            for ratio, score, _ in points:
-                axes.plot(ratio, score, ".", color=colour)
-    for ratio, score, _ in runs.get("average-finetuned", ()):
-        axes.axhline(score, color=INK, linestyle=":", linewidth=0.8, zorder=0)
-        axes.annotate("unpruned", (ratio, score), fontsize=8, color=INK)
+            for point in points:
+                axes.plot(point.ratio, point.score, ".", color=colour)
+    for point in runs.get("average-finetuned", ()):
+        axes.axhline(point.score, color=INK, linestyle=":", linewidth=0.8, zorder=0)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate("unpruned", (1.0, point.score), fontsize=8, color=INK, **place)
     for method, points in runs.items():
         if method.startswith("grasp"):
-            for ratio, score, _ in points:
-                axes.plot(ratio, score, "*", color=ORANGE, markersize=11)
-                _name_point(axes, method, ratio, score)
+            for point in points:
+                axes.plot(point.ratio, point.score, "*", color=ORANGE, markersize=11)
+                _name_point(axes, method, point.ratio, point.score)
     axes.set_xlim(left=-0.02)
     axes.set_xlabel("ratio (fraction removed)")
     axes.set_ylabel(label)
@@ -133,7 +152,7 @@ def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
 
 
 def _seconds_panel(axes: Axes, runs: _Runs, label: str) -> None:
-    means = {m: _mean_of(seconds for _, _, seconds in points) for m, points in runs.items()}
+    means = {method: _mean_of(p.seconds for p in points) for method, points in runs.items()}
     dear = {m: s for m, s in means.items() if s > 0 and not m.startswith(_CHOSEN_FROM)}
     axes.barh(list(dear), list(dear.values()), color=[_colour_of(method) for method in dear])
     axes.invert_yaxis()
