@@ -14,6 +14,8 @@ from rich.table import Table
 from grasp_lora.report import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
 ORACLE = "grid, chosen by the test rows"
+PLAIN = "average-finetuned"
+"""One fine-tuning run of a merge and nothing else: the unit of what others cost."""
 FIELDS = (
     *("pair", "task", "method", "seed", "ratio", "test", "metric", "value", "low", "high"),
     *("dev_loss", "runs"),
@@ -55,7 +57,9 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
     lines += [
         "Seconds are all that a method needs from the two adapters to its final one, choosing "
         "included; the grid is trained by the same code. Forwards are rows read without a "
-        "gradient. Runs of equal length bound a method of two runs at 4 times a grid of 8.",
+        "gradient, less the reading of the train rows for the norms of the importance. A plain "
+        f"run is `{PLAIN}`. Runs of equal length bound a method of two runs at 4 times a grid of "
+        "8.",
         "",
         "![score against seconds](pareto.png)",
         "",
@@ -135,8 +139,9 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = shown_methods(found)
     grid = methods.get("grid")
     whole = statistics.fmean(run["seconds"] for run in grid) if grid else None
+    plain = [run["tokens"] for run in methods.get(PLAIN, ())]
     titles = ["method", "runs", "seconds", "times the grid's speed", "steps", "forwards", "tokens"]
-    titles += ["peak memory (GB)", "adapter (MB)", "zeros"]
+    titles += ["tokens, in plain runs", "peak memory (GB)", "adapter (MB)", "zeros"]
     rows: list[list[str]] = []
     for method, runs in methods.items():
         seconds = statistics.fmean(run["seconds"] for run in runs)
@@ -144,6 +149,8 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [method, f"{runs[0]['runs']}", f"{seconds:.0f}", faster]
         for name in ("steps", "forwards", "tokens"):
             cells.append(f"{statistics.fmean(run[name] for run in runs):.0f}")
+        tokens = statistics.fmean(run["tokens"] for run in runs)
+        cells.append(f"{tokens / statistics.fmean(plain):.2f}" if plain else NO_VALUE)
         peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
         cells.append(f"{max(peaks) / 1e9:.2f}" if peaks else NO_VALUE)
         cells.append(f"{runs[0]['adapter_bytes'] / 1e6:.1f}")

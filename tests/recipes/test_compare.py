@@ -30,7 +30,7 @@ from grasp_lora.recipes.methods import folds_of, ratio_in
 from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
-from grasp_lora.report_comparison import comparison_csv
+from grasp_lora.report_comparison import comparison_csv, price_rows
 from grasp_lora.runs import read_json
 from grasp_lora.tasks.base import Example
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -135,6 +135,11 @@ def test_prices_count_what_was_done(done):
         assert (row["runs"], row["steps"], row["forwards"]) == (1, 4, 8)
     for row in of(found, "grasp-restart"):
         assert (row["runs"], row["steps"]) == (2, 8)
+        plain = statistics.fmean(one["tokens"] for one in of(found, "average-finetuned"))
+        titles, cells = price_rows(found)
+        shown = next(one for one in cells if one[0] == "grasp-restart")
+        worth = shown[titles.index("tokens, in plain runs")]
+        assert worth == f"{row['tokens'] / plain:.2f}"
         assert row["forwards"] == 2 * 3 * 4 + 8
     (learned,) = of(found, "learned-weights")
     assert learned["forwards"] == 8 + 8 * 11  # all 8 labelled rows under eleven merges

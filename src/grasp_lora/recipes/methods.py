@@ -198,6 +198,9 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
     final = finetune_at(config, start, ratio, folder / "final", context=context, spread=spread)
     rounds = read_jsonl(search / "rounds.jsonl")
     committed = [r["step"] for r in rounds if r["committed"]]
+    price = _price(context, [search, final], forwards=read + found["probe_forwards"])
+    if config.finetune.mode == "continue":
+        price["runs"] = 1  # one training in two stages
     return outcome(context, final, folder) | {
         "ratio": ratio,
         "spread": spread,
@@ -209,7 +212,7 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
         "entries": found["entries"],
         "forwards": found["probe_forwards"],
         "loss_jump": loss_jump(log, committed),
-        "price": _price(context, [search, final], forwards=read + found["probe_forwards"]),
+        "price": price,
     }
 
 
