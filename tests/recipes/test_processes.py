@@ -68,7 +68,9 @@ def assert_same(one, two) -> None:
     one, two = numbers(one), numbers(two)
     assert one.keys() == two.keys()
     for key, value in one.items():
-        close = pytest.approx(value, abs=1e-4, rel=1e-3) if isinstance(value, float) else value
+        # A gain of 0.0003 over its error: what rounds a loss in its seventh digit is seen in it.
+        exact = 1e-2 if key.endswith(".z") else 1e-3
+        close = pytest.approx(value, abs=1e-4, rel=exact) if isinstance(value, float) else value
         assert two[key] == close, key
 
 
