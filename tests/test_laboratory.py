@@ -5,7 +5,16 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks import ablation, controller, controllers, landscape, landscape_report, rewards
+from benchmarks import (
+    ablation,
+    common,
+    controller,
+    controllers,
+    landscape,
+    landscape_report,
+    replay,
+    rewards,
+)
 from benchmarks import recorded as recorded_runs
 from benchmarks.controllers import CONTROLLERS, floor
 from benchmarks.worlds import (
@@ -413,3 +422,23 @@ def test_variants_that_need_a_model_are_no_part_of_the_laboratory():
         base = found["as-configured"]
         assert all(config != base for name, config in found.items() if name != "as-configured")
     assert ablation.variants_of("paper")["anchor-and-entropy-off"].entropy == 0.0
+
+
+def test_a_recorded_search_is_replayed_to_the_ratio_it_ended_with(capsys):
+    files = sorted((common.ROOT / "docs/results/runs/embedded/searches").glob("*.jsonl"))
+    assert len(files) == 2
+    replay.main([str(file) for file in files])
+    ends = [line for line in capsys.readouterr().out.splitlines() if "as it is" in line]
+    kept = [read_jsonl(file.parent.parent / f"{file.stem}.json")[0]["ratio"] for file in files]
+    assert [float(line.split("|")[2]) for line in ends] == pytest.approx(kept)
+
+
+def test_compressing_keeps_the_best_trial_and_the_order_and_draws_the_rest_nearer():
+    (file, *_) = sorted((common.ROOT / "docs/results/runs/embedded/searches").glob("*.jsonl"))
+    records = replay.read_rounds(file)
+    for record, after in zip(records, replay.compressed(records, 2), strict=True):
+        before = [np.mean(losses) for losses in record.per_row]
+        now = [np.mean(losses) for losses in after.per_row]
+        assert np.argsort(before).tolist() == np.argsort(now).tolist()
+        assert min(now) == pytest.approx(min(before))
+        assert all(b - min(before) >= n - min(now) - 1e-9 for b, n in zip(before, now, strict=True))
