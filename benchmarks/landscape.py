@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks import common
+from benchmarks.recorded import SOURCE_EPOCHS
 from grasp_lora.config import RunConfig, load_config
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.hf.live import LiveAdapter, scored
@@ -44,8 +45,6 @@ TRAININGS = ("plain", "random", "branches")
 SHRINKS = (1.0, 0.9, 0.75, 0.5)
 BRANCH_STEPS = 8
 SPLITS = ("micro_dev", "dev")
-SOURCE_EPOCHS = 1
-"""The source adapter sees its rows once; `train.epochs` is the target adapter's."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -56,16 +57,7 @@ class Narrator:
         """
         start = time.perf_counter()
         state = {"first": 0, "since": start, "next": QUIET_FRACTION}
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        progress = self._progress(MofNCompleteColumn())
         task = progress.add_task(title, total=total)
         said = False
 
@@ -94,19 +86,23 @@ class Narrator:
 
         Yields a function that sets how many of them are done.
         """
-        progress = Progress(
+        progress = self._progress(TextColumn("{task.percentage:>3.0f}%"))
+        task = progress.add_task(title, total=total)
+        with progress:
+            yield lambda seconds: progress.update(task, completed=seconds)
+
+    def _progress(self, count: ProgressColumn) -> Progress:
+        """Return a bar with this column between it and the times; none without a terminal."""
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
+            count,
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        task = progress.add_task(title, total=total)
-        with progress:
-            yield lambda seconds: progress.update(task, completed=seconds)
 
 
 class BarCallback(TrainerCallback):

@@ -95,7 +95,8 @@ def run_projected(
     narrator, short = Narrator(quiet), measure_job(with_split_seed(config), data)
     # Both together are looked at first, so that a folder of something else is refused before work.
     check_queue(folder, [short, *jobs], workers, threads, overwrite)
-    missing = [job for job in jobs if job.name not in results_in(folder, jobs)]
+    done = results_in(folder, jobs)
+    missing = [job for job in jobs if job.name not in done]
     if not any("config" in job.inputs for job in missing):
         return run_queue(folder, jobs, workers, threads, overwrite, quiet)
     found = run_queue(folder, [short], min(workers, 1), threads, overwrite, True)[MEASURE]
