@@ -1,25 +1,23 @@
-"""The history curve of recorded searches, as it is and with steep losses compressed.
+"""The history curve of recorded searches, with steep losses compressed and as they are.
 
     python -m benchmarks.replay docs/results/runs/embedded/searches/*.jsonl
 
 Reads `rounds.jsonl` of searches with the default controller and prints, for each, where the curve
-is lowest and how high it is elsewhere. Compressed means that a trial's distance d to the best of
-its round becomes s log(1 + d / s), where s is a multiple of the median distance of the search: a
-cliff then no longer sets the scale of the whole curve.
+is lowest and how high it is elsewhere; compressed by several multiples of the median distance of a
+trial to the best of its round (`grasp_lora.core.history.compressed`; the default is 4).
 """
 
 import argparse
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from grasp_lora.core.history import RoundRecord, fit_curve, grid, lowest, observations
+from grasp_lora.core.history import RoundRecord, compressed, fit_curve, gaps_of, grid, lowest
 from grasp_lora.core.rounds import ControllerConfig
 from grasp_lora.runs import read_jsonl
 
-MULTIPLES = (1, 2, 4)
+MULTIPLES = (1, 2, 4, math.inf)
 SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -38,28 +36,6 @@ def read_rounds(file: Path) -> list[RoundRecord]:
     return records
 
 
-def compressed(records: Sequence[RoundRecord], multiple: float) -> list[RoundRecord]:
-    """Return rounds whose trials are drawn nearer to the best of their round; all finite."""
-    far = [x - min(r.losses) for r in records for x in r.losses if x > min(r.losses)]  # type: ignore[type-var, operator]
-    scale = multiple * statistics.median(far)
-    found: list[RoundRecord] = []
-    for record in records:
-        best = min(range(len(record.losses)), key=lambda i: record.losses[i])  # type: ignore[arg-type, return-value]
-        rows = [
-            [low + _share(loss - record.losses[best], scale) * (own - low) for own, low in pairs]  # type: ignore[operator]
-            for loss, pairs in (
-                (loss, list(zip(losses, record.per_row[best], strict=True)))
-                for loss, losses in zip(record.losses, record.per_row, strict=True)
-            )
-        ]
-        found.append(replace(record, per_row=tuple(tuple(one) for one in rows)))
-    return found
-
-
-def _share(distance: float, scale: float) -> float:
-    return scale * math.log1p(distance / scale) / distance if distance > 0 else 1.0
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table for every search."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -70,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = read_rounds(file)
         print(f"\n{file.stem}\n\n| curve | lowest at | {' | '.join(f'{r:g}' for r in SHOWN)} |")
         print(f"|---|---:|{'---:|' * len(SHOWN)}")
-        ways = {"as it is": records}
-        ways |= {f"compressed, {m} x median": compressed(records, m) for m in MULTIPLES}
-        for name, ones in ways.items():
-            seen = observations(ones)
+        for multiple in MULTIPLES:
+            seen = compressed(gaps_of(records), multiple)
             values = fit_curve(seen, len(records)).values(at)
             values = values - values.min()
             places = [int((at - ratio).abs().argmin()) for ratio in SHOWN]
             cells = [f"{float(values[place]):.3f}" for place in places]
+            name = "as it is" if math.isinf(multiple) else f"compressed, {multiple} x median"
             print(f"| {name} | {lowest(seen, len(records), config):.3f} | {' | '.join(cells)} |")
 
 

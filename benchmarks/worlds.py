@@ -147,6 +147,15 @@ def flat(random: Random) -> Curve:
     return lambda done: np.zeros_like(RATIOS)
 
 
+def steep(random: Random) -> Curve:
+    """A gain of 0.02-0.06 nats before a rise of 3-6 nats."""
+    edge, depth, height = random.uniform(0.1, 0.35), random.uniform(0.02, 0.06), random.uniform(3, 6)
+    falling = depth * ((RATIOS - edge) / edge) ** 2
+    rising = height * np.maximum(0, (RATIOS - edge) / (HIGH - edge)) ** 2.5
+    curve = np.where(edge > RATIOS, falling, rising)
+    return lambda done: curve
+
+
 @dataclass(frozen=True)
 class Family:
     """Kind of curve, span of the noise in nats, and whether single rows have wild functions."""
@@ -170,6 +179,7 @@ FAMILIES = {
     "flat": Family(flat, 0.1),
     "flat, heavy": Family(flat, 0.1, heavy=True),
     "cliff, heavy": Family(cliff, heavy=True),
+    "steep": Family(steep),
 }
 IN_SPANS = tuple(FAMILIES)[:9]
 NO_GAIN = ("cliff", "rising", "flat", "flat, heavy", "cliff, heavy")

@@ -8,7 +8,9 @@ import torch
 
 from grasp_lora.core.history import (
     Observation,
+    compressed,
     fit_curve,
+    gaps_of,
     lowest,
     observations,
     restricted,
@@ -35,7 +37,7 @@ def random_observations(rounds=3, candidates=3, rows=8, seed=0):
 def test_gaps_compare_candidates_row_by_row_within_the_round():
     losses = [[1.0, 11.0], [2.0, 13.0], [3.0, math.nan]]
     state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2, 0.3), [0, 0], losses, [7, 9], 1)
-    seen = observations(state.records)
+    (seen,) = gaps_of(state.records)
     assert [o.ratio for o in seen] == [0.1, 0.2]
     assert seen[0].gaps == {7: -0.5, 9: -1.0}
     assert seen[1].gaps == {7: 0.5, 9: 1.0}
@@ -59,6 +61,59 @@ def test_one_wild_row_is_pulled_in_before_it_is_averaged():
     losses[1][4] += 100.0
     state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2), [0.0] * rows, losses, range(rows), 1)
     assert all(abs(gap) < 1.0 for o in observations(state.records) for gap in o.gaps.values())
+
+
+def round_of(*means, number=0, spread=0.0):
+    return [
+        Observation(0.1 * n, number, {5: mean - spread * n, 8: mean + spread * n})
+        for n, mean in enumerate(means)
+    ]
+
+
+def test_steep_losses_count_as_logarithms_of_their_distance_to_the_best_of_their_round():
+    rounds = [round_of(0.0, 0.1, 3.0, spread=0.05), round_of(0.2, 0.0, number=1)]
+    scale = 4 * 0.2  # the distances are 0.1, 3.0 and 0.2
+    seen = compressed(rounds)
+    moved = [scale * math.log(1 + d / scale) for d in (0.1, 3.0, 0.2)]
+    first = [0.0, *moved[:2]]
+    assert [o.mean - seen[0].mean for o in seen[:3]] == pytest.approx(first)
+    assert seen[3].mean - seen[4].mean == pytest.approx(moved[2])
+    # Rows come along in proportion: these were 3.0 -+ 0.1 above those of the best.
+    apart = [seen[2].gaps[row] - seen[0].gaps[row] for row in (5, 8)]
+    assert apart == pytest.approx([moved[1] * 2.9 / 3.0, moved[1] * 3.1 / 3.0])
+    for some in (seen[:3], seen[3:]):
+        assert all(sum(o.gaps[row] for o in some) == pytest.approx(0) for row in (5, 8))
+
+
+def test_compressing_keeps_the_order_within_a_round_and_equal_trials_equal():
+    means = [0.3, 0.0, 5.0, 0.0, 0.31]
+    seen = compressed([round_of(*means, spread=0.01)])
+    found = [o.mean for o in seen]
+    assert sorted(range(5), key=lambda i: found[i]) == sorted(range(5), key=lambda i: means[i])
+    assert found[1] == found[3]
+    same = compressed([round_of(0.0, 0.0, 0.0)])
+    assert [o.gaps for o in same] == [{5: 0.0, 8: 0.0}] * 3
+    assert compressed([]) == ()
+
+
+def test_compressing_does_not_depend_on_the_unit_and_infinity_leaves_all_as_it_is():
+    small = compressed([round_of(0.0, 0.1, 3.0)])
+    large = compressed([round_of(0.0, 1e3, 3e4)])
+    assert [1e4 * o.mean for o in small] == pytest.approx([o.mean for o in large])
+    kept = compressed([round_of(-1.0, 0.0, 1.0)], math.inf)
+    assert [o.mean for o in kept] == [-1.0, 0.0, 1.0]
+
+
+def test_a_cliff_does_not_hide_a_dip_before_it():
+    # 0.04 nats of gain at 0.2, then 5 nats of loss; losses of rounds at different places.
+    def loss(ratio):
+        return 0.04 * ((ratio - 0.2) / 0.2) ** 2 if ratio < 0.2 else 5 * ((ratio - 0.2) / 0.6) ** 2
+
+    state = begin(CONFIG)
+    for number, ratios in enumerate([(0.05, 0.4, 0.75), (0.15, 0.45, 0.7), (0.2, 0.3, 0.8)]):
+        losses = [[loss(r) + 0.001 * ((7 * e + number) % 5) for e in range(8)] for r in ratios]
+        state, _ = conclude(state, CONFIG, ratios, [0.0] * 8, losses, range(8), number + 1)
+    assert lowest(observations(state.records), 3, CONFIG) == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_curve_is_the_gaussian_process_posterior_mean():

@@ -2,8 +2,10 @@
 
 A round's losses are compared within the round only: the model moves between rounds, and rows
 differ in how hard they are. So each row's loss under a candidate is centred on that row's mean
-over the candidates, and the centred values of all rounds are joined by a Gaussian process. This is
-our departure from arXiv 2601.06702, which keeps the single best reward difference.
+over the candidates, and the centred values of all rounds are joined by a Gaussian process. The
+process has one scale; before it is fitted, the trials far above the best of their round are drawn
+nearer, or a cliff of several nats would be the only thing that it sees. This is our departure from
+arXiv 2601.06702, which keeps the single best reward difference.
 """
 
 # torch leaves these results untyped.
@@ -12,7 +14,7 @@ our departure from arXiv 2601.06702, which keeps the single best reward differen
 import math
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ GRID_POINTS = 161
 _LENGTH = 0.25  # ratios this far apart are seen as related
 _ROUND_FACTOR = 10.0  # variance of a round's shared term over that of the curve
 _OUTLIER = 4 * 1.4826  # 4 standard deviations, in median absolute deviations of a normal
+_STEEP = 4.0  # median distances above the best of a round, from where a loss counts as its logarithm
 _LEAST_NOISE = 1e-3  # of the curve's variance: the probing rows are never the whole truth
 _LEAST_SIGNAL = 0.1  # of the spread of the observations
 _TINY = 1e-18
@@ -85,7 +88,8 @@ class Observation:
     Attributes:
         ratio: The ratio tried.
         round: Number of the round.
-        gaps: Row id -> the row's winsorised loss difference, in nats.
+        gaps: Row id -> the row's winsorised loss difference, in nats; of a trial far above the best
+            of its round, in compressed nats.
     """
 
     ratio: float
@@ -132,8 +136,13 @@ class Curve:
 
 
 def observations(records: Sequence[RoundRecord]) -> tuple[Observation, ...]:
-    """Return the trials of all rounds that had at least two finite ones to compare."""
-    found: list[Observation] = []
+    """Return the trials of all rounds that had at least two finite ones, steep ones compressed."""
+    return compressed(gaps_of(records))
+
+
+def gaps_of(records: Sequence[RoundRecord]) -> list[list[Observation]]:
+    """Return the trials of each round that had at least two finite ones to compare."""
+    rounds: list[list[Observation]] = []
     for record in records:
         trials = [
             (ratio, [loss for loss in losses if loss is not None])
@@ -145,12 +154,48 @@ def observations(records: Sequence[RoundRecord]) -> tuple[Observation, ...]:
         if len(trials) < 2:
             continue
         centres = [statistics.fmean(column) for column in zip(*(t for _, t in trials), strict=True)]
-        for ratio, losses in trials:
-            gaps = winsorised([y - c for y, c in zip(losses, centres, strict=True)])
-            found.append(
-                Observation(ratio, record.round, dict(zip(record.rows, gaps, strict=True)))
-            )
+        gaps = [winsorised([y - c for y, c in zip(t, centres, strict=True)]) for _, t in trials]
+        rounds.append(
+            [
+                Observation(ratio, record.round, dict(zip(record.rows, own, strict=True)))
+                for (ratio, _), own in zip(trials, gaps, strict=True)
+            ]
+        )
+    return rounds
+
+
+def compressed(
+    rounds: Sequence[Sequence[Observation]], multiple: float = _STEEP
+) -> tuple[Observation, ...]:
+    """Return the observations of all rounds with those far above the best of theirs drawn nearer.
+
+    One whose mean is d above the least of its round moves to `s log(1 + d / s)` above it, its rows
+    in proportion, and the round is centred again; s is `multiple` times the median d of all but the
+    least. The order within a round stays, and a d much smaller than s hardly changes.
+
+    Args:
+        rounds: The observations of each round; those of a round are on the same rows.
+        multiple: Over 0; infinity leaves everything as it is.
+    """
+    least = [min(one, key=lambda o: o.mean) for one in rounds]
+    above = [o.mean - low.mean for one, low in zip(rounds, least, strict=True) for o in one]
+    scale = multiple * statistics.median([d for d in above if d > 0] or [1.0])
+    found: list[Observation] = []
+    for one, low in zip(rounds, least, strict=True):
+        drawn = [_drawn_to(low, o, scale) for o in one]
+        centres = {row: statistics.fmean(own[row] for own in drawn) for row in low.gaps}
+        for observation, own in zip(one, drawn, strict=True):
+            gaps = {row: gap - centres[row] for row, gap in own.items()}
+            found.append(replace(observation, gaps=gaps))
     return tuple(found)
+
+
+def _drawn_to(low: Observation, other: Observation, scale: float) -> dict[int, float]:
+    distance = other.mean - low.mean
+    if distance <= 0 or math.isinf(scale):
+        return other.gaps
+    share = scale * math.log1p(distance / scale) / distance
+    return {row: low.gaps[row] + share * (gap - low.gaps[row]) for row, gap in other.gaps.items()}
 
 
 def winsorised(values: Sequence[float]) -> list[float]:
