@@ -149,7 +149,8 @@ def flat(random: Random) -> Curve:
 
 def steep(random: Random) -> Curve:
     """A gain of 0.02-0.06 nats before a rise of 3-6 nats."""
-    edge, depth, height = random.uniform(0.1, 0.35), random.uniform(0.02, 0.06), random.uniform(3, 6)
+    edge, depth = random.uniform(0.1, 0.35), random.uniform(0.02, 0.06)
+    height = random.uniform(3, 6)
     falling = depth * ((RATIOS - edge) / edge) ** 2
     rising = height * np.maximum(0, (RATIOS - edge) / (HIGH - edge)) ** 2.5
     curve = np.where(edge > RATIOS, falling, rising)

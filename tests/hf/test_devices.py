@@ -1,9 +1,12 @@
-"""Which device "auto" means."""
+"""Which device "auto" means, and what is kept off it."""
+
+import math
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from grasp_lora.hf.devices import choose_device
+from grasp_lora.hf.devices import avoid_faulty_kernels, choose_device
 
 
 @pytest.mark.parametrize(("rank", "device"), [(None, "cuda"), ("0", "cuda:0"), ("3", "cuda:3")])
@@ -19,3 +22,36 @@ def test_auto_is_the_cpu_without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.fixture
+def cudnn_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+def test_cudnn_attention_is_left_out_on_gpus_only():
+    avoid_faulty_kernels(torch.device("cpu"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    avoid_faulty_kernels(torch.device("cuda:1"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("cudnn_attention")
+@pytest.mark.parametrize("length", [256, 320])
+def test_gradients_through_masked_attention_are_finite(length):
+    avoid_faulty_kernels(torch.device("cuda"))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        (0.1 * torch.randn(1, 1, length, 64, generator=generator)).bfloat16() for _ in range(3)
+    )
+    query[..., 0], key[..., 0] = 1.0, -120 * math.sqrt(64)  # low scores: small sums of exponentials
+    leaves = [t.cuda().requires_grad_() for t in (query, key, value)]
+    mask = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()[None, None]
+    scaled_dot_product_attention(*leaves, attn_mask=mask).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)

@@ -27,7 +27,12 @@ from grasp_lora.hf.cache import (
     gguf_source,
     quiet_bars,
 )
-from grasp_lora.hf.devices import DTYPES, choose_device, choose_dtype
+from grasp_lora.hf.devices import (
+    DTYPES,
+    avoid_faulty_kernels,
+    choose_device,
+    choose_dtype,
+)
 from grasp_lora.hf.memory import MemoryPlan, plan_config_memory
 from grasp_lora.hf.modules import (
     accepts,
@@ -145,6 +150,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
     _check_quantization(spec, device)
+    avoid_faulty_kernels(device)
     location, public_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)

@@ -41,6 +41,17 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def avoid_faulty_kernels(device: torch.device) -> None:
+    """Keep this process off attention kernels that give wrong gradients on `device`.
+
+    cuDNN's backward pass of attention with a mask returns NaN where the length is 64 more than a
+    multiple of 128 and a row's scores are low (torch 2.11 and later on Hopper GPUs,
+    https://github.com/pytorch/pytorch/issues/196678). torch's other kernels give what it should.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _cpu_has_bfloat16() -> bool:
     # torch 2.10 and later report every instruction set; before, none but the vector width.
     report = getattr(torch.cpu, "get_capabilities", dict)
