@@ -87,11 +87,11 @@ def test_halves_are_disjoint_whole_and_the_same_each_time():
     assert len({frozenset(chosen) for chosen, _ in found}) > 4, "the splits differ"
 
 
-def test_pooled_errors_are_those_of_half_correlated_halves():
+def test_pooled_errors_are_those_of_halves_correlated_at_a_quarter():
     first, second = [1.0, 2.0, 4.0], [0.0, 1.0, 5.0]
     found = pooled([first, second])
     assert found.gain == pytest.approx((7 / 3 + 2) / 2)
     mean_error = (standard_error(first) + standard_error(second)) / 2
-    assert found.error == pytest.approx(math.sqrt(0.75) * mean_error)
+    assert found.error == pytest.approx(math.sqrt(0.625) * mean_error)
     assert found.rows == 3
     assert pooled([]) is None

@@ -25,8 +25,7 @@ from grasp_lora.core.settings import ControllerConfig
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 
-_NEAR_LOW = 0.07  # a trial this close to `low` stands for it
-_WINDOW = 0.1  # trials this far apart are tested together; one nearer to `low` shows no gain
+_NEAR = 0.07  # a trial this close to `low` stands for it, and trials this close are tested together
 _LATE_ROUNDS = 3
 _RESAMPLES = 400
 
@@ -175,7 +174,7 @@ def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list
         measured = [(in_force, record.baseline_rows)] if record.baseline_rows else []
         in_force = record.mask_ratio
         lowest_ratio, reference = min((*trials, *measured), key=lambda trial: trial[0])
-        if lowest_ratio > config.low + _NEAR_LOW:
+        if lowest_ratio > config.low + _NEAR:
             continue
         for ratio, losses in trials:
             gaps = {
@@ -183,7 +182,7 @@ def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list
                 for row, low, high in zip(record.rows, reference, losses, strict=True)
                 if low is not None and high is not None
             }
-            if gaps and ratio > lowest_ratio + _WINDOW:
+            if gaps and ratio > lowest_ratio + _NEAR:
                 values = winsorised(list(gaps.values()))
                 found.append(_Contrast(ratio, dict(zip(gaps, values, strict=True))))
     return found
@@ -193,7 +192,7 @@ def _near(contrasts: Sequence[_Contrast], ratio: float, rows: set[int]) -> list[
     """Return the mean gap of each of the rows over the contrasts near the ratio that have it."""
     gaps: dict[int, list[float]] = {}
     for contrast in contrasts:
-        if abs(contrast.ratio - ratio) <= _WINDOW:
+        if abs(contrast.ratio - ratio) <= _NEAR:
             for row in rows & contrast.gaps.keys():
                 gaps.setdefault(row, []).append(contrast.gaps[row])
     return [statistics.fmean(gaps[row]) for row in sorted(gaps)]
