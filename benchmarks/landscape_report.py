@@ -170,40 +170,50 @@ def shrinks_table(pair: Recorded) -> Iterator[str]:
 
 
 def searches_table(pair: Recorded) -> Iterator[str]:
-    """Yield each search of the method beside the grid point that dev rows choose, seed by seed.
+    """Yield each search of the method beside the grid point that dev rows choose.
 
-    The regret is the test loss of the method's final run less that of the grid's choice, in spans
-    of the grid's test losses of that seed.
+    The grid is that of the search's own seed where it has enough points, else that of the seed that
+    has most. The regret of the ratio is read off that grid's test losses, joined by lines; that of
+    the run is the test loss of the method's own final run less that of the grid's choice. Both are
+    in spans of the grid's test losses.
     """
     yield (
-        "| search | seed | verdict | ratio | grid, chosen on dev | dev, ours | dev, grid "
-        "| test, ours | test, grid | span | regret (spans) |"
+        "| search | seed | verdict | ratio | grid of seed | its choice on dev | dev, ours "
+        "| dev, grid | test, ours | test, grid | span | regret of the ratio | regret of the run |"
     )
-    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     by_seed: dict[int, list[dict[str, Any]]] = {}
     for name, runs in pair.finals.items():
         for one in runs if name.startswith("ratio-") else ():
             by_seed.setdefault(one["seed"], []).append(one)
+    fullest = max(by_seed, key=lambda seed: len(by_seed[seed]))
     for name in ("grasp-restart", "grasp-continue"):
         for one in pair.finals.get(name, ()):
-            points = by_seed.get(one["seed"], [])
+            own = len(by_seed.get(one["seed"], ())) >= LEAST_POINTS
+            seed = one["seed"] if own else fullest
+            points = sorted(by_seed[seed], key=lambda point: point["ratio"])
             if len(points) < LEAST_POINTS:
                 continue
             chosen = min(points, key=_dev_of)
+            ratios = [point["ratio"] for point in points]
             tests = [float(np.mean(point["test"]["loss"])) for point in points]
             ours, theirs = (float(np.mean(run["test"]["loss"])) for run in (one, chosen))
+            span = max(tests) - min(tests)
+            at_ratio = float(np.interp(one["ratio"], ratios, tests))
             cells = [
                 name,
                 str(one["seed"]),
                 str(one["verdict"]),
                 f"{one['ratio']:.3f}",
+                str(seed),
                 f"{chosen['ratio']:g}",
                 f"{_dev_of(one):.3f}",
                 f"{_dev_of(chosen):.3f}",
                 f"{ours:.3f}",
                 f"{theirs:.3f}",
-                f"{max(tests) - min(tests):.3f}",
-                f"{(ours - theirs) / (max(tests) - min(tests)):+.3f}",
+                f"{span:.3f}",
+                f"{(at_ratio - theirs) / span:+.3f}",
+                f"{(ours - theirs) / span:+.3f}",
             ]
             yield f"| {' | '.join(cells)} |"
 
