@@ -205,8 +205,10 @@ def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsy
 
 def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys):
     folder = recorded(tmp_path / "pair")
-    found = read_jsonl(folder / "grid-0.6-s42.json")[0] | {"job": "grasp-restart-s42"}
-    write_jsonl(folder / "grasp-restart-s42.json", [found | {"verdict": "flat"}])
+    found = read_jsonl(folder / "grid-0.6-s42.json")[0] | {"verdict": "flat", "ratio": 0.5}
+    for seed in (42, 7):  # nothing else has seed 7
+        job = f"grasp-restart-s{seed}"
+        write_jsonl(folder / f"{job}.json", [found | {"job": job}])
     picture = tmp_path / "landscape.png"
     (tmp_path / "begun").mkdir()
     landscape_report.main([str(folder), str(tmp_path / "begun"), "--picture", str(picture)])
@@ -217,9 +219,13 @@ def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, caps
     assert (
         "| 0.4 | 0.40 | 2 | 1, 1 | 2.000 | 2.200 | 2.000 | -0.400 ± 0.000 | 50.0 | 75.0 |" in text
     )
-    # The search ended at 0.6, dev rows choose 0.4: 0.2 nats worse, of a span of 0.4.
-    numbers = "0.600 | 0.4 | 2.300 | 2.100 | 2.300 | 2.100 | 0.400 | +0.500"
+    # The run is like that at 0.6, dev rows choose 0.4: 0.2 nats worse, of a span of 0.4; the
+    # ratio itself is halfway between the two.
+    numbers = "0.500 | 42 | 0.4 | 2.300 | 2.100 | 2.300 | 2.100 | 0.400 | +0.250 | +0.500"
     assert f"| grasp-restart | 42 | flat | {numbers} |" in text
+    # Seed 7 has no grid of its own: it is held against that of the first with most points.
+    numbers = "0.500 | 1337 | 0.4 | 2.300 | 1.900 | 2.300 | 1.900 | 0.400 | +0.250 | +1.000"
+    assert f"| grasp-restart | 7 | flat | {numbers} |" in text
     assert "begun: no final runs yet" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
