@@ -251,6 +251,20 @@ def test_a_trial_runs_with_the_masked_weights():
     assert torch.equal(seen, logits_of(live.model.eval(), ids))
 
 
+@pytest.mark.parametrize("committed", [0.0, 0.4, 1.0])
+def test_a_whole_adapter_has_its_stashed_values_for_the_body_alone(committed):
+    live = live_of()
+    before = {n: p.detach().clone() for n, p in live.params.items()}
+    live.commit(pruned_at(live, committed))
+    pruned = live.digest()
+    with live.whole():
+        assert all(torch.equal(live.params[n], value) for n, value in before.items())
+    assert live.digest() == pruned
+    kept = sum(int(live.keep(n).sum()) for n in live.params)
+    entries = sum(p.numel() for p in live.params.values())
+    assert kept == pytest.approx((1 - committed) * entries, rel=0.02)
+
+
 def test_a_pruned_entry_comes_back_with_its_stashed_value():
     live = live_of()
     before = {n: p.detach().clone() for n, p in live.params.items()}

@@ -1,5 +1,7 @@
 """Findings of a run: read from the stages' folders, written into ratio.json once each."""
 
+import pytest
+
 from grasp_lora.core.rounds import ControllerConfig, RatioChoice
 from grasp_lora.recipes.findings import add_run_findings, search_findings
 from grasp_lora.report import finding_lines
@@ -42,6 +44,13 @@ def test_a_result_that_is_worse_than_what_is_simpler_says_so(tmp_path):
     assert found["not-worth-merging"]["evidence"]["better"] == "target"
     lines = finding_lines(read_json(tmp_path / "ratio.json"))
     assert [line.split(":")[0] for line in lines] == list(found)
+
+
+@pytest.mark.parametrize(("before", "named"), [(0, True), (13, False)])
+def test_overfitting_is_what_no_step_of_search_and_final_run_improved(tmp_path, before, named):
+    final = finished(tmp_path / "final", ROWS, step=0)
+    finished(tmp_path / "search", ROWS, step=before)
+    assert ("overfitting" in found_in(tmp_path, final)) == named
 
 
 def test_an_unpruned_result_is_not_over_pruned(tmp_path):

@@ -19,6 +19,7 @@ from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.run import run
+from grasp_lora.recipes.search import search_ratio
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.runs import read_json, read_jsonl
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -183,7 +184,8 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     assert steps["baselines/merged-finetuned"] == steps["search"] + steps["final"] == 3 * 2
     assert steps["baselines/source-finetuned"] == 3 * 2
     log = read_json(out / "final" / "stage.json")["log"]
-    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**2] * 2)
+    kept = read_json(out / "search" / "stage.json")["best"]["step"] // 2
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**kept] * 2)
     alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
     assert alone[0]["learning_rate"] == 0.01
     again = finetune_at(
@@ -192,6 +194,44 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     assert (again / "adapter_model.safetensors").read_bytes() == (
         out / "final/adapter_model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.01, 2), (0.02, 1), (1.0, 0)])
+def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
+    section = {"epochs": 2, "learning_rate": rate}
+    going_on = {"mode": "continue", "epochs": 1, "learning_rate": 0.01}
+    opened = context.open_context(settings(workplace), quiet=True)
+    for role in ("source", "target"):
+        train_adapter(opened.config, role, workplace / role, context=opened)
+    folders = [workplace / "source", workplace / "target"]
+    merged = merge_adapters(opened.config, folders, workplace / "merged", context=opened)
+    found = {}
+    for mode in ("continue", "restart"):
+        config = settings(workplace, search=section, finetune=going_on | {"mode": mode})
+        search_ratio(config, merged, workplace / mode)
+        found[mode] = read_json(workplace / mode / "stage.json")
+    losses = {e["step"]: e["loss"] for e in found["continue"]["evaluations"]}
+    assert min(losses, key=lambda step: losses[step]) == 2 * kept, "an epoch has two steps"
+    assert read_json(workplace / "continue" / "adapter" / "merge.json")["epochs"] == kept
+    assert found["restart"]["evaluations"] == []
+    ends = [start_of(workplace / mode / "adapter") for mode in ("continue", "restart")]
+    assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
+    assert same(ends[0], start_of(merged)) == (kept == 0)
+    config = settings(workplace, search=section, finetune=going_on)
+    final = finetune_at(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
+    stage = read_json(final / "stage.json")
+    assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
+    assert stage["log"][0]["learning_rate"] == pytest.approx(0.01 * 0.85**kept)
+
+
+def start_of(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name + key: t for file in files for key, t in load_file(file).items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(("schedule", "cuts"), [("once", 1), ("every-step", 5), (3, 2)])

@@ -138,12 +138,17 @@ def coarse_reward(records: Sequence[RoundRecord]) -> Finding | None:
 
 
 def overfitting(best_step: int, steps: int) -> Finding | None:
-    """Return a finding if no step of the final run improved on its start."""
+    """Return a finding if no step of training improved on the pruned merge.
+
+    Args:
+        best_step: optimizer step that was kept, of the final run and the search it went on from.
+        steps: steps of both.
+    """
     if best_step != 0 or steps == 0:
         return None
     return Finding(
         "overfitting",
-        "the dev loss was lowest before the first step of the final run, so training only harmed "
+        "the dev loss was lowest before the first step of training, so training only harmed "
         "and the pruned merge was kept untrained: lower finetune.learning_rate, or add target rows",
         {"best_step": best_step, "steps": steps},
     )

@@ -35,6 +35,7 @@ class BestCallback(TrainerCallback):
         patience: evaluations without a new best before training stops; None never stops.
         on_evaluation: called with every evaluation.
         clock: charged with the evaluations, as `dev`.
+        whole: measure with nothing pruned, for masks that change from one evaluation to the next.
     """
 
     name = "best"
@@ -47,8 +48,10 @@ class BestCallback(TrainerCallback):
         patience: int | None,
         on_evaluation: Callable[[Evaluation], None],
         clock: Clock | None = None,
+        whole: bool = False,
     ):
         self._live = live
+        self._whole = whole
         self._batches = rows.batches(range(len(rows.encoded)))
         self._count = len(rows.encoded)
         self._every = every
@@ -84,14 +87,15 @@ class BestCallback(TrainerCallback):
         return len(steps) - 1 - steps.index(self.best.step) >= self._patience
 
     def _evaluate(self, step: int) -> None:
-        with preserved(self._live.model, self._live.params):
-            self._live.model.eval()
-            losses = row_losses(self._live.model, self._batches, self._count)
+        live = self._live
+        with live.whole() if self._whole else preserved(live.model, live.params):
+            live.model.eval()
+            losses = row_losses(live.model, self._batches, self._count)
         evaluation = Evaluation(step, sum(losses) / len(losses))
         self.evaluations.append(evaluation)
         if self.best is None or _better(evaluation.loss, self.best.loss):
             self.best, self.best_rows = evaluation, losses
-            self._best = self._live.snapshot()
+            self._best = live.snapshot()
         self._on_evaluation(evaluation)
 
     def restore(self) -> Evaluation:

@@ -206,6 +206,16 @@ class LiveAdapter:
                 self._undo(name, masks, places[name])
 
     @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Run the body as a `trial` with nothing pruned, then put the masks back."""
+        kept = {
+            name: Mask.of(torch.ones_like(param, dtype=torch.bool))
+            for name, param in self.params.items()
+        }
+        with self.trial(kept):
+            yield
+
+    @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
         """Run the body in eval mode with the adapter's contribution multiplied, then restore.
 

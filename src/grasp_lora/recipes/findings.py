@@ -55,7 +55,11 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
     rows = stage.get("best_rows", [])
     found: list[Finding | None] = []
     if stage["best"] is not None:
-        found.append(findings.overfitting(stage["best"]["step"], stage["steps"]))
+        kept, steps = stage["best"]["step"], stage["steps"]
+        search = _stage(out / "search")
+        if search.get("best"):  # the final run went on from there
+            kept, steps = kept + search["best"]["step"], steps + search["steps"]
+        found.append(findings.overfitting(kept, steps))
     whole = _best_rows(out / "baselines" / "merged-finetuned")
     if rows and len(whole) == len(rows) and stage["ratio"] > 0:
         found.append(findings.over_pruned(rows, whole))
@@ -70,8 +74,12 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
 
 
 def _best_rows(folder: Path) -> list[float]:
-    stage = folder / STAGE_FILE
-    return list(read_json(stage).get("best_rows", [])) if stage.exists() else []
+    return list(_stage(folder).get("best_rows", []))
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    file = folder / STAGE_FILE
+    return read_json(file) if file.exists() else {}
 
 
 def _shown(found: Iterable[Finding | None]) -> list[dict[str, Any]]:

@@ -88,6 +88,7 @@ def fit(
     extra: Sequence[TrainerCallback] = (),
     stateful: Sequence[Stateful] = (),
     choose_best: bool = True,
+    measure_whole: bool = False,
     patience: int | None = None,
     reprune: Callable[[Any], None] | None = None,
     reprune_every: int = 1,
@@ -107,6 +108,7 @@ def fit(
         extra: callbacks that run before the best checkpoint is chosen.
         stateful: their state, for the checkpoints.
         choose_best: measure the dev rows and end with the best adapter (step 0 included).
+        measure_whole: measure them with nothing pruned.
         patience: stop after so many epochs without a better dev loss.
         reprune: cuts the masks anew, every `reprune_every` steps.
         start_epoch: epochs trained before, for the learning-rate schedule.
@@ -127,7 +129,9 @@ def fit(
     best: BestCallback | None = None
     dev = context.rows(role, ["dev"])
     if choose_best and dev.encoded:
-        best = BestCallback(live, dev, per_epoch, patience, lambda _e: None, clock)
+        best = BestCallback(
+            live, dev, per_epoch, patience, lambda _e: None, clock, whole=measure_whole
+        )
         callbacks.append(best)
         parts.append(best)
     if choose_best and not dev.encoded:

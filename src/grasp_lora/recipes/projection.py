@@ -267,14 +267,16 @@ def _finetuned(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> A
 
 def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
     search, controller = config.search, config.controller
-    steps = _training(data, search).steps
+    trained = _training(data, search)
+    steps = trained.steps
+    dev = trained.forwards if config.finetune.mode == "continue" else 0
     tried = controller.candidates + (1 if controller.baseline else 0)
     rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
     probes = planned_rounds(steps, controller) * tried * rows
     reads = _count(data, ["train"]) if config.importance in NEEDS_NORMS else 0
     return (
         _start(inputs, data)
-        + Amount(steps, probes + reads)
+        + Amount(steps, probes + reads + dev)
         + _final(config, data, None)
         + _outcome(data)
     )

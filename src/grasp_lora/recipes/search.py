@@ -71,8 +71,10 @@ def search_ratio(
     Args:
         config: the run's settings.
         merged: folder of the merged adapter (any PEFT adapter folder will do).
-        out: receives `ratio.json`, `rounds.jsonl` and `adapter/`, the adapter as the search left
-            it with nothing pruned (where `finetune.mode: continue` goes on from).
+        out: receives `ratio.json`, `rounds.jsonl` and `adapter/`, the adapter with nothing pruned
+            as the search left it. With `finetune.mode: continue`, which goes on from there, it is
+            that of the best dev loss with nothing pruned, step 0 and the end of every epoch taking
+            part: few rows are soon overfitted, and a final run could not undo that.
         overwrite: replace a finished result made with other settings.
         context: of the run this is part of.
 
@@ -130,7 +132,8 @@ def search_ratio(
             "search",
             extra=[searcher],
             stateful=[searcher],
-            choose_best=False,
+            choose_best=config.finetune.mode == "continue",
+            measure_whole=True,
             on_resume=lambda: write_rounds(out, searcher.controller, ids) if is_main() else None,
         )
         ended = _as_merged(live, start)
@@ -141,7 +144,8 @@ def search_ratio(
             spread = spread_ratio(context, live, norms, choice.ratio, splits)
     if is_main():
         with clock.span("write"):
-            about = {"kind": "search", "epochs": _epochs(context, result.steps)}
+            kept = result.steps if result.best is None else result.best.step
+            about = {"kind": "search", "epochs": _epochs(context, kept)}
             write_merged(out / "adapter", ended, context.backbone, about)
             write_rounds(out, searcher.controller, ids)
             shown = search_findings(
