@@ -200,7 +200,7 @@ def wait_until(reached):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_queue_that_was_killed_goes_on(tmp_path, number):
     """After kill -9 the running job lives on alone; the next start waits for it."""
     jobs = [added("a"), added("slow", 2, sleep=2.0), added("c", needs=("slow",))]

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -338,6 +340,7 @@ def _work_off(
     waiting = [job for job in jobs if job.name not in done]
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     gpus = _gpus()
+    before = _exit_on_termination()
     try:
         while waiting or running:
             for job in list(waiting):
@@ -364,6 +367,19 @@ def _work_off(
             process.terminate()
         for _, process in running.values():
             process.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit_on_termination() -> Any:
+    """Let SIGTERM end this process as Ctrl-C does, so that it takes its running jobs along.
+
+    Returns:
+        What SIGTERM did before; None in a thread, which may not say what signals do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def _start(folder: Path, threads: int, gpu: Mapping[str, str]) -> subprocess.Popen[bytes]:
