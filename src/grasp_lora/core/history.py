@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grasp_lora.core.crossfit import variance
 from grasp_lora.core.policy import RoundKind
 from grasp_lora.core.settings import ControllerConfig
 
@@ -316,7 +317,7 @@ def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:
     """
     own = torch.tensor(
         [
-            statistics.variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread
+            variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread
             for o in seen
         ],
         dtype=torch.float64,
