@@ -183,6 +183,7 @@ FAMILIES = {
     "steep": Family(steep),
 }
 IN_SPANS = tuple(FAMILIES)[:9]
+IN_NATS = ("shallow", "steep")
 NO_GAIN = ("cliff", "rising", "flat", "flat, heavy", "cliff, heavy")
 CLEAR_GAIN = ("quadratic", "valley", "falling", "two optima", "drifting", "heavy tails")
 

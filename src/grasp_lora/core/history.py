@@ -316,10 +316,7 @@ def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:
     Half of it is pooled over the trials, because a variance of few rows is itself uncertain.
     """
     own = torch.tensor(
-        [
-            variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread
-            for o in seen
-        ],
+        [variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread for o in seen],
         dtype=torch.float64,
     )
     return 0.5 * own + 0.5 * own.mean()
