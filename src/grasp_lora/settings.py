@@ -130,7 +130,8 @@ class FinetuneSettings(TrainSettings):
         default=3, description="stop after this many epochs without a better dev loss"
     )
     mode: Literal["restart", "continue"] = Field(
-        default="restart", description="start from the merge again, or go on from the search run"
+        default="restart",
+        description="start from the merge again, or go on from the search's best epoch",
     )
     mask_schedule: Literal["once", "every-step"] | PositiveInt = Field(
         default="once", description="choose the mask once, after every step, or every N steps"
