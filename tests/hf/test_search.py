@@ -15,6 +15,7 @@ from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.masks import pruned_count
 from grasp_lora.core.settings import ControllerConfig
 from grasp_lora.hf import best as best_module
+from grasp_lora.hf import callback
 from grasp_lora.hf.best import BestCallback
 from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
 from grasp_lora.hf.checkpoint import (
@@ -162,6 +163,15 @@ def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bi
     assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
+
+
+def test_equal_candidates_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(callback.rounds, "propose", lambda *_: (0.0, 0.3, 0.0))
+    run = train(tmp_path, config=ControllerConfig(rounds=3, rows=4))
+    assert run.searcher.forwards == 3 * 4 * 2
+    for record in run.searcher.controller.records:
+        assert record.candidates == (0.0, 0.3, 0.0)
+        assert record.per_row[0] == record.per_row[2] != record.per_row[1]
 
 
 def test_rounds_fire_and_the_mask_is_cut_at_the_ratio_recorded(tmp_path):
@@ -328,8 +338,6 @@ def test_training_stops_at_a_nan_loss_before_the_optimizer_step(tmp_path):
 
 
 def test_a_nan_candidate_loses_its_trial_and_nothing_else(tmp_path, monkeypatch):
-    from grasp_lora.hf import callback
-
     calls = {"n": 0}
 
     def sometimes_nan(model, batches, count):

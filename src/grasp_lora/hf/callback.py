@@ -150,13 +150,16 @@ class SearchCallback(TrainerCallback):
             with clock.span("baseline"), preserved(live.model, live.params):
                 live.model.eval()
                 baseline = self._costs(drawn, batches)
-        losses: list[list[float]] = []
+        # Near a bound several candidates are often that bound: what is equal is measured once.
+        different = list(dict.fromkeys(candidates))
+        measured: dict[float, list[float]] = {}
         with clock.span("masks"):
-            cut = dict(zip(candidates, live.masks(score, candidates), strict=True))
-            for ratio in candidates:
+            cut = dict(zip(different, live.masks(score, different), strict=True))
+            for ratio in different:
                 with live.trial(cut[ratio]), clock.span("probe"):
-                    losses.append(self._costs(drawn, batches))
-        self.forwards += len(drawn) * (len(candidates) + (baseline is not None))
+                    measured[ratio] = self._costs(drawn, batches)
+        losses = [measured[ratio] for ratio in candidates]
+        self.forwards += len(drawn) * (len(different) + (baseline is not None))
         if self._discard:
             return
         self.controller, record = rounds.conclude(
