@@ -256,7 +256,8 @@ def draw(pairs: Sequence[Recorded], path: Path) -> None:
                 )
         left.set_title(f"{pair.name}: probes (micro-dev + dev)", fontsize=9)
         left.set_ylabel("loss (nats)")
-        left.legend(fontsize=6, frameon=False)
+        if pair.probes:
+            left.legend(fontsize=6, frameon=False)
         ratios = pair.ratios()
         right.plot(ratios, pair.final_curve(), "o-", color=INK, label="test, best epoch")
         for best, style in ((True, "o-"), (False, "o--")):
