@@ -30,10 +30,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"pydantic", "yaml"},
     ),
     "runs": (set(), set()),
-    "plots": (set(), {"matplotlib"}),
+    "plots": ({"runs"}, {"matplotlib"}),
     "time_words": (set(), set()),
     "report": ({"runs", "time_words"}, {"rich"}),
-    "report_comparison": ({"report"}, {"rich"}),
+    "report_comparison": ({"report", "runs"}, {"rich"}),
     "recipes": (
         {"core", "hf", "tasks", "data", "metrics", "config", "settings"}
         | {"data_settings", "runs", "report", "report_comparison", "plots", "timing", "time_words"},

@@ -1,6 +1,7 @@
 """Pictures of a run: its search, and where its time went."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
+
+from grasp_lora.runs import machines_of
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
 # Orange for worse, blue for better than what a round compares with: colour-blind readers can
@@ -65,15 +68,16 @@ def plot_search(
 class _Point(NamedTuple):
     ratio: float
     score: float
-    seconds: float
+    cost: float
     interval: tuple[float | None, float | None]
 
 
 def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
-    """Draw a `comparison.json`: score against seconds, score against ratio, seconds.
+    """Draw a `comparison.json`: score against cost, score against ratio, cost.
 
-    The score is the first of the first test set. Writes `pareto.png`, `ratios.png` and
-    `seconds.png`; nothing where there are no rows.
+    The score is the first of the first test set. The cost is in seconds, in tokens where the runs
+    were made on more than one machine. Writes `pareto.png`, `ratios.png` and `seconds.png`; nothing
+    where there are no rows.
     """
     rows = [row for row in found["rows"] if row["scores"]]
     if not rows:
@@ -81,19 +85,20 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     test = next(iter(rows[0]["scores"]))
     metric = next(iter(rows[0]["scores"][test]))
     runs: dict[str, list[_Point]] = {}
+    unit = "seconds" if len(machines_of(rows)) < 2 else "tokens"
     for row in rows:
         point = _Point(
             row["ratio"],
             row["scores"][test][metric],
-            row["seconds"],
+            row[unit],
             row["intervals"][test][metric],
         )
         runs.setdefault(row["method"], []).append(point)
     folder.mkdir(parents=True, exist_ok=True)
     for draw, name, height in (
-        (_pareto_panel, "pareto.png", 5.0),
+        (partial(_pareto_panel, unit=unit), "pareto.png", 5.0),
         (_ratios_panel, "ratios.png", 5.0),
-        (_seconds_panel, "seconds.png", 1 + 0.28 * len(runs)),
+        (partial(_cost_panel, unit=unit), "seconds.png", 1 + 0.28 * len(runs)),
     ):
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.subplots()
@@ -107,22 +112,22 @@ _Runs = Mapping[str, Sequence[_Point]]
 _CHOSEN_FROM = ("grid-0", "adaptive-0")
 
 
-def _pareto_panel(axes: Axes, runs: _Runs, label: str) -> None:
+def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str) -> None:
     for method, points in runs.items():
         if method.startswith(_CHOSEN_FROM):
             continue
         score = _mean_of(point.score for point in points)
-        seconds = _mean_of(point.seconds for point in points)
+        cost = _mean_of(point.cost for point in points)
         colour = _colour_of(method)
         known = [(low, high) for low, high in (p.interval for p in points) if low is not None]
         if known:
             low, high = (_mean_of(ends) for ends in zip(*known, strict=True))
-            axes.plot([seconds] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(seconds, score, "o", color=colour)
-        _name_point(axes, method, seconds, score)
+            axes.plot([cost] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
+        axes.plot(cost, score, "o", color=colour)
+        _name_point(axes, method, cost, score)
     axes.set_xlim(left=0)
     axes.margins(0.1)
-    axes.set_xlabel("seconds from the two adapters to the final one")
+    axes.set_xlabel(f"{unit} from the two adapters to the final one")
     axes.set_ylabel(f"{label} (lines: 95 % intervals of a run)")
 
 
@@ -151,12 +156,12 @@ def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def _seconds_panel(axes: Axes, runs: _Runs, label: str) -> None:
-    means = {method: _mean_of(p.seconds for p in points) for method, points in runs.items()}
+def _cost_panel(axes: Axes, runs: _Runs, _label: str, unit: str) -> None:
+    means = {method: _mean_of(p.cost for p in points) for method, points in runs.items()}
     dear = {m: s for m, s in means.items() if s > 0 and not m.startswith(_CHOSEN_FROM)}
     axes.barh(list(dear), list(dear.values()), color=[_colour_of(method) for method in dear])
     axes.invert_yaxis()
-    axes.set_xlabel("seconds from the two adapters to the final one")
+    axes.set_xlabel(f"{unit} from the two adapters to the final one")
 
 
 def _colour_of(method: str) -> str:

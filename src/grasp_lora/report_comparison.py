@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from grasp_lora.report import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
+from grasp_lora.runs import machines_of
 
 ORACLE = "grid, chosen by the test rows"
 PLAIN = "average-finetuned"
@@ -61,11 +62,12 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         f"run is `{PLAIN}`. Runs of equal length bound a method of two runs at 4 times a grid of "
         "8.",
         "",
-        "![score against seconds](pareto.png)",
+        *several_machines(found),
+        "![score against cost](pareto.png)",
         "",
         "![score against ratio](ratios.png)",
         "",
-        "![seconds of every method](seconds.png)",
+        "![cost of every method](seconds.png)",
         "",
         "Methods:",
         "",
@@ -139,13 +141,16 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = shown_methods(found)
     grid = methods.get("grid")
     whole = statistics.fmean(run["seconds"] for run in grid) if grid else None
+    mixed = len(machines_of(found["rows"])) > 1
     plain = [run["tokens"] for run in methods.get(PLAIN, ())]
     titles = ["method", "runs", "seconds", "times the grid's speed", "steps", "forwards", "tokens"]
     titles += ["tokens, in plain runs", "peak memory (GB)", "adapter (MB)", "zeros"]
+    titles += ["machine"] * mixed
     rows: list[list[str]] = []
     for method, runs in methods.items():
         seconds = statistics.fmean(run["seconds"] for run in runs)
-        faster = f"{whole / seconds:.2f}" if whole and seconds > 0 else NO_VALUE
+        alike = len(machines_of([*runs, *(grid or ())])) <= 1
+        faster = f"{whole / seconds:.2f}" if whole and seconds > 0 and alike else NO_VALUE
         cells = [method, f"{runs[0]['runs']}", f"{seconds:.0f}", faster]
         for name in ("steps", "forwards", "tokens"):
             cells.append(f"{statistics.fmean(run[name] for run in runs):.0f}")
@@ -156,8 +161,21 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append(f"{runs[0]['adapter_bytes'] / 1e6:.1f}")
         zeros = [run["zeros"] for run in runs if run["zeros"] is not None]
         cells.append(f"{statistics.fmean(zeros):.2f}" if zeros else NO_VALUE)
+        cells += [", ".join(machines_of(runs)) or NO_VALUE] * mixed
         rows.append(cells)
     return titles, rows
+
+
+def several_machines(found: Mapping[str, Any]) -> list[str]:
+    """Return a paragraph that says so where the runs were made on more than one machine."""
+    names = machines_of(found["rows"])
+    if len(names) < 2:
+        return []
+    return [
+        f"The runs were made on {len(names)} machines ({', '.join(names)}): seconds are to be "
+        "compared within one of them only, and the pictures have tokens in their place.",
+        "",
+    ]
 
 
 def shown_methods(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

@@ -240,6 +240,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def machines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what the rows' `machine` names, GPU before processor, each once; None is no name."""
+    known = [row["machine"] for row in rows if row.get("machine")]
+    return list(dict.fromkeys(str(one.get("gpu") or one.get("cpu")) for one in known))
+
+
 def cpu_name() -> str:
     """Return the processor's name, with what it multiplies bfloat16 by, if it says so."""
     listing = Path("/proc/cpuinfo")

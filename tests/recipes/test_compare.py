@@ -15,6 +15,7 @@ from grasp_lora.config import load_config
 from grasp_lora.core.lora import merge
 from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.hf.peft_merges import peft_merge
+from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.compare import (
     GRID,
     METHODS,
@@ -30,8 +31,13 @@ from grasp_lora.recipes.methods import folds_of, ratio_in
 from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
-from grasp_lora.report_comparison import comparison_csv, price_rows
-from grasp_lora.runs import read_json, read_jsonl
+from grasp_lora.report_comparison import (
+    comparison_csv,
+    comparison_markdown,
+    price_rows,
+    several_machines,
+)
+from grasp_lora.runs import machines_of, read_json, read_jsonl
 from grasp_lora.tasks.base import Example
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
@@ -492,3 +498,28 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
     got = read_start(folder, context.backbone)
     for name, module in expected.items():
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
+
+
+def test_runs_of_several_machines_are_told_apart(done, tmp_path):
+    found, _ = done
+    assert len(machines_of(found["rows"])) == 1
+    assert "machine" not in price_rows(found)[0]
+    assert several_machines(found) == []
+    gpu = {"cpu": "some", "gpu": "NVIDIA H200"}
+    rows = [
+        row | ({"machine": gpu} if "grid" not in row["method"] else {}) for row in found["rows"]
+    ]
+    mixed = dict(found) | {"rows": rows}
+    here = machines_of(found["rows"])[0]
+    assert sorted(machines_of(rows)) == sorted(["NVIDIA H200", here])
+    titles, cells = price_rows(mixed)
+    by_method = {row[0]: dict(zip(titles, row, strict=True)) for row in cells}
+    assert by_method["grasp-restart"]["machine"] == "NVIDIA H200"
+    assert by_method["grid"]["machine"] == here
+    assert by_method["grasp-restart"]["times the grid's speed"] == "–"
+    assert by_method["grid"]["times the grid's speed"] == "1.00"
+    assert "2 machines" in comparison_markdown(mixed)
+    plot_comparison(mixed, tmp_path)
+    plot_comparison(found, tmp_path / "one")
+    one, other = ((folder / "pareto.png").read_bytes() for folder in (tmp_path, tmp_path / "one"))
+    assert one != other
