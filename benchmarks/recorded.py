@@ -133,7 +133,10 @@ def keep(queue: Path, out: Path) -> int:
         result.pop("adapter", None)
         record = {"job": file.parent.name} | result
         record |= {name: found[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
-        write_jsonl(place, [record | {"versions": common.versions()}])
+        # Those of the machine that it ran on, which need not be this one.
+        made = found["provenance"]
+        versions = made["packages"] | {"python": made["python"]}
+        write_jsonl(place, [record | {"versions": versions}])
         new += 1
     return new
 

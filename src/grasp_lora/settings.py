@@ -81,6 +81,12 @@ class MergeSettings(Section):
         "probes of the untrained merge show to be better",
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
+    when: Literal["before", "after"] = Field(
+        default="before",
+        description="before: the merge is fine-tuned on the target rows, as published; after: the "
+        "source adapter is, and then merged with the target adapter; weights and ratio come from "
+        "probes, nothing is trained any more",
+    )
 
     @model_validator(mode="after")
     def _weights_and_rank(self) -> "MergeSettings":

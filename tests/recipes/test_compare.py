@@ -46,7 +46,7 @@ ONLY = (
     *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
     *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
     *("ratio-higher", "ratio-nearest", "target-adalora"),
-    *("grasp-continue", "grasp-adapters", "recut-8", "optuna-tpe"),
+    *("grasp-continue", "grasp-adapters", "late-merge", "grasp-late", "recut-8", "optuna-tpe"),
 )
 
 
@@ -84,7 +84,7 @@ def test_every_method_has_its_rows(done):
     once = dict.fromkeys(("zero-shot", "source", "target-all-labels", "learned-weights"), 1)
     once |= dict.fromkeys(("random-masks", "ratio-higher", "target-adalora"), 1)
     twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
-    twice |= {"ratio-nearest": 2, "grasp-continue": 2}
+    twice |= {"ratio-nearest": 2, "grasp-continue": 2, "late-merge": 2, "grasp-late": 2}
     once |= dict.fromkeys(("grasp-adapters", "recut-8", "optuna-tpe"), 1)
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
     assert list(found["not_applicable"]) == ["ties-finetuned"]
@@ -117,6 +117,56 @@ def test_optuna_pays_for_all_its_runs_and_keeps_the_best(done):
     best = min(finals, key=lambda one: one["best"]["loss"])
     assert row["ratio"] == best["ratio"]
     assert 0.1 <= row["ratio"] <= 0.8
+
+
+def test_a_late_merge_is_of_the_fine_tuned_source_adapter_and_trains_nothing(done):
+    found, out = done
+    for row in of(found, "late-merge"):
+        seed = row["seed"]
+        result = read_json(out / f"late-merge-s{seed}" / "result.json")["result"]
+        parts = [
+            read_adapter(out / f"source-finetuned-s{seed}" / "final").adapter,
+            read_adapter(settings_adapter(out, "target")).adapter,
+        ]
+        weights = result["weights"]
+        assert weights[0] + weights[1] == pytest.approx(1)
+        merged = read_adapter(out / f"late-merge-s{seed}" / "merged").adapter
+        for name, module in merged.items():
+            wanted = sum(w * part[name].delta() for w, part in zip(weights, parts, strict=True))
+            torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
+        (tuned,) = (r for r in of(found, "source-finetuned") if r["seed"] == seed)
+        assert (row["runs"], row["steps"]) == (tuned["runs"], tuned["steps"])
+        # 6 shares on all 8 labelled rows
+        assert row["forwards"] == tuned["forwards"] + 48
+
+
+def settings_adapter(out, role):
+    return out.parent / role
+
+
+def test_a_ratio_of_a_late_merge_is_learned_without_training(done):
+    found, out = done
+    for row in of(found, "grasp-late"):
+        folder = out / f"grasp-late-s{row['seed']}"
+        (whole,) = (r for r in of(found, "late-merge") if r["seed"] == row["seed"])
+        assert row["steps"] == whole["steps"]
+        # 2 rounds of at most 3 ratios on 4 rows
+        assert 0 < row["forwards"] - whole["forwards"] <= 24
+        stage = read_json(folder / "final" / "stage.json")
+        assert stage["steps"] == 0
+        assert [e["step"] for e in stage["evaluations"]] == [0]
+        merged = read_adapter(folder / "merged").adapter
+        final = read_adapter(folder / "final").adapter
+        zeros = total = 0
+        for name, module in merged.items():
+            for after in (final[name].A, final[name].B):
+                zeros += int((after == 0).sum())
+                total += after.numel()
+            wanted = module.delta()
+            if row["ratio"] == 0:
+                torch.testing.assert_close(final[name].delta(), wanted, atol=1e-6, rtol=1e-5)
+        assert zeros / total >= row["ratio"] - 0.02
+        assert row["verdict"] in ("learned", "flat", "at-bound")
 
 
 def test_the_nearest_point_of_the_grid_is_taken_at_its_own_price(done):

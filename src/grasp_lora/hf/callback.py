@@ -125,6 +125,11 @@ class SearchCallback(TrainerCallback):
         if rounds.is_due(state.global_step, self._total_steps, self._config):
             self._round(state.global_step, kwargs.get("optimizer"))
 
+    def rounds_alone(self, count: int) -> None:
+        """Run rounds one after another on the adapter as it is; their steps are their numbers."""
+        for number in range(1, count + 1):
+            self._round(number, None)
+
     def _rows(self) -> tuple[tuple[int, ...], list[tuple[list[int], Any]]]:
         rows = self._pool.rows
         if self._pool.fresh:

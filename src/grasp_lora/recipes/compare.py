@@ -197,6 +197,20 @@ METHODS: Mapping[str, Method] = {
         )
     },
     **{
+        name: Method(
+            f"the fine-tuned source adapter merged with the target adapter by probes{about}",
+            "late",
+            {"prune": prune},
+            changes={"merge.when": "after", "merge.weights": None},
+            needs=("source-finetuned",),
+            seeds="all",
+        )
+        for name, about, prune in (
+            ("late-merge", "", False),
+            ("grasp-late", ", then pruned at a ratio learned without training", True),
+        )
+    },
+    **{
         f"recut-{schedule}": _tuned(
             f"pruned at 0.4, masks cut anew {about}",
             CONFIGURED,

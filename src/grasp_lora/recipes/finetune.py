@@ -14,7 +14,7 @@ from grasp_lora.core.masks import without_dead_components, zero_fraction
 from grasp_lora.hf.groups import ratio_by_group
 from grasp_lora.hf.live import Block, LiveAdapter, Score, scored
 from grasp_lora.recipes.context import Context, open_context, open_data
-from grasp_lora.recipes.fit import fit
+from grasp_lora.recipes.fit import fit, measured
 from grasp_lora.recipes.folders import (
     epochs_trained,
     finish_stage,
@@ -36,6 +36,7 @@ def finetune_at(
     title: str = "final fine-tuning",
     spread: Mapping[str, float] | None = None,
     random_masks: bool = False,
+    train: bool = True,
 ) -> Path:
     """Prune an adapter at a fixed ratio, fine-tune it on the target rows, keep the best.
 
@@ -52,6 +53,7 @@ def finetune_at(
         title: what the progress bar says.
         spread: group of `config.scope` -> a ratio of its own, in place of `ratio`.
         random_masks: prune entries drawn at random, a control for the importance rule.
+        train: False prunes and measures only, for an adapter that was trained before it was merged.
 
     Returns:
         `out`.
@@ -69,6 +71,8 @@ def finetune_at(
         key["spread"] = dict(spread)
     if random_masks:
         key["random_masks"] = True
+    if not train:
+        key["trained"] = False
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
@@ -88,21 +92,25 @@ def finetune_at(
                 (masks,) = live.masks(score, [wanted])
                 live.commit(masks, optimizer)
 
+        every = section.mask_schedule if isinstance(section.mask_schedule, int) else 1
         repeat = ratio > 0 and section.mask_schedule != "once"
         if ratio > 0:
             prune()
-        result = fit(
-            context,
-            live,
-            section,
-            out,
-            key,
-            title,
-            patience=section.patience,
-            reprune=prune if repeat else None,
-            reprune_every=section.mask_schedule if isinstance(section.mask_schedule, int) else 1,
-            start_epoch=before,
-        )
+        if train:
+            result = fit(
+                context,
+                live,
+                section,
+                out,
+                key,
+                title,
+                patience=section.patience,
+                reprune=prune if repeat else None,
+                reprune_every=every,
+                start_epoch=before,
+            )
+        else:
+            result = measured(context, live)
         plain = live.plain()
         zeros = zeros_of(live)
         ranks = {"whole": _total_rank(plain)}

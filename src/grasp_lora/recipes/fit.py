@@ -20,6 +20,8 @@ from grasp_lora.hf.checkpoint import (
 )
 from grasp_lora.hf.clock import SaveClock, StepClock
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.preserve import preserved
+from grasp_lora.hf.probe import row_losses
 from grasp_lora.hf.trainer import (
     Diverged,
     build_trainer,
@@ -178,6 +180,18 @@ def fit(
     best_rows = tuple(best.best_rows) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
     return FitResult(evaluations, kept_best, best_rows, log, trainer.state.global_step)
+
+
+def measured(context: Context, live: LiveAdapter) -> FitResult:
+    """Return what `fit` would say of an adapter that is kept as it is: its dev loss, at step 0."""
+    dev = context.rows("target", ["dev"])
+    if not dev.encoded:
+        return FitResult((), None, (), (), 0)
+    with context.clock.span("dev"), preserved(live.model, live.params):
+        live.model.eval()
+        losses = row_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+    kept = Evaluation(0, sum(losses) / len(losses))
+    return FitResult((kept,), kept, tuple(losses), (), 0)
 
 
 def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:

@@ -217,6 +217,47 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
 
 
 @_or_not_applicable
+def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Merge the source adapter, fine-tuned alone, with the target adapter; prune it if asked.
+
+    Args:
+        inputs: `config`, with `merge.when: after`; and `prune`, whether a ratio is searched.
+        needed: `adapters`, and the run that fine-tuned the source adapter.
+        folder: receives `weights/`, `merged/`, `search/`, `final/` and `scores/`; and `tuned/`
+            where that run's adapter is not at hand.
+    """
+    config = RunConfig(**inputs["config"])
+    context = open_context(config)
+    (run,) = (result for name, result in needed.items() if name != ADAPTERS)
+    tuned = run.get("adapter")
+    if tuned is None or not Path(tuned).exists():
+        source = Path(needed[ADAPTERS]["source"])
+        tuned = finetune_at(config, source, 0.0, folder / "tuned", context=context)
+    pair = {"source": Path(tuned), "target": Path(needed[ADAPTERS]["target"])}
+    weighted = with_learned_weights(context, pair, folder / "weights")
+    found = read_json(folder / "weights" / "weights.json")
+    forwards = len(found["rows"]) * len(found["losses"])
+    final = merge_adapters(weighted, list(pair.values()), folder / "merged", context=context)
+    stages, ratio, about = [folder / "weights"], 0.0, {}
+    if inputs["prune"]:
+        search = search_ratio(config, final, folder / "search", context=context)
+        ratio, spread = read_ratio(search / "ratio.json", config)
+        final = finetune_at(
+            config, final, ratio, folder / "final", context=context, spread=spread, train=False
+        )
+        chosen = read_json(search / "ratio.json")
+        forwards += chosen["probe_forwards"]
+        stages += [search, final]
+        about = {"verdict": chosen["verdict"], "findings": [f["name"] for f in chosen["findings"]]}
+        about |= {"spread": spread, "rounds": chosen["rounds"], "entries": chosen["entries"]}
+    own = {"runs": 0, "steps": 0, "forwards": forwards, "seconds": sum(map(_seconds, stages))}
+    own["tokens"] = round(forwards * _length(context))
+    price = {name: own[name] + run["price"][name] for name in run["price"]}
+    facts = {"ratio": ratio, "weights": found["weights"], "forwards": forwards, "price": price}
+    return outcome(context, final, folder) | about | facts
+
+
+@_or_not_applicable
 def best_of(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the run with the lowest loss on labelled rows, at the price of all of them.
 
@@ -514,7 +555,6 @@ def _price(
         rows: training rows of a stage; None is the target train rows.
     """
     train, dev = context.encoded("target", "train"), context.encoded("target", "dev")
-    length = statistics.fmean(len(e.input_ids) for e in [*train, *dev])
     settings = getattr(context.config, section)
     found = [read_json(stage / STAGE_FILE) for stage in stages]
     steps = sum(one["steps"] for one in found)
@@ -527,8 +567,14 @@ def _price(
         "seconds": sum(one["seconds"] for one in found),
         "forwards": read,
         "steps": steps,
-        "tokens": round((steps * batch + read) * length),
+        "tokens": round((steps * batch + read) * _length(context)),
     }
+
+
+def _length(context: Context) -> float:
+    """Return the mean length of the target train and dev rows, in tokens."""
+    rows = [*context.encoded("target", "train"), *context.encoded("target", "dev")]
+    return statistics.fmean(len(row.input_ids) for row in rows)
 
 
 def _on_rows(

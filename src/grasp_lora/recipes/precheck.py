@@ -5,7 +5,7 @@ and under pruned merges. Nothing is trained, so what training would make of each
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def precheck(
         read_adapter(folder)
     context = context or open_context(config)
     began = time.perf_counter()
-    ids, losses = measure(context, (source, target), tuple(VARIANTS), rows)
+    ids, losses = measure(context, (source, target), VARIANTS, rows)
     found = {"rows": ids} | conclusion(losses, usual_weights(config))
     found |= {
         "forwards": len(VARIANTS) * len(ids),
@@ -121,9 +121,15 @@ def usual_weights(config: RunConfig) -> tuple[float, ...]:
 
 
 def measure(
-    context: Context, folders: tuple[Path, Path], names: Sequence[str], rows: int
+    context: Context, folders: tuple[Path, Path], variants: Mapping[str, Variant], rows: int
 ) -> tuple[list[str], dict[str, list[float]]]:
     """Return the ids of the rows that were drawn, and each variant's losses on them, in nats.
+
+    Args:
+        context: data and backbone.
+        folders: of the source and of the target adapter.
+        variants: name -> what is measured.
+        rows: how many are drawn from what the controller probes, or all if there are fewer.
 
     Raises:
         ValueError: an adapter does not fit, or there are fewer than 4 rows.
@@ -143,8 +149,8 @@ def measure(
     batches = pool.batches(drawn)
     kind, rank = config.merge.kind, config.merge.rank
     losses: dict[str, list[float]] = {}
-    with context.narrator.bar("untrained merges", len(names)) as done:
-        for weights, alike in _by_weights(names, usual_weights(config)).items():
+    with context.narrator.bar("untrained merges", len(variants)) as done:
+        for weights, alike in _by_weights(variants, usual_weights(config)).items():
             kept = [i for i, weight in enumerate(weights) if weight != 0]
             both = len(kept) > 1
             merged = merge(
@@ -155,22 +161,22 @@ def measure(
             )
             losses |= _measure(context, merged, alike, batches, len(drawn))
             done(len(losses))
-    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in names}
+    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in variants}
 
 
 def _by_weights(
-    names: Sequence[str], usual: tuple[float, ...]
-) -> dict[tuple[float, ...], list[str]]:
-    grouped: dict[tuple[float, ...], list[str]] = {}
-    for name in names:
-        grouped.setdefault(VARIANTS[name].weights or usual, []).append(name)
+    variants: Mapping[str, Variant], usual: tuple[float, ...]
+) -> dict[tuple[float, ...], dict[str, Variant]]:
+    grouped: dict[tuple[float, ...], dict[str, Variant]] = {}
+    for name, variant in variants.items():
+        grouped.setdefault(variant.weights or usual, {})[name] = variant
     return grouped
 
 
 def _measure(
     context: Context,
     merged: Mapping[str, MergedModule],
-    names: list[str],
+    variants: Mapping[str, Variant],
     batches: Any,
     count: int,
 ) -> dict[str, list[float]]:
@@ -179,12 +185,11 @@ def _measure(
     config = context.config
     unit = config.mask_unit if any(len(m.parts) > 1 for m in merged.values()) else "merged"
     with context.live(merged, unit) as live:
-        for name in names:
-            variant = VARIANTS[name]
+        for name, variant in variants.items():
             if variant.ratio == 0:
                 with live.scaled(variant.factor):
                     found[name] = row_losses(live.model, batches, count)
-        pruned = {name: VARIANTS[name].ratio for name in names if VARIANTS[name].ratio > 0}
+        pruned = {name: one.ratio for name, one in variants.items() if one.ratio > 0}
         if pruned:
             found |= _pruned(context, live, pruned, batches, count)
     return found

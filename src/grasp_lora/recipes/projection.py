@@ -32,6 +32,7 @@ from grasp_lora.recipes.queue import Job, Outcome, check_queue, results_in, run_
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.recipes.starts import BUDGET
 from grasp_lora.recipes.train import fresh_adapter
+from grasp_lora.recipes.weights import SHARE_ROWS, SHARES
 from grasp_lora.settings import TrainSettings
 
 MEASURE = "measured"
@@ -282,6 +283,18 @@ def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amoun
     )
 
 
+def _late(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
+    labelled = _count(data, JUDGED)
+    probes = len(SHARES) * min(SHARE_ROWS, labelled)
+    if inputs["prune"]:
+        controller = config.controller
+        planned = planned_rounds(_training(data, config.search).steps, controller)
+        tried = controller.candidates + (1 if controller.baseline else 0)
+        rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
+        probes += planned * tried * rows + 2 * _count(data, ["train", "dev"])
+    return Amount(0, probes) + _outcome(data)
+
+
 def _optuna(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
     total = _outcome(data)
     for _ in range(TRIALS):
@@ -307,6 +320,7 @@ AMOUNTS: Mapping[str, Callable[[RunConfig, Mapping[str, Any], RunData], Amount]]
     "methods:fixed": _fixed,
     "methods:finetuned": _finetuned,
     "methods:grasp": _grasp,
+    "methods:late": _late,
     "methods:optuna_search": _optuna,
     "methods:all_labels": _all_labels,
     "methods:adalora": _adalora,

@@ -21,7 +21,7 @@ from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.findings import search_findings
-from grasp_lora.recipes.fit import fit, run_steps
+from grasp_lora.recipes.fit import FitResult, fit, run_steps
 from grasp_lora.recipes.folders import (
     finish_stage,
     read_start,
@@ -67,6 +67,9 @@ def search_ratio(
     context: Context | None = None,
 ) -> Path:
     """Fine-tune the merged adapter while the controller learns the prune ratio.
+
+    With `merge.when: after` nothing is trained: the same rounds probe the adapter as it is, which
+    is then what will be pruned and used.
 
     Args:
         config: the run's settings.
@@ -123,19 +126,25 @@ def search_ratio(
             clock=clock,
             cost=cost_of(context, splits),
         )
-        result = fit(
-            context,
-            live,
-            config.search,
-            out,
-            key,
-            "search",
-            extra=[searcher],
-            stateful=[searcher],
-            choose_best=config.finetune.mode == "continue",
-            measure_whole=True,
-            on_resume=lambda: write_rounds(out, searcher.controller, ids) if is_main() else None,
-        )
+        if config.merge.when == "after":
+            searcher.rounds_alone(planned)
+            result = FitResult((), None, (), (), 0)
+        else:
+            result = fit(
+                context,
+                live,
+                config.search,
+                out,
+                key,
+                "search",
+                extra=[searcher],
+                stateful=[searcher],
+                choose_best=config.finetune.mode == "continue",
+                measure_whole=True,
+                on_resume=lambda: (
+                    write_rounds(out, searcher.controller, ids) if is_main() else None
+                ),
+            )
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
         choice = choose_ratio(searcher.controller, config.controller)

@@ -1,21 +1,30 @@
 """Stage `weights`: two adapters -> the merge weights that the same cheap probes find.
 
 Our departure from arXiv 2601.06702, which adds the adapters up: a sum overshoots, and pruning then
-gets the credit of a smaller scale.
+gets the credit of a smaller scale. And it merges first: what was trained on the target rows is then
+trained on them again, and overfits at once.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grasp_lora.config import RunConfig
-from grasp_lora.core.crossfit import gain_of_best
+from grasp_lora.core.crossfit import Gain, gain_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.recipes.context import Context
 from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
-from grasp_lora.recipes.precheck import MERGE, ROWS, VARIANTS, measure, weights_of
+from grasp_lora.recipes.precheck import MERGE, ROWS, VARIANTS, Variant, measure, weights_of
 from grasp_lora.recipes.processes import is_main, wait_for_all
 from grasp_lora.runs import read_json, write_json
+
+SHARES: Mapping[float, Variant] = {
+    share: Variant("weights", (1 - share, share)) for share in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+}
+"""Share of the target adapter in a late merge -> what is measured; the two weights sum to 1."""
+SHARE_ROWS = 32
 
 
 def with_learned_weights(context: Context, adapters: Mapping[str, Path], out: Path) -> RunConfig:
@@ -27,9 +36,11 @@ def with_learned_weights(context: Context, adapters: Mapping[str, Path], out: Pa
         out: as for `learned_weights`.
     """
     config = context.config
-    if config.merge.weights != "auto":
+    late = config.merge.when == "after"
+    if config.merge.weights != "auto" and not (late and config.merge.weights is None):
         return config
-    weights = learned_weights(context, adapters["source"], adapters["target"], out)
+    learn = late_weights if late else learned_weights
+    weights = learn(context, adapters["source"], adapters["target"], out)
     section = config.merge.model_copy(update={"weights": weights})
     return config.model_copy(update={"merge": section})
 
@@ -57,17 +68,60 @@ def learned_weights(
         return tuple(read_json(out / "weights.json")["weights"])
     began = time.perf_counter()
     usual = average_weights(2)
-    names = [name for name, variant in VARIANTS.items() if variant.group in ("merge", "weights")]
+    variants = {name: one for name, one in VARIANTS.items() if one.group in ("merge", "weights")}
     with context.clock.span("probe"):
-        ids, losses = measure(context, (source, target), names, ROWS)
+        ids, losses = measure(context, (source, target), variants, ROWS)
     others = {name: values for name, values in losses.items() if name != MERGE}
     gain = gain_of_best(others, {MERGE: losses[MERGE]})
     shown = gain is not None and gain.shown
     best = min(others, key=lambda name: sum(others[name])) if shown else MERGE
     weights = weights_of(best, usual)
     context.narrator.say(f"merge weights {list(weights)}: {best if shown else 'the average'}")
+    found = {"weights": weights, "variant": best, "rows": ids, "losses": losses}
+    _finish(out, key, found, gain, began)
+    return weights
+
+
+def late_weights(
+    context: Context, tuned: Path, target: Path, out: Path, overwrite: bool = False
+) -> tuple[float, float]:
+    """Return the weights of a merge that nothing will be trained on: the lowest loss of `SHARES`.
+
+    Args:
+        context: data and backbone.
+        tuned: folder of the source adapter, fine-tuned on the target rows; share 0 is it alone.
+        target: folder of the target adapter.
+        out: receives `weights.json` with the losses and the evidence: what the best share saves
+            over share 0 on rows that it was not chosen on.
+        overwrite: replace a finished result made with other settings.
+
+    Raises:
+        ValueError: an adapter does not fit, or there are fewer than 4 rows to measure on.
+    """
+    key = stage_key(context.config, data=context.data.digest(), source=tuned, target=target)
+    if stage_is_done(out, key, overwrite):
+        first, second = read_json(out / "weights.json")["weights"]
+        return first, second
+    began = time.perf_counter()
+    variants = {f"share {share:g}": variant for share, variant in SHARES.items()}
+    with context.clock.span("probe"):
+        ids, losses = measure(context, (tuned, target), variants, SHARE_ROWS)
+    alone, *others = variants
+    gain = gain_of_best({name: losses[name] for name in others}, {alone: losses[alone]})
+    # A share is no claim: of several that are about as good any will do, so none has to be shown.
+    best = min(variants, key=lambda name: (not math.isfinite(sum(losses[name])), sum(losses[name])))
+    weights = variants[best].weights
+    assert weights is not None, "every share has weights"
+    context.narrator.say(f"merge weights {list(weights)}: {best} of the target adapter")
+    found = {"weights": weights, "variant": best, "rows": ids, "losses": losses}
+    _finish(out, key, found, gain, began)
+    return weights
+
+
+def _finish(
+    out: Path, key: Mapping[str, Any], found: dict[str, Any], gain: Gain | None, began: float
+) -> None:
     if is_main():
-        found = {"weights": weights, "variant": best, "rows": ids, "losses": losses}
         evidence = None
         if gain is not None:
             evidence = {"gain": gain.gain, "standard_error": gain.error, "shown": gain.shown}
@@ -75,4 +129,3 @@ def learned_weights(
         write_json(out / "weights.json", found | {"evidence": evidence})
         finish_stage(out, key, {"seconds": time.perf_counter() - began})
     wait_for_all()
-    return weights
