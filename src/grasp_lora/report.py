@@ -211,14 +211,15 @@ def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
     """Say in words whether pruning paid on a test set; empty without the baselines."""
     metrics = HEADLINES.get(scores["task"], ())
     found = scores.get("comparisons", {})
-    if name not in _sets(scores) or "merged-finetuned" not in found:
+    unpruned = unpruned_of(scores)
+    if name not in _sets(scores) or unpruned not in found:
         return ""
     names = {row["slug"]: row["name"] for row in scores["systems"]}
     lines: list[str] = []
     for slug, sets in found.items():
         said = [_pair(sets[name][metric], metric) for metric in metrics if metric in sets[name]]
         lines.append(f"- against {names[slug]}: {'; '.join(said)}.")
-    loss = found["merged-finetuned"][name].get("loss")
+    loss = found[unpruned][name].get("loss")
     verdict = ""
     if loss is not None:
         helped = loss["difference"] < 0 and _told_apart(loss)
@@ -242,6 +243,11 @@ def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
     return "\n".join(
         [f"{verdict} The result, paired with each system on the same rows:".strip(), "", *lines, ""]
     )
+
+
+def unpruned_of(scores: Mapping[str, Any]) -> str:
+    """Return the slug of the system that is the result but for pruning."""
+    return scores.get("unpruned", "merged-finetuned")
 
 
 def _pair(pair: Mapping[str, Any], metric: str) -> str:

@@ -3,11 +3,20 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from grasp_lora.core.crossfit import Gain, critical, gain_of_best, halves, pooled, standard_error
+from grasp_lora.core.crossfit import (
+    Gain,
+    as_good_as_best,
+    critical,
+    gain_of_best,
+    halves,
+    pooled,
+    standard_error,
+)
 
 
 def noisy(seed, names, rows=16, gains=None):
@@ -95,3 +104,35 @@ def test_pooled_errors_are_those_of_halves_correlated_at_a_quarter():
     assert found.error == pytest.approx(math.sqrt(0.625) * mean_error)
     assert found.rows == 3
     assert pooled([]) is None
+
+
+def test_as_good_as_the_best_is_within_one_standard_error_of_the_differences():
+    generator = np.random.default_rng(5)
+    common = generator.normal(size=40)
+    losses = {
+        "best": common.tolist(),
+        # above by 0.5 and 2 standard errors of its own differences
+        "near": (common + shifted(generator, 0.5)).tolist(),
+        "far": (common + shifted(generator, 2.0)).tolist(),
+        "same": common.tolist(),
+        "broken": [math.nan, *common[1:].tolist()],
+    }
+    assert as_good_as_best(losses) == ["best", "near", "same"]
+    assert as_good_as_best({"broken": losses["broken"]}) == []
+    # The row's own level, shared by all, makes no difference.
+    level = generator.normal(size=40) * 10
+    moved = {n: (np.array(v) + level).tolist() for n, v in losses.items()}
+    assert as_good_as_best(moved) == ["best", "near", "same"]
+
+
+def shifted(generator, errors):
+    noise = generator.normal(size=40)
+    noise -= noise.mean()
+    return noise + errors * noise.std(ddof=1) / math.sqrt(40)
+
+
+def test_losses_on_other_rows_cannot_be_compared():
+    with pytest.raises(ValueError, match="same rows"):
+        as_good_as_best({"a": [1.0, 2.0], "b": [1.0]})
+    with pytest.raises(ValueError, match="at least 2"):
+        as_good_as_best({"a": [1.0]})

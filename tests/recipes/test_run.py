@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.activations import input_norms
+from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.opening import adapted
 from grasp_lora.hf.probe import row_losses
@@ -167,6 +168,57 @@ def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(wor
     with adapted(opened.backbone, final) as model:
         found = row_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     assert found == pytest.approx(stage["best_rows"], abs=1e-5)
+
+
+def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(workplace):
+    folders = {
+        "source": str(tiny_adapter_folder(workplace / "a", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(workplace / "b", tiny_model(), r=2, seed=2)),
+    }
+    config = settings(workplace, adapters=folders, merge={"when": "after"})
+    out = run(config, quiet=True)
+    tuned = read_adapter(out / "baselines" / "source-finetuned").adapter
+    target = read_adapter(Path(folders["target"])).adapter
+    found = read_json(out / "weights" / "weights.json")
+    assert len(found["losses"]) == 6
+    merged = read_adapter(out / "merged").adapter
+    for name, module in merged.items():
+        parts = (tuned[name].delta(), target[name].delta())
+        wanted = sum(w * part for w, part in zip(found["weights"], parts, strict=True))
+        torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
+    assert [r["step"] for r in read_jsonl(out / "rounds.jsonl")] == [1, 2, 3]
+    final, ratio = read_json(out / "final" / "stage.json"), read_json(out / "ratio.json")
+    assert final["steps"] == 0
+    assert final["ratio"] == ratio["ratio"]
+    assert "overfitting" not in {one["name"] for one in ratio["findings"]}
+    kept = read_adapter(out / "final").adapter
+    for name, module in kept.items():
+        # An entry is as it was merged, or zero: nothing has trained it.
+        same = (module.A == merged[name].A) | (module.A == 0)
+        assert bool(same.all())
+    scores = read_json(out / "scores.json")
+    assert scores["unpruned"] == "merged"
+    names = {one["slug"]: one["name"] for one in scores["systems"]}
+    assert names["merged"] == "fine-tuned source merged with target"
+    assert names["final"].endswith("not trained further")
+    report = (out / "report.md").read_text()
+    assert "against fine-tuned source merged with target" in report
+
+
+def test_weights_given_for_a_late_merge_are_taken(workplace):
+    folders = {
+        "source": str(tiny_adapter_folder(workplace / "a", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(workplace / "b", tiny_model(), r=2, seed=2)),
+    }
+    merge = {"when": "after", "weights": [0.75, 0.25]}
+    config = settings(workplace, adapters=folders, merge=merge)
+    config = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"baselines": False})}
+    )
+    out = run(config, quiet=True)
+    assert not (out / "weights").exists()
+    assert read_json(out / "merged" / "stage.json")["weights"] == [0.75, 0.25]
+    assert (out / "baselines" / "source-finetuned" / "stage.json").exists()
 
 
 def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):

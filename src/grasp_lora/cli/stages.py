@@ -281,7 +281,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         return
     from rich.console import Console
 
-    from grasp_lora.report import comparison, finding_lines, score_tables
+    from grasp_lora.report import comparison, finding_lines, score_tables, unpruned_of
     from grasp_lora.runs import read_json
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
@@ -294,8 +294,9 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         console.print(line, markup=False)
     verdict, *pairs = comparison(scores).splitlines() or [""]
     console.print(verdict, markup=False)
+    names = {row["slug"]: row["name"] for row in scores["systems"]}
     for line in pairs:
-        if line.startswith("- against merged, fine-tuned unpruned"):
+        if line.startswith(f"- against {names.get(unpruned_of(scores))}:"):
             console.print(line, markup=False)
     wrote(folder)
 

@@ -120,6 +120,38 @@ def gain_of_best(
     return pooled(tested)
 
 
+def as_good_as_best(losses: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the names whose mean loss is above the lowest by one standard error at most.
+
+    The error is that of the rows' differences to the lowest. Of several that are about as good one
+    may then be taken for other reasons: the lowest of a few noisy numbers is often mere luck.
+
+    Args:
+        losses: name -> loss of each row, in nats, on the same rows, at least two.
+
+    Returns:
+        Names in the order given; empty where every mean is NaN or infinite.
+
+    Raises:
+        ValueError: the numbers of rows differ, or there are fewer than two.
+    """
+    lengths = {len(values) for values in losses.values()}
+    if len(lengths) != 1 or min(lengths) < 2:
+        raise ValueError(
+            f"losses on the same rows are compared, at least 2, got {sorted(lengths)}; measure all "
+            "on the same rows"
+        )
+    finite = {name: values for name, values in losses.items() if all(map(math.isfinite, values))}
+    if not finite:
+        return []
+    best = min(finite.values(), key=math.fsum)
+    gaps = {
+        name: [value - lowest for value, lowest in zip(values, best, strict=True)]
+        for name, values in finite.items()
+    }
+    return [name for name, gap in gaps.items() if statistics.fmean(gap) <= standard_error(gap)]
+
+
 def critical(rows: int, z: float = Z_SHOWN) -> float:
     """Return the level of Student's t for the mean of `rows` that a normal has at `z`.
 

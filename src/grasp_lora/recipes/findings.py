@@ -61,7 +61,8 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
             kept, steps = kept + search["best"]["step"], steps + search["steps"]
         found.append(findings.overfitting(kept, steps))
     whole = _best_rows(out / "baselines" / "merged-finetuned")
-    if rows and len(whole) == len(rows) and stage["ratio"] > 0:
+    # Of a late merge, which nothing was trained on, that is another merge, not this one unpruned.
+    if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
         found.append(findings.over_pruned(rows, whole))
     others = {name: _best_rows(folder) for name, folder in alone.items()}
     others = {name: losses for name, losses in others.items() if len(losses) == len(rows)}

@@ -246,7 +246,7 @@ def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> 
             config, final, ratio, folder / "final", context=context, spread=spread, train=False
         )
         chosen = read_json(search / "ratio.json")
-        forwards += chosen["probe_forwards"]
+        forwards += chosen["probe_forwards"] + len(context.encoded("target", "dev"))
         stages += [search, final]
         about = {"verdict": chosen["verdict"], "findings": [f["name"] for f in chosen["findings"]]}
         about |= {"spread": spread, "rounds": chosen["rounds"], "entries": chosen["entries"]}

@@ -291,7 +291,8 @@ def _late(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount
         planned = planned_rounds(_training(data, config.search).steps, controller)
         tried = controller.candidates + (1 if controller.baseline else 0)
         rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
-        probes += planned * tried * rows + 2 * _count(data, ["train", "dev"])
+        norms = 2 * _count(data, ["train"]) if config.importance in NEEDS_NORMS else 0
+        probes += planned * tried * rows + norms + _count(data, ["dev"])
     return Amount(0, probes) + _outcome(data)
 
 

@@ -51,6 +51,9 @@ from grasp_lora.runs import (
 )
 from grasp_lora.timing import short_form
 
+TUNED = ("source-finetuned", "source fine-tuned on target")
+"""Folder and title of the source adapter fine-tuned alone, a baseline and half of a late merge."""
+
 
 @dataclass(frozen=True)
 class System:
@@ -131,27 +134,47 @@ def run(
 def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[str, Any]:
     """Run the stages that are not done yet; return what `scores.json` says."""
     config = context.config
+    late = config.merge.when == "after"
     adapters = {role: folder or _trained(context, role) for role, folder in given.items()}
+    pair = dict(adapters)
+    if late:
+        pair["source"] = _unpruned(context, adapters["source"], *TUNED)
     with timed_stage(context, out / "merged") as merged:
-        weighted = with_learned_weights(context, adapters, out / "weights")
-        merge_adapters(weighted, list(adapters.values()), merged, context=context)
+        weighted = with_learned_weights(context, pair, out / "weights")
+        merge_adapters(weighted, list(pair.values()), merged, context=context)
     with timed_stage(context, out / "search") as search:
         search_ratio(config, merged, search, context=context)
     ratio, spread = read_ratio(search / "ratio.json", config)
-    start = search / "adapter" if config.finetune.mode == "continue" else merged
+    start = search / "adapter" if config.finetune.mode == "continue" and not late else merged
     with timed_stage(context, out / "final") as final:
-        finetune_at(config, start, ratio, final, context=context, spread=spread)
+        finetune_at(config, start, ratio, final, context=context, spread=spread, train=not late)
     if is_main():
         with context.clock.span("write"):
             publish_search(out, final)
     scores = _score_systems(context, out, adapters, merged, final)
     if is_main():
-        baseline = {"source adapter, fine-tuned on target": out / "baselines" / "source-finetuned"}
+        baseline = {"source adapter, fine-tuned on target": out / "baselines" / TUNED[0]}
         # An adapter given by the user was chosen on rows of its own.
         trained = {} if given["target"] else {"target adapter": adapters["target"]}
         with context.clock.span("write"):
             add_run_findings(out, final, baseline | trained)
     return scores
+
+
+def _unpruned(context: Context, start: Path, slug: str, title: str) -> Path:
+    """Fine-tune without pruning, for as long as the result is trained in all."""
+    config = _as_long_alone(context.config)
+    with timed_stage(context, context.config.output / "baselines" / slug) as folder:
+        return finetune_at(config, start, 0.0, folder, context=context, title=title)
+
+
+def _merged_first(context: Context, adapters: dict[str, Path]) -> Path:
+    """Merge before anything is fine-tuned, by the weights configured or the average."""
+    config, folder = context.config, context.config.output / "baselines" / "merged-first"
+    given = None if config.merge.weights == "auto" else config.merge.weights
+    first = config.merge.model_copy(update={"when": "before", "weights": given})
+    config = config.model_copy(update={"merge": first})
+    return merge_adapters(config, list(adapters.values()), folder, context=context)
 
 
 def _trained(context: Context, role: str) -> Path:
@@ -218,31 +241,30 @@ def _score_systems(
         "task": config.data.task,
         "language": config.data.target.language,
         "seed": config.seed,
+        "unpruned": "merged" if config.merge.when == "after" else "merged-finetuned",
     }
     sets = context.data.test_sets()
     if not sets:
         return table | {"systems": []}
 
-    alone = _as_long_alone(config)
-
-    def unpruned(start: Path, slug: str, title: str) -> Path:
-        with timed_stage(context, out / "baselines" / slug) as folder:
-            return finetune_at(alone, start, 0.0, folder, context=context, title=title)
-
+    late = config.merge.when == "after"
     systems: list[System] = []
     if config.evaluate.baselines:
-        tuned = unpruned(adapters["source"], "source-finetuned", "source fine-tuned on target")
-        plain = unpruned(merged, "merged-finetuned", "merged fine-tuned unpruned")
+        tuned = _unpruned(context, adapters["source"], *TUNED)
+        first = _merged_first(context, adapters) if late else merged
+        plain = _unpruned(context, first, "merged-finetuned", "merged fine-tuned unpruned")
+        whole = "fine-tuned source merged with target" if late else "merged, untrained"
         systems = [
             System("zero-shot", "zero-shot", None),
             System("source adapter", "source", adapters["source"]),
-            System("source adapter, fine-tuned on target", "source-finetuned", tuned),
+            System("source adapter, fine-tuned on target", TUNED[0], tuned),
             System("target adapter", "target", adapters["target"]),
-            System("merged, untrained", "merged", merged),
+            System(whole, "merged", merged),
             System("merged, fine-tuned unpruned", "merged-finetuned", plain),
         ]
     ratio = read_json(final / STAGE_FILE)["ratio"]
-    systems.append(System(f"final: merged, pruned at {ratio:.3f}, fine-tuned", "final", final))
+    after = ", not trained further" if late else ", fine-tuned"
+    systems.append(System(f"final: merged, pruned at {ratio:.3f}{after}", "final", final))
     rows: list[dict[str, Any]] = []
     for system in systems:
         title = f"evaluate {system.name}"

@@ -5,14 +5,13 @@ gets the credit of a smaller scale. And it merges first: what was trained on the
 trained on them again, and overfits at once.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.config import RunConfig
-from grasp_lora.core.crossfit import Gain, gain_of_best
+from grasp_lora.core.crossfit import Gain, as_good_as_best, gain_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.recipes.context import Context
 from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
@@ -24,7 +23,7 @@ SHARES: Mapping[float, Variant] = {
     share: Variant("weights", (1 - share, share)) for share in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 }
 """Share of the target adapter in a late merge -> what is measured; the two weights sum to 1."""
-SHARE_ROWS = 32
+SHARE_ROWS = 48
 
 
 def with_learned_weights(context: Context, adapters: Mapping[str, Path], out: Path) -> RunConfig:
@@ -85,7 +84,10 @@ def learned_weights(
 def late_weights(
     context: Context, tuned: Path, target: Path, out: Path, overwrite: bool = False
 ) -> tuple[float, float]:
-    """Return the weights of a merge that nothing will be trained on: the lowest loss of `SHARES`.
+    """Return the weights of a merge that nothing will be trained on, by the losses of `SHARES`.
+
+    Of the shares that are not worse than the best by more than one standard error, the one nearest
+    to one half is taken: the plain average, unless the rows say otherwise.
 
     Args:
         context: data and backbone.
@@ -108,8 +110,9 @@ def late_weights(
         ids, losses = measure(context, (tuned, target), variants, SHARE_ROWS)
     alone, *others = variants
     gain = gain_of_best({name: losses[name] for name in others}, {alone: losses[alone]})
-    # A share is no claim: of several that are about as good any will do, so none has to be shown.
-    best = min(variants, key=lambda name: (not math.isfinite(sum(losses[name])), sum(losses[name])))
+    good = as_good_as_best(losses) or [alone]
+    distance = {name: abs(share - 0.5) for name, share in zip(variants, SHARES, strict=True)}
+    best = min(good, key=lambda name: distance[name])
     weights = variants[best].weights
     assert weights is not None, "every share has weights"
     context.narrator.say(f"merge weights {list(weights)}: {best} of the target adapter")
