@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.controller --json controller.json --picture FILE.png
     python -m benchmarks.controller --recordings docs/results/runs/*   # real pairs as well
+    python -m benchmarks.controller --recordings docs/results/runs/en-ar --recorded-only
 
 Curves, rows and the seeds of the searches are the same for every way. Regret is the loss at the
 ratio found less the least loss after the final run, in spans of the curve between 0 and 0.8; of
@@ -195,7 +196,8 @@ def floors(
 
 def markdown(figures: Mapping[str, Any], recorded: Sequence[str]) -> str:
     """Return the figures as Markdown tables."""
-    columns = [*IN_SPANS, "mean", *IN_NATS, *recorded]
+    synthetic = "mean" in figures["floor"]["all"][f"regret_{PROBES[0]}"]
+    columns = [*([*IN_SPANS, "mean", *IN_NATS] if synthetic else []), *recorded]
     parts: list[str] = []
     for probes in PROBES:
         lines = [
@@ -228,7 +230,8 @@ def markdown(figures: Mapping[str, Any], recorded: Sequence[str]) -> str:
         by_effect = {row["from"]: row["learned"] for row in one["power"]}
         cells = [f"{by_effect[e]:.0%}" if e in by_effect else "–" for e in EFFECTS[:-1]]
         parts.append(
-            f"| {name} | {one['flat_called_flat']:.1%} | {one['clear_called_flat']:.1%} "
+            f"| {name} | {_percent(one['flat_called_flat'])} "
+            f"| {_percent(one['clear_called_flat'])} "
             f"| {one['interval_covers']:.0%} | {' | '.join(cells)} |"
         )
     return "\n".join(parts)
@@ -236,6 +239,10 @@ def markdown(figures: Mapping[str, Any], recorded: Sequence[str]) -> str:
 
 def _effect(low: float, high: float | None) -> str:
     return f"over {low:g} s.e." if high in (None, float("inf")) else f"{low:g}-{high:g} s.e."
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _cell(value: float | None) -> str:
@@ -299,6 +306,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--on", choices=("final", "dev"), default="final", help="curve of regrets")
     parser.add_argument("--recordings", nargs="*", type=Path, default=[], help="folders of pairs")
     parser.add_argument("--training", default="plain", help="which probes of the recordings")
+    parser.add_argument("--recorded-only", action="store_true", help="no synthetic families")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser.parse_args(argv)
 
@@ -312,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seeds = range(options.first_seed, options.first_seed + count)
     recordings = [read_recording(folder, options.training) for folder in options.recordings]
     recorded = [one.name for one in recordings]
-    families = [*FAMILIES, *recorded]
+    families = recorded if options.recorded_only else [*FAMILIES, *recorded]
     controllers: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for name in options.only or available():

@@ -18,6 +18,7 @@ from scipy import stats
 
 from benchmarks.recorded import final_runs
 from grasp_lora.plots import BLUE, GREEN, GRID, INK, ORANGE
+from grasp_lora.report import TITLES
 from grasp_lora.runs import read_jsonl
 
 
@@ -30,6 +31,17 @@ class Recorded:
         for one in final_runs(folder):
             self.finals.setdefault(one["name"], []).append(one)
         self.probes = [read_jsonl(file)[0] for file in sorted((folder / "probes").glob("*.json"))]
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """The two scores that are shown: those of questions, or of headlines."""
+        known = next(iter(self.finals.values()))[0]["test"]
+        return ("exact_match", "token_f1") if "token_f1" in known else ("rougeL", "chrf")
+
+    @property
+    def titles(self) -> str:
+        """The names of `metrics`, for a head of columns."""
+        return " | ".join(TITLES[metric] for metric in self.metrics)
 
     def ratios(self) -> list[float]:
         """Return the ratios with a final run, ascending."""
@@ -72,7 +84,7 @@ def finals_table(pair: Recorded) -> Iterator[str]:
     whole = pair.at(0.0)
     yield (
         "| ratio | zeros | seeds | kept epoch | dev, best epoch | dev, last epoch | test loss | "
-        "against ratio 0 | EM | F1 |"
+        f"against ratio 0 | {pair.titles} |"
     )
     yield "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
     for ratio in pair.ratios():
@@ -85,7 +97,7 @@ def rivals_table(pair: Recorded) -> Iterator[str]:
     chosen = min((r for r in pair.ratios() if r > 0), key=lambda r: pair.dev(pair.at(r)))
     yield (
         "| run | zeros | seeds | kept epoch | dev, best epoch | dev, last epoch | test loss | "
-        "against the plain merge | EM | F1 |"
+        f"against the plain merge | {pair.titles} |"
     )
     yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
     yield _row(pair, pair.at(chosen), f"pruned at {chosen:g} (lowest dev loss)", whole)
@@ -101,14 +113,14 @@ def _row(pair: Recorded, name: str, title: str, reference: str) -> str:
     against = "–" if name == reference else f"{gap:+.3f} ± {error:.3f}"
     cells = [
         title,
-        f"{np.mean([one['zeros'] for one in runs]):.2f}",
+        "–" if runs[0]["zeros"] is None else f"{np.mean([one['zeros'] for one in runs]):.2f}",
         str(len(runs)),
         pair.best_epochs(name),
         f"{pair.dev(name):.3f}",
         f"{pair.dev(name, best=False):.3f}",
         f"{pair.test(name, 'loss').mean():.3f}",
         against,
-        *(f"{pair.test(name, m).mean():.1f}" for m in ("exact_match", "token_f1")),
+        *(f"{pair.test(name, metric).mean():.1f}" for metric in pair.metrics),
     ]
     return f"| {' | '.join(cells)} |"
 
