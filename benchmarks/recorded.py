@@ -49,6 +49,7 @@ SOURCE_EPOCHS = 1
 _COARSE = ("grid-0.2", "grid-0.4", "grid-0.6", "grid-0.8")
 _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
 _MAIN = (UNPRUNED, "grasp-restart", "source-finetuned")
+_METHOD = ("grasp-continue", "late-merge", "grasp-late")
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
@@ -60,7 +61,7 @@ def planned() -> list[tuple[str, int]]:
     """
     order: list[tuple[str, int]] = []
     for seed in SEEDS:
-        order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], "grasp-continue")]
+        order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], *_METHOD)]
         if seed == SEEDS[0]:
             fixed = (name for name, one in METHODS.items() if one.seeds == "none")
             order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
