@@ -241,7 +241,7 @@ def tables(runs: Path, out: Path) -> None:
         plot_comparison(found, out / "comparison" / folder.name)
         text = comparison_markdown(found).replace("\n## ", "\n### ")
         text = text.replace(f"# Comparison {found['pair']}", f"## {folder.name}", 1)
-        for name in ("pareto.png", "ratios.png", "seconds.png"):
+        for name in ("pareto.png", "ratios.png", "cost.png"):
             text = text.replace(f"({name})", f"(comparison/{folder.name}/{name})")
         documents.append(text)
     write_json(out / "comparison.json", rows)

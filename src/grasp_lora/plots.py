@@ -76,7 +76,7 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     """Draw a `comparison.json`: score against cost, score against ratio, cost.
 
     The score is the first of the first test set. The cost is in seconds, in tokens where the runs
-    were made on more than one machine. Writes `pareto.png`, `ratios.png` and `seconds.png`; nothing
+    were made on more than one machine. Writes `pareto.png`, `ratios.png` and `cost.png`; nothing
     where there are no rows.
     """
     rows = [row for row in found["rows"] if row["scores"]]
@@ -98,7 +98,7 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     for draw, name, height in (
         (partial(_pareto_panel, unit=unit), "pareto.png", 5.0),
         (_ratios_panel, "ratios.png", 5.0),
-        (partial(_cost_panel, unit=unit), "seconds.png", 1 + 0.28 * len(runs)),
+        (partial(_cost_panel, unit=unit), "cost.png", 1 + 0.28 * len(runs)),
     ):
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.subplots()

@@ -67,7 +67,7 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         "",
         "![score against ratio](ratios.png)",
         "",
-        "![cost of every method](seconds.png)",
+        "![cost of every method](cost.png)",
         "",
         "Methods:",
         "",

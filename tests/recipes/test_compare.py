@@ -342,7 +342,7 @@ def test_the_documents_hold_the_numbers(done):
         value
         == next(r for r in of(found, "grasp-restart") if r["seed"] == 1)["scores"]["test"]["loss"]
     )
-    for name in ("pareto.png", "ratios.png", "seconds.png"):
+    for name in ("pareto.png", "ratios.png", "cost.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
