@@ -21,6 +21,9 @@ from grasp_lora.plots import BLUE, GREEN, GRID, INK, ORANGE
 from grasp_lora.report import TITLES
 from grasp_lora.runs import read_jsonl
 
+RIVALS = ("source-finetuned", "shrunk", "weights", "weight-decay")
+"""What a picture shows beside the ratios, by the beginnings of the names."""
+
 
 class Recorded:
     """All results of a pair, read from its folder."""
@@ -268,6 +271,7 @@ def draw(pairs: Sequence[Recorded], path: Path) -> None:
                 )
         left.set_title(f"{pair.name}: probes (micro-dev + dev)", fontsize=9)
         left.set_ylabel("loss (nats)")
+        left.set_visible(bool(pair.probes))
         if pair.probes:
             left.legend(fontsize=6, frameon=False)
         ratios = pair.ratios()
@@ -276,7 +280,7 @@ def draw(pairs: Sequence[Recorded], path: Path) -> None:
             label = f"dev, {'best' if best else 'last'} epoch"
             values = [pair.dev(pair.at(r), best) for r in ratios]
             right.plot(ratios, values, style, color=BLUE, markersize=3, label=label)
-        rivals = [n for n in pair.finals if not n.startswith("ratio-")]
+        rivals = [n for n in pair.finals if n.startswith(RIVALS)]
         for i, name in enumerate(rivals):
             value = pair.test(name, "loss").mean()
             right.axhline(value, color=GRID, linewidth=0.8)
