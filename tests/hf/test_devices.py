@@ -1,12 +1,13 @@
 """Which device "auto" means, and what is kept off it."""
 
 import math
+import os
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from grasp_lora.hf.devices import avoid_faulty_kernels, choose_device
+from grasp_lora.hf.devices import avoid_faulty_kernels, choose_device, repeat_exactly
 
 
 @pytest.mark.parametrize(("rank", "device"), [(None, "cuda"), ("0", "cuda:0"), ("3", "cuda:3")])
@@ -38,6 +39,46 @@ def test_cudnn_attention_is_left_out_on_gpus_only():
     assert torch.backends.cuda.cudnn_sdp_enabled()
     avoid_faulty_kernels(torch.device("cuda:1"))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.fixture
+def determinism():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("determinism")
+def test_kernels_that_repeat_exactly_are_asked_for_on_gpus_only(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    repeat_exactly(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    repeat_exactly(torch.device("cuda:1"))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    repeat_exactly(torch.device("cuda"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user chose stays"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("cudnn_attention", "determinism")
+def test_gradients_through_masked_attention_are_the_same_every_time():
+    device = torch.device("cuda")
+    avoid_faulty_kernels(device)
+    repeat_exactly(device)
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(4, 4, 320, 64, generator=generator).bfloat16().cuda() for _ in range(3)]
+    mask = torch.ones(320, 320, dtype=torch.bool, device=device).tril()[None, None]
+    found: list[list[torch.Tensor]] = []
+    for _ in range(20):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        scaled_dot_product_attention(*leaves, attn_mask=mask).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
 
 
 @pytest.mark.gpu

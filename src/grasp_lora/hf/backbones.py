@@ -32,6 +32,7 @@ from grasp_lora.hf.devices import (
     avoid_faulty_kernels,
     choose_device,
     choose_dtype,
+    repeat_exactly,
 )
 from grasp_lora.hf.memory import MemoryPlan, plan_config_memory
 from grasp_lora.hf.modules import (
@@ -151,6 +152,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     dtype = choose_dtype(spec.dtype, device)
     _check_quantization(spec, device)
     avoid_faulty_kernels(device)
+    repeat_exactly(device)
     location, public_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)

@@ -52,6 +52,19 @@ def avoid_faulty_kernels(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def repeat_exactly(device: torch.device) -> None:
+    """Ask this process for kernels on `device` whose sums do not depend on the order of threads.
+
+    Without that two runs of one seed on a GPU differ in their last digits, and a few epochs later
+    in which of them is kept. What has no such kernel warns once and runs all the same.
+    """
+    if device.type == "cuda":
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _cpu_has_bfloat16() -> bool:
     # torch 2.10 and later report every instruction set; before, none but the vector width.
     report = getattr(torch.cpu, "get_capabilities", dict)
