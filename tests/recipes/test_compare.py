@@ -218,6 +218,25 @@ def test_prices_count_what_was_done(done):
     assert labels["dev_loss"] is None, "it was trained on the labelled rows"
 
 
+def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
+    found = compare_methods(
+        load_config(settings),
+        tmp_path / "out",
+        ("lorahub",),
+        (1,),
+        workers=0,
+        threads=1,
+        quiet=True,
+    )
+    (row,) = of(found, "lorahub")
+    assert (row["runs"], row["steps"], row["forwards"]) == (0, 0, 40 * 8)
+    context = open_context(load_config(settings), quiet=True)
+    rows = [*context.encoded("target", "train"), *context.encoded("target", "dev")]
+    length = statistics.fmean(len(one.input_ids) for one in rows)
+    assert row["tokens"] == round(40 * 8 * length)
+    assert row["seconds"] > 0
+
+
 def test_what_is_projected_is_what_was_done(done, settings):
     found, out = done
     config = load_config(settings)

@@ -148,8 +148,12 @@ def fixed(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
         folder: receives `start/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
+    began = time.perf_counter()
     adapter, read = started(context, inputs["start"], needed[ADAPTERS], folder)
-    price = {"runs": 0, "seconds": 0.0, "forwards": read, "steps": 0, "tokens": 0}
+    # An adapter that is there already costs nothing; a merge and the search for its weights do.
+    seconds = 0.0 if "adapter" in inputs["start"] else time.perf_counter() - began
+    tokens = round(read * _length(context))
+    price = {"runs": 0, "seconds": seconds, "forwards": read, "steps": 0, "tokens": tokens}
     return outcome(context, adapter, folder) | {"ratio": 0.0, "price": price}
 
 
