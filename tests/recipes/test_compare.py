@@ -219,18 +219,12 @@ def test_prices_count_what_was_done(done):
 
 
 def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
-    found = compare_methods(
-        load_config(settings),
-        tmp_path / "out",
-        ("lorahub",),
-        (1,),
-        workers=0,
-        threads=1,
-        quiet=True,
-    )
+    alike = tiny_adapter_folder(tmp_path / "alike", tiny_model(), r=4, seed=3)
+    config = load_config(settings, [f"adapters.target={alike}"])
+    found = compare_methods(config, tmp_path / "out", ("lorahub",), (1,), 0, 1, quiet=True)
     (row,) = of(found, "lorahub")
     assert (row["runs"], row["steps"], row["forwards"]) == (0, 0, 40 * 8)
-    context = open_context(load_config(settings), quiet=True)
+    context = open_context(config, quiet=True)
     rows = [*context.encoded("target", "train"), *context.encoded("target", "dev")]
     length = statistics.fmean(len(one.input_ids) for one in rows)
     assert row["tokens"] == round(40 * 8 * length)
