@@ -154,7 +154,15 @@ def test_each_command_calls_its_recipe(called, config, arguments, name, args):
     assert done.exit_code == 0, done.output
     assert called["name"] == name
     assert called["args"] == (*args, Path("there"))
-    assert called["kwargs"] == {"overwrite": False} | ({"spread": None} if len(args) > 1 else {})
+    own = {"spread": None, "train": True} if len(args) > 1 else {}
+    assert called["kwargs"] == {"overwrite": False} | own
+
+
+def test_finetune_may_prune_and_measure_only(called, config):
+    options = ("--start", "m", "--ratio", "0.4", "--no-train", "--out", "there")
+    done = invoke("finetune", config, *options)
+    assert done.exit_code == 0, done.output
+    assert called["kwargs"]["train"] is False
 
 
 @pytest.fixture

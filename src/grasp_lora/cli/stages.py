@@ -138,6 +138,9 @@ def finetune(
         str, typer.Option(help="Fraction to remove, or a ratio.json.", show_default=False)
     ],
     out: Out,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Train it, or prune and measure only.")
+    ] = True,
     settings: Set = None,
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
@@ -154,7 +157,9 @@ def finetune(
     stage(
         out,
         overwrite,
-        lambda: finetune_at(loaded, start, fraction, out, overwrite=overwrite, spread=spread),
+        lambda: finetune_at(
+            loaded, start, fraction, out, overwrite=overwrite, spread=spread, train=train
+        ),
     )
 
 
