@@ -262,13 +262,14 @@ def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tin
 def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     queue = tmp_path / "queue"
     result = {"scores": {"test": {"loss": 1.0}}, "ratio": 0.2, "adapter": str(tmp_path)}
-    record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "provenance": {}}
-    record["machine"] = {"cpu": "c"}
+    record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "machine": {"cpu": "c"}}
+    record["provenance"] = {"packages": {"torch": "another machine's"}, "python": "3"}
     write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result})
     write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
     recorded_runs.main(["keep", str(queue), str(tmp_path / "kept")])
     (file,) = (tmp_path / "kept").iterdir()
     assert str(tmp_path) not in file.read_text(), "a folder of this machine"
+    assert json.loads(file.read_text())["versions"] == {"torch": "another machine's", "python": "3"}
     assert "1 runs written" in capsys.readouterr().out
     assert recorded_runs.keep(queue, tmp_path / "kept") == 0
     assert recorded_runs.restore(tmp_path / "kept", tmp_path / "again") == 1
