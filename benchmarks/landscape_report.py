@@ -4,12 +4,12 @@
 
 Of every pair: the final runs by ratio, probes against them (rank correlation, and the regret of
 taking the ratio where the probes are lowest), and the rivals of pruning. Differences are paired by
-test row; where there are two seeds a row's values are averaged over them first. The standard error
-is that of the rows: what other adapters would give is not in it.
+test row, over the seeds that both runs have, a row's values averaged over them first. The standard
+error is that of the rows: what other adapters would give is not in it.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,16 @@ class Recorded:
         """Return the name of the run at a ratio."""
         return f"ratio-{ratio}"
 
-    def test(self, name: str, metric: str) -> np.ndarray:
-        """Return each test row's value, averaged over the seeds of a run."""
-        return np.mean([one["test"][metric] for one in self.finals[name]], axis=0)
+    def test(self, name: str, metric: str, seeds: Collection[int] | None = None) -> np.ndarray:
+        """Return each test row's value, averaged over the seeds of a run, or over some of them."""
+        runs = [one for one in self.finals[name] if seeds is None or one["seed"] in seeds]
+        return np.mean([one["test"][metric] for one in runs], axis=0)
+
+    def shared_seeds(self, name: str, other: str) -> set[int]:
+        """Return the seeds that two runs have both been made with."""
+        return {one["seed"] for one in self.finals[name]} & {
+            one["seed"] for one in self.finals[other]
+        }
 
     def dev(self, name: str, best: bool = True) -> float:
         """Return the dev loss at the best or the last epoch, averaged over the seeds."""
@@ -112,8 +119,11 @@ def rivals_table(pair: Recorded) -> Iterator[str]:
 
 def _row(pair: Recorded, name: str, title: str, reference: str) -> str:
     runs = pair.finals[name]
-    gap, error = paired(pair.test(name, "loss"), pair.test(reference, "loss"))
-    against = "–" if name == reference else f"{gap:+.3f} ± {error:.3f}"
+    seeds = pair.shared_seeds(name, reference)
+    against = "–"
+    if seeds and name != reference:
+        losses = (pair.test(one, "loss", seeds) for one in (name, reference))
+        against = "{:+.3f} ± {:.3f}".format(*paired(*losses))
     cells = [
         title,
         "–" if runs[0]["zeros"] is None else f"{np.mean([one['zeros'] for one in runs]):.2f}",
