@@ -110,21 +110,30 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
 _Runs = Mapping[str, Sequence[_Point]]
 """Method -> its runs."""
 _CHOSEN_FROM = ("grid-0", "adaptive-0")
+_OURS = ("grasp", "late")
+_ALWAYS_NAMED = (*_OURS, "grid", "optuna", "source-finetuned", "average-finetuned", "adaptive")
 
 
 def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str) -> None:
-    for method, points in runs.items():
-        if method.startswith(_CHOSEN_FROM):
-            continue
-        score = _mean_of(point.score for point in points)
-        cost = _mean_of(point.cost for point in points)
+    shown = {name: points for name, points in runs.items() if not name.startswith(_CHOSEN_FROM)}
+    means = {
+        name: (_mean_of(p.cost for p in points), _mean_of(p.score for p in points))
+        for name, points in shown.items()
+    }
+    for method, points in shown.items():
+        cost, score = means[method]
         colour = _colour_of(method)
         known = [(low, high) for low, high in (p.interval for p in points) if low is not None]
         if known:
             low, high = (_mean_of(ends) for ends in zip(*known, strict=True))
             axes.plot([cost] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
         axes.plot(cost, score, "o", color=colour)
-        _name_point(axes, method, cost, score)
+        # Names of all methods would cover each other.
+        cheaper = [
+            other for c, other in means.values() if c <= cost and (c, other) != (cost, score)
+        ]
+        if method.startswith(_ALWAYS_NAMED) or all(other < score for other in cheaper):
+            _name_point(axes, method, cost, score)
     axes.set_xlim(left=0)
     axes.margins(0.1)
     axes.set_xlabel(f"{unit} from the two adapters to the final one")
@@ -165,7 +174,7 @@ def _cost_panel(axes: Axes, runs: _Runs, _label: str, unit: str) -> None:
 
 
 def _colour_of(method: str) -> str:
-    return ORANGE if method.startswith("grasp") else BLUE
+    return ORANGE if method.startswith(_OURS) else BLUE
 
 
 def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
