@@ -9,8 +9,10 @@ finished run, without places of this machine, to docs/results/runs/PAIR/RUN.json
 recorded there is not run again, on whatever machine it was. `tables` writes comparison.json,
 comparison.md and pictures from what is recorded.
 
-`keep QUEUE FOLDER` copies the finished runs of a comparison's folder; `restore FOLDER QUEUE` puts
-them back below it, which then does not run again what has the same inputs.
+`against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
+them to the best baseline. `keep QUEUE FOLDER` copies the finished runs of a comparison's folder;
+`restore FOLDER QUEUE` puts them back below it, which then does not run again what has the same
+inputs.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from grasp_lora.recipes.compare import (
     compare_methods,
     job_name,
     method_of,
+    paired_with,
     summary,
 )
 from grasp_lora.recipes.job import RESULT_FILE
@@ -250,6 +253,29 @@ def tables(runs: Path, out: Path) -> None:
     write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
 
 
+def against(runs: Path, reference: str, methods: Sequence[str]) -> list[str]:
+    """Return lines of paired differences on the test rows, pair by pair, with 95 % intervals."""
+    lines: list[str] = []
+    for folder in sorted(runs.iterdir()):
+        results: dict[str, dict[int, Any]] = {}
+        for job, outcome in outcomes_in(folder).items():
+            method = method_of(job)
+            if method in (reference, *methods) and outcome.result and "rows" in outcome.result:
+                seed = SEEDS[0] if job == method else int(job.rpartition("-s")[2])
+                results.setdefault(method, {})[seed] = outcome.result
+        if reference not in results:
+            continue
+        found = paired_with(config_of(folder.name), results, reference)
+        for method, sets in found.items():
+            shown = (
+                f"{metric} {one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+                for metric, one in sets.get("test", {}).items()
+                if one["low"] is not None
+            )
+            lines.append(f"{folder.name}: {method} against {reference}: {'; '.join(shown)}")
+    return lines
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -264,6 +290,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     made = commands.add_parser("tables", help="write the tables of what is recorded")
     made.add_argument("--runs", type=Path, default=RUNS)
     made.add_argument("--out", type=Path, required=True)
+    paired = commands.add_parser("against", help="print paired differences to a method")
+    paired.add_argument("reference", choices=list(METHODS))
+    paired.add_argument("methods", nargs="+", choices=list(METHODS))
+    paired.add_argument("--runs", type=Path, default=RUNS)
     for name in ("keep", "restore"):
         copying = commands.add_parser(name)
         copying.add_argument("source", type=Path)
@@ -281,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(pair, options, until)
     elif options.what == "tables":
         tables(options.runs, options.out)
+    elif options.what == "against":
+        print("\n".join(against(options.runs, options.reference, options.methods)))
     else:
         count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
         print(f"{options.out}: {count} runs written")

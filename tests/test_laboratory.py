@@ -295,6 +295,15 @@ def kept_run(folder, job, ratio, loss, test_loss):
     write_jsonl(folder / f"{job}.json", [record])
 
 
+def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
+    kept_run(tmp_path / "en-es", "grid-0.2-s42", 0.2, 1.0, 2.0)
+    kept_run(tmp_path / "en-es", "grid-0.5-s42", 0.5, 1.0, 2.25)
+    recorded_runs.main(["against", "grid-0.2", "grid-0.5", "--runs", str(tmp_path)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("en-es: grid-0.5 against grid-0.2: exact_match +0.000")
+    assert "loss +0.250 [+0.250, +0.250]" in line
+
+
 def test_tables_are_made_of_what_is_recorded(tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     pair = runs / "en-es"

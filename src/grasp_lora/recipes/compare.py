@@ -395,7 +395,7 @@ def summary(config: RunConfig, outcomes: Mapping[str, Outcome]) -> dict[str, Any
         "rows": rows,
         "methods": {name: METHODS[name].about for name in dict.fromkeys(r["method"] for r in rows)},
         "reference": reference,
-        "paired": _paired(config, results, reference) if reference else {},
+        "paired": paired_with(config, results, reference) if reference else {},
         "not_applicable": not_applicable,
         "failed": failed,
     }
@@ -439,7 +439,7 @@ def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return min(means, key=lambda name: means[name]) if means else None
 
 
-def _paired(
+def paired_with(
     config: RunConfig, results: Mapping[str, Mapping[int, Mapping[str, Any]]], reference: str
 ) -> dict[str, Any]:
     """Return method -> test set -> metric -> its paired test against the reference.

@@ -266,14 +266,19 @@ def _finetuned(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> A
     return _start(inputs, data) + _final(config, data, ratio) + _outcome(data)
 
 
-def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
-    search, controller = config.search, config.controller
-    trained = _training(data, search)
-    steps = trained.steps
-    dev = trained.forwards if config.finetune.mode == "continue" else 0
+def _probes(config: RunConfig, data: RunData) -> int:
+    """Return the rows that a search reads in its rounds."""
+    controller = config.controller
     tried = controller.candidates + (1 if controller.baseline else 0)
     rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
-    probes = planned_rounds(steps, controller) * tried * rows
+    return planned_rounds(_training(data, config.search).steps, controller) * tried * rows
+
+
+def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
+    trained = _training(data, config.search)
+    steps = trained.steps
+    dev = trained.forwards if config.finetune.mode == "continue" else 0
+    probes = _probes(config, data)
     reads = _count(data, ["train"]) if config.importance in NEEDS_NORMS else 0
     return (
         _start(inputs, data)
@@ -287,12 +292,8 @@ def _late(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount
     labelled = _count(data, JUDGED)
     probes = len(SHARES) * min(SHARE_ROWS, labelled)
     if inputs["prune"]:
-        controller = config.controller
-        planned = planned_rounds(_training(data, config.search).steps, controller)
-        tried = controller.candidates + (1 if controller.baseline else 0)
-        rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
         norms = 2 * _count(data, ["train"]) if config.importance in NEEDS_NORMS else 0
-        probes += planned * tried * rows + norms + _count(data, ["dev"])
+        probes += _probes(config, data) + norms + _count(data, ["dev"])
     return Amount(0, probes) + _outcome(data)
 
 
