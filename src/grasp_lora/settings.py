@@ -145,6 +145,11 @@ class FinetuneSettings(TrainSettings):
     importance: Literal["same", "magnitude", "activation"] = Field(
         default="same", description="scores of the final mask; same: those of the search"
     )
+    rows: Literal["train", "labelled"] = Field(
+        default="train",
+        description="train: dev and micro-dev rows only choose; labelled: once they have chosen "
+        "ratio, weights and epochs, begin again and train on them as well",
+    )
 
 
 class EvaluateSettings(Section):

@@ -42,11 +42,13 @@ from grasp_lora.tasks.base import Example
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
+METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
 ONLY = (
     *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
     *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
     *("ratio-higher", "ratio-nearest", "target-adalora"),
     *("grasp-continue", "grasp-adapters", "late-merge", "grasp-late", "recut-8", "optuna-tpe"),
+    *METHODS_ON_ALL_LABELS,
 )
 
 
@@ -86,6 +88,7 @@ def test_every_method_has_its_rows(done):
     twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
     twice |= {"ratio-nearest": 2, "grasp-continue": 2, "late-merge": 2, "grasp-late": 2}
     once |= dict.fromkeys(("grasp-adapters", "recut-8", "optuna-tpe"), 1)
+    twice |= dict.fromkeys(METHODS_ON_ALL_LABELS, 2)
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
     assert list(found["not_applicable"]) == ["ties-finetuned"]
     assert "rank 4 and" in found["not_applicable"]["ties-finetuned"]
@@ -255,7 +258,10 @@ def test_what_is_projected_is_what_was_done(done, settings):
         reads = train * row["method"].startswith(("grid-0", "ratio-higher", "recut"))
         reads += 2 * train * row["method"].startswith("grasp")
         reads += 8 * train * (row["method"] == "optuna-tpe")
-        if row["method"] == "target-all-labels":
+        if row["method"].endswith("labelled"):
+            # Of the epochs planned those are trained that dev rows keep.
+            assert amount.steps >= _own_steps(found, row)
+        elif row["method"] == "target-all-labels":
             judged_here = 0
             assert amount.steps == 5 * 7 + 8, "13 of 16 rows by twos, then all"
         elif row["method"] == "grasp-adapters":
@@ -278,6 +284,45 @@ def test_what_is_projected_is_what_was_done(done, settings):
     assert expected["grid-s1"] == 0
     parts = [rates["load"], 8 * rates["step"], (32 + 8 + 16) * rates["forward"]]
     assert expected["grasp-restart-s1"] == pytest.approx(sum(parts) + 4 * rates["answer"])
+
+
+def _own_steps(found, row):
+    shared = {"source-finetuned-labelled": "source-finetuned"}
+    shared["late-merge-labelled"] = "source-finetuned-labelled"
+    others = of(found, shared.get(row["method"], ""))
+    return row["steps"] - sum(r["steps"] for r in others if r["seed"] == row["seed"])
+
+
+def test_what_all_labelled_rows_train_is_made_anew_and_judged_before(done):
+    found, out = done
+    for row in of(found, "source-finetuned-labelled"):
+        (judge,) = (r for r in of(found, "source-finetuned") if r["seed"] == row["seed"])
+        epochs = read_json(out / judge["job"] / "result.json")["result"]["best"]["step"] // 4
+        facts = read_json(out / row["job"] / "final" / "stage.json")["labelled"]
+        assert facts["rows"] == 16
+        assert facts["steps"] == 8 * epochs
+        assert row["steps"] == judge["steps"] + facts["steps"], "both runs are paid for"
+        assert row["runs"] == 2
+        assert row["dev_loss"] is None, "it was trained on the labelled rows"
+        assert not list((out / row["job"]).glob("final-judged")), "the judge was at hand"
+        (late,) = (r for r in of(found, "late-merge-labelled") if r["seed"] == row["seed"])
+        (before,) = (r for r in of(found, "late-merge") if r["seed"] == row["seed"])
+        results = {r["job"]: read_json(out / r["job"] / "result.json") for r in (late, before)}
+        weights = [one["result"]["weights"] for one in results.values()]
+        assert weights[0] == weights[1], "chosen by rows that were not trained on"
+        whole = read_adapter(out / row["job"] / "final").adapter
+        target = read_adapter(out.parent / "target").adapter
+        for name, module in read_adapter(out / late["job"] / "merged-labelled").adapter.items():
+            parts = (whole[name].delta(), target[name].delta())
+            wanted = sum(w * part for w, part in zip(weights[0], parts, strict=True))
+            torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
+        assert late["steps"] == row["steps"]
+    for row in of(found, "grasp-labelled"):
+        (one,) = (r for r in of(found, "grasp-continue") if r["seed"] == row["seed"])
+        assert row["ratio"] == one["ratio"], "the same search"
+        facts = read_json(out / row["job"] / "final" / "stage.json")
+        assert row["steps"] == one["steps"] + facts["labelled"]["steps"]
+        assert row["dev_loss"] is None
 
 
 def test_the_time_is_projected_before_anything_long_is_done(settings, tmp_path):

@@ -71,6 +71,18 @@ def _tuned(about: str, start: Mapping[str, Any], ratio: Any = 0.0, **more: Any) 
     return Method(about, "finetuned", inputs, **more)
 
 
+def _on_all_labels(judge: str, about: str, start: Mapping[str, Any]) -> Method:
+    return _tuned(
+        f"{about}; anew on all labelled rows for the epochs that dev rows chose",
+        start,
+        changes=LABELLED,
+        needs=(judge,),
+        inputs={"judged": True},
+        seeds="all",
+    )
+
+
+LABELLED = {"finetune.rows": "labelled"}
 CONFIGURED = {"merge": {}}
 PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
 AGAIN = {"finetune.mode": "restart", "finetune.mask_schedule": "every-step"}
@@ -86,6 +98,9 @@ METHODS: Mapping[str, Method] = {
         seeds="all",
         role="baseline",
     ),
+    "source-finetuned-labelled": _on_all_labels(
+        "source-finetuned", "source adapter fine-tuned", {"adapter": "source"}
+    ),
     "target-all-labels": Method(
         "target adapter on all labelled rows, epochs by cross-validation",
         "all_labels",
@@ -97,6 +112,9 @@ METHODS: Mapping[str, Method] = {
     ),
     "average-finetuned": _tuned(
         "average of the deltas, fine-tuned unpruned", AVERAGE, seeds="all", role="baseline"
+    ),
+    "average-finetuned-labelled": _on_all_labels(
+        "average-finetuned", "average of the deltas, fine-tuned unpruned", AVERAGE
     ),
     **{
         name: _tuned(about, {"merge": {"kind": "cat", "weights": weights}})
@@ -184,6 +202,12 @@ METHODS: Mapping[str, Method] = {
         changes={"finetune.mode": "continue"},
         seeds="all",
     ),
+    "grasp-labelled": Method(
+        "this library's controller, one run, which is then made anew on all labelled rows",
+        "grasp",
+        changes={"finetune.mode": "continue"} | LABELLED,
+        seeds="all",
+    ),
     **{
         f"grasp-{name}": Method(
             f"this library's controller, two runs, {about}", "grasp", inputs, changes=changes
@@ -210,6 +234,14 @@ METHODS: Mapping[str, Method] = {
             ("grasp-late", ", then pruned at a ratio learned without training", True),
         )
     },
+    "late-merge-labelled": Method(
+        "late-merge, its source adapter then fine-tuned anew on all labelled rows",
+        "late",
+        {"prune": False},
+        changes={"merge.when": "after", "merge.weights": None} | LABELLED,
+        needs=("source-finetuned", "source-finetuned-labelled"),
+        seeds="all",
+    ),
     **{
         f"recut-{schedule}": _tuned(
             f"pruned at 0.4, masks cut anew {about}",
@@ -344,7 +376,8 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     """Return settings with dotted changes; a fine-tuning in one or two runs has the same epochs.
 
     In mode `restart` search and final run each have all epochs of a fine-tuning run, in mode
-    `continue` they share them.
+    `continue` they share them. All labelled rows are trained on by the methods that say so only:
+    the others are judged by them.
     """
     total = config.finetune.epochs
     if config.finetune.mode == "continue":
@@ -354,6 +387,7 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     second = total if mode == "restart" else max(1, total // 2)
     plain: dict[str, Any] = {
         "finetune.mode": mode,
+        "finetune.rows": "train",
         "search.epochs": first,
         "finetune.epochs": second,
     }

@@ -84,6 +84,17 @@ class Context:
                 self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
         return self._encoded[role, split]
 
+    def on_all_labels(self) -> "Context":
+        """Return a context whose target train rows are all labelled ones; no dev row is left."""
+        parts = self.data.parts["target"]
+        train = tuple(row for split in LABELLED for row in parts.get(split, ()))
+        kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
+        target = kept | {"train": train}
+        data = replace(self.data, parts=self.data.parts | {"target": target})
+        return Context(
+            self.config, data, self.backbone, self.task, self.narrator, self.clock, self.on_saved
+        )
+
     def end_id(self, role: str, split: str) -> int:
         """Return the token that ends the answers of a split; in a chat, that of a turn."""
         self.encoded(role, split)
@@ -144,6 +155,8 @@ class Context:
         return self._norms_known[digest]
 
 
+LABELLED = ("train", "dev", "micro_dev")
+"""Splits of the target rows that have labels to train on; test rows are for the end."""
 _POSITIONS = "max_position_embeddings"
 
 

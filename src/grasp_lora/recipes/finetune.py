@@ -13,9 +13,11 @@ from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import without_dead_components, zero_fraction
 from grasp_lora.hf.groups import ratio_by_group
 from grasp_lora.hf.live import Block, LiveAdapter, Score, scored
+from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
-from grasp_lora.recipes.fit import fit, measured
+from grasp_lora.recipes.fit import FitResult, fit, measured
 from grasp_lora.recipes.folders import (
+    STAGE_FILE,
     epochs_trained,
     finish_stage,
     read_start,
@@ -24,6 +26,8 @@ from grasp_lora.recipes.folders import (
     stage_key,
 )
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
+from grasp_lora.runs import read_json
+from grasp_lora.settings import FinetuneSettings
 
 
 def finetune_at(
@@ -37,11 +41,17 @@ def finetune_at(
     spread: Mapping[str, float] | None = None,
     random_masks: bool = False,
     train: bool = True,
+    judged: Path | None = None,
+    origin: Path | None = None,
 ) -> Path:
     """Prune an adapter at a fixed ratio, fine-tune it on the target rows, keep the best.
 
     The best is chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch.
     In mode `continue` the learning rate goes on from the epochs that a search's `adapter/` has had.
+
+    With `finetune.rows: labelled` (our departure: the paper trains on the train rows alone) that
+    run is kept beside the result, in `<out>-judged`; the result begins anew and trains on train,
+    dev and micro-dev rows for as many epochs as were kept, a search's among them.
 
     Args:
         config: the run's settings.
@@ -54,18 +64,36 @@ def finetune_at(
         spread: group of `config.scope` -> a ratio of its own, in place of `ratio`.
         random_masks: prune entries drawn at random, a control for the importance rule.
         train: False prunes and measures only, for an adapter that was trained before it was merged.
+        judged: result of the same on the train rows alone, for one that all labelled rows train:
+            its dev losses stand for it. None makes it where that is asked for.
+        origin: what the search began with, if `start` is a search's `adapter/`: all labelled rows
+            train from there.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: the ratio is outside [0, 1], or `start` is no adapter for this backbone.
+        ValueError: the ratio is outside [0, 1], `start` is no adapter for this backbone, or all
+            labelled rows are to be trained on without dev rows to choose the epochs by, or from a
+            search of unknown origin.
         Diverged: the training loss became NaN.
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
     join(config)
     data = open_data(config, context)
+    retrain = train and config.finetune.rows == "labelled"
+    if retrain and not data.parts["target"].get("dev"):
+        raise ValueError(
+            "finetune.rows: labelled has no target dev rows to choose the epochs by: give"
+            " data.target.rows.dev, or set finetune.rows: train"
+        )
+    before = epochs_trained(start) if config.finetune.mode == "continue" else 0.0
+    if retrain and before and origin is None:
+        raise ValueError(
+            f"finetune.rows: labelled trains from where the search began, and '{start}' is where it"
+            " ended: give the merged adapter as the start with finetune.mode: restart"
+        )
     key = stage_key(config, data=data.digest(), start=start, ratio=ratio)
     if spread is not None:
         key["spread"] = dict(spread)
@@ -73,12 +101,23 @@ def finetune_at(
         key["random_masks"] = True
     if not train:
         key["trained"] = False
+    if judged is not None:
+        key["judged"] = stage_key(config, judged=judged)["judged"]
+    if origin is not None and retrain:
+        key["origin"] = stage_key(config, origin=origin)["origin"]
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
     started = time.perf_counter()
     section = config.finetune
-    before = epochs_trained(start) if section.mode == "continue" else 0.0
+    if retrain:
+        judged = judged or finetune_at(
+            on_train_rows(config), start, ratio, judged_beside(out), overwrite,
+            context, title, spread, random_masks,
+        )  # fmt: skip
+        title = f"{title}, all labels"
+        section = _for_all_labels(context, section, before, read_json(judged / STAGE_FILE))
+        start, before = origin or start, 0.0
     rule = config.importance if section.importance == "same" else section.importance
     with context.clock.span("load"):
         pruned = read_start(start, context.backbone)
@@ -96,21 +135,25 @@ def finetune_at(
         repeat = ratio > 0 and section.mask_schedule != "once"
         if ratio > 0:
             prune()
-        if train:
+        # The start itself may be what is kept: no step of all labels either, then.
+        if train and section.max_steps != 0:
             result = fit(
-                context,
+                context.on_all_labels() if retrain else context,
                 live,
                 section,
                 out,
                 key,
                 title,
-                patience=section.patience,
+                choose_best=not retrain,
+                patience=None if retrain else section.patience,
                 reprune=prune if repeat else None,
                 reprune_every=every,
                 start_epoch=before,
             )
-        else:
+        elif judged is None:
             result = measured(context, live)
+        else:
+            result = FitResult((), None, (), (), 0)
         plain = live.plain()
         zeros = zeros_of(live)
         ranks = {"whole": _total_rank(plain)}
@@ -122,9 +165,43 @@ def finetune_at(
             save_plain(out, plain, context.backbone)
             facts = {"ratio": ratio, "importance": rule, "zeros": zeros, "ranks": ranks}
             facts |= {"seconds": time.perf_counter() - started} | result.facts()
+            if judged is not None:
+                facts |= _as_judged(read_json(judged / STAGE_FILE), result, context)
             finish_stage(out, key, facts)
     wait_for_all()
     return out
+
+
+def on_train_rows(config: RunConfig) -> RunConfig:
+    """Return settings whose fine-tuning leaves the dev rows to judge by."""
+    section = config.finetune.model_copy(update={"rows": "train"})
+    return config.model_copy(update={"finetune": section})
+
+
+def judged_beside(out: Path) -> Path:
+    """Return where `finetune_at` keeps the run that judged a result trained on all labels."""
+    return out.with_name(f"{out.name}-judged")
+
+
+def _for_all_labels(
+    context: Context, section: FinetuneSettings, before: float, judged: Mapping[str, Any]
+) -> FinetuneSettings:
+    """Return settings that give all labelled rows the epochs that the judged run has kept."""
+
+    def per_epoch(one: Context) -> int:
+        rows = len(one.examples("target", "train"))
+        return steps_per_epoch(rows, section.batch_size, section.accumulation, processes())
+
+    epochs = before + judged["best"]["step"] / per_epoch(context)
+    steps = round(epochs * per_epoch(context.on_all_labels()))
+    return section.model_copy(update={"max_steps": steps})
+
+
+def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
+    """Return the facts of a result on all labels: dev losses and steps are the judged run's."""
+    taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
+    rows = len(context.on_all_labels().examples("target", "train"))
+    return taken | {"labelled": {"rows": rows, "steps": result.steps, "log": list(result.log)}}
 
 
 def random_score(seed: int) -> Score:

@@ -21,7 +21,7 @@ from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
-from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.finetune import finetune_at, on_train_rows
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import (
     STAGE_FILE,
@@ -162,21 +162,24 @@ def finetuned(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
     """Fine-tune a start at a ratio and score the best of it.
 
     Args:
-        inputs: `config`; `start`; `ratio`, a number or `{"of": METHOD, "shift": s}`; and
-            `random_masks`, true for masks that are drawn.
-        needed: `adapters`, and the method whose ratio is taken.
+        inputs: `config`; `start`; `ratio`, a number or `{"of": METHOD, "shift": s}`;
+            `random_masks`, true for masks that are drawn; and `judged`, true where the other needed
+            run is the same on the train rows alone, for one that all labelled rows train.
+        needed: `adapters`, and the run whose ratio is taken or that judges.
         folder: receives `start/`, `final/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
     start, read = started(context, inputs["start"], needed[ADAPTERS], folder)
     assert start is not None, "the bare backbone has nothing to fine-tune"
     ratio = ratio_in(inputs["ratio"], needed)
-    random_masks = bool(inputs.get("random_masks", False))
     final = finetune_at(
-        context.config, start, ratio, folder / "final", context=context, random_masks=random_masks
-    )
+        context.config, start, ratio, folder / "final", context=context,
+        random_masks=bool(inputs.get("random_masks", False)),
+        judged=_at_hand(_others(needed)[0]) if inputs.get("judged") else None,
+    )  # fmt: skip
     price = _price(context, [final], forwards=read)
-    return outcome(context, final, folder) | {"ratio": ratio, "price": price}
+    found = outcome(context, final, folder, judged=_judges(context))
+    return found | {"ratio": ratio, "price": price}
 
 
 @_or_not_applicable
@@ -199,13 +202,15 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
     found, log = read_json(search / "ratio.json"), read_json(search / STAGE_FILE)["log"]
     start = search / "adapter" if config.finetune.mode == "continue" else merged
     ratio, spread = read_ratio(search / "ratio.json", config)
-    final = finetune_at(config, start, ratio, folder / "final", context=context, spread=spread)
+    final = finetune_at(
+        config, start, ratio, folder / "final", context=context, spread=spread, origin=merged
+    )
     rounds = read_jsonl(search / "rounds.jsonl")
     committed = [r["step"] for r in rounds if r["committed"]]
     price = _price(context, [search, final], forwards=read + found["probe_forwards"])
     if config.finetune.mode == "continue":
-        price["runs"] = 1  # one training in two stages
-    return outcome(context, final, folder) | {
+        price["runs"] -= 1  # one training in two stages
+    return outcome(context, final, folder, judged=_judges(context)) | {
         "ratio": ratio,
         "spread": spread,
         "verdict": found["verdict"],
@@ -226,18 +231,18 @@ def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> 
 
     Args:
         inputs: `config`, with `merge.when: after`; and `prune`, whether a ratio is searched.
-        needed: `adapters`, and the run that fine-tuned the source adapter.
+        needed: `adapters`, the run that fine-tuned the source adapter, and where all labelled rows
+            are trained on the run that did so, which takes its place once weights are chosen.
         folder: receives `weights/`, `merged/`, `search/`, `final/` and `scores/`; and `tuned/`
             where that run's adapter is not at hand.
     """
     config = RunConfig(**inputs["config"])
     context = open_context(config)
-    (run,) = (result for name, result in needed.items() if name != ADAPTERS)
-    tuned = run.get("adapter")
-    if tuned is None or not Path(tuned).exists():
-        source = Path(needed[ADAPTERS]["source"])
-        tuned = finetune_at(config, source, 0.0, folder / "tuned", context=context)
-    pair = {"source": Path(tuned), "target": Path(needed[ADAPTERS]["target"])}
+    runs, source = _others(needed), Path(needed[ADAPTERS]["source"])
+    tuned = _at_hand(runs[0]) or finetune_at(
+        on_train_rows(config), source, 0.0, folder / "tuned", context=context
+    )
+    pair = {"source": tuned, "target": Path(needed[ADAPTERS]["target"])}
     weighted = with_learned_weights(context, pair, folder / "weights")
     found = read_json(folder / "weights" / "weights.json")
     forwards = len(found["rows"]) * len(found["losses"])
@@ -254,11 +259,35 @@ def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> 
         stages += [search, final]
         about = {"verdict": chosen["verdict"], "findings": [f["name"] for f in chosen["findings"]]}
         about |= {"spread": spread, "rounds": chosen["rounds"], "entries": chosen["entries"]}
+    elif config.finetune.rows == "labelled":
+        whole = _at_hand(runs[1]) or finetune_at(
+            config, source, 0.0, folder / "whole", context=context, judged=tuned
+        )
+        pair["source"] = whole
+        final = merge_adapters(
+            weighted, list(pair.values()), folder / "merged-labelled", context=context
+        )
     own = {"runs": 0, "steps": 0, "forwards": forwards, "seconds": sum(map(_seconds, stages))}
     own["tokens"] = round(forwards * _length(context))
-    price = {name: own[name] + run["price"][name] for name in run["price"]}
+    price = {name: own[name] + value for name, value in runs[-1]["price"].items()}
     facts = {"ratio": ratio, "weights": found["weights"], "forwards": forwards, "price": price}
-    return outcome(context, final, folder) | about | facts
+    return outcome(context, final, folder, judged=_judges(context)) | about | facts
+
+
+def _others(needed: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the results of needed runs, but for the adapters, in the order they are asked for."""
+    return [result for name, result in needed.items() if name != ADAPTERS]
+
+
+def _at_hand(run: Mapping[str, Any]) -> Path | None:
+    """Return the folder of a run's adapter, unless it is on another machine or gone."""
+    folder = run.get("adapter")
+    return Path(folder) if folder is not None and Path(folder).exists() else None
+
+
+def _judges(context: Context) -> bool:
+    """Return whether the labelled rows can tell how good a fine-tuned adapter is."""
+    return context.config.finetune.rows == "train"
 
 
 @_or_not_applicable
@@ -442,8 +471,8 @@ def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
 def ratio_in(asked: Any, needed: Mapping[str, Any]) -> float:
     """Return a ratio: the number itself, or that of a needed run, shifted and cut to [0, 0.95]."""
     if isinstance(asked, Mapping):
-        (found,) = (result["ratio"] for name, result in needed.items() if name != ADAPTERS)
-        return min(0.95, max(0.0, found + asked["shift"]))
+        (found,) = _others(needed)
+        return min(0.95, max(0.0, found["ratio"] + asked["shift"]))
     return float(asked)
 
 
@@ -566,8 +595,11 @@ def _price(
     count = len(train) if rows is None else rows
     batch = min(count, settings.batch_size * settings.accumulation)
     read = forwards + measured
+    # A run that was begun anew on all labelled rows is two.
+    again = [one["labelled"] for one in found if "labelled" in one]
+    steps += sum(one["steps"] for one in again)
     return {
-        "runs": len(found),
+        "runs": len(found) + len(again),
         "seconds": sum(one["seconds"] for one in found),
         "forwards": read,
         "steps": steps,

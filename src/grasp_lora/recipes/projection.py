@@ -20,7 +20,7 @@ from grasp_lora.core.lora import lora_scaling
 from grasp_lora.core.rounds import planned_rounds
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.hf.trainer import planned_steps
-from grasp_lora.recipes.context import open_context
+from grasp_lora.recipes.context import LABELLED, open_context
 from grasp_lora.recipes.data import RunData
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.fit import fit
@@ -227,6 +227,16 @@ def _training(
     return Amount(steps, dev * (1 + round(section.epochs)))
 
 
+def _anew(config: RunConfig, data: RunData) -> Amount:
+    """Return training on all labelled rows, for as many epochs as could be kept."""
+    if config.finetune.rows == "train":
+        return Amount()
+    section = config.finetune
+    if section.mode == "continue":
+        section = section.model_copy(update={"epochs": config.search.epochs + section.epochs})
+    return Amount(_training(data, section, rows=_count(data, LABELLED), dev=0).steps)
+
+
 def _outcome(data: RunData, judged: bool = True) -> Amount:
     answers = sum(_count(data, [split], role) for role, split in data.test_sets().values())
     return Amount(0, _count(data, JUDGED) if judged else 0, answers)
@@ -263,7 +273,9 @@ def _fixed(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amoun
 def _finetuned(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
     # Masks that are drawn need no norms, as an adapter that is not pruned.
     ratio = 0.0 if inputs.get("random_masks") else inputs["ratio"]
-    return _start(inputs, data) + _final(config, data, ratio) + _outcome(data)
+    whole = config.finetune.rows == "labelled"
+    first = Amount() if inputs.get("judged") else _final(config, data, ratio)
+    return _start(inputs, data) + first + _anew(config, data) + _outcome(data, judged=not whole)
 
 
 def _probes(config: RunConfig, data: RunData) -> int:
@@ -284,7 +296,8 @@ def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amoun
         _start(inputs, data)
         + Amount(steps, probes + reads + dev)
         + _final(config, data, None)
-        + _outcome(data)
+        + _anew(config, data)
+        + _outcome(data, judged=config.finetune.rows == "train")
     )
 
 
@@ -294,7 +307,7 @@ def _late(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount
     if inputs["prune"]:
         norms = 2 * _count(data, ["train"]) if config.importance in NEEDS_NORMS else 0
         probes += _probes(config, data) + norms + _count(data, ["dev"])
-    return Amount(0, probes) + _outcome(data)
+    return Amount(0, probes) + _outcome(data, judged=config.finetune.rows == "train")
 
 
 def _optuna(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:

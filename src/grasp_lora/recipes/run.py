@@ -17,7 +17,7 @@ from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.data import Given, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.findings import add_run_findings
-from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.finetune import finetune_at, judged_beside
 from grasp_lora.recipes.fit import checkpoint_bytes
 from grasp_lora.recipes.folders import STAGE_FILE, read_ratio
 from grasp_lora.recipes.merge import merge_adapters
@@ -134,11 +134,13 @@ def run(
 def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[str, Any]:
     """Run the stages that are not done yet; return what `scores.json` says."""
     config = context.config
-    late = config.merge.when == "after"
+    late, labelled = config.merge.when == "after", config.finetune.rows == "labelled"
     adapters = {role: folder or _trained(context, role) for role, folder in given.items()}
     pair = dict(adapters)
     if late:
-        pair["source"] = _unpruned(context, adapters["source"], *TUNED)
+        tuned = _unpruned(context, adapters["source"], *TUNED)
+        # What dev rows choose must not have been trained on them.
+        pair["source"] = judged_beside(tuned) if labelled else tuned
     with timed_stage(context, out / "merged") as merged:
         weighted = with_learned_weights(context, pair, out / "weights")
         merge_adapters(weighted, list(pair.values()), merged, context=context)
@@ -146,8 +148,15 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
         search_ratio(config, merged, search, context=context)
     ratio, spread = read_ratio(search / "ratio.json", config)
     start = search / "adapter" if config.finetune.mode == "continue" and not late else merged
+    how: dict[str, Any] = {"context": context, "spread": spread, "train": not late}
+    if late and labelled:
+        with timed_stage(context, out / "final-judged") as judged:
+            finetune_at(config, start, ratio, judged, **how)
+        with timed_stage(context, out / "merged-labelled") as start:
+            merge_adapters(weighted, [tuned, pair["target"]], start, context=context)
+        how["judged"] = judged
     with timed_stage(context, out / "final") as final:
-        finetune_at(config, start, ratio, final, context=context, spread=spread, train=not late)
+        finetune_at(config, start, ratio, final, origin=merged, **how)
     if is_main():
         with context.clock.span("write"):
             publish_search(out, final)
