@@ -10,19 +10,22 @@ recorded there is not run again, on whatever machine it was. `tables` writes com
 comparison.md and pictures from what is recorded.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
-them to the best baseline. `keep QUEUE FOLDER` copies the finished runs of a comparison's folder;
-`restore FOLDER QUEUE` puts them back below it, which then does not run again what has the same
-inputs.
+them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
+`late` what late merges chose, seed by seed, and what a ratio on top of them changed.
+`keep QUEUE FOLDER` copies the finished runs of a comparison's folder; `restore FOLDER QUEUE` puts
+them back below it, which then does not run again what has the same inputs.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import common
 from grasp_lora.config import RunConfig, load_config
+from grasp_lora.core.crossfit import standard_error
 from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.compare import (
     CHOOSING,
@@ -53,6 +56,7 @@ _COARSE = ("grid-0.2", "grid-0.4", "grid-0.6", "grid-0.8")
 _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
 _MAIN = (UNPRUNED, "grasp-restart", "source-finetuned")
 _METHOD = ("grasp-continue", "late-merge", "grasp-late")
+_LABELLED = tuple(name for name in METHODS if name.endswith("-labelled"))
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
@@ -68,6 +72,7 @@ def planned() -> list[tuple[str, int]]:
         if seed == SEEDS[0]:
             fixed = (name for name, one in METHODS.items() if one.seeds == "none")
             order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
+    order += [(name, seed) for seed in SEEDS for name in _LABELLED]
     order += [(name, seed) for seed in SEEDS[1:] for name in _FINE]
     order += [(name, SEEDS[0]) for name, one in METHODS.items() if one.work not in CHOOSING]
     return list(dict.fromkeys(order))
@@ -276,6 +281,57 @@ def against(runs: Path, reference: str, methods: Sequence[str]) -> list[str]:
     return lines
 
 
+def means(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
+    """Return a table, pair by pair, of a test score's mean over seeds; how many in brackets."""
+    lines = [f"| pair | {' | '.join(methods)} |", f"|---|{'---:|' * len(methods)}"]
+    for folder in sorted(runs.iterdir()):
+        cells: list[str] = []
+        for name in methods:
+            found = [
+                outcome.result["scores"]["test"].get(metric)
+                for job, outcome in outcomes_in(folder).items()
+                if method_of(job) == name and outcome.result and "scores" in outcome.result
+            ]
+            values = [value for value in found if value is not None]
+            digits = 3 if metric == "loss" else 1
+            mean = f"{fmean(values):.{digits}f} ({len(values)})" if values else "–"
+            cells.append(mean)
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {folder.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def late(runs: Path) -> list[str]:
+    """Return a table of late merges: the target adapter's share, and what a ratio on top changed.
+
+    Differences are those of the test rows, with the standard error of their mean.
+    """
+    titles = ["pair", "seed", "share of the target adapter", "test loss", "ratio on top", "verdict"]
+    titles += ["difference in loss", "in exact match"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for folder in sorted(runs.iterdir()):
+        found = {record["job"]: record for record in runs_in(folder)}
+        for seed in SEEDS:
+            plain, pruned = (found.get(f"{name}-s{seed}") for name in ("late-merge", "grasp-late"))
+            if plain is None:
+                continue
+            cells = [folder.name, str(seed), f"{plain['weights'][1]:g}"]
+            cells.append(f"{plain['scores']['test']['loss']:.3f}")
+            cells += ["–"] * 4 if pruned is None else _on_top(plain, pruned)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _on_top(plain: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[str]:
+    ours, theirs = (one["rows"]["test"]["values"] for one in (pruned, plain))
+    gaps = [a - b for a, b in zip(ours["loss"], theirs["loss"], strict=True)]
+    exact = "–"
+    if "exact_match" in ours:
+        exact = f"{fmean(ours['exact_match']) - fmean(theirs['exact_match']):+.0f}"
+    gap = f"{fmean(gaps):+.4f} ± {standard_error(gaps):.4f}"
+    return [f"{pruned['ratio']:.2f}", pruned["verdict"], gap, exact]
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -294,6 +350,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     paired.add_argument("reference", choices=list(METHODS))
     paired.add_argument("methods", nargs="+", choices=list(METHODS))
     paired.add_argument("--runs", type=Path, default=RUNS)
+    averaged = commands.add_parser("means", help="print a score's means over seeds")
+    averaged.add_argument("methods", nargs="+", choices=list(METHODS))
+    averaged.add_argument("--metric", default="loss")
+    averaged.add_argument("--runs", type=Path, default=RUNS)
+    lately = commands.add_parser("late", help="print what late merges chose")
+    lately.add_argument("--runs", type=Path, default=RUNS)
     for name in ("keep", "restore"):
         copying = commands.add_parser(name)
         copying.add_argument("source", type=Path)
@@ -313,6 +375,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables(options.runs, options.out)
     elif options.what == "against":
         print("\n".join(against(options.runs, options.reference, options.methods)))
+    elif options.what == "means":
+        print("\n".join(means(options.runs, options.metric, options.methods)))
+    elif options.what == "late":
+        print("\n".join(late(options.runs)))
     else:
         count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
         print(f"{options.out}: {count} runs written")

@@ -304,6 +304,38 @@ def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
     assert "loss +0.250 [+0.250, +0.250]" in line
 
 
+def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
+    for seed, loss in ((42, 2.0), (1337, 2.5)):
+        kept_run(tmp_path / "en-es", f"average-finetuned-s{seed}", 0.0, 1.0, loss)
+    kept_run(tmp_path / "en-ar", "source-finetuned-s42", 0.0, 1.0, 3.0)
+    write_jsonl(tmp_path / "en-ar" / "ties-finetuned-s42.json", [{"not_applicable": "ranks"}])
+    kept_run(tmp_path / "en-zh", "zero-shot", 0.0, 1.0, 3.0)
+    methods = ["average-finetuned", "source-finetuned"]
+    recorded_runs.main(["means", *methods, "--runs", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| en-ar | – | 3.000 (1) |",
+        "| en-es | 2.250 (2) | – |",
+    ]
+    arguments = ["means", *methods, "--metric", "exact_match", "--runs", str(tmp_path)]
+    recorded_runs.main(arguments)
+    assert "| en-es | 50.0 (2) | – |" in capsys.readouterr().out
+
+
+def test_what_late_merges_chose_is_printed_seed_by_seed(tmp_path, capsys):
+    for seed in (42, 9001):
+        kept_run(tmp_path / "en-es", f"late-merge-s{seed}", 0.0, 1.0, 2.0)
+    kept_run(tmp_path / "en-es", "grasp-late-s42", 0.3, 1.0, 1.75)
+    for name in ("late-merge-s42", "late-merge-s9001", "grasp-late-s42"):
+        file = tmp_path / "en-es" / f"{name}.json"
+        (record,) = read_jsonl(file)
+        write_jsonl(file, [record | {"weights": [0.625, 0.375], "verdict": "flat"}])
+    recorded_runs.main(["late", "--runs", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| en-es | 42 | 0.375 | 2.000 | 0.30 | flat | -0.2500 ± 0.0000 | +0 |",
+        "| en-es | 9001 | 0.375 | 2.000 | – | – | – | – |",
+    ]
+
+
 def test_tables_are_made_of_what_is_recorded(tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     pair = runs / "en-es"
