@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import (
     landscape_report,
     replay,
     rewards,
+    scopes,
 )
 from benchmarks import recorded as recorded_runs
 from benchmarks.controllers import CONTROLLERS, floor
@@ -257,6 +259,28 @@ def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tin
     last = [list(one["losses"].values())[-1] for one in (plain, random)]
     assert last[0] != last[1]
     assert np.allclose(plain["shrinks"]["losses"][0], plain["losses"]["0"][0], atol=2e-4)
+
+
+def test_scopes_are_held_against_one_ratio_on_rows_that_chose_nothing(tmp_path, capsys):
+    tiny_backbone_folder(tmp_path / "base")
+    rows = {"train": 4, "dev": 18, "micro_dev": 4}
+    config = job(tmp_path, controller={"rounds": 1, "rows": 2})
+    config["data"]["target"]["rows"] = rows
+    file = write_job(tmp_path / "run.yaml", config)
+    out = tmp_path / "scopes.json"
+    scopes.main([str(file), "--work", str(tmp_path), "--json", str(out), "--ratios", "0.5"])
+    found = json.loads(out.read_text())["ratios"]["0.5"]
+    assert list(found) == [
+        *("one ratio", "drawn at random", "by module-type", "by layer", "by adapter"),
+        "whole components",
+    ]
+    assert {len(one["losses"]) for one in found.values()} == {22 - 16}
+    whole = [statistics.fmean(one["losses"]) for one in found.values()]
+    assert len(set(whole)) == len(whole), "each prunes other entries"
+    assert statistics.fmean(found["by adapter"]["ratios"].values()) == pytest.approx(0.5, abs=0.02)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == f"| one ratio | {whole[0]:.3f} |"
+    assert f"| drawn at random | {whole[1] - whole[0]:+.3f} ± " in lines[3]
 
 
 def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):

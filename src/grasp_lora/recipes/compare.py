@@ -251,6 +251,9 @@ METHODS: Mapping[str, Method] = {
         )
         for schedule, about in (("every-step", "every step"), (8, "every 8 steps"))
     },
+    "random-0.4": _tuned(
+        "pruned at 0.4 by masks drawn at random", CONFIGURED, 0.4, inputs={"random_masks": True}
+    ),
     "random-masks": _tuned(
         "masks drawn at random, at the ratio of grasp-restart",
         CONFIGURED,

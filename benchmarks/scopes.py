@@ -1,0 +1,120 @@
+"""What a ratio for each group, whole components, and importance are worth, by probes of a merge.
+
+    python -m benchmarks.scopes CONFIG --work FOLDER --json FILE --set adapters.source=FOLDER ...
+
+The average of the two adapters of CONFIG is pruned, untrained, at a few overall ratios: with one
+ratio for all, with one for each group of every `scope` (chosen on 16 of the micro-dev and dev rows,
+as a search would), with whole components (`structure: rank`), and with entries drawn at random.
+Printed are the losses of the rows that chose nothing, and their differences to one ratio for all by
+importance, paired by row.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks import common
+from benchmarks.landscape import SPLITS, open_pair
+from grasp_lora.config import load_config
+from grasp_lora.core.crossfit import standard_error
+from grasp_lora.core.importance import IMPORTANCE
+from grasp_lora.hf.groups import SCOPES, ratio_by_group
+from grasp_lora.hf.live import LiveAdapter, RatioOf, Score, scored
+from grasp_lora.hf.probe import row_losses
+from grasp_lora.recipes.context import Context
+from grasp_lora.recipes.finetune import random_score
+from grasp_lora.recipes.folders import read_start
+from grasp_lora.recipes.scope import spread_ratio
+
+RATIOS = (0.2, 0.4, 0.6)
+ONE = "one ratio"
+
+
+def losses_of(
+    context: Context, live: LiveAdapter, score: Score, ratio: float | RatioOf
+) -> list[float]:
+    """Return the loss of every micro-dev and dev row under a mask."""
+    rows = context.rows("target", SPLITS)
+    (masks,) = live.masks(score, [ratio])
+    with live.trial(masks):
+        return row_losses(live.model, rows.batches(range(len(rows.encoded))), len(rows.encoded))
+
+
+def measured(context: Context, start: Path, ratio: float) -> dict[str, Any]:
+    """Return way to prune -> `losses` of the rows it was not chosen on, `ratios` of its groups."""
+    config, found = context.config, {}
+    ids = [e.id for e in context.rows("target", SPLITS).encoded]
+    merged, rule = read_start(start, context.backbone), IMPORTANCE[config.importance]
+    drawn: set[str] = set()
+    with context.live(merged, config.mask_unit) as live:
+        live.model.eval()
+        norms = context.norms(live, config.importance)
+        score = scored(rule, norms)
+        found[ONE] = {"losses": losses_of(context, live, score, ratio)}
+        found["drawn at random"] = {
+            "losses": losses_of(context, live, random_score(config.seed), ratio)
+        }
+        for scope in SCOPES:
+            if scope == "global":
+                continue
+            asked = replace(context, config=config.model_copy(update={"scope": scope}))
+            evidence = spread_ratio(asked, live, norms, ratio, SPLITS)["evidence"]
+            chosen = evidence["chosen"]
+            drawn |= set(evidence["rows"])
+            losses = losses_of(context, live, score, ratio_by_group(scope, chosen))
+            found[f"by {scope}"] = {"losses": losses, "ratios": chosen, "shown": evidence["shown"]}
+    whole = replace(context, config=config.model_copy(update={"structure": "rank"}))
+    with whole.live(merged, config.mask_unit) as live:
+        live.model.eval()
+        score = scored(rule, whole.norms(live, config.importance))
+        found["whole components"] = {"losses": losses_of(whole, live, score, ratio)}
+    for one in found.values():
+        one["losses"] = [loss for i, loss in zip(ids, one["losses"], strict=True) if i not in drawn]
+    return found
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """Return a table of differences to one ratio for all."""
+    ratios = list(found)
+    lines = [f"| pruned | {' | '.join(ratios)} |", f"|---|{'---:|' * len(ratios)}"]
+    for name in found[ratios[0]]:
+        cells: list[str] = []
+        for ratio in ratios:
+            base, own = found[ratio][ONE]["losses"], found[ratio][name]["losses"]
+            gaps = [a - b for a, b in zip(own, base, strict=True)]
+            apart = f"{fmean(gaps):+.3f} ± {standard_error(gaps):.3f}"
+            cells.append(f"{fmean(own):.3f}" if name == ONE else apart)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("config", type=Path, help="configuration of a run")
+    parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
+    parser.add_argument("--json", type=Path, required=True, help="where the losses are written")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write and print."""
+    options = parsed(argv)
+    config = load_config(options.config, options.changes)
+    data = config.data.model_copy(update={"split_seed": config.data.split_seed or config.seed})
+    config = config.model_copy(update={"data": data})
+    pair = open_pair(config, options.work, options.work)
+    start = pair.merged((0.5, 0.5))
+    found = {str(ratio): measured(pair.context, start, ratio) for ratio in options.ratios}
+    about = {"config": options.config.name, "seed": config.seed}
+    common.write_result(options.json, {"ratios": found}, [], about)
+    print("\n".join(lines_of(found)))
+
+
+if __name__ == "__main__":
+    main()
