@@ -264,7 +264,11 @@ def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tin
 def test_scopes_are_held_against_one_ratio_on_rows_that_chose_nothing(tmp_path, capsys):
     tiny_backbone_folder(tmp_path / "base")
     rows = {"train": 4, "dev": 18, "micro_dev": 4}
-    config = job(tmp_path, controller={"rounds": 1, "rows": 2})
+    adapters = {
+        name: str(tiny_adapter_folder(tmp_path / name, tiny_model(), r=r, seed=r))
+        for name, r in (("source", 4), ("target", 2))
+    }
+    config = job(tmp_path, controller={"rounds": 1, "rows": 2}, adapters=adapters)
     config["data"]["target"]["rows"] = rows
     file = write_job(tmp_path / "run.yaml", config)
     out = tmp_path / "scopes.json"
@@ -276,7 +280,11 @@ def test_scopes_are_held_against_one_ratio_on_rows_that_chose_nothing(tmp_path, 
     ]
     assert {len(one["losses"]) for one in found.values()} == {22 - 16}
     whole = [statistics.fmean(one["losses"]) for one in found.values()]
-    assert len(set(whole)) == len(whole), "each prunes other entries"
+    for mean, (name, one) in list(zip(whole, found.items(), strict=True))[1:]:
+        spread = one.get("ratios", {"none": None}).values()
+        alike = all(ratio == pytest.approx(0.5) for ratio in spread)
+        assert (mean == pytest.approx(whole[0], abs=1e-6)) == alike, name
+    assert len(set(whole)) >= 5
     assert statistics.fmean(found["by adapter"]["ratios"].values()) == pytest.approx(0.5, abs=0.02)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == f"| one ratio | {whole[0]:.3f} |"
