@@ -176,6 +176,13 @@ def write_report(run: Path) -> Path:
     """
     ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
     lines = ["# Prune ratio and scores", "", _outcome(ratio), ""]
+    if "labelled_rows" in scores:
+        lines += [
+            f"What is fine-tuned was made anew on all {scores['labelled_rows']} labelled target "
+            "rows, for the epochs that dev rows had chosen on the train rows alone; dev losses are "
+            "of that first run.",
+            "",
+        ]
     lines += [f"- {line}" for line in finding_lines(ratio)]
     lines += [""] if finding_lines(ratio) else []
     if (run / "ratio.png").exists():

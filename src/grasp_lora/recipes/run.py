@@ -252,6 +252,9 @@ def _score_systems(
         "seed": config.seed,
         "unpruned": "merged" if config.merge.when == "after" else "merged-finetuned",
     }
+    whole = read_json(final / STAGE_FILE).get("labelled")
+    if whole is not None:
+        table["labelled_rows"] = whole["rows"]
     sets = context.data.test_sets()
     if not sets:
         return table | {"systems": []}
