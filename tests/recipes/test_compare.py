@@ -303,6 +303,7 @@ def test_what_all_labelled_rows_train_is_made_anew_and_judged_before(done):
         assert facts["steps"] == 8 * epochs
         assert row["steps"] == judge["steps"] + facts["steps"], "both runs are paid for"
         assert row["runs"] == 2
+        assert row["seconds"] > judge["seconds"]
         assert row["dev_loss"] is None, "it was trained on the labelled rows"
         assert not list((out / row["job"]).glob("final-judged")), "the judge was at hand"
         (late,) = (r for r in of(found, "late-merge-labelled") if r["seed"] == row["seed"])

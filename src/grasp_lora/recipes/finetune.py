@@ -108,7 +108,6 @@ def finetune_at(
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
-    started = time.perf_counter()
     section = config.finetune
     if retrain:
         judged = judged or finetune_at(
@@ -118,6 +117,7 @@ def finetune_at(
         title = f"{title}, all labels"
         section = _for_all_labels(context, section, before, read_json(judged / STAGE_FILE))
         start, before = origin or start, 0.0
+    started = time.perf_counter()
     rule = config.importance if section.importance == "same" else section.importance
     with context.clock.span("load"):
         pruned = read_start(start, context.backbone)
@@ -166,7 +166,9 @@ def finetune_at(
             facts = {"ratio": ratio, "importance": rule, "zeros": zeros, "ranks": ranks}
             facts |= {"seconds": time.perf_counter() - started} | result.facts()
             if judged is not None:
-                facts |= _as_judged(read_json(judged / STAGE_FILE), result, context)
+                first = read_json(judged / STAGE_FILE)
+                facts |= _as_judged(first, result, context)
+                facts["seconds"] += first["seconds"]
             finish_stage(out, key, facts)
     wait_for_all()
     return out
