@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.adapter_io import read_adapter
+from grasp_lora.hf.callback import SearchCallback
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.opening import adapted
 from grasp_lora.hf.probe import row_losses
@@ -203,6 +204,33 @@ def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(w
     assert names["final"].endswith("not trained further")
     report = (out / "report.md").read_text()
     assert "against fine-tuned source merged with target" in report
+
+
+def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkeypatch):
+    merged = tiny_adapter_folder(workplace / "merged", tiny_model(), r=4, seed=1)
+    config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
+    config = config.model_copy(
+        update={"search": config.search.model_copy(update={"batch_size": 2})}
+    )
+    whole = search_ratio(config, merged, workplace / "whole")
+    done, alone = [], SearchCallback.round_alone
+
+    def killed(self, number):
+        if number == 3 and 3 not in done:
+            done.append(number)
+            raise KeyboardInterrupt
+        done.append(number)
+        alone(self, number)
+
+    monkeypatch.setattr(SearchCallback, "round_alone", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search_ratio(config, merged, workplace / "out")
+    out = search_ratio(config, merged, workplace / "out")
+    assert done == [1, 2, 3, 3, 4]
+    for name in ("rounds.jsonl", "ratio.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    assert read_json(out / "ratio.json")["flipped_entries"] == [0] * 4, "no mask is in force"
+    assert not (workplace / "out.work").exists()
 
 
 def test_weights_given_for_a_late_merge_are_taken(workplace):

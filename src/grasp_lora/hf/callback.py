@@ -125,10 +125,9 @@ class SearchCallback(TrainerCallback):
         if rounds.is_due(state.global_step, self._total_steps, self._config):
             self._round(state.global_step, kwargs.get("optimizer"))
 
-    def rounds_alone(self, count: int) -> None:
-        """Run rounds one after another on the adapter as it is; their steps are their numbers."""
-        for number in range(1, count + 1):
-            self._round(number, None)
+    def round_alone(self, number: int) -> None:
+        """Run a round on an adapter that is not trained, where no mask need be in force."""
+        self._round(number, None, masked=False)
 
     def _rows(self) -> tuple[tuple[int, ...], list[tuple[list[int], Any]]]:
         rows = self._pool.rows
@@ -146,7 +145,9 @@ class SearchCallback(TrainerCallback):
             return self._cost(self._live.model, drawn)
         return row_losses(self._live.model, batches, len(drawn))
 
-    def _round(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def _round(
+        self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
+    ) -> None:
         live, clock, score = self._live, self._clock, self._first or self._score
         drawn, batches = self._rows()
         candidates = rounds.propose(self.controller, self._config, self._generator)
@@ -171,7 +172,7 @@ class SearchCallback(TrainerCallback):
             self.controller, self._config, candidates, baseline, losses, drawn, step
         )
         flipped = 0
-        if record.committed:
+        if record.committed and masked:
             with clock.span("masks"):
                 wanted = cut.get(record.mask_ratio)
                 if wanted is None:

@@ -92,31 +92,41 @@ class CheckpointCallback(TrainerCallback):
                 f"training resumed at step {checkpoint_step(folder)} but {folder} is not a complete"
                 " checkpoint of this run; resume from a folder inside the run's own output"
             )
-        tensors = load_file(folder / TENSORS)
-        values = json.loads((folder / MARKER).read_text())
-        for part in self._parts:
-            prefix = f"{part.name}/"
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            part.load_state(own, values[part.name])
+        read_state(folder, self._parts)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
         PartialState().wait_for_everyone()  # each process saves its own random generators
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        tensors: dict[str, Tensor] = {}
-        values: dict[str, Any] = {}
-        for part in self._parts:
-            own, values[part.name] = part.state()
-            tensors |= {f"{part.name}/{n}": t.contiguous() for n, t in own.items()}
-        save_file(tensors, folder / TENSORS)
-        draft = folder / f"{MARKER}.tmp"
-        with draft.open("w") as file:
-            json.dump(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, folder / MARKER)
+        write_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._parts)
+
+
+def write_state(folder: Path, parts: Sequence[Stateful]) -> None:
+    """Write the parts' state into a checkpoint's folder; the marker, last, makes it complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for part in parts:
+        own, values[part.name] = part.state()
+        tensors |= {f"{part.name}/{n}": t.contiguous() for n, t in own.items()}
+    save_file(tensors, folder / TENSORS)
+    draft = folder / f"{MARKER}.tmp"
+    with draft.open("w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / MARKER)
+
+
+def read_state(folder: Path, parts: Sequence[Stateful]) -> None:
+    """Give the parts their state in a complete checkpoint back."""
+    tensors = load_file(folder / TENSORS)
+    values = json.loads((folder / MARKER).read_text())
+    for part in parts:
+        prefix = f"{part.name}/"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        part.load_state(own, values[part.name])
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:

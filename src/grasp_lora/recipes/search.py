@@ -17,16 +17,24 @@ from grasp_lora.core.rounds import (
     planned_rounds,
 )
 from grasp_lora.hf.callback import ProbePool, SearchCallback
+from grasp_lora.hf.checkpoint import (
+    complete_checkpoints,
+    read_state,
+    remove_incomplete,
+    write_state,
+)
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.findings import search_findings
 from grasp_lora.recipes.fit import FitResult, fit, run_steps
 from grasp_lora.recipes.folders import (
+    begin_stage,
     finish_stage,
     read_start,
     stage_is_done,
     stage_key,
+    work_folder,
     write_merged,
 )
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
@@ -127,7 +135,8 @@ def search_ratio(
             cost=cost_of(context, splits),
         )
         if config.merge.when == "after":
-            searcher.rounds_alone(planned)
+            begin_stage(out, key)
+            _rounds_alone(searcher, planned, work_folder(out))
             result = FitResult((), None, (), (), 0)
         else:
             result = fit(
@@ -175,6 +184,19 @@ def search_ratio(
             finish_stage(out, key, facts)
     wait_for_all()
     return out
+
+
+def _rounds_alone(searcher: SearchCallback, planned: int, work: Path) -> None:
+    """Run rounds on an adapter that nothing trains, from the last one that was kept."""
+    if is_main():
+        remove_incomplete(work)
+    wait_for_all()
+    for last in complete_checkpoints(work)[:1]:
+        read_state(last, [searcher])
+    for number in range(len(searcher.controller.records) + 1, planned + 1):
+        searcher.round_alone(number)
+        if is_main():
+            write_state(work / f"checkpoint-{number}", [searcher])
 
 
 def _epochs(context: Context, steps: int) -> float:
