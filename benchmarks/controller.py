@@ -1,6 +1,7 @@
 """The laboratory: how well each way to search finds the ratio, without any model.
 
     OMP_NUM_THREADS=1 python -m benchmarks.controller --json controller.json --picture FILE.png
+    python -m benchmarks.controller --json controller.json --add --only TPE GP   # into that file
     python -m benchmarks.controller --recordings docs/results/runs/*   # real pairs as well
     python -m benchmarks.controller --recordings docs/results/runs/en-ar --recorded-only
 
@@ -23,6 +24,7 @@ interval), `power`; `floor`, likewise.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +48,7 @@ from benchmarks.worlds import (
     worlds,
 )
 from grasp_lora.plots import BLUE, INK, ORANGE
+from grasp_lora.runs import read_json
 
 PROBES = (24, 51, 150)
 FLAT = ("flat", "flat, heavy")
@@ -293,13 +296,30 @@ def draw(figures: Mapping[str, Any], recorded: Sequence[str], path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
+def _added_to(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of the ways that are in the file already, where they are to stay."""
+    if not options.add:
+        return {}
+    if options.json is None or not options.json.exists():
+        raise SystemExit(f"--add needs the file that is added to, and {options.json} is none")
+    found = read_json(options.json)
+    for name in ("seeds", "quick", "first_seed", "on", "training"):
+        if found["settings"][name] != getattr(options, name):
+            raise SystemExit(
+                f"{options.json} was made with {name} {found['settings'][name]}, not"
+                f" {getattr(options, name)}: give the same, or leave out --add"
+            )
+    return found["controllers"]
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
+    parser.add_argument("--add", action="store_true", help="keep the other ways that are in it")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where a picture is drawn")
     parser.add_argument("--quick", action="store_true", help="few seeds, 24 probes")
-    parser.add_argument("--seeds", type=int, default=100, help="searches of each kind")
+    parser.add_argument("--seeds", type=int, default=60, help="searches of each kind")
     parser.add_argument("--first-seed", type=int, default=20000, help="of those searches")
     parser.add_argument("--probes", type=int, nargs="+", choices=PROBES, default=PROBES)
     parser.add_argument("--only", nargs="+", choices=CONTROLLERS, metavar="WAY", help="of the ways")
@@ -307,7 +327,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recordings", nargs="*", type=Path, default=[], help="folders of pairs")
     parser.add_argument("--training", default="plain", help="which probes of the recordings")
     parser.add_argument("--recorded-only", action="store_true", help="no synthetic families")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--jobs", type=int, default=cores or 1, help="processes")
     return parser.parse_args(argv)
 
 
@@ -321,19 +342,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recordings = [read_recording(folder, options.training) for folder in options.recordings]
     recorded = [one.name for one in recordings]
     families = recorded if options.recorded_only else [*FAMILIES, *recorded]
+    known = _added_to(options)
     controllers: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
     for name in options.only or available():
         began = time.perf_counter()
         found = searches(name, families, probes, seeds, recordings, options)
         controllers[name] = summary(found, recorded)
         print(f"{name}: {len(found)} searches, {time.perf_counter() - began:.0f} s", flush=True)
-        rows += [
-            {"way": name, "family": family, "probes": n, "regret": regret}
-            for n in probes
-            if (one := controllers[name][f"regret_{n}"]) is not None
-            for family, regret in one.items()
-        ]
+    together = known | controllers
+    controllers = {name: together[name] for name in CONTROLLERS if name in together}
+    rows = [
+        {"way": name, "family": family, "probes": n, "regret": regret}
+        for name, figures in controllers.items()
+        for n in PROBES
+        if (one := figures[f"regret_{n}"]) is not None
+        for family, regret in one.items()
+    ]
     figures = {
         "default": DEFAULT,
         "controllers": controllers,

@@ -181,9 +181,19 @@ def test_the_figures_are_those_of_their_searches():
 def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
     folder = recorded(tmp_path / "pair")
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
-    names = ["standard", "paper", "grid"]
+    names = ["paper", "standard", "grid"]
     controller.main(
-        ["--quick", "--only", *names, "--recordings", str(folder), "--json", str(out)]
+        [
+            "--quick",
+            "--jobs",
+            "1",
+            "--only",
+            *names,
+            "--recordings",
+            str(folder),
+            "--json",
+            str(out),
+        ]
         + ["--picture", str(picture)]
     )
     found = json.loads(out.read_text())
@@ -197,6 +207,21 @@ def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "| standard | 288 |" in capsys.readouterr().out
+
+
+def test_ways_are_added_to_the_figures_of_others(tmp_path):
+    out, whole = tmp_path / "found.json", tmp_path / "whole.json"
+    quick = ["--quick", "--jobs", "1", "--json"]
+    controller.main([*quick, str(whole), "--only", "grid", "grid, fixed rows"])
+    controller.main([*quick, str(out), "--only", "grid, fixed rows"])
+    controller.main([*quick, str(out), "--add", "--only", "grid"])
+    found, wanted = (json.loads(file.read_text()) for file in (out, whole))
+    assert found["controllers"] == wanted["controllers"]
+    assert found["rows"] == wanted["rows"]
+    with pytest.raises(SystemExit, match="was made with quick True, not False"):
+        controller.main(["--json", str(out), "--add", "--only", "grid"])
+    with pytest.raises(SystemExit, match="--add needs the file"):
+        controller.main([*quick, str(tmp_path / "none.json"), "--add", "--only", "grid"])
 
 
 def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsys):
