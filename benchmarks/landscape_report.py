@@ -32,7 +32,9 @@ class Recorded:
         self.name = folder.name
         self.finals: dict[str, list[dict[str, Any]]] = {}
         for one in final_runs(folder):
-            self.finals.setdefault(one["name"], []).append(one)
+            # What was trained on all labels is no rival: it has seen more than twice the rows.
+            if not one["name"].endswith("-labelled"):
+                self.finals.setdefault(one["name"], []).append(one)
         self.probes = [read_jsonl(file)[0] for file in sorted((folder / "probes").glob("*.json"))]
 
     @property
