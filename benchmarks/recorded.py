@@ -281,8 +281,11 @@ def against(runs: Path, reference: str, methods: Sequence[str]) -> list[str]:
     return lines
 
 
-def means(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
+def means(
+    runs: Path, metric: str, methods: Sequence[str], seeds: Sequence[int] = SEEDS
+) -> list[str]:
     """Return a table, pair by pair, of a test score's mean over seeds; how many in brackets."""
+    wanted = {job_name(name, seed) for name in methods for seed in seeds}
     lines = [f"| pair | {' | '.join(methods)} |", f"|---|{'---:|' * len(methods)}"]
     for folder in sorted(runs.iterdir()):
         cells: list[str] = []
@@ -290,7 +293,8 @@ def means(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
             found = [
                 outcome.result["scores"]["test"].get(metric)
                 for job, outcome in outcomes_in(folder).items()
-                if method_of(job) == name and outcome.result and "scores" in outcome.result
+                if method_of(job) == name and job in wanted
+                if outcome.result and "scores" in outcome.result
             ]
             values = [value for value in found if value is not None]
             digits = 3 if metric == "loss" else 1
@@ -353,6 +357,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     averaged = commands.add_parser("means", help="print a score's means over seeds")
     averaged.add_argument("methods", nargs="+", choices=list(METHODS))
     averaged.add_argument("--metric", default="loss")
+    averaged.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     averaged.add_argument("--runs", type=Path, default=RUNS)
     lately = commands.add_parser("late", help="print what late merges chose")
     lately.add_argument("--runs", type=Path, default=RUNS)
@@ -376,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.what == "against":
         print("\n".join(against(options.runs, options.reference, options.methods)))
     elif options.what == "means":
-        print("\n".join(means(options.runs, options.metric, options.methods)))
+        print("\n".join(means(options.runs, options.metric, options.methods, options.seeds)))
     elif options.what == "late":
         print("\n".join(late(options.runs)))
     else:

@@ -377,6 +377,8 @@ def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
     arguments = ["means", *methods, "--metric", "exact_match", "--runs", str(tmp_path)]
     recorded_runs.main(arguments)
     assert "| en-es | 50.0 (2) | – |" in capsys.readouterr().out
+    recorded_runs.main(["means", *methods, "--seeds", "1337", "--runs", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| en-es | 2.500 (1) | – |"]
 
 
 def test_what_late_merges_chose_is_printed_seed_by_seed(tmp_path, capsys):
