@@ -132,7 +132,8 @@ def _ablation(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [_spread(mean["flipped_per_commit"], ".1%"), _spread(mean["loss_jump"], "+.3f")]
         cells += [_spread(mean["forwards"], ".0f"), _spread(mean["dev_loss"], ".4f")]
         cells.append(_gap(apart.get("dev_loss")))
-        rows.append(cells + [_spread(mean[score], ".1f") for score in scores])
+        forms = [".3f" if score.split("/", 1)[1] in NATIVE else ".1f" for score in scores]
+        rows.append(cells + [_spread(mean[s], form) for s, form in zip(scores, forms, strict=True)])
     return titles, rows
 
 
