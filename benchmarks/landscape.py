@@ -36,6 +36,7 @@ from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.fit import fit, run_steps
 from grasp_lora.recipes.folders import read_start, work_folder
 from grasp_lora.recipes.merge import merge_adapters
+from grasp_lora.recipes.methods import with_split_seed
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.runs import write_jsonl
 from grasp_lora.settings import TrainSettings
@@ -268,25 +269,33 @@ def planned(options: argparse.Namespace) -> list[tuple[str, int]]:
     ]
 
 
+def pair_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that name a pair; `doc` is the module's docstring."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    parser.add_argument("config", type=Path, help="configuration of a run")
+    parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    return parser
+
+
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """Return the settings of the pair; its rows are divided alike for every seed of its runs."""
+    return with_split_seed(load_config(options.config, options.changes))
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("config", type=Path, help="configuration of a run")
+    parser = pair_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the recorded results")
-    parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1337])
     parser.add_argument("--only", nargs="+", choices=TRAININGS, help="of the ways to train")
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not recorded yet."""
     options = parsed(argv)
-    config = load_config(options.config, options.changes)
-    data = config.data.model_copy(update={"split_seed": config.data.split_seed or config.seed})
-    config = config.model_copy(update={"data": data})
-    pair = open_pair(config, options.work, options.out)
+    pair = open_pair(config_of(options), options.work, options.out)
     for name, seed in planned(options):
         file = options.out / "probes" / f"{name}-s{seed}.json"
         if file.exists():

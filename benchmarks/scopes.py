@@ -17,8 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import common
-from benchmarks.landscape import SPLITS, open_pair
-from grasp_lora.config import load_config
+from benchmarks.landscape import SPLITS, config_of, open_pair, pair_parser
 from grasp_lora.core.crossfit import standard_error
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.hf.groups import SCOPES, ratio_by_group
@@ -93,25 +92,19 @@ def lines_of(found: dict[str, Any]) -> list[str]:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("config", type=Path, help="configuration of a run")
-    parser.add_argument("--work", type=Path, required=True, help="folder of adapters; may be large")
+    parser = pair_parser(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the losses are written")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
     options = parsed(argv)
-    config = load_config(options.config, options.changes)
-    data = config.data.model_copy(update={"split_seed": config.data.split_seed or config.seed})
-    config = config.model_copy(update={"data": data})
-    pair = open_pair(config, options.work, options.work)
+    pair = open_pair(config_of(options), options.work, options.work)
     start = pair.merged((0.5, 0.5))
     found = {str(ratio): measured(pair.context, start, ratio) for ratio in options.ratios}
-    about = {"config": options.config.name, "seed": config.seed}
+    about = {"config": options.config.name, "seed": pair.config.seed}
     common.write_result(options.json, {"ratios": found}, [], about)
     print("\n".join(lines_of(found)))
 
