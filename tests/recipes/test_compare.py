@@ -197,8 +197,8 @@ def test_every_score_of_every_run_has_the_interval_of_its_evaluation(done):
     assert (line["low"], line["high"]) == ("1.5", "2.5")
 
 
-def test_prices_count_what_was_done(done):
-    found, _ = done
+def test_prices_count_what_was_done(done, settings):
+    found, out = done
     (zero,) = of(found, "zero-shot")
     assert [zero[name] for name in ("runs", "seconds", "forwards", "steps", "tokens")] == [0] * 5
     for row in of(found, "source-finetuned"):
@@ -218,7 +218,20 @@ def test_prices_count_what_was_done(done):
     assert learned["forwards"] == 8 + 8 * 11  # all 8 labelled rows under eleven merges
     (labels,) = of(found, "target-all-labels")
     assert labels["runs"] == 6
-    assert labels["dev_loss"] is None, "it was trained on the labelled rows"
+    stages = [read_json(f / "stage.json") for f in sorted(out.glob("target-all-labels-s1/fold-*"))]
+    context = open_context(load_config(settings), quiet=True)
+    splits = ("train", "micro_dev", "dev")
+    rows = [row for split in splits for row in context.examples("target", split)]
+    sizes = [len(fold) for fold in folds_of(rows, 5)]
+    assert len({*sizes}) > 1, "folds of one size weigh the same either way"
+    after = len(stages[0]["evaluations"])
+    curve = [
+        sum(n * one["evaluations"][epoch]["loss"] for n, one in zip(sizes, stages, strict=True))
+        / sum(sizes)
+        for epoch in range(after)
+    ]
+    # Each row is judged by the fold that did not see it; untrained does not count.
+    assert labels["dev_loss"] == pytest.approx(min(curve[1:]))
 
 
 def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
@@ -357,7 +370,8 @@ def test_the_reference_is_the_baseline_with_the_lowest_dev_loss(done):
     found, _ = done
     losses = {
         name: statistics.fmean(row["dev_loss"] for row in of(found, name))
-        for name in ("source-finetuned", "average-finetuned", "learned-weights")
+        for name, one in METHODS.items()
+        if one.role == "baseline"
     }
     assert found["reference"] == min(losses, key=losses.get)
     others = set(found["methods"]) - {found["reference"]}

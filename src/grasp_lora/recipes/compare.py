@@ -448,6 +448,7 @@ def _row(
 ) -> dict[str, Any]:
     losses = result["losses"]
     judged = [x for split in losses.values() for x in split] if losses else []
+    dev_loss = sum(judged) / len(judged) if judged else result.get("cross_validated")
     return {
         "method": name,
         "job": result.get("chosen", job),
@@ -456,7 +457,7 @@ def _row(
         "verdict": result.get("verdict"),
         "scores": result["scores"],
         "intervals": result["intervals"],
-        "dev_loss": sum(judged) / len(judged) if judged else None,
+        "dev_loss": dev_loss,
         **result["price"],
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "machine": outcome.machine,
@@ -467,7 +468,7 @@ def _row(
 
 
 def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the baseline with the lowest mean loss on labelled rows that it was not trained on."""
+    """Return the baseline with the lowest mean loss on labelled rows, none of them trained on."""
     losses: dict[str, list[float]] = {}
     for row in rows:
         if METHODS[row["method"]].role == "baseline" and row["dev_loss"] is not None:

@@ -382,22 +382,25 @@ def all_labels(
     folds = folds_of(rows, FOLDS)
     if len(folds) < 2:
         raise NotApplicable("cross-validation needs labelled rows from at least 2 contexts")
-    losses: list[list[float]] = []
+    curves: list[list[float]] = []
     trained: list[Path] = []
     for number, held in enumerate(folds):
         kept = [e for fold in folds if fold is not held for e in fold]
         one = _on_rows(context, {"train": tuple(kept), "dev": tuple(held)}, patience=None)
         trained.append(train_adapter(one.config, "target", folder / f"fold-{number}", context=one))
-        curve = [e["loss"] for e in read_json(trained[-1] / STAGE_FILE)["evaluations"]]
-        losses.append(curve)
-    means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
-    epochs = max(1, min(range(len(means)), key=lambda epoch: means[epoch]))
+        curves.append([e["loss"] for e in read_json(trained[-1] / STAGE_FILE)["evaluations"]])
+    means = [
+        sum(len(fold) * loss for fold, loss in zip(folds, losses, strict=True)) / len(rows)
+        for losses in zip(*curves, strict=True)
+    ]
+    epochs = min(range(1, len(means)), key=lambda epoch: means[epoch])
     whole = _on_rows(context, {"train": tuple(rows)}, patience=None, epochs=epochs)
     final = train_adapter(whole.config, "target", folder / "final", context=whole)
     price = _price(context, [*trained, final], section="train", rows=len(rows))
-    # Its labelled rows are all train rows: nothing is left to choose by.
+    # Its labelled rows are all train rows: none is left that the adapter itself has not seen.
     found = outcome(context, final, folder, judged=False)
-    return found | {"ratio": 0.0, "epochs": epochs, "price": price}
+    judged = {"epochs": epochs, "cross_validated": means[epochs]}
+    return found | judged | {"ratio": 0.0, "price": price}
 
 
 @_or_not_applicable
