@@ -218,20 +218,21 @@ def test_prices_count_what_was_done(done, settings):
     assert learned["forwards"] == 8 + 8 * 11  # all 8 labelled rows under eleven merges
     (labels,) = of(found, "target-all-labels")
     assert labels["runs"] == 6
-    stages = [read_json(f / "stage.json") for f in sorted(out.glob("target-all-labels-s1/fold-*"))]
+    folds = [read_json(f / "stage.json") for f in sorted(out.glob("target-all-labels-s1/fold-*"))]
     context = open_context(load_config(settings), quiet=True)
-    splits = ("train", "micro_dev", "dev")
-    rows = [row for split in splits for row in context.examples("target", split)]
-    sizes = [len(fold) for fold in folds_of(rows, 5)]
-    assert len({*sizes}) > 1, "folds of one size weigh the same either way"
-    after = len(stages[0]["evaluations"])
-    curve = [
-        sum(n * one["evaluations"][epoch]["loss"] for n, one in zip(sizes, stages, strict=True))
-        / sum(sizes)
-        for epoch in range(after)
+    judges = [row for split in ("micro_dev", "dev") for row in context.examples("target", split)]
+    rows = [*context.examples("target", "train"), *judges]
+    seen = [row.id for fold in folds_of(rows, 5) for row in fold]
+    curves = [
+        dict(zip(seen, (loss for fold in folds for loss in fold["rows"][epoch]), strict=True))
+        for epoch in range(len(folds[0]["rows"]))
     ]
-    # Each row is judged by the fold that did not see it; untrained does not count.
-    assert labels["dev_loss"] == pytest.approx(min(curve[1:]))
+    after = min(range(1, len(curves)), key=lambda epoch: statistics.fmean(curves[epoch].values()))
+    # The rows that judge the others judge it too, each by the fold that did not see it.
+    assert labels["dev_loss"] == pytest.approx(
+        statistics.fmean(curves[after][row.id] for row in judges)
+    )
+    assert labels["forwards"] == sum(len(losses) for fold in folds for losses in fold["rows"])
 
 
 def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):

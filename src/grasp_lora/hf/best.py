@@ -60,8 +60,9 @@ class BestCallback(TrainerCallback):
         self._clock = clock or Clock()
         self._best: dict[str, Tensor] = {}
         self.evaluations: list[Evaluation] = []
+        self.rows: list[list[float]] = []
+        """Losses of the dev rows at each evaluation."""
         self.best: Evaluation | None = None
-        self.best_rows: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start, unless the run goes on from a checkpoint."""
@@ -93,8 +94,9 @@ class BestCallback(TrainerCallback):
             losses = row_losses(live.model, self._batches, self._count)
         evaluation = Evaluation(step, sum(losses) / len(losses))
         self.evaluations.append(evaluation)
+        self.rows.append(losses)
         if self.best is None or _better(evaluation.loss, self.best.loss):
-            self.best, self.best_rows = evaluation, losses
+            self.best = evaluation
             self._best = live.snapshot()
         self._on_evaluation(evaluation)
 
@@ -106,10 +108,10 @@ class BestCallback(TrainerCallback):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the best adapter and all evaluations."""
-        values = {"evaluations": [asdict(e) for e in self.evaluations]}
+        values: dict[str, Any] = {"evaluations": [asdict(e) for e in self.evaluations]}
+        values["rows"] = self.rows
         if self.best is not None:
-            values["best"] = asdict(self.best)  # type: ignore[assignment]
-            values["best_rows"] = self.best_rows  # type: ignore[assignment]
+            values["best"] = asdict(self.best)
         return dict(self._best), values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -117,7 +119,7 @@ class BestCallback(TrainerCallback):
         self._best = dict(tensors)
         self.evaluations = [Evaluation(**e) for e in values["evaluations"]]
         self.best = Evaluation(**values["best"]) if "best" in values else None
-        self.best_rows = list(values.get("best_rows", []))
+        self.rows = [list(losses) for losses in values["rows"]]
 
 
 def _better(loss: float, best: float) -> bool:

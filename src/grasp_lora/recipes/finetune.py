@@ -153,7 +153,7 @@ def finetune_at(
         elif judged is None:
             result = measured(context, live)
         else:
-            result = FitResult((), None, (), (), 0)
+            result = FitResult((), (), None, (), 0)
         plain = live.plain()
         zeros = zeros_of(live)
         ranks = {"whole": _total_rank(plain)}

@@ -47,22 +47,28 @@ class FitResult:
 
     Attributes:
         evaluations: dev losses, step 0 first; empty where the run has no dev rows.
+        rows: loss of each dev row, in nats, at each evaluation.
         best: the evaluation whose weights were kept, None where there was nothing to choose by.
-        best_rows: loss of each dev row at the best evaluation, in nats; empty without dev rows.
         log: the Trainer's log: training loss, learning rate and gradient norm per step.
         steps: optimizer steps done.
     """
 
     evaluations: tuple[Evaluation, ...]
+    rows: tuple[tuple[float, ...], ...]
     best: Evaluation | None
-    best_rows: tuple[float, ...]
     log: tuple[dict[str, Any], ...]
     steps: int
+
+    @property
+    def best_rows(self) -> tuple[float, ...]:
+        """Loss of each dev row at the best evaluation; empty without dev rows."""
+        return self.rows[self.evaluations.index(self.best)] if self.best is not None else ()
 
     def facts(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         return {
             "evaluations": [asdict(e) for e in self.evaluations],
+            "rows": [list(losses) for losses in self.rows],
             "best": asdict(self.best) if self.best else None,
             "best_rows": list(self.best_rows),
             "steps": self.steps,
@@ -177,21 +183,21 @@ def fit(
             raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
     kept_best = best.restore() if best is not None else None
     evaluations = tuple(best.evaluations) if best is not None else ()
-    best_rows = tuple(best.best_rows) if best is not None else ()
+    rows_then = tuple(tuple(one) for one in best.rows) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
-    return FitResult(evaluations, kept_best, best_rows, log, trainer.state.global_step)
+    return FitResult(evaluations, rows_then, kept_best, log, trainer.state.global_step)
 
 
 def measured(context: Context, live: LiveAdapter) -> FitResult:
     """Return what `fit` would say of an adapter that is kept as it is: its dev loss, at step 0."""
     dev = context.rows("target", ["dev"])
     if not dev.encoded:
-        return FitResult((), None, (), (), 0)
+        return FitResult((), (), None, (), 0)
     with context.clock.span("dev"), preserved(live.model, live.params):
         live.model.eval()
         losses = row_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     kept = Evaluation(0, sum(losses) / len(losses))
-    return FitResult((kept,), kept, tuple(losses), (), 0)
+    return FitResult((kept,), (tuple(losses),), kept, (), 0)
 
 
 def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:

@@ -382,25 +382,24 @@ def all_labels(
     folds = folds_of(rows, FOLDS)
     if len(folds) < 2:
         raise NotApplicable("cross-validation needs labelled rows from at least 2 contexts")
-    curves: list[list[float]] = []
+    curves: dict[str, list[float]] = {}
     trained: list[Path] = []
     for number, held in enumerate(folds):
         kept = [e for fold in folds if fold is not held for e in fold]
         one = _on_rows(context, {"train": tuple(kept), "dev": tuple(held)}, patience=None)
         trained.append(train_adapter(one.config, "target", folder / f"fold-{number}", context=one))
-        curves.append([e["loss"] for e in read_json(trained[-1] / STAGE_FILE)["evaluations"]])
-    means = [
-        sum(len(fold) * loss for fold, loss in zip(folds, losses, strict=True)) / len(rows)
-        for losses in zip(*curves, strict=True)
-    ]
+        by_row = zip(*read_json(trained[-1] / STAGE_FILE)["rows"], strict=True)
+        curves |= {row.id: list(curve) for row, curve in zip(held, by_row, strict=True)}
+    means = [statistics.fmean(losses) for losses in zip(*curves.values(), strict=True)]
     epochs = min(range(1, len(means)), key=lambda epoch: means[epoch])
+    judges = [row.id for split in JUDGED for row in parts.get(split, ())]
+    judged = statistics.fmean(curves[name][epochs] for name in judges)
     whole = _on_rows(context, {"train": tuple(rows)}, patience=None, epochs=epochs)
     final = train_adapter(whole.config, "target", folder / "final", context=whole)
     price = _price(context, [*trained, final], section="train", rows=len(rows))
     # Its labelled rows are all train rows: none is left that the adapter itself has not seen.
     found = outcome(context, final, folder, judged=False)
-    judged = {"epochs": epochs, "cross_validated": means[epochs]}
-    return found | judged | {"ratio": 0.0, "price": price}
+    return found | {"ratio": 0.0, "epochs": epochs, "cross_validated": judged, "price": price}
 
 
 @_or_not_applicable
@@ -590,11 +589,11 @@ def _price(
         section: settings of the stages' batches.
         rows: training rows of a stage; None is the target train rows.
     """
-    train, dev = context.encoded("target", "train"), context.encoded("target", "dev")
+    train = context.encoded("target", "train")
     settings = getattr(context.config, section)
     found = [read_json(stage / STAGE_FILE) for stage in stages]
     steps = sum(one["steps"] for one in found)
-    measured = sum(len(one["evaluations"]) for one in found) * len(dev)
+    measured = sum(len(one["evaluations"]) * len(one["best_rows"]) for one in found)
     count = len(train) if rows is None else rows
     batch = min(count, settings.batch_size * settings.accumulation)
     read = forwards + measured

@@ -137,7 +137,7 @@ def search_ratio(
         if config.merge.when == "after":
             begin_stage(out, key)
             _rounds_alone(searcher, planned, work_folder(out))
-            result = FitResult((), None, (), (), 0)
+            result = FitResult((), (), None, (), 0)
         else:
             result = fit(
                 context,
