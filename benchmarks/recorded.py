@@ -17,6 +17,7 @@ them back below it, which then does not run again what has the same inputs.
 """
 
 import argparse
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,19 +92,19 @@ def config_of(pair: str) -> RunConfig:
 
 
 def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
-    """Return settings with two trained adapters; pairs with the same backbone share the source."""
+    """Return settings with two trained adapters; pairs with the same source rows share theirs."""
     once = config.model_copy(
         update={"train": config.train.model_copy(update={"epochs": SOURCE_EPOCHS})}
     )
-    task = config.data.task
-    places = {
-        "source": (once, work / f"source-{task}-{Path(config.model.name).name}"),
-        "target": (config, work / pair / "target"),
-    }
-    for role, (settings, folder) in places.items():
-        if not (folder / "adapter_model.safetensors").exists():
-            train_adapter(settings, role, folder)
-    folders = {role: folder for role, (_, folder) in places.items()}
+    folders: dict[str, Path] = {}
+    for role, settings in (("source", once), ("target", config)):
+        rows = getattr(settings.data, role)
+        made_of = [settings.model, settings.lora, settings.train, settings.data.max_length, rows]
+        digest = hashlib.sha256(f"{made_of} {settings.seed}".encode()).hexdigest()[:8]
+        language = "" if role == "source" else f"-{pair}"
+        folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"
+        if not (folders[role] / "adapter_model.safetensors").exists():
+            train_adapter(settings, role, folders[role])
     return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
 
 
@@ -158,6 +159,8 @@ def restore(folder: Path, queue: Path) -> int:
         if place.exists():
             continue
         whole = {name: record[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
+        versions = dict(record["versions"])
+        whole["provenance"] = {"python": versions.pop("python"), "packages": versions}
         about = {"job", "versions", *whole}
         result = {name: value for name, value in record.items() if name not in about}
         write_json(place, whole | {"result": result | {"adapter": None}})
@@ -224,10 +227,7 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
                 points = {need: found[need].result or {} for need in needs}
                 choose = {"best_of": best_of, "nearest_of": nearest_of}[method.work]
                 chosen = choose(method.inputs, points, folder)
-                peaks = [found[need].peak_memory_bytes or 0 for need in needs]
-                found[job_name(name, seed)] = Outcome(
-                    chosen, peak_memory_bytes=max(peaks), machine=found[needs[0]].machine
-                )
+                found[job_name(name, seed)] = Outcome(chosen)
     return {
         job: outcome for name in METHODS for job, outcome in found.items() if method_of(job) == name
     }

@@ -57,7 +57,8 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
     lines += ["## Price", "", *_markdown(*price_rows(found)), ""]
     lines += [
         "Seconds are all that a method needs from the two adapters to its final one, choosing "
-        "included; the grid is trained by the same code. Forwards are rows read without a "
+        "included (a run at the ratio of another one is charged for itself alone); the grid is "
+        "trained by the same code. Forwards are rows read without a "
         "gradient, less the reading of the train rows for the norms of the importance. A plain "
         f"run is `{PLAIN}`. Runs of equal length bound a method of two runs at 4 times a grid of "
         "8.",
@@ -88,7 +89,8 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     tables: list[Table] = []
     for test in _tests(found):
         titles, rows = score_rows(found, test)
-        shown = [titles[0], *titles[2:4], "loss", titles[-1]]
+        wanted = dict.fromkeys([titles[0], *titles[2:4], "loss", titles[-1]])
+        shown = [title for title in wanted if title in titles]
         tables.append(narrow_table(f"{found['pair']}: {test}", titles, rows, shown))
     titles, rows = price_rows(found)
     shown = [titles[0], "runs", "seconds", "times the grid's speed", "forwards"]
@@ -97,7 +99,8 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
 
 def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of a test set's scores: mean over seeds, with their spread."""
-    metrics = [m for m in HEADLINES.get(found["task"], ()) if m in _metrics(found, test)]
+    known = _metrics(found, test)
+    metrics = [m for m in HEADLINES.get(found["task"], ()) if m in known] or known
     main, reference = metrics[0], found["reference"]
     titles = ["method", "seeds", "ratio", *(TITLES.get(m, m) for m in metrics), "dev loss"]
     if reference:

@@ -241,9 +241,20 @@ def provenance() -> dict[str, Any]:
 
 
 def machines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what the rows' `machine` names, GPU before processor, each once; None is no name."""
-    known = [row["machine"] for row in rows if row.get("machine")]
-    return list(dict.fromkeys(str(one.get("gpu") or one.get("cpu")) for one in known))
+    """Return the machines that rows of a comparison were made on, each once; None is no name.
+
+    A row's `machines` are those of all runs in its price; one of a single run may have `machine`.
+    """
+    names: list[str] = []
+    for row in rows:
+        one = row.get("machine")
+        names += row.get("machines") or ([machine_name(one)] if one else [])
+    return list(dict.fromkeys(names))
+
+
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """Return the name of what a job ran on (`recipes.job.machine`): its GPU, else its processor."""
+    return str(machine.get("gpu") or machine.get("cpu"))
 
 
 def cpu_name() -> str:

@@ -115,6 +115,11 @@ def ablate(
     Raises:
         ValueError: a variant has no such name, or the settings or data cannot work.
     """
+    if config.merge.when == "after":
+        raise ValueError(
+            "merge.when is after: nothing is trained while the ratio is searched, so there is no "
+            "controller in training to take apart; set merge.when: before"
+        )
     data = checked_data(config, "variant", only, VARIANTS, seeds, quiet)
     wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)

@@ -6,6 +6,7 @@ the same two adapters and are scored on the same rows.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from grasp_lora.core import ControllerConfig
 from grasp_lora.metrics import compare_means
 from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.data import RunData
+from grasp_lora.recipes.job import RESULT_FILE
 from grasp_lora.recipes.methods import (
     ADAPTERS,
     RATIO_STEP,
@@ -25,8 +27,9 @@ from grasp_lora.recipes.methods import (
 from grasp_lora.recipes.projection import run_projected
 from grasp_lora.recipes.queue import Job, Outcome, results_in
 from grasp_lora.recipes.scoring import metric_options
+from grasp_lora.recipes.starts import CONFIGURED
 from grasp_lora.report_comparison import comparison_csv, comparison_markdown
-from grasp_lora.runs import write_json, write_text
+from grasp_lora.runs import machine_name, read_json, write_json, write_text
 
 SEEDS = (42, 1337, 9001)
 GRID = tuple(round(RATIO_STEP * n, 1) for n in range(1, 9))
@@ -83,7 +86,6 @@ def _on_all_labels(judge: str, about: str, start: Mapping[str, Any]) -> Method:
 
 
 LABELLED = {"finetune.rows": "labelled"}
-CONFIGURED = {"merge": {}}
 PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
 AGAIN = {"finetune.mode": "restart", "finetune.mask_schedule": "every-step"}
 ADAPTIVE = AGAIN | {"importance": "activation", "finetune.importance": "same"}
@@ -318,16 +320,36 @@ def compare_methods(
             "data.target.files.test or data.tests"
         )
     jobs = jobs_of(config, data, with_needs(only or METHODS), seeds)
+    _forget_what_was_not_installed(out, jobs)
     outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
     # What an earlier start with other names left there belongs in the tables as well.
-    whole = jobs_of(config, data, list(METHODS), seeds)
-    outcomes = results_in(out, whole) | outcomes
-    found = summary(config, {job.name: outcomes[job.name] for job in whole if job.name in outcomes})
+    names: dict[str, None] = {}
+    for seed in _seeds_in(out):
+        whole = jobs_of(config, data, list(METHODS), (seed,))
+        names |= dict.fromkeys(job.name for job in whole)
+        outcomes = results_in(out, whole) | outcomes
+    found = summary(config, {name: outcomes[name] for name in names if name in outcomes})
     write_json(out / "comparison.json", found)
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
     write_text(out / "comparison.md", comparison_markdown(found))
     return found
+
+
+def _forget_what_was_not_installed(folder: Path, jobs: Sequence[Job]) -> None:
+    """Remove refusals for want of a package that is there now, so that those runs are made."""
+    for job in jobs:
+        file = folder / job.name / RESULT_FILE
+        package = read_json(file)["result"].get("package") if file.exists() else None
+        if package is not None and find_spec(package) is not None:
+            file.unlink()
+
+
+def _seeds_in(folder: Path) -> list[int]:
+    """Return the seeds that a comparison's folder has runs of, in the order of the defaults."""
+    found = {place.name.rpartition("-s")[2] for place in folder.glob("*-s*") if place.is_dir()}
+    seeds = {int(seed) for seed in found if seed.isdecimal()}
+    return [*(seed for seed in SEEDS if seed in seeds), *sorted(seeds - {*SEEDS})]
 
 
 def with_needs(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
@@ -344,7 +366,7 @@ def jobs_of(
 ) -> list[Job]:
     """Return the queue: the adapters, then seed by seed all methods."""
     config = with_split_seed(config)
-    jobs = [adapters_job(config, data)]
+    jobs = [adapters_job(changed_settings(config, {}), data)]
     for place, seed in enumerate(seeds):
         for name in names:
             method = METHODS[name]
@@ -380,7 +402,7 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
 
     In mode `restart` search and final run each have all epochs of a fine-tuning run, in mode
     `continue` they share them. All labelled rows are trained on by the methods that say so only:
-    the others are judged by them.
+    the others are judged by them. And only those that say so merge after fine-tuning.
     """
     total = config.finetune.epochs
     if config.finetune.mode == "continue":
@@ -391,6 +413,7 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     plain: dict[str, Any] = {
         "finetune.mode": mode,
         "finetune.rows": "train",
+        "merge.when": "before",
         "search.epochs": first,
         "finetune.epochs": second,
     }
@@ -421,7 +444,7 @@ def summary(config: RunConfig, outcomes: Mapping[str, Outcome]) -> dict[str, Any
         if "not_applicable" in result:
             not_applicable[name] = result["not_applicable"]
             continue
-        rows.append(_row(config, name, job, result, outcome))
+        rows.append(_row(config, name, job, result, _charged(name, job, outcomes)))
         results.setdefault(name, {})[rows[-1]["seed"]] = result
     reference = _best_baseline(rows)
     failed = {name: one.error for name, one in outcomes.items() if one.result is None}
@@ -443,11 +466,31 @@ def method_of(job: str) -> str:
     return job if job in METHODS else job.rpartition("-s")[0]
 
 
+def _charged(name: str, job: str, outcomes: Mapping[str, Outcome]) -> list[Outcome]:
+    """Return the runs that a run's price is made of."""
+    method, own = METHODS[name], outcomes[job]
+    seed = job.rpartition("-s")[2]
+    charged = [own]
+    if method.work == "nearest_of":
+        charged = [outcomes.get((own.result or {})["chosen"])]
+    elif method.work == "best_of":
+        charged = [outcomes.get(f"{need}-s{seed}") for need in method.needs]
+    elif method.work == "late" or method.inputs.get("judged"):
+        charged += [outcomes.get(f"{need}-s{seed}") for need in method.needs]
+    return [outcome for outcome in charged if outcome is not None]
+
+
 def _row(
-    config: RunConfig, name: str, job: str, result: Mapping[str, Any], outcome: Outcome
+    config: RunConfig,
+    name: str,
+    job: str,
+    result: Mapping[str, Any],
+    charged: Sequence[Outcome],
 ) -> dict[str, Any]:
     losses = result["losses"]
     judged = [x for split in losses.values() for x in split] if losses else []
+    peaks = [one.peak_memory_bytes for one in charged if one.peak_memory_bytes is not None]
+    machines = [one.machine for one in charged if one.machine]
     dev_loss = sum(judged) / len(judged) if judged else result.get("cross_validated")
     return {
         "method": name,
@@ -459,8 +502,9 @@ def _row(
         "intervals": result["intervals"],
         "dev_loss": dev_loss,
         **result["price"],
-        "peak_memory_bytes": outcome.peak_memory_bytes,
-        "machine": outcome.machine,
+        "peak_memory_bytes": max(peaks, default=None),
+        "machine": machines[0] if machines else None,
+        "machines": sorted({machine_name(one) for one in machines}),
         "dtype": result.get("dtype"),
         "adapter_bytes": result["bytes"],
         "zeros": result["zeros"],

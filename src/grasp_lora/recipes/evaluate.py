@@ -15,7 +15,13 @@ from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.metrics import Row
 from grasp_lora.recipes.context import Context, open_context, section_of
 from grasp_lora.recipes.data import load_run_data
-from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
+from grasp_lora.recipes.folders import (
+    begin_stage,
+    finish_stage,
+    model_content,
+    stage_is_done,
+    stage_key,
+)
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.scoring import missing_metrics, score_sets
@@ -61,7 +67,9 @@ def evaluate_adapter(
             "there are no test rows: give data.target.rows.test, data.target.files.test or"
             " data.tests"
         )
-    key = stage_key(config, data=data.digest(), adapter=adapter, base=_weights_of(config))
+    key = stage_key(
+        config, data=data.digest(), adapter=adapter, base=model_content(config.model.name)
+    )
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data, training=False)
@@ -82,6 +90,7 @@ def evaluate_adapter(
             }
     generated = time.perf_counter()
     if is_main():
+        begin_stage(out, key)
         out.mkdir(parents=True, exist_ok=True)
         name = context.backbone.public_name
         with clock.span("score"):
@@ -104,14 +113,6 @@ def evaluate_adapter(
             finish_stage(out, key, seconds)
     wait_for_all()
     return out
-
-
-def _weights_of(config: RunConfig) -> str:
-    """Return what tells the weights of a local model from others under the same name."""
-    folder = Path(config.model.name)
-    files = [folder] if folder.is_file() else sorted(folder.glob("*"))
-    kept = [f for f in files if f.suffix in (".safetensors", ".gguf", ".bin", ".json")]
-    return str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in kept])
 
 
 def _answers(context: Context, model: Any, role: str, split: str, title: str) -> list[Row]:

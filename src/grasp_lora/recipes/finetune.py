@@ -1,6 +1,5 @@
 """Stage `finetune`: an adapter and a prune ratio -> the final adapter."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from grasp_lora.hf.groups import ratio_by_group
 from grasp_lora.hf.live import Block, LiveAdapter, Score, scored
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
-from grasp_lora.recipes.fit import FitResult, fit, measured
+from grasp_lora.recipes.fit import FitResult, Spent, fit, measured
 from grasp_lora.recipes.folders import (
     STAGE_FILE,
     epochs_trained,
@@ -117,7 +116,7 @@ def finetune_at(
         title = f"{title}, all labels"
         section = _for_all_labels(context, section, before, read_json(judged / STAGE_FILE))
         start, before = origin or start, 0.0
-    started = time.perf_counter()
+    spent = Spent()
     rule = config.importance if section.importance == "same" else section.importance
     with context.clock.span("load"):
         pruned = read_start(start, context.backbone)
@@ -144,6 +143,7 @@ def finetune_at(
                 out,
                 key,
                 title,
+                stateful=[spent],
                 choose_best=not retrain,
                 patience=None if retrain else section.patience,
                 reprune=prune if repeat else None,
@@ -164,7 +164,7 @@ def finetune_at(
         with context.clock.span("write"):
             save_plain(out, plain, context.backbone)
             facts = {"ratio": ratio, "importance": rule, "zeros": zeros, "ranks": ranks}
-            facts |= {"seconds": time.perf_counter() - started} | result.facts()
+            facts |= {"seconds": spent.seconds} | result.facts()
             if judged is not None:
                 first = read_json(judged / STAGE_FILE)
                 facts |= _as_judged(first, result, context)

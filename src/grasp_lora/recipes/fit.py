@@ -1,10 +1,12 @@
 """One training run on a live adapter: the call that every stage and every baseline goes through."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.config import RunConfig
@@ -39,6 +41,29 @@ from grasp_lora.tasks.encoding import Collator
 from grasp_lora.timing import Clock
 
 COPIES_PER_CHECKPOINT = 8
+
+
+class Spent:
+    """Seconds that a stage has taken, those up to the checkpoint it went on from among them."""
+
+    name = "spent"
+
+    def __init__(self) -> None:
+        self._before, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far; what a killed process did after its last checkpoint is not counted."""
+        return self._before + time.perf_counter() - self._began
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the seconds."""
+        return {}, {"seconds": self.seconds}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Count on from a state; what this process did up to now that one did as well."""
+        del tensors
+        self._before, self._began = values["seconds"], time.perf_counter()
 
 
 @dataclass(frozen=True)

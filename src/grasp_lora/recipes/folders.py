@@ -26,6 +26,7 @@ from grasp_lora.runs import holds_something, read_json, write_json
 MERGE_FILE = "merge.json"
 PARTS_FILE = "parts.safetensors"
 STAGE_FILE = "stage.json"
+_END_BYTES = 1 << 20
 # What tells a stage's folder, finished or not, from one that is not to be touched.
 _OURS = (STAGE_FILE, NOTES_FILE, "rounds.jsonl")
 
@@ -211,6 +212,26 @@ def _content(folder: Path) -> str:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_FILE)]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def model_content(name: str) -> str | None:
+    """Return what tells a local model's files from others of the same name; None of a hub's name.
+
+    Sizes, and both ends of every file: a header names the tensors, and training changes the last
+    of them. The whole of a large model would be minutes to read.
+    """
+    place = Path(name)
+    files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    kept = [f for f in files if f.suffix in (".safetensors", ".gguf", ".bin", ".json")]
+    digest = hashlib.sha256()
+    for file in kept:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(_END_BYTES))
+            content.seek(max(0, size - _END_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:16] if kept else None
 
 
 def begin_stage(out: Path, key: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Stage `merge`: adapter folders -> one merged adapter folder."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def merge_adapters(
     key = stage_key(config, **{f"adapter {i}": folder for i, folder in enumerate(folders)})
     if stage_is_done(out, key, overwrite):
         return out
+    began = time.perf_counter()
     loaded = [read_adapter(folder) for folder in folders]
     context = context or open_context(config)
     for folder, adapter in zip(folders, loaded, strict=True):
@@ -58,6 +60,6 @@ def merge_adapters(
         about |= {"sources": [str(folder) for folder in folders]}
         with context.clock.span("write"):
             write_merged(out, merged, context.backbone, about)
-            finish_stage(out, key, about)
+            finish_stage(out, key, {"seconds": time.perf_counter() - began} | about)
     wait_for_all()
     return out

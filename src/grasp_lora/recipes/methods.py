@@ -8,7 +8,6 @@ import functools
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,11 @@ from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.data import RunData, load_run_data
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at, on_train_rows
-from grasp_lora.recipes.fit import fit, run_steps
+from grasp_lora.recipes.fit import Spent, fit, run_steps
 from grasp_lora.recipes.folders import (
     STAGE_FILE,
     finish_stage,
+    model_content,
     read_ratio,
     read_start,
     save_plain,
@@ -39,7 +39,7 @@ from grasp_lora.recipes.progress import Narrator
 from grasp_lora.recipes.queue import Job
 from grasp_lora.recipes.scoring import missing_metrics
 from grasp_lora.recipes.search import search_ratio
-from grasp_lora.recipes.starts import NotApplicable, started
+from grasp_lora.recipes.starts import CONFIGURED, NotApplicable, Start, merging, started
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.recipes.weights import with_learned_weights
 from grasp_lora.runs import read_json, read_jsonl
@@ -94,7 +94,10 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 def adapters_job(config: RunConfig, data: RunData) -> Job:
     """Return the job that all others of a queue need: the adapters and their merge."""
-    given = {f"adapters.{role}": path for role, path in config.adapters if path is not None}
+    given: dict[str, Any] = {f"adapters.{r}": p for r, p in config.adapters if p is not None}
+    base = model_content(config.model.name)
+    if base is not None:
+        given["base"] = base
     key = stage_key(config, data=data.digest(), **given)
     return Job(ADAPTERS, "methods:prepare", key | {"config": settings_of(config)})
 
@@ -106,17 +109,20 @@ def _or_not_applicable(work: Work) -> Work:
     ) -> Mapping[str, Any]:
         for name, result in needed.items():
             if "not_applicable" in result:
-                return {"not_applicable": f"{name}: {result['not_applicable']}"}
+                return dict(result) | {"not_applicable": f"{name}: {result['not_applicable']}"}
         try:
             return work(inputs, needed, folder)
         except NotApplicable as error:
-            return {"not_applicable": str(error)}
+            return {"not_applicable": str(error), "package": error.package}
 
     return tried
 
 
 def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Train the adapters that are not given and merge the two; return their folders."""
+    """Train the adapters that are not given and merge the two; return their folders.
+
+    `merging` is what the merge took, as `starts.Start` has it: every method that begins there pays.
+    """
     config = RunConfig(**inputs["config"])
     context = open_context(config)
     given = {"source": config.adapters.source, "target": config.adapters.target}
@@ -126,9 +132,11 @@ def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     }
     weighted = with_learned_weights(context, adapters, folder / "weights")
     merged = merge_adapters(weighted, list(adapters.values()), folder / "merged", context=context)
+    took = merging(folder / "weights", merged)
     seconds = {role: _seconds(path) for role, path in adapters.items() if given[role] is None}
     return {role: str(path) for role, path in adapters.items()} | {
         "merged": str(merged),
+        "merging": took,
         "seconds": seconds,
     }
 
@@ -148,13 +156,9 @@ def fixed(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
         folder: receives `start/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
-    began = time.perf_counter()
-    adapter, read = started(context, inputs["start"], needed[ADAPTERS], folder)
-    # An adapter that is there already costs nothing; a merge and the search for its weights do.
-    seconds = 0.0 if "adapter" in inputs["start"] else time.perf_counter() - began
-    tokens = round(read * _length(context))
-    price = {"runs": 0, "seconds": seconds, "forwards": read, "steps": 0, "tokens": tokens}
-    return outcome(context, adapter, folder) | {"ratio": 0.0, "price": price}
+    start = started(context, inputs["start"], needed[ADAPTERS], folder)
+    price = _price(context, [], start)
+    return outcome(context, start.adapter, folder) | {"ratio": 0.0, "price": price}
 
 
 @_or_not_applicable
@@ -169,15 +173,15 @@ def finetuned(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
         folder: receives `start/`, `final/` and `scores/`.
     """
     context = open_context(RunConfig(**inputs["config"]))
-    start, read = started(context, inputs["start"], needed[ADAPTERS], folder)
-    assert start is not None, "the bare backbone has nothing to fine-tune"
+    start = started(context, inputs["start"], needed[ADAPTERS], folder)
+    assert start.adapter is not None, "the bare backbone has nothing to fine-tune"
     ratio = ratio_in(inputs["ratio"], needed)
     final = finetune_at(
-        context.config, start, ratio, folder / "final", context=context,
+        context.config, start.adapter, ratio, folder / "final", context=context,
         random_masks=bool(inputs.get("random_masks", False)),
         judged=_at_hand(_others(needed)[0]) if inputs.get("judged") else None,
     )  # fmt: skip
-    price = _price(context, [final], forwards=read)
+    price = _price(context, [final], start)
     found = outcome(context, final, folder, judged=_judges(context))
     return found | {"ratio": ratio, "price": price}
 
@@ -193,11 +197,9 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
     """
     config = RunConfig(**inputs["config"])
     context = open_context(config)
-    adapters, read = needed[ADAPTERS], 0
-    merged: Path | None = Path(adapters["merged"])
-    if "start" in inputs:
-        merged, read = started(context, inputs["start"], adapters, folder)
-        assert merged is not None, "a search starts from an adapter"
+    begun = started(context, inputs.get("start", CONFIGURED), needed[ADAPTERS], folder)
+    merged = begun.adapter
+    assert merged is not None, "a search starts from an adapter"
     search = search_ratio(config, merged, folder / "search", context=context)
     found, log = read_json(search / "ratio.json"), read_json(search / STAGE_FILE)["log"]
     start = search / "adapter" if config.finetune.mode == "continue" else merged
@@ -207,7 +209,7 @@ def grasp(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) ->
     )
     rounds = read_jsonl(search / "rounds.jsonl")
     committed = [r["step"] for r in rounds if r["committed"]]
-    price = _price(context, [search, final], forwards=read + found["probe_forwards"])
+    price = _price(context, [search, final], begun, forwards=found["probe_forwards"])
     if config.finetune.mode == "continue":
         price["runs"] -= 1  # one training in two stages
     return outcome(context, final, folder, judged=_judges(context)) | {
@@ -244,10 +246,10 @@ def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> 
     )
     pair = {"source": tuned, "target": Path(needed[ADAPTERS]["target"])}
     weighted = with_learned_weights(context, pair, folder / "weights")
-    found = read_json(folder / "weights" / "weights.json")
-    forwards = len(found["rows"]) * len(found["losses"])
+    weights = list(weighted.merge.weights or ())
     final = merge_adapters(weighted, list(pair.values()), folder / "merged", context=context)
-    stages, ratio, about = [folder / "weights"], 0.0, {}
+    took = merging(folder / "weights", final)
+    forwards, stages, ratio, about = took["forwards"], [], 0.0, {}
     if inputs["prune"]:
         search = search_ratio(config, final, folder / "search", context=context)
         ratio, spread = read_ratio(search / "ratio.json", config)
@@ -267,10 +269,11 @@ def late(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> 
         final = merge_adapters(
             weighted, list(pair.values()), folder / "merged-labelled", context=context
         )
-    own = {"runs": 0, "steps": 0, "forwards": forwards, "seconds": sum(map(_seconds, stages))}
+    seconds = took["seconds"] + sum(map(_seconds, stages))
+    own = {"runs": 0, "steps": 0, "forwards": forwards, "seconds": seconds}
     own["tokens"] = round(forwards * _length(context))
     price = {name: own[name] + value for name, value in runs[-1]["price"].items()}
-    facts = {"ratio": ratio, "weights": found["weights"], "forwards": forwards, "price": price}
+    facts = {"ratio": ratio, "weights": weights, "forwards": forwards, "price": price}
     return outcome(context, final, folder, judged=_judges(context)) | about | facts
 
 
@@ -341,15 +344,18 @@ def optuna_search(
     try:
         import optuna
     except ImportError:
-        raise NotApplicable("Optuna is not installed; run: pip install optuna") from None
+        why = "Optuna is not installed; run: pip install optuna"
+        raise NotApplicable(why, package="optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     context = open_context(RunConfig(**inputs["config"]))
-    config, merged = context.config, Path(needed[ADAPTERS]["merged"])
+    config, start = context.config, started(context, CONFIGURED, needed[ADAPTERS], folder)
+    merged = start.adapter
+    assert merged is not None, "the configured merge is an adapter"
     samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
     try:
         sampler = samplers[inputs["sampler"]](seed=config.seed)
     except ImportError as error:
-        raise NotApplicable(f"Optuna's {inputs['sampler']} sampler: {error}") from None
+        raise NotApplicable(f"Optuna's {inputs['sampler']} sampler: {error}", error.name) from None
     study = optuna.create_study(sampler=sampler)
     finals: list[tuple[float, float, Path]] = []
     for number in range(TRIALS):
@@ -361,7 +367,7 @@ def optuna_search(
         study.tell(trial, loss if math.isfinite(loss) else None)
         finals.append((loss, ratio, final))
     _, ratio, best = min(finals, key=lambda one: one[0])
-    price = _price(context, [final for _, _, final in finals])
+    price = _price(context, [final for _, _, final in finals], start)
     return outcome(context, best, folder) | {"ratio": ratio, "price": price}
 
 
@@ -396,7 +402,7 @@ def all_labels(
     judged = statistics.fmean(curves[name][epochs] for name in judges)
     whole = _on_rows(context, {"train": tuple(rows)}, patience=None, epochs=epochs)
     final = train_adapter(whole.config, "target", folder / "final", context=whole)
-    price = _price(context, [*trained, final], section="train", rows=len(rows))
+    price = _price(context, [*trained, final], Start(None), section="train", rows=len(rows))
     # Its labelled rows are all train rows: none is left that the adapter itself has not seen.
     found = outcome(context, final, folder, judged=False)
     return found | {"ratio": 0.0, "epochs": epochs, "cross_validated": judged, "price": price}
@@ -419,13 +425,13 @@ def adalora(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     final, key = folder / "final", stage_key(config, data=context.data.digest())
     if not stage_is_done(final, key, overwrite=False):
         _train_adalora(context, final, key)
-    price = _price(context, [final], section="train")
+    price = _price(context, [final], Start(None), section="train")
     return outcome(context, final, folder) | {"ratio": 0.0, "price": price}
 
 
 def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> None:
     config, model = context.config, context.backbone.model
-    began = time.perf_counter()
+    spent = Spent()
     targets = resolve_targets(model, config.lora.target_modules)
     steps = run_steps(context, config.train, "target")
     try:
@@ -456,7 +462,7 @@ def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> Non
     finally:
         live.model.unload()  # type: ignore[operator]
     save_plain(final, plain, context.backbone)
-    finish_stage(final, key, {"seconds": time.perf_counter() - began} | result.facts())
+    finish_stage(final, key, {"seconds": spent.seconds} | result.facts())
 
 
 def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
@@ -576,6 +582,7 @@ def loss_jump(log: list[dict[str, Any]], committed: list[int], window: int = 4) 
 def _price(
     context: Context,
     stages: Sequence[Path],
+    start: Start,
     forwards: int = 0,
     section: str = "finetune",
     rows: int | None = None,
@@ -585,6 +592,7 @@ def _price(
     Args:
         context: data and settings.
         stages: folders of training stages.
+        start: where they began.
         forwards: rows read beside them.
         section: settings of the stages' batches.
         rows: training rows of a stage; None is the target train rows.
@@ -596,13 +604,13 @@ def _price(
     measured = sum(len(one["evaluations"]) * len(one["best_rows"]) for one in found)
     count = len(train) if rows is None else rows
     batch = min(count, settings.batch_size * settings.accumulation)
-    read = forwards + measured
+    read = start.forwards + forwards + measured
     # A run that was begun anew on all labelled rows is two.
     again = [one["labelled"] for one in found if "labelled" in one]
     steps += sum(one["steps"] for one in again)
     return {
         "runs": len(found) + len(again),
-        "seconds": sum(one["seconds"] for one in found),
+        "seconds": start.seconds + sum(one["seconds"] for one in found),
         "forwards": read,
         "steps": steps,
         "tokens": round((steps * batch + read) * _length(context)),

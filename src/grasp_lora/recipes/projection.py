@@ -28,7 +28,7 @@ from grasp_lora.recipes.folders import work_folder
 from grasp_lora.recipes.methods import FOLDS, JUDGED, TRIALS, settings_of, with_split_seed
 from grasp_lora.recipes.precheck import ROWS, VARIANTS
 from grasp_lora.recipes.progress import Narrator, duration
-from grasp_lora.recipes.queue import Job, Outcome, check_queue, results_in, run_queue
+from grasp_lora.recipes.queue import Job, Outcome, check_queue, results_in, run_queue, threads_of
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.recipes.starts import BUDGET
 from grasp_lora.recipes.train import fresh_adapter
@@ -96,6 +96,8 @@ def run_projected(
     narrator, short = Narrator(quiet), measure_job(with_split_seed(config), data)
     # Both together are looked at first, so that a folder of something else is refused before work.
     check_queue(folder, [short, *jobs], workers, threads, overwrite)
+    # The measuring job runs alone, on as many threads as each of the others will have.
+    threads = threads_of(folder, threads, workers)
     done = results_in(folder, jobs)
     missing = [job for job in jobs if job.name not in done]
     if not any("config" in job.inputs for job in missing):

@@ -28,6 +28,7 @@ QUEUE_FILE = "queue.json"
 LOG_FILE = "log.txt"
 _FORMAT = "grasp-lora queue"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+_GONE = ".old"
 _PAUSE = 0.2
 """Seconds between two looks at the running jobs."""
 
@@ -99,7 +100,8 @@ def run_queue(
     """
     keys = check_queue(folder, jobs, workers, threads, overwrite)
     _remove_others(folder, jobs, keys)
-    threads = _threads(folder, threads, workers)
+    threads = threads_of(folder, threads, workers)
+    write_json(folder / QUEUE_FILE, {"format": _FORMAT, "threads": threads})
     _write_jobs(folder, jobs, keys)
     narrator = Narrator(quiet)
     outcomes = {job.name: _outcome(folder / job.name, keys[job.name]) for job in jobs}
@@ -238,17 +240,21 @@ def _look(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str], overwrite:
 
 def _others(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str]) -> list[str]:
     """Return the jobs whose folder is that of other inputs."""
-    return [
-        job.name
-        for job in jobs
-        if (folder / job.name / JOB_FILE).exists()
-        and read_json(folder / job.name / JOB_FILE)["key"] != keys[job.name]
-    ]
+
+    def differs(name: str) -> bool:
+        files = (folder / name / file for file in (JOB_FILE, RESULT_FILE))
+        return any(file.exists() and read_json(file)["key"] != keys[name] for file in files)
+
+    return [job.name for job in jobs if differs(job.name)]
 
 
 def _remove_others(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str]) -> None:
     for name in _others(folder, jobs, keys):
-        shutil.rmtree(folder / name)
+        # Moved first: of a folder that is half removed nobody could tell what it was of.
+        gone = folder / f"{name}{_GONE}"
+        shutil.rmtree(gone, ignore_errors=True)
+        (folder / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _kept_threads(folder: Path) -> int | None:
@@ -267,10 +273,9 @@ def _check_threads(folder: Path, asked: int | None) -> None:
         )
 
 
-def _threads(folder: Path, asked: int | None, workers: int) -> int:
-    threads = _kept_threads(folder) or asked or max(1, (os.cpu_count() or 1) // max(1, workers))
-    write_json(folder / QUEUE_FILE, {"format": _FORMAT, "threads": threads})
-    return threads
+def threads_of(folder: Path, asked: int | None, workers: int) -> int:
+    """Return the threads of each process: what the folder was begun with, else as `run_queue`."""
+    return _kept_threads(folder) or asked or max(1, (os.cpu_count() or 1) // max(1, workers))
 
 
 def _write_jobs(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str]) -> None:

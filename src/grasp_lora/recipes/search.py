@@ -1,6 +1,5 @@
 """Stage `search`: merged adapter -> the prune ratio learned while fine-tuning it."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.findings import search_findings
-from grasp_lora.recipes.fit import FitResult, fit, run_steps
+from grasp_lora.recipes.fit import FitResult, Spent, fit, run_steps
 from grasp_lora.recipes.folders import (
     begin_stage,
     finish_stage,
@@ -106,7 +105,7 @@ def search_ratio(
         return out
     context = context or open_context(config, data=data)
     planned = check_search(context)
-    started = time.perf_counter()
+    spent = Spent()
     clock = context.clock
     with clock.span("load"):
         start = read_start(merged, context.backbone)
@@ -136,7 +135,7 @@ def search_ratio(
         )
         if config.merge.when == "after":
             begin_stage(out, key)
-            _rounds_alone(searcher, planned, work_folder(out))
+            _rounds_alone(searcher, spent, planned, work_folder(out))
             result = FitResult((), (), None, (), 0)
         else:
             result = fit(
@@ -147,7 +146,7 @@ def search_ratio(
                 key,
                 "search",
                 extra=[searcher],
-                stateful=[searcher],
+                stateful=[searcher, spent],
                 choose_best=config.finetune.mode == "continue",
                 measure_whole=True,
                 on_resume=lambda: (
@@ -180,23 +179,23 @@ def search_ratio(
                 facts["probe_forwards"] += spread["forwards"]
                 facts |= {"scope": config.scope, "spread": spread}
             write_json(out / "ratio.json", facts)
-            facts = {"seconds": time.perf_counter() - started} | result.facts()
+            facts = {"seconds": spent.seconds} | result.facts()
             finish_stage(out, key, facts)
     wait_for_all()
     return out
 
 
-def _rounds_alone(searcher: SearchCallback, planned: int, work: Path) -> None:
+def _rounds_alone(searcher: SearchCallback, spent: Spent, planned: int, work: Path) -> None:
     """Run rounds on an adapter that nothing trains, from the last one that was kept."""
     if is_main():
         remove_incomplete(work)
     wait_for_all()
     for last in complete_checkpoints(work)[:1]:
-        read_state(last, [searcher])
+        read_state(last, [searcher, spent])
     for number in range(len(searcher.controller.records) + 1, planned + 1):
         searcher.round_alone(number)
         if is_main():
-            write_state(work / f"checkpoint-{number}", [searcher])
+            write_state(work / f"checkpoint-{number}", [searcher, spent])
 
 
 def _epochs(context: Context, steps: int) -> float:

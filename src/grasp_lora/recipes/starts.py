@@ -1,8 +1,9 @@
 """Where a fine-tuning run of a comparison starts: an adapter, or a merge of the two."""
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ from grasp_lora.hf.adapter_io import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.hf.peft_merges import peft_merge
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context
-from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key, write_merged
+from grasp_lora.recipes.folders import (
+    STAGE_FILE,
+    finish_stage,
+    stage_is_done,
+    stage_key,
+    write_merged,
+)
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.weights import with_learned_weights
 from grasp_lora.runs import read_json, write_json
 
+CONFIGURED: Mapping[str, Any] = {"merge": {}}
+"""The merge as the settings have it, made once for all methods that begin there."""
 BUDGET = 40
 """Weights that LoRAHub tries, as published."""
 BOUND = 1.5
@@ -24,19 +33,44 @@ L1 = 0.05
 
 
 class NotApplicable(ValueError):
-    """A method cannot run on these adapters or on this machine; says why."""
+    """A method cannot run on these adapters or on this machine; says why.
+
+    Args:
+        why: what the tables say.
+        package: what is not installed here, where that is the reason.
+    """
+
+    def __init__(self, why: str, package: str | None = None):
+        super().__init__(why)
+        self.package = package
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a method begins, and what it took to make that from the two adapters.
+
+    Attributes:
+        adapter: its folder, None for the bare backbone.
+        forwards: rows read to choose it.
+        seconds: time of choosing and merging.
+    """
+
+    adapter: Path | None
+    forwards: int = 0
+    seconds: float = 0.0
 
 
 def started(
     context: Context, start: Mapping[str, Any], adapters: Mapping[str, Any], folder: Path
-) -> tuple[Path | None, int]:
-    """Return (adapter folder, None for the bare backbone; rows read to find it).
+) -> Start:
+    """Return an adapter to begin with; makes it where it is not there yet.
 
     Args:
         context: data, backbone and settings.
         start: `{"adapter": "source" | "target" | None}`; `{"merge": {kind, weights, rank}}`, as
-            `merge` of the settings; `{"peft": kind, "density": d}`; or `{"lorahub": true}`.
-        adapters: folders of `source` and `target`.
+            `merge` of the settings, an empty one for the merge that is configured; `{"peft": kind,
+            "density": d}`; or `{"lorahub": true}`.
+        adapters: folders of `source`, `target` and their `merged`, and what `merging` took.
         folder: receives what is made.
 
     Raises:
@@ -44,39 +78,48 @@ def started(
     """
     if "adapter" in start:
         role = start["adapter"]
-        return (None if role is None else Path(adapters[role])), 0
+        return Start(None if role is None else Path(adapters[role]))
+    if start == CONFIGURED:
+        return Start(Path(adapters["merged"]), **adapters["merging"])
     folders = {role: Path(adapters[role]) for role in ("source", "target")}
     if "merge" in start:
         return _merged(context, start["merge"], folders, folder)
     loaded = [_read(context, path) for path in folders.values()]
     if "peft" in start:
-        return _by_peft(context, start, loaded, folder), 0
+        return _by_peft(context, start, loaded, folder)
     return _lorahub(context, loaded, folder)
+
+
+def merging(weights: Path, merged: Path) -> dict[str, Any]:
+    """Return what a merge took, as `Start` has it: its weights' stage, if there was one, and it."""
+    price = {"forwards": 0, "seconds": read_json(merged / STAGE_FILE)["seconds"]}
+    if (weights / STAGE_FILE).exists():
+        found = read_json(weights / "weights.json")
+        price["forwards"] = len(found["rows"]) * len(found["losses"])
+        price["seconds"] += read_json(weights / STAGE_FILE)["seconds"]
+    return price
 
 
 def _merged(
     context: Context, asked: Mapping[str, Any], folders: dict[str, Path], folder: Path
-) -> tuple[Path, int]:
+) -> Start:
     section = context.config.merge.model_copy(update={"rank": None} | dict(asked))
     config = context.config.model_copy(update={"merge": section})
     weighted = with_learned_weights(replace(context, config=config), folders, folder / "weights")
-    read = 0
-    if section.weights == "auto":
-        found = read_json(folder / "weights" / "weights.json")
-        read = len(found["rows"]) * len(found["losses"])
     try:
         merged = merge_adapters(weighted, list(folders.values()), folder / "start", context=context)
     except ValueError as error:
         raise NotApplicable(str(error)) from None
-    return merged, read
+    return Start(merged, **merging(folder / "weights", merged))
 
 
 def _by_peft(
     context: Context, start: Mapping[str, Any], loaded: Sequence[LoadedAdapter], folder: Path
-) -> Path:
+) -> Start:
     out, key = folder / "start", stage_key(context.config, start=dict(start))
     if stage_is_done(out, key, overwrite=False):
-        return out
+        return Start(out, seconds=read_json(out / STAGE_FILE)["seconds"])
+    began = time.perf_counter()
     alone = [merge("cat", [one.adapter], [1.0]) for one in loaded]
     model, weights = context.backbone.model, average_weights(len(alone))
     try:
@@ -86,11 +129,12 @@ def _by_peft(
     except ValueError as error:
         raise NotApplicable(str(error)) from None
     write_merged(out, merged, context.backbone, {"kind": start["peft"], "weights": weights})
-    finish_stage(out, key, {})
-    return out
+    seconds = time.perf_counter() - began
+    finish_stage(out, key, {"seconds": seconds})
+    return Start(out, seconds=seconds)
 
 
-def _lorahub(context: Context, loaded: Sequence[LoadedAdapter], folder: Path) -> tuple[Path, int]:
+def _lorahub(context: Context, loaded: Sequence[LoadedAdapter], folder: Path) -> Start:
     """Return the merge whose weights nevergrad finds, by the train rows' loss and an L1 price.
 
     As LoRAHub (arXiv 2307.13269) does it, with the answers' loss of a causal model: the factors are
@@ -100,11 +144,13 @@ def _lorahub(context: Context, loaded: Sequence[LoadedAdapter], folder: Path) ->
     rows = context.rows("target", ["train"])
     read = BUDGET * len(rows.encoded)
     if stage_is_done(out, key, overwrite=False):
-        return out, read
+        return Start(out, read, read_json(out / STAGE_FILE)["seconds"])
+    began = time.perf_counter()
     try:
         import nevergrad
     except ImportError:
-        raise NotApplicable("LoRAHub needs nevergrad; run: pip install nevergrad") from None
+        why = "LoRAHub needs nevergrad; run: pip install nevergrad"
+        raise NotApplicable(why, package="nevergrad") from None
     batches = rows.batches(range(len(rows.encoded)))
 
     def cost(weights: Sequence[float]) -> float:
@@ -131,8 +177,9 @@ def _lorahub(context: Context, loaded: Sequence[LoadedAdapter], folder: Path) ->
     merged = summed([one.adapter for one in loaded], best)
     write_merged(out, merged, context.backbone, {"kind": "lorahub", "weights": best})
     write_json(out / "tried.json", {"weights": best, "tried": tried})
-    finish_stage(out, key, {})
-    return out, read
+    seconds = time.perf_counter() - began
+    finish_stage(out, key, {"seconds": seconds})
+    return Start(out, read, seconds)
 
 
 def summed(

@@ -1,7 +1,6 @@
 """Stage `train`: rows of one language -> a LoRA adapter for it."""
 
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.hf.modules import linear_shape, resolve_targets
 from grasp_lora.recipes.context import Context, open_context, open_data
-from grasp_lora.recipes.fit import fit
+from grasp_lora.recipes.fit import Spent, fit
 from grasp_lora.recipes.folders import (
     finish_stage,
     save_plain,
@@ -50,7 +49,7 @@ def train_adapter(
     context = context or open_context(config, data=data)
     if not context.examples(role, "train"):
         raise ValueError(f"there are no {role} rows to train on: give data.{role}.files and rows")
-    started = time.perf_counter()
+    spent = Spent()
     scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
     fresh = fresh_adapter(context.backbone.model, config)
     with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
@@ -62,13 +61,14 @@ def train_adapter(
             key,
             f"train {role} adapter",
             role=role,
+            stateful=[spent],
             patience=config.train.patience,
         )
         plain = live.plain()
     if is_main():
         with context.clock.span("write"):
             save_plain(out, plain, context.backbone, scaling)
-            facts = {"seconds": time.perf_counter() - started} | result.facts()
+            facts = {"seconds": spent.seconds} | result.facts()
             finish_stage(out, key, facts)
     wait_for_all()
     return out

@@ -14,7 +14,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.crossfit import Gain, as_good_as_best, gain_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.recipes.context import Context
-from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key
+from grasp_lora.recipes.folders import begin_stage, finish_stage, stage_is_done, stage_key
 from grasp_lora.recipes.precheck import MERGE, ROWS, VARIANTS, Variant, measure, weights_of
 from grasp_lora.recipes.processes import is_main, wait_for_all
 from grasp_lora.runs import read_json, write_json
@@ -128,6 +128,7 @@ def _finish(
         evidence = None
         if gain is not None:
             evidence = {"gain": gain.gain, "standard_error": gain.error, "shown": gain.shown}
+        begin_stage(out, key)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "weights.json", found | {"evidence": evidence})
         finish_stage(out, key, {"seconds": time.perf_counter() - began})
