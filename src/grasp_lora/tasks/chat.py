@@ -26,7 +26,8 @@ class Frame:
     between: str
     """From the user's words to where generation starts."""
     lead: str
-    """White space that belongs to the answer: the model generates it."""
+    """White space that belongs to the answer: the model generates it. Without a chat it is left
+    out where prompt or answer bring their own."""
     after: str
     """Between the answer and the end token."""
     end_id: int
@@ -42,13 +43,16 @@ class Frame:
         inner = _trimmed(prompt) if self.chat else prompt
         return Prompt(self.before + inner.prefix, inner.body, inner.suffix + self.between)
 
-    def completion(self, answer: str) -> str:
-        """Return the text the model should write, up to the end token."""
-        return self.lead + (answer.strip() if self.chat else answer) + self.after
+    def completion(self, answer: str, prompt: str) -> str:
+        """Return the text the model should write behind a framed prompt, up to the end token."""
+        if self.chat:
+            return self.lead + answer.strip() + self.after
+        parted = prompt[-1:].isspace() or answer[:1].isspace()
+        return ("" if parted else self.lead) + answer + self.after
 
 
 def plain_frame(tokenizer: Any) -> Frame:
-    """Return the frame of plain text: a space ahead of the answer, the end token behind it.
+    """Return the frame of plain text: a space between prompt and answer, the end token behind it.
 
     Raises:
         ValueError: if the tokenizer has no end token.

@@ -98,7 +98,8 @@ def encode(
     framed = frame.wrap(prompt)
     answer: list[int] = []
     if completion is not None:
-        written = continuation_ids(tokenizer, framed.text, frame.completion(completion))
+        text = frame.completion(completion, framed.text)
+        written = continuation_ids(tokenizer, framed.text, text)
         answer = [*written, frame.end_id]
     kept_free = max(len(answer), reserve)
     special = not frame.chat
