@@ -1,5 +1,6 @@
 """The rows of a run from every kind of place, and what is refused about them."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from grasp_lora.config import make_config
+from grasp_lora.data.hub import load_hub
 from grasp_lora.recipes.data import RunData, load_run_data
 from jobs import write_rows
 
@@ -144,6 +146,29 @@ def test_rows_left_out_are_told(tmp_path):
     assert any("mine.jsonl: 1" in line and "empty question" in line for line in said)
     with pytest.raises(ValueError, match="max_faulty"):
         loaded({"max_faulty": 0.01, "target": target(tmp_path, files=files)})
+
+
+def test_what_is_odd_in_a_file_or_a_published_split_is_told_once(tmp_path, monkeypatch):
+    rows = [{"id": n, "article": f"Text {n}.", "highlights": f"One {n}.\nTwo."} for n in range(4)]
+
+    def published(_repo: str, _config: str | None, **_options: Any) -> Dataset:
+        return Dataset.from_list(rows[:2])
+
+    monkeypatch.setattr(
+        "grasp_lora.recipes.data.load_hub", functools.partial(load_hub, load=published)
+    )
+    section = {"language": "en", "files": {"test": write(tmp_path / "mine.jsonl", rows)}}
+    tests = {"cnn": {"language": "en", "files": {"hub": "me/cnn", "splits": {"test": "test"}}}}
+    data, said = loaded(
+        {"task": "summarization", "target": section, "tests": tests, "allow_leakage": True},
+        training=False,
+    )
+    assert [e.references for e in data.parts["tests"]["cnn"]] == [
+        ("One 0. Two.",),
+        ("One 1. Two.",),
+    ]
+    told = [line.split(" had answers")[0] for line in said if "several lines" in line]
+    assert told == ["mine.jsonl: 4 of 4 rows", "me/cnn test: 2 of 2 rows"]
 
 
 def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):

@@ -240,25 +240,30 @@ class _Reader:
 
     def _found(self, files: Any, section: Rows, role: str) -> HubRows:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
-        if not isinstance(files, HubData):
-            return load_preset(
+        if isinstance(files, HubData):
+            found = load_hub(
+                files.hub,
+                files.config,
+                files.revision,
+                dict(files.splits),
+                self.task,
+                section.language,
+                columns=section.columns,
+                template=section.prompt,
+                max_faulty=self.config.data.max_faulty,
+            )
+        else:
+            found = load_preset(
                 str(files),
                 section.language,
                 self.config.data.protocol,
                 role=role,
                 max_faulty=self.config.data.max_faulty,
             )
-        return load_hub(
-            files.hub,
-            files.config,
-            files.revision,
-            dict(files.splits),
-            self.task,
-            section.language,
-            columns=section.columns,
-            template=section.prompt,
-            max_faulty=self.config.data.max_faulty,
-        )
+        for split, published in found.published.items():
+            if published.report.line():
+                self.say(f"{found.used} {split}: {published.report.line()}")
+        return found
 
     def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
         examples, report = load_examples(
