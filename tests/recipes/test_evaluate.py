@@ -159,6 +159,30 @@ def test_only_named_test_sets_will_do(place):
     assert list(scores["sets"]) == ["news"]
 
 
+def test_references_longer_than_an_answer_may_be_are_told_before_answering(place, capsys):
+    # A token is a byte, and the space ahead of the answer is one: " 9 rooms" has 8, " 10 rooms" 9.
+    write_rows(place / "rows.jsonl", range(6, 10))
+    write_rows(place / "short.jsonl", range(4), prefix="n")
+    values = job(place, evaluate={"max_new_tokens": 8})
+    values["data"] = {
+        "target": {"language": "en", "files": {"test": str(place / "rows.jsonl")}},
+        "tests": {"short": {"language": "en", "files": str(place / "short.jsonl")}},
+    }
+    evaluate_adapter(make_config(values, training=False), None, place / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "target test: 2 of 4 references are longer than the 8 new tokens an answer may have "
+        "(evaluate.max_new_tokens), the longest 9: their scores are capped; raise it"
+    ) in said
+    assert said.count("references are longer") == 1
+    assert said.index("references are longer") < said.index("evaluate, test")
+
+    # Only the rows that are answered count.
+    values["evaluate"] = {"max_new_tokens": 8, "limit": 2}
+    evaluate_adapter(make_config(values, training=False), None, place / "fewer")
+    assert "references are longer" not in capsys.readouterr().err
+
+
 def test_files_of_others_are_left_alone(place):
     out = place / "scores-lora"
     out.mkdir()
