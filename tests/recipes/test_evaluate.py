@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from peft import IA3Config, get_peft_model
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
@@ -124,6 +126,25 @@ def test_an_untrained_chat_model_is_asked_in_its_template(place):
     (place / "scores-lora").rename(place / "plain")
     chat = evaluated(place, "lora", *rows, "--set=data.chat=true")
     assert chat["sets"]["test"]["scores"]["loss"]["value"] != pytest.approx(plain)
+
+
+def test_a_chat_model_that_answers_as_asked_scores_in_full(place, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(place / "base")
+
+    def perfect(_model, tokenizer, rows, **_settings):
+        answers = (row.input_ids[row.prompt_length :] for row in rows)
+        return [(tokenizer.decode(list(ids), skip_special_tokens=True), 0.5) for ids in answers]
+
+    monkeypatch.setattr("grasp_lora.recipes.evaluate.answer_rows", perfect)
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    scores = evaluated(place, "base", *rows, "--set=data.chat=true")
+    assert scores["sets"]["test"]["scores"]["exact_match"]["value"] == 100
 
 
 def test_a_score_that_cannot_be_computed_is_named_before_any_work(place, monkeypatch):

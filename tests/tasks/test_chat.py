@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from grasp_lora.tasks.base import TASKS, Example
@@ -185,6 +186,23 @@ def test_report_names_the_token_generation_has_to_stop_at() -> None:
     assert report.end_id == rows[0].input_ids[-1] == tokenizer.convert_tokens_to_ids("</turn>")
     assert encode_examples(examples, task, tokenizer, 500)[1].end_id == tokenizer.eos_token_id
     assert plain_frame(tokenizer).wrap(PROMPT) == PROMPT
+
+
+def test_a_turn_end_that_is_not_special_is_no_part_of_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("</turn>", special=False, normalized=False)])
+    tokenizer.chat_template = CHATML
+    fields = {"context": "Paris is nice.", "question": "What?"}
+    examples = [Example("1", "g", "en", fields, ("Paris",))]
+    (row,), report = encode_examples(examples, TASKS["qa"], tokenizer, 500, chat=True)
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    written = tokenizer.decode(list(row.input_ids[row.prompt_length :]), skip_special_tokens=True)
+    assert written == "Paris</turn>"
+    assert report.answer_in(written) == "Paris"
+    assert report.answer_in("Paris</turn>\n<turn>user\nAnd?") == "Paris"
+    assert report.answer_in("Paris, nice\n") == "Paris, nice\n"
+    (_,), plain = encode_examples(examples, TASKS["qa"], tokenizer, 500)
+    assert plain.answer_in(" Paris ") == " Paris "
 
 
 def test_rows_for_smollm2_are_what_its_own_template_writes() -> None:

@@ -105,6 +105,11 @@ class Context:
         self.encoded(role, split)
         return self.encoding_reports[f"{role}/{split}"].end_id
 
+    def prediction(self, role: str, split: str, text: str) -> str:
+        """Return what is scored of a text generated for a row of a split."""
+        self.encoded(role, split)
+        return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
+
     def rows(self, role: str, splits: Sequence[str]) -> Rows:
         """Return the rows of the splits, ready to be probed."""
         encoded = [e for split in splits for e in self.encoded(role, split)]

@@ -146,7 +146,14 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             losses = _losses(context, model, encoded)
             texts = generate_texts(model, backbone.tokenizer, prompts, beams=beams, **shared)
     return [
-        Row(e.id, task.clean(text), e.references, e.group, loss, row.label_tokens)
+        Row(
+            e.id,
+            context.prediction(role, split, text),
+            e.references,
+            e.group,
+            loss,
+            row.label_tokens,
+        )
         for e, row, text, loss in zip(examples, encoded, texts, losses, strict=True)
     ]
 
