@@ -2,13 +2,25 @@
 
 A chat template is a program, so what it puts around a text is found by rendering a conversation of
 two marks, one for the user's words and one for the answer. Whatever else the template writes (a
-system turn, a date, empty thinking tags) is thereby kept.
+system turn, a date, empty thinking tags) is thereby kept. The date it writes is always the same
+one: a run that goes on after midnight, or is done again, has to see the same prompts.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from grasp_lora.tasks.records import Prompt
+
+# What a chat template that asks for the date is told: the day that Llama's templates fall back on.
+_TODAY = datetime(2024, 7, 26)
+# transformers hands no functions on to a template, so the one that tells the date is written in
+# its language, for every directive of strftime that does not depend on the machine.
+_DATED = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBdHIjmMpSUwyY")
+    + " }}{%- endmacro +%}"
+)
 
 _ASKED, _ANSWERED = "asked7c1f", "answered7c1f"
 _NO_TEMPLATE = (
@@ -104,9 +116,13 @@ def _ending(tokenizer: Any, closing: str) -> tuple[str, int]:
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError  # transformers renders by it
 
+    template = tokenizer.get_chat_template()
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=f"{_DATED}{template}" if "strftime_now" in template else template,
         )
     except TemplateError as error:
         raise ValueError(
