@@ -11,7 +11,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
 from grasp_lora.data.hub import ALL, PRESETS, HubRows, load_hub, load_preset, split_published
-from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, refuse_leaks
+from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_line, refuse_leaks
 from grasp_lora.data.separate import separated
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
 from grasp_lora.data_settings import HubData, LanguageData, Rows, TestSet
@@ -218,12 +218,12 @@ class _Reader:
             rows = found.rows[found.drawn_from["test"]]
             self.sources[f"tests/{name}"] = found.record()
         others = [e for e in trained if e.language != section.language]
-        rows, count = drop_parallel(rows, others)
+        kept, count = drop_parallel(rows, others)
         if count:
-            self.say(f"tests/{name}: {count} rows left out, training has their context translated")
+            self.say(f"tests/{name}: {parallel_line(rows, others, count, 'training')}")
         if section.rows is None:
-            return rows
-        return split_by_group(rows, {name: section.rows}, self.seed).parts[name]
+            return kept
+        return split_by_group(kept, {name: section.rows}, self.seed).parts[name]
 
     def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
         found = self._found(section.files, section, role)
@@ -283,9 +283,10 @@ class _Reader:
     ) -> tuple[Example, ...]:
         if used is None:
             return rows
-        kept, count = drop_parallel(rows, list(used))
+        used = list(used)
+        kept, count = drop_parallel(rows, used)
         if count:
-            self.say(f"{role}: {count} rows left out, the target has their context in translation")
+            self.say(f"{role}: {parallel_line(rows, used, count, 'target')}")
         return tuple(kept)
 
     def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
