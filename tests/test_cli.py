@@ -206,6 +206,18 @@ def test_evaluate_takes_files_and_the_model_the_adapter_names(called, evaluated)
     assert given.data.tests["news"].files == evaluated / "two.jsonl"
 
 
+def test_evaluate_finds_an_adapter_below_the_home_folder(called, evaluated, monkeypatch):
+    monkeypatch.setenv("HOME", str(evaluated))
+    (evaluated / "rows.jsonl").touch()
+    (evaluated / "base").mkdir()
+    options = ("--model", "~/base", "--data", "news=~/rows.jsonl", "--language", "ar")
+    done = invoke("evaluate", "~/adapter", *options, "--out", str(evaluated / "out"))
+    assert done.exit_code == 0, done.output
+    assert called["args"][0] == evaluated / "adapter"
+    assert called["config"].model.name == str(evaluated / "base")
+    assert called["config"].data.tests["news"].files == evaluated / "rows.jsonl"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

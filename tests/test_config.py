@@ -209,6 +209,29 @@ def test_missing_files_are_named_before_any_work(tmp_path, monkeypatch):
     ]
 
 
+def test_paths_below_the_home_folder_are_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "adapter").mkdir()
+    config = load_config(
+        written(
+            tmp_path,
+            model="~/base",
+            output="~/run",
+            adapters={"source": "~/adapter"},
+            data={
+                "target": {"language": "ar", "files": {"train": "~/rows.jsonl"}},
+                "tests": {"news": {"language": "ar", "files": "~/rows.jsonl"}},
+            },
+        ),
+        training=False,
+    )
+    assert (config.model.name, config.output) == (str(tmp_path / "base"), tmp_path / "run")
+    assert config.adapters.source == tmp_path / "adapter"
+    assert config.data.target.files == {"train": tmp_path / "rows.jsonl"}
+    assert config.data.tests["news"].files == tmp_path / "rows.jsonl"
+
+
 def test_a_file_is_a_path_and_builtin_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()

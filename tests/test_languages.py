@@ -17,6 +17,9 @@ from grasp_lora.languages import language_code
         ("pt_BR", "pt-BR"),
         ("pcm", "pcm"),
         ("xx", "xx"),
+        ("bod", "bo"),
+        ("dzo_BT", "dz-BT"),
+        ("Cantonese", "yue"),
         ("und", "und"),
     ],
 )

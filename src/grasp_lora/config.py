@@ -22,6 +22,7 @@ from grasp_lora.settings import (
     AdapterTraining,
     EvaluateSettings,
     FinetuneSettings,
+    LocalPath,
     LoraSettings,
     MergeSettings,
     ModelSettings,
@@ -53,7 +54,7 @@ MODES: dict[str, dict[str, Any]] = {
 class RunConfig(Section):
     """Everything a run depends on; `load_config` builds it."""
 
-    output: Path = Field(default=Path("runs/run"), description="folder the run is written to")
+    output: LocalPath = Field(default=Path("runs/run"), description="folder the run is written to")
     seed: int = Field(
         default=42, ge=0, lt=2**32, description="seed of every random draw of the run"
     )
@@ -186,7 +187,7 @@ def load_config(
     """Read a YAML configuration.
 
     Args:
-        path: YAML file. Paths inside it are relative to the current folder.
+        path: YAML file. Paths inside it are relative to the current folder; `~` is the home folder.
         overrides: `dotted.key=value`, applied in order on top of the file; a value is YAML.
         training: False asks only for what an evaluation needs.
 

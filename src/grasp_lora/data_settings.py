@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from grasp_lora.languages import language_code
-from grasp_lora.settings import Section
+from grasp_lora.settings import LocalPath, Section
 
 if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
     PartName: TypeAlias = str
@@ -47,9 +47,9 @@ def _files_kind(value: Any) -> str:
 Files: TypeAlias = Annotated[
     Annotated[Literal["builtin"], Tag("<builtin>")]
     | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
-    | Annotated[Path, Tag("<one>")]
+    | Annotated[LocalPath, Tag("<one>")]
     | Annotated[HubData, Tag("<hub>")]
-    | Annotated[dict[PartName, Path], Tag("<parts>")],
+    | Annotated[dict[PartName, LocalPath], Tag("<parts>")],
     Discriminator(_files_kind),
 ]
 
@@ -131,7 +131,7 @@ class TestSet(Rows):
     __test__ = False  # pytest takes classes called Test... for tests
 
     files: Annotated[
-        Annotated[Path, Tag("<one>")]
+        Annotated[LocalPath, Tag("<one>")]
         | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
         | Annotated[HubData, Tag("<hub>")],
         Discriminator(_files_kind),

@@ -10,7 +10,9 @@ _SAME = {
     "am": ("amh", "amharic"),
     "ar": ("ara", "arb", "arabic"),
     "bn": ("ben", "bengali"),
+    "bo": ("bod", "tib", "tibetan"),
     "de": ("deu", "ger", "german"),
+    "dz": ("dzo", "dzongkha"),
     "el": ("ell", "gre", "greek"),
     "en": ("eng", "english"),
     "es": ("spa", "spanish"),
@@ -32,9 +34,10 @@ _SAME = {
     "ur": ("urd", "urdu"),
     "vi": ("vie", "vietnamese"),
     "yo": ("yor", "yoruba"),
+    "yue": ("cantonese",),
     "zh": ("zho", "chi", "cmn", "chinese"),
 }
-_TWO_LETTERS = {name: code for code, names in _SAME.items() for name in names}
+_BY_NAME = {name: code for code, names in _SAME.items() for name in names}
 
 
 def language_code(text: str) -> str:
@@ -46,7 +49,7 @@ def language_code(text: str) -> str:
         ValueError: if it is neither a code nor one of the names known here.
     """
     first, *rest = re.split("[-_]", text.strip())
-    known = _TWO_LETTERS.get(first.lower())
+    known = _BY_NAME.get(first.lower())
     if known is None and not _CODE.fullmatch(text.strip()):
         raise ValueError(
             f"{text!r} is no language code; give two or three letters, such as ar, zh or sw"

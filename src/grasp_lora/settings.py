@@ -4,13 +4,18 @@ A field's description says what changing it does. Unknown keys are refused, and 
 NaN or infinite. Rules that need two sections at once live in `grasp_lora.config`.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+
+# No shell has read what stands in a YAML file. An unknown ~user stays as it is: it is told as
+# missing then.
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 
 class Section(BaseModel):
@@ -20,7 +25,7 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    name: str = Field(
+    name: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1,
         description="backbone: smollm2, gemma3-270m, a model folder, a .gguf file or a hub id",
     )
@@ -47,10 +52,10 @@ class ModelSettings(Section):
 
 
 class AdapterFolders(Section):
-    source: Path | None = Field(
+    source: LocalPath | None = Field(
         default=None, description="existing PEFT adapter: no source training"
     )
-    target: Path | None = Field(
+    target: LocalPath | None = Field(
         default=None, description="existing PEFT adapter: no target training"
     )
 

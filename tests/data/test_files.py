@@ -206,6 +206,33 @@ def test_a_text_that_is_written_need_not_stand_in_its_input() -> None:
     assert report_of([free], "text-to-text", **settings).answers_outside == 0
 
 
+def test_answers_of_several_lines_are_read_as_the_one_line_that_is_generated() -> None:
+    lines = "First sentence .\n  Second,\u00a0 sentence .\n\nThird\u2028one .\n"
+    kept = "Stays  as\u00a0it is. "
+    examples, report = load_examples([pair(summary=lines), pair(summary=kept)], SUMMARIZATION, "en")
+    (reference,) = examples[0].references
+    assert reference == "First sentence . Second,\u00a0 sentence . Third one ."
+    assert SUMMARIZATION.clean(reference) == reference
+    assert examples[1].references == (kept,)
+    assert report.joined == 1
+    assert report.line().startswith("1 of 2 rows had answers of several lines, which are read as")
+
+
+def test_an_answer_over_two_lines_of_its_context_is_no_answer_outside_it() -> None:
+    row = {**ROW, "context": "It is\nred.", "answers": ["is\nred", "is red"]}
+    examples, report = load_examples([row], QA, "en", max_faulty=1)
+    assert examples[0].references == ("is red",)
+    assert (report.joined, report.answers_outside) == (1, 1)
+    assert report_of([{**row, "answers": ["is\nred"]}], max_faulty=0).answers_outside == 0
+
+
+def test_texts_keep_their_lines_where_generation_does() -> None:
+    rows = [{"prompt": "Write a poem.", "completion": "One\ntwo\n"}]
+    examples, report = load_examples(rows, TEXT, "en")
+    assert examples[0].references == ("One\ntwo\n",)
+    assert (report.joined, report.line()) == (0, "")
+
+
 def test_a_clean_file_has_nothing_to_say() -> None:
     assert report_of(GOOD).line() == ""
 

@@ -13,6 +13,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from grasp_lora.metrics.overlap import OVERLAP, bleu_tokenizer, bleu_value, chrf_value
 from grasp_lora.metrics.records import Measured, Options, Row
+from grasp_lora.tasks.encoding import UNSEGMENTED
 
 # language, tokenizer -> (prediction, reference) pairs
 TEXTS = {
@@ -197,6 +198,29 @@ def test_values_of_many_resamples_equal_those_of_each(
     assert together.shape == (3, 5)
     for i, j in np.ndindex(3, 5):
         assert together[i, j] == score(sums[i, j])
+
+
+SENTENCES = {
+    "bo": "ལྷ་ས་ནི་བོད་ཀྱི་རྒྱལ་ས་ཡིན།",
+    "dz": "ཐིམ་ཕུ་འདི་འབྲུག་གི་རྒྱལ་ས་ཨིན།",
+    "ja": "東京は日本の首都です",
+    "km": "ភ្នំពេញជារាជធានីនៃប្រទេសកម្ពុជា",
+    "lo": "ວຽງຈັນແມ່ນນະຄອນຫຼວງຂອງປະເທດລາວ",
+    "my": "နေပြည်တော်သည်မြန်မာနိုင်ငံ၏မြို့တော်ဖြစ်သည်",
+    "th": "กรุงเทพเป็นเมืองหลวงของประเทศไทย",
+    "yue": "北京係中國嘅首都",
+    "zh": "北京是中国的首都",
+}
+
+
+@pytest.mark.parametrize("language", sorted(UNSEGMENTED))
+def test_a_sentence_without_spaces_that_is_its_reference_scores_in_full(language: str) -> None:
+    text = SENTENCES[language]
+    found = measured("bleu", rows_of([(text, (text,))]), language)
+    assert value(found) == pytest.approx(100)
+    assert found.per_row == pytest.approx(100)
+    # One character off leaves most of it: the sentence is not one word.
+    assert 30 < value(measured("bleu", rows_of([(text[:-1], (text,))]), language)) < 100
 
 
 def test_languages_without_spaces_between_words_get_a_tokenizer_of_their_own(

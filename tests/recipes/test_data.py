@@ -1,5 +1,6 @@
 """The rows of a run from every kind of place, and what is refused about them."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from grasp_lora.config import make_config
+from grasp_lora.data.hub import load_hub
 from grasp_lora.recipes.data import RunData, load_run_data
 from jobs import write_rows
 
@@ -49,8 +51,38 @@ def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_pa
     used = {e.id for rows in data.parts["target"].values() for e in rows}
     assert len(used) == 20
     assert not used & {e.id for e in data.parts["source"]["train"]}
-    assert "source: 20 rows left out, the target has their context in translation" in said
+    assert (
+        "source: 20 rows left out, as they or others of their context share an id with a target "
+        "row: one id in two languages means a translation"
+    ) in said
     assert data.leaks == ()
+
+
+def test_files_that_number_their_rows_alike_are_told_how_to_keep_them(tmp_path):
+    def numbered(prefix, count):
+        return [row | {"id": n} for n, row in enumerate(rows_of(prefix, range(count)))]
+
+    spanish = target(tmp_path, files=write(tmp_path / "mine.jsonl", numbered("q", 30)))
+    english = numbered("e", 30)
+    source = {"language": "en", "rows": {"train": 10}}
+    files = write(tmp_path / "en.jsonl", english)
+    data, said = loaded({"source": source | {"files": files}, "target": spanish})
+    (line,) = (line for line in said if "left out" in line)
+    assert line.startswith("source: 20 rows left out, as they or others of their context share an")
+    assert line.endswith(
+        "if these ids only number the rows of each file, give one file ids of its own, or take its "
+        "id column away, and the rows are kept"
+    )
+    assert len(data.parts["source"]["train"]) == 10
+
+    own = [row | {"id": f"en-{row['id']}"} for row in english]
+    none = [{k: v for k, v in row.items() if k != "id"} for row in english]
+    for rows in (own, none):
+        source = {"language": "en", "rows": {"train": 30}}
+        source["files"] = write(tmp_path / "en.jsonl", rows)
+        data, said = loaded({"source": source, "target": spanish})
+        assert len(data.parts["source"]["train"]) == 30
+        assert not any("left out" in line for line in said)
 
 
 def test_a_question_of_a_translated_context_goes_too(tmp_path):
@@ -146,6 +178,29 @@ def test_rows_left_out_are_told(tmp_path):
         loaded({"max_faulty": 0.01, "target": target(tmp_path, files=files)})
 
 
+def test_what_is_odd_in_a_file_or_a_published_split_is_told_once(tmp_path, monkeypatch):
+    rows = [{"id": n, "article": f"Text {n}.", "highlights": f"One {n}.\nTwo."} for n in range(4)]
+
+    def published(_repo: str, _config: str | None, **_options: Any) -> Dataset:
+        return Dataset.from_list(rows[:2])
+
+    monkeypatch.setattr(
+        "grasp_lora.recipes.data.load_hub", functools.partial(load_hub, load=published)
+    )
+    section = {"language": "en", "files": {"test": write(tmp_path / "mine.jsonl", rows)}}
+    tests = {"cnn": {"language": "en", "files": {"hub": "me/cnn", "splits": {"test": "test"}}}}
+    data, said = loaded(
+        {"task": "summarization", "target": section, "tests": tests, "allow_leakage": True},
+        training=False,
+    )
+    assert [e.references for e in data.parts["tests"]["cnn"]] == [
+        ("One 0. Two.",),
+        ("One 1. Two.",),
+    ]
+    told = [line.split(" had answers")[0] for line in said if "several lines" in line]
+    assert told == ["mine.jsonl: 4 of 4 rows", "me/cnn test: 2 of 2 rows"]
+
+
 def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
     section = {
         "language": "es",
@@ -203,7 +258,10 @@ def test_a_parallel_test_set_of_another_language_loses_the_rows_trained_on(tmp_p
     parts = data.parts["target"]
     trained = {e.id for part in ("train", "dev", "micro_dev") for e in parts[part]}
     assert {e.id for e in data.parts["tests"]["zh"]} == {f"q{n}" for n in range(30)} - trained
-    assert "tests/zh: 16 rows left out, training has their context translated" in said
+    assert any(
+        line.startswith("tests/zh: 16 rows left out") and "share an id with a training row" in line
+        for line in said
+    )
 
 
 def test_the_split_has_a_seed_of_its_own(tmp_path):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from peft import IA3Config, get_peft_model
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
@@ -126,6 +128,25 @@ def test_an_untrained_chat_model_is_asked_in_its_template(place):
     assert chat["sets"]["test"]["scores"]["loss"]["value"] != pytest.approx(plain)
 
 
+def test_a_chat_model_that_answers_as_asked_scores_in_full(place, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(place / "base")
+
+    def perfect(_model, tokenizer, rows, **_settings):
+        answers = (row.input_ids[row.prompt_length :] for row in rows)
+        return [(tokenizer.decode(list(ids), skip_special_tokens=True), 0.5) for ids in answers]
+
+    monkeypatch.setattr("grasp_lora.recipes.evaluate.answer_rows", perfect)
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    scores = evaluated(place, "base", *rows, "--set=data.chat=true")
+    assert scores["sets"]["test"]["scores"]["exact_match"]["value"] == 100
+
+
 def test_a_score_that_cannot_be_computed_is_named_before_any_work(place, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     values = job(place, evaluate={"metrics": ["exact_match", "bertscore_f1"]})
@@ -157,6 +178,30 @@ def test_beam_search_is_a_setting(place):
 def test_only_named_test_sets_will_do(place):
     scores = evaluated(place, "lora", f"--data=news={place / 'two.jsonl'}", "--language=en")
     assert list(scores["sets"]) == ["news"]
+
+
+def test_references_longer_than_an_answer_may_be_are_told_before_answering(place, capsys):
+    # A token is a byte, and the space ahead of the answer is one: " 9 rooms" has 8, " 10 rooms" 9.
+    write_rows(place / "rows.jsonl", range(6, 10))
+    write_rows(place / "short.jsonl", range(4), prefix="n")
+    values = job(place, evaluate={"max_new_tokens": 8})
+    values["data"] = {
+        "target": {"language": "en", "files": {"test": str(place / "rows.jsonl")}},
+        "tests": {"short": {"language": "en", "files": str(place / "short.jsonl")}},
+    }
+    evaluate_adapter(make_config(values, training=False), None, place / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "target test: 2 of 4 references are longer than the 8 new tokens an answer may have "
+        "(evaluate.max_new_tokens), the longest 9: their scores are capped; raise it"
+    ) in said
+    assert said.count("references are longer") == 1
+    assert said.index("references are longer") < said.index("evaluate, test")
+
+    # Only the rows that are answered count.
+    values["evaluate"] = {"max_new_tokens": 8, "limit": 2}
+    evaluate_adapter(make_config(values, training=False), None, place / "fewer")
+    assert "references are longer" not in capsys.readouterr().err
 
 
 def test_files_of_others_are_left_alone(place):

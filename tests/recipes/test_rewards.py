@@ -1,5 +1,6 @@
 """Rewards other than the loss: what a row costs, and what is refused before any work."""
 
+import dataclasses
 import sys
 import types
 
@@ -75,6 +76,23 @@ def test_a_row_costs_its_own_score_with_the_sign_changed(folder, monkeypatch):
     ]
     assert cost == pytest.approx(expected, abs=1e-6)
     assert cost[0] == pytest.approx(-1)
+
+
+def test_what_stands_behind_a_turns_end_is_not_judged(folder, monkeypatch):
+    context = opened(folder, "chrf")
+    for split in SPLITS:
+        context.encoded("target", split)
+    context.encoding_reports = {
+        where: dataclasses.replace(report, end_text="</turn>")
+        for where, report in context.encoding_reports.items()
+    }
+    (dev, *_), micro_dev = (
+        context.examples("target", "dev"),
+        context.examples("target", "micro_dev"),
+    )
+    answered(monkeypatch, [f"{e.references[0]}</turn>" for e in (micro_dev[1], dev)])
+    drawn = [1, len(micro_dev)]
+    assert cost_of(context, SPLITS)(context.backbone.model, drawn) == pytest.approx([-1, -1])
 
 
 def test_a_function_of_ones_own_is_asked(folder, mine, monkeypatch):

@@ -1,7 +1,11 @@
+import types
+from datetime import datetime
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
+from transformers.utils import chat_template_utils
 
 from grasp_lora.tasks.base import TASKS, Example
 from grasp_lora.tasks.chat import chat_frame, plain_frame
@@ -60,12 +64,18 @@ def conversation(prompt: Prompt, answer: str) -> list[dict[str, str]]:
     ]
 
 
+def rendered(tokenizer: Any, turns: list[dict[str, str]], **settings: Any) -> str:
+    """Return what the template writes on the day that it is always told."""
+    template = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template, **settings)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_row_is_what_the_template_writes_up_to_the_end_of_turn(name: str) -> None:
     tokenizer = chat_tokenizer(TEMPLATES[name])
     frame = chat_frame(tokenizer)
     row = encode(PROMPT, "two", tokenizer, 500, frame=frame)
-    whole = tokenizer.apply_chat_template(conversation(PROMPT, "two"), tokenize=False)
+    whole = rendered(tokenizer, conversation(PROMPT, "two"))
     end = whole.rindex(ENDS[name]) + len(ENDS[name])
     expected = tokenizer(whole[:end], add_special_tokens=False)["input_ids"]
     assert list(row.input_ids) == expected
@@ -90,14 +100,43 @@ def test_the_tokenizer_adds_no_start_token_of_its_own(name: str) -> None:
 def test_generation_starts_where_the_template_says(name: str) -> None:
     tokenizer = chat_tokenizer(TEMPLATES[name])
     row = encode(PROMPT, "two", tokenizer, 500, frame=chat_frame(tokenizer))
-    start = tokenizer.apply_chat_template(
-        conversation(PROMPT, "")[:1], tokenize=False, add_generation_prompt=True
-    )
+    start = rendered(tokenizer, conversation(PROMPT, "")[:1], add_generation_prompt=True)
     # Empty thinking tags are given to the model: the answer begins right behind them.
     start += "<think>\n\n</think>\n\n" if name == "thinking" else ""
     assert tokenizer.decode(list(row.input_ids[: row.prompt_length])) == start
     answer = tokenizer.decode(list(row.input_ids[row.prompt_length :]), skip_special_tokens=True)
     assert answer.strip() == "two"
+
+
+# As in Llama 3.2: asked for inside a block, and only where the caller gives no date.
+LLAMA = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%A %d %b %Y, %H:%M') %}{%- endif %}{%- endif %}"
+    "{{- 'Today is ' + date_string.strip() + '\n\n' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "date"),
+    [
+        (DATED, "26 Jul 2024"),
+        (LLAMA + CHATML, "Friday 26 Jul 2024, 00:00"),
+        ("\n" + DATED, "26 Jul 2024"),
+    ],
+)
+def test_a_template_with_a_date_writes_the_same_prompt_on_every_day(
+    monkeypatch, template: str, date: str
+) -> None:
+    frames = []
+    for day in (1, 2):
+        clock = types.SimpleNamespace(now=lambda day=day: datetime(2031, 1, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        tokenizer = chat_tokenizer(template)
+        own = tokenizer.apply_chat_template(conversation(PROMPT, "two"), tokenize=False)
+        assert f"0{day} Jan 2031" in own, "the clock is not where it was"
+        frames.append(chat_frame(tokenizer))
+    assert frames[0] == frames[1]
+    assert frames[0].before.startswith(own[: own.index("Today")] + f"Today is {date}\n")
 
 
 def test_a_thinking_tag_opened_for_the_model_only_is_left_out() -> None:
@@ -185,6 +224,23 @@ def test_report_names_the_token_generation_has_to_stop_at() -> None:
     assert report.end_id == rows[0].input_ids[-1] == tokenizer.convert_tokens_to_ids("</turn>")
     assert encode_examples(examples, task, tokenizer, 500)[1].end_id == tokenizer.eos_token_id
     assert plain_frame(tokenizer).wrap(PROMPT) == PROMPT
+
+
+def test_a_turn_end_that_is_not_special_is_no_part_of_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("</turn>", special=False, normalized=False)])
+    tokenizer.chat_template = CHATML
+    fields = {"context": "Paris is nice.", "question": "What?"}
+    examples = [Example("1", "g", "en", fields, ("Paris",))]
+    (row,), report = encode_examples(examples, TASKS["qa"], tokenizer, 500, chat=True)
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    written = tokenizer.decode(list(row.input_ids[row.prompt_length :]), skip_special_tokens=True)
+    assert written == "Paris</turn>"
+    assert report.answer_in(written) == "Paris"
+    assert report.answer_in("Paris</turn>\n<turn>user\nAnd?") == "Paris"
+    assert report.answer_in("Paris, nice\n") == "Paris, nice\n"
+    (_,), plain = encode_examples(examples, TASKS["qa"], tokenizer, 500)
+    assert plain.answer_in(" Paris ") == " Paris "
 
 
 def test_rows_for_smollm2_are_what_its_own_template_writes() -> None:

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.tasks.base import TASKS
@@ -17,8 +18,9 @@ from grasp_lora.tasks.encoding import (
     encode,
     encode_examples,
 )
+from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt
-from helpers import EOS_ID, tiny_model, tiny_tokenizer
+from helpers import EOS_ID, packaged_tokenizer, tiny_model, tiny_tokenizer
 
 PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
 
@@ -199,6 +201,67 @@ def test_an_answer_is_tokenised_as_what_follows_the_prompt() -> None:
     frame = Frame("", "", "", "", EOS_ID, chat=True)
     row = encode(PROMPT, "two", tokenizer, 200, frame=frame)
     assert list(row.input_ids[:-1]) == tokenizer(PROMPT.text + "two")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["qa", "summarization"])
+def test_behind_every_built_in_prompt_the_answer_follows_a_space(name: str) -> None:
+    task, tokenizer = TASKS[name], tiny_tokenizer()
+    for language in task.prompts:
+        fields = dict.fromkeys(task.fields, "Riga.")
+        prompt = render(task, Example("1", "g", language, fields, ("two",)))
+        row = encode(prompt, "two", tokenizer, 500)
+        assert list(row.input_ids) == [*tokenizer(prompt.text + " two")["input_ids"], EOS_ID]
+        assert list(row.input_ids[: row.prompt_length]) == tokenizer(prompt.text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "written"),
+    [
+        ("### Response:\n", "Paris", "Paris"),
+        ("Q: which?\nA: ", "Paris", "Paris"),
+        ("答案：\u3000", "北京", "北京"),
+        ("Word:", " Paris", " Paris"),
+        ("Word:", "\nParis", "\nParis"),
+        ("Word:\n", " Paris", " Paris"),
+        ("Word:", "Paris", " Paris"),
+    ],
+)
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_a_space_parts_prompt_and_answer_unless_one_of_them_brings_white_space(
+    prompt: str, answer: str, written: str, prefix_space: bool
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=prefix_space, use_regex=False
+    )
+    row = encode(Prompt(prompt, "", ""), answer, tokenizer, 200)
+    assert text_of(tokenizer, row.input_ids).strip() == (prompt + written).strip()
+    assert list(row.input_ids[: row.prompt_length]) == tokenizer(prompt)["input_ids"]
+    assert text_of(tokenizer, row.input_ids[row.prompt_length :]) == written
+
+
+def test_a_word_behind_white_space_is_the_token_a_model_knows_for_it() -> None:
+    tokenizer = packaged_tokenizer("smollm2")
+
+    def answer(prompt: str) -> list[str]:
+        row = encode(Prompt(prompt, "", ""), "Paris", tokenizer, 200)
+        return tokenizer.convert_ids_to_tokens(list(row.input_ids[row.prompt_length : -1]))
+
+    assert answer("### Response:\n") == answer("A: ") == ["Paris"]
+    assert answer("Answer:") == ["ĠParis"]
+
+
+def test_a_space_at_the_end_of_a_prompt_is_not_written_twice() -> None:
+    # "▁Paris" is one token, and every text gets a "▁" ahead.
+    letters = {letter: i for i, letter in enumerate("▁Paris:\n")}
+    merges = [("▁", "P"), ("▁P", "a"), ("▁Pa", "r"), ("▁Par", "i"), ("▁Pari", "s")]
+    vocab = letters | {a + b: len(letters) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"</s>": len(vocab)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    row = encode(Prompt("P: ", "", ""), "Paris", fast, 200)
+    written = fast.convert_ids_to_tokens(list(row.input_ids[row.prompt_length : -1]))
+    assert written == ["P", "a", "r", "i", "s"]
 
 
 def rows_for_batch(pad: int) -> list[Encoded]:

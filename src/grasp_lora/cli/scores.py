@@ -1,5 +1,6 @@
 """Commands that look at rows and at scores: evaluate, score, data describe."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,6 +59,9 @@ def evaluate(
     with n, its interval and its settings; mean and worst over several test sets) and
     predictions.jsonl.
     """
+    # Quoted, or behind an equals sign, the sign for the home folder reaches us as it is.
+    adapter = os.path.expanduser(adapter)
+    model = None if model is None else os.path.expanduser(model)
     if (config is None) == (data is None):
         raise ValueError(
             "give either --config YAML (its test rows) or --data FILE with --language (rows of a "

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.data.columns import Columns, input_names, match_columns
 from grasp_lora.data.forms import DELIMITED, Record, given_records, open_records
 from grasp_lora.data.values import answer_values, fault_in, id_value, text_value
-from grasp_lora.tasks.records import Example, Task, normalize_text, text_key
+from grasp_lora.tasks.records import Example, Task, normalize_text, one_line, text_key
 
 OUTSIDE = "answer outside its context"
 SHOWN = 3
@@ -36,6 +36,8 @@ class LoadReport:
     """Why rows were left out, such as "empty question" -> how many."""
     duplicates: int = 0
     """Rows dropped as they equal an earlier one; counted only where rows have no id."""
+    joined: int = 0
+    """Rows with an answer whose lines were joined, as answers of the task are of one line."""
 
     def line(self) -> str:
         """Return one sentence on what was left out or is odd, "" where nothing is."""
@@ -51,6 +53,12 @@ class LoadReport:
             )
         if self.duplicates:
             parts.append(f"{_rows(self.duplicates)} dropped as the same as an earlier one")
+        if self.joined:
+            parts.append(
+                f"{self.joined} of {self.rows} rows had answers of several lines, which are "
+                "read as one line each, as generation ends at a line break (task text-to-text "
+                "keeps lines)"
+            )
         return "; ".join(parts)
 
 
@@ -68,7 +76,7 @@ def load_examples(
     Texts are brought to Unicode NFC. Rows with an empty or broken input or answer, or without an
     answer, are left out and counted; questions with an answer that is not in their context are
     kept and counted. Rows without an id get one made from their texts, and then equal rows are
-    read once.
+    read once. The lines of an answer are joined by spaces if the task's answers are of one line.
 
     Args:
         source: a file (see `forms.open_records` for the forms), or rows such as a list of
@@ -104,8 +112,18 @@ def load_examples(
     reasons = Counter(fault.reason for fault in faults)
     outside = reasons.pop(OUTSIDE, 0)
     groups = {example.group for example in kept}
-    report = LoadReport(path, form, len(kept), len(groups), outside, dict(reasons), duplicates)
-    return kept, report
+    joined = [_joined(example) if task.one_line else example for example in kept]
+    report = LoadReport(
+        path,
+        form,
+        rows=len(kept),
+        contexts=len(groups),
+        answers_outside=outside,
+        left_out=dict(reasons),
+        duplicates=duplicates,
+        joined=sum(new != old for new, old in zip(joined, kept, strict=True)),
+    )
+    return joined, report
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,12 @@ def _example(record: Record, reading: _Reading, given_id: str | None) -> Example
         group = id_value(values[columns.group], "group", where)
     example_id = given_id or _content_id((*fields.values(), *references))
     return Example(example_id, group, reading.language, fields, references)
+
+
+def _joined(example: Example) -> Example:
+    """Return the example with each reference in one line; two that are then equal are one."""
+    references = tuple(dict.fromkeys(map(one_line, example.references)))
+    return replace(example, references=references)
 
 
 def _reason_to_leave_out(

@@ -70,6 +70,7 @@ class HubRows:
                 "read": split.report.rows,
                 "left_out": dict(split.report.left_out),
                 "answers_outside": split.report.answers_outside,
+                "joined": split.report.joined,
                 "fingerprint": split.fingerprint,
                 "commit": split.commit,
             }

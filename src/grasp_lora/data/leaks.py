@@ -127,7 +127,10 @@ def drop_parallel(
     """Return the rows whose group holds no id of `used`, and how many are dropped.
 
     Parallel data sets give a row the same id in every language. Whole groups go, because a
-    translated context is the same context, whichever of its questions is asked.
+    translated context is the same context, whichever of its questions is asked. Ids that are
+    numbers count like all others: parallel files may be numbered alike, and a translation that is
+    trained on spoils a result, while rows left out only make it smaller. `parallel_line` says what
+    to do about files that are not parallel.
 
     Args:
         rows: rows of one language.
@@ -137,6 +140,30 @@ def drop_parallel(
     gone = {example.group for example in rows if example.id in taken}
     kept = tuple(example for example in rows if example.group not in gone)
     return kept, len(rows) - len(kept)
+
+
+def parallel_line(
+    rows: Sequence[Example], used: Sequence[Example], dropped: int, taken: str
+) -> str:
+    """Say why `drop_parallel` dropped rows, and how to keep them where their ids are numbers.
+
+    Args:
+        rows: as given to `drop_parallel`.
+        used: as given to `drop_parallel`.
+        dropped: how many it dropped.
+        taken: what the used rows are called, such as "target".
+    """
+    shared = {example.id for example in rows} & {example.id for example in used}
+    line = (
+        f"{dropped} rows left out, as they or others of their context share an id with a {taken} "
+        "row: one id in two languages means a translation"
+    )
+    if not all(row_id.isdecimal() for row_id in shared):
+        return line
+    return (
+        f"{line}; if these ids only number the rows of each file, give one file ids of its own, or "
+        "take its id column away, and the rows are kept"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ from grasp_lora.metrics.records import Family, Measured, Options, Row
 # Where words are not parted by spaces, "13a" would take a whole clause for one word.
 _TOKENIZERS = {
     "zh": "zh",
+    "yue": "zh",
     "ja": "ja-mecab",
     "ko": "ko-mecab",
     "th": "char",
     "km": "char",
     "lo": "char",
     "my": "char",
+    "bo": "char",
+    "dz": "char",
 }
 _TOKENIZER_PACKAGES = {
     "ja-mecab": ("MeCab", "ipadic"),
@@ -35,8 +38,8 @@ def bleu_tokenizer(language: str) -> str:
         language: code such as "zh"; what follows a hyphen or underscore is not looked at.
 
     Returns:
-        "zh" for Chinese; the MeCab tokenizer for Japanese and Korean if its packages are
-        installed; "char" without them and for scripts that do not part words; "13a" otherwise.
+        "zh" for Chinese and Cantonese; the MeCab tokenizer for Japanese and Korean if its packages
+        are installed; "char" without them and for scripts that do not part words; "13a" otherwise.
     """
     name = _TOKENIZERS.get(language.lower().replace("_", "-").partition("-")[0], "13a")
     installed = all(find_spec(package) for package in _TOKENIZER_PACKAGES.get(name, ()))

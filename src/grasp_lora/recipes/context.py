@@ -82,6 +82,11 @@ class Context:
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
                 self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
+            if _is_test(role, split):
+                answered = rows[: self.config.evaluate.limit]
+                capped = capped_line(answered, new_tokens(self.config, role, split))
+                if capped:
+                    self.narrator.say(f"{role} {split}: {capped}")
         return self._encoded[role, split]
 
     def on_all_labels(self) -> "Context":
@@ -99,6 +104,11 @@ class Context:
         """Return the token that ends the answers of a split; in a chat, that of a turn."""
         self.encoded(role, split)
         return self.encoding_reports[f"{role}/{split}"].end_id
+
+    def prediction(self, role: str, split: str, text: str) -> str:
+        """Return what is scored of a text generated for a row of a split."""
+        self.encoded(role, split)
+        return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
 
     def rows(self, role: str, splits: Sequence[str]) -> Rows:
         """Return the rows of the splits, ready to be probed."""
@@ -172,6 +182,16 @@ def max_length(config: RunConfig) -> int:
     return config.data.max_length or task_named(config.data.task).max_length
 
 
+def new_tokens(config: RunConfig, role: str, split: str) -> int:
+    """Return the most tokens that are generated for an answer to a row of a split."""
+    language = section_of(config, role, split).language
+    return config.evaluate.max_new_tokens or task_named(config.data.task).new_tokens(language)
+
+
+def _is_test(role: str, split: str) -> bool:
+    return role == "tests" or split == "test"
+
+
 def encode_part(
     config: RunConfig,
     data: RunData,
@@ -188,9 +208,9 @@ def encode_part(
         tokenizer,
         longest or max_length(config),
         section.prompt,
-        for_training=role != "tests" and split != "test",
+        for_training=not _is_test(role, split),
         chat=config.data.chat,
-        new_tokens=config.evaluate.max_new_tokens or task.new_tokens(section.language),
+        new_tokens=new_tokens(config, role, split),
     )
 
 
@@ -200,6 +220,20 @@ def cut_line(report: EncodingReport, length: int) -> str:
     return (
         f"{report.truncated} of {report.rows} contexts cut to fit {length} tokens"
         f" ({report.cut_tokens_total} tokens, {report.cut_share:.0%} of each on average){lost}"
+    )
+
+
+def capped_line(rows: Sequence[Encoded], limit: int) -> str | None:
+    """Say how many first references no answer of `limit` tokens can equal; None if none."""
+    # The end token need not be generated.
+    lengths = [row.label_tokens - 1 for row in rows]
+    longer = sum(length > limit for length in lengths)
+    if not longer:
+        return None
+    return (
+        f"{longer} of {len(rows)} references are longer than the {limit} new tokens an answer may"
+        f" have (evaluate.max_new_tokens), the longest {max(lengths)}: their scores are capped;"
+        " raise it"
     )
 
 

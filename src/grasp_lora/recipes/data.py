@@ -11,7 +11,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
 from grasp_lora.data.hub import ALL, PRESETS, HubRows, load_hub, load_preset, split_published
-from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, refuse_leaks
+from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_line, refuse_leaks
 from grasp_lora.data.separate import separated
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
 from grasp_lora.data_settings import HubData, LanguageData, Rows, TestSet
@@ -218,12 +218,12 @@ class _Reader:
             rows = found.rows[found.drawn_from["test"]]
             self.sources[f"tests/{name}"] = found.record()
         others = [e for e in trained if e.language != section.language]
-        rows, count = drop_parallel(rows, others)
+        kept, count = drop_parallel(rows, others)
         if count:
-            self.say(f"tests/{name}: {count} rows left out, training has their context translated")
+            self.say(f"tests/{name}: {parallel_line(rows, others, count, 'training')}")
         if section.rows is None:
-            return rows
-        return split_by_group(rows, {name: section.rows}, self.seed).parts[name]
+            return kept
+        return split_by_group(kept, {name: section.rows}, self.seed).parts[name]
 
     def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
         found = self._found(section.files, section, role)
@@ -240,25 +240,30 @@ class _Reader:
 
     def _found(self, files: Any, section: Rows, role: str) -> HubRows:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
-        if not isinstance(files, HubData):
-            return load_preset(
+        if isinstance(files, HubData):
+            found = load_hub(
+                files.hub,
+                files.config,
+                files.revision,
+                dict(files.splits),
+                self.task,
+                section.language,
+                columns=section.columns,
+                template=section.prompt,
+                max_faulty=self.config.data.max_faulty,
+            )
+        else:
+            found = load_preset(
                 str(files),
                 section.language,
                 self.config.data.protocol,
                 role=role,
                 max_faulty=self.config.data.max_faulty,
             )
-        return load_hub(
-            files.hub,
-            files.config,
-            files.revision,
-            dict(files.splits),
-            self.task,
-            section.language,
-            columns=section.columns,
-            template=section.prompt,
-            max_faulty=self.config.data.max_faulty,
-        )
+        for split, published in found.published.items():
+            if published.report.line():
+                self.say(f"{found.used} {split}: {published.report.line()}")
+        return found
 
     def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
         examples, report = load_examples(
@@ -278,9 +283,10 @@ class _Reader:
     ) -> tuple[Example, ...]:
         if used is None:
             return rows
-        kept, count = drop_parallel(rows, list(used))
+        used = list(used)
+        kept, count = drop_parallel(rows, used)
         if count:
-            self.say(f"{role}: {count} rows left out, the target has their context in translation")
+            self.say(f"{role}: {parallel_line(rows, used, count, 'target')}")
         return tuple(kept)
 
     def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:

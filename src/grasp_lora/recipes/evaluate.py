@@ -13,7 +13,7 @@ from grasp_lora.hf.generate import generate_texts
 from grasp_lora.hf.opening import adapted, other_base
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.metrics import Row
-from grasp_lora.recipes.context import Context, open_context, section_of
+from grasp_lora.recipes.context import Context, new_tokens, open_context
 from grasp_lora.recipes.data import load_run_data
 from grasp_lora.recipes.folders import (
     begin_stage,
@@ -120,7 +120,6 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
     limit = config.evaluate.limit
     examples = context.examples(role, split)[:limit]
     encoded = context.encoded(role, split)[:limit]
-    language = section_of(config, role, split).language
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
     with context.narrator.bar(title, len(encoded)) as done:
         finished = 0
@@ -131,7 +130,7 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             done(finished)
 
         shared: dict[str, Any] = {
-            "max_new_tokens": config.evaluate.max_new_tokens or task.new_tokens(language),
+            "max_new_tokens": new_tokens(config, role, split),
             "batch_size": config.evaluate.batch_size,
             "pad_id": backbone.pad_id,
             "stop_ids": sorted({*backbone.stop_ids, context.end_id(role, split)}),
@@ -147,7 +146,14 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             losses = _losses(context, model, encoded)
             texts = generate_texts(model, backbone.tokenizer, prompts, beams=beams, **shared)
     return [
-        Row(e.id, task.clean(text), e.references, e.group, loss, row.label_tokens)
+        Row(
+            e.id,
+            context.prediction(role, split, text),
+            e.references,
+            e.group,
+            loss,
+            row.label_tokens,
+        )
         for e, row, text, loss in zip(examples, encoded, texts, losses, strict=True)
     ]
 

@@ -81,6 +81,7 @@ def answers_of(
     """Return what gives a model's answers to rows of the splits, by their positions."""
     config, task, backbone = context.config, context.task, context.backbone
     encoded = [e for split in splits for e in context.encoded("target", split)]
+    homes = [split for split in splits for _ in context.encoded("target", split)]
     language = config.data.target.language
     stops = {
         context.end_id("target", split) for split in splits if context.encoded("target", split)
@@ -98,7 +99,9 @@ def answers_of(
             one_line=task.one_line,
             notice=context.narrator.say,
         )
-        return [task.clean(text) for text in texts]
+        return [
+            context.prediction("target", homes[i], t) for i, t in zip(drawn, texts, strict=True)
+        ]
 
     return answered
 

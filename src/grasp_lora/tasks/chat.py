@@ -2,13 +2,25 @@
 
 A chat template is a program, so what it puts around a text is found by rendering a conversation of
 two marks, one for the user's words and one for the answer. Whatever else the template writes (a
-system turn, a date, empty thinking tags) is thereby kept.
+system turn, a date, empty thinking tags) is thereby kept. The date it writes is always the same
+one: a run that goes on after midnight, or is done again, has to see the same prompts.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from grasp_lora.tasks.records import Prompt
+
+# What a chat template that asks for the date is told: the day that Llama's templates fall back on.
+_TODAY = datetime(2024, 7, 26)
+# transformers hands no functions on to a template, so the one that tells the date is written in
+# its language, for every directive of strftime that does not depend on the machine.
+_DATED = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBdHIjmMpSUwyY")
+    + " }}{%- endmacro +%}"
+)
 
 _ASKED, _ANSWERED = "asked7c1f", "answered7c1f"
 _NO_TEMPLATE = (
@@ -26,7 +38,8 @@ class Frame:
     between: str
     """From the user's words to where generation starts."""
     lead: str
-    """White space that belongs to the answer: the model generates it."""
+    """White space that belongs to the answer: the model generates it. Without a chat it is left
+    out where prompt or answer bring their own."""
     after: str
     """Between the answer and the end token."""
     end_id: int
@@ -42,13 +55,16 @@ class Frame:
         inner = _trimmed(prompt) if self.chat else prompt
         return Prompt(self.before + inner.prefix, inner.body, inner.suffix + self.between)
 
-    def completion(self, answer: str) -> str:
-        """Return the text the model should write, up to the end token."""
-        return self.lead + (answer.strip() if self.chat else answer) + self.after
+    def completion(self, answer: str, prompt: str) -> str:
+        """Return the text the model should write behind a framed prompt, up to the end token."""
+        if self.chat:
+            return self.lead + answer.strip() + self.after
+        parted = prompt[-1:].isspace() or answer[:1].isspace()
+        return ("" if parted else self.lead) + answer + self.after
 
 
 def plain_frame(tokenizer: Any) -> Frame:
-    """Return the frame of plain text: a space ahead of the answer, the end token behind it.
+    """Return the frame of plain text: a space between prompt and answer, the end token behind it.
 
     Raises:
         ValueError: if the tokenizer has no end token.
@@ -100,9 +116,13 @@ def _ending(tokenizer: Any, closing: str) -> tuple[str, int]:
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError  # transformers renders by it
 
+    template = tokenizer.get_chat_template()
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=f"{_DATED}{template}" if "strftime_now" in template else template,
         )
     except TemplateError as error:
         raise ValueError(

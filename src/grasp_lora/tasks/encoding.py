@@ -60,6 +60,15 @@ class EncodingReport:
     rows are of a language that writes no space between words."""
     end_id: int
     """Last token of every answer: generation has to stop at it."""
+    end_text: str
+    """Text ahead of that token which is no part of an answer; "" if there is none."""
+
+    def answer_in(self, text: str) -> str:
+        """Return a generated text up to where the answer ends.
+
+        The mark of a turn's end is decoded as text where the tokenizer does not call it special.
+        """
+        return text.partition(self.end_text)[0] if self.end_text else text
 
 
 def encode(
@@ -98,7 +107,8 @@ def encode(
     framed = frame.wrap(prompt)
     answer: list[int] = []
     if completion is not None:
-        written = continuation_ids(tokenizer, framed.text, frame.completion(completion))
+        text = frame.completion(completion, framed.text)
+        written = continuation_ids(tokenizer, framed.text, text)
         answer = [*written, frame.end_id]
     kept_free = max(len(answer), reserve)
     special = not frame.chat
@@ -163,7 +173,7 @@ def encode_examples(
         body = frame.wrap(prompt).body
         encoded.append(row)
         bodies.append((body, body[: row.body_length]))
-    return encoded, _report(examples, encoded, bodies, tokenizer, frame.end_id)
+    return encoded, _report(examples, encoded, bodies, tokenizer, frame)
 
 
 def _report(
@@ -171,7 +181,7 @@ def _report(
     encoded: Sequence[Encoded],
     bodies: Sequence[tuple[str, str]],
     tokenizer: Any,
-    end_id: int,
+    frame: Frame,
 ) -> EncodingReport:
     """Sum up; `bodies` holds each row's body, whole and as far as it was kept."""
     tokens = {body: len(token_ids(tokenizer, body)) for body in dict.fromkeys(b for b, _ in bodies)}
@@ -197,7 +207,8 @@ def _report(
         answers_lost=sum(lost),
         fertility=sum(tokens.values()) / words if words else None,
         fertility_unit="character" if by_character else "word",
-        end_id=end_id,
+        end_id=frame.end_id,
+        end_text=frame.after.strip(),
     )
 
 

@@ -46,12 +46,14 @@ def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
     """Return the ids of `text` as it is written behind `before`.
 
     Some tokenizers put a space ahead of every text, which would be one too many here. Where the
-    two texts share a token, `text` is tokenised by itself.
+    two texts share a token, `text` is tokenised by itself. A space that the first word would take
+    into its token is shared too: then `text` is written as behind a line break.
     """
-    anchor = before[-_ANCHOR:]
-    start, both = token_ids(tokenizer, anchor), token_ids(tokenizer, anchor + text)
-    if both[: len(start)] == start:
-        return both[len(start) :]
+    anchors = [before[-_ANCHOR:], *(["\n"] if before[-1:].isspace() else [])]
+    for anchor in anchors:
+        start, both = token_ids(tokenizer, anchor), token_ids(tokenizer, anchor + text)
+        if both[: len(start)] == start:
+            return both[len(start) :]
     return token_ids(tokenizer, text)
 
 

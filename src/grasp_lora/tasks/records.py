@@ -44,6 +44,14 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
+def one_line(text: str) -> str:
+    """Return a text with its lines joined by spaces; one without line breaks stays as it is."""
+    lines = text.splitlines()
+    if lines == [text]:
+        return text
+    return " ".join(line.strip() for line in lines if line.strip())
+
+
 @dataclass(frozen=True)
 class Task:
     """One row of the task table."""
@@ -68,7 +76,8 @@ class Task:
     clean: Callable[[str], str] = first_line
     """Generated text -> the prediction that is scored."""
     one_line: bool = True
-    """Whether generation may stop at the first line break behind a word."""
+    """Whether answers are of one line: generation may stop at the first line break behind a word,
+    and accepted answers of several lines are read as one."""
 
     def new_tokens(self, language: str) -> int:
         """Return the longest answer generated in a language, in tokens."""
