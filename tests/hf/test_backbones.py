@@ -36,6 +36,7 @@ from helpers import (
     tiny_model,
     tiny_peft_model,
     tiny_tokenizer,
+    tiny_vision_model,
 )
 
 
@@ -307,6 +308,15 @@ def test_all_linear_leaves_the_output_layer_out(arch: str) -> None:
     names = resolve_targets(model, "all-linear")
     assert len(names) == 2 * (4 if arch == "gpt2" else 7)
     assert "lm_head" not in names
+
+
+@pytest.mark.parametrize("patterns", [["q_proj", "v_proj"], "all-linear"])
+def test_targets_are_modules_that_read_text(patterns: list[str] | str) -> None:
+    model = tiny_vision_model()
+    assert any("vision" in name and name.endswith("q_proj") for name in linear_modules(model))
+    names = resolve_targets(model, patterns)
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    assert len(names) == 2 * (2 if isinstance(patterns, list) else 7)
 
 
 def test_a_model_that_carries_lora_has_the_same_linear_modules() -> None:

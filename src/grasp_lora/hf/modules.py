@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -72,12 +73,13 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
 
     A pattern is a full module name or the end of one after a dot (`q_proj`, `attn.c_attn`), as in
     PEFT's list form of `target_modules`; "all-linear" means every linear module but the output
-    layer.
+    layer. Of a model that reads images or sound as well, only the text model's modules are meant:
+    the others would be given adapters that text never trains.
 
     Raises:
         ValueError: a pattern matches no linear module, or there is no pattern.
     """
-    modules = linear_modules(model)
+    modules = _text_modules(model)
     if patterns == "all-linear":
         return list(modules)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -87,6 +89,19 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
         if not any(_matches(name, pattern) for name in modules):
             raise ValueError(_unknown_target(pattern, modules))
     return [name for name in modules if any(_matches(name, pattern) for pattern in wanted)]
+
+
+def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear modules within the text model of a multimodal one, else all of them."""
+    bare: Any = bare_model(model)
+    modules = linear_modules(model)
+    if bare.config.get_text_config() is bare.config:
+        return modules
+    inside = set(plain_modules(bare.get_decoder()).values())
+    # transformers looks the decoder up by name; the one that embeds tokens is the text model.
+    if bare.get_input_embeddings() not in inside:
+        return modules
+    return {name: module for name, module in modules.items() if module in inside}
 
 
 def near_modules(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
