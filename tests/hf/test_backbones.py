@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel
 
 from grasp_lora.hf import backbones, cache
+from grasp_lora.hf.attach import attach_adapter
 from grasp_lora.hf.backbones import ModelSpec, load_backbone, plan_memory
 from grasp_lora.hf.cache import GgufSource, cache_folder, converted_backbone, gguf_source
 from grasp_lora.hf.devices import choose_device, choose_dtype
@@ -30,6 +31,7 @@ from helpers import (
     ARCHITECTURES,
     EOS_ID,
     PAD_ID,
+    TINY_VOCAB,
     logits_of,
     random_ids,
     tiny_backbone_folder,
@@ -317,6 +319,46 @@ def test_targets_are_modules_that_read_text(patterns: list[str] | str) -> None:
     names = resolve_targets(model, patterns)
     assert all(name.startswith("model.language_model.layers.") for name in names)
     assert len(names) == 2 * (2 if isinstance(patterns, list) else 7)
+
+
+def deepseek_model() -> PreTrainedModel:
+    """Return a mixture whose experts are one tensor, beside a dense layer and shared experts."""
+    config = DeepseekV3Config(
+        vocab_size=TINY_VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "patterns", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["o_proj", "up_proj"]]
+)
+def test_targets_that_peft_takes_for_fused_experts_are_refused(patterns: list[str] | str) -> None:
+    said = r"experts of this model \(deepseek_v3\) are fused .*up_proj.* only: .*o_proj, q_a_proj"
+    with pytest.raises(ValueError, match=said):
+        resolve_targets(deepseek_model(), patterns)
+
+
+def test_an_adapter_of_modules_that_peft_takes_for_fused_experts_is_refused() -> None:
+    model, pair = deepseek_model(), (torch.zeros(2, 16), torch.zeros(16, 2))
+    with pytest.raises(ValueError, match="PEFT takes up_proj for them"):
+        attach_adapter(model, {"model.layers.0.mlp.up_proj": pair})
+    attach_adapter(model, {"model.layers.0.self_attn.o_proj": pair}, dropout=0.1)
 
 
 def test_a_model_that_carries_lora_has_the_same_linear_modules() -> None:
