@@ -80,6 +80,23 @@ def test_a_tokenizer_without_padding_and_end_is_refused(tmp_path: Path) -> None:
         load_backbone(spec_of(folder))
 
 
+def test_a_padding_token_beyond_the_models_vocabulary_gives_way_to_the_end_token(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_backbone_folder(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<more {n}>" for n in range(TINY_VOCAB - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == TINY_VOCAB
+    tokenizer.save_pretrained(folder)
+    notices: list[str] = []
+    backbone = load_backbone(spec_of(folder, dtype="float32"), notices.append)
+    assert backbone.pad_id == backbone.tokenizer.pad_token_id == EOS_ID
+    assert "'[PAD]', number 272) is beyond the model's vocabulary of 272 tokens" in notices[-1]
+    batch = backbone.tokenizer(["a", "longer"], padding=True, return_tensors="pt")
+    assert backbone.model(**batch).logits.isfinite().all()
+
+
 def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     folder = tiny_backbone_folder(tmp_path / "base")
     ids = random_ids()

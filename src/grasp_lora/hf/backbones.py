@@ -42,6 +42,7 @@ from grasp_lora.hf.modules import (
     near_modules,
     output_embeddings,
     resolve_targets,
+    vocabulary_size,
 )
 from grasp_lora.hf.norms import use_fused_norms
 
@@ -156,7 +157,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     location, public_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
-    pad_id = _ensure_padding(tokenizer, public_name)
+    pad_id = _ensure_padding(tokenizer, vocabulary_size(model), public_name, notice)
     model.requires_grad_(False)
     model.eval()
     if model.generation_config is not None:
@@ -281,15 +282,31 @@ def _load_model(
     return model if quantization is not None else model.to(device)
 
 
-def _ensure_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"the tokenizer of {name} has neither a padding nor an end token; add one with "
-                "tokenizer.add_special_tokens and save it with the model"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+def _ensure_padding(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str, notice: Notice
+) -> int:
+    """Return the padding token's id, the end token's where the model has no row for it."""
+    pad, end = (_id_within(vocabulary, i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id))
+    if pad is not None:
+        return pad
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {name} has neither a padding nor an end token among the model's "
+            f"{vocabulary}; add one with tokenizer.add_special_tokens, resize the model's "
+            "embeddings to it and save both"
+        )
+    if tokenizer.pad_token_id is not None:
+        notice(
+            f"the padding token of {name} ({tokenizer.pad_token!r}, number "
+            f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
+            f"the end token ({tokenizer.eos_token!r}) pads instead"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return end
+
+
+def _id_within(vocabulary: int, token: Any) -> int | None:
+    return int(token) if token is not None and int(token) < vocabulary else None
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
