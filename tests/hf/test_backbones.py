@@ -132,6 +132,47 @@ def test_names_that_lead_nowhere_give_one_clear_message(
         load_backbone(spec_of(tmp_path, gguf_file="b.gguf"))
 
 
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_half_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def quantized_for_a_missing_package(folder: Path) -> None:
+    path = folder / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, r"the folder is there, but no whole model in it \(.*no file named model"),
+        (with_half_the_weights, r"weights file of .* is damaged or cut short .*download it again"),
+        (quantized_for_a_missing_package, r"packages installed here \(.*bitsandbytes.*pip install"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False
+    )
+    folder = tiny_backbone_folder(tmp_path / "base")
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(spec_of(folder))
+    assert "the hub" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

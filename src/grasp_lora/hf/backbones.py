@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -246,14 +247,39 @@ def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settin
                 trust_remote_code=spec.trust_remote_code,
                 **settings,
             )
-    except OSError as error:
-        near = near_modules(spec.name, list(SHORT_NAMES))
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        reason = str(error).strip().split("\n")[0]
+    except SafetensorError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded: it is no folder here, and the hub does not "
-            f"give it ({reason}){hint} Check the name and the network, or use one of {_names()}"
+            f"a weights file of {spec.name!r} is damaged or cut short ({error}); copy or download "
+            "it again"
         ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded with the packages installed here "
+            f"({_first_line(error)}); install what it needs with pip install, or take the model "
+            "in a format without that need"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded: {_not_found(spec, location, error)}"
+        ) from error
+
+
+def _not_found(spec: ModelSpec, location: str, error: OSError) -> str:
+    if Path(location).is_dir():
+        return (
+            f"the folder is there, but no whole model in it ({_first_line(error)}). Give a folder "
+            "that save_pretrained wrote, with config, weights and tokenizer"
+        )
+    near = near_modules(spec.name, list(SHORT_NAMES))
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"it is no folder here, and the hub does not give it ({_first_line(error)}){hint} Check "
+        f"the name and the network, or use one of {_names()}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 @contextmanager
