@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -233,6 +234,25 @@ def tiny_bloom_model(seed: int = 0, width: int = 16) -> PreTrainedModel:
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.2)
     return model.eval()
+
+
+def tiny_vision_model(seed: int = 0) -> PreTrainedModel:
+    """Return a random Gemma 3 with its vision tower, which has a q_proj and a v_proj as well."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config=tiny_config("gemma3_text").to_dict(),
+        vision_config=vision | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=260,
+        boi_token_index=261,
+        eoi_token_index=262,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=BOS_ID,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel
 
 from grasp_lora.hf import backbones, cache
+from grasp_lora.hf.attach import attach_adapter
 from grasp_lora.hf.backbones import ModelSpec, load_backbone, plan_memory
 from grasp_lora.hf.cache import GgufSource, cache_folder, converted_backbone, gguf_source
 from grasp_lora.hf.devices import choose_device, choose_dtype
@@ -30,12 +31,14 @@ from helpers import (
     ARCHITECTURES,
     EOS_ID,
     PAD_ID,
+    TINY_VOCAB,
     logits_of,
     random_ids,
     tiny_backbone_folder,
     tiny_model,
     tiny_peft_model,
     tiny_tokenizer,
+    tiny_vision_model,
 )
 
 
@@ -77,6 +80,23 @@ def test_a_tokenizer_without_padding_and_end_is_refused(tmp_path: Path) -> None:
         load_backbone(spec_of(folder))
 
 
+def test_a_padding_token_beyond_the_models_vocabulary_gives_way_to_the_end_token(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_backbone_folder(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<more {n}>" for n in range(TINY_VOCAB - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == TINY_VOCAB
+    tokenizer.save_pretrained(folder)
+    notices: list[str] = []
+    backbone = load_backbone(spec_of(folder, dtype="float32"), notices.append)
+    assert backbone.pad_id == backbone.tokenizer.pad_token_id == EOS_ID
+    assert "'[PAD]', number 272) is beyond the model's vocabulary of 272 tokens" in notices[-1]
+    batch = backbone.tokenizer(["a", "longer"], padding=True, return_tensors="pt")
+    assert backbone.model(**batch).logits.isfinite().all()
+
+
 def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     folder = tiny_backbone_folder(tmp_path / "base")
     ids = random_ids()
@@ -110,6 +130,47 @@ def test_names_that_lead_nowhere_give_one_clear_message(
         load_backbone(spec_of(tmp_path / "a.gguf"))
     with pytest.raises(FileNotFoundError, match=r"b\.gguf is no file"):
         load_backbone(spec_of(tmp_path, gguf_file="b.gguf"))
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_half_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def quantized_for_a_missing_package(folder: Path) -> None:
+    path = folder / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, r"the folder is there, but no whole model in it \(.*no file named model"),
+        (with_half_the_weights, r"weights file of .* is damaged or cut short .*download it again"),
+        (quantized_for_a_missing_package, r"packages installed here \(.*bitsandbytes.*pip install"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False
+    )
+    folder = tiny_backbone_folder(tmp_path / "base")
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(spec_of(folder))
+    assert "the hub" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +368,55 @@ def test_all_linear_leaves_the_output_layer_out(arch: str) -> None:
     names = resolve_targets(model, "all-linear")
     assert len(names) == 2 * (4 if arch == "gpt2" else 7)
     assert "lm_head" not in names
+
+
+@pytest.mark.parametrize("patterns", [["q_proj", "v_proj"], "all-linear"])
+def test_targets_are_modules_that_read_text(patterns: list[str] | str) -> None:
+    model = tiny_vision_model()
+    assert any("vision" in name and name.endswith("q_proj") for name in linear_modules(model))
+    names = resolve_targets(model, patterns)
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    assert len(names) == 2 * (2 if isinstance(patterns, list) else 7)
+
+
+def deepseek_model() -> PreTrainedModel:
+    """Return a mixture whose experts are one tensor, beside a dense layer and shared experts."""
+    config = DeepseekV3Config(
+        vocab_size=TINY_VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "patterns", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["o_proj", "up_proj"]]
+)
+def test_targets_that_peft_takes_for_fused_experts_are_refused(patterns: list[str] | str) -> None:
+    said = r"experts of this model \(deepseek_v3\) are fused .*up_proj.* only: .*o_proj, q_a_proj"
+    with pytest.raises(ValueError, match=said):
+        resolve_targets(deepseek_model(), patterns)
+
+
+def test_an_adapter_of_modules_that_peft_takes_for_fused_experts_is_refused() -> None:
+    model, pair = deepseek_model(), (torch.zeros(2, 16), torch.zeros(16, 2))
+    with pytest.raises(ValueError, match="PEFT takes up_proj for them"):
+        attach_adapter(model, {"model.layers.0.mlp.up_proj": pair})
+    attach_adapter(model, {"model.layers.0.self_attn.o_proj": pair}, dropout=0.1)
 
 
 def test_a_model_that_carries_lora_has_the_same_linear_modules() -> None:

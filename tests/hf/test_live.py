@@ -227,6 +227,17 @@ def test_masks_of_many_ratios_come_from_one_pass_and_equal_those_of_one_ratio(ru
             assert torch.equal(masks[name].keep(), alone[name].keep())
 
 
+def test_a_module_without_norms_is_scored_by_magnitude():
+    live = live_of("cat", "merged")
+    known, unread = MODULES
+    norms = {known: torch.rand(live.layers[known].in_features)}
+    score = scored(IMPORTANCE["activation"], norms)
+    for block, a, b in live.effective_blocks():
+        rule = "magnitude" if block.module == unread else "activation"
+        expected = IMPORTANCE[rule](a, b, norms.get(block.module))
+        assert all(map(torch.equal, score(block, a, b), expected))
+
+
 def test_masks_and_stash_take_a_bit_an_entry_and_a_value_for_each_pruned_one():
     live = live_of()
     assert live.held_bytes() == 0

@@ -21,7 +21,7 @@ from grasp_lora.hf.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.hf.cache import GgufSource
 from grasp_lora.hf.generate import generate_texts
 from grasp_lora.hf.modules import accepts, base_fingerprint
-from grasp_lora.hf.opening import adapted, base_named_by, is_adapter, opened
+from grasp_lora.hf.opening import adapted, base_named_by, is_adapter, opened, other_bases
 from grasp_lora.hf.probe import Rows, row_losses
 from grasp_lora.tasks.encoding import Collator, Encoded
 from helpers import (
@@ -244,15 +244,37 @@ def test_another_base_than_the_named_one_is_told(base_folder: Path, tmp_path: Pa
     notices: list[str] = []
     with opened(str(folder), ModelSpec(str(base_folder)), notices.append):
         pass
-    assert notices == [
-        f"{folder} names someone/tiny as its base model; it is evaluated on {base_folder}"
-    ]
+    assert notices == [f"{folder} names someone/tiny as its base model; it is put on {base_folder}"]
 
 
 def name_base(folder: Path, name: str | None, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     content = json.loads(path.read_text()) | {"base_model_name_or_path": name} | changes
     path.write_text(json.dumps(content))
+
+
+def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path) -> None:
+    def naming(base: str | None) -> Path:
+        folder = tmp_path / str(base).replace("/", "-")
+        if not folder.exists():
+            tiny_adapter_folder(folder, tiny_model("llama"))
+            name_base(folder, base)
+        return folder
+
+    def told(*bases: str | None) -> list[str]:
+        return other_bases(list(map(naming, bases)), "asked", backbone)
+
+    assert told("asked", None) == []
+    # Two names for the model that is loaded are one base.
+    assert told("asked", backbone.public_name) == []
+    lines = told("some/one", "some/one")
+    assert all("some-one names some/one as its base model; it is put on" in line for line in lines)
+    assert len(lines) == 2
+    first, second, between = told("some/one", "an/other")
+    assert "some/one as" in first
+    assert "an/other as" in second
+    assert "different base models (some/one, an/other)" in between
+    assert "different base models (asked, an/other)" in told(backbone.public_name, "an/other")[-1]
 
 
 def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:

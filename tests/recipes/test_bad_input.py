@@ -262,6 +262,18 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: adapter(f, targets=["q_proj", "lm_head"]),
         r"'base_model\.model\.lm_head\.base_layer\.weight' is a base weight saved",
     ),
+    "another task": (
+        lambda f: edited(f, CONFIG, task_type="FEATURE_EXTRACTION"),
+        r"made for the task type 'FEATURE_EXTRACTION'",
+    ),
+    "modules beyond the config": (
+        lambda f: edited(f, CONFIG, target_modules=["q_proj"]),
+        r"v_proj\.lora_A\.weight' and 3 more have no place in this model",
+    ),
+    "fewer modules than the config": (
+        lambda f: edited(f, CONFIG, target_modules=["q_proj", "v_proj", "k_proj"]),
+        r"k_proj\.lora_A\.weight' and 3 more have no tensor in",
+    ),
     "no adapter": (lambda f: write_rows(f / "x", [1]).parent, r"holds no adapter_config\.json"),
 }
 

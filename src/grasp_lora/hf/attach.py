@@ -12,7 +12,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grasp_lora.hf.modules import linear_shape, near_modules, output_embeddings, plain_modules
+from grasp_lora.hf.modules import (
+    check_experts,
+    linear_shape,
+    near_modules,
+    output_embeddings,
+    plain_modules,
+)
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank] of one module."""
@@ -104,8 +110,8 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
     """Check that factors belong on linear modules of the base `model`, shapes included.
 
     Raises:
-        ValueError: there are no modules, or one is missing, not linear, the output layer, or of
-            another shape.
+        ValueError: there are no modules, or one is missing, not linear, the output layer, of
+            another shape, or taken for an expert (`check_experts`).
     """
     if not modules:
         raise ValueError(f"{name} has no modules; an adapter needs at least one")
@@ -132,6 +138,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
                 f"but A is {list(A.shape)} and B is {list(B.shape)} (expected [r, {shape[0]}] and "
                 f"[{shape[1]}, r]); load the base model the adapter was trained on"
             )
+    check_experts(modules, model, name)
 
 
 def _missing(module: str, known: Sequence[str]) -> str:

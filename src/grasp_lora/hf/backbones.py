@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +43,7 @@ from grasp_lora.hf.modules import (
     near_modules,
     output_embeddings,
     resolve_targets,
+    vocabulary_size,
 )
 from grasp_lora.hf.norms import use_fused_norms
 
@@ -156,7 +158,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     location, public_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
-    pad_id = _ensure_padding(tokenizer, public_name)
+    pad_id = _ensure_padding(tokenizer, vocabulary_size(model), public_name, notice)
     model.requires_grad_(False)
     model.eval()
     if model.generation_config is not None:
@@ -245,14 +247,39 @@ def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settin
                 trust_remote_code=spec.trust_remote_code,
                 **settings,
             )
-    except OSError as error:
-        near = near_modules(spec.name, list(SHORT_NAMES))
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        reason = str(error).strip().split("\n")[0]
+    except SafetensorError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded: it is no folder here, and the hub does not "
-            f"give it ({reason}){hint} Check the name and the network, or use one of {_names()}"
+            f"a weights file of {spec.name!r} is damaged or cut short ({error}); copy or download "
+            "it again"
         ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded with the packages installed here "
+            f"({_first_line(error)}); install what it needs with pip install, or take the model "
+            "in a format without that need"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded: {_not_found(spec, location, error)}"
+        ) from error
+
+
+def _not_found(spec: ModelSpec, location: str, error: OSError) -> str:
+    if Path(location).is_dir():
+        return (
+            f"the folder is there, but no whole model in it ({_first_line(error)}). Give a folder "
+            "that save_pretrained wrote, with config, weights and tokenizer"
+        )
+    near = near_modules(spec.name, list(SHORT_NAMES))
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"it is no folder here, and the hub does not give it ({_first_line(error)}){hint} Check "
+        f"the name and the network, or use one of {_names()}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 @contextmanager
@@ -281,15 +308,31 @@ def _load_model(
     return model if quantization is not None else model.to(device)
 
 
-def _ensure_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"the tokenizer of {name} has neither a padding nor an end token; add one with "
-                "tokenizer.add_special_tokens and save it with the model"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+def _ensure_padding(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str, notice: Notice
+) -> int:
+    """Return the padding token's id, the end token's where the model has no row for it."""
+    pad, end = (_id_within(vocabulary, i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id))
+    if pad is not None:
+        return pad
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {name} has neither a padding nor an end token among the model's "
+            f"{vocabulary}; add one with tokenizer.add_special_tokens, resize the model's "
+            "embeddings to it and save both"
+        )
+    if tokenizer.pad_token_id is not None:
+        notice(
+            f"the padding token of {name} ({tokenizer.pad_token!r}, number "
+            f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
+            f"the end token ({tokenizer.eos_token!r}) pads instead"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return end
+
+
+def _id_within(vocabulary: int, token: Any) -> int | None:
+    return int(token) if token is not None and int(token) < vocabulary else None
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from grasp_lora.core.importance import magnitude
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.masks import STRUCTURES, Mask, packed_size
 from grasp_lora.hf.attach import adapter_modules, attach_adapter
@@ -354,11 +355,16 @@ def scored(rule: Rule, norms: Mapping[str, Tensor] | None) -> Score:
 
     Args:
         rule: an entry of `core.importance.IMPORTANCE`.
-        norms: module name -> input norms [in], or None for rules that need none.
+        norms: module name -> input norms [in], or None for rules that need none. A module that
+            is not among them reads no text, so its inputs say nothing: magnitude is used there.
     """
 
     def score(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return rule(a, b, None if norms is None else norms[block.module].to(a.device))
+        if norms is None:
+            return rule(a, b, None)
+        if block.module not in norms:
+            return magnitude(a, b, None)
+        return rule(a, b, norms[block.module].to(a.device))
 
     return score
 

@@ -3,11 +3,13 @@
 import difflib
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -72,13 +74,15 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
 
     A pattern is a full module name or the end of one after a dot (`q_proj`, `attn.c_attn`), as in
     PEFT's list form of `target_modules`; "all-linear" means every linear module but the output
-    layer.
+    layer. Of a model that reads images or sound as well, only the text model's modules are meant:
+    the others would be given adapters that text never trains.
 
     Raises:
-        ValueError: a pattern matches no linear module, or there is no pattern.
+        ValueError: a pattern matches no linear module, there is no pattern, or `check_experts`.
     """
-    modules = linear_modules(model)
+    modules = _text_modules(model)
     if patterns == "all-linear":
+        check_experts(modules, model, "target_modules")
         return list(modules)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted:
@@ -86,7 +90,58 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
     for pattern in wanted:
         if not any(_matches(name, pattern) for name in modules):
             raise ValueError(_unknown_target(pattern, modules))
-    return [name for name in modules if any(_matches(name, pattern) for pattern in wanted)]
+    found = [name for name in modules if any(_matches(name, pattern) for pattern in wanted)]
+    check_experts(found, model, "target_modules")
+    return found
+
+
+def check_experts(targets: Iterable[str], model: nn.Module, name: str) -> None:
+    """Check that PEFT will put LoRA on the linear modules `targets` and on nothing else.
+
+    In some mixtures of experts whose experts are one tensor, PEFT takes names like `up_proj` for
+    those experts, as an adapter of the model's earlier form would mean them, although a dense
+    layer or a shared expert has linear modules of that name. `name` stands first in messages.
+
+    Raises:
+        ValueError: it takes some of them for the experts.
+    """
+    bare: Any = bare_model(model)
+    taken = [end for end in _last_parts(targets) if _means_experts(end, bare)]
+    if taken:
+        others = [
+            end for end in _last_parts(linear_modules(model)) if not _means_experts(end, bare)
+        ]
+        raise ValueError(
+            f"{name}: the experts of this model ({bare.config.model_type}) are fused into one "
+            f"tensor, and PEFT takes {', '.join(taken)} for them, which plain LoRA factors cannot "
+            f"carry; target some of its other linear modules only: {', '.join(others)}"
+        )
+
+
+def _means_experts(ending: str, model: nn.Module) -> bool:
+    config = LoraConfig(target_modules=[ending])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # half of a pair that is fused
+        return True
+    return ending not in (config.target_modules or ())
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear modules within the text model of a multimodal one, else all of them."""
+    bare: Any = bare_model(model)
+    modules = linear_modules(model)
+    if bare.config.get_text_config() is bare.config:
+        return modules
+    inside = set(plain_modules(bare.get_decoder()).values())
+    # transformers looks the decoder up by name; the one that embeds tokens is the text model.
+    if bare.get_input_embeddings() not in inside:
+        return modules
+    return {name: module for name, module in modules.items() if module in inside}
 
 
 def near_modules(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
@@ -99,7 +154,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
-    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    endings = _last_parts(modules)
     near = near_modules(pattern, endings) or near_modules(pattern, list(modules))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (

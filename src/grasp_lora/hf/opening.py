@@ -6,7 +6,7 @@ tensors that find no place, tensors that are missing, NaN, another base model.
 """
 
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,21 @@ def other_base(name: str | Path, asked_for: str, backbone: Backbone) -> str | No
     named = _base_of(read_config_file(Path(name).expanduser()))
     if named in (None, asked_for, backbone.public_name):
         return None
-    return f"{name} names {named} as its base model; it is evaluated on {asked_for}"
+    return f"{name} names {named} as its base model; it is put on {asked_for}"
+
+
+def other_bases(names: Sequence[str | Path], asked_for: str, backbone: Backbone) -> list[str]:
+    """Return the lines of `other_base` for several adapters, and one if they differ in the base."""
+    lines = [line for name in names if (line := other_base(name, asked_for, backbone))]
+    named = [_base_of(read_config_file(Path(name).expanduser())) for name in names]
+    own = (asked_for, backbone.public_name)
+    bases = dict.fromkeys(asked_for if base in own else base for base in named if base is not None)
+    if len(bases) > 1:
+        lines.append(
+            f"the adapters name different base models ({', '.join(bases)}); a merge of them is of "
+            "use only where those have the same weights"
+        )
+    return lines
 
 
 def is_adapter(name: str | Path) -> bool:

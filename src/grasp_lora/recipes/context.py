@@ -162,7 +162,14 @@ class Context:
             batches = train.batches(range(len(train.encoded)))
             found = input_norms(live.model, live.layers, [batch for _, batch in batches])
             self._norms_known[digest] = found
-        return self._norms_known[digest]
+        norms = self._norms_known[digest]
+        unread = [name for name in live.layers if name not in norms]
+        if unread:
+            self.narrator.say(
+                f"{len(unread)} of {len(live.layers)} adapted modules read nothing of the train"
+                f" rows (first: {unread[0]}); magnitude is used there"
+            )
+        return norms
 
 
 LABELLED = ("train", "dev", "micro_dev")

@@ -9,6 +9,7 @@ from grasp_lora.core.lora import average_weights, merge
 from grasp_lora.hf.adapter_io import check_fits, read_adapter
 from grasp_lora.recipes.context import Context, open_context
 from grasp_lora.recipes.folders import finish_stage, stage_is_done, stage_key, write_merged
+from grasp_lora.recipes.given import say_other_bases
 from grasp_lora.recipes.processes import is_main, join, wait_for_all
 
 
@@ -42,7 +43,9 @@ def merge_adapters(
         return out
     began = time.perf_counter()
     loaded = [read_adapter(folder) for folder in folders]
-    context = context or open_context(config)
+    if context is None:
+        context = open_context(config)
+        say_other_bases(context, folders)
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
     given = config.merge.weights

@@ -21,6 +21,7 @@ from grasp_lora.hf.adapter_io import check_fits, read_adapter
 from grasp_lora.hf.live import LiveAdapter, scored
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.recipes.context import Context, open_context
+from grasp_lora.recipes.given import say_other_bases
 from grasp_lora.recipes.processes import is_main, join
 from grasp_lora.recipes.search import POOLS
 from grasp_lora.runs import write_json
@@ -101,6 +102,7 @@ def precheck(
     for folder in (source, target):
         read_adapter(folder)
     context = context or open_context(config)
+    say_other_bases(context, (source, target))
     began = time.perf_counter()
     ids, losses = measure(context, (source, target), VARIANTS, rows)
     found = {"rows": ids} | conclusion(losses, usual_weights(config))

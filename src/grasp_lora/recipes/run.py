@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grasp_lora.config import ConfigError, RunConfig
-from grasp_lora.hf.adapter_io import check_fits, read_adapter
+from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.hf.backbones import resolve_targets
 from grasp_lora.hf.modules import linear_shape
 from grasp_lora.plots import plot_search
@@ -20,6 +20,7 @@ from grasp_lora.recipes.findings import add_run_findings
 from grasp_lora.recipes.finetune import finetune_at, judged_beside
 from grasp_lora.recipes.fit import checkpoint_bytes
 from grasp_lora.recipes.folders import STAGE_FILE, read_ratio
+from grasp_lora.recipes.given import check_given
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.recipes.progress import Narrator
@@ -193,18 +194,14 @@ def _trained(context: Context, role: str) -> Path:
 
 def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
     config, model = context.config, context.backbone.model
-    entries = 0
-    for folder in given.values():
-        if folder is None:
-            targets = resolve_targets(model, config.lora.target_modules)
-            modules = dict(model.named_modules())
-            entries += sum(
-                config.lora.r * sum(linear_shape(modules[name]) or ()) for name in targets
-            )
-        else:
-            loaded = read_adapter(folder)
-            check_fits(loaded, model, str(folder))
-            entries += sum(f.A.numel() + f.B.numel() for f in loaded.adapter.values())
+    loaded = check_given(context, [folder for folder in given.values() if folder is not None])
+    entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
+    fresh = len(given) - len(loaded)
+    if fresh:
+        targets = resolve_targets(model, config.lora.target_modules)
+        modules = dict(model.named_modules())
+        sizes = [sum(linear_shape(modules[name]) or ()) for name in targets]
+        entries += fresh * config.lora.r * sum(sizes)
     for role, parts in context.data.parts.items():
         for split in parts:
             context.encoded(role, split)
