@@ -1,5 +1,6 @@
 """What a comparison's runs begin with and are charged for, and what a killed one leaves."""
 
+import shutil
 import sys
 import time
 
@@ -16,7 +17,7 @@ from grasp_lora.recipes.job import RESULT_FILE
 from grasp_lora.recipes.queue import Job, Outcome, keys_of, run_queue
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import comparison_markdown, comparison_tables, price_rows
-from grasp_lora.runs import read_json
+from grasp_lora.runs import read_json, write_json
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -84,6 +85,19 @@ def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
     late = changed_settings(after, METHODS["late-merge"].changes)
     assert late.merge.when == "after"
     assert queued(after) == queued(config)
+
+
+def test_an_adapter_that_evaluation_would_refuse_stops_the_queue_at_once(settings, tmp_path):
+    role = tmp_path / "source"
+    shutil.copytree(load_config(settings).adapters.source, role)
+    file = role / "adapter_config.json"
+    write_json(file, read_json(file) | {"task_type": "FEATURE_EXTRACTION"})
+    config = load_config(settings, [f"adapters.source={role}"])
+    names = ("average-finetuned", "target")
+    found = compare_methods(config, tmp_path / "out", names, (1,), 0, 1, quiet=True)
+    assert "FEATURE_EXTRACTION" in found["failed"]["adapters"]
+    assert found["failed"]["target"] == "not run, adapters has no result"
+    assert not list((tmp_path / "out").glob("*/final*"))
 
 
 def test_a_local_model_of_other_weights_is_another_queue(settings, tmp_path):

@@ -33,6 +33,7 @@ from grasp_lora.recipes.folders import (
     stage_key,
     work_folder,
 )
+from grasp_lora.recipes.given import check_given
 from grasp_lora.recipes.job import Work
 from grasp_lora.recipes.merge import merge_adapters
 from grasp_lora.recipes.progress import Narrator
@@ -126,6 +127,7 @@ def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     config = RunConfig(**inputs["config"])
     context = open_context(config)
     given = {"source": config.adapters.source, "target": config.adapters.target}
+    check_given(context, [path for path in given.values() if path is not None])
     adapters = {
         role: path or train_adapter(config, role, folder / role, context=context)
         for role, path in given.items()
