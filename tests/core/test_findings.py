@@ -75,9 +75,12 @@ def test_thrashing_needs_two_commits_after_the_first_mask():
 
 
 def test_a_reward_whose_trials_mostly_tie_is_coarse():
-    def losses(*rounds):
+    def losses(*rounds, ratios=(0.0, 0.1, 0.2)):
         records = rounds_at([0.0] * len(rounds))
-        return [dataclasses.replace(r, losses=one) for r, one in zip(records, rounds, strict=True)]
+        return [
+            dataclasses.replace(r, losses=one, candidates=ratios)
+            for r, one in zip(records, rounds, strict=True)
+        ]
 
     found = findings.coarse_reward(losses((0.5, 0.5, 0.5), (0.25, 0.5, 0.5)))
     assert found.evidence == {"tied_pairs": 4, "pairs": 6}
@@ -85,6 +88,8 @@ def test_a_reward_whose_trials_mostly_tie_is_coarse():
     assert findings.coarse_reward(losses((0.5, 0.51, 0.5))) is None, "one of three is no majority"
     assert findings.coarse_reward(losses((None, None, 0.5))) is None
     assert findings.coarse_reward([]) is None
+    twice = losses((0.5, 0.5, 0.6), (0.5, 0.5, 0.6), ratios=(0.0, 0.0, 0.1))
+    assert findings.coarse_reward(twice) is None, "one ratio, tried twice"
 
 
 def test_a_final_run_that_never_improved_is_overfitting():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.finetune import finetune_at
+from grasp_lora.recipes.finetune import finetune_at, on_train_rows
 from grasp_lora.recipes.run import run
 from grasp_lora.runs import read_json
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -113,6 +113,36 @@ def test_the_masks_are_those_of_the_judged_run(workplace):
     for name, tensor in tensors(workplace / "out-judged").items():
         assert torch.equal(tensor == 0, tensors(out)[name] == 0)
         assert (tensor == 0).float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_began(workplace):
+    changes = {"controller": {"low": 0.4, "start": 0.5, "high": 0.6}}
+    changes["finetune"] = {"mode": "continue", "learning_rate": 0.003, "epochs": 2}
+    changes["search"] = {"learning_rate": 0.02}
+    changes["evaluate"] = {"baselines": False}
+    out = run(settings(workplace, **changes), quiet=True)
+    assert stage(out / "search")["best"]["step"] > 0, "or the search ends where it began"
+    judged, final = tensors(out / "final-judged"), tensors(out / "final")
+    for name, tensor in judged.items():
+        assert torch.equal(tensor == 0, final[name] == 0)
+        assert 0.35 < (tensor == 0).float().mean() < 0.65
+    config = settings(workplace, **changes)
+    anew = finetune_at(
+        on_train_rows(config), out / "merged", stage(out / "final")["ratio"], out / "anew"
+    )
+    others = tensors(anew)
+    assert any(not torch.equal(t == 0, others[name] == 0) for name, t in judged.items())
+
+
+def test_masks_drawn_at_random_stay_those_that_were_drawn(workplace):
+    def zeros(folder, **more):
+        config = settings(workplace, finetune={"learning_rate": 0.003, **more})
+        out = finetune_at(on_train_rows(config), workplace / "source", 0.5, workplace / folder,
+                          random_masks=True)  # fmt: skip
+        return {name: tensor == 0 for name, tensor in tensors(out).items()}
+
+    once, again = zeros("random"), zeros("recut", mask_schedule="every-step")
+    assert all(torch.equal(zero, again[name]) for name, zero in once.items())
 
 
 @pytest.mark.parametrize("mode", ["restart", "continue"])

@@ -123,8 +123,10 @@ def coarse_reward(records: Sequence[RoundRecord]) -> Finding | None:
     """
     pairs = tied = 0
     for record in records:
-        means = [mean for mean in record.losses if mean is not None]
-        for one, other in combinations(means, 2):
+        # Of a ratio tried twice in a round the losses are equal by right.
+        means = dict(zip(record.candidates, record.losses, strict=True))
+        known = [mean for mean in means.values() if mean is not None]
+        for one, other in combinations(known, 2):
             pairs += 1
             tied += one == other
     if not pairs or tied / pairs <= COARSE:

@@ -1,6 +1,7 @@
 """Stage `finetune`: an adapter and a prune ratio -> the final adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from grasp_lora.config import RunConfig
 from grasp_lora.core.importance import IMPORTANCE
 from grasp_lora.core.masks import without_dead_components, zero_fraction
 from grasp_lora.hf.groups import ratio_by_group
-from grasp_lora.hf.live import Block, LiveAdapter, Score, scored
+from grasp_lora.hf.live import Block, LiveAdapter, Masks, RatioOf, Score, scored
 from grasp_lora.hf.trainer import processes, steps_per_epoch
 from grasp_lora.recipes.context import Context, open_context, open_data
 from grasp_lora.recipes.fit import FitResult, Spent, fit, measured
@@ -107,7 +108,7 @@ def finetune_at(
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
-    section = config.finetune
+    section, begun = config.finetune, start
     if retrain:
         judged = judged or finetune_at(
             on_train_rows(config), start, ratio, judged_beside(out), overwrite,
@@ -118,21 +119,24 @@ def finetune_at(
         start, before = origin or start, 0.0
     spent = Spent()
     rule = config.importance if section.importance == "same" else section.importance
-    with context.clock.span("load"):
-        pruned = read_start(start, context.backbone)
-    with context.live(pruned, config.mask_unit) as live:
-        norms = context.norms(live, rule) if ratio > 0 and not random_masks else None
-        score = random_score(config.seed) if random_masks else scored(IMPORTANCE[rule], norms)
+    wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
+    judged_masks: Masks | None = None
+    if ratio > 0 and start != begun:
+        # What was judged was pruned as the search left it: the same entries go where it began.
+        with _loaded(context, begun, config) as live:
+            judged_masks = _cutter(context, live, config.seed, rule, wanted, random_masks)()
+    with _loaded(context, start, config) as live:
+        cut = _cutter(context, live, config.seed, rule, wanted, random_masks)
 
         def prune(optimizer: Any = None) -> None:
             with context.clock.span("masks"):
-                wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
-                (masks,) = live.masks(score, [wanted])
-                live.commit(masks, optimizer)
+                live.commit(cut(), optimizer)
 
         every = section.mask_schedule if isinstance(section.mask_schedule, int) else 1
         repeat = ratio > 0 and section.mask_schedule != "once"
-        if ratio > 0:
+        if judged_masks is not None:
+            live.commit(judged_masks)
+        elif ratio > 0:
             prune()
         # The start itself may be what is kept: no step of all labels either, then.
         if train and section.max_steps != 0:
@@ -204,6 +208,30 @@ def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -
     taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
     rows = len(context.on_all_labels().examples("target", "train"))
     return taken | {"labelled": {"rows": rows, "steps": result.steps, "log": list(result.log)}}
+
+
+@contextmanager
+def _loaded(context: Context, folder: Path, config: RunConfig) -> Iterator[LiveAdapter]:
+    with context.clock.span("load"):
+        merged = read_start(folder, context.backbone)
+    with context.live(merged, config.mask_unit) as live:
+        yield live
+
+
+def _cutter(
+    context: Context,
+    live: LiveAdapter,
+    seed: int,
+    rule: str,
+    ratio: float | RatioOf,
+    random_masks: bool,
+) -> Callable[[], Masks]:
+    """Return what cuts masks of a live adapter as it then is; drawn ones are always the same."""
+    if random_masks:
+        return lambda: live.masks(random_score(seed), [ratio])[0]
+    norms = context.norms(live, rule) if ratio != 0 else None
+    score = scored(IMPORTANCE[rule], norms)
+    return lambda: live.masks(score, [ratio])[0]
 
 
 def random_score(seed: int) -> Score:

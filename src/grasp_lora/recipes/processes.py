@@ -39,10 +39,11 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     """Run `decide` in the main process and return its result in every process.
 
     For whatever looks at files: a slower process would see those that the faster one has written
-    since, and take another way.
+    since, and take another way. And for what need not give the same twice.
 
     Raises:
         ValueError, FileNotFoundError: `decide` did; raised in every process.
+        RuntimeError: `decide` raised something else in one of several processes.
     """
     if PartialState().num_processes == 1:
         return decide()
@@ -50,8 +51,10 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     if is_main():
         try:
             outcome[0] = decide()
-        except (ValueError, FileNotFoundError) as error:
-            outcome[1] = error
+        except Exception as error:
+            # Not every exception can be sent, and the others must not wait for one that cannot.
+            sendable = isinstance(error, ValueError | FileNotFoundError)
+            outcome[1] = error if sendable else RuntimeError(f"{type(error).__name__}: {error}")
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

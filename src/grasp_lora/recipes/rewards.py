@@ -14,6 +14,7 @@ from grasp_lora.hf.callback import Cost
 from grasp_lora.hf.generate import generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
 from grasp_lora.recipes.context import Context
+from grasp_lora.recipes.processes import decided_by_main
 from grasp_lora.recipes.scoring import metric_options
 
 LOSS = "loss"
@@ -64,7 +65,9 @@ def cost_of(context: Context, splits: Sequence[str]) -> Cost | None:
 
     def cost(model: nn.Module, drawn: Sequence[int]) -> list[float]:
         texts = answered(model, drawn)
-        scores = list(judge(texts, [examples[i].references for i in drawn]))
+        references = [examples[i].references for i in drawn]
+        # Once for all processes: a judge may answer differently to each, and they have to agree.
+        scores = decided_by_main(lambda: list(judge(texts, references)))
         if len(scores) != len(texts):
             raise ValueError(
                 f"controller.reward {name} gave {len(scores)} scores for {len(texts)} answers; "
