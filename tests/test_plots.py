@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
-from grasp_lora.plots import PART_COLOURS, plot_profile, plot_search
+from grasp_lora.plots import PART_COLOURS, plot_comparison, plot_profile, plot_search
 from grasp_lora.timing import PARTS
 
 
@@ -142,3 +143,26 @@ def test_a_profile_shows_the_parts_of_every_stage_end_to_end(tmp_path, drawn):
 def test_every_part_has_a_colour_of_its_own():
     assert list(PART_COLOURS) == list(PARTS)
     assert len(set(PART_COLOURS.values())) == len(PARTS)
+
+
+def test_no_name_of_a_method_covers_another(tmp_path, drawn):
+    names = ("grasp-restart", "grasp-continue", "late-merge", "grid", "source-finetuned")
+    rows = [
+        {
+            "method": name,
+            "ratio": 0.1 * place,
+            "scores": {"test": {"loss": 1.0 + 0.001 * place}},
+            "intervals": {"test": {"loss": (0.9, 1.1)}},
+            "seconds": 100.0 + place,
+            "tokens": 5,
+        }
+        for place, name in enumerate(names)
+    ]
+    plot_comparison({"rows": rows}, tmp_path)
+    pareto = drawn[0]
+    texts = [t for t in pareto.axes[0].texts if isinstance(t, Annotation)]
+    assert sorted(t.get_text() for t in texts) == sorted(names)
+    pareto.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
+    assert len({text.xy for text in texts}) == len(names), "the points stay where they are"

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 from grasp_lora.runs import machines_of
 
@@ -104,12 +106,16 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
         axes = figure.subplots()
         draw(axes, runs, f"{metric}, {test}")
         _plain(axes)
+        _part_names(figure, axes)
         figure.savefig(folder / name, dpi=130)
 
 
 _Runs = Mapping[str, Sequence[_Point]]
 """Method -> its runs."""
 _CHOSEN_FROM = ("grid-0", "adaptive-0")
+_NAME = "name"
+_NAME_STEP = 2
+"""Points by which a name is moved at a time."""
 _OURS = ("grasp", "late")
 _ALWAYS_NAMED = (*_OURS, "grid", "optuna", "source-finetuned", "average-finetuned", "adaptive")
 
@@ -178,7 +184,29 @@ def _colour_of(method: str) -> str:
 
 
 def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
-    axes.annotate(name, (x, y), fontsize=7, color=INK, xytext=(4, 3), textcoords="offset points")
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.4, "relpos": (0, 0)}
+    line |= {"shrinkA": 0, "shrinkB": 0}
+    named = axes.annotate(
+        name, (x, y), fontsize=7, color=INK, xytext=(4, 3), textcoords="offset points",
+        arrowprops=line,
+    )  # fmt: skip
+    named.set_gid(_NAME)
+
+
+def _part_names(figure: Figure, axes: Axes) -> None:
+    """Move names of points up until none covers another; a line leads from each to its point."""
+    figure.draw_without_rendering()  # places are known only once all is laid out
+    names = [
+        text for text in axes.texts if isinstance(text, Annotation) and text.get_gid() == _NAME
+    ]
+    placed: list[Bbox] = []
+    for named in sorted(names, key=lambda one: one.xy[1]):
+        box = Text.get_window_extent(named)
+        while any(box.overlaps(other) for other in placed):
+            right, up = named.xyann
+            named.xyann = (right, up + _NAME_STEP)
+            box = Text.get_window_extent(named)
+        placed.append(box)
 
 
 def _mean_of(values: Iterable[float]) -> float:
