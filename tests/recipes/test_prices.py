@@ -205,6 +205,13 @@ def test_what_was_not_installed_is_run_once_it_is(settings, tmp_path, monkeypatc
     assert len(rows_of(found, "lorahub")) == 1
 
 
+def test_methods_in_which_nothing_is_drawn_have_a_table_of_their_own(settings, tmp_path):
+    config = load_config(settings)
+    found = compare_methods(config, tmp_path, ("zero-shot", "source"), (5,), 0, 1, quiet=True)
+    assert [row["method"] for row in found["rows"]] == ["zero-shot", "source"]
+    assert "| zero-shot | 1 |" in (tmp_path / "comparison.md").read_text()
+
+
 class Killed(BaseException):
     """Nothing in the code under test catches it, as nothing catches SIGKILL."""
 

@@ -324,7 +324,7 @@ def compare_methods(
     outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
     # What an earlier start with other names left there belongs in the tables as well.
     names: dict[str, None] = {}
-    for seed in _seeds_in(out):
+    for seed in _seeds_in(out) or seeds:  # none where nothing is drawn in what was run
         whole = jobs_of(config, data, list(METHODS), (seed,))
         names |= dict.fromkeys(job.name for job in whole)
         outcomes = results_in(out, whole) | outcomes
@@ -341,7 +341,7 @@ def _forget_what_was_not_installed(folder: Path, jobs: Sequence[Job]) -> None:
     for job in jobs:
         file = folder / job.name / RESULT_FILE
         package = read_json(file)["result"].get("package") if file.exists() else None
-        if package is not None and find_spec(package) is not None:
+        if package is not None and find_spec(package.partition(".")[0]) is not None:
             file.unlink()
 
 
@@ -469,14 +469,14 @@ def method_of(job: str) -> str:
 def _charged(name: str, job: str, outcomes: Mapping[str, Outcome]) -> list[Outcome]:
     """Return the runs that a run's price is made of."""
     method, own = METHODS[name], outcomes[job]
-    seed = job.rpartition("-s")[2]
+    needed = [f"{need}{job.removeprefix(name)}" for need in method.needs]
     charged = [own]
     if method.work == "nearest_of":
         charged = [outcomes.get((own.result or {})["chosen"])]
     elif method.work == "best_of":
-        charged = [outcomes.get(f"{need}-s{seed}") for need in method.needs]
+        charged = [outcomes.get(need) for need in needed]
     elif method.work == "late" or method.inputs.get("judged"):
-        charged += [outcomes.get(f"{need}-s{seed}") for need in method.needs]
+        charged += [outcomes.get(need) for need in needed]
     return [outcome for outcome in charged if outcome is not None]
 
 
