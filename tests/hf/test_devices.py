@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from grasp_lora.hf.devices import avoid_faulty_kernels, choose_device, repeat_exactly
+from grasp_lora.hf.devices import (
+    avoid_faulty_kernels,
+    choose_device,
+    exact_attention,
+    repeat_exactly,
+)
 
 
 @pytest.mark.parametrize(("rank", "device"), [(None, "cuda"), ("0", "cuda:0"), ("3", "cuda:3")])
@@ -63,6 +68,59 @@ def test_kernels_that_repeat_exactly_are_asked_for_on_gpus_only(monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user chose stays"
 
 
+def _warned_only() -> bool:
+    assert torch.are_deterministic_algorithms_enabled()
+    return torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _unrepeatable() -> None:
+    """An operation that has no repeating kernel on any device."""
+    torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+
+
+@pytest.mark.usefixtures("determinism")
+def test_what_has_no_repeating_kernel_is_refused_while_attention_must_repeat():
+    repeat_exactly(torch.device("cuda"))
+    with exact_attention(torch.device("cuda"), lambda: None, pytest.fail):
+        assert not _warned_only()
+        with pytest.raises(RuntimeError, match="deterministic implementation"):
+            _unrepeatable()
+    assert _warned_only()
+    with (
+        pytest.raises(KeyError),
+        exact_attention(torch.device("cuda"), lambda: None, pytest.fail),
+    ):
+        raise KeyError
+    assert _warned_only(), "an error in the body leaves the rule as it was"
+
+
+@pytest.mark.usefixtures("determinism")
+def test_a_model_with_an_operation_that_cannot_repeat_is_trained_all_the_same():
+    repeat_exactly(torch.device("cuda"))
+    told: list[str] = []
+    with exact_attention(torch.device("cuda"), _unrepeatable, told.append):
+        assert _warned_only()
+    assert len(told) == 1
+    assert "max_unpool" in told[0]
+    assert "may differ" in told[0]
+
+
+@pytest.mark.usefixtures("determinism")
+@pytest.mark.parametrize("error", [FloatingPointError("nan"), RuntimeError("out of memory")])
+def test_other_errors_are_left_for_the_body_to_raise(error):
+    def attempt() -> None:
+        raise error
+
+    repeat_exactly(torch.device("cuda"))
+    with exact_attention(torch.device("cuda"), attempt, pytest.fail):
+        assert _warned_only()
+
+
+def test_on_a_cpu_nothing_is_tried():
+    with exact_attention(torch.device("cpu"), pytest.fail, pytest.fail):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("cudnn_attention", "determinism")
@@ -74,10 +132,11 @@ def test_gradients_through_masked_attention_are_the_same_every_time():
     parts = [torch.randn(4, 4, 320, 64, generator=generator).bfloat16().cuda() for _ in range(3)]
     mask = torch.ones(320, 320, dtype=torch.bool, device=device).tril()[None, None]
     found: list[list[torch.Tensor]] = []
-    for _ in range(20):
-        leaves = [part.clone().requires_grad_() for part in parts]
-        scaled_dot_product_attention(*leaves, attn_mask=mask).square().sum().backward()
-        found.append([leaf.grad for leaf in leaves])
+    with exact_attention(device, lambda: None, pytest.fail):
+        for _ in range(20):
+            leaves = [part.clone().requires_grad_() for part in parts]
+            scaled_dot_product_attention(*leaves, attn_mask=mask).square().sum().backward()
+            found.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
 
 

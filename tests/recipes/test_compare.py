@@ -624,7 +624,7 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
     for seed in (1, 2):
         tiny_adapter_folder(tmp_path / str(seed), tiny_model(), r=4, seed=seed)
     adapters = {"source": tmp_path / "1", "target": tmp_path / "2"}
-    asked = {"merge": {"kind": kind, "weights": (1.0, 1.0)}}
+    asked = {"merge": {"kind": kind, "weights": [1.0, 1.0]}}  # a list, as a job's file has it
     start = started(context, asked, adapters, tmp_path / "out")
     folder = start.adapter
     assert folder is not None

@@ -1,6 +1,7 @@
 """The whole job on a tiny random backbone and the built-in questions."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from grasp_lora.config import RunConfig
 from grasp_lora.hf.activations import input_norms
 from grasp_lora.hf.adapter_io import read_adapter
 from grasp_lora.hf.callback import SearchCallback
+from grasp_lora.hf.devices import exact_attention
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.opening import adapted
 from grasp_lora.hf.probe import row_losses
-from grasp_lora.recipes import context
+from grasp_lora.recipes import context, fit
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.finetune import finetune_at
 from grasp_lora.recipes.merge import merge_adapters
@@ -274,6 +276,26 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     assert (again / "adapter_model.safetensors").read_bytes() == (
         out / "final/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypatch):
+    config = settings(workplace, lora={"dropout": 0.5})
+    tried: list[bool] = []
+
+    @contextmanager
+    def on_a_gpu(device, attempt, notice):
+        del device
+        attempt()
+        tried.append(True)
+        with exact_attention(torch.device("cpu"), attempt, notice):
+            yield
+
+    plain = train_adapter(config, "target", workplace / "plain")
+    monkeypatch.setattr(fit, "exact_attention", on_a_gpu)
+    again = train_adapter(config, "target", workplace / "again")
+    assert tried
+    files = [folder / "adapter_model.safetensors" for folder in (plain, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.01, 2), (0.02, 1), (1.0, 0)])

@@ -4,6 +4,7 @@ PEFT adds the orthogonality of the factors to a loss that the model returns; our
 outside, so the term's gradient is added to the parameters' own, after clipping.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def attach_adalora(
         task_type="CAUSAL_LM",
     )
     devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     params = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
@@ -114,7 +117,7 @@ def as_lora(live: LiveAdapter) -> dict[str, tuple[Tensor, Tensor]]:
                 getattr(module, side)["default"].detach().float().cpu()
                 for side in ("lora_A", "lora_B", "lora_E")
             )
-            scaling = module.scaling["default"] / (float(module.ranknum["default"]) + 1e-5)
+            scaling = module.scaling["default"] / (float(module.ranknum["default"].detach()) + 1e-5)
             down, up = without_dead_components(a * e, b * scaling)
             plain[name] = (down.clone(), up.clone())
     return plain

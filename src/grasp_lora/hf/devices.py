@@ -1,6 +1,8 @@
 """Where a model runs, and in which number format."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -56,13 +58,48 @@ def repeat_exactly(device: torch.device) -> None:
     """Ask this process for kernels on `device` whose sums do not depend on the order of threads.
 
     Without that two runs of one seed on a GPU differ in their last digits, and a few epochs later
-    in which of them is kept. What has no such kernel warns once and runs all the same.
+    in which of them is kept. What has no such kernel warns once and runs all the same; so does the
+    gradient of attention, which `exact_attention` sees to.
     """
     if device.type == "cuda":
         # cuBLAS reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def exact_attention(
+    device: torch.device, attempt: Callable[[], object], notice: Callable[[str], None]
+) -> Iterator[None]:
+    """Use kernels for the gradient of attention that repeat exactly, in the body, on a GPU.
+
+    torch has them, but picks them only where it refuses whatever has no repeating kernel, not where
+    it warns of that (`repeat_exactly`). So the body runs under that rule if the model can.
+
+    Args:
+        device: what the body computes on; on a CPU nothing changes.
+        attempt: does what the body does, once, and leaves no trace.
+        notice: gets a line for the user where the model cannot.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.is_deterministic_algorithms_warn_only_enabled()
+    refused = None
+    torch.use_deterministic_algorithms(True)
+    try:
+        attempt()
+    except (RuntimeError, FloatingPointError) as error:  # another one is the body's to raise
+        refused = str(error)
+        torch.use_deterministic_algorithms(True, warn_only=before)
+        if "deterministic" in refused:
+            first = refused.split(". ")[0]
+            notice(f"two runs of one seed may differ in their last digits on this GPU: {first}")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=before)
 
 
 def _cpu_has_bfloat16() -> bool:

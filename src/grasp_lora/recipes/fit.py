@@ -21,11 +21,13 @@ from grasp_lora.hf.checkpoint import (
     remove_incomplete,
 )
 from grasp_lora.hf.clock import SaveClock, StepClock
+from grasp_lora.hf.devices import exact_attention
 from grasp_lora.hf.live import LiveAdapter
 from grasp_lora.hf.preserve import preserved
 from grasp_lora.hf.probe import row_losses
 from grasp_lora.hf.trainer import (
     Diverged,
+    answer_loss,
     build_trainer,
     planned_steps,
     processes,
@@ -201,8 +203,10 @@ def fit(
         checkpoint = _agreed_checkpoint(work)
         if checkpoint is not None:
             context.narrator.say(f"{title}: resuming from {checkpoint.name}")
+        device, say = context.backbone.device, context.narrator.say
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with exact_attention(device, lambda: _one_gradient(context, live, rows[0]), say):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
             step = trainer.state.global_step
             raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
@@ -211,6 +215,15 @@ def fit(
     rows_then = tuple(tuple(one) for one in best.rows) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
     return FitResult(evaluations, rows_then, kept_best, log, trainer.state.global_step)
+
+
+def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
+    """Do what a training step does with one row, but for its update."""
+    with preserved(live.model, live.params):
+        live.model.train()
+        batch = {k: v.to(context.backbone.device) for k, v in context.collator([row]).items()}
+        labels = batch.pop("labels")
+        answer_loss(live.model(**batch), labels).backward()
 
 
 def measured(context: Context, live: LiveAdapter) -> FitResult:

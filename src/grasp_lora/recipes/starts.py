@@ -103,7 +103,8 @@ def merging(weights: Path, merged: Path) -> dict[str, Any]:
 def _merged(
     context: Context, asked: Mapping[str, Any], folders: dict[str, Path], folder: Path
 ) -> Start:
-    section = context.config.merge.model_copy(update={"rank": None} | dict(asked))
+    plain = context.config.merge.model_dump() | {"rank": None} | dict(asked)
+    section = type(context.config.merge).model_validate(plain)
     config = context.config.model_copy(update={"merge": section})
     weighted = with_learned_weights(replace(context, config=config), folders, folder / "weights")
     try:
