@@ -23,6 +23,8 @@ from grasp_lora.runs import read_jsonl
 
 RIVALS = ("source-finetuned", "shrunk", "weights", "weight-decay")
 """What a picture shows beside the ratios, by the beginnings of the names."""
+IN_TABLE = (*RIVALS, "learned-weights", "svd-finetuned")
+"""What the table of unpruned runs has; other merges are compared in comparison.md."""
 
 
 class Recorded:
@@ -50,9 +52,8 @@ class Recorded:
 
     def ratios(self) -> list[float]:
         """Return the ratios with a final run, ascending."""
-        return sorted(
-            {runs[0]["ratio"] for n, runs in self.finals.items() if n.startswith("ratio")}
-        )
+        firsts = (runs[0] for runs in self.finals.values())
+        return sorted({one["ratio"] for one in firsts if one["fixed"]})
 
     def at(self, ratio: float) -> str:
         """Return the name of the run at a ratio."""
@@ -115,7 +116,7 @@ def rivals_table(pair: Recorded) -> Iterator[str]:
     yield _row(pair, pair.at(chosen), f"pruned at {chosen:g} (lowest dev loss)", whole)
     yield _row(pair, whole, "plain merge, 1/2 + 1/2", whole)
     for name in pair.finals:
-        if not name.startswith("ratio-"):
+        if name.startswith(IN_TABLE):
             yield _row(pair, name, name, whole)
 
 
@@ -210,8 +211,8 @@ def searches_table(pair: Recorded) -> Iterator[str]:
     )
     yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     by_seed: dict[int, list[dict[str, Any]]] = {}
-    for name, runs in pair.finals.items():
-        for one in runs if name.startswith("ratio-") else ():
+    for runs in pair.finals.values():
+        for one in runs if runs[0]["fixed"] else ():
             by_seed.setdefault(one["seed"], []).append(one)
     fullest = max(by_seed, key=lambda seed: len(by_seed[seed]))
     for name in ("grasp-restart", "grasp-continue"):

@@ -178,8 +178,8 @@ def runs_in(folder: Path) -> list[dict[str, Any]]:
 def final_runs(folder: Path) -> list[dict[str, Any]]:
     """Return the fine-tuning runs of a pair, as its tables need them.
 
-    Each has `name` (ratio-R for a fixed ratio, the method's name for the rest), `seed`, `ratio`,
-    `dev` (step, loss), `best_step`, `zeros`, `losses` (of micro-dev and dev rows), `verdict`, and
+    Each has `name` (ratio-R for a fixed ratio, the method's name for the rest), `fixed` (whether it
+    is a point of the plain grid), `seed`, `ratio`, `dev` (step, loss), `best_step`, `zeros`, `losses` (of micro-dev and dev rows), `verdict`, and
     `test`, metric -> value of each test row.
     """
     found: list[dict[str, Any]] = []
@@ -191,6 +191,7 @@ def final_runs(folder: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": f"ratio-{record['ratio']}" if fixed else method,
+                "fixed": fixed,
                 "seed": int(seed),
                 "ratio": record["ratio"],
                 "dev": record["dev"],

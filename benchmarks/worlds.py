@@ -269,7 +269,7 @@ def read_recording(folder: Path, training: str = "plain", seed: int = 42) -> Rec
         FileNotFoundError: the probes or all final runs at fixed ratios are missing.
     """
     probes = read_jsonl(folder / "probes" / f"{training}-s{seed}.json")[0]
-    finals = [run for run in final_runs(folder) if run["name"].startswith("ratio-")]
+    finals = [run for run in final_runs(folder) if run["fixed"]]
     if not finals:
         raise FileNotFoundError(f"'{folder}' holds no run at a fixed ratio; record the runs first")
     by_ratio: dict[float, list[float]] = {}

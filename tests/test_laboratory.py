@@ -236,6 +236,9 @@ def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, caps
     for seed in (42, 7):  # nothing else has seed 7
         job = f"grasp-restart-s{seed}"
         write_jsonl(folder / f"{job}.json", [found | {"job": job}])
+    # a run at the ratio that another one found is no point of the grid
+    beside = found | {"job": "ratio-lower-s42", "ratio": 0.55}
+    write_jsonl(folder / "ratio-lower-s42.json", [beside])
     picture = tmp_path / "landscape.png"
     (tmp_path / "begun").mkdir()
     landscape_report.main([str(folder), str(tmp_path / "begun"), "--picture", str(picture)])
@@ -253,6 +256,8 @@ def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, caps
     # Seed 7 has no grid of its own: it is held against that of the first with most points.
     numbers = "0.500 | 1337 | 0.4 | 2.300 | 1.900 | 2.300 | 1.900 | 0.400 | +0.250 | +1.000"
     assert f"| grasp-restart | 7 | flat | {numbers} |" in text
+    assert "0.55" not in text
+    assert "ratio-lower" not in text
     assert "begun: no final runs yet" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
