@@ -11,7 +11,9 @@ comparison.md and pictures from what is recorded.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
-`late` what late merges chose, seed by seed, and what a ratio on top of them changed.
+`late` what late merges chose, seed by seed, and what a ratio on top of them changed; `speed` how
+many times a grid's seconds a method needs, seed by seed, where one machine and one version of the
+code ran all of both.
 `keep QUEUE FOLDER` copies the finished runs of a comparison's folder; `restore FOLDER QUEUE` puts
 them back below it, which then does not run again what has the same inputs.
 """
@@ -42,7 +44,14 @@ from grasp_lora.recipes.methods import best_of, nearest_of
 from grasp_lora.recipes.queue import Outcome
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import comparison_markdown
-from grasp_lora.runs import read_json, read_jsonl, write_json, write_jsonl, write_text
+from grasp_lora.runs import (
+    machines_of,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 CONFIGS = common.ROOT / "configs" / "results"
 RUNS = common.ROOT / "docs" / "results" / "runs"
@@ -337,6 +346,38 @@ def _on_top(plain: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[str]:
     return [f"{pruned['ratio']:.2f}", pruned["verdict"], gap, exact]
 
 
+def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
+    """Return a table of a grid's seconds and tokens over a method's, of one seed and machine.
+
+    Runs that another machine made, in part, or other versions of the code, are left out; so is a
+    grid that lacks a point.
+    """
+    titles = ["pair", "seed", "machine", "method", "seconds", f"{grid}, seconds"]
+    titles += ["times as fast", "tokens saved, times"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---:|---|---|---:|---:|---:|---:|"]
+    for folder in sorted(runs.iterdir()):
+        found = {record["job"]: record for record in runs_in(folder)}
+        for seed in SEEDS:
+            points = [found.get(job_name(need, seed)) for need in METHODS[grid].needs]
+            for method in methods:
+                ours = found.get(job_name(method, seed))
+                if ours is None or None in points:
+                    continue
+                whole = [one for one in points if one is not None]
+                other = any(one["versions"] != ours["versions"] for one in whole)
+                if other or len(machines_of([*whole, ours])) > 1:
+                    continue
+                cells = [folder.name, str(seed), *machines_of([ours]), method]
+                ratios: list[str] = []
+                for what in ("seconds", "tokens"):
+                    total = sum(one["price"][what] for one in whole)
+                    ratios.append(f"{total / ours['price'][what]:.1f}")
+                    if what == "seconds":
+                        cells += [f"{ours['price'][what]:.0f}", f"{total:.0f}"]
+                lines.append(f"| {' | '.join(cells + ratios)} |")
+    return lines
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -362,6 +403,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     averaged.add_argument("--runs", type=Path, default=RUNS)
     lately = commands.add_parser("late", help="print what late merges chose")
     lately.add_argument("--runs", type=Path, default=RUNS)
+    fast = commands.add_parser("speed", help="print a grid's seconds over a method's")
+    fast.add_argument("methods", nargs="+", choices=list(METHODS))
+    grids = [name for name, one in METHODS.items() if one.work == "best_of"]
+    fast.add_argument("--grid", default="grid", choices=grids)
+    fast.add_argument("--runs", type=Path, default=RUNS)
     for name in ("keep", "restore"):
         copying = commands.add_parser(name)
         copying.add_argument("source", type=Path)
@@ -383,6 +429,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(against(options.runs, options.reference, options.methods)))
     elif options.what == "means":
         print("\n".join(means(options.runs, options.metric, options.methods, options.seeds)))
+    elif options.what == "speed":
+        print("\n".join(speed(options.runs, options.grid, options.methods)))
     elif options.what == "late":
         print("\n".join(late(options.runs)))
     else:

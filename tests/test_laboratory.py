@@ -386,6 +386,27 @@ def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[2:] == ["| en-es | 2.500 (1) | – |"]
 
 
+def test_speed_is_told_of_runs_of_one_machine_and_version_alone(tmp_path, capsys):
+    def kept(job: str, seconds: float, **changes) -> None:
+        kept_run(tmp_path / "en-es", job, 0.2, 1.0, 2.0)
+        file = tmp_path / "en-es" / f"{job}.json"
+        (record,) = read_jsonl(file)
+        record["price"] |= {"seconds": seconds, "tokens": 100}
+        write_jsonl(file, [record | {"versions": {"python": "3.11"}} | changes])
+
+    for seed in (42, 1337, 9001):
+        for tenths in range(1, 9 if seed != 9001 else 8):
+            kept(f"grid-0.{tenths}-s{seed}", 10.0)
+        kept(f"grasp-restart-s{seed}", 32.0)
+        kept(f"grasp-continue-s{seed}", 16.0)
+    kept("grid-0.3-s1337", 10.0, machine={"cpu": "another"})
+    kept("grasp-continue-s42", 16.0, versions={"python": "3.12"})
+    recorded_runs.main(["speed", "grasp-restart", "grasp-continue", "--runs", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| en-es | 42 | c | grasp-restart | 32 | 80 | 2.5 | 8.0 |"
+    ]
+
+
 def test_what_late_merges_chose_is_printed_seed_by_seed(tmp_path, capsys):
     for seed in (42, 9001):
         kept_run(tmp_path / "en-es", f"late-merge-s{seed}", 0.0, 1.0, 2.0)
