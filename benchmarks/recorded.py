@@ -188,8 +188,8 @@ def final_runs(folder: Path) -> list[dict[str, Any]]:
     """Return the fine-tuning runs of a pair, as its tables need them.
 
     Each has `name` (ratio-R for a fixed ratio, the method's name for the rest), `fixed` (whether it
-    is a point of the plain grid), `seed`, `ratio`, `dev` (step, loss), `best_step`, `zeros`, `losses` (of micro-dev and dev rows), `verdict`, and
-    `test`, metric -> value of each test row.
+    is a point of the plain grid), `seed`, `ratio`, `dev` (step, loss), `best_step`, `zeros`,
+    `losses` (of micro-dev and dev rows), `verdict`, and `test`, metric -> value of each test row.
     """
     found: list[dict[str, Any]] = []
     for record in runs_in(folder):
