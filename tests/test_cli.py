@@ -211,11 +211,35 @@ def test_evaluate_finds_an_adapter_below_the_home_folder(called, evaluated, monk
     (evaluated / "rows.jsonl").touch()
     (evaluated / "base").mkdir()
     options = ("--model", "~/base", "--data", "news=~/rows.jsonl", "--language", "ar")
-    done = invoke("evaluate", "~/adapter", *options, "--out", str(evaluated / "out"))
+    done = invoke("evaluate", "~/adapter", *options, "--out=~/out")
     assert done.exit_code == 0, done.output
-    assert called["args"][0] == evaluated / "adapter"
+    assert called["args"] == (evaluated / "adapter", evaluated / "out")
     assert called["config"].model.name == str(evaluated / "base")
     assert called["config"].data.tests["news"].files == evaluated / "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "folders"),
+    [
+        ("merge", ["--adapter=~/a", "--adapter=~/b"], [["a", "b"]]),
+        ("search", ["--merged=~/m"], ["m"]),
+        ("finetune", ["--start=~/s", "--ratio=0.5"], ["s", 0.5]),
+    ],
+)
+def test_every_path_may_be_below_the_home_folder(
+    called, tmp_path, monkeypatch, command, options, folders
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(YAML)
+    done = invoke(command, "~/run.yaml", *options, "--out=~/out")
+    assert done.exit_code == 0, done.output
+
+    def there(name: Any) -> Any:
+        if isinstance(name, list):
+            return [there(one) for one in name]
+        return tmp_path / name if isinstance(name, str) else name
+
+    assert list(called["args"]) == [*map(there, folders), tmp_path / "out"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ _NAME = "name"
 _NAME_STEP = 2
 """Points by which a name is moved at a time."""
 _OURS = ("grasp", "late")
-_ALWAYS_NAMED = (*_OURS, "grid", "optuna", "source-finetuned", "average-finetuned", "adaptive")
+_ALWAYS_NAMED = (
+    *_OURS, "grid", "optuna", "source-finetuned", "average-finetuned", "target-all", "adaptive",
+)  # fmt: skip
 
 
 def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str) -> None:

@@ -13,13 +13,28 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from grasp_lora.config import RunConfig
 
-Config = Annotated[Path, typer.Argument(help="YAML configuration.", show_default=False)]
+
+def at_home(given: Any) -> Any:
+    """Return the path, or paths, that a user gave, with the sign for the home folder resolved.
+
+    Quoted, or behind an equals sign, it reaches us as it is.
+    """
+    if isinstance(given, list):
+        return [at_home(one) for one in given]
+    return given.expanduser() if isinstance(given, Path) else given
+
+
+AS_PATH: dict[str, Any] = {"callback": at_home}
+"""What every option and argument that is a path has."""
+
+Config = Annotated[Path, typer.Argument(help="YAML configuration.", show_default=False, **AS_PATH)]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", help="Run folder, in place of the configuration's.")
+    Path | None,
+    typer.Option("--output", help="Run folder, in place of the configuration's.", **AS_PATH),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the configuration's.")]
 Overwrite = Annotated[
@@ -35,7 +50,7 @@ AllowLeakage = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Go on, and record it, where two splits share rows."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False, **AS_PATH)]
 Jobs = Annotated[
     int, typer.Option("--jobs", help="Runs at once, each a process; 0 is none but this one.")
 ]

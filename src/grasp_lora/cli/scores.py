@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from grasp_lora.cli.common import (
+    AS_PATH,
     AllowLeakage,
     Config,
     Out,
@@ -31,7 +32,8 @@ def evaluate(
     ],
     out: Out,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Take model, task and test rows from this YAML.")
+        Path | None,
+        typer.Option("--config", help="Take model, task and test rows from this YAML.", **AS_PATH),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -59,7 +61,7 @@ def evaluate(
     with n, its interval and its settings; mean and worst over several test sets) and
     predictions.jsonl.
     """
-    # Quoted, or behind an equals sign, the sign for the home folder reaches us as it is.
+    # Short names and hub ids are no paths, but a path may be given: see `at_home`.
     adapter = os.path.expanduser(adapter)
     model = None if model is None else os.path.expanduser(model)
     if (config is None) == (data is None):
@@ -103,7 +105,7 @@ def describe(
     settings: Set = None,
     seed: Seed = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Markdown file to write as well.")
+        Path | None, typer.Option("--out", help="Markdown file to write as well.", **AS_PATH)
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --out.")
@@ -124,7 +126,9 @@ def score(
     file: Annotated[
         Path,
         typer.Argument(
-            help='JSON lines {"id", "prediction", "references": [...]}.', show_default=False
+            help='JSON lines {"id", "prediction", "references": [...]}.',
+            show_default=False,
+            **AS_PATH,
         ),
     ],
     language: Annotated[
@@ -135,10 +139,12 @@ def score(
         Literal["qa", "summarization", "text-to-text"],
         typer.Option(help="Kind of the answers; recorded."),
     ] = "qa",
-    json: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write.", **AS_PATH)] = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="The same rows answered by another system: paired test."),
+        typer.Option(
+            "--against", help="The same rows answered by another system: paired test.", **AS_PATH
+        ),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Scores, parted by commas; default: all that can be had.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from grasp_lora.cli.common import (
+    AS_PATH,
     AllowLeakage,
     Config,
     Jobs,
@@ -17,6 +18,7 @@ from grasp_lora.cli.common import (
     Seed,
     Set,
     Threads,
+    at_home,
     load,
     numbers_in,
     prints,
@@ -89,7 +91,7 @@ def merge(
     out: Out,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", help="PEFT adapter folder; repeat it, source first."),
+        typer.Option("--adapter", help="PEFT adapter folder; repeat it, source first.", **AS_PATH),
     ] = None,
     settings: Set = None,
     seed: Seed = None,
@@ -114,7 +116,9 @@ def merge(
 
 def search(
     config: Config,
-    merged: Annotated[Path, typer.Option(help="Merged adapter folder.", show_default=False)],
+    merged: Annotated[
+        Path, typer.Option(help="Merged adapter folder.", show_default=False, **AS_PATH)
+    ],
     out: Out,
     settings: Set = None,
     seed: Seed = None,
@@ -133,7 +137,9 @@ def search(
 
 def finetune(
     config: Config,
-    start: Annotated[Path, typer.Option(help="Adapter folder to prune.", show_default=False)],
+    start: Annotated[
+        Path, typer.Option(help="Adapter folder to prune.", show_default=False, **AS_PATH)
+    ],
     ratio: Annotated[
         str, typer.Option(help="Fraction to remove, or a ratio.json.", show_default=False)
     ],
@@ -166,7 +172,8 @@ def finetune(
 def precheck(
     config: Config,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for precheck.json; none if left out.")
+        Path | None,
+        typer.Option("--out", help="Folder for precheck.json; none if left out.", **AS_PATH),
     ] = None,
     rows: Annotated[int, typer.Option(help="Micro-dev and dev rows to measure on.")] = 16,
     settings: Set = None,
@@ -313,7 +320,7 @@ def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | No
     except ValueError:
         from grasp_lora.recipes.folders import read_ratio
 
-        return read_ratio(Path(text), config)
+        return read_ratio(at_home(Path(text)), config)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio {text} is outside [0, 1]; give the fraction to remove, like 0.4")
     return ratio, None
