@@ -46,6 +46,51 @@ def test_a_result_that_is_worse_than_what_is_simpler_says_so(tmp_path):
     assert [line.split(":")[0] for line in lines] == list(found)
 
 
+@pytest.mark.parametrize(
+    ("curve", "named"),
+    [
+        ([0.0, 0.2, 0.4], True),
+        ([0.0, 0.4, 0.2], False),  # the last evaluation is not the best
+        ([0.4, 0.0, 0.2], False),  # nor here, though it is falling
+        ([0.2], False),
+        ([], False),
+    ],
+)
+def test_a_run_that_ends_while_it_gets_better_is_undertrained(tmp_path, curve, named):
+    final = finished(tmp_path / "final", ROWS)
+    folder = finished(tmp_path / "source", [loss + 1 for loss in ROWS])
+    stage = read_json(folder / "stage.json")
+    rows = [[loss + 1 - by - 0.01 * i for i, loss in enumerate(ROWS)] for by in curve]
+    if len(rows) > 1:  # rows differ in what they gain, or no error could be told
+        rows[-1] = [loss - 0.02 * (i % 2) for i, loss in enumerate(rows[-1])]
+    write_json(folder / "stage.json", stage | {"rows": rows})
+    found = found_in(tmp_path, final, ["source"])
+    assert ("undertrained" in found) == named
+    if named:
+        one = found["undertrained"]
+        assert one["evidence"]["run"] == "source"
+        assert one["evidence"]["loss_less"] == pytest.approx(0.21)
+        assert "more epochs" in one["says"]
+
+
+@pytest.mark.parametrize(("at", "named"), [(0, True), (1, False), (2, False)])
+def test_an_evaluation_that_is_not_finite_is_none_to_be_better_than(tmp_path, at, named):
+    final = finished(tmp_path / "final", ROWS)
+    rows = [ROWS, [loss - 0.2 for loss in ROWS], better(0.4)]
+    rows[at] = [float("nan"), *rows[at][1:]]
+    stage = read_json(final / "stage.json")
+    write_json(final / "stage.json", stage | {"rows": rows})
+    assert ("undertrained" in found_in(tmp_path, final)) == named
+
+
+def test_a_fall_that_may_be_chance_is_not_called_undertrained(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    stage = read_json(final / "stage.json")
+    noisy = [loss + (0.5 if i % 2 else -0.51) for i, loss in enumerate(ROWS)]
+    write_json(final / "stage.json", stage | {"rows": [ROWS, noisy]})
+    assert found_in(tmp_path, final) == {}
+
+
 @pytest.mark.parametrize(("before", "named"), [(0, True), (13, False)])
 def test_overfitting_is_what_no_step_of_search_and_final_run_improved(tmp_path, before, named):
     final = finished(tmp_path / "final", ROWS, step=0)

@@ -21,6 +21,7 @@ FindingName: TypeAlias = Literal[
     "thrashing",
     "over-pruned",
     "overfitting",
+    "undertrained",
     "unrepresentative",
     "coarse-reward",
     "never-fired",
@@ -153,6 +154,36 @@ def overfitting(best_step: int, steps: int) -> Finding | None:
         "the dev loss was lowest before the first step of training, so training only harmed "
         "and the pruned merge was kept untrained: lower finetune.learning_rate, or add target rows",
         {"best_step": best_step, "steps": steps},
+    )
+
+
+def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | None:
+    """Return a finding if a fine-tuning was still getting better when its epochs were over.
+
+    What such a run could have become is not known, so neither is what is better than it.
+
+    Args:
+        runs: name -> loss of each dev row at every evaluation of the run, in nats, in their order.
+    """
+    falling: dict[str, tuple[float, float]] = {}
+    for name, rows in runs.items():
+        means = [statistics.fmean(losses) for losses in rows]
+        earlier = [mean for mean in means[:-1] if math.isfinite(mean)]
+        if not earlier or min(earlier) <= means[-1]:
+            continue
+        if (found := _worse(rows[-2], rows[-1])) is not None:
+            falling[name] = found
+    if not falling:
+        return None
+    name = max(falling, key=lambda each: falling[each][0])
+    mean, error = falling[name]
+    return Finding(
+        "undertrained",
+        f"the {name} was still getting better when its epochs were over (dev loss down by "
+        f"{mean:.3f} nats in the last, standard error {error:.3f}), so it may be better than it "
+        "looks here: give it more epochs or a larger learning_rate (section train of a target "
+        "adapter, finetune of all else)",
+        {"run": name, "loss_less": mean, "standard_error": error, "rows": len(runs[name][-1])},
     )
 
 

@@ -1,5 +1,6 @@
 """What a run's numbers say against it, gathered from the stages' folders."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,9 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
         if search.get("best"):  # the final run went on from there
             kept, steps = kept + search["best"]["step"], steps + search["steps"]
         found.append(findings.overfitting(kept, steps))
+    folders = {"final run": final, "unpruned merge": out / "baselines" / "merged-finetuned"}
+    curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
+    found.append(findings.undertrained(curves))
     whole = _best_rows(out / "baselines" / "merged-finetuned")
     # Of a late merge, which nothing was trained on, that is another merge, not this one unpruned.
     if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
@@ -76,6 +80,12 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
 
 def _best_rows(folder: Path) -> list[float]:
     return list(_stage(folder).get("best_rows", []))
+
+
+def _curve(folder: Path) -> list[list[float]]:
+    """Return the dev rows' losses at every evaluation; JSON has none for those not finite."""
+    rows = _stage(folder).get("rows", [])
+    return [[math.nan if loss is None else loss for loss in losses] for losses in rows]
 
 
 def _stage(folder: Path) -> dict[str, Any]:
