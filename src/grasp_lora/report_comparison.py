@@ -54,7 +54,7 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         ]
     for test in _tests(found):
         lines += [f"## Scores, {test}", "", *_markdown(*score_rows(found, test)), ""]
-    lines += ["## Price", "", *_markdown(*price_rows(found)), ""]
+    lines += [*still_falling(found), "## Price", "", *_markdown(*price_rows(found)), ""]
     lines += [
         "Seconds are all that a method needs from the two adapters to its final one, choosing "
         "included (a run at the ratio of another one is charged for itself alone); the grid is "
@@ -82,6 +82,23 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         if names:
             lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
     return "\n".join(lines)
+
+
+def still_falling(found: Mapping[str, Any]) -> list[str]:
+    """Return the line that names methods whose runs were over before they had come to an end."""
+    names: list[str] = []
+    for method, runs in shown_methods(found).items():
+        falling = sum(bool(run.get("still_falling") and run["steps"]) for run in runs)
+        if falling:
+            names.append(f"`{method}` ({falling} of {len(runs)})")
+    if not names:
+        return []
+    return [
+        "Runs whose dev loss was lowest in their last epoch, of all runs of a method; more epochs "
+        "or a larger learning rate may make them better than they look here: "
+        f"{', '.join(names)}.",
+        "",
+    ]
 
 
 def comparison_tables(found: Mapping[str, Any]) -> list[Table]:

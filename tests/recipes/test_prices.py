@@ -173,6 +173,27 @@ def test_scores_without_a_headline_still_make_tables(settings):
     assert len(comparison_tables(found)) == 2
 
 
+def test_methods_that_were_still_getting_better_are_named(settings):
+    curves = {
+        "source-finetuned-s1": [[0, 3.0], [2, None], [4, 2.0]],
+        "source-finetuned-s2": [[0, 3.0], [2, 1.0], [4, 2.0]],
+        "average-finetuned-s1": [[0, 3.0], [2, 2.0], [4, 2.0]],
+        "average-finetuned-s2": [[0, 3.0], [2, 2.0], [4, None]],
+        "svd-finetuned-s1": [[0, 3.0]],
+        "weight-decay-s1": [[0, None], [2, 2.0]],
+        "average": [],
+    }
+    outcomes = {job: Outcome(result(0.0, 1.0, dev=dev)) for job, dev in curves.items()}
+    # how an adapter that is not trained here was once trained is not of interest
+    untrained = result(0.0, 1.0, dev=[[0, 3.0], [2, 2.0]])
+    untrained["price"] = untrained["price"] | {"steps": 0}
+    text = comparison_markdown(
+        summary(load_config(settings), outcomes | {"source": Outcome(untrained)})
+    )
+    (line,) = (line for line in text.splitlines() if "lowest in their last epoch" in line)
+    assert line.endswith("than they look here: `source-finetuned` (1 of 2).")
+
+
 def test_every_run_has_its_share_of_the_cores_the_measuring_one_too(
     settings, tmp_path, monkeypatch
 ):

@@ -480,6 +480,13 @@ def _charged(name: str, job: str, outcomes: Mapping[str, Outcome]) -> list[Outco
     return [outcome for outcome in charged if outcome is not None]
 
 
+def _still_falling(dev: Sequence[Sequence[float | None]]) -> bool:
+    """Return whether the last of a fine-tuning's (step, dev loss) is lower than all before it."""
+    losses = [loss for _, loss in dev]
+    known = [loss for loss in losses[:-1] if loss is not None]
+    return bool(known) and losses[-1] is not None and losses[-1] < min(known)
+
+
 def _row(
     config: RunConfig,
     name: str,
@@ -501,6 +508,7 @@ def _row(
         "scores": result["scores"],
         "intervals": result["intervals"],
         "dev_loss": dev_loss,
+        "still_falling": _still_falling(result.get("dev") or []),
         **result["price"],
         "peak_memory_bytes": max(peaks, default=None),
         "machine": machines[0] if machines else None,
