@@ -268,16 +268,29 @@ def tables(runs: Path, out: Path) -> None:
     write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
 
 
-def against(runs: Path, reference: str, methods: Sequence[str]) -> list[str]:
-    """Return lines of paired differences on the test rows, pair by pair, with 95 % intervals."""
+def against(
+    runs: Path, reference: str, methods: Sequence[str], theirs: Path | None = None
+) -> list[str]:
+    """Return lines of paired differences on the test rows, pair by pair, with 95 % intervals.
+
+    Args:
+        runs: holds a folder of recorded runs for every pair.
+        reference: what all are held against.
+        methods: that are held against it.
+        theirs: where the methods' runs are, the reference's being in `runs`; default: there too.
+    """
     lines: list[str] = []
     for folder in sorted(runs.iterdir()):
         results: dict[str, dict[int, Any]] = {}
-        for job, outcome in outcomes_in(folder).items():
-            method = method_of(job)
-            if method in (reference, *methods) and outcome.result and "rows" in outcome.result:
-                seed = SEEDS[0] if job == method else int(job.rpartition("-s")[2])
-                results.setdefault(method, {})[seed] = outcome.result
+        places = [(folder, (reference,)), ((theirs or runs) / folder.name, methods)]
+        for place, wanted in places:
+            found = outcomes_in(place) if place.is_dir() else {}
+            for job, outcome in found.items():
+                method = method_of(job)
+                if method in wanted and outcome.result and "rows" in outcome.result:
+                    seed = SEEDS[0] if job == method else int(job.rpartition("-s")[2])
+                    name = method if place == folder else f"{method} in {place.parent.name}"
+                    results.setdefault(name, {})[seed] = outcome.result
         if reference not in results:
             continue
         found = paired_with(config_of(folder.name), results, reference)
@@ -396,6 +409,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     paired.add_argument("reference", choices=list(METHODS))
     paired.add_argument("methods", nargs="+", choices=list(METHODS))
     paired.add_argument("--runs", type=Path, default=RUNS)
+    paired.add_argument("--methods-in", type=Path, help="where the methods' runs are, if elsewhere")
     averaged = commands.add_parser("means", help="print a score's means over seeds")
     averaged.add_argument("methods", nargs="+", choices=list(METHODS))
     averaged.add_argument("--metric", default="loss")
@@ -426,7 +440,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.what == "tables":
         tables(options.runs, options.out)
     elif options.what == "against":
-        print("\n".join(against(options.runs, options.reference, options.methods)))
+        print(
+            "\n".join(against(options.runs, options.reference, options.methods, options.methods_in))
+        )
     elif options.what == "means":
         print("\n".join(means(options.runs, options.metric, options.methods, options.seeds)))
     elif options.what == "speed":

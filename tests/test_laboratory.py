@@ -365,6 +365,13 @@ def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("en-es: grid-0.5 against grid-0.2: exact_match +0.000")
     assert "loss +0.250 [+0.250, +0.250]" in line
+    kept_run(tmp_path / "else" / "en-es", "grid-0.2-s42", 0.2, 1.0, 1.5)
+    kept_run(tmp_path / "else" / "en-ar", "grid-0.2-s42", 0.2, 1.0, 1.5)
+    elsewhere = ["--runs", str(tmp_path), "--methods-in", str(tmp_path / "else")]
+    recorded_runs.main(["against", "grid-0.2", "grid-0.2", *elsewhere])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("en-es: grid-0.2 in else against grid-0.2: exact_match +0.000")
+    assert "loss -0.500 [-0.500, -0.500]" in line
 
 
 def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
