@@ -46,6 +46,17 @@ NOT_PAIRED = {"bleu", "perplexity"}
 
 
 @dataclass(frozen=True)
+class Times:
+    """A change of a setting that is a multiple of what is configured."""
+
+    factor: float
+
+    def of(self, value: float) -> float:
+        """Return the multiple, without the digits that binary fractions add."""
+        return float(f"{self.factor * value:.12g}")
+
+
+@dataclass(frozen=True)
 class Method:
     """A row of the comparison.
 
@@ -53,7 +64,7 @@ class Method:
         about: what it is.
         work: function of `recipes.methods`.
         inputs: what it is given beside the settings.
-        changes: settings, dotted, that differ.
+        changes: settings, dotted, that differ; `Times` is of the one that is configured.
         needs: methods of the same seed whose results it reads.
         seeds: `all`, `first` (one run), or `none` (nothing in it is drawn).
         role: `baseline` (what a user would do without pruning: the best of them by dev loss is what
@@ -99,6 +110,11 @@ METHODS: Mapping[str, Method] = {
         {"adapter": "source"},
         seeds="all",
         role="baseline",
+    ),
+    "source-finetuned-3x": _tuned(
+        "source adapter fine-tuned with three times the learning rate",
+        {"adapter": "source"},
+        changes={"finetune.learning_rate": Times(3.0)},
     ),
     "source-finetuned-labelled": _on_all_labels(
         "source-finetuned", "source adapter fine-tuned", {"adapter": "source"}
@@ -420,7 +436,10 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     for key, value in (plain | dict(changes)).items():
         section, _, name = key.partition(".")
         if name:
-            value = getattr(config, section).model_copy(update={name: value})
+            settings = getattr(config, section)
+            if isinstance(value, Times):
+                value = value.of(getattr(settings, name))
+            value = settings.model_copy(update={name: value})
         config = config.model_copy(update={section: value})
     return config
 
