@@ -68,9 +68,21 @@ def test_a_run_that_ends_while_it_gets_better_is_undertrained(tmp_path, curve, n
     assert ("undertrained" in found) == named
     if named:
         one = found["undertrained"]
-        assert one["evidence"]["run"] == "source"
+        assert one["evidence"]["runs"] == "source"
         assert one["evidence"]["loss_less"] == pytest.approx(0.21)
         assert "more epochs" in one["says"]
+
+
+def test_all_that_were_still_getting_better_are_named_the_steepest_first(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    for name, by in (("source", 0.2), ("target", 0.5)):
+        folder = finished(tmp_path / name, [loss + 1 for loss in ROWS])
+        stage = read_json(folder / "stage.json")
+        rows = [[loss + 1 for loss in ROWS], [loss + 1 for loss in better(by)]]
+        write_json(folder / "stage.json", stage | {"rows": rows})
+    (one,) = found_in(tmp_path, final, ["source", "target"]).values()
+    assert one["evidence"]["runs"] == "target; source"
+    assert "over: target; source (dev loss of the target down by 0.525 nats" in one["says"]
 
 
 @pytest.mark.parametrize(("at", "named"), [(0, True), (1, False), (2, False)])

@@ -175,15 +175,21 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
             falling[name] = found
     if not falling:
         return None
-    name = max(falling, key=lambda each: falling[each][0])
-    mean, error = falling[name]
+    names = sorted(falling, key=lambda each: -falling[each][0])
+    mean, error = falling[names[0]]
+    listed = "; ".join(names)
     return Finding(
         "undertrained",
-        f"the {name} was still getting better when its epochs were over (dev loss down by "
-        f"{mean:.3f} nats in the last, standard error {error:.3f}), so it may be better than it "
-        "looks here: give it more epochs or a larger learning_rate (section train of a target "
-        "adapter, finetune of all else)",
-        {"run": name, "loss_less": mean, "standard_error": error, "rows": len(runs[name][-1])},
+        f"still getting better when its epochs were over: {listed} (dev loss of the "
+        f"{names[0]} down by {mean:.3f} nats in the last, standard error {error:.3f}), so it may "
+        "be better than it looks here: give it more epochs or a larger learning_rate (section "
+        "train of a target adapter, finetune of all else)",
+        {
+            "runs": listed,
+            "loss_less": mean,
+            "standard_error": error,
+            "rows": len(runs[names[0]][-1]),
+        },
     )
 
 
