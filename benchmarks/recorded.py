@@ -20,6 +20,7 @@ them back below it, which then does not run again what has the same inputs.
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from grasp_lora.recipes.queue import Outcome
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import comparison_markdown
 from grasp_lora.runs import (
+    jsonable,
     machines_of,
     read_json,
     read_jsonl,
@@ -262,7 +264,9 @@ def tables(runs: Path, out: Path) -> None:
         for name in ("pareto.png", "ratios.png", "cost.png"):
             text = text.replace(f"({name})", f"(comparison/{folder.name}/{name})")
         documents.append(text)
-    write_json(out / "comparison.json", rows)
+    # A row a line: indented, hundreds of rows with all their scores are larger than they need be.
+    lines = (json.dumps(jsonable(row), ensure_ascii=False) for row in rows)
+    write_text(out / "comparison.json", "[\n" + ",\n".join(lines) + "\n]\n")
     file = out / "comparison.md"
     above = file.read_text().split(TABLES_BELOW)[0] if file.exists() else "# The comparison\n\n"
     write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
@@ -380,14 +384,12 @@ def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
                 other = any(one["versions"] != ours["versions"] for one in whole)
                 if other or len(machines_of([*whole, ours])) > 1:
                     continue
+                sums = {w: sum(one["price"][w] for one in whole) for w in ("seconds", "tokens")}
+                seconds, tokens = (ours["price"][what] for what in sums)
                 cells = [folder.name, str(seed), *machines_of([ours]), method]
-                ratios: list[str] = []
-                for what in ("seconds", "tokens"):
-                    total = sum(one["price"][what] for one in whole)
-                    ratios.append(f"{total / ours['price'][what]:.1f}")
-                    if what == "seconds":
-                        cells += [f"{ours['price'][what]:.0f}", f"{total:.0f}"]
-                lines.append(f"| {' | '.join(cells + ratios)} |")
+                cells += [f"{seconds:.0f}", f"{sums['seconds']:.0f}"]
+                cells += [f"{sums['seconds'] / seconds:.1f}", f"{sums['tokens'] / tokens:.1f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

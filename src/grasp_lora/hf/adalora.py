@@ -4,7 +4,6 @@ PEFT adds the orthogonality of the factors to a loss that the model returns; our
 outside, so the term's gradient is added to the parameters' own, after clipping.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 
 from grasp_lora.core.masks import without_dead_components
 from grasp_lora.hf.live import LiveAdapter
+from grasp_lora.hf.preserve import wrapping
 
 ORTHOGONALITY = 0.5
 """Weight of the term, PEFT's default."""
@@ -60,10 +60,7 @@ def attach_adalora(
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    with wrapping():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     params = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}

@@ -1,7 +1,6 @@
 """Factors -> a PEFT configuration that holds exactly them, and a trainable PeftModel."""
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -19,6 +18,7 @@ from grasp_lora.hf.modules import (
     output_embeddings,
     plain_modules,
 )
+from grasp_lora.hf.preserve import wrapping
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank] of one module."""
@@ -83,10 +83,7 @@ def attach_adapter(
         )
     check_modules(modules, model, "the adapter")
     config = lora_config(modules, model, dropout=dropout)
-    cuda_devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=cuda_devices), warnings.catch_warnings():
-        # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    with wrapping():
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
         config.base_model_name_or_path = base_name

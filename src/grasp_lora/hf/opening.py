@@ -5,7 +5,6 @@ and loads the adapter, whatever its type, and what it would pass over without a 
 tensors that find no place, tensors that are missing, NaN, another base model.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from grasp_lora.hf.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.hf.bare import left_bare
 from grasp_lora.hf.cache import SHORT_NAMES, Notice
 from grasp_lora.hf.modules import vocabulary_size
+from grasp_lora.hf.preserve import wrapping
 from grasp_lora.hf.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
 
 _ADAPTER = "default"
@@ -263,11 +263,8 @@ def _own_weights(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 def _built(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
     build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
-    cuda_devices = list(range(torch.cuda.device_count()))
     try:
-        with torch.random.fork_rng(devices=cuda_devices), warnings.catch_warnings():
-            # PEFT asks for a name that transformers is about to drop; users can do nothing.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        with wrapping():
             return build(base, config, _ADAPTER)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,16 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
                 f"{len(written) - 1} more), which are not restored: measure there, and take "
                 "optimizer steps outside"
             )
+
+
+@contextmanager
+def wrapping() -> Iterator[None]:
+    """Let PEFT wrap a model in the body: what it draws, and a warning of its own, leave no trace."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def _generator_states() -> dict[str, Any]:

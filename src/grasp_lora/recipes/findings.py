@@ -61,10 +61,11 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
         if search.get("best"):  # the final run went on from there
             kept, steps = kept + search["best"]["step"], steps + search["steps"]
         found.append(findings.overfitting(kept, steps))
-    folders = {"final run": final, "unpruned merge": out / "baselines" / "merged-finetuned"}
+    unpruned = out / "baselines" / "merged-finetuned"
+    folders = {"final run": final, "unpruned merge": unpruned}
     curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
     found.append(findings.undertrained(curves))
-    whole = _best_rows(out / "baselines" / "merged-finetuned")
+    whole = _best_rows(unpruned)
     # Of a late merge, which nothing was trained on, that is another merge, not this one unpruned.
     if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
         found.append(findings.over_pruned(rows, whole))
