@@ -264,12 +264,16 @@ def tables(runs: Path, out: Path) -> None:
         for name in ("pareto.png", "ratios.png", "cost.png"):
             text = text.replace(f"({name})", f"(comparison/{folder.name}/{name})")
         documents.append(text)
-    # A row a line: indented, hundreds of rows with all their scores are larger than they need be.
-    lines = (json.dumps(jsonable(row), ensure_ascii=False) for row in rows)
+    # A row a line, six digits: hundreds of rows with all their scores would be a megabyte and more.
+    lines = (json.dumps(_six_digits(jsonable(row)), ensure_ascii=False) for row in rows)
     write_text(out / "comparison.json", "[\n" + ",\n".join(lines) + "\n]\n")
     file = out / "comparison.md"
     above = file.read_text().split(TABLES_BELOW)[0] if file.exists() else "# The comparison\n\n"
     write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
+
+
+def _six_digits(value: Any) -> Any:
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def against(

@@ -50,7 +50,7 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
 
 @contextmanager
 def wrapping() -> Iterator[None]:
-    """Let PEFT wrap a model in the body: what it draws, and a warning of its own, leave no trace."""
+    """Let PEFT wrap a model in the body; what it draws, and its warning, leave no trace."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
