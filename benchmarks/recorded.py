@@ -7,7 +7,9 @@
 for one epoch), then goes through `planned` with `grasp-lora compare` and writes the result of every
 finished run, without places of this machine, to docs/results/runs/PAIR/RUN.json. A run that is
 recorded there is not run again, on whatever machine it was. `tables` writes comparison.json,
-comparison.md and pictures from what is recorded.
+comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the adapters are
+trained with another seed, on the same rows, and what begins from them is kept in
+docs/results/other-adapters.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
@@ -41,7 +43,7 @@ from grasp_lora.recipes.compare import (
     summary,
 )
 from grasp_lora.recipes.job import RESULT_FILE
-from grasp_lora.recipes.methods import best_of, nearest_of
+from grasp_lora.recipes.methods import best_of, nearest_of, with_split_seed
 from grasp_lora.recipes.queue import Outcome
 from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import comparison_markdown
@@ -57,6 +59,7 @@ from grasp_lora.runs import (
 
 CONFIGS = common.ROOT / "configs" / "results"
 RUNS = common.ROOT / "docs" / "results" / "runs"
+OTHER_ADAPTERS = common.ROOT / "docs" / "results" / "other-adapters"
 TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
 NO_RUNS = {"precheck.json"}
 SEEDS = (42, 1337, 9001)
@@ -121,8 +124,11 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
 
 def run(pair: str, options: argparse.Namespace, until: float) -> None:
     """Do what is planned and not recorded, until a time of `time.monotonic`."""
-    config, out = with_adapters(config_of(pair), options.work, pair), RUNS / pair
-    queue = options.work / pair / "compare"
+    config, out, queue = config_of(pair), RUNS / pair, options.work / pair / "compare"
+    if options.adapters_seed is not None:
+        config = with_split_seed(config).model_copy(update={"seed": options.adapters_seed})
+        out, queue = OTHER_ADAPTERS / pair, queue.with_name(f"compare-{options.adapters_seed}")
+    config = with_adapters(config, options.work, pair)
     while time.monotonic() <= until:
         missing = [
             (method, seed)
@@ -406,6 +412,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--work", type=Path, default=Path("runs/recorded"), help="may be large")
     running.add_argument("--minutes", type=float, default=1e9, help="start nothing later")
     running.add_argument("--only", nargs="+", default=[], choices=list(METHODS))
+    running.add_argument("--adapters-seed", type=int, help="of both adapters; default: the file's")
     running.add_argument("--jobs", type=int, default=1, help="processes at once")
     running.add_argument("--threads", type=int, default=1, help="of every run")
     made = commands.add_parser("tables", help="write the tables of what is recorded")

@@ -500,6 +500,26 @@ def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
     recorded_runs.main([*command[:4], "--only", "source", "--minutes", "0"])  # no time is left
 
 
+def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(tmp_path, monkeypatch):
+    tiny_backbone_folder(tmp_path / "base")
+    steps = {"epochs": 1, "batch_size": 2}
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
+    monkeypatch.setattr(recorded_runs, "RUNS", tmp_path / "kept")
+    monkeypatch.setattr(recorded_runs, "OTHER_ADAPTERS", tmp_path / "others")
+    monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
+    command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--only", "target"]
+    for more in ((), ("--adapters-seed", "7")):
+        recorded_runs.main([*command, *more])
+    first, other = (
+        json.loads((tmp_path / kept / "xx-yy" / "target.json").read_text())
+        for kept in ("kept", "others")
+    )
+    assert first["rows"]["test"]["ids"] == other["rows"]["test"]["ids"]
+    assert first["dev"] != other["dev"]
+    folders = [place.name for place in (tmp_path / "work").iterdir() if place.name != "xx-yy"]
+    assert len(folders) == 4, "two adapters of each seed"
+
+
 def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatch):
     _, arguments = landscape_of_a_tiny_model
     monkeypatch.setattr(landscape, "probe_run", lambda *a: pytest.fail("run again"))

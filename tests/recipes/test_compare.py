@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
@@ -31,6 +32,7 @@ from grasp_lora.recipes.methods import folds_of, ratio_in
 from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
+from grasp_lora.recipes.train import train_adapter
 from grasp_lora.report_comparison import (
     comparison_csv,
     comparison_markdown,
@@ -46,7 +48,7 @@ METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "gr
 ONLY = (
     *("zero-shot", "source", "source-finetuned", "target-all-labels", "average-finetuned"),
     *("learned-weights", "ties-finetuned", "grid", "grasp-restart", "random-masks"),
-    *("ratio-higher", "ratio-nearest", "target-adalora"),
+    *("ratio-higher", "ratio-nearest", "target-adalora", "target-trained"),
     *("grasp-continue", "grasp-adapters", "late-merge", "grasp-late", "recut-8", "optuna-tpe"),
     *METHODS_ON_ALL_LABELS,
 )
@@ -87,6 +89,7 @@ def test_every_method_has_its_rows(done):
     once |= dict.fromkeys(("random-masks", "ratio-higher", "target-adalora"), 1)
     twice = dict.fromkeys(("source-finetuned", "average-finetuned", "grid", "grasp-restart"), 2)
     twice |= {"ratio-nearest": 2, "grasp-continue": 2, "late-merge": 2, "grasp-late": 2}
+    twice |= {"target-trained": 2}
     once |= dict.fromkeys(("grasp-adapters", "recut-8", "optuna-tpe"), 1)
     twice |= dict.fromkeys(METHODS_ON_ALL_LABELS, 2)
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
@@ -110,6 +113,28 @@ def test_the_grid_takes_the_point_with_the_lowest_labelled_loss_at_the_price_of_
         losses = [x for split in ("micro_dev", "dev") for x in result["losses"][split]]
         assert len(losses) == 8
         assert best["dev_loss"] == pytest.approx(statistics.fmean(losses))
+
+
+def test_a_target_adapter_is_trained_anew_with_each_seed_as_the_training_command_does(
+    settings, done, tmp_path
+):
+    found, out = done
+    rows = of(found, "target-trained")
+    weights, split = {}, load_config(settings).seed
+    for row in rows:
+        seed = row["seed"]
+        final = out / f"target-trained-s{seed}" / "final"
+        weights[seed] = load_file(final / "adapter_model.safetensors")
+        # The rows are those of the configuration's own seed, whatever the adapter is drawn with.
+        config = load_config(settings, [f"seed={seed}", f"data.split_seed={split}"])
+        alone = train_adapter(config, "target", tmp_path / str(seed))
+        alone = load_file(alone / "adapter_model.safetensors")
+        assert all(torch.equal(alone[name], value) for name, value in weights[seed].items())
+        stage = read_json(final / "stage.json")
+        assert (row["runs"], row["steps"], row["ratio"]) == (1, stage["steps"], 0.0)
+        assert row["seconds"] == stage["seconds"]
+    first, second = weights.values()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_optuna_pays_for_all_its_runs_and_keeps_the_best(done):

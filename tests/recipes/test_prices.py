@@ -87,19 +87,18 @@ def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
     assert queued(after) == queued(config)
 
 
-def test_three_times_the_learning_rate_is_of_the_one_configured(settings):
-    config = load_config(settings)
+@pytest.mark.parametrize("plain", ["source-finetuned", "average-finetuned", "grasp-continue"])
+def test_three_times_the_learning_rate_is_of_the_one_configured(settings, plain):
+    config, faster = load_config(settings), f"{plain}-3x"
+    sections = ("search", "finetune") if plain == "grasp-continue" else ("finetune",)
     for rate, tripled in ((1e-4, 3e-4), (2e-5, 6e-5)):
-        section = config.finetune.model_copy(update={"learning_rate": rate})
-        plain = config.model_copy(update={"finetune": section})
-        faster = changed_settings(plain, METHODS["source-finetuned-3x"].changes)
-        assert faster.finetune.learning_rate == tripled
-        back = faster.finetune.model_copy(update={"learning_rate": rate})
-        same = faster.model_copy(update={"finetune": back})
-        assert same == changed_settings(plain, METHODS["source-finetuned"].changes)
-    names = ["source-finetuned", "source-finetuned-3x"]
-    jobs = jobs_of(config, open_context(config, quiet=True).data, names, (1,))
-    assert len(set(keys_of(jobs).values())) == 3, "the adapters and two runs that differ"
+        names = [f"{section}.learning_rate={rate}" for section in ("search", "finetune")]
+        changed = changed_settings(load_config(settings, names), METHODS[faster].changes)
+        threefold = [f"{section}.learning_rate={tripled}" for section in sections]
+        expected = load_config(settings, names + threefold)
+        assert changed == changed_settings(expected, METHODS[plain].changes)
+    jobs = jobs_of(config, open_context(config, quiet=True).data, [plain, faster], (1, 2))
+    assert len(set(keys_of(jobs).values())) == 5, "the adapters and two runs a seed that differ"
 
 
 def test_an_adapter_that_evaluation_would_refuse_stops_the_queue_at_once(settings, tmp_path):

@@ -374,6 +374,21 @@ def optuna_search(
 
 
 @_or_not_applicable
+def trained(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a target adapter as a run without one does, whether or not one is given, and score it.
+
+    Args:
+        inputs: `config`.
+        needed: nothing is read from it.
+        folder: receives `final/` and `scores/`.
+    """
+    context = open_context(RunConfig(**inputs["config"]))
+    final = train_adapter(context.config, "target", folder / "final", context=context)
+    price = _price(context, [final], Start(None), section="train")
+    return outcome(context, final, folder) | {"ratio": 0.0, "price": price}
+
+
+@_or_not_applicable
 def all_labels(
     inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:

@@ -328,7 +328,7 @@ def _all_labels(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> 
     return total
 
 
-def _adalora(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
+def _trained(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
     return _training(data, config.train) + _outcome(data)
 
 
@@ -340,6 +340,7 @@ AMOUNTS: Mapping[str, Callable[[RunConfig, Mapping[str, Any], RunData], Amount]]
     "methods:late": _late,
     "methods:optuna_search": _optuna,
     "methods:all_labels": _all_labels,
-    "methods:adalora": _adalora,
+    "methods:trained": _trained,
+    "methods:adalora": _trained,
 }
 """Work of a job -> what it does."""
