@@ -134,6 +134,7 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
             (method, seed)
             for method, seed in planned()
             if not options.only or method in options.only
+            if seed in options.seeds
             if not (out / f"{job_name(method, seed)}.json").exists()
         ]
         if not missing:
@@ -412,6 +413,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--work", type=Path, default=Path("runs/recorded"), help="may be large")
     running.add_argument("--minutes", type=float, default=1e9, help="start nothing later")
     running.add_argument("--only", nargs="+", default=[], choices=list(METHODS))
+    running.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     running.add_argument("--adapters-seed", type=int, help="of both adapters; default: the file's")
     running.add_argument("--jobs", type=int, default=1, help="processes at once")
     running.add_argument("--threads", type=int, default=1, help="of every run")

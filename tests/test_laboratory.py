@@ -508,8 +508,10 @@ def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(tmp_pa
     monkeypatch.setattr(recorded_runs, "OTHER_ADAPTERS", tmp_path / "others")
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
     command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--only", "target"]
+    recorded_runs.main([*command, "--seeds", "1337"])  # drawn with no seed: counts as the first
+    assert not (tmp_path / "kept").exists()
     for more in ((), ("--adapters-seed", "7")):
-        recorded_runs.main([*command, *more])
+        recorded_runs.main([*command, "--seeds", "42", *more])
     first, other = (
         json.loads((tmp_path / kept / "xx-yy" / "target.json").read_text())
         for kept in ("kept", "others")
