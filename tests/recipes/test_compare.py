@@ -28,7 +28,7 @@ from grasp_lora.recipes.compare import (
 )
 from grasp_lora.recipes.context import open_context
 from grasp_lora.recipes.folders import read_start
-from grasp_lora.recipes.methods import folds_of, ratio_in
+from grasp_lora.recipes.methods import TRIALS, folds_of, ratio_in
 from grasp_lora.recipes.projection import Amount, amount_of, projected
 from grasp_lora.recipes.queue import keys_of
 from grasp_lora.recipes.starts import NotApplicable, started, summed
@@ -135,6 +135,43 @@ def test_a_target_adapter_is_trained_anew_with_each_seed_as_the_training_command
         assert row["seconds"] == stage["seconds"]
     first, second = weights.values()
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_optuna_has_a_model_before_its_runs_are_over(sampler):
+    """By default its samplers draw ten trials at random, more than there are."""
+    import optuna  # noqa: PLC0415 (optional)
+
+    inputs = METHODS[f"optuna-{sampler}"].inputs
+    assert inputs["sampler"] == sampler
+    assert 1 <= inputs["drawn"] < TRIALS - 2
+    found = {}
+    for name, made in (
+        ("ours", {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}[sampler]),
+        ("drawn", optuna.samplers.RandomSampler),
+    ):
+        own = {"n_startup_trials": inputs["drawn"]} if name == "ours" else {}
+        study = optuna.create_study(sampler=made(seed=42, **own))
+        study.optimize(lambda trial: (trial.suggest_float("ratio", 0.1, 0.8) - 0.3) ** 2, TRIALS)
+        found[name] = [trial.params["ratio"] for trial in study.trials]
+    assert found["ours"][: inputs["drawn"]] == found["drawn"][: inputs["drawn"]]
+    ours, drawn = ([abs(x - 0.3) for x in ratios[inputs["drawn"] :]] for ratios in found.values())
+    assert statistics.fmean(ours) < statistics.fmean(drawn)
+
+
+def test_the_trials_of_an_optuna_search_are_those_of_its_sampler(done):
+    import optuna  # noqa: PLC0415 (optional)
+
+    _, out = done
+    sampler = optuna.samplers.TPESampler(
+        seed=1, n_startup_trials=METHODS["optuna-tpe"].inputs["drawn"]
+    )
+    study = optuna.create_study(sampler=sampler)
+    for number in range(TRIALS):
+        stage = read_json(out / "optuna-tpe-s1" / f"trial-{number}" / "stage.json")
+        trial = study.ask()
+        assert stage["ratio"] == trial.suggest_float("ratio", 0.1, 0.8)
+        study.tell(trial, stage["best"]["loss"])
 
 
 def test_optuna_pays_for_all_its_runs_and_keeps_the_best(done):

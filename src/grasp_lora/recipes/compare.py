@@ -19,6 +19,7 @@ from grasp_lora.recipes.job import RESULT_FILE
 from grasp_lora.recipes.methods import (
     ADAPTERS,
     RATIO_STEP,
+    TRIALS,
     adapters_job,
     checked_data,
     settings_of,
@@ -39,6 +40,8 @@ PUBLISHED = {"merge": {"kind": "linear", "weights": (1.0, 1.0)}}
 LEARNED = {"merge": {"kind": "cat", "weights": "auto"}}
 SVD = {"merge": {"kind": "svd", "weights": None}}
 PEFT_DENSITY = 0.5
+DRAWN = 3
+"""Runs of an Optuna search before its model has a say, of `TRIALS`."""
 CHOOSING = ("best_of", "nearest_of")
 """Work that chooses among the results of other methods and runs nothing itself."""
 NOT_PAIRED = {"bleu", "perplexity"}
@@ -213,8 +216,17 @@ METHODS: Mapping[str, Method] = {
         {"judged": ("dev",)},
         needs=tuple(f"adaptive-{ratio}" for ratio in GRID),
     ),
-    "optuna-tpe": Method("Optuna TPE, 8 full runs", "optuna_search", {"sampler": "tpe"}),
-    "optuna-gp": Method("Optuna GP, 8 full runs", "optuna_search", {"sampler": "gp"}),
+    "optuna-random": Method(
+        f"{TRIALS} full runs at ratios drawn at random", "optuna_search", {"sampler": "random"}
+    ),
+    **{
+        f"optuna-{sampler}": Method(
+            f"Optuna {sampler.upper()}, {TRIALS} full runs, the first {DRAWN} at random",
+            "optuna_search",
+            {"sampler": sampler, "drawn": DRAWN},
+        )
+        for sampler in ("tpe", "gp")
+    },
     "grasp-paper": Method(
         "the published controller and merge", "grasp", {"start": PUBLISHED}, changes=PAPER
     ),

@@ -339,7 +339,8 @@ def optuna_search(
     """Let Optuna choose the ratio by full fine-tuning runs, each judged by its best dev loss.
 
     Args:
-        inputs: `config`, and `sampler`, "tpe" or "gp".
+        inputs: `config`; `sampler`, "tpe", "gp" or "random"; and for the first two `drawn`, how many
+            runs are at ratios drawn at random before the sampler has a model.
         needed: `adapters`.
         folder: receives a folder for every trial.
     """
@@ -353,9 +354,15 @@ def optuna_search(
     config, start = context.config, started(context, CONFIGURED, needed[ADAPTERS], folder)
     merged = start.adapter
     assert merged is not None, "the configured merge is an adapter"
-    samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+    samplers = {
+        "tpe": optuna.samplers.TPESampler,
+        "gp": optuna.samplers.GPSampler,
+        "random": optuna.samplers.RandomSampler,
+    }
+    # Both samplers would draw ten trials before they model any, which is more than all there are.
+    own = {"n_startup_trials": inputs["drawn"]} if "drawn" in inputs else {}
     try:
-        sampler = samplers[inputs["sampler"]](seed=config.seed)
+        sampler = samplers[inputs["sampler"]](seed=config.seed, **own)
     except ImportError as error:
         raise NotApplicable(f"Optuna's {inputs['sampler']} sampler: {error}", error.name) from None
     study = optuna.create_study(sampler=sampler)
