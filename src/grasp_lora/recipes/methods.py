@@ -339,8 +339,8 @@ def optuna_search(
     """Let Optuna choose the ratio by full fine-tuning runs, each judged by its best dev loss.
 
     Args:
-        inputs: `config`; `sampler`, "tpe", "gp" or "random"; and for the first two `drawn`, how many
-            runs are at ratios drawn at random before the sampler has a model.
+        inputs: `config`; `sampler`, "tpe", "gp" or "random"; and for the first two `drawn`, how
+            many runs are at ratios drawn at random before the sampler has a model.
         needed: `adapters`.
         folder: receives a folder for every trial.
     """
