@@ -87,6 +87,13 @@ def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
     assert queued(after) == queued(config)
 
 
+def test_adalora_has_a_step_size_of_its_own(settings):
+    config = load_config(settings, ["train.learning_rate=3e-4"])
+    changed = changed_settings(config, METHODS["target-adalora"].changes)
+    assert changed.train.learning_rate == 3e-3
+    assert changed.finetune.learning_rate == config.finetune.learning_rate
+
+
 @pytest.mark.parametrize("plain", ["source-finetuned", "average-finetuned", "grasp-continue"])
 def test_three_times_the_learning_rate_is_of_the_one_configured(settings, plain):
     config, faster = load_config(settings), f"{plain}-3x"
