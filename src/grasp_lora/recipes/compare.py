@@ -131,8 +131,8 @@ METHODS: Mapping[str, Method] = {
         "all_labels",
         role="baseline",
     ),
-    # Its singular values start at 0 and move by a step size at most: at that of a LoRA adapter a few
-    # dozen steps get nowhere. Its authors' are 5e-4 to 2e-3.
+    # Its singular values start at 0 and move by about a step size each step: with that of a LoRA
+    # adapter a few dozen steps get nowhere.
     "target-adalora": Method(
         "an AdaLoRA adapter trained on the target rows, with ten times the learning rate",
         "adalora",
