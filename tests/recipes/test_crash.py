@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
+from grasp_lora.config import load_config
+from grasp_lora.recipes.context import open_context
+from grasp_lora.recipes.train import train_adapter
 from grasp_lora.runs import read_json
 from helpers import tiny_backbone_folder
 from jobs import QUIET_EVALUATION, job, start, write_job
@@ -88,3 +91,25 @@ def test_a_finished_run_is_not_run_again_unasked(base, uninterrupted):
     assert "error: " in done.output
     assert "--overwrite" in done.output
     assert (base / "whole" / "done.json").read_bytes() == before
+
+
+def test_a_stage_killed_once_patience_ran_out_does_no_further_step(base):
+    values = job(base, train={"learning_rate": 0.3, "epochs": 4, "batch_size": 4, "patience": 1})
+    opened = open_context(load_config(write_job(base / "patience.yaml", values)), quiet=True)
+
+    def trained(name: str) -> tuple[dict, bytes]:
+        out = train_adapter(opened.config, "target", base / name, context=opened)
+        facts = read_json(out / "stage.json")
+        del facts["seconds"]
+        return facts, (out / "adapter_model.safetensors").read_bytes()
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    whole = trained("patient")
+    assert whole[0]["steps"] == 2, "patience was to run out after the first epoch"
+    opened.on_saved = killed
+    with pytest.raises(KeyboardInterrupt):
+        trained("interrupted")
+    opened.on_saved = lambda: None
+    assert trained("interrupted") == whole

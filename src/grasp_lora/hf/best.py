@@ -75,13 +75,14 @@ class BestCallback(TrainerCallback):
         # Not in on_epoch_end: a checkpoint of an epoch's last step is written before that event,
         # and a run resumed from it would never see the evaluation.
         step = state.global_step
-        if not self._exhausted() and (step % self._every == 0 or step == state.max_steps):
+        if not self.exhausted() and (step % self._every == 0 or step == state.max_steps):
             with self._clock.span("dev"):
                 self._evaluate(step)
-        if self._exhausted():
+        if self.exhausted():
             control.should_training_stop = True
 
-    def _exhausted(self) -> bool:
+    def exhausted(self) -> bool:
+        """Return whether `patience` evaluations in a row have brought no new best."""
         if self._patience is None or self.best is None:
             return False
         steps = [e.step for e in self.evaluations]

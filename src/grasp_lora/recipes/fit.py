@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from grasp_lora.config import RunConfig
 from grasp_lora.hf.best import BestCallback, Evaluation
@@ -18,6 +19,7 @@ from grasp_lora.hf.checkpoint import (
     Stateful,
     checkpoint_step,
     complete_checkpoints,
+    read_state,
     remove_incomplete,
 )
 from grasp_lora.hf.clock import SaveClock, StepClock
@@ -205,8 +207,13 @@ def fit(
             context.narrator.say(f"{title}: resuming from {checkpoint.name}")
         device, say = context.backbone.device, context.narrator.say
         try:
-            with exact_attention(device, lambda: _one_gradient(context, live, rows[0]), say):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and best is not None and _ran_out(checkpoint, best):
+                read_state(checkpoint, parts)
+                on_resume()
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            else:
+                with exact_attention(device, lambda: _one_gradient(context, live, rows[0]), say):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
             step = trainer.state.global_step
             raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
@@ -261,6 +268,12 @@ def _agreed_checkpoint(work: Path) -> Path | None:
         remove_incomplete(work)
     wait_for_all()
     return next(iter(complete_checkpoints(work)), None)
+
+
+def _ran_out(checkpoint: Path, best: BestCallback) -> bool:
+    # The Trainer asks whether to stop after a step only, so it would do one too many.
+    read_state(checkpoint, [best])
+    return best.exhausted()
 
 
 def _last_good(work: Path, step: int) -> str:
