@@ -89,7 +89,9 @@ def planned() -> list[tuple[str, int]]:
             order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
     order += [(name, seed) for seed in SEEDS for name in _LABELLED]
     order += [(name, seed) for seed in SEEDS[1:] for name in _FINE]
-    order += [(name, SEEDS[0]) for name, one in METHODS.items() if one.work not in CHOOSING]
+    ran = {name: one for name, one in METHODS.items() if one.work not in CHOOSING}
+    order += [(name, SEEDS[0]) for name in ran]
+    order += [(name, seed) for seed in SEEDS for name, one in ran.items() if one.seeds == "all"]
     return list(dict.fromkeys(order))
 
 

@@ -472,8 +472,9 @@ def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
     assert {name for name, _ in planned} == {
         name for name, method in METHODS.items() if method.work not in CHOOSING
     }
-    for name in ("average-finetuned", "grasp-restart", "source-finetuned", "grid-0.3"):
-        assert {seed for method, seed in planned if method == name} == {42, 1337, 9001}
+    for name in {name for name, _ in planned}:
+        seeds = {seed for method, seed in planned if method == name}
+        assert seeds == {42, 1337, 9001} if METHODS[name].seeds == "all" else 42 in seeds, name
     assert planned[0] == ("average-finetuned", 42)
 
 
