@@ -235,6 +235,8 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
         if file.name in NO_RUNS:
             continue
         (record,) = read_jsonl(file)
+        if config_of(folder.name).data.task == "summarization":
+            record.setdefault("empty", _without_a_letter(record))
         found[file.stem] = Outcome(
             record, record.get("seconds"), record.get("peak_memory_bytes"),
             machine=record.get("machine"),
@@ -252,6 +254,15 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
     return {
         job: outcome for name in METHODS for job, outcome in found.items() if method_of(job) == name
     }
+
+
+def _without_a_letter(record: Mapping[str, Any]) -> dict[str, int]:
+    """Return test set -> headlines that share no letter with their reference: empty ones.
+
+    For records from before empty answers were counted.
+    """
+    sets = record.get("rows", {})
+    return {name: sum(value == 0 for value in one["values"]["chrf"]) for name, one in sets.items()}
 
 
 def tables(runs: Path, out: Path) -> None:

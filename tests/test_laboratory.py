@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -464,6 +465,23 @@ def test_tables_are_made_of_what_is_recorded(tmp_path):
     assert "| grid | 1 | 0.500 |" in text
     assert "`ties-finetuned`: ranks differ" in text
     assert (out / "comparison" / "en-es" / "pareto.png").exists()
+
+
+def test_headlines_without_a_letter_of_their_reference_stand_for_empty_ones(tmp_path, monkeypatch):
+    def empty(task: str, **changes) -> dict[str, int] | None:
+        config = SimpleNamespace(data=SimpleNamespace(task=task))
+        monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
+        kept_run(tmp_path, "average-finetuned-s42", 0.0, 1.4, 2.0)
+        file = tmp_path / "average-finetuned-s42.json"
+        (record,) = read_jsonl(file)
+        record["rows"]["test"]["values"]["chrf"] = [0.0, 3.0]
+        write_jsonl(file, [record | changes])
+        (found,) = recorded_runs.outcomes_in(tmp_path).values()
+        return found.result.get("empty")
+
+    assert empty("summarization") == {"test": 1}
+    assert empty("summarization", empty={"test": 0}) == {"test": 0}
+    assert empty("qa") is None
 
 
 def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():

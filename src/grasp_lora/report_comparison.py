@@ -54,6 +54,7 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         ]
     for test in _tests(found):
         lines += [f"## Scores, {test}", "", *_markdown(*score_rows(found, test)), ""]
+        lines += empty_answers(found, test)
     lines += [*still_falling(found), "## Price", "", *_markdown(*price_rows(found)), ""]
     lines += [
         "Seconds are all that a method needs from the two adapters to its final one, choosing "
@@ -82,6 +83,22 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         if names:
             lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
     return "\n".join(lines)
+
+
+def empty_answers(found: Mapping[str, Any], test: str) -> list[str]:
+    """Return the line that names methods many of whose answers say nothing."""
+    shares: Mapping[str, float] = found.get("often_empty", {}).get(test, {})
+    shown = [
+        f"`{name}` {100 * shares[name]:.0f}" for name in shown_methods(found) if name in shares
+    ]
+    if not shown:
+        return []
+    return [
+        "Empty answers, in per cent, of methods that often give them: every score of text counts "
+        "them as 0, and the loss does not see them (`evaluate.min_new_tokens: 1` asks for a "
+        f"token): {', '.join(shown)}.",
+        "",
+    ]
 
 
 def still_falling(found: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -161,6 +169,10 @@ class EvaluateSettings(Section):
     batch_size: PositiveInt = Field(default=16, description="prompts generated at once")
     max_new_tokens: PositiveInt | None = Field(
         default=None, description="longest answer in tokens; default: the task's own"
+    )
+    min_new_tokens: NonNegativeInt = Field(
+        default=0,
+        description="shortest answer in tokens; 1 keeps a model from answering with nothing",
     )
     beams: PositiveInt = Field(
         default=1, description="1 is greedy; more is beam search, that many times the memory"

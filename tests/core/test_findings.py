@@ -189,3 +189,12 @@ def test_without_rows_of_both_kinds_there_is_no_finding():
     assert findings.unrepresentative(records, 0.4, (), CONFIG) is None
     assert findings.unrepresentative((), 0.4, range(16), CONFIG) is None
     assert findings.unrepresentative(records, 0.99, range(16), CONFIG) is None, "no trial near it"
+
+
+def test_systems_that_often_answer_with_nothing_are_named_worst_first():
+    counts = {"a": (4, 100), "b": (5, 100), "c": (3, 10), "d": (0, 0), "e": (0, 10)}
+    found = findings.empty_answers(counts)
+    assert found.evidence == {"systems": "c 3 of 10; b 5 of 100"}
+    assert "evaluate.min_new_tokens: 1" in found.says
+    assert findings.empty_answers({"a": (4, 100), "d": (0, 0)}) is None
+    assert findings.empty_answers({}) is None

@@ -82,3 +82,20 @@ def test_modes_are_left_as_they_were():
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_the_least_tokens_of_an_answer_are_the_rule_here_too():
+    model, encoded = tiny_model("llama"), rows()
+    prompts = [e.input_ids[: e.prompt_length] for e in encoded]
+    with torch.no_grad():
+        firsts = {int(model(torch.tensor([p])).logits[0, -1].argmax()) for p in prompts}
+        weight = model.get_output_embeddings().weight
+        weight[2] = 2.0 * weight[sorted(firsts)].sum(0)
+    free = answer_rows(model, TOKENIZER, encoded, **RULE)
+    ended = TOKENIZER.decode([2])
+    assert ended in [text for text, _ in free], "a model that is to end at once somewhere"
+    found = answer_rows(model, TOKENIZER, encoded, min_new_tokens=2, **RULE)
+    texts = [text for text, _ in found]
+    assert texts == generate_texts(model, TOKENIZER, prompts, min_new_tokens=2, **RULE)
+    assert ended not in texts
+    assert [loss for _, loss in found] == [loss for _, loss in free]

@@ -104,6 +104,38 @@ def raise_logit(model: Any, token: int, factor: float) -> None:
         weight[token] = factor * weight[chosen].sum(0)
 
 
+def not_ended_by_hand(model: nn.Module, prompt: Sequence[int], least: int) -> list[int]:
+    ids = list(prompt)
+    for made in range(6):
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].detach().clone()
+        if made < least:
+            logits[EOS_ID] = -torch.inf
+        token = int(logits.argmax())
+        if token == EOS_ID:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_answer_ends_before_its_least_tokens(beams):
+    model = tiny_model("llama", seed=3)
+    raise_logit(model, EOS_ID, 5.0)
+    assert "" in texts(model), "a model that is to end at once somewhere"
+    for least in (1, 3):
+        found = texts(model, min_new_tokens=least, beams=beams)
+        assert all(len(text.split()) >= least for text in found)
+        if beams == 1:
+            assert found == [spelled(not_ended_by_hand(model, p, least)) for p in PROMPTS]
+    assert texts(model, min_new_tokens=0) == texts(model)
+
+
+@pytest.mark.parametrize("least", [-1, 7])
+def test_least_tokens_out_of_range_are_refused(least):
+    with pytest.raises(ValueError, match=rf"must be 0 to 6 \(max_new_tokens\), got {least}"):
+        texts(tiny_model("llama"), min_new_tokens=least)
+
+
 def test_without_prompts_there_are_no_texts():
     assert texts(tiny_model("llama"), []) == []
 

@@ -1,12 +1,14 @@
 """Evaluation of any adapter on several test sets, and what it writes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import IA3Config, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -17,8 +19,9 @@ from grasp_lora.config import ConfigError, make_config
 from grasp_lora.metrics import exact_match
 from grasp_lora.recipes.evaluate import evaluate_adapter
 from grasp_lora.recipes.run import run
+from grasp_lora.recipes.scoring import evaluation_tables
 from grasp_lora.runs import read_json, read_jsonl
-from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from helpers import EOS_ID, tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_rows
 
 
@@ -202,6 +205,39 @@ def test_references_longer_than_an_answer_may_be_are_told_before_answering(place
     values["evaluate"] = {"max_new_tokens": 8, "limit": 2}
     evaluate_adapter(make_config(values, training=False), None, place / "fewer")
     assert "references are longer" not in capsys.readouterr().err
+
+
+def ending_at_once(folder: Path) -> None:
+    """Save a backbone to which the end is the likeliest after any prompt, then the letter x."""
+    model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("How many rooms has q house 1?\nAnswer:", return_tensors="pt")
+    with torch.no_grad():
+        state = model.model(prompt["input_ids"]).last_hidden_state[0, -1]
+        weight = model.get_output_embeddings().weight.zero_()
+        weight[EOS_ID], weight[tokenizer.encode("x")[-1]] = 2 * state, state
+    model.save_pretrained(folder)
+
+
+def test_empty_answers_are_counted_and_can_be_forbidden(place):
+    ending_at_once(place / "base")
+    rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+    assert evaluated(place, "base", *rows)["sets"]["test"]["empty"] == 6
+    (table,) = evaluation_tables(place / "scores-base")
+    assert table.title == "test: en, 6 rows, 6 of them answered with nothing"
+    shutil.rmtree(place / "scores-base")
+    scores = evaluated(place, "base", *rows, "--set=evaluate.min_new_tokens=1")
+    assert scores["sets"]["test"]["empty"] == 0
+    (table,) = evaluation_tables(place / "scores-base")
+    assert table.title == "test: en, 6 rows"
+    texts = {row["prediction"][:1] for row in read_jsonl(place / "scores-base/predictions.jsonl")}
+    assert texts == {"x"}
+
+
+def test_least_tokens_beyond_the_most_are_refused_before_any_work(place):
+    values = job(place, evaluate={"max_new_tokens": 4, "min_new_tokens": 5})
+    with pytest.raises(ValueError, match="min_new_tokens: 5 is more than the 4 tokens an answer"):
+        run(make_config(values), quiet=True)
+    assert not (place / "run").exists()
 
 
 def test_files_of_others_are_left_alone(place):

@@ -131,3 +131,16 @@ def test_a_search_without_rounds_is_named():
     choice = RatioChoice(0.0, "never-fired", None, None, None, "", None, None)
     found = search_findings(ControllerConfig(), choice, (), (), 100, 16, 66)
     assert [one["name"] for one in found] == ["never-fired"]
+
+
+def test_empty_answers_are_counted_over_the_test_sets(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    write_json(tmp_path / "ratio.json", {"ratio": 0.4, "findings": []})
+    sets = {"test": {"n": 10, "empty": 1}, "news": {"n": 5, "empty": 2}, "older": {"n": 9}}
+    systems = [{"name": "target adapter", "sets": sets}, {"name": "old", "sets": {"t": {"n": 1}}}]
+    add_run_findings(tmp_path, final, {}, systems)
+    (found,) = read_json(tmp_path / "ratio.json")["findings"]
+    assert (found["name"], found["evidence"]["systems"]) == (
+        "empty-answers",
+        "target adapter 3 of 15",
+    )

@@ -215,6 +215,26 @@ def test_methods_that_were_still_getting_better_are_named(settings):
     assert line.endswith("than they look here: `source-finetuned` (1 of 2).")
 
 
+def test_methods_that_often_answer_with_nothing_are_named(settings):
+    def answered(empty: int | None) -> Outcome:
+        found = result(0.0, 1.0)
+        rows = len(found["rows"]["test"]["ids"])
+        assert rows == 2
+        return Outcome(found | ({} if empty is None else {"empty": {"test": empty}}))
+
+    outcomes = {
+        "source-finetuned-s1": answered(0),
+        "average-finetuned-s1": answered(1),
+        "average-finetuned-s2": answered(0),
+        "svd-finetuned-s1": answered(None),
+    }
+    text = comparison_markdown(summary(load_config(settings), outcomes))
+    (line,) = (line for line in text.splitlines() if line.startswith("Empty answers"))
+    assert line.endswith("asks for a token): `average-finetuned` 25.")
+    few = {"source-finetuned-s1": answered(0), "svd-finetuned-s1": answered(None)}
+    assert "Empty answers" not in comparison_markdown(summary(load_config(settings), few))
+
+
 def test_every_run_has_its_share_of_the_cores_the_measuring_one_too(
     settings, tmp_path, monkeypatch
 ):

@@ -26,6 +26,7 @@ FindingName: TypeAlias = Literal[
     "coarse-reward",
     "never-fired",
     "not-worth-merging",
+    "empty-answers",
 ]
 
 NEAR_BOUND = 0.02
@@ -34,6 +35,8 @@ THRASHING = 0.1
 """Share of entries that a commit may exchange beyond what the change of the ratio needs."""
 COARSE = 1 / 3
 """Share of tied pairs of trials from which a reward is too coarse to rank ratios by."""
+MANY_EMPTY = 0.05
+"""Share of empty answers from which they are spoken of."""
 _POWER = 0.84  # 80 % of a standard normal lie below
 _TWO_SIDED = 1.96
 
@@ -190,6 +193,29 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
             "standard_error": error,
             "rows": len(runs[names[0]][-1]),
         },
+    )
+
+
+def empty_answers(systems: Mapping[str, tuple[int, int]]) -> Finding | None:
+    """Return a finding if a system often ends its answer before it has begun.
+
+    Nothing is often the single most likely answer of a weak model, though each longer one together
+    is far more likely; the loss, which is told the answer's first token, does not see it.
+
+    Args:
+        systems: name -> (answers that are empty, answers), over all test sets.
+    """
+    many = {name: n for name, n in systems.items() if n[0] and n[0] >= MANY_EMPTY * n[1]}
+    if not many:
+        return None
+    names = sorted(many, key=lambda name: -many[name][0] / many[name][1])
+    listed = "; ".join(f"{name} {many[name][0]} of {many[name][1]}" for name in names)
+    return Finding(
+        "empty-answers",
+        f"answered with nothing: {listed}. Every score of text counts these as 0, and the loss "
+        "does not see them, so the systems differ in how often they answer at all: set "
+        "evaluate.min_new_tokens: 1 to ask every one for a token, here and where it is used",
+        {"systems": listed},
     )
 
 

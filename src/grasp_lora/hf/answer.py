@@ -34,6 +34,7 @@ def answer_rows(
     batch_size: int,
     pad_id: int,
     stop_ids: Sequence[int],
+    min_new_tokens: int = 0,
     one_line: bool = True,
     advance: Callable[[int], None] = lambda _count: None,
     notice: Callable[[str], None] = lambda _message: None,
@@ -53,6 +54,7 @@ def answer_rows(
         batch_size: rows per batch; halved, with a notice, whenever CUDA memory runs out.
         pad_id: padding token.
         stop_ids: tokens that end a row.
+        min_new_tokens: no stop token is chosen before so many tokens.
         one_line: end a row at the first line break behind a word.
         advance: called with the number of rows just finished.
         notice: takes a line for the user.
@@ -60,7 +62,10 @@ def answer_rows(
     Raises:
         ValueError: as `generate_texts`.
     """
-    made = generator(model, tokenizer, max_new_tokens, pad_id, stop_ids, one_line=one_line)
+    made = generator(
+        model, tokenizer, max_new_tokens, pad_id, stop_ids,
+        one_line=one_line, min_new_tokens=min_new_tokens,
+    )  # fmt: skip
 
     def work(batch: list[_Sized]) -> list[tuple[str, float]]:
         return _answered(made, [sized.row for sized in batch])

@@ -112,6 +112,7 @@ def generate_texts(
     pad_id: int,
     stop_ids: Sequence[int],
     beams: int = 1,
+    min_new_tokens: int = 0,
     one_line: bool = True,
     advance: Callable[[int], None] = lambda _count: None,
     notice: Callable[[str], None] = lambda _message: None,
@@ -139,16 +140,21 @@ def generate_texts(
         pad_id: padding token.
         stop_ids: tokens that end a row.
         beams: width of the beam search; 1 is greedy.
+        min_new_tokens: no stop token is chosen before so many tokens; a weak model's most likely
+            answer is often to say nothing.
         one_line: end a row at the first line break behind a word.
         advance: called with the number of rows just finished.
         notice: takes a line for the user.
 
     Raises:
-        ValueError: a number is below 1, a prompt is empty, or the memory does not hold one row.
+        ValueError: a number is out of its range, a prompt is empty, or the memory does not hold one
+            row.
     """
     if not all(prompts):
         raise ValueError("a prompt holds no tokens; give every prompt at least a start token")
-    made = generator(model, tokenizer, max_new_tokens, pad_id, stop_ids, beams, one_line)
+    made = generator(
+        model, tokenizer, max_new_tokens, pad_id, stop_ids, beams, one_line, min_new_tokens
+    )
     return in_batches(prompts, made.texts, made, batch_size, advance, notice)
 
 
@@ -160,13 +166,18 @@ def generator(
     stop_ids: Sequence[int],
     beams: int = 1,
     one_line: bool = True,
+    min_new_tokens: int = 0,
 ) -> Generator:
     """Return what generates batches by one rule; see `generate_texts` for the arguments."""
     _check(max_new_tokens=max_new_tokens, beams=beams)
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens must be 0 to {max_new_tokens} (max_new_tokens), got {min_new_tokens}"
+        )
     return Generator(
         model=model,
         tokenizer=tokenizer,
-        settings=_settings(max_new_tokens, pad_id, stop_ids, beams),
+        settings=_settings(max_new_tokens, pad_id, stop_ids, beams, min_new_tokens),
         device=next(model.parameters()).device,
         breaks={} if one_line and beams == 1 else None,
     )
@@ -223,11 +234,12 @@ def _check(**numbers: int) -> None:
 
 
 def _settings(
-    max_new_tokens: int, pad_id: int, stop_ids: Sequence[int], beams: int
+    max_new_tokens: int, pad_id: int, stop_ids: Sequence[int], beams: int, min_new_tokens: int
 ) -> GenerationConfig:
     search = {"early_stopping": True, "length_penalty": 1.0} if beams > 1 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens or None,
         do_sample=False,
         num_beams=beams,
         use_cache=True,

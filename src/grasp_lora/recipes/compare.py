@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from grasp_lora.config import RunConfig
 from grasp_lora.core import ControllerConfig
+from grasp_lora.core.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
 from grasp_lora.plots import plot_comparison
 from grasp_lora.recipes.data import RunData
@@ -509,6 +511,7 @@ def summary(config: RunConfig, outcomes: Mapping[str, Outcome]) -> dict[str, Any
         "methods": {name: METHODS[name].about for name in dict.fromkeys(r["method"] for r in rows)},
         "reference": reference,
         "paired": paired_with(config, results, reference) if reference else {},
+        "often_empty": _often_empty(rows),
         "not_applicable": not_applicable,
         "failed": failed,
     }
@@ -560,6 +563,7 @@ def _row(
         "verdict": result.get("verdict"),
         "scores": result["scores"],
         "intervals": result["intervals"],
+        "empty": _empty_shares(result),
         "dev_loss": dev_loss,
         "still_falling": _still_falling(result.get("dev") or []),
         **result["price"],
@@ -569,6 +573,24 @@ def _row(
         "dtype": result.get("dtype"),
         "adapter_bytes": result["bytes"],
         "zeros": result["zeros"],
+    }
+
+
+def _empty_shares(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return test set -> share of its rows that were answered with nothing, where it is known."""
+    counts = result.get("empty") or {}
+    return {test: count / len(result["rows"][test]["ids"]) for test, count in counts.items()}
+
+
+def _often_empty(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return test set -> method -> mean share of empty answers, where that is much."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for test, share in row["empty"].items():
+            shares.setdefault(test, {}).setdefault(row["method"], []).append(share)
+    means = {t: {name: fmean(of) for name, of in one.items()} for t, one in shares.items()}
+    return {
+        t: {n: mean for n, mean in one.items() if mean >= MANY_EMPTY} for t, one in means.items()
     }
 
 

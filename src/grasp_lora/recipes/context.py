@@ -190,9 +190,19 @@ def max_length(config: RunConfig) -> int:
 
 
 def new_tokens(config: RunConfig, role: str, split: str) -> int:
-    """Return the most tokens that are generated for an answer to a row of a split."""
-    language = section_of(config, role, split).language
-    return config.evaluate.max_new_tokens or task_named(config.data.task).new_tokens(language)
+    """Return the most tokens that are generated for an answer to a row of a split.
+
+    Raises:
+        ValueError: `evaluate.min_new_tokens` asks for more.
+    """
+    language, given = section_of(config, role, split).language, config.evaluate
+    most = given.max_new_tokens or task_named(config.data.task).new_tokens(language)
+    if given.min_new_tokens > most:
+        raise ValueError(
+            f"evaluate.min_new_tokens: {given.min_new_tokens} is more than the {most} tokens an"
+            " answer may have (evaluate.max_new_tokens); lower it, or raise the other"
+        )
+    return most
 
 
 def _is_test(role: str, split: str) -> bool:

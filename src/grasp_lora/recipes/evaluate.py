@@ -131,6 +131,7 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
 
         shared: dict[str, Any] = {
             "max_new_tokens": new_tokens(config, role, split),
+            "min_new_tokens": config.evaluate.min_new_tokens,
             "batch_size": config.evaluate.batch_size,
             "pad_id": backbone.pad_id,
             "stop_ids": sorted({*backbone.stop_ids, context.end_id(role, split)}),

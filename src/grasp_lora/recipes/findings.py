@@ -1,7 +1,7 @@
 """What a run's numbers say against it, gathered from the stages' folders."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,16 @@ def search_findings(
     return _shown(found)
 
 
-def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
+def add_run_findings(
+    out: Path, final: Path, alone: dict[str, Path], systems: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Add to `ratio.json` what only the final run and the baselines show.
 
     Args:
         out: the run's folder; its `ratio.json` and `baselines/` are read.
         final: folder of the final adapter.
         alone: name -> folder of a single adapter that was chosen on the same dev rows.
+        systems: of `scores.json`.
     """
     ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
     rows = stage.get("best_rows", [])
@@ -73,10 +76,17 @@ def add_run_findings(out: Path, final: Path, alone: dict[str, Path]) -> None:
     others = {name: losses for name, losses in others.items() if len(losses) == len(rows)}
     if rows and others:
         found.append(findings.not_worth_merging(rows, others))
+    found.append(findings.empty_answers({one["name"]: _empty(one["sets"]) for one in systems}))
     known = ratio.get("findings", [])
     names = {one["name"] for one in _shown(found)}
     kept = [one for one in known if one["name"] not in names]
     write_json(out / "ratio.json", ratio | {"findings": kept + _shown(found)})
+
+
+def _empty(sets: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    # Scores that an earlier version wrote have no count.
+    counted = [one for one in sets.values() if "empty" in one]
+    return sum(one["empty"] for one in counted), sum(one["n"] for one in counted)
 
 
 def _best_rows(folder: Path) -> list[float]:

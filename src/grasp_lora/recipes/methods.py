@@ -522,10 +522,12 @@ def outcome(
     sets: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     rows: dict[str, dict[str, Any]] = {}
+    empty: dict[str, int] = {}
     if context.data.test_sets():
         scores = evaluate_adapter(context.config, adapter, folder / "scores", context=context)
         for name, one in read_json(scores / "scores.json")["sets"].items():
             values = one["scores"]
+            empty[name] = one["empty"]
             sets[name] = {metric: value["value"] for metric, value in values.items()}
             intervals[name] = {m: (value["low"], value["high"]) for m, value in values.items()}
         rows = rows_of(scores, next(iter(sets.values())))
@@ -543,6 +545,7 @@ def outcome(
         "losses": _losses(context, adapter) if judged else None,
         "scores": sets,
         "intervals": intervals,
+        "empty": empty,
         "rows": rows,
     }
 

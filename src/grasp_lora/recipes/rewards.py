@@ -96,6 +96,7 @@ def answers_of(
             backbone.tokenizer,
             [encoded[i].input_ids[: encoded[i].prompt_length] for i in drawn],
             max_new_tokens=config.evaluate.max_new_tokens or task.new_tokens(language),
+            min_new_tokens=config.evaluate.min_new_tokens,
             batch_size=config.evaluate.batch_size,
             pad_id=backbone.pad_id,
             stop_ids=sorted({*backbone.stop_ids, *stops}),

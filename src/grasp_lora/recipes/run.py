@@ -167,7 +167,7 @@ def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[
         # An adapter given by the user was chosen on rows of its own.
         trained = {} if given["target"] else {"target adapter": adapters["target"]}
         with context.clock.span("write"):
-            add_run_findings(out, final, baseline | trained)
+            add_run_findings(out, final, baseline | trained, scores["systems"])
     return scores
 
 

@@ -89,6 +89,7 @@ def score_sets(
         scored[name] = {
             "language": language,
             "n": len(predictions[name]),
+            "empty": empty_answers(predictions[name]),
             "scores": {
                 metric: one.to_json() | {"settings": one.settings | how}
                 for metric, one in found.items()
@@ -112,12 +113,18 @@ def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
     return {"mean": mean, "worst": worst}
 
 
+def empty_answers(rows: Sequence[Row]) -> int:
+    """Return how many predictions say nothing: every score of text counts them as 0."""
+    return sum(not row.prediction.strip() for row in rows)
+
+
 def evaluation_tables(folder: Path) -> list[Table]:
     """Return the scores of one evaluation as tables for the terminal, one per test set."""
     scores = read_json(folder / "scores.json")
     tables: list[Table] = []
     for name, one in scores["sets"].items():
-        table = Table(title=f"{name}: {one['language']}, {one['n']} rows")
+        empty = f", {one['empty']} of them answered with nothing" if one.get("empty") else ""
+        table = Table(title=f"{name}: {one['language']}, {one['n']} rows{empty}")
         for title in ("score", "value", "95 % interval"):
             table.add_column(title, justify="left" if title == "score" else "right")
         for metric, found in one["scores"].items():
