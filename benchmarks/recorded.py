@@ -13,6 +13,7 @@ docs/results/other-adapters.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
+`empty` how often methods answer with nothing, and how a score goes with that;
 `late` what late merges chose, seed by seed, and what a ratio on top of them changed; `speed` how
 many times a grid's seconds a method needs, seed by seed, where one machine and one version of the
 code ran all of both.
@@ -26,7 +27,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 from benchmarks import common
@@ -235,8 +236,8 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
         if file.name in NO_RUNS:
             continue
         (record,) = read_jsonl(file)
-        if config_of(folder.name).data.task == "summarization":
-            record.setdefault("empty", _without_a_letter(record))
+        if "empty" not in record and config_of(folder.name).data.task == "summarization":
+            record["empty"] = _without_a_letter(record)
         found[file.stem] = Outcome(
             record, record.get("seconds"), record.get("peak_memory_bytes"),
             machine=record.get("machine"),
@@ -417,6 +418,37 @@ def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
     return lines
 
 
+def answering(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
+    """Return a table, pair by pair, of empty answers of the test set, and of a score without them.
+
+    A line behind the table holds correlations over all runs of the pair: of the score with the
+    share of empty answers, and with the loss.
+    """
+    titles = ["pair", "method", "runs", "empty, in per cent", metric, "of the others alone", "loss"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
+    behind: list[str] = []
+    for folder in sorted(runs.iterdir()):
+        seen: dict[str, list[tuple[float, float, float]]] = {}
+        for job, outcome in outcomes_in(folder).items():
+            result = outcome.result or {}
+            if "chosen" not in result and "test" in (result.get("empty") or {}):
+                scores, count = result["scores"]["test"], len(result["rows"]["test"]["ids"])
+                row = (result["empty"]["test"] / count, scores[metric], scores["loss"])
+                seen.setdefault(method_of(job), []).append(row)
+        for name in (one for one in seen if not methods or one in methods):
+            share, score, loss = (fmean(column) for column in zip(*seen[name], strict=True))
+            others = [one[1] / (1 - one[0]) for one in seen[name] if one[0] < 1]
+            cells = [f"{100 * share:.0f}", f"{score:.1f}", f"{fmean(others):.1f}", f"{loss:.3f}"]
+            lines.append(f"| {folder.name} | {name} | {len(seen[name])} | {' | '.join(cells)} |")
+        columns = list(zip(*(one for ones in seen.values() for one in ones), strict=True))
+        if columns and all(len(set(column)) > 1 for column in columns):
+            empty, score, loss = columns
+            pairs = (f"{correlation(score, other):+.2f}" for other in (empty, loss))
+            behind.append("{}: {} runs, {} with empty {}, with loss {}".format(
+                folder.name, len(empty), metric, *pairs))  # fmt: skip
+    return [*lines, *behind]
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -450,6 +482,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     grids = [name for name, one in METHODS.items() if one.work == "best_of"]
     fast.add_argument("--grid", default="grid", choices=grids)
     fast.add_argument("--runs", type=Path, default=RUNS)
+    silent = commands.add_parser("empty", help="print how often methods answer with nothing")
+    silent.add_argument("methods", nargs="*", help="all without any")
+    silent.add_argument("--metric", default="rougeL")
+    silent.add_argument("--runs", type=Path, default=RUNS)
     for name in ("keep", "restore"):
         copying = commands.add_parser(name)
         copying.add_argument("source", type=Path)
@@ -477,6 +513,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(speed(options.runs, options.grid, options.methods)))
     elif options.what == "late":
         print("\n".join(late(options.runs)))
+    elif options.what == "empty":
+        print("\n".join(answering(options.runs, options.metric, options.methods)))
     else:
         count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
         print(f"{options.out}: {count} runs written")

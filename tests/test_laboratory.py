@@ -484,6 +484,27 @@ def test_headlines_without_a_letter_of_their_reference_stand_for_empty_ones(tmp_
     assert empty("qa") is None
 
 
+def test_scores_beside_empty_answers_are_printed(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for seed, loss, score, count in (
+        (42, 2.0, 55.0, 1),
+        (1337, 3.0, 40.0, 0),
+        (9001, 2.5, 60.0, 0),
+    ):
+        kept_run(runs / "en-es", f"average-finetuned-s{seed}", 0.0, 1.4, loss)
+        file = runs / "en-es" / f"average-finetuned-s{seed}.json"
+        (record,) = read_jsonl(file)
+        scores = {"test": {"exact_match": score, "loss": loss}}
+        write_jsonl(file, [record | {"scores": scores, "empty": {"test": count}}])
+    kept_run(runs / "en-es", "source-finetuned-s42", 0.0, 1.4, 2.0)
+    recorded_runs.main(["empty", "--metric", "exact_match", "--runs", str(runs)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        # Of the two answers of the first run one is empty, so the other has all of its score.
+        "| en-es | average-finetuned | 3 | 17 | 51.7 | 70.0 | 2.500 |",
+        "en-es: 3 runs, exact_match with empty +0.28, with loss -0.72",
+    ]
+
+
 def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
     planned = recorded_runs.planned()
     assert len(set(planned)) == len(planned)
