@@ -1,6 +1,6 @@
 """The history curve of recorded searches, with steep losses compressed and as they are.
 
-    python -m benchmarks.replay docs/results/runs/embedded/searches/*.jsonl
+    python -m benchmarks.replay docs/results/former/embedded/searches/*.jsonl
 
 Reads `rounds.jsonl` of searches with the default controller and prints, for each, where the curve
 is lowest and how high it is elsewhere; compressed by several multiples of the median distance of a

@@ -630,7 +630,7 @@ def test_variants_that_need_a_model_are_no_part_of_the_laboratory():
 
 
 def test_a_recorded_search_is_replayed_to_the_ratio_it_ended_with(capsys):
-    files = sorted((common.ROOT / "docs/results/runs/embedded/searches").glob("*.jsonl"))
+    files = sorted((common.ROOT / "docs/results/former/embedded/searches").glob("*.jsonl"))
     assert len(files) == 2
     replay.main([str(file) for file in files])
     ends = [line for line in capsys.readouterr().out.splitlines() if "as it is" in line]
@@ -639,7 +639,7 @@ def test_a_recorded_search_is_replayed_to_the_ratio_it_ended_with(capsys):
 
 
 def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(capsys):
-    (file, *_) = sorted((common.ROOT / "docs/results/runs/embedded/searches").glob("*.jsonl"))
+    (file, *_) = sorted((common.ROOT / "docs/results/former/embedded/searches").glob("*.jsonl"))
     replay.main([str(file)])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if " x median" in line]
     records = replay.read_rounds(file)
