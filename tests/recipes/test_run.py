@@ -411,6 +411,7 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
     assert stages["evaluations/final"]["generate"]["calls"] == 1
     assert "| search | **all** |" in (out / "profile.md").read_text()
     assert (out / "profile.png").stat().st_size > 0
+    assert read_json(out / "provenance.json")["threads"] == torch.get_num_threads()
     time = read_json(out / "provenance.json")["time"]
     assert time["wall_seconds"] == profile["wall_seconds"]
     assert sum(time["shares"].values()) == pytest.approx(1)

@@ -322,6 +322,8 @@ def _provenance(context: Context, times: dict[str, Any]) -> dict[str, Any]:
         "base_fingerprint": context.backbone.fingerprint,
         "dtype": str(context.backbone.dtype),
         "device": str(context.backbone.device),
+        # In bfloat16 products are summed in another order by another number of them.
+        "threads": torch.get_num_threads(),
         "seed": context.config.seed,
         "config_hash": context.config.config_hash(),
         "time": times,
