@@ -25,9 +25,9 @@ import torch
 from benchmarks import common
 from benchmarks.controllers import searched
 from benchmarks.worlds import FAMILIES, IN_SPANS, SyntheticWorld
-from grasp_lora.core import rounds
-from grasp_lora.core.rounds import ControllerConfig
-from grasp_lora.recipes.ablate import AS_CONFIGURED, VARIANTS
+from grasp_lora.core.controller import rounds
+from grasp_lora.core.controller.rounds import ControllerConfig
+from grasp_lora.plans.ablate import AS_CONFIGURED, VARIANTS
 
 ROUNDS = {"paper": 50, "standard": 8}
 HIGH_RATIO = 0.7

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_lora.core.importance import activation, magnitude
+from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.settings import ControllerConfig
-from grasp_lora.hf.activations import input_norms
-from grasp_lora.hf.backbones import Backbone
-from grasp_lora.hf.live import go_live
+from grasp_lora.core.pruning.importance import activation, magnitude
+from grasp_lora.models.backbones import Backbone
 from grasp_lora.tasks.encoding import IGNORED, Encoded
+from grasp_lora.training.activations import input_norms
+from grasp_lora.training.live import go_live
 
 ACCUMULATION = 8
 RATIO = 0.4

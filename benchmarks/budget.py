@@ -38,8 +38,8 @@ from typing import Any
 import torch
 
 from benchmarks.worlds import CLEAR_GAIN, FAMILIES, IN_SPANS, NO_GAIN, POOL, SyntheticWorld
-from grasp_lora.core import rounds
-from grasp_lora.core.rounds import ControllerConfig
+from grasp_lora.core.controller import rounds
+from grasp_lora.core.controller.rounds import ControllerConfig
 
 TRAINING = 50 * 10  # examples of a fine-tuning run at the published size
 FORMER = "8b5f6c8"  # the last commit with the former default

@@ -28,12 +28,12 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
+from grasp_lora.base.files import cpu_name, peak_memory_bytes, provenance, read_json, write_json
 from grasp_lora.core.lora import Adapter, LoraFactors, MergedModule, merge
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
-from grasp_lora.hf.backbones import Backbone, ModelSpec, accepts, load_backbone
-from grasp_lora.hf.modules import linear_shape, plain_modules, resolve_targets, vocabulary_size
-from grasp_lora.runs import cpu_name, peak_memory_bytes, provenance, read_json, write_json
+from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone
+from grasp_lora.models.modules import linear_shape, plain_modules, resolve_targets, vocabulary_size
 from grasp_lora.tasks.base import task_named
 from grasp_lora.tasks.encoding import Collator, Encoded, encode_examples
 

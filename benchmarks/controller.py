@@ -47,8 +47,8 @@ from benchmarks.worlds import (
     read_recording,
     worlds,
 )
-from grasp_lora.plots import BLUE, INK, ORANGE
-from grasp_lora.runs import read_json
+from grasp_lora.base.files import read_json
+from grasp_lora.report.pictures import BLUE, INK, ORANGE
 
 PROBES = (24, 51, 150)
 FLAT = ("flat", "flat, heavy")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from benchmarks.worlds import HIGH, MICRO_DEV, World
-from grasp_lora.core import rounds
-from grasp_lora.core.history import lowest, observations
-from grasp_lora.core.policy import Policy, round_kind, sampled_candidates
-from grasp_lora.core.rounds import ControllerConfig, ControllerState
+from grasp_lora.core.controller import rounds
+from grasp_lora.core.controller.policy import Policy, round_kind, sampled_candidates
+from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState
+from grasp_lora.core.evidence.history import lowest, observations
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
 

@@ -32,18 +32,18 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.authors_schedule import AuthorsSchedule, Schedule
-from grasp_lora.config import RunConfig
+from grasp_lora.base.files import read_json
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, lora_scaling
-from grasp_lora.hf.live import LiveAdapter, go_live
-from grasp_lora.hf.trainer import answer_loss
-from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.data import load_run_data
-from grasp_lora.recipes.finetune import finetune_at
-from grasp_lora.recipes.folders import read_start, save_plain
-from grasp_lora.recipes.merge import merge_adapters
-from grasp_lora.recipes.search import search_ratio
-from grasp_lora.runs import read_json
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.stages.merge import merge_adapters
+from grasp_lora.stages.search import search_ratio
 from grasp_lora.tasks.encoding import Encoded
+from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.trainer import answer_loss
+from grasp_lora.workbench.context import Context, open_context
+from grasp_lora.workbench.folders import read_start, save_plain
+from grasp_lora.workbench.rows import load_run_data
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
 MEASURED = (0.2, 0.6)

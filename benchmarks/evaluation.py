@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.generate import encoded_rows, parsed
-from grasp_lora.hf.answer import answer_rows
-from grasp_lora.hf.generate import generate_texts
+from grasp_lora.generation.answer import answer_rows
+from grasp_lora.generation.generate import generate_texts
 from grasp_lora.metrics import METRICS, Options, Row, score
 from grasp_lora.tasks.base import task_named
 

@@ -24,8 +24,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from benchmarks import common
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
-from grasp_lora.hf.backbones import Backbone
-from grasp_lora.hf.generate import StopAtNewline, generate_texts
+from grasp_lora.generation.generate import StopAtNewline, generate_texts
+from grasp_lora.models.backbones import Backbone
 from grasp_lora.tasks.base import Example, task_named
 from grasp_lora.tasks.encoding import Encoded, encode_examples
 

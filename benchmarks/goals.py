@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import median
-from grasp_lora.runs import read_json
+from grasp_lora.base.files import read_json
 
 Result = Mapping[str, Any]
 

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import common
 from benchmarks.search import TARGETS, Sizes, search_side
-from grasp_lora.core.settings import ControllerConfig
-from grasp_lora.hf.backbones import Backbone
-from grasp_lora.plots import BLUE, GRID, INK, ORANGE
+from grasp_lora.core.controller.settings import ControllerConfig
+from grasp_lora.models.backbones import Backbone
+from grasp_lora.report.pictures import BLUE, GRID, INK, ORANGE
 
 BASE = Sizes(
     rows=16,

@@ -28,18 +28,18 @@ from transformers import TrainerCallback
 
 from benchmarks import common
 from benchmarks.recorded import SOURCE_EPOCHS
-from grasp_lora.config import RunConfig, load_config
-from grasp_lora.core.importance import IMPORTANCE
-from grasp_lora.hf.live import LiveAdapter, scored
-from grasp_lora.hf.probe import row_losses
-from grasp_lora.recipes.context import Context, open_context
-from grasp_lora.recipes.fit import fit, run_steps
-from grasp_lora.recipes.folders import read_start, work_folder
-from grasp_lora.recipes.merge import merge_adapters
-from grasp_lora.recipes.methods import with_split_seed
-from grasp_lora.recipes.train import train_adapter
-from grasp_lora.runs import write_jsonl
-from grasp_lora.settings import TrainSettings
+from grasp_lora.base.files import write_jsonl
+from grasp_lora.config.run_config import RunConfig, load_config
+from grasp_lora.config.sections import TrainSettings
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.models.row_losses import row_losses
+from grasp_lora.plans.methods import with_split_seed
+from grasp_lora.stages.merge import merge_adapters
+from grasp_lora.stages.train import train_adapter
+from grasp_lora.training.live import LiveAdapter, scored
+from grasp_lora.workbench.context import Context, open_context
+from grasp_lora.workbench.fit import fit, run_steps
+from grasp_lora.workbench.folders import read_start, work_folder
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))
 TRAININGS = ("plain", "random", "branches")

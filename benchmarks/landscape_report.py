@@ -17,9 +17,9 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.recorded import final_runs
-from grasp_lora.plots import BLUE, GREEN, GRID, INK, ORANGE
-from grasp_lora.report import TITLES
-from grasp_lora.runs import read_jsonl
+from grasp_lora.base.files import read_jsonl
+from grasp_lora.report.pictures import BLUE, GREEN, GRID, INK, ORANGE
+from grasp_lora.report.run import TITLES
 
 RIVALS = ("source-finetuned", "shrunk", "weights", "weight-decay")
 """What a picture shows beside the ratios, by the beginnings of the names."""

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from grasp_lora.core.importance import IMPORTANCE
-from grasp_lora.hf.live import Block, LiveAdapter, scored
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.training.live import Block, LiveAdapter, scored
 
 SIZES = {"0.5M": 500_000, "10M": 10_000_000, "100M": 100_000_000, "1B": 1_000_000_000}
 QUICK = {"20k": 20_000, "0.5M": 500_000}

@@ -31,24 +31,7 @@ from statistics import correlation, fmean
 from typing import Any
 
 from benchmarks import common
-from grasp_lora.config import RunConfig, load_config
-from grasp_lora.core.crossfit import standard_error
-from grasp_lora.plots import plot_comparison
-from grasp_lora.recipes.compare import (
-    CHOOSING,
-    METHODS,
-    compare_methods,
-    job_name,
-    method_of,
-    paired_with,
-    summary,
-)
-from grasp_lora.recipes.job import RESULT_FILE
-from grasp_lora.recipes.methods import best_of, nearest_of, with_split_seed
-from grasp_lora.recipes.queue import Outcome
-from grasp_lora.recipes.train import train_adapter
-from grasp_lora.report_comparison import comparison_markdown
-from grasp_lora.runs import (
+from grasp_lora.base.files import (
     jsonable,
     machines_of,
     read_json,
@@ -57,6 +40,23 @@ from grasp_lora.runs import (
     write_jsonl,
     write_text,
 )
+from grasp_lora.config.run_config import RunConfig, load_config
+from grasp_lora.core.evidence.crossfit import standard_error
+from grasp_lora.plans.compare import (
+    CHOOSING,
+    METHODS,
+    compare_methods,
+    job_name,
+    method_of,
+    paired_with,
+    summary,
+)
+from grasp_lora.plans.job import RESULT_FILE
+from grasp_lora.plans.methods import best_of, nearest_of, with_split_seed
+from grasp_lora.plans.queue import Outcome
+from grasp_lora.report.comparison import comparison_markdown
+from grasp_lora.report.pictures import plot_comparison
+from grasp_lora.stages.train import train_adapter
 
 CONFIGS = common.ROOT / "configs" / "results"
 RUNS = common.ROOT / "docs" / "results" / "runs"

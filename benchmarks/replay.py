@@ -4,7 +4,7 @@
 
 Reads `rounds.jsonl` of searches with the default controller and prints, for each, where the curve
 is lowest and how high it is elsewhere; compressed by several multiples of the median distance of a
-trial to the best of its round (`grasp_lora.core.history.compressed`; the default is 4).
+trial to the best of its round (`grasp_lora.core.evidence.history.compressed`; the default is 4).
 """
 
 import argparse
@@ -13,9 +13,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from grasp_lora.core.history import RoundRecord, compressed, fit_curve, gaps_of, grid, lowest
-from grasp_lora.core.rounds import ControllerConfig
-from grasp_lora.runs import read_jsonl
+from grasp_lora.base.files import read_jsonl
+from grasp_lora.core.controller.rounds import ControllerConfig
+from grasp_lora.core.evidence.history import (
+    RoundRecord,
+    compressed,
+    fit_curve,
+    gaps_of,
+    grid,
+    lowest,
+)
 
 MULTIPLES = (1, 2, 4, math.inf)
 SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

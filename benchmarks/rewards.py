@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from grasp_lora.config import load_config
-from grasp_lora.core.importance import IMPORTANCE
-from grasp_lora.hf.live import scored
-from grasp_lora.hf.probe import row_losses
+from grasp_lora.base.files import read_jsonl, write_jsonl
+from grasp_lora.config.run_config import load_config
+from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.metrics import Row, score
-from grasp_lora.recipes.context import open_context
-from grasp_lora.recipes.folders import read_start
-from grasp_lora.recipes.rewards import answers_of
-from grasp_lora.recipes.scoring import metric_options
-from grasp_lora.runs import read_jsonl, write_jsonl
+from grasp_lora.models.row_losses import row_losses
+from grasp_lora.scoring.sets import metric_options
+from grasp_lora.training.live import scored
+from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.folders import read_start
+from grasp_lora.workbench.objective import answers_of
 
 RATIOS = tuple(round(0.1 * n, 1) for n in range(9))
 SPLITS = ("micro_dev", "dev")

@@ -30,18 +30,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from benchmarks import common
-from grasp_lora.core.importance import IMPORTANCE, NEEDS_NORMS
-from grasp_lora.core.rounds import planned_rounds
-from grasp_lora.core.settings import ControllerConfig
-from grasp_lora.hf.activations import input_norms
-from grasp_lora.hf.backbones import Backbone
-from grasp_lora.hf.callback import MaskCallback, ProbePool, SearchCallback
-from grasp_lora.hf.live import LiveAdapter, go_live
-from grasp_lora.hf.modules import bare_model
-from grasp_lora.hf.probe import Rows
-from grasp_lora.hf.trainer import build_trainer, planned_steps
+from grasp_lora.base.clock import Clock
+from grasp_lora.core.controller.rounds import planned_rounds
+from grasp_lora.core.controller.settings import ControllerConfig
+from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.models.backbones import Backbone
+from grasp_lora.models.modules import bare_model
+from grasp_lora.models.row_losses import Rows
 from grasp_lora.tasks.encoding import Encoded
-from grasp_lora.timing import Clock
+from grasp_lora.training.activations import input_norms
+from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.search_callback import MaskCallback, ProbePool, SearchCallback
+from grasp_lora.training.trainer import build_trainer, planned_steps
 
 PARTS = ("baseline", "probe", "masks")
 TARGETS = ("q_proj", "v_proj")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks import common
-from grasp_lora.hf.probe import SHARED, Batch, Rows, can_share, row_losses
+from grasp_lora.models.row_losses import SHARED, Batch, Rows, can_share, row_losses
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

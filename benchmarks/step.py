@@ -41,17 +41,17 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks import common
-from grasp_lora.core.importance import IMPORTANCE
-from grasp_lora.hf.attention import use_products
-from grasp_lora.hf.backbones import Backbone, ModelSpec, fold_output_layer, load_backbone
-from grasp_lora.hf.batches import epoch_order
-from grasp_lora.hf.cache import SHORT_NAMES, converted_backbone
-from grasp_lora.hf.live import LiveAdapter, go_live, scored
-from grasp_lora.hf.modules import linear_modules, output_embeddings
-from grasp_lora.hf.norms import use_fused_norms
-from grasp_lora.hf.probe import Rows, row_losses
-from grasp_lora.hf.trainer import build_trainer
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.models.attention import use_products
+from grasp_lora.models.backbones import Backbone, ModelSpec, fold_output_layer, load_backbone
+from grasp_lora.models.batches import epoch_order
+from grasp_lora.models.cache import SHORT_NAMES, converted_backbone
+from grasp_lora.models.modules import linear_modules, output_embeddings
+from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.row_losses import Rows, row_losses
 from grasp_lora.tasks.encoding import Collator, Encoded
+from grasp_lora.training.live import LiveAdapter, go_live, scored
+from grasp_lora.training.trainer import build_trainer
 
 TARGETS = ("q_proj", "v_proj")
 RANK = 8

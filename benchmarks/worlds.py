@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.recorded import final_runs
-from grasp_lora.runs import read_jsonl
+from grasp_lora.base.files import read_jsonl
 
 HIGH = 0.8
 RATIOS = np.linspace(0.0, HIGH, 161)

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from grasp_lora.hf.cache import SHORT_NAMES, cache_folder
+from grasp_lora.models.cache import SHORT_NAMES, cache_folder
 
 TINY_VOCAB = 272
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258

@@ -21,7 +21,7 @@ from benchmarks import (
 )
 from benchmarks.authors_schedule import Schedule
 
-from grasp_lora.timing import Clock
+from grasp_lora.base.clock import Clock
 from helpers import tiny_backbone_folder, tiny_model
 
 FIGURES = {

@@ -1,4 +1,4 @@
-"""The command line: arguments arrive at the recipes, faults arrive as one message."""
+"""The command line: arguments arrive at the functions behind it, faults arrive as one message."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from grasp_lora.base.files import write_json
 from grasp_lora.cli import app
-from grasp_lora.runs import write_json
 
 COMMANDS = [
     *("run", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate", "score")
 ]
-RECIPES = {
-    "run": "run",
-    "train": "train_adapter",
-    "merge": "merge_adapters",
-    "search": "search_ratio",
-    "finetune": "finetune_at",
-    "evaluate": "evaluate_adapter",
+FUNCTIONS = {
+    "plans.run": "run",
+    "stages.train": "train_adapter",
+    "stages.merge": "merge_adapters",
+    "stages.search": "search_ratio",
+    "stages.finetune": "finetune_at",
+    "stages.evaluate": "evaluate_adapter",
 }
 YAML = "model: smollm2\ndata: {source: {language: en}, target: {language: es}}\n"
 
@@ -34,18 +34,18 @@ Called = dict[str, Any]
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Called:
-    """Put recipes that record their arguments in place of the real ones."""
+    """Put functions that record their arguments in place of the real ones."""
     record: Called = {}
 
     def recorder(name: str) -> Callable[..., Path]:
-        def recipe(config: Any, *args: Any, **kwargs: Any) -> Path:
+        def function(config: Any, *args: Any, **kwargs: Any) -> Path:
             record.update(name=name, config=config, args=args, kwargs=kwargs)
             return args[-1] if args else config.output
 
-        return recipe
+        return function
 
-    for module, function in RECIPES.items():
-        fake = types.ModuleType(f"grasp_lora.recipes.{module}")
+    for module, function in FUNCTIONS.items():
+        fake = types.ModuleType(f"grasp_lora.{module}")
         setattr(fake, function, recorder(function))
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return record
@@ -343,7 +343,7 @@ def test_a_bug_is_not_dressed_as_a_users_fault(called, config, monkeypatch):
     def broken(*_: Any, **__: Any) -> Path:
         raise KeyError("oops")
 
-    monkeypatch.setattr(sys.modules["grasp_lora.recipes.search"], "search_ratio", broken)
+    monkeypatch.setattr(sys.modules["grasp_lora.stages.search"], "search_ratio", broken)
     done = invoke("search", config, "--merged", "m", "--out", "there")
     assert isinstance(done.exception, KeyError)
 
@@ -352,7 +352,7 @@ def test_ctrl_c_says_how_to_go_on(called, config, monkeypatch):
     def interrupted(*_: Any, **__: Any) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["grasp_lora.recipes.search"], "search_ratio", interrupted)
+    monkeypatch.setattr(sys.modules["grasp_lora.stages.search"], "search_ratio", interrupted)
     done = invoke("search", config, "--merged", "m", "--out", "there")
     assert done.exit_code == 130
     assert "run the same command to resume" in done.output

@@ -30,11 +30,11 @@ from benchmarks.worlds import (
     read_recording,
 )
 
-from grasp_lora.config import load_config
-from grasp_lora.core.history import compressed, gaps_of, lowest
-from grasp_lora.core.rounds import ControllerConfig
-from grasp_lora.recipes.compare import CHOOSING, METHODS
-from grasp_lora.runs import read_jsonl, write_json, write_jsonl
+from grasp_lora.base.files import read_jsonl, write_json, write_jsonl
+from grasp_lora.config.run_config import load_config
+from grasp_lora.core.controller.rounds import ControllerConfig
+from grasp_lora.core.evidence.history import compressed, gaps_of, lowest
+from grasp_lora.plans.compare import CHOOSING, METHODS
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 

@@ -8,11 +8,11 @@ the tables and sentences of a report.
 import sys
 from pathlib import Path
 
-from grasp_lora.config import load_config
-from grasp_lora.recipes.data import load_run_data
-from grasp_lora.recipes.scoring import compare_evaluations, rows_by_set, score_sets
-from grasp_lora.report import comparison, scores_markdown
-from grasp_lora.runs import read_json, write_json
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.config.run_config import load_config
+from grasp_lora.report.run import comparison, scores_markdown
+from grasp_lora.scoring.sets import compare_evaluations, rows_by_set, score_sets
+from grasp_lora.workbench.rows import load_run_data
 
 SYSTEMS = {
     "zero-shot": "zero-shot",

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConfigError": "grasp_lora.config",
-    "RunConfig": "grasp_lora.config",
-    "load_config": "grasp_lora.config",
+    "ConfigError": "grasp_lora.config.run_config",
+    "RunConfig": "grasp_lora.config.run_config",
+    "load_config": "grasp_lora.config.run_config",
 }
 
 __all__ = ["ConfigError", "RunConfig", "__version__", "load_config"]
 
 if TYPE_CHECKING:
-    from grasp_lora.config import ConfigError, RunConfig, load_config
+    from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
 
 
 def __getattr__(name: str) -> Any:

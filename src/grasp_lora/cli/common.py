@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from grasp_lora.config import RunConfig
+    from grasp_lora.config.run_config import RunConfig
 
 
 def at_home(given: Any) -> Any:
@@ -96,7 +96,7 @@ def load(
     training: bool = True,
 ) -> "RunConfig":
     """Return the configuration in a file, the command's options on top of it."""
-    from grasp_lora.config import load_config
+    from grasp_lora.config.run_config import load_config
 
     options = overrides(settings, seed, allow_leakage)
     # JSON text is YAML text: quoting keeps a folder called 1e3 or "no" a text.

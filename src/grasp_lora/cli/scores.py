@@ -76,7 +76,7 @@ def evaluate(
             raise ValueError(f"{', '.join(given)} has no effect beside --config; use --set")
         loaded = load(config, settings, None, seed, allow_leakage, training=False)
     else:
-        from grasp_lora.recipes.from_options import evaluation_config
+        from grasp_lora.cli.from_options import evaluation_config
 
         loaded = evaluation_config(
             adapter, task, data or [], language or [], model, prompt, overrides(settings, seed)
@@ -88,13 +88,13 @@ def evaluate(
             "folder, or none for the bare backbone of the configuration"
         )
     folder = None if bare else Path(adapter)
-    from grasp_lora.recipes.evaluate import evaluate_adapter
+    from grasp_lora.stages.evaluate import evaluate_adapter
 
     stage(out, overwrite, lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite))
     if prints():
         from rich.console import Console
 
-        from grasp_lora.recipes.scoring import evaluation_tables
+        from grasp_lora.scoring.sets import evaluation_tables
 
         for table in evaluation_tables(out):
             Console(highlight=False).print(table)
@@ -117,7 +117,7 @@ def describe(
     fertility, label tokens; examples with prompt and answer marked; the leakage verdict.
     """
     loaded = load(config, settings, None, seed, training=False)
-    from grasp_lora.recipes.describe import describe_data
+    from grasp_lora.workbench.describe import describe_data
 
     typer.echo(describe_data(loaded, out, overwrite=overwrite))
 
@@ -177,10 +177,10 @@ def score(
     """
     from rich.console import Console
 
-    from grasp_lora.languages import language_code
+    from grasp_lora.config.languages import language_code
     from grasp_lora.metrics.records import Options
-    from grasp_lora.recipes import score as recipe
-    from grasp_lora.recipes import score_words as words
+    from grasp_lora.report import score_words as words
+    from grasp_lora.scoring import files as recipe
 
     names = None if metrics is None else [n.strip() for n in metrics.split(",") if n.strip()]
     options = Options(

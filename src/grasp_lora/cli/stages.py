@@ -28,7 +28,7 @@ from grasp_lora.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from grasp_lora.config import RunConfig
+    from grasp_lora.config.run_config import RunConfig
 
 
 def run(
@@ -60,7 +60,7 @@ def demo(
 
     Reads nothing but the packages of `pip install grasp-lora[demo]`. Writes runs/demo, as `run`.
     """
-    with resources.as_file(resources.files("grasp_lora") / "configs" / "demo.yaml") as path:
+    with resources.as_file(resources.files("grasp_lora") / "config" / "demo.yaml") as path:
         config = load(path, settings, output, seed)
     _run(config, overwrite, profile)
 
@@ -81,7 +81,7 @@ def train(
     Reads the rows of data.source or data.target. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.recipes.train import train_adapter
+    from grasp_lora.stages.train import train_adapter
 
     stage(out, overwrite, lambda: train_adapter(loaded, role, out, overwrite=overwrite))
 
@@ -109,7 +109,7 @@ def merge(
         raise ValueError(
             "no adapter to merge; give --adapter DIR, or set adapters.source and adapters.target"
         )
-    from grasp_lora.recipes.merge import merge_adapters
+    from grasp_lora.stages.merge import merge_adapters
 
     stage(out, overwrite, lambda: merge_adapters(loaded, folders, out, overwrite=overwrite))
 
@@ -130,7 +130,7 @@ def search(
     Reads the merged adapter and the target rows. Writes ratio.json, rounds.jsonl and adapter/.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.recipes.search import search_ratio
+    from grasp_lora.stages.search import search_ratio
 
     stage(out, overwrite, lambda: search_ratio(loaded, merged, out, overwrite=overwrite))
 
@@ -158,7 +158,7 @@ def finetune(
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     fraction, spread = _ratio(ratio, loaded)
-    from grasp_lora.recipes.finetune import finetune_at
+    from grasp_lora.stages.finetune import finetune_at
 
     stage(
         out,
@@ -186,14 +186,14 @@ def precheck(
     precheck.json where --out says.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.recipes.precheck import precheck as check
+    from grasp_lora.stages.precheck import precheck as check
 
     found = check(loaded, out, rows)
     if not prints():
         return
     from rich.console import Console
 
-    from grasp_lora.report import precheck_table
+    from grasp_lora.report.run import precheck_table
 
     console = Console(highlight=False)
     console.print(precheck_table(found))
@@ -225,12 +225,12 @@ def ablate(
     """
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
-    from grasp_lora.recipes.ablate import ablate as compare_variants
+    from grasp_lora.plans.ablate import ablate as compare_variants
 
     found = compare_variants(loaded, out, only or (), numbers, jobs, threads, overwrite)
     from rich.console import Console
 
-    from grasp_lora.report import ablation_table
+    from grasp_lora.report.run import ablation_table
 
     Console(highlight=False).print(ablation_table(found))
     wrote(out)
@@ -259,12 +259,12 @@ def compare(
     """
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
-    from grasp_lora.recipes.compare import compare_methods
+    from grasp_lora.plans.compare import compare_methods
 
     found = compare_methods(loaded, out, only or (), numbers, jobs, threads, overwrite)
     from rich.console import Console
 
-    from grasp_lora.report_comparison import comparison_tables
+    from grasp_lora.report.comparison import comparison_tables
 
     console = Console(highlight=False)
     for table in comparison_tables(found):
@@ -280,21 +280,21 @@ def settings_list() -> None:
 
     Reads nothing and writes nothing.
     """
-    from grasp_lora.reference import settings_markdown
+    from grasp_lora.config.reference import settings_markdown
 
     typer.echo(settings_markdown(), nl=False)
 
 
 def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
-    from grasp_lora.recipes.run import run as run_all
+    from grasp_lora.plans.run import run as run_all
 
     folder = run_all(config, overwrite=overwrite, profile=profile)
     if not prints():
         return
     from rich.console import Console
 
-    from grasp_lora.report import comparison, finding_lines, score_tables, unpruned_of
-    from grasp_lora.runs import read_json
+    from grasp_lora.base.files import read_json
+    from grasp_lora.report.run import comparison, finding_lines, score_tables, unpruned_of
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
     console = Console(highlight=False)
@@ -318,7 +318,7 @@ def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | No
     try:
         ratio = float(text)
     except ValueError:
-        from grasp_lora.recipes.folders import read_ratio
+        from grasp_lora.workbench.folders import read_ratio
 
         return read_ratio(at_home(Path(text)), config)
     if not 0 <= ratio <= 1:

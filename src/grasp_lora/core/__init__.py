@@ -7,34 +7,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "IMPORTANCE": "importance",
+    "IMPORTANCE": "pruning.importance",
     "MERGES": "lora",
-    "PRESETS": "settings",
+    "PRESETS": "controller.settings",
     "Adapter": "lora",
-    "ControllerConfig": "settings",
-    "ControllerState": "rounds",
+    "ControllerConfig": "controller.settings",
+    "ControllerState": "controller.rounds",
     "LoraFactors": "lora",
-    "Mask": "masks",
+    "Mask": "pruning.masks",
     "MergedModule": "lora",
     "Part": "lora",
-    "RatioChoice": "verdict",
-    "RoundRecord": "history",
+    "RatioChoice": "evidence.verdict",
+    "RoundRecord": "evidence.history",
     "average_weights": "lora",
-    "begin": "rounds",
-    "choose_ratio": "rounds",
-    "conclude": "rounds",
-    "draw_rows": "schedule",
-    "is_blank": "importance",
-    "is_due": "schedule",
-    "keep_masks": "masks",
+    "begin": "controller.rounds",
+    "choose_ratio": "controller.rounds",
+    "conclude": "controller.rounds",
+    "draw_rows": "controller.schedule",
+    "is_blank": "pruning.importance",
+    "is_due": "controller.schedule",
+    "keep_masks": "pruning.masks",
     "lora_scaling": "lora",
     "merge": "lora",
-    "planned_rounds": "schedule",
-    "propose": "rounds",
-    "pruned_count": "masks",
-    "state_from_json": "rounds",
-    "state_to_json": "rounds",
-    "zero_fraction": "masks",
+    "planned_rounds": "controller.schedule",
+    "propose": "controller.rounds",
+    "pruned_count": "pruning.masks",
+    "state_from_json": "controller.rounds",
+    "state_to_json": "controller.rounds",
+    "zero_fraction": "pruning.masks",
 }
 
 __all__ = [
@@ -69,8 +69,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from grasp_lora.core.history import RoundRecord
-    from grasp_lora.core.importance import IMPORTANCE, is_blank
+    from grasp_lora.core.controller.rounds import (
+        ControllerState,
+        begin,
+        choose_ratio,
+        conclude,
+        propose,
+        state_from_json,
+        state_to_json,
+    )
+    from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
+    from grasp_lora.core.controller.settings import PRESETS, ControllerConfig
+    from grasp_lora.core.evidence.history import RoundRecord
+    from grasp_lora.core.evidence.verdict import RatioChoice
     from grasp_lora.core.lora import (
         MERGES,
         Adapter,
@@ -81,19 +92,8 @@ if TYPE_CHECKING:
         lora_scaling,
         merge,
     )
-    from grasp_lora.core.masks import Mask, keep_masks, pruned_count, zero_fraction
-    from grasp_lora.core.rounds import (
-        ControllerState,
-        begin,
-        choose_ratio,
-        conclude,
-        propose,
-        state_from_json,
-        state_to_json,
-    )
-    from grasp_lora.core.schedule import draw_rows, is_due, planned_rounds
-    from grasp_lora.core.settings import PRESETS, ControllerConfig
-    from grasp_lora.core.verdict import RatioChoice
+    from grasp_lora.core.pruning.importance import IMPORTANCE, is_blank
+    from grasp_lora.core.pruning.masks import Mask, keep_masks, pruned_count, zero_fraction
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,290 @@
+"""PEFT LoRA folders, read with every refusal in words and written so that plain PEFT loads them.
+
+PEFT itself loads an adapter of another model, of another vocabulary, or with missing tensors
+without an error. Everything is therefore taken from the tensors (never from the two patterns of
+the config), checked against the model, and the base weights are remembered by a fingerprint.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from grasp_lora.adapters.attach import (
+    FactorPair,
+    adapter_modules,
+    attach_adapter,
+    check_modules,
+    lora_config,
+)
+from grasp_lora.adapters.rules import refuse_output_layer, refuse_settings, refuse_tensor
+from grasp_lora.core.lora import LoraFactors, lora_scaling
+from grasp_lora.models.modules import base_fingerprint, vocabulary_size
+
+__all__ = [
+    "LoadedAdapter",
+    "adapter_modules",
+    "attach_adapter",
+    "check_fits",
+    "read_adapter",
+    "write_adapter",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+NOTES_FILE = "grasp_lora.json"
+
+_FACTOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter folder in memory.
+
+    Attributes:
+        adapter: full module name in the bare base model -> factors in float32, on the CPU.
+        base_name: what the config calls the base model; proves nothing.
+        fingerprint: of the base weights (`base_fingerprint`); None if another tool wrote the folder
+            or the base was quantized.
+        config: `adapter_config.json` as it stands.
+        vocab_size: rows of the base's input embedding; None if another tool wrote the folder.
+        extra: what else `write_adapter` was told to remember.
+    """
+
+    adapter: dict[str, LoraFactors]
+    base_name: str | None
+    fingerprint: str | None
+    config: dict[str, Any]
+    vocab_size: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_adapter(folder: str | Path) -> LoadedAdapter:
+    """Read a PEFT LoRA folder.
+
+    The scaling of a module is alpha / rank (alpha / sqrt(rank) with rsLoRA); alpha follows the
+    config's `alpha_pattern`, the rank is that of the tensors and of the config, which must agree.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its weights are missing.
+        ValueError: the adapter is not plain LoRA on linear modules, its files are damaged, a tensor
+            holds NaN or infinite values, or shapes, partners or ranks do not agree.
+    """
+    folder = Path(folder)
+    config = read_config_file(folder)
+    refuse_settings(config, folder)
+    pairs = _pair_factors(read_tensors(folder), folder)
+    notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
+    fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
+    return LoadedAdapter(
+        adapter={
+            module: LoraFactors(A, B, _scaling(config, module, A.shape[0], folder))
+            for module, (A, B) in pairs.items()
+        },
+        base_name=config.get("base_model_name_or_path") or None,
+        fingerprint=fingerprint,
+        config=config,
+        vocab_size=vocab_size,
+        extra=notes,
+    )
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no folder; give the folder of a PEFT adapter (download it first if it "
+            "is on a hub)"
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG_FILE}, so it is no PEFT adapter; give the folder that "
+            "save_pretrained wrote"
+        )
+    return read_json_file(folder / CONFIG_FILE)
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; restore the file")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin only, a pickle that can run code when loaded; load "
+            "it with PEFT where you trust it and save_pretrained(safe_serialization=True)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save the adapter again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy it again") from error
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; save the adapter again")
+    return tensors
+
+
+def _pair_factors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, FactorPair]:
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _FACTOR_KEY.fullmatch(key)
+        if match is None or ".base_layer" in key:
+            refuse_tensor(key, folder)
+        else:
+            refuse_output_layer(match["module"], folder)
+            sides.setdefault(match["module"], {})[match["side"]] = _checked(key, tensor, folder)
+    return {module: _checked_pair(module, sides[module], folder) for module in sorted(sides)}
+
+
+def _checked(key: str, tensor: Tensor, folder: Path) -> Tensor:
+    if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.numel() == 0:
+        raise ValueError(
+            f"{folder}: tensor {key!r} is {tensor.dtype} {list(tensor.shape)}, a LoRA factor is a "
+            "non-empty floating-point matrix; save the adapter again (with all shards gathered)"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{folder}: tensor {key!r} holds NaN or infinite values, the training diverged; use an "
+            "earlier checkpoint or train again with a lower learning rate"
+        )
+    return tensor.float()
+
+
+def _checked_pair(module: str, sides: Mapping[str, Tensor], folder: Path) -> FactorPair:
+    for side in ("A", "B"):
+        if side not in sides:
+            raise ValueError(
+                f"{folder}: lora_{side} of {module!r} is missing while its partner is there; save "
+                "the adapter again"
+            )
+    A, B = sides["A"], sides["B"]
+    if A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"{folder}: the ranks of {module!r} differ, lora_A is {list(A.shape)} and lora_B is "
+            f"{list(B.shape)} (expected [r, in] and [out, r]); save the adapter again"
+        )
+    return A, B
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
+    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
+    key = get_pattern_key(list(alphas), module)
+    ranks: Mapping[str, int] = config.get("rank_pattern") or {}
+    told = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+    if told != rank:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} gives {module!r} the rank {told}, its tensors have rank "
+            f"{rank}, so its scaling cannot be known; restore the file that belongs to the weights"
+        )
+    alpha = alphas.get(key, config.get("lora_alpha"))
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise ValueError(
+            f"{folder}: lora_alpha of {module!r} is {alpha!r}, it must be a number; correct "
+            f"{CONFIG_FILE}"
+        )
+    return lora_scaling(rank, alpha, bool(config.get("use_rslora")))
+
+
+def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
+    """Check that an adapter belongs to a base model; `name` stands for it in messages.
+
+    Raises:
+        ValueError: a module is missing or has another shape, LoRA sits on the output layer, or the
+            vocabulary or the base weights recorded in the folder are not the model's.
+    """
+    rows = vocabulary_size(model)
+    if loaded.vocab_size is not None and loaded.vocab_size != rows:
+        raise ValueError(
+            f"{name} was made for a vocabulary of {loaded.vocab_size} tokens, this model has "
+            f"{rows}; load the base model it was trained on ({loaded.base_name})"
+        )
+    factors = loaded.adapter
+    check_modules({module: (f.A, f.B) for module, f in factors.items()}, model, name)
+    actual = base_fingerprint(model) if loaded.fingerprint is not None else None
+    if actual is not None and actual != loaded.fingerprint:
+        raise ValueError(
+            f"{name} was made on other base weights (fingerprint {loaded.fingerprint[:12]}, this "  # type: ignore[index]
+            f"model has {actual[:12]}); load the base model it was trained on ({loaded.base_name})"
+        )
+
+
+def write_adapter(
+    folder: str | Path,
+    modules: Mapping[str, FactorPair],
+    *,
+    model: nn.Module,
+    base_name: str | None,
+    fingerprint: str | None,
+    extra: Mapping[str, Any] | None = None,
+    scaling: float = 1.0,
+) -> Path:
+    """Write `modules` (full name -> A, B) as a plain PEFT folder; return the folder.
+
+    Every module gets the same `scaling`. Beside PEFT's two files stands `grasp_lora.json` with the
+    base model's `fingerprint` and vocabulary and whatever `extra` says (JSON values). A new folder
+    appears whole or not at all; in a folder that exists each file is replaced whole, the config
+    last.
+
+    Raises:
+        ValueError: `modules` is empty, does not fit `model`, or holds NaN or infinite values.
+    """
+    folder = Path(folder)
+    check_modules(modules, model, str(folder))
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": _finite(module, side, tensor)
+        for module, pair in sorted(modules.items())
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+    config = lora_config(modules, model, scaling=scaling)
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    config.target_modules = sorted(modules)  # PEFT keeps a set, whose order changes between runs
+    notes = {**(extra or {}), "base_fingerprint": fingerprint, "vocab_size": vocabulary_size(model)}
+
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number
+    staging.mkdir(parents=True)
+    try:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(notes, indent=2, sort_keys=True, ensure_ascii=False)
+        (staging / NOTES_FILE).write_text(text + "\n", encoding="utf-8")
+        config.save_pretrained(str(staging))
+        _publish(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _finite(module: str, side: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"lora_{side} of {module!r} holds NaN or infinite values, nothing was written; go back "
+            "to an earlier checkpoint or lower the learning rate"
+        )
+    # A copy: safetensors refuses tensors that share memory, as slices of one merge do.
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    for name in (WEIGHTS_FILE, NOTES_FILE, CONFIG_FILE):
+        os.replace(staging / name, folder / name)

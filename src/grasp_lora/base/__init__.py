@@ -1,0 +1,1 @@
+"""Files, provenance and the clock: what every room uses."""

@@ -1,0 +1,1 @@
+"""One YAML, and `--set key=value`, become one frozen `RunConfig`."""

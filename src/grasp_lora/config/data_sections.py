@@ -1,0 +1,204 @@
+"""The sections of a configuration that say which rows a run sees."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from grasp_lora.config.languages import language_code
+from grasp_lora.config.sections import LocalPath, Section
+
+if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
+    PartName: TypeAlias = str
+else:
+    PartName = Literal["train", "dev", "micro_dev", "test"]
+
+PRESET_TASKS = {"xlsum": "summarization", "mlqa": "qa", "xquad": "qa"}
+
+
+class HubData(Section):
+    hub: str = Field(min_length=1, description="data set id, owner/name")
+    config: str | None = Field(default=None, description="configuration of the data set")
+    revision: str | None = Field(default=None, description="branch, tag or commit")
+    splits: Annotated[dict[PartName, str], Field(min_length=1)] = Field(
+        description="part -> published split it is drawn from, such as {train: train, test: test}"
+    )
+
+
+def _files_kind(value: Any) -> str:
+    if isinstance(value, HubData) or (isinstance(value, Mapping) and "hub" in value):
+        return "<hub>"
+    if isinstance(value, Mapping):
+        return "<parts>"
+    if isinstance(value, str) and value in PRESET_TASKS:
+        return "<preset>"
+    return "<builtin>" if value == "builtin" else "<one>"
+
+
+Files: TypeAlias = Annotated[
+    Annotated[Literal["builtin"], Tag("<builtin>")]
+    | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
+    | Annotated[LocalPath, Tag("<one>")]
+    | Annotated[HubData, Tag("<hub>")]
+    | Annotated[dict[PartName, LocalPath], Tag("<parts>")],
+    Discriminator(_files_kind),
+]
+
+
+class Rows(Section):
+    """What every set of rows has: a language, a place, and how its columns are called."""
+
+    language: Annotated[str, AfterValidator(language_code)] = Field(
+        description="language code such as en or ar: picks prompt and metric rules"
+    )
+    prompt: str | None = Field(
+        default=None, description="prompt template in place of the task's own"
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="our name -> column of the files: id, group, the task's inputs and answers",
+    )
+
+
+class LanguageData(Rows):
+    files: Files = Field(
+        default="builtin",
+        description="builtin; a preset of the hub (xlsum, mlqa, xquad); {hub: owner/name, splits: "
+        "{...}}; one labelled file (divided by `rows`); or a file for each part",
+    )
+    labels: Literal["given", "auto"] = Field(
+        default="given",
+        description="auto divides one file (less rows.test) into train, dev and micro_dev",
+    )
+    rows: dict[PartName, NonNegativeInt] = Field(
+        default={}, description="rows of each part; whole contexts stay in one part"
+    )
+
+    @model_validator(mode="after")
+    def _rows_agree_with_labels(self) -> "LanguageData":
+        one_file = isinstance(self.files, Path)
+        if self.labels == "auto" and not one_file:
+            raise ValueError(
+                "labels: auto divides one labelled file, but files is "
+                f"{self.files if isinstance(self.files, str) else 'a file or split for each part'}"
+                "; give one file or set labels: given"
+            )
+        chosen = [part for part in self.rows if part != "test"]
+        if self.labels == "auto" and chosen:
+            raise ValueError(
+                "labels: auto chooses the sizes of train, dev and micro_dev itself, but rows "
+                f"gives {', '.join(chosen)}; keep rows.test only, or set labels: given"
+            )
+        if self.labels == "given" and one_file and not self.rows:
+            raise ValueError(
+                "one file has to be divided, but rows is not given; "
+                "set rows: {train: N, dev: N, micro_dev: N, test: N} or labels: auto"
+            )
+        if self.columns and isinstance(self.files, str):
+            raise ValueError(
+                f"columns has no effect on files: {self.files}, whose columns are known; remove it"
+            )
+        if self.rows and isinstance(self.files, Mapping):
+            raise ValueError(
+                "rows divides one file, but files gives a file for each part; remove rows"
+            )
+        if isinstance(self.files, HubData):
+            unknown = [part for part in self.rows if part not in self.files.splits]
+            if unknown:
+                raise ValueError(
+                    f"rows gives {', '.join(unknown)}, but files.splits names no published split "
+                    "to draw it from; add it there"
+                )
+        return self
+
+    def paths(self) -> dict[str, Path]:
+        """The files named, by their key below `files` ("" for a single file)."""
+        if isinstance(self.files, Mapping):
+            return dict(self.files)
+        return {"": self.files} if isinstance(self.files, Path) else {}
+
+
+class TestSet(Rows):
+    __test__ = False  # pytest takes classes called Test... for tests
+
+    files: Annotated[
+        Annotated[LocalPath, Tag("<one>")]
+        | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
+        | Annotated[HubData, Tag("<hub>")],
+        Discriminator(_files_kind),
+    ] = Field(description="one file, a preset, or {hub: owner/name, splits: {test: NAME}}")
+    rows: PositiveInt | None = Field(
+        default=None, description="this many rows, drawn by the run's seed; default: all"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_test_split(self) -> "TestSet":
+        if isinstance(self.files, HubData) and set(self.files.splits) != {"test"}:
+            raise ValueError(
+                f"files.splits names {', '.join(self.files.splits)}, but a test set is one "
+                "published split: write splits: {test: NAME}"
+            )
+        return self
+
+    def paths(self) -> dict[str, Path]:
+        """The file named, if it is one."""
+        return {"": self.files} if isinstance(self.files, Path) else {}
+
+
+class DataSettings(Section):
+    task: str = Field(
+        default="qa",
+        description="qa, summarization or text-to-text: renders prompts, chooses scores",
+    )
+    max_length: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="tokens of prompt and answer, longer contexts are cut; default: the task's own",
+    )
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        default=None,
+        description="seed of the splits; default: the run's seed. Set it to compare several seeds "
+        "on the same rows",
+    )
+    chat: bool = Field(default=False, description="put prompts into the tokenizer's chat template")
+    protocol: Literal["official", "paper"] = Field(
+        default="official",
+        description="which published splits the presets draw from: the test set from test, or as "
+        "the published script does",
+    )
+    max_faulty: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1,
+        description="share of a file's rows that may be left out or have an answer outside their "
+        "context",
+    )
+    allow_leakage: bool = Field(
+        default=False, description="go on, and record it, where a split shares rows with another"
+    )
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="Jaccard similarity from which two texts are near-duplicates"
+    )
+    source: LanguageData | None = Field(default=None, description="rows of the source language")
+    target: LanguageData = Field(description="rows of the target language")
+    tests: dict[str, TestSet] = Field(
+        default={},
+        description="more test sets by name, such as rows of another domain: {NAME: {language, "
+        "files, prompt, columns, rows}}",
+    )
+
+    @model_validator(mode="after")
+    def _names_of_tests(self) -> "DataSettings":
+        bad = [name for name in self.tests if name in ("test", "mean", "worst") or "/" in name]
+        if bad:
+            raise ValueError(
+                f"a test set cannot be called {bad[0]!r}: test, mean and worst mean something else "
+                "in the scores, and a name holds no '/'; choose another name"
+            )
+        return self

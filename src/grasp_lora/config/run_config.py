@@ -1,0 +1,327 @@
+"""The configuration of a run: YAML text plus `--set key=value` overrides -> `RunConfig`.
+
+All faults of a file are collected and reported together: dotted key, value given, rule, and for
+an unknown key the nearest valid one. A `preset`, and a `finetune.mode`, is a table of values put
+beneath the user's own.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from grasp_lora.config.data_sections import PRESET_TASKS, DataSettings, HubData, LanguageData, Rows
+from grasp_lora.config.faults import ConfigError, describe
+from grasp_lora.config.sections import (
+    AdapterFolders,
+    AdapterTraining,
+    EvaluateSettings,
+    FinetuneSettings,
+    LocalPath,
+    LoraSettings,
+    MergeSettings,
+    ModelSettings,
+    Section,
+    TrainSettings,
+)
+from grasp_lora.core import ControllerConfig
+
+__all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    # The settings published with arXiv 2601.06702; the faults of its code stay corrected.
+    "paper": {
+        "merge": {"kind": "linear", "weights": [1.0, 1.0]},
+        "controller": {"preset": "paper"},
+        "train": {"epochs": 10, "batch_size": 1, "patience": 3},
+        "search": {"batch_size": 1, "accumulation": 1},
+        "finetune": {"batch_size": 1, "accumulation": 8, "mask_schedule": "every-step"},
+    },
+}
+
+# `continue` goes on from the search: together they are one run as long as one stage of `restart`.
+MODES: dict[str, dict[str, Any]] = {
+    "restart": {},
+    "continue": {"search": {"epochs": 5}, "finetune": {"epochs": 5}},
+}
+
+
+class RunConfig(Section):
+    """Everything a run depends on; `load_config` builds it."""
+
+    output: LocalPath = Field(default=Path("runs/run"), description="folder the run is written to")
+    seed: int = Field(
+        default=42, ge=0, lt=2**32, description="seed of every random draw of the run"
+    )
+    preset: Literal["standard", "paper"] = Field(
+        default="standard", description="defaults put beneath the settings given here"
+    )
+    model: ModelSettings = Field(description="the frozen backbone; plain text is its name")
+    adapters: AdapterFolders = Field(
+        default=AdapterFolders(), description="adapters you have already"
+    )
+    data: DataSettings = Field(description="task, rows and languages")
+    lora: LoraSettings = Field(default=LoraSettings(), description="shape of adapters trained here")
+    merge: MergeSettings = Field(default=MergeSettings(), description="how two adapters become one")
+    importance: Literal["magnitude", "activation"] = Field(
+        default="activation",
+        description="what makes an entry worth keeping, in search and in finetune",
+    )
+    mask_unit: Literal["source", "merged"] = Field(
+        default="source",
+        description="prune each source's tensors by themselves, or the merged tensors",
+    )
+    structure: Literal["entries", "rank"] = Field(
+        default="entries",
+        description="what a ratio removes: single entries, or whole components, which makes the "
+        "adapter smaller (experimental)",
+    )
+    scope: Literal["global", "module-type", "layer", "adapter"] = Field(
+        default="global",
+        description="tensors that share a ratio: all, or (experimental) those of a kind of layer, "
+        "of a layer, of a source adapter; spread around the learned ratio where that is shown to "
+        "help",
+    )
+    controller: ControllerConfig = Field(
+        default_factory=ControllerConfig, description="how the prune ratio is searched"
+    )
+    train: AdapterTraining = Field(
+        default=AdapterTraining(), description="training of the adapters"
+    )
+    search: TrainSettings = Field(default=TrainSettings(), description="run that learns the ratio")
+    finetune: FinetuneSettings = Field(default=FinetuneSettings(), description="final pruned run")
+    evaluate: EvaluateSettings = Field(
+        default=EvaluateSettings(), description="scores on the test rows"
+    )
+    report_to: tuple[str, ...] = Field(
+        default=(), description="trackers that transformers reports to"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _put_tables_beneath(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        preset = _row(PRESETS, data.get("preset", "standard"))
+        finetune = data.get("finetune")
+        mode = finetune.get("mode") if isinstance(finetune, Mapping) else None
+        return _layered(_layered(preset, _row(MODES, mode)), data)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def faults(self) -> list[str]:
+        """Rules between sections that this configuration breaks, one message each."""
+        found: list[str] = []
+        if self.data.source is None and self.adapters.source is None:
+            found.append(
+                "data.source: not given, and there is no adapters.source; "
+                "give rows to train a source adapter or the folder of one"
+            )
+        if self.merge.kind == "svd" and self.mask_unit == "source":
+            found.append(
+                "mask_unit: 'source' has no meaning for merge.kind 'svd', which mixes the "
+                "sources; set mask_unit: merged"
+            )
+        if self.scope == "adapter" and self.mask_unit == "merged":
+            found.append(
+                "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
+                "mask_unit: source, or another scope"
+            )
+        if self.finetune.mode == "continue" and self.finetune.importance not in (
+            "same",
+            self.importance,
+        ):
+            found.append(
+                f"finetune.importance: {self.finetune.importance!r} differs from importance "
+                f"{self.importance!r}, but finetune.mode 'continue' goes on under the masks "
+                "of the search; set finetune.importance: same or finetune.mode: restart"
+            )
+        for role, section in (("source", self.data.source), ("target", self.data.target)):
+            task = PRESET_TASKS.get(str(section.files)) if section is not None else None
+            if section is not None and task not in (None, self.data.task):
+                found.append(
+                    f"data.{role}.files: the preset {section.files} is for the task {task}, but "
+                    f"data.task is {self.data.task}; set data.task: {task}"
+                )
+        found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
+        if self.data.source is not None:
+            found += _part_faults("data.source", self.data.source, ("train",))
+        return found
+
+    def missing_files(self) -> list[str]:
+        """Files and folders this configuration names that do not exist, one message each."""
+        named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
+        sections = {"source": self.data.source, "target": self.data.target}
+        sections |= {f"tests.{name}": section for name, section in self.data.tests.items()}
+        for role, data in sections.items():
+            for part, path in data.paths().items() if data else ():
+                named[f"data.{role}.files{'.' if part else ''}{part}"] = path
+        return [
+            f"{key}: '{path}' does not exist; correct the path (relative to the current folder)"
+            for key, path in named.items()
+            if not path.exists()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration in JSON's types; `RunConfig(**it)` gives it back."""
+        return self.model_dump(mode="json")
+
+    def config_hash(self) -> str:
+        """First 16 hex digits of a SHA-256 over all that can change a number in the results."""
+        inert = {"output", "report_to"}
+        content = {key: value for key, value in self.to_dict().items() if key not in inert}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def section_of(config: RunConfig, role: str, split: str) -> Rows:
+    """Return the settings of the rows in a split; below the role "tests" splits are test sets."""
+    section = config.data.tests[split] if role == "tests" else getattr(config.data, role)
+    assert section is not None, "a role without settings has no rows"
+    return section
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), training: bool = True
+) -> RunConfig:
+    """Read a YAML configuration.
+
+    Args:
+        path: YAML file. Paths inside it are relative to the current folder; `~` is the home folder.
+        overrides: `dotted.key=value`, applied in order on top of the file; a value is YAML.
+        training: False asks only for what an evaluation needs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ConfigError: With every fault found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at '{path}'; give the path of a YAML file")
+    try:
+        data = _parsed(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"not YAML: {' '.join(str(error).split())}"], str(path)) from None
+    if not isinstance(data, dict):
+        raise ConfigError(["the file must hold `key: value` lines at its top level"], str(path))
+    return make_config(data, overrides, str(path), training)
+
+
+def make_config(
+    data: dict[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "configuration",
+    training: bool = True,
+) -> RunConfig:
+    """Check a configuration given as nested dictionaries.
+
+    Args:
+        data: sections and settings; overrides are written into it.
+        overrides: `dotted.key=value`, applied in order.
+        where: what messages call the configuration.
+        training: False asks only for what an evaluation needs.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
+    faults = _apply_overrides(data, overrides)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(faults + describe(error, RunConfig), where) from None
+    faults += (config.faults() if training else []) + config.missing_files()
+    if faults:
+        raise ConfigError(faults, where)
+    return config
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, where YAML would keep the last silently."""
+
+
+def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: {key!r} is given twice; remove one of them")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
+
+
+def _parsed(text: str) -> Any:
+    """Return what a YAML text says: plain values only, as by `yaml.safe_load`, no key twice."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _row(table: Mapping[str, dict[str, Any]], key: Any) -> dict[str, Any]:
+    return table.get(key, {}) if isinstance(key, str) else {}
+
+
+def _layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` on top of `below`, mappings merged key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        low = merged.get(key)
+        if isinstance(low, Mapping) and isinstance(value, Mapping):
+            value = _layered(low, value)
+        merged[key] = value
+    return merged
+
+
+def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Write `a.b=value` texts into `data`; returns the faults of those that cannot be read."""
+    faults: list[str] = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            faults.append(f"--set {text}: not of the form key=value, such as search.epochs=3")
+            continue
+        try:
+            parsed = _parsed(value)
+        except yaml.YAMLError:
+            faults.append(f"--set {text}: the value is not YAML; quote it")
+            continue
+        if parts[0] == "model" and isinstance(data.get("model"), str):
+            data["model"] = {"name": data["model"]}
+        place = data
+        for part in parts[:-1]:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        place[parts[-1]] = parsed
+    return faults
+
+
+def _part_faults(key: str, data: LanguageData, needed: Sequence[str]) -> list[str]:
+    """Parts a stage cannot do without, left out or given no rows."""
+    if data.labels == "auto" or (isinstance(data.files, str) and not data.rows):
+        return []
+    if isinstance(data.files, HubData):
+        section, given = "files.splits", set(data.files.splits)
+    elif isinstance(data.files, Mapping):
+        section, given = "files", set(data.files)
+    else:
+        section, given = "rows", set(data.rows)
+    absent = [part for part in needed if part not in given]
+    empty = [part for part, count in data.rows.items() if part in needed and count == 0]
+    return [f"{key}.{section}.{part}: required, not given" for part in absent] + [
+        f"{key}.rows.{part}: 0 rows, but at least 1 is needed" for part in empty
+    ]

@@ -1,0 +1,214 @@
+"""The sections of a run's configuration: frozen pydantic models, one default each.
+
+A field's description says what changing it does. Unknown keys are refused, and numbers are never
+NaN or infinite. Rules that need two sections at once live in `grasp_lora.config.run_config`.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+# No shell has read what stands in a YAML file. An unknown ~user stays as it is: it is told as
+# missing then.
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    name: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        min_length=1,
+        description="backbone: smollm2, gemma3-270m, a model folder, a .gguf file or a hub id",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="type of the frozen weights; bfloat16 halves memory"
+    )
+    gguf_file: str | None = Field(
+        default=None, description="file to take when `name` holds GGUF weights"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="less memory for the backbone; needs CUDA and bitsandbytes"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="less memory for activations, about a third more time per step"
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="attention kernel, passed on to transformers"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model (danger)"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+
+
+class AdapterFolders(Section):
+    source: LocalPath | None = Field(
+        default=None, description="existing PEFT adapter: no source training"
+    )
+    target: LocalPath | None = Field(
+        default=None, description="existing PEFT adapter: no target training"
+    )
+
+
+class LoraSettings(Section):
+    r: PositiveInt = Field(default=8, description="rank of each adapter trained here")
+    alpha: Positive = Field(default=32, description="scaling is alpha/r (rsLoRA: alpha/sqrt(r))")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="dropout while training adapters; the merge is trained without"
+    )
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default=("q_proj", "v_proj"), description="layers that get an adapter, or all-linear"
+    )
+    use_rslora: bool = Field(
+        default=False, description="scale by alpha/sqrt(r): steadier at high ranks"
+    )
+
+
+class MergeSettings(Section):
+    kind: Literal["cat", "linear", "svd"] = Field(
+        default="cat",
+        description="cat: exact sum, ranks add up; linear: published kind, has cross terms; "
+        "svd: best low-rank fit of cat",
+    )
+    weights: tuple[float, ...] | Literal["auto"] | None = Field(
+        default=None,
+        description="weights of source and target; default: their average; auto: those that "
+        "probes of the untrained merge show to be better",
+    )
+    rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
+    when: Literal["before", "after"] = Field(
+        default="before",
+        description="before: the merge is fine-tuned on the target rows, as published; after: the "
+        "source adapter is, and then merged with the target adapter; weights and ratio come from "
+        "probes, nothing is trained any more",
+    )
+
+    @model_validator(mode="after")
+    def _weights_and_rank(self) -> "MergeSettings":
+        given = None if self.weights == "auto" else self.weights
+        if given is not None and len(given) != 2:
+            raise ValueError(
+                f"weights {list(given)} has {len(given)} entries; give two: source and target"
+            )
+        if given is not None and not any(given):
+            raise ValueError("weights are all 0, which merges nothing; make one of them non-zero")
+        if self.rank is not None and self.kind != "svd":
+            raise ValueError(
+                f"rank {self.rank} has no effect on kind {self.kind}; remove it or set kind: svd"
+            )
+        return self
+
+
+class TrainSettings(Section):
+    epochs: PositiveInt = Field(default=10, description="passes over the training rows, at most")
+    learning_rate: Positive = Field(default=1e-4, description="AdamW step size of the first epoch")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay")
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.85, description="the learning rate is multiplied by this after each epoch"
+    )
+    batch_size: PositiveInt = Field(default=4, description="examples per forward pass")
+    accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    max_steps: PositiveInt | None = Field(default=None, description="optimizer steps, at most")
+    save_every: PositiveInt | None = Field(
+        default=None, description="optimizer steps between checkpoints; default: once per epoch"
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    order: Literal["by-step", "by-length"] = Field(
+        default="by-step",
+        description="rows of a step: drawn at random, or of like length (less padding)",
+    )
+
+
+class AdapterTraining(TrainSettings):
+    epochs: PositiveInt = Field(default=3, description="passes over the training rows, at most")
+    patience: PositiveInt | None = Field(
+        default=None, description="stop after this many epochs without a better dev loss"
+    )
+
+
+class FinetuneSettings(TrainSettings):
+    patience: PositiveInt | None = Field(
+        default=3, description="stop after this many epochs without a better dev loss"
+    )
+    mode: Literal["restart", "continue"] = Field(
+        default="restart",
+        description="start from the merge again, or go on from the search's best epoch",
+    )
+    mask_schedule: Literal["once", "every-step"] | PositiveInt = Field(
+        default="once", description="choose the mask once, after every step, or every N steps"
+    )
+    importance: Literal["same", "magnitude", "activation"] = Field(
+        default="same", description="scores of the final mask; same: those of the search"
+    )
+    rows: Literal["train", "labelled"] = Field(
+        default="train",
+        description="train: dev and micro-dev rows only choose; labelled: once they have chosen "
+        "ratio, weights and epochs, begin again and train on them as well",
+    )
+
+
+class EvaluateSettings(Section):
+    batch_size: PositiveInt = Field(default=16, description="prompts generated at once")
+    max_new_tokens: PositiveInt | None = Field(
+        default=None, description="longest answer in tokens; default: the task's own"
+    )
+    min_new_tokens: NonNegativeInt = Field(
+        default=0,
+        description="shortest answer in tokens; 1 keeps a model from answering with nothing",
+    )
+    beams: PositiveInt = Field(
+        default=1, description="1 is greedy; more is beam search, that many times the memory"
+    )
+    baselines: bool = Field(
+        default=True, description="score the adapters and the unpruned merge as well"
+    )
+    metrics: tuple[str, ...] | None = Field(
+        default=None,
+        description="scores to compute: exact_match, token_f1, bleu, chrf, rouge1, rouge2, rougeL, "
+        "rougeLsum, bertscore_f1, loss, perplexity; default: the task's own, without bertscore_f1",
+    )
+    metric_rules: Literal["squad", "mlqa", "mlqa-fixed"] = Field(
+        default="squad",
+        description="answer normalisation: English SQuAD for all, MLQA per language, or MLQA with "
+        "its Arabic article rule mended",
+    )
+    rouge: Literal["unicode", "xlsum"] = Field(
+        default="unicode",
+        description="words for ROUGE: any script, no stemming; or as XL-Sum's authors do",
+    )
+    bertscore_model: str | None = Field(
+        default=None, description="encoder for bertscore_f1: folder or hub id; default: by language"
+    )
+    bertscore_layer: PositiveInt | None = Field(
+        default=None, description="layer of that encoder; default: the one bert-score lists"
+    )
+    bertscore_rescale: bool = Field(
+        default=False, description="rescale by bert-score's baseline, which not every language has"
+    )
+    bertscore_max_length: PositiveInt = Field(
+        default=512, description="tokens the encoder sees of a text"
+    )
+    resamples: Annotated[int, Field(ge=100)] = Field(
+        default=1000, description="bootstrap resamples behind every interval"
+    )
+    limit: PositiveInt | None = Field(
+        default=None, description="score only the first N rows of each test set"
+    )

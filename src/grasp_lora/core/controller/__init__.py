@@ -1,0 +1,1 @@
+"""How the ratio is searched: settings, schedule, policy, rounds."""

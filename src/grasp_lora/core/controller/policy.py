@@ -1,0 +1,225 @@
+"""The Gaussian over the prune ratio: how candidates are drawn and how rewards move it.
+
+The published controller is called GRPO; what runs is simpler: REINFORCE on one number, with the
+mean reward of a round as the baseline. There is no clipped importance ratio, and the "KL" term is
+a pull towards the current ratio.
+
+Two rules, one per preset:
+
+- `paper`: arXiv 2601.06702 exactly as published. Known properties, kept on purpose: gradients
+  use the clipped sample; for reward spans under about 0.3 nats the entropy bonus dominates and
+  sigma grows until the policy is uniform random search.
+- `standard`, our departure: the first rounds and every fifth cover the range evenly instead of
+  sampling, the last ones measure the lowest ratio beside the best; samples come in antithetic
+  pairs, and the odd one out is the ratio that the history finds best, so that it is measured again
+  on other rows; advantages are divided by their standard
+  deviation, so the step does not depend on the scale of the loss; steps are natural and bounded.
+"""
+
+# torch leaves these results untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from grasp_lora.core.controller.settings import ControllerConfig
+
+RoundKind: TypeAlias = Literal["coverage", "policy", "confirmation"]
+
+_MIN_PAPER_VARIANCE = 1e-4
+_MIN_PAPER_SIGMA = 1e-3
+_SIGMA_RANGE = (0.04, 0.2)
+_MAX_MU_STEP = 0.1
+_SAME_REWARDS = 1e-12
+_GOLDEN = 0.618
+_COVERAGE_EVERY = 5
+_CONFIRMATIONS = 3
+_MOST_CONFIRMATIONS = 6
+PRIOR_RATIO = 0.4
+"""Where `standard` looks as long as the rewards say nothing."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A Gaussian over the prune ratio.
+
+    Attributes:
+        mu: Centre, a ratio.
+        sigma: Standard deviation, in units of ratio.
+    """
+
+    mu: float
+    sigma: float
+
+
+def initial_policy(config: ControllerConfig) -> Policy:
+    """Return the policy before the first round."""
+    if config.preset == "paper":
+        return Policy(config.start, config.sigma)
+    return Policy(clip(PRIOR_RATIO, config.low, config.high), config.sigma)
+
+
+def initial_coverage(horizon: int) -> int:
+    """Return how many rounds of `standard` cover the range before the policy takes over."""
+    return max(3, math.ceil(horizon / 4))
+
+
+def last_confirmations(horizon: int) -> int:
+    """Return how many of the last rounds of `standard` measure the lowest ratio beside the best.
+
+    So that what the verdict tests was seen on as many rows as the budget gives. They replace policy
+    rounds and cost no more.
+    """
+    wanted = min(_MOST_CONFIRMATIONS, max(_CONFIRMATIONS, horizon // 8))
+    return min(wanted, max(0, horizon - initial_coverage(horizon)))
+
+
+def round_kind(index: int, horizon: int, config: ControllerConfig) -> RoundKind:
+    """Return what round `index` (from 0) of `horizon` is for.
+
+    `coverage` spreads the ratios over the range, `policy` samples them, `confirmation` measures the
+    lowest ratio beside the best so far.
+    """
+    if config.preset == "paper":
+        return "policy"
+    if config.candidates > 1 and horizon - last_confirmations(horizon) <= index < horizon:
+        return "confirmation"
+    repeated = index % _COVERAGE_EVERY == _COVERAGE_EVERY - 1
+    return "coverage" if index < initial_coverage(horizon) or repeated else "policy"
+
+
+def coverage_candidates(index: int, config: ControllerConfig) -> tuple[float, ...]:
+    """Return evenly spaced ratios, shifted from round to round by the golden section."""
+    count, span = config.candidates, config.high - config.low
+    shift = math.fmod(_GOLDEN * index, 1.0)
+    return tuple(config.low + span * math.fmod(j + shift, count) / count for j in range(count))
+
+
+def sampled_candidates(
+    policy: Policy,
+    config: ControllerConfig,
+    generator: torch.Generator,
+    favourite: float | None = None,
+) -> tuple[float, ...]:
+    """Return candidates drawn from the policy, clipped to [low, high].
+
+    With `standard` and an odd number of candidates the last is the `favourite`, where there is one.
+    """
+    draw = _independent if config.preset == "paper" else _antithetic
+    drawn = tuple(
+        clip(policy.mu + policy.sigma * z, config.low, config.high)
+        for z in draw(config.candidates, generator)
+    )
+    if favourite is None or config.preset == "paper" or config.candidates % 2 == 0:
+        return drawn
+    return (*drawn[:-1], favourite)
+
+
+def confirming_candidates(
+    policy: Policy, config: ControllerConfig, generator: torch.Generator, favourite: float
+) -> tuple[float, ...]:
+    """Return the lowest ratio, the favourite, and samples of the policy for the rest."""
+    draws = _antithetic(config.candidates, generator)[: config.candidates - 2]
+    drawn = (clip(policy.mu + policy.sigma * z, config.low, config.high) for z in draws)
+    return (config.low, favourite, *drawn)
+
+
+def updated_policy(
+    policy: Policy,
+    candidates: Sequence[float],
+    rewards: Sequence[float],
+    ratio: float,
+    config: ControllerConfig,
+) -> Policy:
+    """Return the policy after one round.
+
+    Args:
+        policy: The policy the candidates were drawn from.
+        candidates: The ratios tried whose trials gave a finite reward, at least one.
+        rewards: Their rewards, loss of the reference - loss of the trial.
+        ratio: Current ratio before this round's commit; the anchor.
+        config: Settings of the controller.
+    """
+    return _UPDATES[config.preset](policy, candidates, rewards, ratio, config)
+
+
+def clip(value: float, low: float, high: float) -> float:
+    """Return the number of [low, high] nearest to the value."""
+    return min(max(value, low), high)
+
+
+def _paper_update(
+    policy: Policy,
+    candidates: Sequence[float],
+    rewards: Sequence[float],
+    ratio: float,
+    config: ControllerConfig,
+) -> Policy:
+    """Move mu and sigma by the score function, both from the old values."""
+    mu, sigma = policy.mu, policy.sigma
+    variance = max(sigma**2, _MIN_PAPER_VARIANCE)
+    advantages = _centred(rewards)
+    offsets = [candidate - mu for candidate in candidates]
+    slope_mu = _mean([a * s / variance for a, s in zip(advantages, offsets, strict=True)])
+    slope_sigma = _mean(
+        [a * (s**2 / variance - 1) for a, s in zip(advantages, offsets, strict=True)]
+    )
+    new_mu = mu + config.lr * (slope_mu - config.anchor * (mu - ratio))
+    new_sigma = sigma + config.lr * slope_sigma + config.entropy
+    return Policy(clip(new_mu, config.low, config.high), max(_MIN_PAPER_SIGMA, new_sigma))
+
+
+def _standard_update(
+    policy: Policy,
+    candidates: Sequence[float],
+    rewards: Sequence[float],
+    ratio: float,
+    config: ControllerConfig,
+) -> Policy:
+    """Take one bounded natural-gradient step in mu and log sigma; none if all rewards agree."""
+    centred = _centred(rewards)
+    spread = math.sqrt(_mean([a**2 for a in centred]))
+    if spread <= _SAME_REWARDS:
+        return policy
+    mu, sigma = policy.mu, policy.sigma
+    advantages = [a / spread for a in centred]
+    offsets = [candidate - mu for candidate in candidates]
+    step_mu = _mean([a * s for a, s in zip(advantages, offsets, strict=True)])
+    step_log_sigma = 0.5 * _mean(
+        [a * ((s / sigma) ** 2 - 1) for a, s in zip(advantages, offsets, strict=True)]
+    )
+    move = clip(config.lr * (step_mu - config.anchor * (mu - ratio)), -_MAX_MU_STEP, _MAX_MU_STEP)
+    growth = clip(config.lr * step_log_sigma + config.entropy, -1.0, 1.0)
+    return Policy(
+        clip(mu + move, config.low, config.high), clip(sigma * math.exp(growth), *_SIGMA_RANGE)
+    )
+
+
+_UPDATES: dict[
+    str,
+    Callable[[Policy, Sequence[float], Sequence[float], float, ControllerConfig], Policy],
+] = {"paper": _paper_update, "standard": _standard_update}
+
+
+def _independent(count: int, generator: torch.Generator) -> list[float]:
+    return torch.randn(count, generator=generator, dtype=torch.float64).tolist()
+
+
+def _antithetic(count: int, generator: torch.Generator) -> list[float]:
+    """Return pairs (q, -q), and one draw of its own if the count is odd."""
+    draws = _independent(count // 2 + count % 2, generator)
+    paired = [sign * q for q in draws[: count // 2] for sign in (1.0, -1.0)]
+    return paired + draws[count // 2 :]
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    centre = _mean(values)
+    return [value - centre for value in values]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,1 @@
+"""What the numbers of a search and of a run show: curves, tests, verdict, findings."""

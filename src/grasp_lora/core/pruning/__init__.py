@@ -1,0 +1,1 @@
+"""Which entries a ratio removes: importance, masks, ratios of groups."""

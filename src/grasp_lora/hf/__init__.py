@@ -1,1 +1,0 @@
-"""The bridge to transformers and PEFT: adapter folders, backbones, live weights, the Trainer."""

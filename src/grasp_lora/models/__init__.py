@@ -1,0 +1,1 @@
+"""Backbones: found, loaded, placed, and read row by row."""

@@ -1,0 +1,376 @@
+"""Frozen base models: found by short name, folder, hub id or GGUF file, and loaded ready to use."""
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grasp_lora.models.attention import use_products
+from grasp_lora.models.cache import (
+    SHORT_NAMES,
+    GgufSource,
+    Notice,
+    converted_backbone,
+    gguf_source,
+    quiet_bars,
+)
+from grasp_lora.models.devices import (
+    DTYPES,
+    avoid_faulty_kernels,
+    choose_device,
+    choose_dtype,
+    repeat_exactly,
+)
+from grasp_lora.models.memory import MemoryPlan, plan_config_memory
+from grasp_lora.models.modules import (
+    accepts,
+    base_fingerprint,
+    fold_output_layer,
+    near_modules,
+    output_embeddings,
+    resolve_targets,
+    vocabulary_size,
+)
+from grasp_lora.models.norms import use_fused_norms
+
+__all__ = [
+    "Backbone",
+    "MemoryPlan",
+    "ModelSpec",
+    "accepts",
+    "base_fingerprint",
+    "choose_device",
+    "choose_dtype",
+    "fold_output_layer",
+    "load_backbone",
+    "plan_memory",
+    "resolve_targets",
+]
+
+_QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig | None]] = {
+    "none": lambda dtype: None,
+    "8bit": lambda dtype: BitsAndBytesConfig(load_in_8bit=True),
+    "4bit": lambda dtype: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which base model to load and how.
+
+    Raises:
+        ValueError: a setting has no meaning; the message names the choices.
+    """
+
+    name: str
+    """A short name ("smollm2", "gemma3-270m"), a folder, a .gguf file, or a hub id."""
+
+    dtype: str = "auto"
+    """"auto" takes bfloat16 where the hardware multiplies it natively, else float32."""
+
+    gguf_file: str | None = None
+    """Name of a .gguf file inside the folder `name`."""
+
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Smaller frozen weights, on CUDA with bitsandbytes only; they cannot be fingerprinted."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    attn_implementation: str | None = None
+    """Passed to transformers ("sdpa", "eager", "flash_attention_2", ...); None lets it choose."""
+
+    trust_remote_code: bool = False
+    """Run the code that comes with a hub model. Only for models you trust."""
+
+    device: str = "auto"
+    """"auto" takes CUDA where there is any, else the CPU."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(f"model name is empty; give a folder, a hub id or one of {_names()}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.quantization not in _QUANTIZATIONS:
+            raise ValueError(
+                f"quantization must be one of {list(_QUANTIZATIONS)}, got {self.quantization!r}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A loaded base model, frozen and in eval mode, with what belongs to it.
+
+    Attributes:
+        public_name: what adapters should call their base model; no path of this machine for the
+            packaged backbones.
+        fingerprint: `base_fingerprint` of the weights; None if quantized or float16.
+        stop_ids: tokens that end a generation, in ascending order.
+        pad_id: token for padding; may equal a stop token, so never derive labels from it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    public_name: str
+    fingerprint: str | None
+    dtype: torch.dtype
+    device: torch.device
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
+    """Load a base model and its tokenizer, frozen; `notice` gets lines for the user.
+
+    Raises:
+        FileNotFoundError: a folder or file that `spec` names is missing.
+        ValueError: the model cannot be found or read, its package is not installed, or the
+            hardware cannot do what `spec` asks for.
+    """
+    device = choose_device(spec.device)
+    dtype = choose_dtype(spec.dtype, device)
+    _check_quantization(spec, device)
+    avoid_faulty_kernels(device)
+    repeat_exactly(device)
+    location, public_name = _locate(spec, notice)
+    model = _load_model(spec, location, dtype, device)
+    tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
+    pad_id = _ensure_padding(tokenizer, vocabulary_size(model), public_name, notice)
+    model.requires_grad_(False)
+    model.eval()
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad_id
+    if spec.gradient_checkpointing:
+        # Not re-entrant: that form would need inputs that carry gradients.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if output_embeddings(model) is not None:
+        fold_output_layer(model)
+    if spec.attn_implementation is None:
+        use_products(model)
+    use_fused_norms(model)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        public_name=public_name,
+        fingerprint=base_fingerprint(model),
+        dtype=dtype,
+        device=device,
+        stop_ids=_stop_ids(model, tokenizer),
+        pad_id=pad_id,
+    )
+
+
+def load_tokenizer(spec: ModelSpec, notice: Notice = _silent) -> tuple[Any, str]:
+    """Return the tokenizer of a base model and the model's public name; loads no weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_backbone`.
+    """
+    location, public_name = _locate(spec, notice)
+    return _call_hub(AutoTokenizer.from_pretrained, spec, location), public_name
+
+
+def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
+    if spec.quantization == "none":
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"quantization={spec.quantization!r} needs a CUDA device, this run uses {device}; set "
+            "quantization='none'"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization={spec.quantization!r} needs bitsandbytes; run: pip install "
+            "'grasp-lora[quantization]'"
+        )
+
+
+def _names() -> str:
+    return ", ".join(SHORT_NAMES)
+
+
+def _source(spec: ModelSpec) -> GgufSource | None:
+    """Return the GGUF source that `spec` means, None if it means a folder or a hub id."""
+    if spec.gguf_file is not None:
+        return gguf_source(Path(spec.name) / spec.gguf_file)
+    if spec.name in SHORT_NAMES:
+        return SHORT_NAMES[spec.name]()
+    if spec.name.endswith(".gguf"):
+        return gguf_source(Path(spec.name))
+    return None
+
+
+def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
+    source = _source(spec)
+    if source is not None:
+        return str(converted_backbone(source, notice)), source.public_name
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no config.json, so it is no transformers model; give the folder "
+                "that save_pretrained wrote"
+            )
+        return str(folder), spec.name
+    return spec.name, spec.name
+
+
+def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settings: Any) -> Any:
+    try:
+        with quiet_bars(), _collector_paused():
+            return load(
+                location,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                **settings,
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"a weights file of {spec.name!r} is damaged or cut short ({error}); copy or download "
+            "it again"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded with the packages installed here "
+            f"({_first_line(error)}); install what it needs with pip install, or take the model "
+            "in a format without that need"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the model {spec.name!r} cannot be loaded: {_not_found(spec, location, error)}"
+        ) from error
+
+
+def _not_found(spec: ModelSpec, location: str, error: OSError) -> str:
+    if Path(location).is_dir():
+        return (
+            f"the folder is there, but no whole model in it ({_first_line(error)}). Give a folder "
+            "that save_pretrained wrote, with config, weights and tokenizer"
+        )
+    near = near_modules(spec.name, list(SHORT_NAMES))
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"it is no folder here, and the hub does not give it ({_first_line(error)}){hint} Check "
+        f"the name and the network, or use one of {_names()}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector still: a large vocabulary is a million objects, none of them
+    garbage, and looking through them again and again takes 40 % of the time of reading it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _load_model(
+    spec: ModelSpec, location: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    settings: dict[str, Any] = {"dtype": dtype}
+    if spec.attn_implementation is not None:
+        settings["attn_implementation"] = spec.attn_implementation
+    quantization = _QUANTIZATIONS[spec.quantization](dtype)
+    if quantization is not None:
+        settings |= {"quantization_config": quantization, "device_map": {"": device}}
+    model = _call_hub(AutoModelForCausalLM.from_pretrained, spec, location, **settings)
+    return model if quantization is not None else model.to(device)
+
+
+def _ensure_padding(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str, notice: Notice
+) -> int:
+    """Return the padding token's id, the end token's where the model has no row for it."""
+    pad, end = (_id_within(vocabulary, i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id))
+    if pad is not None:
+        return pad
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {name} has neither a padding nor an end token among the model's "
+            f"{vocabulary}; add one with tokenizer.add_special_tokens, resize the model's "
+            "embeddings to it and save both"
+        )
+    if tokenizer.pad_token_id is not None:
+        notice(
+            f"the padding token of {name} ({tokenizer.pad_token!r}, number "
+            f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
+            f"the end token ({tokenizer.eos_token!r}) pads instead"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return end
+
+
+def _id_within(vocabulary: int, token: Any) -> int | None:
+    return int(token) if token is not None and int(token) < vocabulary else None
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    generation = model.generation_config
+    named = [tokenizer.eos_token_id, generation.eos_token_id if generation is not None else None]
+    ids: set[int] = set()
+    for entry in named:
+        if isinstance(entry, int):
+            ids.add(entry)
+        elif entry is not None:
+            ids.update(int(token) for token in entry)
+    return tuple(sorted(ids))
+
+
+def plan_memory(
+    spec: ModelSpec,
+    notice: Notice = _silent,
+    *,
+    rank: int = 16,
+    batch_size: int = 1,
+    length: int = 1024,
+) -> MemoryPlan:
+    """Return a memory estimate for training LoRA on `spec`; reads the config, no weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_backbone`, but for quantization without CUDA: the
+            plan may be for another machine.
+    """
+    location, _ = _locate(spec, notice)
+    config = _call_hub(AutoConfig.from_pretrained, spec, location)
+    dtype = choose_dtype(spec.dtype, choose_device(spec.device))
+    return plan_config_memory(
+        config,
+        dtype=dtype,
+        quantization=spec.quantization,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        trust_remote_code=spec.trust_remote_code,
+        rank=rank,
+        batch_size=batch_size,
+        length=length,
+    )

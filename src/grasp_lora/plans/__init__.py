@@ -1,0 +1,1 @@
+"""Plans of stages, and the executor that works a plan off."""

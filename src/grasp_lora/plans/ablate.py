@@ -1,0 +1,257 @@
+"""What the parts of the controller are worth: one run for each part left out or changed.
+
+Every variant starts from the same merge and the same rows and differs from the configuration by
+settings of the controller alone; with several seeds they are compared seed by seed.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.base.files import write_json, write_text
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core import ControllerConfig
+from grasp_lora.plans.methods import (
+    ADAPTERS,
+    adapters_job,
+    checked_data,
+    settings_of,
+    with_split_seed,
+)
+from grasp_lora.plans.projection import run_projected
+from grasp_lora.plans.queue import Job, Outcome, results_in
+from grasp_lora.report.run import ablation_markdown
+from grasp_lora.stages.search import POOLS
+from grasp_lora.workbench.rows import RunData
+
+AS_CONFIGURED = "as-configured"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change of the controller.
+
+    Attributes:
+        about: what it asks, for the table.
+        changes: settings of the controller that differ.
+        rounds: factor on how many rounds there are.
+    """
+
+    about: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rounds: float = 1.0
+
+    def of(self, config: ControllerConfig) -> ControllerConfig:
+        """Return the changed settings.
+
+        Raises:
+            ValueError: they break a rule.
+        """
+        changes = dict(self.changes)
+        if config.interval is not None:
+            changes["interval"] = max(1, round(config.interval / self.rounds))
+        elif config.rounds is not None:
+            changes["rounds"] = max(1, round(config.rounds * self.rounds))
+        return dataclasses.replace(config, **changes)
+
+
+VARIANTS: Mapping[str, Variant] = {
+    AS_CONFIGURED: Variant("the configuration itself"),
+    "entropy-off": Variant("no widening", {"entropy": 0.0}),
+    "entropy-on": Variant("the published widening", {"entropy": 0.01}),
+    "anchor-off": Variant("no pull to the current ratio", {"anchor": 0.0}),
+    "anchor-on": Variant("the published pull to the current ratio", {"anchor": 0.05}),
+    "anchor-and-entropy-off": Variant("neither", {"anchor": 0.0, "entropy": 0.0}),
+    "rows-4": Variant("4 rows a round", {"rows": 4}),
+    "rows-8": Variant("8 rows a round", {"rows": 8}),
+    "rows-16": Variant("16 rows a round", {"rows": 16}),
+    "rows-32": Variant("32 rows a round", {"rows": 32}),
+    "fixed-rows": Variant("the same micro-dev rows every round", {"probe_rows": "micro-dev"}),
+    "fresh-rows": Variant("other rows every round", {"probe_rows": "micro-dev+dev"}),
+    "half-the-rounds": Variant("rounds half as often", rounds=0.5),
+    "twice-the-rounds": Variant("rounds twice as often", rounds=2.0),
+    "candidates-2": Variant("2 candidates a round", {"candidates": 2}),
+    "candidates-4": Variant("4 candidates a round", {"candidates": 4}),
+    "candidates-6": Variant("6 candidates a round", {"candidates": 6}),
+    "step-0.05": Variant("smaller steps of the ratio", {"max_step": 0.05}),
+    "step-0.2": Variant("larger steps of the ratio", {"max_step": 0.2}),
+    "moments-kept": Variant("moments of pruned entries kept", {"clear_moments": False}),
+    "moments-cleared": Variant("moments of pruned entries cleared", {"clear_moments": True}),
+    "baseline-on": Variant("commits judged against the model as it is", {"baseline": True}),
+    "baseline-off": Variant("commits judged against the lowest ratio", {"baseline": False}),
+    "importance-fixed": Variant("importance of round one", {"refresh_importance": False}),
+    "candidate-committed": Variant("the mask of the best candidate", {"commit": "candidate"}),
+}
+"""Name -> change, in the order of the table."""
+
+
+def ablate(
+    config: RunConfig,
+    out: Path,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    workers: int = 1,
+    threads: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run every variant that differs from the configuration, with every seed, and compare them.
+
+    Args:
+        config: the run's settings. Its own seed divides the rows and trains the adapters.
+        out: receives `ablation.json`, `ablation.md` and a folder for each run.
+        only: names of variants; none is all. The configuration itself is always among them.
+        seeds: of searches and final runs.
+        workers, threads, overwrite: as for `run_queue`.
+        quiet: print nothing.
+
+    Returns:
+        What `ablation.json` holds; `failed` names runs without a result.
+
+    Raises:
+        ValueError: a variant has no such name, or the settings or data cannot work.
+    """
+    if config.merge.when == "after":
+        raise ValueError(
+            "merge.when is after: nothing is trained while the ratio is searched, so there is no "
+            "controller in training to take apart; set merge.when: before"
+        )
+    data = checked_data(config, "variant", only, VARIANTS, seeds, quiet)
+    wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
+    chosen, left_out = _chosen(config, data, wanted)
+    jobs = _jobs(config, data, chosen, seeds)
+    outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
+    # What an earlier start with other names left there belongs in the table as well.
+    others, _ = _chosen(config, data, [name for name in VARIANTS if name not in wanted])
+    kept = results_in(out, _jobs(config, data, others, seeds))
+    outcomes = kept | outcomes
+    there = {name for name in others if any(f"{name}-s{seed}" in kept for seed in seeds)}
+    chosen = {name: (chosen | others)[name] for name in VARIANTS if name in there or name in chosen}
+    found = _summary(chosen, left_out, seeds, outcomes) | {
+        "task": config.data.task,
+        "language": config.data.target.language,
+        "preset": config.controller.preset,
+    }
+    write_json(out / "ablation.json", found)
+    write_text(out / "ablation.md", ablation_markdown(found))
+    return found
+
+
+def _chosen(
+    config: RunConfig, data: RunData, names: Sequence[str]
+) -> tuple[dict[str, ControllerConfig], dict[str, str]]:
+    """Return (name -> settings of what is run, name -> why it is not)."""
+    chosen: dict[str, ControllerConfig] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            changed = VARIANTS[name].of(config.controller)
+        except ValueError as error:
+            left_out[name] = str(error)
+            continue
+        parts = data.parts["target"]
+        pool = sum(len(parts.get(split, ())) for split in POOLS[changed.probe_rows])
+        if name != AS_CONFIGURED and changed == config.controller:
+            left_out[name] = "the configuration is like that"
+        elif "rows" in VARIANTS[name].changes and changed.rows > pool:
+            left_out[name] = f"there are {pool} rows to probe"
+        else:
+            chosen[name] = changed
+    return chosen, left_out
+
+
+def _jobs(
+    config: RunConfig, data: RunData, chosen: Mapping[str, ControllerConfig], seeds: Sequence[int]
+) -> list[Job]:
+    config = with_split_seed(config)
+    jobs = [adapters_job(config, data)]
+    for seed in seeds:
+        for name, controller in chosen.items():
+            one = config.model_copy(update={"controller": controller, "seed": seed})
+            work = {"config": settings_of(one)}
+            jobs.append(Job(f"{name}-s{seed}", "methods:grasp", work, (ADAPTERS,)))
+    return jobs
+
+
+def _summary(
+    chosen: Mapping[str, ControllerConfig],
+    left_out: Mapping[str, str],
+    seeds: Sequence[int],
+    outcomes: Mapping[str, Outcome],
+) -> dict[str, Any]:
+    variants: dict[str, Any] = {}
+    for name in chosen:
+        runs: dict[int, Mapping[str, Any]] = {}
+        for seed in seeds:
+            outcome = outcomes.get(f"{name}-s{seed}")
+            if outcome is not None and outcome.result is not None:
+                runs[seed] = outcome.result
+        variants[name] = {
+            "about": VARIANTS[name].about,
+            "runs": {str(seed): dict(run) for seed, run in runs.items()},
+            "mean": _means(runs.values()),
+        }
+    reference = variants[AS_CONFIGURED]["runs"]
+    for one in variants.values():
+        one["against_configured"] = _differences(one["runs"], reference)
+    failed = {name: found.error for name, found in outcomes.items() if found.result is None}
+    return {
+        "seeds": list(seeds),
+        "variants": variants,
+        "left_out": dict(left_out),
+        "failed": failed,
+    }
+
+
+FACTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "ratio": lambda run: run["ratio"],
+    "commits": lambda run: run["commits"],
+    "flipped_per_commit": lambda run: (
+        sum(run["flipped"]) / run["commits"] / run["entries"] if run["commits"] else None
+    ),
+    "loss_jump": lambda run: run["loss_jump"],
+    "dev_loss": lambda run: run["best"]["loss"],
+    "forwards": lambda run: run["forwards"],
+}
+"""Name -> the number of a run; `flipped_per_commit` is a share of the adapter's entries."""
+
+
+def _numbers(run: Mapping[str, Any]) -> dict[str, float | None]:
+    scores = {
+        f"{test}/{metric}": value
+        for test, values in run["scores"].items()
+        for metric, value in values.items()
+    }
+    return {name: fact(run) for name, fact in FACTS.items()} | scores
+
+
+def _means(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    numbers = [_numbers(run) for run in runs]
+    means: dict[str, dict[str, float | None]] = {}
+    for name in numbers[0] if numbers else ():
+        known = [value for one in numbers if (value := one[name]) is not None]
+        spread = statistics.stdev(known) if len(known) > 1 else None
+        means[name] = {"mean": statistics.fmean(known) if known else None, "deviation": spread}
+    return means
+
+
+def _differences(
+    runs: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """Return number -> mean difference to the configuration over shared seeds, with its error."""
+    pairs = [(_numbers(runs[s]), _numbers(reference[s])) for s in runs if s in reference]
+    found: dict[str, dict[str, float | None]] = {}
+    for name in pairs[0][0] if pairs else ():
+        gaps = [
+            mine - theirs
+            for one, other in pairs
+            if (mine := one[name]) is not None and (theirs := other[name]) is not None
+        ]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+        mean = statistics.fmean(gaps) if gaps else None
+        found[name] = {"mean": mean, "standard_error": error}
+    return found

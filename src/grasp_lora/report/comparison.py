@@ -1,0 +1,259 @@
+"""A comparison for people: scores and prices of every method, seeds together.
+
+Reads what `comparison.json` holds; computes nothing but means, spreads and quotients.
+"""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from grasp_lora.base.files import machines_of
+from grasp_lora.report.run import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
+
+ORACLE = "grid, chosen by the test rows"
+PLAIN = "average-finetuned"
+"""One fine-tuning run of a merge and nothing else: the unit of what others cost."""
+FIELDS = (
+    *("pair", "task", "method", "seed", "ratio", "test", "metric", "value", "low", "high"),
+    *("dev_loss", "runs"),
+    *("seconds", "forwards", "steps", "tokens", "peak_memory_bytes", "adapter_bytes"),
+)
+
+
+def comparison_csv(found: Mapping[str, Any]) -> str:
+    """Return one line for every run, test set and metric."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in found["rows"]:
+        shared = {name: row[name] for name in FIELDS if name in row}
+        shared |= {"pair": found["pair"], "task": found["task"]}
+        for test, values in row["scores"].items():
+            for metric, value in values.items():
+                low, high = row["intervals"][test][metric]
+                one = {"test": test, "metric": metric, "value": value, "low": low, "high": high}
+                writer.writerow(shared | one)
+    return text.getvalue()
+
+
+def comparison_markdown(found: Mapping[str, Any]) -> str:
+    """Return the comparison as a document: scores and paired tests, then prices."""
+    reference = found["reference"]
+    lines = [f"# Comparison {found['pair']}", ""]
+    if reference:
+        lines += [
+            f"The best simple baseline by dev loss is `{reference}`: "
+            f"{found['methods'][reference]}. Differences to it are paired over contexts, rows of "
+            "all seeds together, with 95 % bootstrap intervals; of the loss, below 0 is better. "
+            "They are differences of means over rows, of chrF too.",
+            "",
+        ]
+    for test in _tests(found):
+        lines += [f"## Scores, {test}", "", *_markdown(*score_rows(found, test)), ""]
+        lines += empty_answers(found, test)
+    lines += [*still_falling(found), "## Price", "", *_markdown(*price_rows(found)), ""]
+    lines += [
+        "Seconds are all that a method needs from the two adapters to its final one, choosing "
+        "included (a run at the ratio of another one is charged for itself alone); the grid is "
+        "trained by the same code. Forwards are rows read without a "
+        "gradient, less the reading of the train rows for the norms of the importance. A plain "
+        f"run is `{PLAIN}`. Runs of equal length bound a method of two runs at 4 times a grid of "
+        "8.",
+        "",
+        *several_machines(found),
+        "![score against cost](pareto.png)",
+        "",
+        "![score against ratio](ratios.png)",
+        "",
+        "![cost of every method](cost.png)",
+        "",
+        "Methods:",
+        "",
+        *(f"- `{name}`: {about}" for name, about in found["methods"].items()),
+        "",
+    ]
+    for title, names in (
+        ("Not applicable here", found["not_applicable"]),
+        ("Without a result", found["failed"]),
+    ):
+        if names:
+            lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
+    return "\n".join(lines)
+
+
+def empty_answers(found: Mapping[str, Any], test: str) -> list[str]:
+    """Return the line that names methods many of whose answers say nothing."""
+    shares: Mapping[str, float] = found.get("often_empty", {}).get(test, {})
+    shown = [
+        f"`{name}` {100 * shares[name]:.0f}" for name in shown_methods(found) if name in shares
+    ]
+    if not shown:
+        return []
+    return [
+        "Empty answers, in per cent, of methods that often give them: every score of text counts "
+        "them as 0, and the loss does not see them (`evaluate.min_new_tokens: 1` asks for a "
+        f"token): {', '.join(shown)}.",
+        "",
+    ]
+
+
+def still_falling(found: Mapping[str, Any]) -> list[str]:
+    """Return the line that names methods whose runs were over before they had come to an end."""
+    names: list[str] = []
+    for method, runs in shown_methods(found).items():
+        falling = sum(bool(run.get("still_falling") and run["steps"]) for run in runs)
+        if falling:
+            names.append(f"`{method}` ({falling} of {len(runs)})")
+    if not names:
+        return []
+    return [
+        "Runs whose dev loss was lowest in their last epoch, of all runs of a method; more epochs "
+        "or a larger learning rate may make them better than they look here: "
+        f"{', '.join(names)}.",
+        "",
+    ]
+
+
+def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of scores and prices for the terminal."""
+    tables: list[Table] = []
+    for test in _tests(found):
+        titles, rows = score_rows(found, test)
+        wanted = dict.fromkeys([titles[0], *titles[2:4], "loss", titles[-1]])
+        shown = [title for title in wanted if title in titles]
+        tables.append(narrow_table(f"{found['pair']}: {test}", titles, rows, shown))
+    titles, rows = price_rows(found)
+    shown = [titles[0], "runs", "seconds", "times the grid's speed", "forwards"]
+    return [*tables, narrow_table(f"{found['pair']}: price", titles, rows, shown)]
+
+
+def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of a test set's scores: mean over seeds, with their spread."""
+    known = _metrics(found, test)
+    metrics = [m for m in HEADLINES.get(found["task"], ()) if m in known] or known
+    main, reference = metrics[0], found["reference"]
+    titles = ["method", "seeds", "ratio", *(TITLES.get(m, m) for m in metrics), "dev loss"]
+    if reference:
+        titles += [f"{TITLES.get(main, main)} against {reference}", f"loss against {reference}"]
+    rows: list[list[str]] = []
+    for method, runs in shown_methods(found).items():
+        cells = [method, str(len(runs)), _spread([run["ratio"] for run in runs], 3)]
+        for metric in metrics:
+            digits = 3 if metric in NATIVE else 1
+            cells.append(_spread([run["scores"][test][metric] for run in runs], digits))
+        cells.append(_spread([run["dev_loss"] for run in runs], 3))
+        if reference:
+            paired = found["paired"].get(method, {}).get(test, {})
+            cells += [_apart(paired.get(main), 1), _apart(paired.get("loss"), 3)]
+        rows.append(cells)
+    oracle = _oracle(found, test, metrics)
+    return titles, rows + ([oracle] if oracle else [])
+
+
+def _oracle(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> list[str] | None:
+    """Return the grid point of the best mean test score: what no method may look at."""
+    points: dict[str, list[Mapping[str, Any]]] = {}
+    for run in found["rows"]:
+        if run["method"].startswith("grid-0"):
+            points.setdefault(run["method"], []).append(run)
+    if not points:
+        return None
+    main = metrics[0]
+    sign = -1 if main in NATIVE else 1
+    best = max(points.values(), key=lambda runs: sign * _mean(runs, test, main))
+    cells = [ORACLE, str(len(best)), f"{best[0]['ratio']:.3f}"]
+    for metric in metrics:
+        digits = 3 if metric in NATIVE else 1
+        cells.append(_spread([run["scores"][test][metric] for run in best], digits))
+    cells.append(_spread([run["dev_loss"] for run in best], 3))
+    return cells + ([NO_VALUE, NO_VALUE] if found["reference"] else [])
+
+
+def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of what the methods cost, means over seeds."""
+    methods = shown_methods(found)
+    grid = methods.get("grid")
+    whole = statistics.fmean(run["seconds"] for run in grid) if grid else None
+    mixed = len(machines_of(found["rows"])) > 1
+    plain = [run["tokens"] for run in methods.get(PLAIN, ())]
+    titles = ["method", "runs", "seconds", "times the grid's speed", "steps", "forwards", "tokens"]
+    titles += ["tokens, in plain runs", "peak memory (GB)", "adapter (MB)", "zeros"]
+    titles += ["machine"] * mixed
+    rows: list[list[str]] = []
+    for method, runs in methods.items():
+        seconds = statistics.fmean(run["seconds"] for run in runs)
+        alike = len(machines_of([*runs, *(grid or ())])) <= 1
+        faster = f"{whole / seconds:.2f}" if whole and seconds > 0 and alike else NO_VALUE
+        cells = [method, f"{runs[0]['runs']}", f"{seconds:.0f}", faster]
+        for name in ("steps", "forwards", "tokens"):
+            cells.append(f"{statistics.fmean(run[name] for run in runs):.0f}")
+        tokens = statistics.fmean(run["tokens"] for run in runs)
+        cells.append(f"{tokens / statistics.fmean(plain):.2f}" if plain else NO_VALUE)
+        peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
+        cells.append(f"{max(peaks) / 1e9:.2f}" if peaks else NO_VALUE)
+        cells.append(f"{runs[0]['adapter_bytes'] / 1e6:.1f}")
+        zeros = [run["zeros"] for run in runs if run["zeros"] is not None]
+        cells.append(f"{statistics.fmean(zeros):.2f}" if zeros else NO_VALUE)
+        cells += [", ".join(machines_of(runs)) or NO_VALUE] * mixed
+        rows.append(cells)
+    return titles, rows
+
+
+def several_machines(found: Mapping[str, Any]) -> list[str]:
+    """Return a paragraph that says so where the runs were made on more than one machine."""
+    names = machines_of(found["rows"])
+    if len(names) < 2:
+        return []
+    return [
+        f"The runs were made on {len(names)} machines ({', '.join(names)}): seconds are to be "
+        "compared within one of them only, and the pictures have tokens in their place.",
+        "",
+    ]
+
+
+def shown_methods(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return method -> its runs; what another method chooses from has no row of its own."""
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        methods.setdefault(row["method"], []).append(row)
+    chosen_from = tuple(f"{name}-0" for name in ("grid", "adaptive") if name in methods)
+    return {name: runs for name, runs in methods.items() if not name.startswith(chosen_from)}
+
+
+def _tests(found: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(test for row in found["rows"] for test in row["scores"]))
+
+
+def _metrics(found: Mapping[str, Any], test: str) -> list[str]:
+    return next((list(row["scores"][test]) for row in found["rows"] if test in row["scores"]), [])
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> float:
+    return statistics.fmean(run["scores"][test][metric] for run in runs)
+
+
+def _spread(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return NO_VALUE
+    shown = f"{statistics.fmean(known):.{digits}f}"
+    return f"{shown} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else shown
+
+
+def _apart(paired: Mapping[str, Any] | None, digits: int) -> str:
+    if paired is None:
+        return NO_VALUE
+    low, high = paired["low"], paired["high"]
+    interval = "" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{paired['difference']:+.{digits}f}{interval}"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(titles)} |"
+    yield f"|---|{'---:|' * (len(titles) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

@@ -1,0 +1,381 @@
+"""A finished run for people: its outcome in words, its scores as tables.
+
+Reads records and dictionaries; computes nothing that a number of the run depends on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from grasp_lora.base.files import read_json, write_text
+from grasp_lora.report.time_words import times_section
+
+# Scores shown in the terminal, most telling first; the report shows all.
+HEADLINES: Mapping[str, tuple[str, ...]] = {
+    "qa": ("exact_match", "token_f1", "chrf", "loss"),
+    "summarization": ("rougeLsum", "bleu", "chrf", "loss"),
+    "text-to-text": ("chrf", "bleu", "exact_match", "loss"),
+}
+TITLES: Mapping[str, str] = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "bertscore_f1": "BERTScore F1",
+}
+NATIVE = ("loss", "perplexity")
+"""Scores in units of their own, lower is better; all others are 0 to 100."""
+NO_VALUE = "\N{EN DASH}"
+
+
+def score_tables(scores: Mapping[str, Any]) -> list[Table]:
+    """Return the systems of a `scores.json` as tables for the terminal, one per test set."""
+    tables: list[Table] = []
+    for name, first in _sets(scores).items():
+        shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
+        table = Table(title=_title(scores, name, first))
+        table.add_column("system", overflow="fold")
+        for title in (*(TITLES.get(m, m) for m in shown), *_zeros_title(scores)):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in scores["systems"]:
+            found = [row["sets"][name]["scores"][metric]["value"] for metric in shown]
+            cells = [
+                NO_VALUE if value is None else _number(value, metric)
+                for metric, value in zip(shown, found, strict=True)
+            ]
+            table.add_row(row["name"], *cells, *(_zeros(row) for _ in _zeros_title(scores)))
+        tables.append(table)
+    return tables
+
+
+def precheck_table(found: Mapping[str, Any]) -> Table:
+    """Return the variants of a `precheck.json` as a table for the terminal, best first."""
+    table = Table(title=f"before training, {len(found['rows'])} rows")
+    table.add_column("variant", overflow="fold")
+    for title in ("loss", "against the merge", "standard error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, one in sorted(found["variants"].items(), key=lambda item: item[1]["loss"]):
+        gap, error = one["difference"], one["standard_error"]
+        table.add_row(name, f"{one['loss']:.3f}", f"{gap:+.3f}", f"{error:.3f}")
+    return table
+
+
+def ablation_table(found: Mapping[str, Any]) -> Table:
+    """Return the variants of an `ablation.json` as a table for the terminal."""
+    titles, rows = _ablation(found)
+    title = f"ablation, preset {found['preset']}, seeds {_listed(found['seeds'])}"
+    shown = ("variant", "ratio", "commits", "flipped", "dev loss", "against configured")
+    return narrow_table(title, titles, rows, shown)
+
+
+def narrow_table(
+    title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[str]
+) -> Table:
+    """Return a table for the terminal with the columns of these titles, the first of them names."""
+    places = [titles.index(name) for name in shown]
+    table = Table(title=title)
+    table.add_column(shown[0], no_wrap=True)
+    for name in shown[1:]:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in places))
+    return table
+
+
+def ablation_markdown(found: Mapping[str, Any]) -> str:
+    """Return an `ablation.json` as a document."""
+    titles, rows = _ablation(found)
+    lines = [
+        "# Ablation",
+        "",
+        f"Preset `{found['preset']}`, seeds {_listed(found['seeds'])}; means over seeds. Every run "
+        "starts from the same merge. *Flipped* is the share of the adapter's entries that a commit "
+        "exchanges, *jump* the training loss of the four steps after a commit less that of the "
+        "four before. *Against configured* is the difference of the dev loss seed by seed, with "
+        "its standard error: lower is better.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|---|{'---:|' * (len(titles) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+    abouts = [f"- `{name}`: {one['about']}" for name, one in found["variants"].items()]
+    lines += ["Variants:", "", *abouts, ""]
+    for title, names in (("Left out", found["left_out"]), ("Without a result", found["failed"])):
+        if names:
+            lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
+    return "\n".join(lines)
+
+
+def _ablation(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    first = next((one["mean"] for one in found["variants"].values() if one["mean"]), {})
+    headlines = HEADLINES.get(found["task"], ())
+    scores = [name for name in first if "/" in name and name.split("/", 1)[1] in headlines]
+    titles = ["variant", "ratio", "verdicts", "commits", "flipped", "jump", "forwards", "dev loss"]
+    titles += ["against configured"]
+    titles += [f"{TITLES.get(m, m)} ({test})" for test, m in (n.split("/", 1) for n in scores)]
+    rows: list[list[str]] = []
+    for name, one in found["variants"].items():
+        mean, apart = one["mean"], one["against_configured"]
+        if not mean:
+            rows.append([name, *[NO_VALUE] * (len(titles) - 1)])
+            continue
+        verdicts = [run["verdict"] for run in one["runs"].values()]
+        counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        cells = [name, _spread(mean["ratio"], ".3f"), counted, _spread(mean["commits"], ".1f")]
+        cells += [_spread(mean["flipped_per_commit"], ".1%"), _spread(mean["loss_jump"], "+.3f")]
+        cells += [_spread(mean["forwards"], ".0f"), _spread(mean["dev_loss"], ".4f")]
+        cells.append(_gap(apart.get("dev_loss")))
+        forms = [".3f" if score.split("/", 1)[1] in NATIVE else ".1f" for score in scores]
+        rows.append(cells + [_spread(mean[s], form) for s, form in zip(scores, forms, strict=True)])
+    return titles, rows
+
+
+def _spread(value: Mapping[str, Any], form: str) -> str:
+    if value["mean"] is None:
+        return NO_VALUE
+    deviation = value["deviation"]
+    shown = f" ± {deviation:{form.removeprefix('+')}}" if deviation else ""
+    return f"{value['mean']:{form}}{shown}"
+
+
+def _gap(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return NO_VALUE
+    error = value["standard_error"]
+    return f"{value['mean']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
+    """Return all scores of the test set `name` in Markdown, each with its interval."""
+    shown = list(_sets(scores)[name]["scores"])
+    titles = ["system", *(TITLES.get(m, m) for m in shown), *_zeros_title(scores)]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for row in scores["systems"]:
+        cells = [_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
+        system = row["name"].replace("|", "\\|")
+        cells += [_zeros(row) for _ in _zeros_title(scores)]
+        lines.append(f"| {' | '.join([system, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.md` into a finished run folder: outcome, picture, scores, their settings, time.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
+    ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
+    lines = ["# Prune ratio and scores", "", _outcome(ratio), ""]
+    if "labelled_rows" in scores:
+        lines += [
+            f"What is fine-tuned was made anew on all {scores['labelled_rows']} labelled target "
+            "rows, for the epochs that dev rows had chosen on the train rows alone; dev losses are "
+            "of that first run.",
+            "",
+        ]
+    lines += [f"- {line}" for line in finding_lines(ratio)]
+    lines += [""] if finding_lines(ratio) else []
+    if (run / "ratio.png").exists():
+        lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
+    lines += list(_score_section(scores))
+    if (run / "data.json").exists():
+        lines += list(_leak_section(read_json(run / "data.json")))
+    if (run / "provenance.json").exists():
+        made = read_json(run / "provenance.json")
+        lines += list(times_section(made["time"], made["device"]))
+    write_text(run / "report.md", "\n".join(lines))
+    return run / "report.md"
+
+
+def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
+    for name, first in _sets(scores).items():
+        yield f"## {_title(scores, name, first)}"
+        yield ""
+        yield (
+            "In brackets: 95 % bootstrap interval, contexts drawn. Scores are 0 to 100, loss in "
+            "nats per answer token, mean over examples."
+        )
+        yield ""
+        yield scores_markdown(scores, name)
+        yield from _differing(scores, name)
+        yield comparison(scores, name)
+    if len(_sets(scores)) > 1:
+        yield from _over_sets(scores)
+    yield from _how(scores)
+
+
+def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
+    """Say in words whether pruning paid on a test set; empty without the baselines."""
+    metrics = HEADLINES.get(scores["task"], ())
+    found = scores.get("comparisons", {})
+    unpruned = unpruned_of(scores)
+    if name not in _sets(scores) or unpruned not in found:
+        return ""
+    names = {row["slug"]: row["name"] for row in scores["systems"]}
+    lines: list[str] = []
+    for slug, sets in found.items():
+        said = [_pair(sets[name][metric], metric) for metric in metrics if metric in sets[name]]
+        lines.append(f"- against {names[slug]}: {'; '.join(said)}.")
+    loss = found[unpruned][name].get("loss")
+    verdict = ""
+    if loss is not None:
+        helped = loss["difference"] < 0 and _told_apart(loss)
+        harmed = loss["difference"] > 0 and _told_apart(loss)
+        once = (
+            ", beyond the chance of these test rows. Each was trained once: what another seed or "
+            "stopping epoch would change is not in this test."
+        )
+        verdict = (
+            f"The pruned adapter's test loss is lower than the unpruned one's{once}"
+            if helped
+            else f"The pruned adapter's test loss is higher than the unpruned one's{once}"
+            if harmed
+            else "Pruning did not change the test loss by more than the chance of these test rows."
+        )
+    values = {r["slug"]: r["sets"][name]["scores"].get("loss", {}) for r in scores["systems"]}
+    losses = {slug: score["value"] for slug, score in values.items() if score}
+    best = min(losses, key=lambda slug: losses[slug]) if losses else "final"
+    if best != "final":
+        verdict += f" The lowest loss is that of: {names[best]}."
+    return "\n".join(
+        [f"{verdict} The result, paired with each system on the same rows:".strip(), "", *lines, ""]
+    )
+
+
+def unpruned_of(scores: Mapping[str, Any]) -> str:
+    """Return the slug of the system that is the result but for pruning."""
+    return scores.get("unpruned", "merged-finetuned")
+
+
+def _pair(pair: Mapping[str, Any], metric: str) -> str:
+    digits = 3 if metric in NATIVE else 1
+    sure = "" if _told_apart(pair) else ", not told apart"
+    return (
+        f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} "
+        f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}], {_chance(pair['p_value'])}{sure}"
+        if pair["low"] is not None
+        else f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} (one context: no test)"
+    )
+
+
+def _chance(p_value: float) -> str:
+    return "p < 0.01" if p_value < 0.01 else f"p {p_value:.2f}"
+
+
+def _told_apart(pair: Mapping[str, Any]) -> bool:
+    return pair["p_value"] is not None and pair["p_value"] < 0.05
+
+
+def _differing(scores: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Name the columns whose systems were scored with different settings."""
+    for metric in _sets(scores)[name]["scores"]:
+        kinds = {str(row["sets"][name]["scores"][metric]["settings"]) for row in scores["systems"]}
+        if len(kinds) > 1:
+            yield (
+                f"The column {TITLES.get(metric, metric)} holds scores of different settings "
+                "(tokenizer, model or rescaling): do not compare them.\n"
+            )
+
+
+def _over_sets(scores: Mapping[str, Any]) -> Iterator[str]:
+    shown = [m for m in HEADLINES.get(scores["task"], ()) if m in scores["systems"][0]["mean"]]
+    yield "## Over the test sets: mean, and worst"
+    yield ""
+    yield f"| system | {' | '.join(TITLES.get(m, m) for m in shown)} |"
+    yield f"|---|{'---:|' * len(shown)}"
+    for row in scores["systems"]:
+        cells = [
+            f"{_number(row['mean'][m], m)}, {_number(row['worst'][m]['value'], m)} "
+            f"({row['worst'][m]['set']})"
+            for m in shown
+        ]
+        yield f"| {row['name']} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _how(scores: Mapping[str, Any]) -> Iterator[str]:
+    sets = _sets(scores)
+    if not sets:
+        return
+    yield "## How the scores were made"
+    yield ""
+    for name, first in sets.items():
+        for metric, score in first["scores"].items():
+            settings = ", ".join(f"{k}: {v}" for k, v in score["settings"].items())
+            yield f"- {name}, {TITLES.get(metric, metric)}: {settings}"
+    yield ""
+
+
+def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
+    leaks: Sequence[Mapping[str, Any]] = data.get("leaks", [])
+    if leaks:
+        yield "## Leakage"
+        yield ""
+        yield f"{len(leaks)} pairs of rows stand in two splits; the run was told to go on:"
+        yield ""
+        for leak in leaks[:20]:
+            first, second = (" ".join(leak[side]) for side in ("first", "second"))
+            yield f"- {leak['kind']}: {first} and {second}, similarity {leak['similarity']:.2f}"
+        yield "" if len(leaks) <= 20 else "- ... (all in data.json)\n"
+
+
+def finding_lines(ratio: Mapping[str, Any]) -> list[str]:
+    """Return a line for everything that the run's own numbers say against it."""
+    return [f"{one['name']}: {one['says']}" for one in ratio.get("findings", [])]
+
+
+def _outcome(ratio: Mapping[str, Any]) -> str:
+    verdicts = {
+        "learned": "while searching, a gain over the lowest ratio was shown on rows the choice "
+        "had not seen; what training makes of it, the scores say",
+        "flat": "no gain over the lowest ratio could be shown; the ratio is a guess",
+        "never-fired": "the search was too short for one round; nothing was learned",
+    }
+    verdict = ratio["verdict"]
+    interval = ratio.get("evidence", {}).get("ratio_interval")
+    other = "" if interval is None else f" (other rows: {interval[0]:.2f} to {interval[1]:.2f})"
+    told = verdicts.get(verdict, "")
+    return f"Ratio **{ratio['ratio']:.3f}**{other}, verdict **{verdict}**: {told}."
+
+
+def _sets(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    return scores["systems"][0]["sets"] if scores["systems"] else {}
+
+
+def _title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
+    where = "" if name == "test" else f", test set {name}"
+    return f"{scores['task']}, {one['language']}{where}, {one['n']} rows, seed {scores['seed']}"
+
+
+def _cell(score: Mapping[str, Any], metric: str) -> str:
+    if score["value"] is None:
+        return NO_VALUE
+    if score["low"] is None:
+        return _number(score["value"], metric)
+    ends = f"{_number(score['low'], metric)}, {_number(score['high'], metric)}"
+    return f"{_number(score['value'], metric)} [{ends}]"
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:.2f}" if metric in NATIVE else f"{value:.1f}"
+
+
+def _zeros_title(scores: Mapping[str, Any]) -> list[str]:
+    """Return the title of the column of zeros, if any system is known to have some."""
+    known = any(row.get("zeros") is not None for row in scores["systems"])
+    return ["zeros (%)"] if known else []
+
+
+def _zeros(row: Mapping[str, Any]) -> str:
+    return NO_VALUE if row.get("zeros") is None else f"{100 * row['zeros']:.1f}"

@@ -1,0 +1,1 @@
+"""Answers become scores with intervals and paired tests."""

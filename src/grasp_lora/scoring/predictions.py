@@ -1,0 +1,240 @@
+"""Prediction files: JSON lines -> rows to score; every fault is named by file and line."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.metrics.records import Row
+
+_NEEDED = "id, prediction and references"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a prediction file holds."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    """At least one; where there are several sets, their ids read "set/id"."""
+    sets: tuple[str, ...]
+    """Values of the key `set`, in the order met."""
+    grouped: bool
+    """Whether the rows name their groups."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    where: str
+    set: str | None
+    grouped: bool
+    row: Row
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read a prediction file, see `grasp_lora.scoring.files.read_rows`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, holds no row, or a row is wrong.
+    """
+    lines: list[_Line] = []
+    places: dict[tuple[str | None, str], str] = {}
+    # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+    for number, text in enumerate(_text_of(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        line = _line(text, f"{path}:{number}")
+        first = places.setdefault((line.set, line.row.id), line.where)
+        if first != line.where:
+            raise ValueError(
+                f"{line.where}: the id {line.row.id!r} was used at {first}; "
+                "give each row an id of its own"
+            )
+        if lines and line.grouped != lines[0].grouped:
+            lacking = line if lines[0].grouped else lines[0]
+            raise ValueError(
+                f'{lacking.where}: no "group", but other rows have one; '
+                "give it to every row or to none"
+            )
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} holds no row; it needs at least one, a JSON object a line")
+    sets = tuple(dict.fromkeys(line.set for line in lines if line.set is not None))
+    rows = (line.row if len(sets) < 2 else _named_by_set(line) for line in lines)
+    return Predictions(path, tuple(rows), sets, lines[0].grouped)
+
+
+def matched(a: Predictions, b: Predictions) -> tuple[list[Row], list[Row]]:
+    """Return the rows of both systems in the order of A, in the groups that a file names.
+
+    Raises:
+        ValueError: ids, references or groups differ.
+    """
+    of_b = {row.id: row for row in b.rows}
+    of_a = {row.id for row in a.rows}
+    _refuse_lone(a.path, b.path, [row.id for row in a.rows if row.id not in of_b])
+    _refuse_lone(b.path, a.path, [row.id for row in b.rows if row.id not in of_a])
+    pairs = [(row, of_b[row.id]) for row in a.rows]
+    for one, other in pairs:
+        if one.references != other.references:
+            raise ValueError(
+                f"the id {one.id!r} has the references {_short(one.references)} in {a.path}, but "
+                f"{_short(other.references)} in {b.path}; score both systems by the same references"
+            )
+        if a.grouped and b.grouped and one.group != other.group:
+            raise ValueError(
+                f"the id {one.id!r} is of group {one.group!r} in {a.path}, but of {other.group!r} "
+                f"in {b.path}; group the rows alike in both, or in one of the files only"
+            )
+    if a.grouped or not b.grouped:
+        return [one for one, _ in pairs], [other for _, other in pairs]
+    return [replace(one, group=other.group) for one, other in pairs], [row for _, row in pairs]
+
+
+def _refuse_lone(path: Path, other: Path, ids: list[str]) -> None:
+    if ids:
+        named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if ids[3:] else "")
+        raise ValueError(
+            f"{other} has no row for the id {named} of {path}; "
+            "compare predictions for the same rows"
+        )
+
+
+def _named_by_set(line: _Line) -> Row:
+    row, name = line.row, f"{line.set or ''}/{line.row.id}"
+    return replace(row, id=name, group=f"{line.set or ''}/{row.group}" if line.grouped else name)
+
+
+def _text_of(path: Path) -> str:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of predictions, JSON lines")
+    if not path.is_file():
+        raise FileNotFoundError(f"no prediction file at {path}; give the path of a .jsonl file")
+    content = path.read_bytes()
+    if content.startswith(_UTF16_MARKS) or b"\0" in content[:4]:
+        raise ValueError(f"{path} is UTF-16 or UTF-32, not UTF-8; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        found = content[error.start]
+        raise ValueError(
+            f"{path}:{number}: not UTF-8 (byte 0x{found:02x}); save the file as UTF-8"
+        ) from None
+
+
+def _line(text: str, where: str) -> _Line:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: not JSON ({error}) in {_short(text)}; write one JSON object a line"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where}: {_short(values)} is no JSON object; write one with {_NEEDED} a line"
+        )
+    for key in ("id", "prediction"):
+        if key not in values:
+            raise ValueError(f"{where}: no {key!r} among {_short(list(values))}; needed: {_NEEDED}")
+    group = _name(values, _group_key(values), where)
+    row = Row(
+        id=_name(values, "id", where, needed=True) or "",
+        prediction=_prediction(values["prediction"], where),
+        references=_references(values, where),
+        group=group or "",
+        loss=_loss(values.get("loss"), where),
+        tokens=_tokens(values.get("tokens"), where),
+    )
+    return _Line(where, _name(values, "set", where), group is not None, row)
+
+
+def _group_key(values: Mapping[str, Any]) -> str:
+    return "context_id" if values.get("group") is None else "group"
+
+
+def _name(values: Mapping[str, Any], key: str, where: str, needed: bool = False) -> str | None:
+    """A text or whole number as text; None where it is absent or null and not needed."""
+    value = values.get(key)
+    if value is None and not needed:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(
+            f"{where}: {key} {_short(value)}; "
+            "it must be a text that is not empty, or a whole number"
+        )
+    return _whole(str(value), key, where)
+
+
+def _prediction(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{where}: prediction {_short(value)}; it must be a text, "
+            'write "" where a system said nothing'
+        )
+    return _whole(value, "prediction", where)
+
+
+def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if ("references" in values) == ("reference" in values):
+        both = "references" in values
+        raise ValueError(
+            f"{where}: {'both references and reference are' if both else 'no references'} "
+            f"among {_short(list(values))}; give a list of texts as references, "
+            "or one text as reference"
+        )
+    given = values["references"] if "references" in values else [values["reference"]]
+    if not isinstance(given, list) or not given:
+        raise ValueError(
+            f"{where}: references {_short(given)}; it must be a list of at least one text"
+        )
+    for text in given:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{where}: reference {_short(text)}; it must be a text that is not empty"
+            )
+    return tuple(_whole(text, "reference", where) for text in given)
+
+
+def _whole(text: str, key: str, where: str) -> str:
+    # JSON can spell half of a surrogate pair, which no tokenizer and no file takes.
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(
+            f"{where}: {key} {_short(text)} holds half of a surrogate pair, which is no character; "
+            "write the file anew from the system's text"
+        )
+    return text
+
+
+def _loss(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"{where}: loss {_short(value)}; it must be a finite number of at least 0 "
+            "(nats per token), leave it out where there is none"
+        )
+    return float(value)
+
+
+def _tokens(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{where}: tokens {_short(value)}; it must be a whole number of at least 1, "
+            "leave it out where there is none"
+        )
+    return value
+
+
+def _short(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    # A lone surrogate cannot be printed.
+    shown = shown.encode("utf-8", "backslashreplace").decode()
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,173 @@
+"""Predictions of a test set -> scores with intervals, and two systems side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.config.run_config import RunConfig, section_of
+from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
+from grasp_lora.scoring.files import resampling
+from grasp_lora.tasks.base import task_named
+
+# Left out of the pairing of systems within a run: its encoder would have to read all texts again.
+_SLOW = ("bertscore_f1",)
+
+
+def metric_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the scores a run computes: those asked for, else the task's own."""
+    if config.evaluate.metrics is not None:
+        return config.evaluate.metrics
+    asked = ("bertscore_f1",) if config.evaluate.bertscore_model else ()
+    return task_named(config.data.task).metrics + asked
+
+
+def metric_options(
+    config: RunConfig, language: str, tokenizer: str | None = None, device: str = "cpu"
+) -> Options:
+    """Return what the scores of a test set in `language` depend on besides its rows."""
+    given = config.evaluate
+    return Options(
+        task=config.data.task,
+        language=language,
+        rules=given.metric_rules,
+        rouge=given.rouge,
+        tokenizer=tokenizer,
+        bertscore_model=given.bertscore_model,
+        bertscore_layer=given.bertscore_layer,
+        bertscore_rescale=given.bertscore_rescale,
+        bertscore_max_length=given.bertscore_max_length,
+        device=device,
+        resamples=given.resamples,
+        seed=config.seed,
+    )
+
+
+def missing_metrics(config: RunConfig) -> list[str]:
+    """Return a fault for every score that cannot be computed here, before any work is done."""
+    names = metric_names(config)
+    languages = dict.fromkeys(
+        [config.data.target.language, *(s.language for s in config.data.tests.values())]
+    )
+    found: dict[str, None] = {}
+    for language in languages:
+        reasons = missing(names, metric_options(config, language))
+        found |= {f"evaluate.metrics {name}: {reason}": None for name, reason in reasons.items()}
+    return list(found)
+
+
+def score_sets(
+    config: RunConfig,
+    sets: Mapping[str, tuple[str, str]],
+    predictions: Mapping[str, Sequence[Row]],
+    tokenizer: str,
+    device: str,
+) -> tuple[dict[str, Any], dict[str, dict[str, tuple[float, ...]]]]:
+    """Score every test set; with several, their mean and the worst of them.
+
+    Args:
+        config: the run's settings.
+        sets: name -> (role, split), as `RunData.test_sets` gives them.
+        predictions: set name -> what was predicted.
+        tokenizer: name of the tokenizer behind the losses.
+        device: where an encoder may run.
+
+    Returns:
+        A `scores.json`, and set name -> metric -> each row's own score.
+    """
+    names = metric_names(config)
+    scored: dict[str, Any] = {}
+    per_row: dict[str, dict[str, tuple[float, ...]]] = {}
+    for name, (role, split) in sets.items():
+        language = section_of(config, role, split).language
+        options = metric_options(config, language, tokenizer, device)
+        found = score(predictions[name], names, options)
+        how = resampling(predictions[name], (), options)
+        scored[name] = {
+            "language": language,
+            "n": len(predictions[name]),
+            "empty": empty_answers(predictions[name]),
+            "scores": {
+                metric: one.to_json() | {"settings": one.settings | how}
+                for metric, one in found.items()
+            },
+        }
+        per_row[name] = {metric: one.per_row for metric, one in found.items()}
+    return {"sets": scored} | _over_sets(scored, names), per_row
+
+
+def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    if len(scored) < 2:
+        return {}
+    mean: dict[str, float] = {}
+    worst: dict[str, Any] = {}
+    for metric in names:
+        values = {name: one["scores"][metric]["value"] for name, one in scored.items()}
+        best_first = METRICS[metric].higher_is_better
+        name = (min if best_first else max)(values, key=lambda key: values[key])
+        mean[metric] = sum(values.values()) / len(values)
+        worst[metric] = {"set": name, "value": values[name]}
+    return {"mean": mean, "worst": worst}
+
+
+def empty_answers(rows: Sequence[Row]) -> int:
+    """Return how many predictions say nothing: every score of text counts them as 0."""
+    return sum(not row.prediction.strip() for row in rows)
+
+
+def evaluation_tables(folder: Path) -> list[Table]:
+    """Return the scores of one evaluation as tables for the terminal, one per test set."""
+    scores = read_json(folder / "scores.json")
+    tables: list[Table] = []
+    for name, one in scores["sets"].items():
+        empty = f", {one['empty']} of them answered with nothing" if one.get("empty") else ""
+        table = Table(title=f"{name}: {one['language']}, {one['n']} rows{empty}")
+        for title in ("score", "value", "95 % interval"):
+            table.add_column(title, justify="left" if title == "score" else "right")
+        for metric, found in one["scores"].items():
+            ends = "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+            table.add_row(metric, f"{found['value']:.2f}", ends)
+        tables.append(table)
+    if "mean" in scores:
+        table = Table(title="over the test sets")
+        for title in ("score", "mean", "worst", "of"):
+            table.add_column(title, justify="right" if title in ("mean", "worst") else "left")
+        for metric, value in scores["mean"].items():
+            worst = scores["worst"][metric]
+            table.add_row(metric, f"{value:.2f}", f"{worst['value']:.2f}", worst["set"])
+        tables.append(table)
+    return tables
+
+
+def rows_by_set(folder: Path) -> dict[str, list[Row]]:
+    """Return set name -> the rows of an evaluation's `predictions.jsonl`."""
+    found: dict[str, list[Row]] = {}
+    for row in read_jsonl(folder / "predictions.jsonl"):
+        found.setdefault(row["set"], []).append(
+            Row(
+                row["id"],
+                row["prediction"],
+                tuple(row["references"]),
+                row["group"],
+                row["loss"],
+                row["tokens"],
+            )
+        )
+    return found
+
+
+def compare_evaluations(
+    config: RunConfig, one: Path, other: Path, sets: Mapping[str, tuple[str, str]], tokenizer: str
+) -> dict[str, Any]:
+    """Return set name -> metric -> the paired test of two evaluations, `one` less `other`."""
+    ours, theirs = rows_by_set(one), rows_by_set(other)
+    names = [name for name in metric_names(config) if name not in _SLOW]
+    compared: dict[str, Any] = {}
+    for name, (role, split) in sets.items():
+        language = section_of(config, role, split).language
+        options = metric_options(config, language, tokenizer)
+        pairs = compare(ours[name], theirs[name], names, options)
+        compared[name] = {metric: pair.to_json() for metric, pair in pairs.items()}
+    return compared

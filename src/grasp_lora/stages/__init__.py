@@ -1,0 +1,1 @@
+"""One stage a file: explicit inputs in, one folder out."""

@@ -1,0 +1,108 @@
+"""What a run's numbers say against it, gathered from the stages' folders."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.core.controller.rounds import ControllerConfig, RatioChoice, RoundRecord
+from grasp_lora.core.evidence import findings
+from grasp_lora.core.evidence.findings import Finding
+from grasp_lora.workbench.folders import STAGE_FILE
+
+
+def search_findings(
+    config: ControllerConfig,
+    choice: RatioChoice,
+    records: Sequence[RoundRecord],
+    flipped: Sequence[int],
+    entries: int,
+    micro_dev: int,
+    pool: int,
+) -> list[dict[str, Any]]:
+    """Return what the search itself shows, JSON-able.
+
+    Args:
+        config: settings of the controller.
+        choice: how the search ended.
+        records: its rounds.
+        flipped: entries that changed side at each round.
+        entries: of the adapter.
+        micro_dev: how many of the pool's first rows are micro-dev.
+        pool: rows there are to probe.
+    """
+    found = [
+        findings.never_fired(choice.verdict),
+        findings.at_bound(choice.ratio, choice.verdict, config),
+        findings.thrashing(records, flipped, entries),
+        findings.coarse_reward(records),
+    ]
+    if 0 < micro_dev < pool:
+        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev), config))
+    return _shown(found)
+
+
+def add_run_findings(
+    out: Path, final: Path, alone: dict[str, Path], systems: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Add to `ratio.json` what only the final run and the baselines show.
+
+    Args:
+        out: the run's folder; its `ratio.json` and `baselines/` are read.
+        final: folder of the final adapter.
+        alone: name -> folder of a single adapter that was chosen on the same dev rows.
+        systems: of `scores.json`.
+    """
+    ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
+    rows = stage.get("best_rows", [])
+    found: list[Finding | None] = []
+    if stage["best"] is not None:
+        kept, steps = stage["best"]["step"], stage["steps"]
+        search = _stage(out / "search")
+        if search.get("best"):  # the final run went on from there
+            kept, steps = kept + search["best"]["step"], steps + search["steps"]
+        found.append(findings.overfitting(kept, steps))
+    unpruned = out / "baselines" / "merged-finetuned"
+    folders = {"final run": final, "unpruned merge": unpruned}
+    curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
+    found.append(findings.undertrained(curves))
+    whole = _best_rows(unpruned)
+    # Of a late merge, which nothing was trained on, that is another merge, not this one unpruned.
+    if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
+        found.append(findings.over_pruned(rows, whole))
+    others = {name: _best_rows(folder) for name, folder in alone.items()}
+    others = {name: losses for name, losses in others.items() if len(losses) == len(rows)}
+    if rows and others:
+        found.append(findings.not_worth_merging(rows, others))
+    found.append(findings.empty_answers({one["name"]: _empty(one["sets"]) for one in systems}))
+    known = ratio.get("findings", [])
+    names = {one["name"] for one in _shown(found)}
+    kept = [one for one in known if one["name"] not in names]
+    write_json(out / "ratio.json", ratio | {"findings": kept + _shown(found)})
+
+
+def _empty(sets: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    # Scores that an earlier version wrote have no count.
+    counted = [one for one in sets.values() if "empty" in one]
+    return sum(one["empty"] for one in counted), sum(one["n"] for one in counted)
+
+
+def _best_rows(folder: Path) -> list[float]:
+    return list(_stage(folder).get("best_rows", []))
+
+
+def _curve(folder: Path) -> list[list[float]]:
+    """Return the dev rows' losses at every evaluation; JSON has none for those not finite."""
+    rows = _stage(folder).get("rows", [])
+    return [[math.nan if loss is None else loss for loss in losses] for losses in rows]
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    file = folder / STAGE_FILE
+    return read_json(file) if file.exists() else {}
+
+
+def _shown(found: Iterable[Finding | None]) -> list[dict[str, Any]]:
+    return [asdict(one) for one in found if one is not None]

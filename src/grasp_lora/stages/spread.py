@@ -1,0 +1,87 @@
+"""Part of the search: how the learned ratio is spread over groups of tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_lora.core.controller.rounds import draw_rows
+from grasp_lora.core.evidence.crossfit import halves, pooled
+from grasp_lora.core.pruning.group_ratios import combined, trials
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.models.row_losses import row_losses
+from grasp_lora.training.groups import ratio_by_group, sizes_of
+from grasp_lora.training.live import LiveAdapter, scored
+from grasp_lora.workbench.context import Context
+
+ROWS = 16
+
+
+def spread_ratio(
+    context: Context,
+    live: LiveAdapter,
+    norms: Mapping[str, Tensor] | None,
+    ratio: float,
+    splits: tuple[str, ...],
+) -> dict[str, Any]:
+    """Probe ratios that differ between groups; return those to take, with the evidence.
+
+    Args:
+        context: data and settings; `scope` names the groups.
+        live: the adapter as the search left it.
+        norms: input norms of the importance rule, or None.
+        ratio: what the search has learned.
+        splits: where the rows come from.
+
+    Returns:
+        `ratios`, group -> fraction removed, None where nothing better than one ratio was shown;
+        `evidence`, None where there was nothing to spread or too few rows; `forwards`.
+    """
+    nothing: dict[str, Any] = {"ratios": None, "evidence": None, "forwards": 0}
+    scope, rule = context.config.scope, IMPORTANCE[context.config.importance]
+    rows = context.rows("target", splits)
+    generator = torch.Generator().manual_seed(context.config.seed)
+    drawn = draw_rows([e.group for e in rows.encoded], ROWS, generator)
+    if not 0.0 < ratio < 1.0 or len(drawn) < 4:
+        return nothing
+    batches, sizes = rows.batches(drawn), sizes_of(live, scope)
+    measured = 0
+
+    def losses(ratios: Mapping[str, float]) -> list[float]:
+        nonlocal measured
+        (masks,) = live.masks(scored(rule, norms), [ratio_by_group(scope, ratios)])
+        with live.trial(masks), context.clock.span("probe"):
+            measured += len(drawn)
+            return row_losses(live.model, batches, len(drawn))
+
+    base = losses(dict.fromkeys(sizes, ratio))
+    found = {trial: losses(ratios) for trial, ratios in trials(ratio, sizes).items()}
+    tested: list[list[float]] = []
+    splits_of_rows = halves(range(len(drawn)))
+    for chosen_on, tested_on in (next(splits_of_rows), next(splits_of_rows)):
+        values = losses(combined(ratio, found, base, chosen_on, sizes))
+        tested.append([base[row] - values[row] for row in sorted(tested_on)])
+    gain = pooled(tested)
+    assert gain is not None, "two halves were tested"
+    chosen = combined(ratio, found, base, range(len(drawn)), sizes)
+    context.narrator.say(
+        f"scope {scope}: {'a ratio for each group' if gain.shown else 'one ratio for all'},"
+        f" gain {gain.gain:.4f} nats (standard error {gain.error:.4f})"
+    )
+    return {
+        "ratios": chosen if gain.shown else None,
+        "evidence": {
+            "gain": gain.gain,
+            "standard_error": gain.error,
+            "shown": gain.shown,
+            "chosen": chosen,
+            "rows": [rows.encoded[i].id for i in drawn],
+            "base": base,
+            "trials": [
+                {"group": group, "shift": shift, "losses": values}
+                for (group, shift), values in found.items()
+            ],
+        },
+        "forwards": measured,
+    }

@@ -1,0 +1,1 @@
+"""The live adapter and the Trainer's callbacks."""

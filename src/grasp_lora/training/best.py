@@ -1,0 +1,127 @@
+"""The best checkpoint by dev loss, step 0 included, and early stopping."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from grasp_lora.base.clock import Clock
+from grasp_lora.models.preserve import preserved
+from grasp_lora.models.row_losses import Rows, row_losses
+from grasp_lora.training.live import LiveAdapter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Dev loss at one step (nats; mean over rows of the mean over answer tokens)."""
+
+    step: int
+    loss: float
+
+
+class BestCallback(TrainerCallback):
+    """Measures the dev loss before the first step and after every epoch; keeps the best adapter.
+
+    Step 0 takes part: a start that training only makes worse is what comes out. Training stops
+    after `patience` evaluations in a row without a new best.
+
+    Args:
+        live: the adapter.
+        rows: the dev rows.
+        every: optimizer steps of an epoch.
+        patience: evaluations without a new best before training stops; None never stops.
+        on_evaluation: called with every evaluation.
+        clock: charged with the evaluations, as `dev`.
+        whole: measure with nothing pruned, for masks that change from one evaluation to the next.
+    """
+
+    name = "best"
+
+    def __init__(
+        self,
+        live: LiveAdapter,
+        rows: Rows,
+        every: int,
+        patience: int | None,
+        on_evaluation: Callable[[Evaluation], None],
+        clock: Clock | None = None,
+        whole: bool = False,
+    ):
+        self._live = live
+        self._whole = whole
+        self._batches = rows.batches(range(len(rows.encoded)))
+        self._count = len(rows.encoded)
+        self._every = every
+        self._patience = patience
+        self._on_evaluation = on_evaluation
+        self._clock = clock or Clock()
+        self._best: dict[str, Tensor] = {}
+        self.evaluations: list[Evaluation] = []
+        self.rows: list[list[float]] = []
+        """Losses of the dev rows at each evaluation."""
+        self.best: Evaluation | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the start, unless the run goes on from a checkpoint."""
+        if state.global_step == 0:
+            with self._clock.span("dev"):
+                self._evaluate(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure at the end of an epoch and of the run; stop when patience has run out."""
+        # Not in on_epoch_end: a checkpoint of an epoch's last step is written before that event,
+        # and a run resumed from it would never see the evaluation.
+        step = state.global_step
+        if not self.exhausted() and (step % self._every == 0 or step == state.max_steps):
+            with self._clock.span("dev"):
+                self._evaluate(step)
+        if self.exhausted():
+            control.should_training_stop = True
+
+    def exhausted(self) -> bool:
+        """Return whether `patience` evaluations in a row have brought no new best."""
+        if self._patience is None or self.best is None:
+            return False
+        steps = [e.step for e in self.evaluations]
+        return len(steps) - 1 - steps.index(self.best.step) >= self._patience
+
+    def _evaluate(self, step: int) -> None:
+        live = self._live
+        with live.whole() if self._whole else preserved(live.model, live.params):
+            live.model.eval()
+            losses = row_losses(live.model, self._batches, self._count)
+        evaluation = Evaluation(step, sum(losses) / len(losses))
+        self.evaluations.append(evaluation)
+        self.rows.append(losses)
+        if self.best is None or _better(evaluation.loss, self.best.loss):
+            self.best = evaluation
+            self._best = live.snapshot()
+        self._on_evaluation(evaluation)
+
+    def restore(self) -> Evaluation:
+        """Put the best adapter into the model and return its evaluation."""
+        assert self.best is not None
+        self._live.load(self._best)
+        return self.best
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the best adapter and all evaluations."""
+        values: dict[str, Any] = {"evaluations": [asdict(e) for e in self.evaluations]}
+        values["rows"] = self.rows
+        if self.best is not None:
+            values["best"] = asdict(self.best)
+        return dict(self._best), values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over a state, patience included (it is counted from the evaluations)."""
+        self._best = dict(tensors)
+        self.evaluations = [Evaluation(**e) for e in values["evaluations"]]
+        self.best = Evaluation(**values["best"]) if "best" in values else None
+        self.rows = [list(losses) for losses in values["rows"]]
+
+
+def _better(loss: float, best: float) -> bool:
+    return math.isfinite(loss) and not loss >= best

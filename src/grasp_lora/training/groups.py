@@ -1,0 +1,51 @@
+"""Groups of mask units that have a ratio of their own."""
+
+from collections.abc import Callable, Mapping
+
+from grasp_lora.training.live import Block, LiveAdapter, RatioOf
+
+SCOPES: Mapping[str, Callable[[Block], str]] = {
+    "global": lambda block: "all",
+    "module-type": lambda block: block.module.rpartition(".")[2],
+    "layer": lambda block: _layer(block.module),
+    "adapter": lambda block: f"adapter {block.source}",
+}
+"""Scope -> the name of a block's group."""
+
+
+def _layer(module: str) -> str:
+    """Return the first number in a module's name; modules outside the layers are one group."""
+    numbers = [part for part in module.split(".") if part.isdigit()]
+    return f"layer {numbers[0]}" if numbers else "outside"
+
+
+def sizes_of(live: LiveAdapter, scope: str) -> dict[str, int]:
+    """Return group -> its entries, in the order of the adapter's blocks."""
+    sizes: dict[str, int] = {}
+    for block, a, b in live.effective_blocks():
+        group = SCOPES[scope](block)
+        sizes[group] = sizes.get(group, 0) + a.numel() + b.numel()
+    return sizes
+
+
+def ratio_by_group(scope: str, ratios: Mapping[str, float]) -> RatioOf:
+    """Return what `LiveAdapter.masks` takes for a ratio that differs between groups.
+
+    Args:
+        scope: a key of `SCOPES`.
+        ratios: group -> fraction removed, in [0, 1].
+
+    Raises (when it is used):
+        ValueError: a block's group has no ratio.
+    """
+
+    def ratio_of(block: Block) -> float:
+        group = SCOPES[scope](block)
+        if group not in ratios:
+            raise ValueError(
+                f"no ratio for {group!r} of scope {scope}, only for {', '.join(ratios)}; the ratios"
+                " were learned on another adapter, so search again"
+            )
+        return ratios[group]
+
+    return ratio_of

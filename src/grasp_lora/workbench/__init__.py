@@ -1,0 +1,1 @@
+"""What every stage works with: backbone, encoded examples, reporter, processes."""

@@ -1,0 +1,321 @@
+"""What every stage works on: the settings, the data, the backbone, and how to show progress."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from grasp_lora.base.clock import Clock
+from grasp_lora.config.run_config import RunConfig, section_of
+from grasp_lora.core.lora import MergedModule
+from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
+from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
+from grasp_lora.models.memory import MemoryPlan
+from grasp_lora.models.row_losses import Rows, can_share
+from grasp_lora.tasks.base import Example, Task, task_named
+from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
+from grasp_lora.tasks.prompts import template_for
+from grasp_lora.training.activations import input_norms
+from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.workbench.processes import is_main, join
+from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.rows import RunData, load_run_data
+
+
+@dataclass
+class Context:
+    """One process's working set. Built once, shared by the stages of a run.
+
+    Attributes:
+        config: the run's settings.
+        data: examples per role and split.
+        backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
+        task: the task of the data.
+        narrator: prints for the user.
+        clock: says where the time goes.
+        on_saved: called after every checkpoint.
+    """
+
+    config: RunConfig
+    data: RunData
+    backbone: Backbone
+    task: Task
+    narrator: Narrator
+    clock: Clock = field(default_factory=Clock)
+    on_saved: Callable[[], Any] = lambda: None
+    encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
+    _norms_known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def collator(self) -> Collator:
+        """The collator that fits the backbone's arguments."""
+        model = self.backbone.model
+        return Collator(
+            self.backbone.pad_id,
+            with_position_ids=accepts(model, "position_ids"),
+            with_logits_to_keep=accepts(model, "logits_to_keep"),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row: `data.max_length` or the task's own, as far as the model goes."""
+        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
+        wanted = max_length(self.config)
+        return wanted if reach is None else min(wanted, int(reach))
+
+    def examples(self, role: str, split: str) -> tuple[Example, ...]:
+        """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
+        return self.data.parts[role].get(split, ())
+
+    def encoded(self, role: str, split: str) -> list[Encoded]:
+        """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
+        if (role, split) not in self._encoded:
+            with self.clock.span("load"):
+                rows, report = encode_part(
+                    self.config, self.data, self.backbone.tokenizer, role, split, self.longest
+                )
+            self._encoded[role, split] = rows
+            self.encoding_reports[f"{role}/{split}"] = report
+            if report.truncated:
+                self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
+            if _is_test(role, split):
+                answered = rows[: self.config.evaluate.limit]
+                capped = capped_line(answered, new_tokens(self.config, role, split))
+                if capped:
+                    self.narrator.say(f"{role} {split}: {capped}")
+        return self._encoded[role, split]
+
+    def on_all_labels(self) -> "Context":
+        """Return a context whose target train rows are all labelled ones; no dev row is left."""
+        parts = self.data.parts["target"]
+        train = tuple(row for split in LABELLED for row in parts.get(split, ()))
+        kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
+        target = kept | {"train": train}
+        data = replace(self.data, parts=self.data.parts | {"target": target})
+        return Context(
+            self.config, data, self.backbone, self.task, self.narrator, self.clock, self.on_saved
+        )
+
+    def end_id(self, role: str, split: str) -> int:
+        """Return the token that ends the answers of a split; in a chat, that of a turn."""
+        self.encoded(role, split)
+        return self.encoding_reports[f"{role}/{split}"].end_id
+
+    def prediction(self, role: str, split: str, text: str) -> str:
+        """Return what is scored of a text generated for a row of a split."""
+        self.encoded(role, split)
+        return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
+
+    def rows(self, role: str, splits: Sequence[str]) -> Rows:
+        """Return the rows of the splits, ready to be probed."""
+        encoded = [e for split in splits for e in self.encoded(role, split)]
+        forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
+        longest = max((len(row.input_ids) for row in encoded), default=0)
+        return Rows(
+            encoded,
+            self.collator,
+            self.config.evaluate.batch_size,
+            forward_tokens,
+            share=can_share(self.backbone.model, longest),
+        )
+
+    @contextmanager
+    def live(
+        self,
+        merged: Mapping[str, MergedModule],
+        mask_unit: str,
+        dropout: float = 0.0,
+        scaling: float = 1.0,
+    ) -> Iterator[LiveAdapter]:
+        """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
+        structure = self.config.structure
+        with self.clock.span("load"):
+            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling, structure)
+        try:
+            yield live
+        finally:
+            live.model.unload()  # type: ignore[operator]
+
+    def norms(self, live: LiveAdapter, importance: str) -> dict[str, Tensor] | None:
+        """Return input norms over the target train rows, or None for a rule without need."""
+        if importance not in NEEDS_NORMS:
+            return None
+        with self.clock.span("masks"):
+            return self._norms(live)
+
+    def _norms(self, live: LiveAdapter) -> dict[str, Tensor]:
+        blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
+        if blank:
+            self.narrator.say(
+                f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
+                f" {blank[0].module}); the activation rule is blind there, magnitude is used"
+            )
+        # Search, final run and baselines of a run start from the same merge: one reading of the
+        # train rows serves them all.
+        digest = live.digest()
+        if digest not in self._norms_known:
+            train = replace(self.rows("target", ["train"]), share=False)
+            batches = train.batches(range(len(train.encoded)))
+            found = input_norms(live.model, live.layers, [batch for _, batch in batches])
+            self._norms_known[digest] = found
+        norms = self._norms_known[digest]
+        unread = [name for name in live.layers if name not in norms]
+        if unread:
+            self.narrator.say(
+                f"{len(unread)} of {len(live.layers)} adapted modules read nothing of the train"
+                f" rows (first: {unread[0]}); magnitude is used there"
+            )
+        return norms
+
+
+LABELLED = ("train", "dev", "micro_dev")
+"""Splits of the target rows that have labels to train on; test rows are for the end."""
+_POSITIONS = "max_position_embeddings"
+
+
+def max_length(config: RunConfig) -> int:
+    """Return the most tokens of prompt and answer together."""
+    return config.data.max_length or task_named(config.data.task).max_length
+
+
+def new_tokens(config: RunConfig, role: str, split: str) -> int:
+    """Return the most tokens that are generated for an answer to a row of a split.
+
+    Raises:
+        ValueError: `evaluate.min_new_tokens` asks for more.
+    """
+    language, given = section_of(config, role, split).language, config.evaluate
+    most = given.max_new_tokens or task_named(config.data.task).new_tokens(language)
+    if given.min_new_tokens > most:
+        raise ValueError(
+            f"evaluate.min_new_tokens: {given.min_new_tokens} is more than the {most} tokens an"
+            " answer may have (evaluate.max_new_tokens); lower it, or raise the other"
+        )
+    return most
+
+
+def _is_test(role: str, split: str) -> bool:
+    return role == "tests" or split == "test"
+
+
+def encode_part(
+    config: RunConfig,
+    data: RunData,
+    tokenizer: Any,
+    role: str,
+    split: str,
+    longest: int | None = None,
+) -> tuple[list[Encoded], EncodingReport]:
+    """Encode a split as the run does, in at most `longest` tokens a row if that is given."""
+    task, section = task_named(config.data.task), section_of(config, role, split)
+    return encode_examples(
+        data.parts[role].get(split, ()),
+        task,
+        tokenizer,
+        longest or max_length(config),
+        section.prompt,
+        for_training=not _is_test(role, split),
+        chat=config.data.chat,
+        new_tokens=new_tokens(config, role, split),
+    )
+
+
+def cut_line(report: EncodingReport, length: int) -> str:
+    """Say how many rows were shortened, by how much, and what was lost with it."""
+    lost = f"; {report.answers_lost} answers were cut off with it" if report.answers_lost else ""
+    return (
+        f"{report.truncated} of {report.rows} contexts cut to fit {length} tokens"
+        f" ({report.cut_tokens_total} tokens, {report.cut_share:.0%} of each on average){lost}"
+    )
+
+
+def capped_line(rows: Sequence[Encoded], limit: int) -> str | None:
+    """Say how many first references no answer of `limit` tokens can equal; None if none."""
+    # The end token need not be generated.
+    lengths = [row.label_tokens - 1 for row in rows]
+    longer = sum(length > limit for length in lengths)
+    if not longer:
+        return None
+    return (
+        f"{longer} of {len(rows)} references are longer than the {limit} new tokens an answer may"
+        f" have (evaluate.max_new_tokens), the longest {max(lengths)}: their scores are capped;"
+        " raise it"
+    )
+
+
+def model_spec(config: RunConfig) -> ModelSpec:
+    """Return the backbone settings of a run."""
+    return ModelSpec(**config.model.model_dump())
+
+
+_WITHOUT = {
+    "logits_to_keep": "logits are computed for the whole length, which costs time and memory",
+    "position_ids": "rows of one batch are padded on the left, so losses may depend on the batch",
+}
+
+
+def planned_memory(config: RunConfig) -> MemoryPlan:
+    """Return the memory the widest training stage is planned to take; loads no weights."""
+    rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
+    stages = (config.train, config.search, config.finetune)
+    return plan_memory(
+        model_spec(config),
+        rank=rank,
+        batch_size=max(stage.batch_size for stage in stages),
+        length=max_length(config),
+    )
+
+
+def open_data(config: RunConfig, context: Context | None) -> RunData:
+    """Return the rows of `context`, or read them: a stage's key depends on them."""
+    if context is not None:
+        return context.data
+    return load_run_data(config, Narrator(not is_main()).say)
+
+
+def open_context(
+    config: RunConfig,
+    quiet: bool = False,
+    data: RunData | None = None,
+    training: bool = True,
+    clock: Clock | None = None,
+) -> Context:
+    """Load data, then the backbone (data faults are found before a model is loaded).
+
+    Args:
+        config: the run's settings.
+        quiet: print nothing.
+        data: rows that are read already.
+        training: False plans no memory for training.
+        clock: charged from here on; a new one without.
+
+    Raises:
+        ValueError: the data or the backbone cannot be used, with what to do.
+    """
+    join(config)
+    narrator, clock = Narrator(quiet or not is_main()), clock or Clock()
+    with clock.span("load"):
+        data = data or load_run_data(config, narrator.say, training=training)
+        for notice in prompt_notices(config, data):
+            narrator.say(notice)
+        if training:
+            narrator.say(f"memory planned: {planned_memory(config)}")
+        backbone = load_backbone(model_spec(config), narrator.say)
+    missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
+    for argument in missing:
+        narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
+    return Context(config, data, backbone, task_named(config.data.task), narrator, clock)
+
+
+def prompt_notices(config: RunConfig, data: RunData) -> list[str]:
+    """Return a line for every language without a prompt of its own, where English stands in."""
+    task = task_named(config.data.task)
+    sections = [
+        section_of(config, role, split) for role in data.parts for split in data.parts[role]
+    ]
+    languages = dict.fromkeys(s.language for s in sections if s.prompt is None)
+    notices = (template_for(task, language)[1] for language in languages)
+    return [notice for notice in notices if notice]

@@ -1,0 +1,146 @@
+"""What a configuration's rows look like to the model: sizes, cuts, tokens, examples, leakage."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from grasp_lora.base.files import write_text
+from grasp_lora.config.run_config import RunConfig, section_of
+from grasp_lora.models.backbones import load_tokenizer
+from grasp_lora.tasks.base import Example, task_named
+from grasp_lora.tasks.encoding import Encoded, EncodingReport
+from grasp_lora.workbench.context import (
+    encode_part,
+    max_length,
+    model_spec,
+    prompt_notices,
+)
+from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.rows import RunData, load_run_data
+
+SHOWN_EXAMPLES = 3
+PROMPT_MARK, ANSWER_MARK, END_MARK = "[PROMPT>", "[ANSWER>", "<END]"
+_HEAD = (
+    "| rows of | language | rows | contexts | context chars | prompt tokens (median, longest) "
+    "| cut rows | tokens cut | answers cut off | label tokens (mean, longest) | fertility |"
+)
+
+
+def describe_data(
+    config: RunConfig, out: Path | None = None, quiet: bool = False, overwrite: bool = False
+) -> str:
+    """Describe every split of a configuration; loads the tokenizer, no weights.
+
+    Rows that two splits share do not stop it: they are the leakage verdict.
+
+    Args:
+        config: the run's settings.
+        out: a Markdown file to write as well.
+        quiet: print no progress.
+        overwrite: replace `out`.
+
+    Returns:
+        The description in Markdown.
+
+    Raises:
+        FileNotFoundError, ValueError: the rows or the tokenizer cannot be read, or `out` exists.
+    """
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
+    notes: list[str] = []
+    told = config.model_copy(
+        update={"data": config.data.model_copy(update={"allow_leakage": True})}
+    )
+    data = load_run_data(told, notes.append, training=False)
+    notes += prompt_notices(config, data)
+    tokenizer, name = load_tokenizer(model_spec(config), Narrator(quiet).say)
+    lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
+    lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
+    shown: dict[str, list[str]] = {}
+    for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
+        examples = data.parts[role][split]
+        encoded, report = encode_part(config, data, tokenizer, role, split)
+        language = section_of(config, role, split).language
+        lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
+        if language not in shown and examples:
+            shown[language] = list(_examples(examples, encoded, tokenizer, f"{role}/{split}"))
+    lines += ["", _footnote(config), ""]
+    for language, texts in shown.items():
+        lines += [f"## {language}, as the model sees it", "", *texts]
+    text = "\n".join(lines)
+    if out is not None:
+        write_text(out, text)
+    return text
+
+
+def _verdict(data: RunData) -> Iterator[str]:
+    if not data.leaks:
+        yield (
+            "Leakage: none found (ids across languages, contexts, exact and near-duplicate texts)."
+        )
+        return
+    yield f"**Leakage: {len(data.leaks)} pairs of rows stand in two splits.** A run refuses them:"
+    yield ""
+    for leak in data.leaks[:10]:
+        first, second = (" ".join(side) for side in (leak.first, leak.second))
+        yield f"- {leak.kind}: {first} and {second}, similarity {leak.similarity:.2f}"
+    if len(data.leaks) > 10:
+        yield f"- and {len(data.leaks) - 10} more"
+
+
+def _row(
+    where: str,
+    language: str,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    report: EncodingReport,
+) -> str:
+    if not examples:
+        return f"| {where} | {language} | 0 |{' |' * 8}"
+    prompts = sorted(row.prompt_length for row in encoded)
+    labels = [row.label_tokens for row in encoded]
+    cells = [
+        where,
+        language,
+        str(len(examples)),
+        str(len({e.group for e in examples})),
+        f"{mean(_body_length(e) for e in examples):.0f}",
+        f"{prompts[len(prompts) // 2]}, {prompts[-1]}",
+        f"{report.truncated} ({report.truncated / len(examples):.0%})",
+        str(report.cut_tokens_total),
+        str(report.answers_lost),
+        f"{mean(labels):.1f}, {max(labels)}",
+        f"{report.fertility or 0:.2f} a {report.fertility_unit}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _body_length(example: Example) -> int:
+    return len(next(iter(example.fields.values())))
+
+
+def _footnote(config: RunConfig) -> str:
+    task = task_named(config.data.task)
+    kept = config.evaluate.max_new_tokens or task.new_tokens(config.data.target.language)
+    return (
+        f"Rows hold at most {max_length(config)} tokens; test rows keep room for an answer of "
+        f"{kept}. Fertility: tokens of the tokenizer per word, or per character in scripts without "
+        "spaces between words; beyond 3 a word the model reads the language in splinters. Answers "
+        "cut off: rows whose answer stood in the part of the context that did not fit."
+    )
+
+
+def _examples(
+    examples: Sequence[Example], encoded: Sequence[Encoded], tokenizer: Any, where: str
+) -> Iterator[str]:
+    for example, row in list(zip(examples, encoded, strict=True))[:SHOWN_EXAMPLES]:
+        ids = list(row.input_ids)
+        prompt = tokenizer.decode(ids[: row.prompt_length])
+        answer = tokenizer.decode(ids[row.prompt_length :])
+        yield f"Row {example.id} of {where}:"
+        yield ""
+        yield "```"
+        yield f"{PROMPT_MARK}{prompt}{ANSWER_MARK}{answer}{END_MARK}"
+        yield "```"
+        yield ""

@@ -1,0 +1,320 @@
+"""The rows of a run: which examples every role trains on, tunes on and is tested on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.config.data_sections import HubData, LanguageData, Rows, TestSet
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
+from grasp_lora.data.files import load_examples
+from grasp_lora.data.hub import ALL, PRESETS, HubRows, load_hub, load_preset, split_published
+from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_line, refuse_leaks
+from grasp_lora.data.separate import separated
+from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
+from grasp_lora.tasks.base import Example, Task, task_named
+
+Parts = dict[str, tuple[Example, ...]]
+Say = Callable[[str], None]
+Given = Mapping[str, Mapping[str, Iterable[Mapping[str, Any]]]]
+"""Role ("source", "target", "tests") -> part -> rows, such as a `datasets.Dataset`."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Examples per role ("source", "target", "tests") and split, and how they came about.
+
+    Attributes:
+        parts: role -> split -> examples; below "tests" one entry for every further test set.
+        dropped: "role/split" -> rows left out because their context was shared out already.
+        sources: "role" -> where the rows came from.
+        leaks: rows that two splits share, where the run was told to go on all the same.
+    """
+
+    parts: dict[str, Parts]
+    dropped: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+    leaks: tuple[Leak, ...] = ()
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the ids of every split with hashes of ids and of whole rows, JSON-able."""
+        record: dict[str, Any] = {
+            role: manifest(parts) | {"from": self.sources.get(role, "")}
+            for role, parts in self.parts.items()
+            if role != "tests"
+        }
+        if "tests" in self.parts:
+            came = {name: self.sources.get(f"tests/{name}", "") for name in self.parts["tests"]}
+            record["tests"] = manifest(self.parts["tests"]) | {"from": came}
+        return (
+            record
+            | {"rows_sha256": self.digest()}
+            | {"dropped": self.dropped, "leaks": [asdict(leak) for leak in self.leaks]}
+        )
+
+    def digest(self) -> str:
+        """Return 16 hex digits over every row: the same rows, the same digits."""
+        content = hashlib.sha256()
+        for role, parts in self.parts.items():
+            for split, rows in parts.items():
+                content.update(f"{role}/{split}\0".encode())
+                for e in rows:
+                    record = [e.id, e.group, e.language, dict(e.fields), e.references]
+                    content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
+        return content.hexdigest()[:16]
+
+    def test_sets(self) -> dict[str, tuple[str, str]]:
+        """Return name -> (role, split) of every test set that has rows, the target's own first."""
+        found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
+        return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
+
+
+def load_run_data(
+    config: RunConfig, say: Say, *, given: Given | None = None, training: bool = True
+) -> RunData:
+    """Read, split and check the rows of a run.
+
+    Args:
+        config: the run's settings.
+        say: receives lines for the user.
+        given: rows from Python, in place of the files of their role.
+        training: False reads for evaluation alone, which needs no training rows.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is empty or malformed, there are too few rows, or two splits share
+            rows and `data.allow_leakage` is not set.
+    """
+    _check_given(config, given or {})
+    reader = _Reader(config, task_named(config.data.task), say, given or {})
+    target = reader.language("target", config.data.target)
+    parts: dict[str, Parts] = {"target": target}
+    if config.data.source is not None:
+        used = [example for rows in target.values() for example in rows]
+        parts = {"source": reader.language("source", config.data.source, used)} | parts
+    if config.data.tests:
+        trained = [
+            e for r in parts for split in parts[r] if split != "test" for e in parts[r][split]
+        ]
+        parts["tests"] = {
+            name: reader.test_set(name, section, trained)
+            for name, section in config.data.tests.items()
+        }
+    if training:
+        _check_target(parts["target"])
+    leaks = _check_leaks(config, parts, say)
+    budget = label_budget(parts["target"])
+    spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
+    tested = sum(map(len, [target.get("test", ()), *parts.get("tests", {}).values()]))
+    say(f"target labels used: {spent or 'none'}; tested on {tested}")
+    for where, count in reader.dropped.items():
+        say(f"{where}: {count} rows left out (their context would be in two splits)")
+    return RunData(parts, reader.dropped, reader.sources, leaks)
+
+
+def _check_given(config: RunConfig, given: Given) -> None:
+    """Refuse rows from Python that no role or part of the run would take."""
+    parts = {"train", "dev", "micro_dev", "test"}
+    known = {"target": parts, "tests": set(config.data.tests)}
+    known |= {"source": parts} if config.data.source is not None else {}
+    for role, rows in given.items():
+        if role not in known:
+            raise ValueError(
+                f"rows are given for {role!r}, which the configuration has not; it has "
+                f"{', '.join(known)}"
+            )
+        named = set(rows) if isinstance(rows, Mapping) else None
+        if named is None or named - known[role]:
+            wrong = f"a {type(rows).__name__}" if named is None else f"{min(named - known[role])!r}"
+            raise ValueError(
+                f"the rows given for {role} must be a mapping of parts "
+                f"({', '.join(sorted(known[role])) or 'none are configured'}), got {wrong}"
+            )
+
+
+def _check_target(target: Parts) -> None:
+    empty = [split for split in ("train", "micro_dev") if not target.get(split)]
+    if empty:
+        raise ValueError(
+            f"the target data has no rows in {' and '.join(empty)}; the search trains on"
+            " train and probes micro_dev: give data.target.rows or data.target.files for both"
+        )
+
+
+def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
+    named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
+    leaks = find_leaks(named, threshold=config.data.near_duplicates)
+    # Two test sets may share rows: nothing is learned from either.
+    counted = tuple(leak for leak in leaks if not _are_tests(leak.first[0], leak.second[0]))
+    if counted and not config.data.allow_leakage:
+        refuse_leaks(counted)
+    if counted:
+        say(
+            f"leakage, allowed: {len(counted)} pairs of rows are in two splits, first: {counted[0]}"
+        )
+    return counted
+
+
+def _are_tests(*splits: str) -> bool:
+    return all(split.startswith("tests/") or split.endswith("/test") for split in splits)
+
+
+@dataclass
+class _Reader:
+    """Reads the sections of one configuration; collects what the manifest says about them."""
+
+    config: RunConfig
+    task: Task
+    say: Say
+    given: Given
+    dropped: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """The seed of every division."""
+        given = self.config.data.split_seed
+        return self.config.seed if given is None else given
+
+    def language(
+        self, role: str, section: LanguageData, used: Iterable[Example] | None = None
+    ) -> Parts:
+        """Return the parts of a role; rows parallel to `used` go from rows still to be divided."""
+        if role in self.given:
+            self.sources[role] = "given in Python"
+            rows = self.given[role].items()
+            return {part: self._load(source, section, part) for part, source in rows}
+        paths = section.paths()
+        if section.files == "builtin":
+            self.sources[role] = "builtin"
+            return _builtin(section, role, self.config, self.seed)
+        if not paths and not isinstance(section.files, Mapping):
+            return self._published(role, section, used)
+        self.sources[role] = ", ".join(f"{k}={p.name}" if k else p.name for k, p in paths.items())
+        read = {part: self._load(path, section, path.name) for part, path in paths.items()}
+        if "" not in read:
+            return read
+        rows = self._unused(role, read[""], used)
+        if section.labels == "auto":
+            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.seed))
+        split = split_by_group(rows, section.rows, self.seed)
+        return self._note(role, dict(split.parts), dict(split.dropped))
+
+    def test_set(
+        self, name: str, section: TestSet, trained: Sequence[Example]
+    ) -> tuple[Example, ...]:
+        """Return the rows of a further test set, less the translations of rows trained on."""
+        if name in self.given.get("tests", {}):
+            rows = self._load(self.given["tests"][name], section, name)
+            self.sources[f"tests/{name}"] = "given in Python"
+        elif isinstance(section.files, Path):
+            rows = self._load(section.files, section, section.files.name)
+            self.sources[f"tests/{name}"] = section.files.name
+        else:
+            found = self._found(section.files, section, "target")
+            rows = found.rows[found.drawn_from["test"]]
+            self.sources[f"tests/{name}"] = found.record()
+        others = [e for e in trained if e.language != section.language]
+        kept, count = drop_parallel(rows, others)
+        if count:
+            self.say(f"tests/{name}: {parallel_line(rows, others, count, 'training')}")
+        if section.rows is None:
+            return kept
+        return split_by_group(kept, {name: section.rows}, self.seed).parts[name]
+
+    def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
+        found = self._found(section.files, section, role)
+        if isinstance(section.files, HubData):
+            sizes = section.rows or dict.fromkeys(section.files.splits, ALL)
+        else:
+            sizes = section.rows or PRESETS[str(section.files)].sizes[role]
+            self.say(f"{role}: {section.files} {section.language} from {found.used}")
+        self.sources[role] = found.record()
+        if used is not None:
+            found = found.without(lambda rows: self._unused(role, rows, used))
+        split = split_published(found, sizes, self.seed)
+        return self._note(role, dict(split.parts), dict(split.dropped))
+
+    def _found(self, files: Any, section: Rows, role: str) -> HubRows:
+        """Return the published rows that `files`, a preset or a data set of the hub, means."""
+        if isinstance(files, HubData):
+            found = load_hub(
+                files.hub,
+                files.config,
+                files.revision,
+                dict(files.splits),
+                self.task,
+                section.language,
+                columns=section.columns,
+                template=section.prompt,
+                max_faulty=self.config.data.max_faulty,
+            )
+        else:
+            found = load_preset(
+                str(files),
+                section.language,
+                self.config.data.protocol,
+                role=role,
+                max_faulty=self.config.data.max_faulty,
+            )
+        for split, published in found.published.items():
+            if published.report.line():
+                self.say(f"{found.used} {split}: {published.report.line()}")
+        return found
+
+    def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
+        examples, report = load_examples(
+            source,
+            self.task,
+            section.language,
+            columns=section.columns,
+            template=section.prompt,
+            max_faulty=self.config.data.max_faulty,
+        )
+        if report.line():
+            self.say(f"{name}: {report.line()}")
+        return tuple(examples)
+
+    def _unused(
+        self, role: str, rows: tuple[Example, ...], used: Iterable[Example] | None
+    ) -> tuple[Example, ...]:
+        if used is None:
+            return rows
+        used = list(used)
+        kept, count = drop_parallel(rows, used)
+        if count:
+            self.say(f"{role}: {parallel_line(rows, used, count, 'target')}")
+        return tuple(kept)
+
+    def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
+        parts, lost = separated(drawn, threshold=self.config.data.near_duplicates)
+        for split, count in lost.items():
+            if count:
+                self.say(
+                    f"{role}/{split}: {count} of {len(drawn[split])} rows left out, another split"
+                    " has nearly the same text"
+                )
+        self.dropped |= {f"{role}/{split}": n for split, n in dropped.items() if n}
+        return parts
+
+
+def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[str, int]]:
+    held = split_by_group(rows, {"test": test}, seed)
+    taken = {e.group for e in held.parts["test"]}
+    labelled = split_auto([e for e in rows if e.group not in taken], seed)
+    return dict(labelled.parts) | dict(held.parts), dict(labelled.dropped) | dict(held.dropped)
+
+
+def _builtin(section: LanguageData, role: str, config: RunConfig, seed: int) -> Parts:
+    source, target = config.data.source, config.data.target
+    given = {"source": source.rows if source else {}, "target": target.rows}
+    both = builtin_splits(
+        source.language if source and source.files == "builtin" else section.language,
+        target.language if target.files == "builtin" else section.language,
+        {side: sizes or DEFAULT_SIZES[side] for side, sizes in given.items()},
+        seed,
+    )
+    return dict(both[0] if role == "source" else both[1])

@@ -1,0 +1,79 @@
+"""The times of a run: measured below its stages, kept in its folder, carried over a resume."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp_lora.base.clock import PARTS, Clock
+from grasp_lora.base.files import read_json, write_json, write_text
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.models.devices import choose_device
+from grasp_lora.report.pictures import plot_profile
+from grasp_lora.report.time_words import profile_markdown
+from grasp_lora.workbench.context import Context
+from grasp_lora.workbench.folders import STAGE_FILE
+from grasp_lora.workbench.processes import is_main
+
+TIMES_FILE = "timing.json"
+
+
+def open_clock(config: RunConfig, profile: bool) -> Clock:
+    """Return the clock of a run; for a profile on a GPU one that waits for the device.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    if profile and choose_device(config.model.device).type != "cpu":
+        return Clock(synchronize=torch.accelerator.synchronize)
+    return Clock()
+
+
+def carry_times(context: Context) -> None:
+    """Add what earlier processes of this run had spent; keep the times now, and at checkpoints."""
+    kept = context.config.output / TIMES_FILE
+    if is_main() and kept.exists():
+        context.clock.add(read_json(kept))
+    keep_times(context)
+    context.on_saved = lambda: keep_times(context)
+
+
+def keep_times(context: Context) -> dict[str, Any]:
+    """Write the times so far into the run folder; return them, see `Clock.to_json`."""
+    times = context.clock.to_json()
+    if is_main():
+        write_json(context.config.output / TIMES_FILE, times)
+    return times
+
+
+@contextmanager
+def timed_stage(context: Context, folder: Path) -> Iterator[Path]:
+    """Charge the body to the stage that writes `folder`, which is yielded; keep the times.
+
+    A stage that was done before is not timed again.
+    """
+    name = folder.relative_to(context.config.output).as_posix()
+    if (folder / STAGE_FILE).exists():
+        context.clock.skip(name)
+        yield folder
+        return
+    try:
+        with context.clock.stage(name):
+            yield folder
+    finally:
+        keep_times(context)
+
+
+def write_profile(out: Path, times: dict[str, Any]) -> None:
+    """Write `profile.json`, `profile.md` and `profile.png` into a run folder.
+
+    Args:
+        out: the run folder.
+        times: `Clock.to_json()` of the run's clock.
+    """
+    profile = times | {"parts": dict(PARTS)}
+    write_json(out / "profile.json", profile)
+    plot_profile(profile, out / "profile.png")
+    write_text(out / "profile.md", profile_markdown(profile))

@@ -1,0 +1,418 @@
+"""Adapters of every type, loaded as PEFT saved them, scored in batches, and taken off again."""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grasp_lora.adapters import opening
+from grasp_lora.adapters.folder import write_adapter
+from grasp_lora.adapters.opening import adapted, base_named_by, is_adapter, opened, other_bases
+from grasp_lora.generation.generate import generate_texts
+from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
+from grasp_lora.models.cache import GgufSource
+from grasp_lora.models.modules import accepts, base_fingerprint
+from grasp_lora.models.row_losses import Rows, row_losses
+from grasp_lora.tasks.encoding import Collator, Encoded
+from helpers import (
+    EOS_ID,
+    PAD_ID,
+    random_ids,
+    tiny_adapter_folder,
+    tiny_bloom_model,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [100, 3], [7, 6, 5, 4]]
+ANSWERS = [[1, 2, 3], [9], [8, 8], [4, 5, 6, 7]]
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def config(
+    kind: str, targets: Sequence[str] | None = ("q_proj", "v_proj"), **settings: Any
+) -> PeftConfig:
+    if targets and "target_modules" in getattr(peft, kind).__dataclass_fields__:
+        settings = {"target_modules": list(targets)} | settings
+    return getattr(peft, kind)(**{"task_type": "CAUSAL_LM"} | settings)
+
+
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: config("LoraConfig", r=4),
+    "lora without a task type": lambda: config("LoraConfig", r=4, task_type=None),
+    "lora of two ranks": lambda: config("LoraConfig", r=4, rank_pattern={"v_proj": 2}),
+    "dora": lambda: config("LoraConfig", r=4, use_dora=True),
+    "lora and biases": lambda: config("LoraConfig", r=4, bias="all"),
+    "lora and a whole layer": lambda: config("LoraConfig", r=4, modules_to_save=["lm_head"]),
+    "lora and embeddings": lambda: config("LoraConfig", r=4),
+    "lora and tokens": lambda: config("LoraConfig", r=4, trainable_token_indices=[5, 6]),
+    "adalora": lambda: config("AdaLoraConfig", total_step=9),
+    "ia3": lambda: config("IA3Config", feedforward_modules=[]),
+    "loha": lambda: config("LoHaConfig", r=4),
+    "vera": lambda: config("VeraConfig", ["q_proj"], r=4),
+    "llama adapter": lambda: config("AdaptionPromptConfig", None, adapter_len=3, adapter_layers=1),
+    "prompt tuning": lambda: config("PromptTuningConfig", num_virtual_tokens=5),
+    "p-tuning": lambda: config("PromptEncoderConfig", num_virtual_tokens=5, encoder_hidden_size=8),
+    "prefix tuning": lambda: config("PrefixTuningConfig", num_virtual_tokens=5),
+}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    model = tiny_model("llama")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(base_folder: Path) -> Backbone:
+    """Return one backbone for all tests: each must leave it bare."""
+    return load_backbone(ModelSpec(str(base_folder), dtype="float32", device="cpu"))
+
+
+def trained(model: Any, chosen: PeftConfig) -> PeftModel:
+    """Return a PEFT model whose adapter weights all differ from their start."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        adapter = get_peft_model(model, chosen)
+        for weight in adapter.parameters():
+            if weight.requires_grad:
+                weight.data += 0.3 * torch.randn(weight.shape)
+    return adapter.eval()
+
+
+def saved(adapter: PeftModel, folder: Path, **settings: Any) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter.save_pretrained(str(folder), **settings)
+    return folder
+
+
+class Numbers:
+    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+
+    def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return [" ".join(str(i) for i in row if i not in (PAD_ID, EOS_ID)) for row in ids.tolist()]
+
+
+def texts(model: nn.Module, batch_size: int) -> list[str]:
+    settings = {"max_new_tokens": 6, "pad_id": PAD_ID, "stop_ids": [EOS_ID]}
+    return generate_texts(model, Numbers(), PROMPTS, batch_size=batch_size, **settings)
+
+
+def losses(model: nn.Module, batch_size: int) -> Tensor:
+    rows = [
+        Encoded(str(i), "", (*prompt, *answer), len(prompt), 0)
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+    ]
+    collator = Collator(PAD_ID, accepts(model, "position_ids"), accepts(model, "logits_to_keep"))
+    batches = Rows(rows, collator, batch_size).batches(range(len(rows)))
+    return torch.tensor(row_losses(model, batches, len(rows)))
+
+
+@torch.no_grad()
+def by_peft(model: nn.Module) -> tuple[Tensor, list[str]]:
+    """Reference: PEFT's own forward on one row without padding; no cache, no position ids."""
+
+    def logits(ids: Sequence[int]) -> Tensor:
+        return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+
+    values: list[Tensor] = []
+    lines: list[str] = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        predicted = logits([*prompt, *answer])[len(prompt) - 1 : -1]
+        values.append(F.cross_entropy(predicted, torch.tensor(answer)))
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6 and ids[-1] != EOS_ID:
+            ids.append(int(logits(ids)[-1].argmax()))
+        lines.append(" ".join(str(i) for i in ids[len(prompt) :] if i != EOS_ID))
+    return torch.stack(values), lines
+
+
+def assert_equals_peft(model: nn.Module, reference: nn.Module) -> None:
+    values, lines = by_peft(reference)
+    for batch_size in (1, 4):
+        torch.testing.assert_close(losses(model, batch_size), values, rtol=0, atol=1e-5)
+        assert texts(model, batch_size) == lines
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_adapter_scores_as_with_peft_and_leaves_the_backbone_bare(
+    name: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    reference = trained(tiny_model("llama"), CONFIGS[name]())
+    if name == "lora and embeddings":
+        with torch.no_grad():
+            reference.get_input_embeddings().weight.mul_(1.5)
+        folder = saved(reference, tmp_path / "adapter", save_embedding_layers=True)
+    else:
+        folder = saved(reference, tmp_path / "adapter")
+    before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    attributes = set(vars(backbone.model))
+    bare = losses(backbone.model, 4)
+    state = torch.get_rng_state()
+    with adapted(backbone, folder) as model:
+        assert not model.training
+        assert (losses(model, 4) - bare).abs().max() > 1e-3
+        assert_equals_peft(model, reference)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert losses(backbone.model, 4).equal(bare)
+    after = backbone.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[key].equal(value) for key, value in before.items())
+    assert set(vars(backbone.model)) == attributes
+    assert not any(weight.requires_grad for weight in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("name", ["prompt tuning", "prefix tuning"])
+def test_virtual_tokens_do_not_depend_on_the_padding(
+    name: str, arch: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    make = tiny_bloom_model if arch == "bloom" else lambda: tiny_model(arch)
+    reference = trained(make(), CONFIGS[name]())
+    folder = saved(reference, tmp_path / "adapter")
+    other = replace(backbone, model=make().requires_grad_(False), fingerprint=None)
+    with adapted(other, folder) as model:
+        assert_equals_peft(model, reference)
+
+
+def test_virtual_tokens_get_no_logits(backbone: Backbone, tmp_path: Path) -> None:
+    reference = trained(tiny_model("llama"), CONFIGS["prompt tuning"]())
+    ids = random_ids(2, 7)
+    with adapted(backbone, saved(reference, tmp_path / "adapter")) as model:
+        found = model(input_ids=ids).logits
+        last = model(input_ids=ids, logits_to_keep=3).logits
+    expected = reference(input_ids=ids).logits[:, 5:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(last, expected[:, -3:], rtol=0, atol=1e-5)
+
+
+def test_right_padding_is_refused_for_virtual_tokens(backbone: Backbone, tmp_path: Path) -> None:
+    folder = saved(trained(tiny_model("llama"), CONFIGS["prompt tuning"]()), tmp_path / "adapter")
+    mask = torch.tensor([[1, 1, 0]])
+    with adapted(backbone, folder) as model, pytest.raises(ValueError, match="on the left"):
+        model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=mask)
+
+
+def test_adapters_can_follow_each_other_on_one_backbone(backbone: Backbone, tmp_path: Path) -> None:
+    references = {n: trained(tiny_model("llama"), CONFIGS[n]()) for n in ("lora", "ia3")}
+    for name, reference in references.items():
+        with adapted(backbone, saved(reference, tmp_path / name)) as model:
+            assert_equals_peft(model, reference)
+
+
+def test_an_error_inside_leaves_the_backbone_bare(backbone: Backbone, tmp_path: Path) -> None:
+    bare = losses(backbone.model, 4)
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    with pytest.raises(KeyError), adapted(backbone, folder):
+        raise KeyError("inside")
+    assert losses(backbone.model, 4).equal(bare)
+
+
+def test_an_adapter_opens_on_the_base_that_it_names(base_folder: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = tiny_adapter_folder(tmp_path / "adapter", model)
+    name_base(folder, str(base_folder))
+    notices: list[str] = []
+    with opened(folder, notice=notices.append) as (backbone, adapter):
+        assert backbone.public_name == str(base_folder)
+        found = adapter(input_ids=random_ids()).logits.float()
+    assert notices == []
+    reference = PeftModel.from_pretrained(model, str(folder))
+    expected = reference(input_ids=random_ids()).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.5)  # bfloat16 on some machines
+
+
+def test_another_base_than_the_named_one_is_told(base_folder: Path, tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    name_base(folder, "someone/tiny")
+    notices: list[str] = []
+    with opened(str(folder), ModelSpec(str(base_folder)), notices.append):
+        pass
+    assert notices == [f"{folder} names someone/tiny as its base model; it is put on {base_folder}"]
+
+
+def name_base(folder: Path, name: str | None, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text()) | {"base_model_name_or_path": name} | changes
+    path.write_text(json.dumps(content))
+
+
+def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path) -> None:
+    def naming(base: str | None) -> Path:
+        folder = tmp_path / str(base).replace("/", "-")
+        if not folder.exists():
+            tiny_adapter_folder(folder, tiny_model("llama"))
+            name_base(folder, base)
+        return folder
+
+    def told(*bases: str | None) -> list[str]:
+        return other_bases(list(map(naming, bases)), "asked", backbone)
+
+    assert told("asked", None) == []
+    # Two names for the model that is loaded are one base.
+    assert told("asked", backbone.public_name) == []
+    lines = told("some/one", "some/one")
+    assert all("some-one names some/one as its base model; it is put on" in line for line in lines)
+    assert len(lines) == 2
+    first, second, between = told("some/one", "an/other")
+    assert "some/one as" in first
+    assert "an/other as" in second
+    assert "different base models (some/one, an/other)" in between
+    assert "different base models (asked, an/other)" in told(backbone.public_name, "an/other")[-1]
+
+
+def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:
+    with opened(base_folder) as (backbone, model):
+        assert model is backbone.model
+    spec = ModelSpec(str(base_folder), dtype="float32")
+    with opened(str(base_folder), spec) as (backbone, _):
+        assert backbone.dtype == torch.float32
+
+
+def test_a_base_model_for_a_model_is_refused(base_folder: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="is a model and no adapter"),
+        opened(base_folder, ModelSpec("smollm2")),
+    ):
+        pass
+
+
+def test_what_is_neither_adapter_nor_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither adapter_config\.json .* nor config\.js"):
+        is_adapter(tmp_path)
+    for missing in (tmp_path / "none", "./none", "runs/one/adapter", "~/none"):
+        with pytest.raises(FileNotFoundError, match="there is no .*none|there is no runs"):
+            is_adapter(missing)
+    assert not is_adapter("smollm2")
+    assert not is_adapter("someone/model")
+
+
+def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    name_base(folder, None)
+    with pytest.raises(ValueError, match="does not say which base model"), opened(folder):
+        pass
+
+
+def test_a_public_name_means_the_packaged_weights_for_our_own_adapters_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> GgufSource:
+        raise ValueError("not installed")
+
+    tiny = GgufSource("tiny", "0", "someone/tiny", lambda folder: folder)
+    monkeypatch.setattr(opening, "SHORT_NAMES", {"absent": absent, "tiny": lambda: tiny})
+    model = tiny_model("llama")
+    foreign = tiny_adapter_folder(tmp_path / "foreign", model)
+    name_base(foreign, "someone/tiny")
+    assert base_named_by(foreign) == "someone/tiny"
+    assert base_named_by(ours(tmp_path / "ours", model)) == "tiny"
+    assert base_named_by(ours(tmp_path / "other", model, "someone/else")) == "someone/else"
+    assert base_named_by("someone/tiny") == "someone/tiny"
+
+
+def ours(folder: Path, model: Any, base_name: str = "someone/tiny") -> Path:
+    module = "model.layers.0.self_attn.q_proj"
+    return write_adapter(
+        folder,
+        {module: (torch.ones(2, 16), torch.ones(16, 2))},
+        model=model,
+        base_name=base_name,
+        fingerprint=base_fingerprint(model),
+    )
+
+
+def test_other_base_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    with adapted(backbone, ours(tmp_path / "right", tiny_model("llama"))):
+        pass
+    folder = ours(tmp_path / "wrong", tiny_model("llama", seed=1))
+    with pytest.raises(ValueError, match="made on other base weights"), adapted(backbone, folder):
+        pass
+    folder = ours(tmp_path / "wide", tiny_model("llama", vocab=300))
+    with pytest.raises(ValueError, match="a vocabulary of 300 tokens"), adapted(backbone, folder):
+        pass
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (lambda t: t.pop(KEY), "q_proj.lora_A.weight' has no tensor in adapter_model"),
+    "unexpected": (
+        lambda t: t.update({KEY.replace("layers.0", "layers.7"): torch.ones(4, 16)}),
+        r"layers\.7.* has no place in this model",
+    ),
+    "several": (
+        lambda t: t.update({f"one.{i}": torch.ones(1) for i in range(3)}),
+        "'one.0' and 2 more have no place",
+    ),
+    "shape": (lambda t: t.update({KEY: torch.ones(4, 18)}), "has another shape.*q_proj"),
+    "nan": (lambda t: t[KEY].fill_(torch.nan), "q_proj.*NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_tensors_that_do_not_fit_are_refused(name: str, backbone: Backbone, tmp_path: Path) -> None:
+    change, message = DAMAGES[name]
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    change_tensors(folder, change)
+    bare = losses(backbone.model, 4)
+    with pytest.raises(ValueError, match=message), adapted(backbone, folder):
+        pass
+    assert losses(backbone.model, 4).equal(bare)
+
+
+def test_an_adapter_of_another_architecture_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("gpt2"))
+    with pytest.raises(ValueError, match="does not fit this model"), adapted(backbone, folder):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "NOVEL"}, "knows no peft_type 'NOVEL'"),
+        ({"peft_type": None}, "knows no peft_type None"),
+        ({"peft_type": "XLORA"}, "XLORA adapter cannot be evaluated here: it mixes other"),
+        ({"task_type": "SEQ_CLS"}, "made for the task type 'SEQ_CLS'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"use_dora": True, "megatron_config": 1}, "is no valid LORA config|has no tensor"),
+    ],
+)
+def test_configs_that_cannot_be_used_are_refused(
+    changes: dict[str, Any], message: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    name_base(folder, "someone/tiny", **changes)
+    with pytest.raises(ValueError, match=message), adapted(backbone, folder):
+        pass
+
+
+def test_pickled_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with (
+        pytest.raises(ValueError, match="adapter_model.bin only, a pickle"),
+        adapted(backbone, folder),
+    ):
+        pass

@@ -1,0 +1,176 @@
+"""The run folder: resume, refusals, writes that survive a crash."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.base import files as runs
+from grasp_lora.base.files import (
+    check_disk,
+    finish_run,
+    open_run,
+    peak_memory_bytes,
+    provenance,
+    read_config,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+CONFIG = {"output": "runs/a", "seed": 42, "search": {"epochs": 3}, "weights": (0.5, 0.5)}
+
+
+def test_a_new_folder_holds_its_configuration(tmp_path):
+    run = tmp_path / "deep" / "run"
+    assert open_run(run, CONFIG) == "new"
+    assert read_config(run) == {**CONFIG, "weights": [0.5, 0.5]}
+
+
+def test_an_unfinished_run_of_the_same_configuration_is_resumed(tmp_path):
+    open_run(tmp_path, CONFIG)
+    write_json(tmp_path / "search" / "ratio.json", {"ratio": 0.4})
+    assert open_run(tmp_path, {**CONFIG, "output": "moved/here"}) == "resumed"
+    assert read_json(tmp_path / "search" / "ratio.json") == {"ratio": 0.4}
+
+
+def test_another_configuration_is_refused_with_old_and_new_values(tmp_path):
+    open_run(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"search\.epochs: 3 -> 5; seed: 42 -> 7") as caught:
+        open_run(tmp_path, {**CONFIG, "seed": 7, "search": {"epochs": 5}})
+    assert "--overwrite" in str(caught.value)
+
+
+def test_a_key_that_one_side_lacks_is_a_difference(tmp_path):
+    open_run(tmp_path, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match="b: 2 -> absent; c: absent -> null"):
+        open_run(tmp_path, {"a": 1, "c": None})
+
+
+def test_a_finished_run_is_kept_unless_overwritten(tmp_path):
+    open_run(tmp_path, CONFIG)
+    write_json(tmp_path / "final" / "adapter_config.json", {})
+    write_json(tmp_path / "search.work" / "checkpoint-1" / "x.json", {})
+    (tmp_path / "my-notes.txt").write_text("mine")
+    finish_run(tmp_path)
+    with pytest.raises(ValueError, match="finished run.*--overwrite"):
+        open_run(tmp_path, CONFIG)
+    assert open_run(tmp_path, {**CONFIG, "seed": 1}, overwrite=True) == "new"
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "my-notes.txt"]
+    assert read_config(tmp_path)["seed"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match="no run of grasp-lora"):
+        open_run(tmp_path, CONFIG, overwrite=overwrite)
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_a_foreign_config_json_is_never_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ValueError, match="not written by grasp-lora"):
+        open_run(tmp_path, CONFIG, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "merged"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        open_run(tmp_path / "run", CONFIG)
+
+
+def test_a_crash_before_the_first_file_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(tmp_path, CONFIG)
+    monkeypatch.undo()
+    (tmp_path / ".config.json.abc.part").touch()
+    assert open_run(tmp_path, CONFIG) == "new"
+
+
+def test_a_failed_write_keeps_the_old_content_and_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_json_has_no_nan_and_takes_paths_and_tuples(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"loss": math.nan, "span": (1.5, -math.inf), "at": Path("a/b"), "ü": "é"})
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"loss": None, "span": [1.5, None], "at": "a/b", "ü": "é"}
+    assert "ü" in text
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308])
+def test_floats_survive_a_file_exactly(tmp_path, value):
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    write_jsonl(path, [{"round": 0}, {"round": 1, "text": "zwölf"}])
+    whole = path.read_bytes()
+    for cut in range(len(whole) - len('{"round": 1, "text": "zwölf"}\n'.encode()), len(whole)):
+        path.write_bytes(whole[:cut])
+        assert read_jsonl(path) == [{"round": 0}]
+    path.write_bytes(b"")
+    assert read_jsonl(path) == []
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    write_text(path, '{"round": 0}\n{"rou\n{"round": 2}\n')
+    with pytest.raises(ValueError, match=r"rounds\.jsonl:2 is not JSON"):
+        read_jsonl(path)
+
+
+def test_missing_and_broken_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
+        read_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "half.json").write_text('{"a":')
+    with pytest.raises(ValueError, match="not JSON"):
+        read_json(tmp_path / "half.json")
+
+
+def test_provenance_names_the_versions_in_use():
+    import torch
+
+    facts = provenance()
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["cpu_count"] >= 1
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_peak_memory_is_in_bytes():
+    # A Python with torch loaded takes more than 50 MB and less than 1 TB.
+    peak = peak_memory_bytes()
+    assert peak is not None
+    assert 5e7 < peak < 1e12
+
+
+def test_check_disk_refuses_what_does_not_fit(tmp_path):
+    check_disk(tmp_path / "not" / "yet" / "there", 1)
+    with pytest.raises(ValueError, match="only .* GB are free"):
+        check_disk(tmp_path / "not" / "yet" / "there", 10**18)

@@ -1,0 +1,310 @@
+"""Configuration: every fault at once, presets beneath, overrides on top."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
+from grasp_lora.core import ControllerConfig
+
+MINIMAL: dict[str, Any] = {
+    "model": "smollm2",
+    "data": {"source": {"language": "en"}, "target": {"language": "es"}},
+}
+
+
+def written(folder: Path, **sections: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **sections}), encoding="utf-8")
+    return path
+
+
+def faults_of(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value.faults
+
+
+def test_defaults_are_the_documented_ones(tmp_path):
+    config = load_config(written(tmp_path))
+    assert config.model.name == "smollm2"
+    assert config.controller == ControllerConfig()
+    assert (config.merge.kind, config.importance, config.mask_unit) == (
+        "cat",
+        "activation",
+        "source",
+    )
+    assert (config.train.epochs, config.search.epochs, config.finetune.epochs) == (3, 10, 10)
+    assert (config.train.patience, config.finetune.patience) == (None, 3)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (
+        8,
+        32,
+        ("q_proj", "v_proj"),
+    )
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path):
+    config = load_config(written(tmp_path, train={"batch_size": 8}, finetune={"epochs": 2}))
+    assert (config.train.epochs, config.train.batch_size) == (3, 8)
+    assert (config.finetune.epochs, config.finetune.patience) == (2, 3)
+
+
+def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
+    config = load_config(written(tmp_path, preset="paper", finetune={"accumulation": 2}))
+    assert config.controller == ControllerConfig(preset="paper")
+    assert (config.merge.kind, config.merge.weights) == ("linear", (1.0, 1.0))
+    assert (config.search.batch_size, config.search.accumulation) == (1, 1)
+    assert (config.finetune.batch_size, config.finetune.accumulation) == (1, 2)
+    assert config.finetune.mask_schedule == "every-step"
+    published = {
+        "epochs": 10,
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "lr_decay": 0.85,
+    }
+    for section in (config.train, config.search, config.finetune):
+        assert published.items() <= section.model_dump().items()
+    assert (config.train.patience, config.finetune.patience) == (3, 3)
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 32, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("sections", "overrides", "epochs"),
+    [
+        ({}, [], (10, 10)),
+        ({"finetune": {"mode": "restart"}}, [], (10, 10)),
+        ({"finetune": {"mode": "continue"}}, [], (5, 5)),
+        ({}, ["finetune.mode=continue"], (5, 5)),
+        ({"preset": "paper", "finetune": {"mode": "continue"}}, [], (5, 5)),
+        ({"finetune": {"mode": "continue", "epochs": 3}}, [], (5, 3)),
+        ({"search": {"epochs": 8}, "finetune": {"mode": "continue"}}, [], (8, 5)),
+    ],
+)
+def test_going_on_from_the_search_halves_both_runs_unless_told(
+    tmp_path, sections, overrides, epochs
+):
+    config = load_config(written(tmp_path, **sections), overrides)
+    assert (config.search.epochs, config.finetune.epochs) == epochs
+    assert RunConfig(**config.to_dict()) == config
+
+
+def test_a_mode_that_is_none_is_refused_with_the_choices(tmp_path):
+    (fault,) = faults_of(written(tmp_path, finetune={"mode": ["continue"]}))
+    assert "finetune.mode" in fault
+    assert "restart" in fault
+
+
+@pytest.mark.parametrize("preset", ["standard", "paper"])
+def test_to_dict_gives_back_the_same_configuration(tmp_path, preset):
+    config = load_config(
+        written(tmp_path, preset=preset, merge={"kind": "cat", "weights": [0.3, -0.7]})
+    )
+    again = RunConfig.model_validate(config.to_dict())
+    assert again == config
+    assert again.config_hash() == config.config_hash()
+
+
+def test_hash_ignores_the_folder_and_sees_the_seed(tmp_path):
+    path = written(tmp_path)
+    base = load_config(path).config_hash()
+    assert load_config(path, ["output=elsewhere"]).config_hash() == base
+    assert load_config(path, ["seed=43"]).config_hash() != base
+
+
+def test_all_faults_are_reported_together_with_key_value_and_near_miss(tmp_path):
+    faults = faults_of(
+        written(
+            tmp_path,
+            seed=-1,
+            finetune={"epoks": 3, "mask_schedule": "never"},
+            merge={"weights": [1.0]},
+            controller={"hihg": 0.5, "low": "x"},
+            learning_rate=1e-3,
+        ),
+        "broken",
+    )
+    by_key = {fault.split(":")[0]: fault for fault in faults}
+    assert "key=value" in by_key["--set broken"]
+    assert "-1" in by_key["seed"]
+    assert "did you mean finetune.epochs?" in by_key["finetune.epoks"]
+    assert "'never'" in by_key["finetune.mask_schedule"]
+    assert "once" in by_key["finetune.mask_schedule"]
+    assert "1 entries" in by_key["merge"]
+    assert "did you mean controller.high?" in by_key["controller.hihg"]
+    assert "'x'" in by_key["controller.low"]
+    assert "train.learning_rate" in by_key["learning_rate"]
+    assert len(faults) == 8
+
+
+def test_controller_rules_reach_the_user(tmp_path):
+    (fault,) = faults_of(written(tmp_path, controller={"low": 0.5, "high": 0.4}))
+    assert fault.startswith("controller:")
+    assert "low=0.5" in fault
+
+
+def test_unknown_part_of_the_rows_is_named_once(tmp_path):
+    data = {**MINIMAL["data"], "target": {"language": "es", "rows": {"microdev": 16}}}
+    faults = faults_of(written(tmp_path, data=data))
+    assert faults == (
+        "data.target.rows.microdev: unknown key; did you mean data.target.rows.micro_dev?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"merge": {"weights": [0, 0]}}, "all 0"),
+        ({"merge": {"rank": 4}}, "rank 4 has no effect"),
+        ({"merge": {"kind": "svd"}}, "mask_unit: 'source'"),
+        ({"finetune": {"mode": "continue", "importance": "magnitude"}}, "finetune.importance"),
+        ({"search": {"patience": 2}}, "search.patience: unknown key; did you mean"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate"),
+        ({"train": {"max_grad_norm": float("inf")}}, "train.max_grad_norm"),
+        ({"finetune": {"mask_schedule": 0}}, "finetune.mask_schedule"),
+        ({"model": {"dtype": "int8"}}, "model.name: required"),
+        ({"data": {"target": {"language": "es"}}}, "data.source: not given"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, section, said):
+    assert any(said in fault for fault in faults_of(written(tmp_path, **section)))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"files": "rows.jsonl"}, "rows is not given"),
+        ({"files": "rows.jsonl", "rows": {"train": 9, "dev": 9}}, "rows.micro_dev: required"),
+        (
+            {"files": "rows.jsonl", "labels": "auto", "rows": {"test": 9, "dev": 2}},
+            "rows gives dev;",
+        ),
+        ({"labels": "auto"}, "files is builtin"),
+        ({"rows": {"train": 9, "dev": 9, "micro_dev": 0}}, "rows.micro_dev: 0 rows"),
+        ({"files": {"train": "rows.jsonl"}}, "files.dev: required"),
+        ({"files": {"train": "rows.jsonl"}, "rows": {"train": 1}}, "remove rows"),
+    ],
+)
+def test_rows_that_do_not_fit_their_files_are_refused(tmp_path, monkeypatch, target, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    data = {**MINIMAL["data"], "target": {"language": "es", **target}}
+    assert any(said in fault for fault in faults_of(written(tmp_path, data=data)))
+
+
+def test_missing_files_are_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    files = {"train": "here.jsonl", "dev": "here.jsonl", "micro_dev": "gone.jsonl"}
+    data = {"target": {"language": "ar", "files": files}}
+    faults = faults_of(written(tmp_path, data=data, adapters={"source": "nowhere"}))
+    assert [fault.split(":")[0] for fault in faults] == [
+        "adapters.source",
+        "data.target.files.micro_dev",
+    ]
+
+
+def test_paths_below_the_home_folder_are_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "adapter").mkdir()
+    config = load_config(
+        written(
+            tmp_path,
+            model="~/base",
+            output="~/run",
+            adapters={"source": "~/adapter"},
+            data={
+                "target": {"language": "ar", "files": {"train": "~/rows.jsonl"}},
+                "tests": {"news": {"language": "ar", "files": "~/rows.jsonl"}},
+            },
+        ),
+        training=False,
+    )
+    assert (config.model.name, config.output) == (str(tmp_path / "base"), tmp_path / "run")
+    assert config.adapters.source == tmp_path / "adapter"
+    assert config.data.target.files == {"train": tmp_path / "rows.jsonl"}
+    assert config.data.tests["news"].files == tmp_path / "rows.jsonl"
+
+
+def test_a_file_is_a_path_and_builtin_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    labelled = {"language": "es", "files": "rows.jsonl", "labels": "auto"}
+    config = load_config(written(tmp_path, data={"source": {"language": "en"}, "target": labelled}))
+    assert config.data.target.files == Path("rows.jsonl")
+    assert config.data.source is not None
+    assert config.data.source.files == "builtin"
+
+
+def test_overrides_apply_in_order_and_parse_as_yaml(tmp_path):
+    config = load_config(
+        written(tmp_path),
+        [
+            "model.dtype=float32",
+            "merge.weights=[0.25, 0.75]",
+            "search.learning_rate=3e-4",
+            "search.epochs=1",
+            "search.epochs=2",
+            "controller.preset=paper",
+            "finetune.mask_schedule=5",
+            "model.revision=null",
+        ],
+    )
+    assert (config.model.name, config.model.dtype) == ("smollm2", "float32")
+    assert config.merge.weights == (0.25, 0.75)
+    assert (config.search.learning_rate, config.search.epochs) == (3e-4, 2)
+    assert config.controller.preset == "paper"
+    assert config.finetune.mask_schedule == 5
+
+
+def test_a_key_written_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a\nseed: 1\nmodel: b\n", encoding="utf-8")
+    (fault,) = faults_of(path)
+    assert "line 3" in fault
+    assert "'model' is given twice" in fault
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "model: [", "just text"])
+def test_a_file_that_is_no_block_of_settings_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert len(faults_of(path)) == 1
+
+
+def test_a_missing_file_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give the path of a YAML file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8-sig")
+    assert load_config(path).model.name == "smollm2"
+
+
+def test_configurations_are_immutable(tmp_path):
+    config = load_config(written(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.controller.low = 0.3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["two-adapters", "paper"])
+def test_shipped_configurations_lack_only_the_users_files(name):
+    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    assert path.read_text(encoding="utf-8").startswith(f"# grasp-lora run configs/{name}.yaml")
+    assert all("does not exist" in fault for fault in faults_of(path))
+
+
+def test_the_demo_configuration_is_complete():
+    path = Path(__file__).parents[2] / "src" / "grasp_lora" / "config" / "demo.yaml"
+    assert path.read_text(encoding="utf-8").startswith("# grasp-lora demo")
+    assert load_config(path).data.target.files == "builtin"

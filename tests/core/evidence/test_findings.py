@@ -1,0 +1,200 @@
+"""Findings on constructed cases: each fires where it should, and stays away where it should not."""
+
+import dataclasses
+import statistics
+
+import pytest
+import torch
+from scipy import stats
+
+from grasp_lora.core.controller.rounds import ControllerConfig, begin, conclude
+from grasp_lora.core.evidence import findings
+
+CONFIG = ControllerConfig()
+
+
+def normal(seed, count, mean=0.0, deviation=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (mean + deviation * torch.randn(count, generator=generator).double()).tolist()
+
+
+def test_a_search_without_a_round_never_fired():
+    found = findings.never_fired("never-fired")
+    assert found.name == "never-fired"
+    assert "raise search.epochs" in found.says
+    assert findings.never_fired("flat") is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict", "low", "said"),
+    [
+        (0.8, "learned", 0.0, "raise controller.high (now 0.8)"),
+        (0.785, "learned", 0.0, "raise controller.high"),
+        (0.77, "learned", 0.0, None),
+        (0.8, "flat", 0.0, None),
+        (0.0, "learned", 0.0, None),
+        (0.1, "learned", 0.1, "lower controller.low (now 0.1)"),
+        (0.13, "learned", 0.1, None),
+    ],
+)
+def test_a_learned_ratio_at_an_end_of_the_range_is_at_bound(ratio, verdict, low, said):
+    found = findings.at_bound(ratio, verdict, ControllerConfig(low=low, start=low))
+    assert (found is None) == (said is None)
+    if found is not None:
+        assert said in found.says
+        assert found.evidence["ratio"] == ratio
+
+
+def rounds_at(mask_ratios, committed=None):
+    """Return records with these masks in force."""
+    state, _ = conclude(
+        begin(CONFIG), CONFIG, (0.0, 0.4), None, [[1.0, 1.0], [1.0, 1.0]], [0, 1], 1
+    )
+    record = state.records[0]
+    flags = committed or [True] * len(mask_ratios)
+    return [
+        dataclasses.replace(record, mask_ratio=ratio, committed=flag)
+        for ratio, flag in zip(mask_ratios, flags, strict=True)
+    ]
+
+
+def test_commits_that_exchange_more_than_the_ratio_asks_for_are_thrashing():
+    records = rounds_at([0.1, 0.2, 0.2, 0.3])
+    assert findings.thrashing(records, [100, 100, 0, 100], 1000) is None
+    found = findings.thrashing(records, [100, 350, 250, 350], 1000)
+    assert found.evidence["mean_excess_share"] == pytest.approx(0.25)
+    assert found.evidence["commits"] == 4
+    assert "exchanged 25%" in found.says
+
+
+def test_thrashing_needs_two_commits_after_the_first_mask():
+    assert findings.thrashing(rounds_at([0.4, 0.4]), [400, 900], 1000) is None
+    idle = rounds_at([0.4, 0.4, 0.4], [True, False, False])
+    assert findings.thrashing(idle, [400, 0, 0], 1000) is None
+    assert findings.thrashing([], [], 1000) is None
+
+
+def test_a_reward_whose_trials_mostly_tie_is_coarse():
+    def losses(*rounds, ratios=(0.0, 0.1, 0.2)):
+        records = rounds_at([0.0] * len(rounds))
+        return [
+            dataclasses.replace(r, losses=one, candidates=ratios)
+            for r, one in zip(records, rounds, strict=True)
+        ]
+
+    found = findings.coarse_reward(losses((0.5, 0.5, 0.5), (0.25, 0.5, 0.5)))
+    assert found.evidence == {"tied_pairs": 4, "pairs": 6}
+    assert "4 of 6 pairs" in found.says
+    assert findings.coarse_reward(losses((0.5, 0.51, 0.5))) is None, "one of three is no majority"
+    assert findings.coarse_reward(losses((None, None, 0.5))) is None
+    assert findings.coarse_reward([]) is None
+    twice = losses((0.5, 0.5, 0.6), (0.5, 0.5, 0.6), ratios=(0.0, 0.0, 0.1))
+    assert findings.coarse_reward(twice) is None, "one ratio, tried twice"
+
+
+def test_a_final_run_that_never_improved_is_overfitting():
+    assert findings.overfitting(0, 65).evidence == {"best_step": 0, "steps": 65}
+    assert findings.overfitting(13, 65) is None
+    assert findings.overfitting(0, 0) is None, "nothing was trained"
+
+
+def test_a_pruned_adapter_that_is_worse_on_dev_is_over_pruned():
+    whole = normal(0, 50, 2.0)
+    noise = normal(1, 50, 0.0, 0.1)
+    worse = [a + 0.2 + b for a, b in zip(whole, noise, strict=True)]
+    found = findings.over_pruned(worse, whole)
+    assert found.evidence["loss_more"] == pytest.approx(0.2, abs=0.05)
+    assert found.evidence["rows"] == 50
+    assert findings.over_pruned(whole, worse) is None
+    assert findings.over_pruned(whole, whole) is None
+
+
+def test_equal_adapters_are_called_over_pruned_once_in_twenty():
+    fired = 0
+    for seed in range(400):
+        whole = normal(seed, 20, 2.0)
+        same = [a + b for a, b in zip(whole, normal(seed + 5000, 20, 0.0, 0.3), strict=True)]
+        fired += findings.over_pruned(same, whole) is not None
+        exact = stats.ttest_rel(same, whole, alternative="greater").pvalue < 0.05
+        assert (findings.over_pruned(same, whole) is not None) == exact or abs(
+            stats.ttest_rel(same, whole, alternative="greater").pvalue - 0.05
+        ) < 0.003
+    assert 0.02 * 400 <= fired <= 0.08 * 400
+
+
+def test_losses_of_other_rows_are_refused_and_infinite_ones_no_evidence():
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        findings.over_pruned([1.0, 1.0, 1.0], [1.0, 1.0])
+    assert findings.over_pruned([1.0, float("inf")], [0.0, 0.0]) is None
+    assert findings.over_pruned([2.0], [1.0]) is None
+    assert findings.over_pruned([], []) is None
+
+
+def test_the_best_single_adapter_is_named_where_the_merge_is_not_worth_having():
+    final = normal(0, 50, 2.0)
+    better = {
+        "target adapter": [x - 0.1 for x in final],
+        "source adapter": [x - 0.4 for x in final],
+        "third": [x + 1 for x in final],
+    }
+    found = findings.not_worth_merging(final, better)
+    assert found.evidence["better"] == "source adapter"
+    assert found.evidence["loss_more"] == pytest.approx(0.4)
+    assert findings.not_worth_merging(final, {"third": better["third"]}) is None
+    assert findings.not_worth_merging(final, {}) is None
+
+
+def searched(micro_gain, dev_gain, seed, micro=16, dev=50, rounds=6):
+    """Return rounds at 0, 0.4 and 0.7 on 12 random rows each, whose rows gain so much at 0.4."""
+    generator = torch.Generator().manual_seed(seed)
+    own = 0.3 * torch.randn(micro + dev, generator=generator).double()
+    config = ControllerConfig(rounds=rounds)
+    state = begin(config)
+    for step in range(rounds):
+        rows = sorted(torch.randperm(micro + dev, generator=generator)[:12].tolist())
+        gains = [(micro_gain if r < micro else dev_gain) + float(own[r]) for r in rows]
+        losses = [[2.0] * 12, [2.0 - gain for gain in gains], [3.0] * 12]
+        state, _ = conclude(state, config, (0.0, 0.4, 0.7), None, losses, rows, step)
+    return state.records
+
+
+def test_a_micro_dev_set_that_sees_another_ratio_is_unrepresentative():
+    found = findings.unrepresentative(searched(-0.6, 0.4, 0), 0.4, range(16), CONFIG)
+    assert found.evidence["difference"] == pytest.approx(-1.0, abs=0.35)
+    seen = found.evidence["seen_four_times_in_five_from"]
+    assert seen == pytest.approx(2.8 * found.evidence["standard_error"])
+
+
+def test_a_representative_micro_dev_set_seldom_fires():
+    fired = sum(
+        findings.unrepresentative(searched(0.4, 0.4, seed), 0.4, range(16), CONFIG) is not None
+        for seed in range(200)
+    )
+    assert fired <= 0.08 * 200
+
+
+def test_its_power_is_what_its_documentation_says():
+    # 0.8 standard deviations (0.3) of the rows are seen about four times in five.
+    fired = statistics.fmean(
+        findings.unrepresentative(searched(0.64, 0.4, seed, rounds=11), 0.4, range(16), CONFIG)
+        is not None
+        for seed in range(150)
+    )
+    assert 0.65 < fired < 0.92
+
+
+def test_without_rows_of_both_kinds_there_is_no_finding():
+    records = searched(-5.0, 0.4, 0)
+    assert findings.unrepresentative(records, 0.4, range(66), CONFIG) is None
+    assert findings.unrepresentative(records, 0.4, (), CONFIG) is None
+    assert findings.unrepresentative((), 0.4, range(16), CONFIG) is None
+    assert findings.unrepresentative(records, 0.99, range(16), CONFIG) is None, "no trial near it"
+
+
+def test_systems_that_often_answer_with_nothing_are_named_worst_first():
+    counts = {"a": (4, 100), "b": (5, 100), "c": (3, 10), "d": (0, 0), "e": (0, 10)}
+    found = findings.empty_answers(counts)
+    assert found.evidence == {"systems": "c 3 of 10; b 5 of 100"}
+    assert "evaluate.min_new_tokens: 1" in found.says
+    assert findings.empty_answers({"a": (4, 100), "d": (0, 0)}) is None
+    assert findings.empty_answers({}) is None

@@ -1,0 +1,455 @@
+"""The whole job on a tiny random backbone and the built-in questions."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.adapters.opening import adapted
+from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.models.devices import exact_attention
+from grasp_lora.models.row_losses import row_losses
+from grasp_lora.plans.run import run
+from grasp_lora.stages.evaluate import evaluate_adapter
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.stages.merge import merge_adapters
+from grasp_lora.stages.search import search_ratio
+from grasp_lora.stages.train import train_adapter
+from grasp_lora.training.activations import input_norms
+from grasp_lora.training.live import LiveAdapter
+from grasp_lora.training.search_callback import SearchCallback
+from grasp_lora.workbench import context, fit
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+
+
+def settings(folder: Path, **changes) -> RunConfig:
+    values = {
+        "output": folder / "run",
+        "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
+        "data": {
+            "max_length": 640,
+            "source": {"language": "en", "rows": {"train": 8, "dev": 4}},
+            "target": {
+                "language": "es",
+                "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4},
+            },
+        },
+        "controller": {"rounds": 3, "rows": 4},
+        "train": {"epochs": 1},
+        "search": {"epochs": 2},
+        "finetune": {"epochs": 2},
+        "evaluate": {"max_new_tokens": 4},
+    }
+    return RunConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    return tmp_path
+
+
+def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace):
+    out = run(settings(workplace), quiet=True)
+    for name in ("ratio.json", "rounds.jsonl", "scores.json", "ratio.png", "report.md"):
+        assert (out / name).stat().st_size > 0
+    ratio = read_json(out / "ratio.json")
+    assert 0.0 <= ratio["ratio"] <= 0.8
+    rounds = read_jsonl(out / "rounds.jsonl")
+    assert [r["round"] for r in rounds] == [0, 1, 2]
+    scores = read_json(out / "scores.json")["systems"]
+    assert [s["slug"] for s in scores] == [
+        "zero-shot",
+        "source",
+        "source-finetuned",
+        "target",
+        "merged",
+        "merged-finetuned",
+        "final",
+    ]
+    tested = [s["sets"]["test"] for s in scores]
+    assert all(one["n"] == 4 and one["scores"]["loss"]["value"] > 0 for one in tested)
+    tensors = load_file(out / "final" / "adapter_model.safetensors")
+    zeros = sum(int((t == 0).sum()) for t in tensors.values())
+    entries = sum(t.numel() for t in tensors.values())
+    assert ratio["zeros"]["exported"] == pytest.approx(zeros / entries)
+    assert not list(out.rglob("*.work")), "checkpoints are removed when a stage is done"
+
+
+def test_the_final_adapter_loads_in_plain_peft_with_the_evaluated_loss(workplace):
+    out = run(settings(workplace), quiet=True)
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out / "final"))
+    config = json.loads((out / "final" / "adapter_config.json").read_text())
+    assert "work" not in config["base_model_name_or_path"].split("/")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        seen = model(input_ids=ids).logits
+    weights = load_file(out / "final" / "adapter_model.safetensors")
+    by_hand = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
+    known = dict(by_hand.named_modules())
+    with torch.no_grad():
+        for key, a in weights.items():
+            if "lora_A" in key:
+                name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                known[name].weight += weights[key.replace("lora_A", "lora_B")] @ a
+        assert torch.allclose(seen, by_hand(input_ids=ids).logits, atol=1e-5)
+
+
+def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
+    model = tiny_model("llama")
+    for seed, role in enumerate(("en", "es")):
+        tiny_adapter_folder(workplace / role, model, r=4 + seed, seed=seed)
+    config = settings(
+        workplace,
+        adapters={"source": workplace / "en", "target": workplace / "es"},
+        data={
+            "max_length": 640,
+            "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
+        },
+    )
+    out = run(config, quiet=True)
+    assert not (out / "adapters").exists()
+    assert (out / "final" / "adapter_model.safetensors").exists()
+    about = read_json(out / "merged" / "merge.json")
+    assert about["kind"] == "cat"
+    assert about["weights"] == [0.5, 0.5]
+    ratio = read_json(out / "ratio.json")
+    assert ratio["ratio"] > 0
+    for source in ("0", "1"):
+        assert ratio["zeros"]["per_source"][source] == pytest.approx(ratio["ratio"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merge": {"kind": "linear"}},
+        {"merge": {"kind": "svd"}, "mask_unit": "merged"},
+        {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
+        {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
+        {"importance": "magnitude", "mask_unit": "merged"},
+        {"structure": "rank"},
+        {"structure": "rank", "merge": {"kind": "linear"}, "finetune": {"mask_schedule": 1}},
+    ],
+)
+def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
+    out = run(
+        settings(workplace, evaluate={"max_new_tokens": 2, "baselines": False}, **changes),
+        quiet=True,
+    )
+    assert (out / "done.json").exists()
+    assert len(read_json(out / "scores.json")["systems"]) == 1
+
+
+def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):
+    config = settings(workplace, structure="rank", lora={"r": 4})
+    opened = context.open_context(config, quiet=True)
+    for role in ("source", "target"):
+        train_adapter(config, role, workplace / role, context=opened)
+    merged = merge_adapters(
+        config, [workplace / "source", workplace / "target"], workplace / "merged", context=opened
+    )
+    final = finetune_at(config, merged, 0.5, workplace / "final", context=opened)
+    stage = read_json(final / "stage.json")
+    assert stage["ranks"]["exported"] == stage["ranks"]["whole"] // 2
+    assert stage["zeros"]["exported"] == pytest.approx(0.5)
+    tensors = load_file(final / "adapter_model.safetensors")
+    assert all(not bool((tensor == 0).all(dim=1).any()) for tensor in tensors.values())
+    sizes = {key: tensor.shape for key, tensor in tensors.items() if "lora_A" in key}
+    assert {shape[0] for shape in sizes.values()} == {4}, "half of each source's 4"
+    evaluate_adapter(config, final, workplace / "scores", context=opened)
+    losses = [row["loss"] for row in read_jsonl(workplace / "scores" / "predictions.jsonl")]
+    assert all(loss > 0 for loss in losses)
+    dev = opened.rows("target", ["dev"])
+    with adapted(opened.backbone, final) as model:
+        found = row_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+    assert found == pytest.approx(stage["best_rows"], abs=1e-5)
+
+
+def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(workplace):
+    folders = {
+        "source": str(tiny_adapter_folder(workplace / "a", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(workplace / "b", tiny_model(), r=2, seed=2)),
+    }
+    config = settings(workplace, adapters=folders, merge={"when": "after"})
+    out = run(config, quiet=True)
+    tuned = read_adapter(out / "baselines" / "source-finetuned").adapter
+    target = read_adapter(Path(folders["target"])).adapter
+    found = read_json(out / "weights" / "weights.json")
+    assert len(found["losses"]) == 6
+    merged = read_adapter(out / "merged").adapter
+    for name, module in merged.items():
+        parts = (tuned[name].delta(), target[name].delta())
+        wanted = sum(w * part for w, part in zip(found["weights"], parts, strict=True))
+        torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
+    assert [r["step"] for r in read_jsonl(out / "rounds.jsonl")] == [1, 2, 3]
+    final, ratio = read_json(out / "final" / "stage.json"), read_json(out / "ratio.json")
+    assert final["steps"] == 0
+    assert final["ratio"] == ratio["ratio"]
+    assert "overfitting" not in {one["name"] for one in ratio["findings"]}
+    kept = read_adapter(out / "final").adapter
+    for name, module in kept.items():
+        # An entry is as it was merged, or zero: nothing has trained it.
+        same = (module.A == merged[name].A) | (module.A == 0)
+        assert bool(same.all())
+    scores = read_json(out / "scores.json")
+    assert scores["unpruned"] == "merged"
+    names = {one["slug"]: one["name"] for one in scores["systems"]}
+    assert names["merged"] == "fine-tuned source merged with target"
+    assert names["final"].endswith("not trained further")
+    report = (out / "report.md").read_text()
+    assert "against fine-tuned source merged with target" in report
+
+
+def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkeypatch):
+    merged = tiny_adapter_folder(workplace / "merged", tiny_model(), r=4, seed=1)
+    config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
+    config = config.model_copy(
+        update={"search": config.search.model_copy(update={"batch_size": 2})}
+    )
+    whole = search_ratio(config, merged, workplace / "whole")
+    done, alone = [], SearchCallback.round_alone
+
+    def killed(self, number):
+        if number == 3 and 3 not in done:
+            done.append(number)
+            raise KeyboardInterrupt
+        done.append(number)
+        alone(self, number)
+
+    monkeypatch.setattr(SearchCallback, "round_alone", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search_ratio(config, merged, workplace / "out")
+    out = search_ratio(config, merged, workplace / "out")
+    assert done == [1, 2, 3, 3, 4]
+    for name in ("rounds.jsonl", "ratio.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    assert read_json(out / "ratio.json")["flipped_entries"] == [0] * 4, "no mask is in force"
+    assert not (workplace / "out.work").exists()
+
+
+def test_weights_given_for_a_late_merge_are_taken(workplace):
+    folders = {
+        "source": str(tiny_adapter_folder(workplace / "a", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(workplace / "b", tiny_model(), r=2, seed=2)),
+    }
+    merge = {"when": "after", "weights": [0.75, 0.25]}
+    config = settings(workplace, adapters=folders, merge=merge)
+    config = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"baselines": False})}
+    )
+    out = run(config, quiet=True)
+    assert not (out / "weights").exists()
+    assert read_json(out / "merged" / "stage.json")["weights"] == [0.75, 0.25]
+    assert (out / "baselines" / "source-finetuned" / "stage.json").exists()
+
+
+def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):
+    config = settings(
+        workplace,
+        search={"epochs": 2},
+        finetune={"mode": "continue", "epochs": 1, "learning_rate": 0.01},
+        evaluate={"max_new_tokens": 2},
+    )
+    out = run(config, quiet=True)
+    steps = {
+        name: read_json(out / name / "stage.json")["steps"]
+        for name in ("search", "final", "baselines/merged-finetuned", "baselines/source-finetuned")
+    }
+    assert steps["baselines/merged-finetuned"] == steps["search"] + steps["final"] == 3 * 2
+    assert steps["baselines/source-finetuned"] == 3 * 2
+    log = read_json(out / "final" / "stage.json")["log"]
+    kept = read_json(out / "search" / "stage.json")["best"]["step"] // 2
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**kept] * 2)
+    alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
+    assert alone[0]["learning_rate"] == 0.01
+    again = finetune_at(
+        config, out / "search/adapter", read_json(out / "ratio.json")["ratio"], out / "by-hand"
+    )
+    assert (again / "adapter_model.safetensors").read_bytes() == (
+        out / "final/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypatch):
+    config = settings(workplace, lora={"dropout": 0.5})
+    tried: list[bool] = []
+
+    @contextmanager
+    def on_a_gpu(device, attempt, notice):
+        del device
+        attempt()
+        tried.append(True)
+        with exact_attention(torch.device("cpu"), attempt, notice):
+            yield
+
+    plain = train_adapter(config, "target", workplace / "plain")
+    monkeypatch.setattr(fit, "exact_attention", on_a_gpu)
+    again = train_adapter(config, "target", workplace / "again")
+    assert tried
+    files = [folder / "adapter_model.safetensors" for folder in (plain, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.01, 2), (0.02, 1), (1.0, 0)])
+def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
+    section = {"epochs": 2, "learning_rate": rate}
+    going_on = {"mode": "continue", "epochs": 1, "learning_rate": 0.01}
+    opened = context.open_context(settings(workplace), quiet=True)
+    for role in ("source", "target"):
+        train_adapter(opened.config, role, workplace / role, context=opened)
+    folders = [workplace / "source", workplace / "target"]
+    merged = merge_adapters(opened.config, folders, workplace / "merged", context=opened)
+    found = {}
+    for mode in ("continue", "restart"):
+        config = settings(workplace, search=section, finetune=going_on | {"mode": mode})
+        search_ratio(config, merged, workplace / mode)
+        found[mode] = read_json(workplace / mode / "stage.json")
+    losses = {e["step"]: e["loss"] for e in found["continue"]["evaluations"]}
+    assert min(losses, key=lambda step: losses[step]) == 2 * kept, "an epoch has two steps"
+    assert read_json(workplace / "continue" / "adapter" / "merge.json")["epochs"] == kept
+    assert found["restart"]["evaluations"] == []
+    ends = [start_of(workplace / mode / "adapter") for mode in ("continue", "restart")]
+    assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
+    assert same(ends[0], start_of(merged)) == (kept == 0)
+    config = settings(workplace, search=section, finetune=going_on)
+    final = finetune_at(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
+    stage = read_json(final / "stage.json")
+    assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
+    assert stage["log"][0]["learning_rate"] == pytest.approx(0.01 * 0.85**kept)
+
+
+def start_of(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name + key: t for file in files for key, t in load_file(file).items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(("schedule", "cuts"), [("once", 1), ("every-step", 5), (3, 2)])
+def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts):
+    calls = []
+    commit = LiveAdapter.commit
+    monkeypatch.setattr(
+        LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
+    )
+    start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
+    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
+    out = finetune_at(config, start, 0.5, workplace / "out")
+    assert read_json(out / "stage.json")["steps"] == 4
+    assert len(calls) == cuts
+    optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
+    assert len(optimizers) == cuts - 1, "cuts between steps clear the moments"
+    assert None not in optimizers
+
+
+def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        context, "input_norms", lambda *given: seen.append(1) or input_norms(*given)
+    )
+    run(settings(workplace, importance="activation"), quiet=True)
+    assert len(seen) == 1, "search and final run start alike"
+    changed = {"importance": "activation", "output": workplace / "onward"}
+    run(settings(workplace, finetune={"epochs": 1, "mode": "continue"}, **changed), quiet=True)
+    assert len(seen) == 3, "going on from the search is another start"
+
+
+def test_the_same_seed_gives_the_same_ratio_and_scores(workplace):
+    small = {"evaluate": {"max_new_tokens": 2, "baselines": False}}
+    one = run(settings(workplace, output=workplace / "one", **small), quiet=True)
+    two = run(settings(workplace, output=workplace / "two", **small), quiet=True)
+    assert read_json(one / "ratio.json") == read_json(two / "ratio.json")
+    assert read_json(one / "scores.json") == read_json(two / "scores.json")
+    assert (one / "final/adapter_model.safetensors").read_bytes() == (
+        two / "final/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_test_row_that_does_not_fit_is_told_before_any_training(workplace):
+    rows = [{"id": "a", "context": "Short.", "question": "Why " * 700 + "?", "answers": ["Short"]}]
+    (workplace / "far.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    config = settings(workplace)
+    tests = {"far": {"language": "es", "files": workplace / "far.jsonl"}}
+    data = config.data.model_dump() | {"tests": tests}
+    with pytest.raises(ValueError, match="row 'a' does not fit"):
+        run(RunConfig.model_validate(config.model_dump() | {"data": data}), quiet=True)
+    assert not (workplace / "run").exists()
+
+
+QUICK = {"max_new_tokens": 2, "baselines": False}
+
+
+def seconds(parts: dict) -> float:
+    return sum(spent["seconds"] for spent in parts.values())
+
+
+def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
+    out = run(settings(workplace, evaluate=QUICK), quiet=True, profile=True)
+    profile = read_json(out / "profile.json")
+    stages = profile["stages"]
+    names = ["adapters/source", "adapters/target", "merged", "search", "final"]
+    assert list(stages) == [*names, "evaluations/final", "outside the stages"]
+    assert sum(map(seconds, stages.values())) == pytest.approx(profile["wall_seconds"])
+    for name in ("search", "final"):
+        steps = read_json(out / name / "stage.json")["steps"]
+        assert stages[name]["step"]["calls"] == steps
+        assert stages[name]["checkpoint"]["calls"] == steps / 2, "one after each epoch of 2 steps"
+    assert stages["final"]["dev"]["calls"] == 3
+    assert "baseline" not in stages["search"], "the default measures none"
+    assert stages["search"]["probe"]["calls"] == 9, "3 rounds of 3 candidates"
+    assert stages["evaluations/final"]["generate"]["calls"] == 1
+    assert "| search | **all** |" in (out / "profile.md").read_text()
+    assert (out / "profile.png").stat().st_size > 0
+    assert read_json(out / "provenance.json")["threads"] == torch.get_num_threads()
+    time = read_json(out / "provenance.json")["time"]
+    assert time["wall_seconds"] == profile["wall_seconds"]
+    assert sum(time["shares"].values()) == pytest.approx(1)
+    assert "## Where the time went" in (out / "report.md").read_text()
+
+
+def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Run until `stage`, whose recipe fails."""
+
+    def fail(*given, **named):
+        raise ValueError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"grasp_lora.plans.run.{stage}", fail)
+        with pytest.raises(ValueError, match="broken off"):
+            run(config, quiet=True)
+
+
+def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace, monkeypatch):
+    config = settings(workplace, evaluate=QUICK)
+    break_off(config, monkeypatch, "finetune_at")
+    kept = read_json(config.output / "timing.json")
+    out = run(config, quiet=True)
+    assert not (out / "profile.json").exists()
+    times = read_json(out / "timing.json")
+    assert times["resumed"] == 1
+    assert times["stages"]["search"] == kept["stages"]["search"]
+    assert times["wall_seconds"] > kept["wall_seconds"]
+    assert sum(map(seconds, times["stages"].values())) == pytest.approx(times["wall_seconds"])
+    assert "The run was resumed once" in (out / "report.md").read_text()
+
+
+def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypatch):
+    config = settings(workplace, evaluate=QUICK)
+    break_off(config, monkeypatch, "search_ratio")
+    (config.output / "timing.json").unlink()
+    out = run(config, quiet=True, profile=True)
+    told = "adapters/source, adapters/target, merged: done by an earlier process whose times"
+    assert told in (out / "report.md").read_text()
+    assert told in (out / "profile.md").read_text()
+    assert read_json(out / "provenance.json")["time"]["stages"]["merged"] is None

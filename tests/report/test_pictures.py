@@ -1,0 +1,168 @@
+"""The pictures of a run."""
+
+import struct
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+
+from grasp_lora.base.clock import PARTS
+from grasp_lora.report.pictures import PART_COLOURS, plot_comparison, plot_profile, plot_search
+
+
+def round_record(number: int, **changes: Any) -> dict[str, Any]:
+    record = {
+        "round": number,
+        "step": 10 * (number + 1),
+        "kind": "policy",
+        "candidates": [0.2, 0.4, 0.6],
+        "rewards": [-0.1, 0.2, 0.05],
+        "baseline": 1.0,
+        "losses": [1.1, 0.8, 0.95],
+        "committed": True,
+        "ratio_before": 0.1 * number,
+        "ratio": 0.1 * (number + 1),
+        "mask_ratio": 0.1 * (number + 1),
+        "best": 0.4,
+        "mu": 0.4,
+        "sigma": 0.1,
+    }
+    return {**record, **changes}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collect the figures that are saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def line(figure: Figure, panel: int, label: str) -> list[tuple[float, float]]:
+    (found,) = [x for x in figure.axes[panel].get_lines() if x.get_label() == label]
+    return [(float(x), float(y)) for x, y in zip(*found.get_data(), strict=True)]
+
+
+def test_the_picture_shows_the_ratio_the_rewards_and_the_losses(tmp_path, drawn):
+    rounds = [round_record(0), round_record(1), round_record(2, committed=False, ratio=0.2)]
+    log = [{"step": s, "loss": 2.0 - s / 40} for s in range(1, 41)]
+    evaluations = [{"step": 0, "loss": 1.2}, {"step": 12, "loss": 0.9}]
+    ratio = {"ratio": 0.345, "verdict": "learned"}
+    plot_search(rounds, log, evaluations, ratio, tmp_path / "deep" / "ratio.png")
+    (figure,) = drawn
+    steps, ratios = zip(*line(figure, 0, "current ratio"), strict=True)
+    assert steps == (0, 10, 20, 30, 40)
+    assert ratios == pytest.approx((0.0, 0.1, 0.2, 0.2, 0.2))
+    assert line(figure, 1, "best of the round") == [(10, 0.2), (20, 0.2), (30, 0.2)]
+    assert line(figure, 1, "committed") == [(10, 0.2), (20, 0.2)]
+    assert line(figure, 2, "probing rows, before each round") == [(10, 1), (20, 1), (30, 1)]
+    assert line(figure, 2, "dev, final run (its own steps)") == [(0, 1.2), (12, 0.9)]
+    assert len(line(figure, 2, "train, each step")) == 40
+    assert "0.345" in figure.get_suptitle()
+    assert "learned" in figure.get_suptitle()
+
+
+def test_without_a_baseline_the_losses_are_those_of_the_lowest_ratio_tried(tmp_path, drawn):
+    records = [
+        round_record(0, baseline=None, candidates=[0.5, 0.1], losses=[0.7, 0.9], rewards=[0.2, 0]),
+        round_record(
+            1, baseline=None, candidates=[0.2, 0.3], losses=[None, 0.8], rewards=[None, 0]
+        ),
+        round_record(2, baseline=None, candidates=[0.2], losses=[None], rewards=[None]),
+    ]
+    plot_search(records, [], [], {"ratio": 0.4, "verdict": "flat"}, tmp_path / "a.png")
+    label = "probing rows, lowest ratio of each round"
+    assert line(drawn[0], 2, label) == [(10, 0.9), (20, 0.8)]
+
+
+def test_a_mask_that_differs_from_the_ratio_has_its_own_line(tmp_path, drawn):
+    ratio = {"ratio": 0.4, "verdict": "flat"}
+    plot_search([round_record(0, mask_ratio=0.4)], [], [], ratio, tmp_path / "a.png")
+    plot_search([round_record(0)], [], [], ratio, tmp_path / "b.png")
+    labels = [[x.get_label() for x in f.axes[0].get_lines()] for f in drawn]
+    assert "ratio of the mask in force" in labels[0]
+    assert "ratio of the mask in force" not in labels[1]
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [],
+        [round_record(0, rewards=[None] * 3, losses=[None] * 3, committed=False)],
+        [round_record(0, rewards=[0.0, 0.0, 0.0])],
+        [round_record(0, rewards=[None, 0.1, 0.2]), round_record(1, baseline=None)],
+        [round_record(0, candidates=[0.3], rewards=[0.1], losses=[0.9])],
+    ],
+    ids=["no round", "all NaN", "flat", "one NaN", "one candidate"],
+)
+def test_any_search_can_be_drawn(tmp_path, rounds):
+    path = tmp_path / "ratio.png"
+    plot_search(rounds, [], [], {"ratio": 0.0, "verdict": "never-fired"}, path)
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert min(width, height) > 1000
+
+
+def spent(**parts: float) -> dict[str, dict[str, float]]:
+    return {part: {"seconds": seconds, "calls": 1} for part, seconds in parts.items()}
+
+
+def profile_of(**stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+    wall = sum(s["seconds"] for parts in stages.values() for s in parts.values())
+    return {"wall_seconds": wall, "stages": stages, "parts": dict(PARTS)}
+
+
+def test_a_profile_shows_the_parts_of_every_stage_end_to_end(tmp_path, drawn):
+    stages = {
+        "search": spent(idle=2.0, step=10.0, probe=20.0),
+        "merged": {},
+        "final": spent(step=8.0),
+    }
+    plot_profile(profile_of(**stages), tmp_path / "deep" / "profile.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["search", "final"]
+    bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in axes.containers}
+    assert bars == {
+        "step 45.0 %": [(0, 10), (0, 8)],
+        "probe 50.0 %": [(10, 20), (8, 0)],
+        "idle 5.0 %": [(30, 2), (8, 0)],
+    }
+    assert [note.get_text() for note in axes.texts] == ["32.0 s, 80.0 %", "8.00 s, 20.0 %"]
+    assert "40.0 s" in figure.get_suptitle()
+
+
+def test_every_part_has_a_colour_of_its_own():
+    assert list(PART_COLOURS) == list(PARTS)
+    assert len(set(PART_COLOURS.values())) == len(PARTS)
+
+
+def test_no_name_of_a_method_covers_another(tmp_path, drawn):
+    names = ("grasp-restart", "grasp-continue", "late-merge", "grid", "source-finetuned")
+    rows = [
+        {
+            "method": name,
+            "ratio": 0.1 * place,
+            "scores": {"test": {"loss": 1.0 + 0.001 * place}},
+            "intervals": {"test": {"loss": (0.9, 1.1)}},
+            "seconds": 100.0 + place,
+            "tokens": 5,
+        }
+        for place, name in enumerate(names)
+    ]
+    plot_comparison({"rows": rows}, tmp_path)
+    pareto = drawn[0]
+    texts = [t for t in pareto.axes[0].texts if isinstance(t, Annotation)]
+    assert sorted(t.get_text() for t in texts) == sorted(names)
+    pareto.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
+    assert len({text.xy for text in texts}) == len(names), "the points stay where they are"

@@ -1,0 +1,189 @@
+"""A ratio for each group: what is measured, when it is believed, and what is pruned."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.cli import app
+from grasp_lora.config.run_config import ConfigError, load_config
+from grasp_lora.core.pruning.group_ratios import SHIFT, combined, trials
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.core.pruning.masks import pruned_count
+from grasp_lora.models.row_losses import row_losses
+from grasp_lora.plans.run import run
+from grasp_lora.stages import spread as scope_module
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.stages.merge import merge_adapters
+from grasp_lora.stages.spread import spread_ratio
+from grasp_lora.training.groups import SCOPES, ratio_by_group, sizes_of
+from grasp_lora.training.live import scored
+from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.folders import read_start
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job, write_job
+
+SPLITS = ("micro_dev", "dev")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scope")
+    tiny_backbone_folder(folder / "base")
+    adapters = {
+        "source": str(tiny_adapter_folder(folder / "source", tiny_model(), r=4, seed=1)),
+        "target": str(tiny_adapter_folder(folder / "target", tiny_model(), r=2, seed=2)),
+    }
+    file = write_job(folder / "run.yaml", job(folder, adapters=adapters))
+    config = load_config(file)
+    context = open_context(config, quiet=True)
+    folders = [config.adapters.source, config.adapters.target]
+    merged = merge_adapters(config, folders, folder / "merged", context=context)
+    return file, context, merged
+
+
+def with_scope(context, scope):
+    config = context.config.model_copy(update={"scope": scope})
+    return type(context)(
+        config, context.data, context.backbone, context.task, context.narrator, context.clock
+    )
+
+
+@pytest.mark.parametrize("scope", [s for s in SCOPES if s != "global"])
+def test_every_group_loses_its_own_share(given, scope):
+    _, context, merged = given
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        sizes = sizes_of(live, scope)
+        assert sum(sizes.values()) == sum(p.numel() for p in live.params.values())
+        assert len(sizes) >= 2
+        ratios = {group: 0.1 + 0.6 * i / len(sizes) for i, group in enumerate(sizes)}
+        rule = scored(IMPORTANCE["magnitude"], None)
+        (masks,) = live.masks(rule, [ratio_by_group(scope, ratios)])
+        for block, a, b in live.effective_blocks():
+            ratio = ratios[SCOPES[scope](block)]
+            keep_a = masks[block.a].keep()[block.rows]
+            keep_b = masks[block.b].keep()[:, block.rows]
+            assert int((~keep_a).sum()) == pruned_count(a.numel(), ratio)
+            assert int((~keep_b).sum()) == pruned_count(b.numel(), ratio)
+
+
+def test_groups_are_named_by_kind_layer_and_source(given):
+    _, context, merged = given
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        assert set(sizes_of(live, "module-type")) == {"q_proj", "v_proj"}
+        assert set(sizes_of(live, "layer")) == {"layer 0", "layer 1"}
+        by_source = sizes_of(live, "adapter")
+        assert by_source["adapter 0"] == 2 * by_source["adapter 1"], "ranks 4 and 2"
+        with pytest.raises(ValueError, match="search again"):
+            live.masks(
+                scored(IMPORTANCE["magnitude"], None), [ratio_by_group("layer", {"layer 0": 0.5})]
+            )
+
+
+def test_what_is_measured_are_the_losses_under_those_masks(given):
+    _, context, merged = given
+    context = with_scope(context, "adapter")
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        before = {n: p.clone() for n, p in live.params.items()}
+        norms = context.norms(live, context.config.importance)
+        found = spread_ratio(context, live, norms, 0.5, SPLITS)
+        assert all(torch.equal(p, before[n]) for n, p in live.params.items())
+
+        evidence = found["evidence"]
+        rows = context.rows("target", SPLITS)
+        ids = [e.id for e in rows.encoded]
+        drawn = [ids.index(name) for name in evidence["rows"]]
+        sizes = sizes_of(live, "adapter")
+        asked = {(t["group"], t["shift"]): t["losses"] for t in evidence["trials"]}
+        assert list(asked) == [("adapter 0", -SHIFT), ("adapter 0", SHIFT)]
+        rule = scored(IMPORTANCE[context.config.importance], norms)
+        expected = trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
+        for trial, ratios in expected.items():
+            (masks,) = live.masks(rule, [ratio_by_group("adapter", ratios)])
+            with live.trial(masks):
+                losses = row_losses(live.model, rows.batches(drawn), len(drawn))
+            assert (evidence["base"] if trial is None else asked[trial]) == losses
+        chosen = combined(0.5, asked, evidence["base"], range(len(drawn)), sizes)
+        assert evidence["chosen"] == chosen
+        assert found["forwards"] == len(drawn) * 5
+        assert found["ratios"] == (chosen if evidence["shown"] else None)
+
+
+@pytest.mark.parametrize(("effect", "shown"), [(1.0, True), (0.0, False)])
+def test_a_difference_between_groups_is_found_where_there_is_one(given, monkeypatch, effect, shown):
+    """The loss falls with what is left of source 1, row by row a little differently."""
+    _, context, merged = given
+    context = with_scope(context, "adapter")
+
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        norms = context.norms(live, context.config.importance)
+
+        def constructed(model, batches, count):
+            blocks = [b for b in live.blocks if b.source == 1]
+            left = sum(int(live.params[b.a].detach()[b.rows].count_nonzero()) for b in blocks)
+            whole = sum(live.params[b.a].detach()[b.rows].numel() for b in blocks)
+            generator = torch.Generator().manual_seed(left)
+            noise = 0.01 * torch.randn(count, generator=generator)
+            return (2.0 - effect * left / whole + noise).tolist()
+
+        monkeypatch.setattr(scope_module, "row_losses", constructed)
+        found = spread_ratio(context, live, norms, 0.5, SPLITS)
+    assert found["evidence"]["shown"] == shown
+    if shown:
+        assert found["ratios"]["adapter 1"] < 0.5 < found["ratios"]["adapter 0"]
+    else:
+        assert found["ratios"] is None
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_there_is_nothing_to_spread_at_the_bounds(given, ratio):
+    _, context, merged = given
+    context = with_scope(context, "layer")
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        norms = context.norms(live, context.config.importance)
+        found = spread_ratio(context, live, norms, ratio, SPLITS)
+    assert found == {"ratios": None, "evidence": None, "forwards": 0}
+
+
+def test_the_final_run_prunes_each_group_by_its_own_ratio(given, tmp_path):
+    _, context, merged = given
+    context = with_scope(context, "adapter")
+    spread = {"adapter 0": 0.7, "adapter 1": 0.1}
+    out = finetune_at(
+        context.config, merged, 0.5, tmp_path / "final", context=context, spread=spread
+    )
+    zeros = read_json(out / "stage.json")["zeros"]["per_source"]
+    assert zeros == {"0": pytest.approx(0.7, abs=0.01), "1": pytest.approx(0.1, abs=0.01)}
+    with pytest.raises(ValueError, match="spread differ"):
+        finetune_at(
+            context.config,
+            merged,
+            0.5,
+            out,
+            context=context,
+            spread={"adapter 0": 0.5, "adapter 1": 0.5},
+        )
+
+
+def test_a_run_says_what_the_groups_were_worth(given):
+    file, context, _ = given
+    changes = ["scope=layer", f"output={file.parent / 'layered'}", "controller.low=0.2"]
+    out = run(load_config(file, changes), quiet=True)
+    found = read_json(out / "ratio.json")
+    assert found["scope"] == "layer"
+    spread = found["spread"]
+    assert spread["forwards"] == 5 * len(spread["evidence"]["rows"])
+    rounds = (out / "rounds.jsonl").read_text().splitlines()
+    assert found["probe_forwards"] == len(rounds) * 3 * 4 + spread["forwards"]
+
+
+def test_ratios_of_another_scope_are_refused(given, tmp_path):
+    file, _, merged = given
+    ratios = {"ratio": 0.5, "scope": "layer", "spread": {"ratios": {"layer 0": 0.5}}}
+    write_json(tmp_path / "ratio.json", ratios)
+    arguments = ["finetune", str(file), "--start", str(merged), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--ratio", str(tmp_path / "ratio.json")])
+    assert done.exit_code == 2
+    assert "set scope: layer" in done.output
+    with pytest.raises(ConfigError, match="needs the sources apart"):
+        load_config(file, ["scope=adapter", "mask_unit=merged"])

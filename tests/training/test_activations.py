@@ -1,0 +1,126 @@
+"""Input norms against sums worked out by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from grasp_lora.core.lora import LoraFactors, merge
+from grasp_lora.tasks.encoding import Collator, Encoded
+from grasp_lora.training.activations import input_norms
+from grasp_lora.training.live import go_live
+from helpers import EOS_ID, PAD_ID, TINY_VOCAB, tiny_model
+
+NAME = "model.layers.1.self_attn.q_proj"
+ROWS = [Encoded(str(n), str(n), tuple(range(3, 3 + n)), n - 1, 0) for n in (3, 7, 5)]
+
+
+class Routed(nn.Module):
+    """A layer of two experts; each reads the tokens that are routed to it, in no batch's shape."""
+
+    def __init__(self, experts: list[nn.Module]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, hidden):
+        flat, out = hidden.flatten(0, 1), torch.empty_like(hidden.flatten(0, 1))
+        first = flat.argmax(1) % 2 == 0
+        for expert, mine in zip(self.experts, (first, ~first), strict=True):
+            out[mine] = expert(flat[mine])
+        return out.view_as(hidden)
+
+
+def routed_model():
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = Routed([mlp, copy.deepcopy(mlp)])
+    return model
+
+
+def opt_model():
+    config = OPTConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def live(model=None, names=(NAME,)):
+    model = model or tiny_model("llama")
+    layers = {name: model.get_submodule(name) for name in names}
+    # Which expert a token is routed to depends on them: of all draws some leave one without any.
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    factors = {
+        name: LoraFactors(drawn(2, layer.in_features), drawn(layer.out_features, 2), 1)
+        for name, layer in layers.items()
+    }
+    return go_live(model, merge("cat", [factors], [1.0]), "merged")
+
+
+def norms_of_rows_alone(adapter):
+    """Return name -> norms over everything that comes in while each row is read alone."""
+    seen = {name: [] for name in adapter.layers}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, name=name: seen[name].append(args[0].flatten(0, -2))
+        )
+        for name, layer in adapter.layers.items()
+    ]
+    adapter.model.eval()
+    with torch.no_grad():
+        for row in ROWS:
+            adapter.model(input_ids=torch.tensor([row.input_ids]))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts).square().sum(0).sqrt() for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (tiny_model, [NAME]),
+        # OPT hands its MLP [batch * length, hidden].
+        (
+            opt_model,
+            [f"model.decoder.layers.1.{end}" for end in ("fc1", "fc2", "self_attn.q_proj")],
+        ),
+        (routed_model, [NAME, *(f"model.layers.1.mlp.experts.{i}.up_proj" for i in (0, 1))]),
+    ],
+    ids=["by batch", "flat", "routed"],
+)
+def test_norms_are_those_of_all_real_tokens_padding_left_out(build, names):
+    adapter = live(build(), names)
+    batched = input_norms(adapter.model, adapter.layers, [Collator(PAD_ID)(ROWS)])
+    expected = norms_of_rows_alone(adapter)
+    assert batched.keys() == expected.keys() == set(names)
+    for name, norms in expected.items():
+        assert torch.allclose(batched[name], norms, rtol=1e-4), name
+
+
+def test_a_module_that_reads_no_token_has_no_norms():
+    model = tiny_model("llama")
+    model.idle = nn.Linear(16, 16)
+    adapter = live(model, [NAME, "idle"])
+    assert list(input_norms(adapter.model, adapter.layers, [Collator(0)(ROWS)])) == [NAME]
+
+
+def test_hooks_are_gone_and_modes_are_back():
+    adapter = live()
+    adapter.model.train()
+    rows = [Encoded("a", "a", (1, 2, 3), 2, 0)]
+    input_norms(adapter.model, adapter.layers, [Collator(pad_id=0)(rows)])
+    assert adapter.model.training
+    assert not adapter.layers[NAME]._forward_pre_hooks

@@ -1,0 +1,401 @@
+"""The live adapter: trials leave no trace, commits stash and revive, zeros stay zero."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from grasp_lora.core.lora import LoraFactors, merge
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.core.pruning.masks import Mask, pruned_count
+from grasp_lora.training.live import LiveAdapter, go_live, scored
+from helpers import logits_of, random_ids, tiny_model
+
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+
+
+def factors(model, seed: int, rank: int, modules=MODULES) -> dict[str, LoraFactors]:
+    generator = torch.Generator().manual_seed(seed)
+    known = dict(model.named_modules())
+    return {
+        name: LoraFactors(
+            torch.randn(rank, known[name].in_features, generator=generator),
+            torch.randn(known[name].out_features, rank, generator=generator),
+            0.5,
+        )
+        for name in modules
+    }
+
+
+def live_of(kind: str = "cat", mask_unit: str = "source", ranks=(3, 3), **settings) -> LiveAdapter:
+    model = tiny_model("llama")
+    adapters = [factors(model, seed, rank) for seed, rank in enumerate(ranks)]
+    merged = merge(kind, adapters, [1 / len(ranks)] * len(ranks))
+    return go_live(model, merged, mask_unit, **settings)
+
+
+def pruned_at(live: LiveAdapter, ratio: float) -> dict[str, Mask]:
+    return live.masks(scored(IMPORTANCE["magnitude"], None), [ratio])[0]
+
+
+def trained_optimizer(live: LiveAdapter, weight_decay: float = 0.1, steps: int = 3):
+    optimizer = torch.optim.AdamW(live.params.values(), lr=0.05, weight_decay=weight_decay)
+    for step in range(steps):
+        train_step(live, optimizer, step)
+    return optimizer
+
+
+def train_step(live: LiveAdapter, optimizer, seed: int) -> None:
+    ids = random_ids(seed=seed)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    live.enforce()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("mask_unit", ["source", "merged"])
+def test_going_live_keeps_the_logits_of_the_merge(kind, mask_unit):
+    model = tiny_model("llama")
+    adapters = [factors(model, 0, 3), factors(model, 1, 3)]
+    merged = merge(kind, adapters, [0.3, -0.7])
+    ids = random_ids()
+    weights = {name: dict(model.named_modules())[name].weight.detach().clone() for name in MODULES}
+    reference = tiny_model("llama")
+    with torch.no_grad():
+        for name in MODULES:
+            module = dict(reference.named_modules())[name]
+            module.weight.copy_(weights[name] + merged[name].B @ merged[name].A)
+    live = go_live(model, merged, mask_unit)
+    assert torch.allclose(logits_of(live.model, ids), logits_of(reference, ids), atol=1e-5)
+
+
+def test_source_units_of_a_linear_merge_train_each_source_apart():
+    live = live_of("linear", "source")
+    names = [n for n in live.params if n.endswith(".A.0") or n.endswith(".A.1")]
+    assert len(names) == 2 * len(MODULES)
+    before = {n: p.detach().clone() for n, p in live.params.items()}
+    trained_optimizer(live)
+    assert all(not torch.equal(before[n], p) for n, p in live.params.items())
+    a = live.plain()[MODULES[0]][0]
+    total = live.params[f"{MODULES[0]}.A.0"] + live.params[f"{MODULES[0]}.A.1"]
+    assert torch.equal(a, total.detach())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("kind", "ranks"), [("cat", (2, 5)), ("linear", (3, 3))])
+def test_every_source_loses_exactly_the_ratio_in_each_tensor(kind, ranks, ratio):
+    live = live_of(kind, "source", ranks)
+    masks = pruned_at(live, ratio)
+    for block in live.blocks:
+        for keep in (masks[block.a].keep()[block.rows], masks[block.b].keep()[:, block.rows]):
+            assert int((~keep).sum()) == pruned_count(keep.numel(), ratio)
+
+
+def test_one_threshold_for_a_concatenated_tensor_prunes_the_smaller_source_harder():
+    model = tiny_model("llama")
+    small = {
+        n: LoraFactors(f.A * 0.1, f.B * 0.1, f.scaling) for n, f in factors(model, 1, 3).items()
+    }
+    merged = merge("cat", [factors(model, 0, 3), small], [0.5, 0.5])
+    live = go_live(model, merged, "merged")
+    keep = pruned_at(live, 0.5)[f"{MODULES[0]}.A"].keep()
+    assert keep[3:].float().mean() < 0.2 < 0.8 < keep[:3].float().mean()
+
+
+def everything(live: LiveAdapter, optimizer) -> dict[str, object]:
+    state = {
+        f"{i}.{k}": v.clone() if isinstance(v, torch.Tensor) else v
+        for i, p in enumerate(live.params.values())
+        for k, v in optimizer.state[p].items()
+    }
+    return {
+        "weights": [p.detach().clone() for p in live.params.values()],
+        "gradients": [p.grad.clone() for p in live.params.values()],
+        "modes": [m.training for m in live.model.modules()],
+        "optimizer": state,
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "stash": [live.effective(n).clone() for n in live.params],
+    }
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def in_mid_step():
+    """Return a trained and pruned adapter in train mode with gradients, its optimizer, and ids."""
+    live = live_of(dropout=0.1)
+    optimizer = trained_optimizer(live)
+    live.commit(pruned_at(live, 0.4), optimizer)
+    ids = random_ids(seed=9)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    live.model.train()
+    return live, optimizer, ids
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_restores_everything_also_after_an_exception(fails, ratio):
+    live, optimizer, ids = in_mid_step()
+    live.layers[MODULES[0]].eval()
+    before = everything(live, optimizer)
+
+    def meddle() -> None:
+        with live.trial(pruned_at(live, ratio)):
+            assert not any(m.training for m in live.model.modules())
+            if ratio < 1:
+                live.model(input_ids=ids, labels=ids).loss.backward()
+            live.model.train()
+            torch.rand(3), random.random(), np.random.rand()
+            if fails:
+                raise RuntimeError("in the middle")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            meddle()
+    else:
+        meddle()
+    assert same(before, everything(live, optimizer))
+
+
+def test_a_trial_whose_body_writes_weights_is_refused_and_the_rest_restored():
+    live = live_of(dropout=0.1)
+    optimizer = trained_optimizer(live)
+    ids = random_ids(seed=9)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    before = everything(live, optimizer)
+
+    def step_inside() -> None:
+        with live.trial(pruned_at(live, 0.8)):
+            live.model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="wrote to the adapter weights"):
+        step_inside()
+    after = everything(live, optimizer)
+    for kind in ("gradients", "modes", "torch", "python", "numpy"):
+        assert same(before[kind], after[kind])
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("committed", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("tried", [0.0, 0.3, 0.6, 1.0])
+def test_a_trial_equals_masking_a_whole_copy(kind, committed, tried):
+    live = live_of(kind)
+    live.commit(pruned_at(live, committed))
+    whole = {n: live.effective(n).clone() for n in live.params}
+    weights = {n: p.detach().clone() for n, p in live.params.items()}
+    masks = pruned_at(live, tried)
+    with live.trial(masks):
+        for name, param in live.params.items():
+            assert torch.equal(param, whole[name] * masks[name].keep())
+    assert all(torch.equal(p, weights[n]) for n, p in live.params.items())
+    assert all(torch.equal(live.effective(n), whole[n]) for n in whole)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "activation"])
+@pytest.mark.parametrize("mask_unit", ["source", "merged"])
+def test_masks_of_many_ratios_come_from_one_pass_and_equal_those_of_one_ratio(rule, mask_unit):
+    live = live_of("cat", mask_unit, ranks=(2, 5))
+    generator = torch.Generator().manual_seed(3)
+    norms = {
+        n: torch.rand(layer.in_features, generator=generator) for n, layer in live.layers.items()
+    }
+    calls = []
+
+    def score(block, a, b):
+        calls.append(block)
+        return IMPORTANCE[rule](a, b, norms[block.module])
+
+    ratios = [0.7, 0.1, 0.4]
+    together = live.masks(score, ratios)
+    assert calls == list(live.blocks)
+    for ratio, masks in zip(ratios, together, strict=True):
+        (alone,) = live.masks(scored(IMPORTANCE[rule], norms), [ratio])
+        for name in live.params:
+            assert torch.equal(masks[name].keep(), alone[name].keep())
+
+
+def test_a_module_without_norms_is_scored_by_magnitude():
+    live = live_of("cat", "merged")
+    known, unread = MODULES
+    norms = {known: torch.rand(live.layers[known].in_features)}
+    score = scored(IMPORTANCE["activation"], norms)
+    for block, a, b in live.effective_blocks():
+        rule = "magnitude" if block.module == unread else "activation"
+        expected = IMPORTANCE[rule](a, b, norms.get(block.module))
+        assert all(map(torch.equal, score(block, a, b), expected))
+
+
+def test_masks_and_stash_take_a_bit_an_entry_and_a_value_for_each_pruned_one():
+    live = live_of()
+    assert live.held_bytes() == 0
+    live.commit(pruned_at(live, 0.8))
+    entries = sum(p.numel() for p in live.params.values())
+    pruned = sum(int((~live.keep(n)).sum()) for n in live.params)
+    assert live.held_bytes() == sum(-(-p.numel() // 8) for p in live.params.values()) + 4 * pruned
+    assert live.held_bytes() < 1.0 * 4 * entries
+    live.commit(pruned_at(live, 0.0))
+    assert live.held_bytes() == 0
+
+
+def test_a_trial_runs_with_the_masked_weights():
+    live = live_of()
+    masks = pruned_at(live, 0.5)
+    ids = random_ids()
+    with live.trial(masks):
+        seen = logits_of(live.model, ids)
+        for name, param in live.params.items():
+            assert torch.equal(param == 0, ~masks[name].keep())
+    live.commit(masks)
+    assert torch.equal(seen, logits_of(live.model.eval(), ids))
+
+
+@pytest.mark.parametrize("committed", [0.0, 0.4, 1.0])
+def test_a_whole_adapter_has_its_stashed_values_for_the_body_alone(committed):
+    live = live_of()
+    before = {n: p.detach().clone() for n, p in live.params.items()}
+    live.commit(pruned_at(live, committed))
+    pruned = live.digest()
+    with live.whole():
+        assert all(torch.equal(live.params[n], value) for n, value in before.items())
+    assert live.digest() == pruned
+    kept = sum(int(live.keep(n).sum()) for n in live.params)
+    entries = sum(p.numel() for p in live.params.values())
+    assert kept == pytest.approx((1 - committed) * entries, rel=0.02)
+
+
+def test_a_pruned_entry_comes_back_with_its_stashed_value():
+    live = live_of()
+    before = {n: p.detach().clone() for n, p in live.params.items()}
+    live.commit(pruned_at(live, 0.9))
+    assert any((p == 0).any() for p in live.params.values())
+    assert all(torch.equal(live.effective(n), before[n]) for n in before)
+    live.commit(pruned_at(live, 0.0))
+    assert all(torch.equal(p, before[n]) for n, p in live.params.items())
+
+
+def test_committing_a_ratio_below_the_current_one_revives_what_matters_most():
+    live = live_of()
+    magnitudes = {n: p.detach().abs() for n, p in live.params.items()}
+    live.commit(pruned_at(live, 0.8))
+    live.commit(pruned_at(live, 0.5))
+    block = live.blocks[0]
+    keep = live.keep(block.a)[block.rows]
+    scores = magnitudes[block.a][block.rows]
+    assert scores[keep].min() >= scores[~keep].max()
+
+
+def test_a_commit_clears_the_moments_of_newly_pruned_entries_only():
+    live = live_of()
+    optimizer = trained_optimizer(live)
+    live.commit(pruned_at(live, 0.3), optimizer)
+    train_step(live, optimizer, 11)
+    old = {
+        n: (live.keep(n), {k: v.clone() for k, v in optimizer.state[p].items()})
+        for n, p in live.params.items()
+    }
+    masks = pruned_at(live, 0.6)
+    live.commit(masks, optimizer)
+    for name, param in live.params.items():
+        was, state = old[name]
+        newly = was & ~masks[name].keep()
+        assert newly.any()
+        for key in ("exp_avg", "exp_avg_sq"):
+            now = optimizer.state[param][key]
+            assert (now[newly] == 0).all()
+            assert torch.equal(now[~newly], state[key][~newly])
+        assert optimizer.state[param]["step"] == state["step"]
+
+
+def test_committed_zeros_survive_adamw_with_weight_decay_and_momentum():
+    live = live_of("linear")
+    optimizer = trained_optimizer(live)
+    masks = pruned_at(live, 0.5)
+    live.commit(masks, optimizer)
+    for step in range(5):
+        train_step(live, optimizer, step)
+    for name, param in live.params.items():
+        assert (param[~masks[name].keep()] == 0).all()
+        assert (param[masks[name].keep()] != 0).all()
+
+
+def test_pruned_entries_do_not_count_in_the_clipping_norm_nor_refill_the_moments():
+    live = live_of()
+    optimizer = trained_optimizer(live)
+    masks = pruned_at(live, 0.7)
+    live.commit(masks, optimizer)
+    ids = random_ids(seed=4)
+    for _ in range(2):  # two batches accumulate
+        live.model(input_ids=ids, labels=ids).loss.backward()
+    for name, param in live.params.items():
+        assert (param.grad[~masks[name].keep()] == 0).all()
+    norm = torch.nn.utils.clip_grad_norm_(live.params.values(), 1.0)
+    kept = torch.cat([p.grad[masks[n].keep()] for n, p in live.params.items()])
+    assert kept.norm() == pytest.approx(min(1.0, float(norm)), rel=1e-4)
+    optimizer.step()
+    for name, param in live.params.items():
+        assert (optimizer.state[param]["exp_avg"][~masks[name].keep()] == 0).all()
+
+
+def test_enforce_clears_nan_too():
+    live = live_of()
+    masks = pruned_at(live, 0.5)
+    live.commit(masks)
+    for name, param in live.params.items():
+        param.data[~masks[name].keep()] = float("nan")
+    live.enforce()
+    assert all((p[~masks[n].keep()] == 0).all() for n, p in live.params.items())
+
+
+def test_a_snapshot_brings_back_weights_masks_and_stash():
+    live = live_of()
+    live.commit(pruned_at(live, 0.4))
+    saved = live.snapshot()
+    expected = {n: live.effective(n) for n in live.params}
+    optimizer = trained_optimizer(live)
+    live.commit(pruned_at(live, 0.8), optimizer)
+    live.load(saved)
+    assert all(torch.equal(live.effective(n), expected[n]) for n in expected)
+    assert all(torch.equal(p == 0, ~live.keep(n)) for n, p in live.params.items())
+
+
+def test_svd_mixes_the_sources_so_source_units_are_refused():
+    with pytest.raises(ValueError, match="svd"):
+        live_of("svd", "source")
+    assert live_of("svd", "merged").blocks[0].source is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_scaled_adapter_is_the_scaled_delta_and_is_put_back(fails):
+    live, optimizer, ids = in_mid_step()
+    before = everything(live, optimizer)
+    scalings = [layer.scaling["default"] for layer in live.layers.values()]
+    for factor in (0.0, 0.5):
+        twin = copy.deepcopy(live.model).eval()
+        for name, param in twin.named_parameters():
+            if "lora_B" in name:
+                param.data *= factor
+        with live.scaled(factor):
+            assert not live.model.training
+            assert torch.allclose(logits_of(live.model, ids), logits_of(twin, ids), atol=1e-5)
+    with live.scaled(0.0):
+        with live.model.disable_adapter():
+            bare = logits_of(live.model, ids)
+        assert torch.equal(logits_of(live.model, ids), bare)
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"), live.scaled(0.5):
+            raise RuntimeError("in the middle")
+    assert [layer.scaling["default"] for layer in live.layers.values()] == scalings
+    assert same(before, everything(live, optimizer))

@@ -1,0 +1,196 @@
+"""Two processes give what one gives; launches that cannot work are refused before any work."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.plans.run import run
+from grasp_lora.stages.evaluate import evaluate_adapter
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.stages.merge import merge_adapters
+from grasp_lora.stages.search import search_ratio
+from grasp_lora.stages.train import train_adapter
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job, start, write_job
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def in_two_processes(*arguments: str | Path):
+    options = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    process = start(*options, "-m", "grasp_lora", *arguments, module=("torch.distributed.run",))
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def values(folder: Path, name: str, batch_size: int) -> dict:
+    section = {"epochs": 2, "batch_size": batch_size}
+    return job(
+        folder,
+        output=str(folder / name),
+        # "auto" is what users leave; on a machine with one GPU two processes could not share it.
+        model={
+            "name": str(folder / "base"),
+            "dtype": "float32",
+            "device": "cpu" if torch.cuda.is_available() else "auto",
+        },
+        # Each process draws its own dropout.
+        lora={"dropout": 0.0},
+        train=section | {"epochs": 1},
+        search=section,
+        finetune=section,
+        evaluate={"max_new_tokens": 3, "batch_size": 2, "baselines": False},
+    )
+
+
+def numbers(value, at="") -> dict:
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in numbers(value[key], f"{at}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, x in enumerate(value) for k, v in numbers(x, f"{at}.{i}").items()}
+    return {at: value}
+
+
+def assert_same(one, two) -> None:
+    one, two = numbers(one), numbers(two)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        # A gain of 0.0003 over its error: what rounds a loss in its seventh digit is seen in it.
+        exact = 1e-2 if key.endswith(".z") else 1e-3
+        close = pytest.approx(value, abs=1e-4, rel=exact) if isinstance(value, float) else value
+        assert two[key] == close, key
+
+
+def test_two_processes_give_the_results_of_one(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    alone = run(RunConfig.model_validate(values(tmp_path, "one", 2)), quiet=True)
+    config = write_job(tmp_path / "two.yaml", values(tmp_path, "two", 1))
+    code, out, err = in_two_processes("run", config)
+    assert code == 0, err
+    both = tmp_path / "two"
+    assert (both / "done.json").exists()
+    assert_same(read_json(alone / "ratio.json"), read_json(both / "ratio.json"))
+    for folder in (alone, both):
+        evidence = read_json(folder / "ratio.json")["evidence"]
+        quotient = evidence["gain_over_lowest_ratio"] / evidence["standard_error"]
+        assert evidence["z"] == pytest.approx(quotient, rel=1e-9)
+    assert_same(read_json(alone / "scores.json"), read_json(both / "scores.json"))
+    for one, two in zip(
+        read_jsonl(alone / "rounds.jsonl"), read_jsonl(both / "rounds.jsonl"), strict=True
+    ):
+        if one["kind"] == "coverage":
+            assert one["candidates"] == two["candidates"]
+        assert one["rows"] == two["rows"]
+        assert_same(one, two)
+    facts = [read_json(f / "final" / "stage.json") for f in (alone, both)]
+    assert len(facts[0]["evaluations"]) == 3
+    assert_same(facts[0]["evaluations"], facts[1]["evaluations"])
+    weights = [load_file(f / "final" / "adapter_model.safetensors") for f in (alone, both)]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+    assert out.count("wrote ") == 1
+    assert err.count("target labels used") == 1
+    assert err.count("final fine-tuning: done") == 1
+    assert err.count("search: done") == 1
+
+
+LATECOMER = """
+import sys, time
+from pathlib import Path
+from accelerate import PartialState
+from grasp_lora.workbench import folders
+from grasp_lora.workbench.processes import wait_for_all
+
+out, key = Path(sys.argv[1]), {"config": "same"}
+late = not PartialState(cpu=True).is_main_process
+if late:
+    time.sleep(1)
+done = folders.stage_is_done(out, key, overwrite=True)
+if not late:
+    folders.finish_stage(out, key, {})
+wait_for_all()
+print(done, folders.stage_is_done(out, key, overwrite=False))
+"""
+
+
+def test_a_process_that_comes_late_takes_the_same_way(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LATECOMER)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path / "out"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=100)[0].strip() for process in pair]
+    assert said == ["False True", "False True"]
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    model = tiny_model()
+    tiny_backbone_folder(tmp_path / "base")
+    tiny_adapter_folder(tmp_path / "adapter", model)
+    changes = {"model": {"name": str(tmp_path / "base")}}  # device auto: GPUs would be used
+    return RunConfig.model_validate(job(tmp_path, **changes))
+
+
+def whole(config: RunConfig, adapter: Path, out: Path):
+    run(config, quiet=True)
+
+
+RECIPES = {
+    "run": whole,
+    "train": lambda config, adapter, out: train_adapter(config, "source", out),
+    "merge": lambda config, adapter, out: merge_adapters(config, [adapter, adapter], out),
+    "search": lambda config, adapter, out: search_ratio(config, adapter, out),
+    "finetune": lambda config, adapter, out: finetune_at(config, adapter, 0.4, out),
+    "evaluate": lambda config, adapter, out: evaluate_adapter(config, adapter, out),
+}
+LAUNCHES = {
+    "fsdp": ({"ACCELERATE_USE_FSDP": "true"}, 1, "FSDP is not supported yet: launch with plain"),
+    "zero": ({"ACCELERATE_USE_DEEPSPEED": "true"}, 1, "ZeRO is not supported yet: launch with"),
+    "data parallel": ({}, 2, "2 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES=0"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_other_launches_are_refused_before_any_work(config, tmp_path, monkeypatch, launch, recipe):
+    environment, gpus, said = LAUNCHES[launch]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if gpus > 1:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=said) as caught:
+        RECIPES[recipe](config, tmp_path / "adapter", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_gpus_do_not_matter_to_a_run_on_the_cpu(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model = config.model.model_copy(update={"device": "cpu"})
+    out = tmp_path / "out"
+    adapter = tmp_path / "adapter"
+    merge_adapters(config.model_copy(update={"model": model}), [adapter, adapter], out)
+    assert json.loads((out / "stage.json").read_text())["weights"] == [0.5, 0.5]

@@ -1,0 +1,302 @@
+"""The rows of a run from every kind of place, and what is refused about them."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from grasp_lora.config.run_config import make_config
+from grasp_lora.data.hub import load_hub
+from grasp_lora.workbench.rows import RunData, load_run_data
+from jobs import write_rows
+
+
+def rows_of(prefix: str, numbers: range, suffix: str = "") -> list[dict[str, Any]]:
+    """Return questions with a context each; equal prefixes and numbers are parallel rows."""
+    return [
+        {
+            "id": f"{prefix}{n}",
+            "context": f"{prefix} house number {n} has {n + 2} rooms{suffix}.",
+            "question": f"How many rooms has {prefix} house {n}{suffix}?",
+            "answers": [f"{n + 2} rooms"],
+        }
+        for n in numbers
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def loaded(data: dict[str, Any], **options: Any) -> tuple[RunData, list[str]]:
+    said: list[str] = []
+    config = make_config({"model": "smollm2", "data": data}, training=False)
+    return load_run_data(config, said.append, **options), said
+
+
+def target(folder: Path, **changes: Any) -> dict[str, Any]:
+    path = write_rows(folder / "es.jsonl", range(30))
+    rows = {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}
+    return {"language": "es", "files": str(path), "rows": rows} | changes
+
+
+def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_path):
+    english = write(tmp_path / "en.jsonl", rows_of("q", range(30), " (en)"))
+    source = {"language": "en", "files": english, "rows": {"train": 8}}
+    data, said = loaded({"source": source, "target": target(tmp_path)})
+    used = {e.id for rows in data.parts["target"].values() for e in rows}
+    assert len(used) == 20
+    assert not used & {e.id for e in data.parts["source"]["train"]}
+    assert (
+        "source: 20 rows left out, as they or others of their context share an id with a target "
+        "row: one id in two languages means a translation"
+    ) in said
+    assert data.leaks == ()
+
+
+def test_files_that_number_their_rows_alike_are_told_how_to_keep_them(tmp_path):
+    def numbered(prefix, count):
+        return [row | {"id": n} for n, row in enumerate(rows_of(prefix, range(count)))]
+
+    spanish = target(tmp_path, files=write(tmp_path / "mine.jsonl", numbered("q", 30)))
+    english = numbered("e", 30)
+    source = {"language": "en", "rows": {"train": 10}}
+    files = write(tmp_path / "en.jsonl", english)
+    data, said = loaded({"source": source | {"files": files}, "target": spanish})
+    (line,) = (line for line in said if "left out" in line)
+    assert line.startswith("source: 20 rows left out, as they or others of their context share an")
+    assert line.endswith(
+        "if these ids only number the rows of each file, give one file ids of its own, or take its "
+        "id column away, and the rows are kept"
+    )
+    assert len(data.parts["source"]["train"]) == 10
+
+    own = [row | {"id": f"en-{row['id']}"} for row in english]
+    none = [{k: v for k, v in row.items() if k != "id"} for row in english]
+    for rows in (own, none):
+        source = {"language": "en", "rows": {"train": 30}}
+        source["files"] = write(tmp_path / "en.jsonl", rows)
+        data, said = loaded({"source": source, "target": spanish})
+        assert len(data.parts["source"]["train"]) == 30
+        assert not any("left out" in line for line in said)
+
+
+def test_a_question_of_a_translated_context_goes_too(tmp_path):
+    english = rows_of("q", range(30), " (en)")
+    english.append(english[0] | {"id": "extra", "question": "Something else?"})
+    files = {"train": [0], "dev": [1], "micro_dev": [2], "test": [0]}
+    parts = {
+        part: str(write_rows(tmp_path / f"{part}.jsonl", [n + 100 * (part != "test") for n in ns]))
+        for part, ns in files.items()
+    }
+    source = {
+        "language": "en",
+        "files": write(tmp_path / "en.jsonl", english),
+        "rows": {"train": 29},
+    }
+    data, _ = loaded({"source": source, "target": {"language": "es", "files": parts}})
+    assert {"q0", "extra"}.isdisjoint({e.id for e in data.parts["source"]["train"]})
+    assert len(data.parts["source"]["train"]) == 29
+
+
+def test_further_test_sets_stand_beside_the_targets_own(tmp_path):
+    news = write(tmp_path / "news.jsonl", rows_of("n", range(9)))
+    tests = {"news": {"language": "es", "files": news, "rows": 5}}
+    data, said = loaded({"target": target(tmp_path), "tests": tests})
+    assert data.test_sets() == {"test": ("target", "test"), "news": ("tests", "news")}
+    assert len(data.parts["tests"]["news"]) == 5
+    assert data.manifest()["tests"]["from"] == {"news": "news.jsonl"}
+    assert "target labels used: 8 train, 4 dev, 4 micro_dev; tested on 9" in said
+
+
+def test_a_test_set_that_holds_training_rows_is_refused_or_recorded(tmp_path):
+    same = write(tmp_path / "news.jsonl", rows_of("q", range(30)))
+    data = {
+        "target": target(tmp_path),
+        "tests": {"news": {"language": "es", "files": same}},
+    }
+    with pytest.raises(ValueError, match=r"16 pairs .* of tests/news .* --allow-leakage"):
+        loaded(data)
+    allowed, said = loaded(data | {"allow_leakage": True})
+    assert len(allowed.leaks) == 16
+    assert len(allowed.manifest()["leaks"]) == 16
+    assert any("leakage, allowed: 16 pairs" in line for line in said)
+
+
+def test_two_test_sets_may_share_rows(tmp_path):
+    same = write(tmp_path / "news.jsonl", rows_of("n", range(9)))
+    tests = {name: {"language": "es", "files": same} for name in ("one", "two")}
+    data, _ = loaded({"target": target(tmp_path), "tests": tests})
+    assert data.leaks == ()
+
+
+def test_rows_from_python_take_the_place_of_files(tmp_path):
+    rows = rows_of("p", range(20))
+    given = {
+        "target": {
+            "train": Dataset.from_list(rows[:8]),
+            "micro_dev": rows[8:12],
+            "test": rows[12:],
+        }
+    }
+    data, _ = loaded({"target": {"language": "es"}}, given=given)
+    assert [len(data.parts["target"][part]) for part in ("train", "micro_dev", "test")] == [8, 4, 8]
+    assert data.parts["target"]["train"][0].fields["context"] == rows[0]["context"]
+    again, _ = loaded({"target": {"language": "es"}}, given=given)
+    assert again.digest() == data.digest()
+    changed = {"target": {**given["target"], "test": rows[12:19]}}
+    other, _ = loaded({"target": {"language": "es"}}, given=changed)
+    assert other.digest() != data.digest()
+
+
+def test_columns_and_another_task_reach_the_loader(tmp_path):
+    rows = [
+        {"nr": n, "swahili": f"maneno {n} ya kwanza", "english": f"words {n}"} for n in range(9)
+    ]
+    section = {
+        "language": "sw",
+        "files": {"test": write(tmp_path / "pairs.jsonl", rows)},
+        "columns": {"id": "nr", "completion": "english"},
+        "prompt": "Translate into English: {swahili}\nEnglish:",
+    }
+    data, _ = loaded({"task": "text-to-text", "target": section}, training=False)
+    example = data.parts["target"]["test"][0]
+    assert (example.id, example.references) == ("0", ("words 0",))
+    assert dict(example.fields) == {"swahili": "maneno 0 ya kwanza"}
+
+
+def test_rows_left_out_are_told(tmp_path):
+    rows = rows_of("q", range(30)) + [rows_of("q", range(31))[30] | {"question": " "}]
+    files = write(tmp_path / "mine.jsonl", rows)
+    _, said = loaded({"target": target(tmp_path, files=files)})
+    assert any("mine.jsonl: 1" in line and "empty question" in line for line in said)
+    with pytest.raises(ValueError, match="max_faulty"):
+        loaded({"max_faulty": 0.01, "target": target(tmp_path, files=files)})
+
+
+def test_what_is_odd_in_a_file_or_a_published_split_is_told_once(tmp_path, monkeypatch):
+    rows = [{"id": n, "article": f"Text {n}.", "highlights": f"One {n}.\nTwo."} for n in range(4)]
+
+    def published(_repo: str, _config: str | None, **_options: Any) -> Dataset:
+        return Dataset.from_list(rows[:2])
+
+    monkeypatch.setattr(
+        "grasp_lora.workbench.rows.load_hub", functools.partial(load_hub, load=published)
+    )
+    section = {"language": "en", "files": {"test": write(tmp_path / "mine.jsonl", rows)}}
+    tests = {"cnn": {"language": "en", "files": {"hub": "me/cnn", "splits": {"test": "test"}}}}
+    data, said = loaded(
+        {"task": "summarization", "target": section, "tests": tests, "allow_leakage": True},
+        training=False,
+    )
+    assert [e.references for e in data.parts["tests"]["cnn"]] == [
+        ("One 0. Two.",),
+        ("One 1. Two.",),
+    ]
+    told = [line.split(" had answers")[0] for line in said if "several lines" in line]
+    assert told == ["mine.jsonl: 4 of 4 rows", "me/cnn test: 2 of 2 rows"]
+
+
+def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
+    section = {
+        "language": "es",
+        "files": {"test": write(tmp_path / "t.jsonl", rows_of("q", range(3)))},
+    }
+    with pytest.raises(ValueError, match="no rows in train and micro_dev"):
+        loaded({"target": section})
+    data, _ = loaded({"target": section}, training=False)
+    assert data.test_sets() == {"test": ("target", "test")}
+
+
+def test_nearly_equal_texts_of_one_file_do_not_stand_in_two_splits(tmp_path):
+    stories = [" ".join(f"s{n}w{i}" for i in range(40)) for n in range(10)]
+    rows = [
+        {"id": f"{n}{twin}", "article": f"{story} {twin}", "summary": "x"}
+        for n, story in enumerate(stories)
+        for twin in ("a", "b")
+    ]
+    rows += [
+        {"id": f"other{n}", "article": " ".join(f"w{n}x{i}" for i in range(20)), "summary": "y"}
+        for n in range(20)
+    ]
+    section = {
+        "language": "en",
+        "files": write(tmp_path / "news.jsonl", rows),
+        "rows": {"train": 20, "dev": 5, "micro_dev": 5, "test": 10},
+    }
+    data, said = loaded({"task": "summarization", "target": section})
+    kept = data.parts["target"]
+    assert len(kept["test"]) == 10
+    assert len(kept["train"]) < 20
+    assert any("target/train" in line and "nearly the same text" in line for line in said)
+    assert data.leaks == ()
+
+
+def test_rows_with_one_instruction_can_still_be_divided(tmp_path):
+    rows = [
+        {"instruction": "Translate.", "input": f"neno {n}", "completion": f"word {n}"}
+        for n in range(9)
+    ]
+    section = {
+        "language": "sw",
+        "files": write(tmp_path / "pairs.jsonl", rows),
+        "rows": {"train": 3, "dev": 2, "micro_dev": 2, "test": 2},
+        "prompt": "{instruction}\n{input}\n",
+    }
+    data, _ = loaded({"task": "text-to-text", "target": section})
+    assert {part: len(r) for part, r in data.parts["target"].items()} == section["rows"]
+
+
+def test_a_parallel_test_set_of_another_language_loses_the_rows_trained_on(tmp_path):
+    chinese = write(tmp_path / "zh.jsonl", rows_of("q", range(30), " (zh)"))
+    tests = {"zh": {"language": "zh", "files": chinese}}
+    data, said = loaded({"target": target(tmp_path), "tests": tests})
+    parts = data.parts["target"]
+    trained = {e.id for part in ("train", "dev", "micro_dev") for e in parts[part]}
+    assert {e.id for e in data.parts["tests"]["zh"]} == {f"q{n}" for n in range(30)} - trained
+    assert any(
+        line.startswith("tests/zh: 16 rows left out") and "share an id with a training row" in line
+        for line in said
+    )
+
+
+def test_the_split_has_a_seed_of_its_own(tmp_path):
+    section = target(tmp_path)
+
+    def test_ids(seed, split_seed):
+        data = {"target": section, "split_seed": split_seed}
+        config = make_config({"model": "smollm2", "seed": seed, "data": data}, training=False)
+        rows = load_run_data(config, lambda _line: None).parts["target"]["test"]
+        return [e.id for e in rows]
+
+    assert test_ids(1, 7) == test_ids(2, 7) == test_ids(7, None)
+    assert test_ids(1, 7) != test_ids(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"targets": {}}, "'targets', which the configuration has not; it has target, tests"),
+        ({"target": {"validation": []}}, "got 'validation'"),
+        ({"target": []}, "got a list"),
+        ({"tests": {"news": []}}, "none are configured"),
+    ],
+)
+def test_rows_that_no_part_would_take_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        loaded({"target": {"language": "es"}}, given=given)
+
+
+def test_columns_of_files_that_are_known_are_refused():
+    with pytest.raises(ValueError, match="columns has no effect on files: builtin"):
+        loaded({"target": {"language": "es", "columns": {"id": "nr"}}})
+
+
+def test_hub_test_sets_are_one_published_split():
+    tests = {"x": {"language": "es", "files": {"hub": "a/b", "splits": {"train": "train"}}}}
+    with pytest.raises(ValueError, match=r"splits: \{test: NAME\}"):
+        loaded({"target": {"language": "es"}, "tests": tests})
