@@ -212,7 +212,7 @@ def _names() -> str:
     return ", ".join(SHORT_NAMES)
 
 
-def _source(spec: ModelSpec) -> GgufSource | None:
+def gguf_source_of(spec: ModelSpec) -> GgufSource | None:
     """Return the GGUF source that `spec` means, None if it means a folder or a hub id."""
     if spec.gguf_file is not None:
         return gguf_source(Path(spec.name) / spec.gguf_file)
@@ -224,7 +224,7 @@ def _source(spec: ModelSpec) -> GgufSource | None:
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
-    source = _source(spec)
+    source = gguf_source_of(spec)
     if source is not None:
         return str(converted_backbone(source, notice)), source.public_name
     folder = Path(spec.name).expanduser()

@@ -65,7 +65,7 @@ def spread_ratio(
     gain = pooled(tested)
     assert gain is not None, "two halves were tested"
     chosen = combined(ratio, found, base, range(len(drawn)), sizes)
-    context.narrator.say(
+    context.reporter.say(
         f"scope {scope}: {'a ratio for each group' if gain.shown else 'one ratio for all'},"
         f" gain {gain.gain:.4f} nats (standard error {gain.error:.4f})"
     )

@@ -60,16 +60,27 @@ class RunData:
         content = hashlib.sha256()
         for role, parts in self.parts.items():
             for split, rows in parts.items():
-                content.update(f"{role}/{split}\0".encode())
-                for e in rows:
-                    record = [e.id, e.group, e.language, dict(e.fields), e.references]
-                    content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
+                _feed(content, role, split, rows)
+        return content.hexdigest()[:16]
+
+    def digest_of(self, role: str, split: str) -> str:
+        """Return 16 hex digits over the examples of one set; those of an empty set where there is
+        none."""
+        content = hashlib.sha256()
+        _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
         return content.hexdigest()[:16]
 
     def test_sets(self) -> dict[str, tuple[str, str]]:
         """Return name -> (role, split) of every test set that has rows, the target's own first."""
         found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
         return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
+
+
+def _feed(content: Any, role: str, split: str, rows: Iterable[Example]) -> None:
+    content.update(f"{role}/{split}\0".encode())
+    for e in rows:
+        record = [e.id, e.group, e.language, dict(e.fields), e.references]
+        content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
 
 
 def load_run_data(
