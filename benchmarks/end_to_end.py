@@ -97,14 +97,17 @@ def given_rows(job: Job) -> dict[str, list[dict[str, Any]]]:
 def settings(job: Job, options: argparse.Namespace, mode: str) -> RunConfig:
     """Return a run's settings in `mode`: "restart", or "continue" in as many epochs in all."""
     epochs = {"restart": (job.epochs, job.epochs), "continue": (job.epochs // 2,) * 2}[mode]
-    shared = {"batch_size": job.batch_size}
     return RunConfig.model_validate(
         {
             "model": {"name": options.model, "dtype": options.dtype, "device": options.device},
             "data": {"max_length": job.length, "target": {"language": "en"}},
             "controller": dict(job.controller),
-            "search": shared | {"epochs": epochs[0]},
-            "finetune": shared | {"epochs": epochs[1], "mode": mode, "patience": None},
+            "train": {
+                "batch_size": job.batch_size,
+                "search": {"epochs": epochs[0]},
+                "finetune": {"epochs": epochs[1], "patience": None},
+            },
+            "finetune": {"mode": mode},
         }
     )
 
@@ -131,7 +134,7 @@ def _anew(context: Context, config: RunConfig) -> Context:
 def write_sources(context: Context, folder: Path) -> list[Path]:
     """Write two random adapters of the configured shape; return their folders."""
     shape = context.config.lora
-    scaling = lora_scaling(shape.r, shape.alpha, shape.use_rslora)
+    scaling = lora_scaling(shape.r, shape.alpha, use_rslora=False)
     merged = common.adapters(context.backbone.model, shape.target_modules, shape.r, seed=0)
     folders: list[Path] = []
     for source in range(2):
@@ -229,8 +232,7 @@ def run_stages(
 
 def _warm_up(context: Context, merged: Path, out: Path) -> None:
     # The first steps of a process are slower; no way should have them alone.
-    short = context.config.finetune.model_copy(update={"max_steps": 1})
-    config = context.config.model_copy(update={"finetune": short})
+    config = context.config.with_training("finetune", max_steps=1)
     finetune_at(config, merged, 0.5, out, context=replace(context, config=config))
 
 

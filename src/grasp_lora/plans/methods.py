@@ -15,6 +15,7 @@ from typing import Any
 
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.config.sections import Role, TrainingName
 from grasp_lora.models.modules import resolve_targets
 from grasp_lora.models.row_losses import row_losses
 from grasp_lora.plans.job import Work
@@ -126,7 +127,10 @@ def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     """
     config = RunConfig(**inputs["config"])
     context = open_context(config)
-    given = {"source": config.adapters.source, "target": config.adapters.target}
+    given: dict[Role, Path | None] = {
+        "source": config.adapters.source,
+        "target": config.adapters.target,
+    }
     check_given(context, [path for path in given.values() if path is not None])
     adapters = {
         role: path or train_adapter(config, role, folder / role, context=context)
@@ -135,7 +139,7 @@ def prepare(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     weighted = with_learned_weights(context, adapters, folder / "weights")
     merged = merge_adapters(weighted, list(adapters.values()), folder / "merged", context=context)
     took = merging(folder / "weights", merged)
-    seconds = {role: _seconds(path) for role, path in adapters.items() if given[role] is None}
+    seconds = {role: _seconds(adapters[role]) for role, path in given.items() if path is None}
     return {role: str(path) for role, path in adapters.items()} | {
         "merged": str(merged),
         "merging": took,
@@ -391,7 +395,7 @@ def trained(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     """
     context = open_context(RunConfig(**inputs["config"]))
     final = train_adapter(context.config, "target", folder / "final", context=context)
-    price = _price(context, [final], Start(None), section="train")
+    price = _price(context, [final], Start(None), training="target")
     return outcome(context, final, folder) | {"ratio": 0.0, "price": price}
 
 
@@ -426,7 +430,7 @@ def all_labels(
     judged = statistics.fmean(curves[name][epochs] for name in judges)
     whole = _on_rows(context, {"train": tuple(rows)}, patience=None, epochs=epochs)
     final = train_adapter(whole.config, "target", folder / "final", context=whole)
-    price = _price(context, [*trained, final], Start(None), section="train", rows=len(rows))
+    price = _price(context, [*trained, final], Start(None), training="target", rows=len(rows))
     # Its labelled rows are all train rows: none is left that the adapter itself has not seen.
     found = outcome(context, final, folder, judged=False)
     return found | {"ratio": 0.0, "epochs": epochs, "cross_validated": judged, "price": price}
@@ -449,15 +453,15 @@ def adalora(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     final, key = folder / "final", stage_key(config, data=context.data.digest())
     if not stage_is_done(final, key, overwrite=False):
         _train_adalora(context, final, key)
-    price = _price(context, [final], Start(None), section="train")
+    price = _price(context, [final], Start(None), training="target")
     return outcome(context, final, folder) | {"ratio": 0.0, "price": price}
 
 
 def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> None:
     config, model = context.config, context.backbone.model
-    spent = Spent()
+    spent, training = Spent(), config.training("target")
     targets = resolve_targets(model, config.lora.target_modules)
-    steps = run_steps(context, config.train, "target")
+    steps = run_steps(context, training, "target")
     try:
         live = attach_adalora(
             model,
@@ -475,12 +479,12 @@ def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> Non
         result = fit(
             context,
             live,
-            config.train,
+            training,
             final,
             key,
             "AdaLoRA",
             extra=[AdaLoraCallback(live)],
-            patience=config.train.patience,
+            patience=training.patience,
         )
         plain = as_lora(live)
     finally:
@@ -611,7 +615,7 @@ def _price(
     stages: Sequence[Path],
     start: Start,
     forwards: int = 0,
-    section: str = "finetune",
+    training: TrainingName = "finetune",
     rows: int | None = None,
 ) -> dict[str, float]:
     """Return what stages cost: runs, seconds, rows read without a gradient, steps, and tokens.
@@ -621,11 +625,11 @@ def _price(
         stages: folders of training stages.
         start: where they began.
         forwards: rows read beside them.
-        section: settings of the stages' batches.
+        training: the training whose batches the stages have.
         rows: training rows of a stage; None is the target train rows.
     """
     train = context.encoded("target", "train")
-    settings = getattr(context.config, section)
+    settings = context.config.training(training)
     found = [read_json(stage / STAGE_FILE) for stage in stages]
     steps = sum(one["steps"] for one in found)
     measured = sum(len(one["evaluations"]) * len(one["best_rows"]) for one in found)
@@ -661,8 +665,7 @@ def _on_rows(
     target = parts | ({"test": test} if test else {})
     data = replace(context.data, parts=context.data.parts | {"target": target})
     changes: dict[str, Any] = {"patience": patience} | ({"epochs": epochs} if epochs else {})
-    section = context.config.train.model_copy(update=changes)
-    config = context.config.model_copy(update={"train": section})
+    config = context.config.with_training("target", **changes)
     return Context(config, data, context.backbone, context.task, context.narrator, context.clock)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.config.sections import TrainSettings
+from grasp_lora.config.sections import Training
 from grasp_lora.core.controller.rounds import planned_rounds
 from grasp_lora.core.lora import lora_scaling
 from grasp_lora.core.pruning.importance import NEEDS_NORMS
@@ -149,8 +149,8 @@ def measure(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
     context.encoded("target", "train")
     rates = {"load": time.perf_counter() - began, "answer": 0.0}
     timer = _StepTimer()
-    section = config.finetune.model_copy(update={"max_steps": MEASURED_STEPS})
-    scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
+    section = config.training("finetune").model_copy(update={"max_steps": MEASURED_STEPS})
+    scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
     fresh = fresh_adapter(context.backbone.model, config)
     shutil.rmtree(work_folder(folder / "steps"), ignore_errors=True)
     with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
@@ -217,7 +217,7 @@ def _count(data: RunData, splits: Sequence[str], role: str = "target") -> int:
 
 
 def _training(
-    data: RunData, section: TrainSettings, role: str = "target", rows: int | None = None,
+    data: RunData, section: Training, role: str = "target", rows: int | None = None,
     dev: int | None = None,
 ) -> Amount:  # fmt: skip
     """Return a training run with its dev losses, step 0 among them."""
@@ -233,9 +233,10 @@ def _anew(config: RunConfig, data: RunData) -> Amount:
     """Return training on all labelled rows, for as many epochs as could be kept."""
     if config.finetune.rows == "train":
         return Amount()
-    section = config.finetune
-    if section.mode == "continue":
-        section = section.model_copy(update={"epochs": config.search.epochs + section.epochs})
+    section = config.training("finetune")
+    if config.finetune.mode == "continue":
+        epochs = config.training("search").epochs + section.epochs
+        section = section.model_copy(update={"epochs": epochs})
     return Amount(_training(data, section, rows=_count(data, LABELLED), dev=0).steps)
 
 
@@ -255,16 +256,17 @@ def _start(inputs: Mapping[str, Any], data: RunData) -> Amount:
 
 
 def _final(config: RunConfig, data: RunData, ratio: Any) -> Amount:
-    rule = config.importance if config.finetune.importance == "same" else config.finetune.importance
-    reads = _count(data, ["train"]) if rule in NEEDS_NORMS and ratio != 0.0 else 0
-    return _training(data, config.finetune) + Amount(0, reads)
+    needed = config.importance in NEEDS_NORMS and ratio != 0.0
+    reads = _count(data, ["train"]) if needed else 0
+    return _training(data, config.training("finetune")) + Amount(0, reads)
 
 
 def _prepared(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
-    missing = [role for role, folder in config.adapters if folder is None]
     total = Amount()
-    for role in missing:
-        total += _training(data, config.train, role)
+    if config.adapters.source is None:
+        total += _training(data, config.training("source"), "source")
+    if config.adapters.target is None:
+        total += _training(data, config.training("target"), "target")
     return total
 
 
@@ -285,11 +287,12 @@ def _probes(config: RunConfig, data: RunData) -> int:
     controller = config.controller
     tried = controller.candidates + (1 if controller.baseline else 0)
     rows = min(controller.rows, _count(data, POOLS[controller.probe_rows]))
-    return planned_rounds(_training(data, config.search).steps, controller) * tried * rows
+    steps = _training(data, config.training("search")).steps
+    return planned_rounds(steps, controller) * tried * rows
 
 
 def _grasp(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
-    trained = _training(data, config.search)
+    trained = _training(data, config.training("search"))
     steps = trained.steps
     dev = trained.forwards if config.finetune.mode == "continue" else 0
     probes = _probes(config, data)
@@ -322,14 +325,15 @@ def _optuna(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amou
 def _all_labels(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
     rows = _count(data, ("train", *JUDGED))
     held = rows // FOLDS
-    total = _training(data, config.train, rows=rows, dev=0) + _outcome(data, judged=False)
+    training = config.training("target")
+    total = _training(data, training, rows=rows, dev=0) + _outcome(data, judged=False)
     for _ in range(FOLDS):
-        total += _training(data, config.train, rows=rows - held, dev=held)
+        total += _training(data, training, rows=rows - held, dev=held)
     return total
 
 
 def _trained(config: RunConfig, inputs: Mapping[str, Any], data: RunData) -> Amount:
-    return _training(data, config.train) + _outcome(data)
+    return _training(data, config.training("target")) + _outcome(data)
 
 
 AMOUNTS: Mapping[str, Callable[[RunConfig, Mapping[str, Any], RunData], Amount]] = {

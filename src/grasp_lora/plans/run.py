@@ -24,6 +24,7 @@ from grasp_lora.base.files import (
     write_jsonl,
 )
 from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.config.sections import Role
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
 from grasp_lora.report.pictures import plot_search
@@ -109,7 +110,10 @@ def run(
         raise ConfigError(faults)
     out, settings = config.output, config.to_dict()
     decided_by_main(lambda: check_run(out, settings, overwrite))
-    given = {"source": config.adapters.source, "target": config.adapters.target}
+    given: dict[Role, Path | None] = {
+        "source": config.adapters.source,
+        "target": config.adapters.target,
+    }
     with clock.span("load"):
         for folder in given.values():
             if folder is not None:
@@ -132,7 +136,7 @@ def run(
     return out
 
 
-def _stages(context: Context, out: Path, given: dict[str, Path | None]) -> dict[str, Any]:
+def _stages(context: Context, out: Path, given: dict[Role, Path | None]) -> dict[str, Any]:
     """Run the stages that are not done yet; return what `scores.json` says."""
     config = context.config
     late, labelled = config.merge.when == "after", config.finetune.rows == "labelled"
@@ -187,12 +191,12 @@ def _merged_first(context: Context, adapters: dict[str, Path]) -> Path:
     return merge_adapters(config, list(adapters.values()), folder, context=context)
 
 
-def _trained(context: Context, role: str) -> Path:
+def _trained(context: Context, role: Role) -> Path:
     with timed_stage(context, context.config.output / "adapters" / role) as folder:
         return train_adapter(context.config, role, folder, context=context)
 
 
-def _check_before_work(context: Context, given: dict[str, Path | None]) -> None:
+def _check_before_work(context: Context, given: dict[Role, Path | None]) -> None:
     config, model = context.config, context.backbone.model
     loaded = check_given(context, [folder for folder in given.values() if folder is not None])
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
@@ -311,9 +315,8 @@ def _as_long_alone(config: RunConfig) -> RunConfig:
     """Return settings that give one fine-tuning run the epochs the result has had in all."""
     if config.finetune.mode == "restart":
         return config
-    epochs = config.search.epochs + config.finetune.epochs
-    longer = config.finetune.model_copy(update={"epochs": epochs})
-    return config.model_copy(update={"finetune": longer})
+    epochs = config.training("search").epochs + config.training("finetune").epochs
+    return config.with_training("finetune", epochs=epochs)
 
 
 def _provenance(context: Context, times: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.config.sections import FinetuneSettings
+from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
 from grasp_lora.training.groups import ratio_by_group
@@ -108,17 +108,17 @@ def finetune_at(
     if stage_is_done(out, key, overwrite):
         return out
     context = context or open_context(config, data=data)
-    section, begun = config.finetune, start
+    training, begun = config.training("finetune"), start
     if retrain:
         judged = judged or finetune_at(
             on_train_rows(config), start, ratio, judged_beside(out), overwrite,
             context, title, spread, random_masks,
         )  # fmt: skip
         title = f"{title}, all labels"
-        section = _for_all_labels(context, section, before, read_json(judged / STAGE_FILE))
+        training = _for_all_labels(context, training, before, read_json(judged / STAGE_FILE))
         start, before = origin or start, 0.0
     spent = Spent()
-    rule = config.importance if section.importance == "same" else section.importance
+    rule, schedule = config.importance, config.finetune.mask_schedule
     wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
     judged_masks: Masks | None = None
     if ratio > 0 and start != begun:
@@ -132,24 +132,24 @@ def finetune_at(
             with context.clock.span("masks"):
                 live.commit(cut(), optimizer)
 
-        every = section.mask_schedule if isinstance(section.mask_schedule, int) else 1
-        repeat = ratio > 0 and section.mask_schedule != "once"
+        every = schedule if isinstance(schedule, int) else 1
+        repeat = ratio > 0 and schedule != "once"
         if judged_masks is not None:
             live.commit(judged_masks)
         elif ratio > 0:
             prune()
         # The start itself may be what is kept: no step of all labels either, then.
-        if train and section.max_steps != 0:
+        if train and training.max_steps != 0:
             result = fit(
                 context.on_all_labels() if retrain else context,
                 live,
-                section,
+                training,
                 out,
                 key,
                 title,
                 stateful=[spent],
                 choose_best=not retrain,
-                patience=None if retrain else section.patience,
+                patience=None if retrain else training.patience,
                 reprune=prune if repeat else None,
                 reprune_every=every,
                 start_epoch=before,
@@ -190,17 +190,17 @@ def judged_beside(out: Path) -> Path:
 
 
 def _for_all_labels(
-    context: Context, section: FinetuneSettings, before: float, judged: Mapping[str, Any]
-) -> FinetuneSettings:
+    context: Context, training: Training, before: float, judged: Mapping[str, Any]
+) -> Training:
     """Return settings that give all labelled rows the epochs that the judged run has kept."""
 
     def per_epoch(one: Context) -> int:
         rows = len(one.examples("target", "train"))
-        return steps_per_epoch(rows, section.batch_size, section.accumulation, processes())
+        return steps_per_epoch(rows, training.batch_size, training.accumulation, processes())
 
     epochs = before + judged["best"]["step"] / per_epoch(context)
     steps = round(epochs * per_epoch(context.on_all_labels()))
-    return section.model_copy(update={"max_steps": steps})
+    return training.model_copy(update={"max_steps": steps})
 
 
 def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:

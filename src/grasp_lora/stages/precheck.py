@@ -294,5 +294,5 @@ def weights_of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
 def _share_of_run(context: Context, forwards: int) -> float:
     """Return the cost as a share of search and final run, a forward being half a training row."""
     config = context.config
-    epochs = config.search.epochs + config.finetune.epochs
+    epochs = config.training("search").epochs + config.training("finetune").epochs
     return forwards / 2 / (epochs * max(1, len(context.examples("target", "train"))))

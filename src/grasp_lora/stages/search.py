@@ -54,14 +54,14 @@ def check_search(context: Context) -> int:
         ValueError: it is too short for one round.
     """
     config = context.config
-    steps = run_steps(context, config.search, "target")
+    steps = run_steps(context, config.training("search"), "target")
     count = planned_rounds(steps, config.controller)
     if count == 0:
         wanted = config.controller.interval or (config.controller.rounds or 0) + 1
         raise ValueError(
             f"the search has {steps} optimizer steps, fewer than the {wanted} that one round"
-            " needs: raise search.epochs, lower search.batch_size or search.accumulation, or lower"
-            " controller.interval (controller.rounds)"
+            " needs: raise train.search.epochs, lower train.search.batch_size or"
+            " train.search.accumulation, or lower controller.interval (controller.rounds)"
         )
     return count
 
@@ -127,7 +127,7 @@ def search_ratio(
             IMPORTANCE[config.importance],
             norms,
             seed=config.seed,
-            total_steps=run_steps(context, config.search, "target"),
+            total_steps=run_steps(context, config.training("search"), "target"),
             planned=planned,
             on_round=record,
             clock=clock,
@@ -141,7 +141,7 @@ def search_ratio(
             result = fit(
                 context,
                 live,
-                config.search,
+                config.training("search"),
                 out,
                 key,
                 "search",
@@ -199,7 +199,7 @@ def _rounds_alone(searcher: SearchCallback, spent: Spent, planned: int, work: Pa
 
 
 def _epochs(context: Context, steps: int) -> float:
-    section, rows = context.config.search, len(context.examples("target", "train"))
+    section, rows = context.config.training("search"), len(context.examples("target", "train"))
     return steps / steps_per_epoch(rows, section.batch_size, section.accumulation, processes())
 
 

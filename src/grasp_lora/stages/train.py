@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import Role
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.models.modules import linear_shape, resolve_targets
 from grasp_lora.workbench.context import Context, open_context, open_data
@@ -21,7 +22,7 @@ from grasp_lora.workbench.processes import is_main, join, wait_for_all
 
 def train_adapter(
     config: RunConfig,
-    role: str,
+    role: Role,
     out: Path,
     overwrite: bool = False,
     context: Context | None = None,
@@ -49,20 +50,20 @@ def train_adapter(
     context = context or open_context(config, data=data)
     if not context.examples(role, "train"):
         raise ValueError(f"there are no {role} rows to train on: give data.{role}.files and rows")
-    spent = Spent()
-    scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
+    spent, training = Spent(), config.training(role)
+    scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
     fresh = fresh_adapter(context.backbone.model, config)
     with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
         result = fit(
             context,
             live,
-            config.train,
+            training,
             out,
             key,
             f"train {role} adapter",
             role=role,
             stateful=[spent],
-            patience=config.train.patience,
+            patience=training.patience,
         )
         plain = live.plain()
     if is_main():

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.config.sections import TrainSettings
+from grasp_lora.config.sections import Training
 from grasp_lora.models.devices import exact_attention
 from grasp_lora.models.preserve import preserved
 from grasp_lora.models.row_losses import row_losses
@@ -105,7 +105,7 @@ class FitResult:
         }
 
 
-def run_steps(context: Context, section: TrainSettings, role: str) -> int:
+def run_steps(context: Context, section: Training, role: str) -> int:
     """Return the optimizer steps that `section` plans on the rows of `role`."""
     rows = len(context.examples(role, "train"))
     return planned_steps(
@@ -116,7 +116,7 @@ def run_steps(context: Context, section: TrainSettings, role: str) -> int:
 def fit(
     context: Context,
     live: LiveAdapter,
-    section: TrainSettings,
+    section: Training,
     out: Path,
     key: Mapping[str, Any],
     title: str,
