@@ -6,7 +6,7 @@ A probe is the loss of one ratio on the rows of a round. A way is a row of `CONT
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from benchmarks.worlds import HIGH, MICRO_DEV, World
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.policy import Policy, round_kind, sampled_candidates
-from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState
+from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
 from grasp_lora.core.evidence.history import lowest, observations
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
@@ -43,6 +43,8 @@ class Found:
 
 Search = Callable[[World, int, int], Found]
 Proposal = Callable[[ControllerState, ControllerConfig, torch.Generator], tuple[float, ...]]
+Conclusion = Callable[..., tuple[ControllerState, RoundRecord]]
+"""Arguments and results are those of `rounds.conclude`."""
 
 
 def library(
@@ -80,6 +82,7 @@ def searched(
     fresh: bool = True,
     dealt: bool = True,
     propose: Proposal = rounds.propose,
+    conclude: Conclusion = rounds.conclude,
 ) -> tuple[ControllerState, int, float]:
     """Return where a search ends, the rows it read, and the mean regret of its masks in force."""
     assert config.rounds is not None, "a world has rounds and no steps"
@@ -96,7 +99,7 @@ def searched(
         if rounds.needs_baseline(config):
             baseline = world.losses(state.mask_ratio, rows, done)
         forwards += len(rows) * (len(tried) + (baseline is not None))
-        state, _ = rounds.conclude(state, config, tried, baseline, losses, rows, turn)
+        state, _ = conclude(state, config, tried, baseline, losses, rows, turn)
         in_force.append(world.regret(state.mask_ratio))
     return state, forwards, fmean(in_force)
 
@@ -120,6 +123,22 @@ def paper(world: World, probes: int, seed: int) -> Found:
     """Search as published: fixed rows, a baseline per round."""
     settings = {"preset": "paper", "rounds": probes // 3}
     return library(world, probes, seed, fresh=False, **settings)
+
+
+def conclude_at_candidate(
+    state: ControllerState, *measured: Any
+) -> tuple[ControllerState, RoundRecord]:
+    """Conclude a round as the published code does, a fault that the library does not repeat.
+
+    The mask is cut at the best candidate although the bounded ratio is recorded.
+    """
+    after, record = rounds.conclude(state, *measured)
+    if not record.committed:
+        return after, record
+    assert record.best is not None, "a commit has a best candidate"
+    record = replace(record, mask_ratio=record.best)
+    records = (*after.records[:-1], record)
+    return replace(after, mask_ratio=record.best, records=records), record
 
 
 def stratified(

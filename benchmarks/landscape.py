@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grasp_lora.workbench.folders import read_start, work_folder
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -30,7 +31,7 @@ from benchmarks import common
 from benchmarks.recorded import SOURCE_EPOCHS
 from grasp_lora.base.files import write_jsonl
 from grasp_lora.config.run_config import RunConfig, load_config
-from grasp_lora.config.sections import TrainSettings
+from grasp_lora.config.sections import Role, Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.row_losses import row_losses
 from grasp_lora.plans.methods import with_split_seed
@@ -39,7 +40,6 @@ from grasp_lora.stages.train import train_adapter
 from grasp_lora.training.live import LiveAdapter, scored
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import fit, run_steps
-from grasp_lora.workbench.folders import read_start, work_folder
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))
 TRAININGS = ("plain", "random", "branches")
@@ -82,15 +82,16 @@ class Pair:
 def open_pair(config: RunConfig, work: Path, out: Path) -> Pair:
     """Return the pair, its two adapters trained where the configuration names none."""
     context = open_context(config)
-    given = {"source": config.adapters.source, "target": config.adapters.target}
+    given: dict[Role, Path | None] = {
+        "source": config.adapters.source,
+        "target": config.adapters.target,
+    }
     folders: list[Path] = []
     for role, folder in given.items():
         if folder is not None:
             folders.append(folder)
             continue
-        once = config.train.model_copy(update={"epochs": SOURCE_EPOCHS})
-        changed = {"train": once} if role == "source" else {}
-        asked = config.model_copy(update=changed)
+        asked = config.with_training("source", epochs=SOURCE_EPOCHS)
         folders.append(
             train_adapter(asked, role, work / role, context=replace(context, config=asked))
         )
@@ -194,7 +195,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
     config = pair.config.model_copy(update={"seed": seed})
     context = replace(pair.context, config=config)
     start = read_start(pair.merged((0.5, 0.5)), context.backbone)
-    total = run_steps(context, config.search, "target")
+    total = run_steps(context, config.training("search"), "target")
     folder = pair.work / "probes" / f"{training}-s{seed}"
     began = time.perf_counter()
     shrinks: list[list[float]] = []
@@ -212,7 +213,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
                 extra.append(RandomRatios(live, score, controller.low, controller.high, generator))
             else:
                 shrinks = prober.shrinks()
-            _fit(context, live, config.search, folder, training, extra)
+            _fit(context, live, config.training("search"), folder, training, extra)
             found = prober.found
     ids = [(split, e.id) for split in SPLITS for e in context.encoded("target", split)]
     return {
@@ -230,7 +231,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
 def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[float]:
     """Return the losses after a few steps under the ratio's mask."""
     config = context.config
-    section = config.search.model_copy(update={"max_steps": BRANCH_STEPS})
+    section = config.training("search").model_copy(update={"max_steps": BRANCH_STEPS})
     with context.live(start, config.mask_unit) as live:
         norms = context.norms(live, config.importance)
         (masks,) = live.masks(scored(IMPORTANCE[config.importance], norms), [ratio])
@@ -246,7 +247,7 @@ def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[fl
 def _fit(
     context: Context,
     live: LiveAdapter,
-    section: TrainSettings,
+    section: Training,
     out: Path,
     title: str,
     extra: Sequence[TrainerCallback],

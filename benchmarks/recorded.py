@@ -28,7 +28,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import correlation, fmean
-from typing import Any
+from typing import Any, get_args
+
+from grasp_lora.plans.job import RESULT_FILE
+from grasp_lora.plans.queue import Outcome
 
 from benchmarks import common
 from grasp_lora.base.files import (
@@ -41,6 +44,7 @@ from grasp_lora.base.files import (
     write_text,
 )
 from grasp_lora.config.run_config import RunConfig, load_config
+from grasp_lora.config.sections import Role
 from grasp_lora.core.evidence.crossfit import standard_error
 from grasp_lora.plans.compare import (
     CHOOSING,
@@ -51,9 +55,7 @@ from grasp_lora.plans.compare import (
     paired_with,
     summary,
 )
-from grasp_lora.plans.job import RESULT_FILE
 from grasp_lora.plans.methods import best_of, nearest_of, with_split_seed
-from grasp_lora.plans.queue import Outcome
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.stages.train import train_adapter
@@ -66,7 +68,7 @@ NO_RUNS = {"precheck.json"}
 SEEDS = (42, 1337, 9001)
 UNPRUNED = "average-finetuned"
 SOURCE_EPOCHS = 1
-"""The source adapter sees its rows once; `train.epochs` is the target adapter's."""
+"""The source adapter sees its rows once, whatever `train.source.epochs` says."""
 
 _COARSE = ("grid-0.2", "grid-0.4", "grid-0.6", "grid-0.8")
 _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
@@ -110,13 +112,11 @@ def config_of(pair: str) -> RunConfig:
 
 def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     """Return settings with two trained adapters; pairs with the same source rows share theirs."""
-    once = config.model_copy(
-        update={"train": config.train.model_copy(update={"epochs": SOURCE_EPOCHS})}
-    )
+    settings = config.with_training("source", epochs=SOURCE_EPOCHS)
     folders: dict[str, Path] = {}
-    for role, settings in (("source", once), ("target", config)):
-        rows = getattr(settings.data, role)
-        made_of = [settings.model, settings.lora, settings.train, settings.data.max_length, rows]
+    for role in get_args(Role):
+        rows, training = getattr(settings.data, role), settings.training(role)
+        made_of = [settings.model, settings.lora, training, settings.data.max_length, rows]
         digest = hashlib.sha256(f"{made_of} {settings.seed}".encode()).hexdigest()[:8]
         language = "" if role == "source" else f"-{pair}"
         folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"

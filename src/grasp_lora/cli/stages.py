@@ -191,7 +191,11 @@ def finetune(
         out,
         overwrite,
         lambda: prune_adapter(
-            loaded, start, fraction, out, overwrite=overwrite,
+            loaded,
+            start,
+            fraction,
+            out,
+            overwrite=overwrite,
             options={"spread": spread, "untrained": not train},
         ),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "IMPORTANCE": "pruning.importance",
     "MERGES": "lora",
-    "PRESETS": "controller.settings",
+    "CONTROLLER_PRESETS": "controller.settings",
     "Adapter": "lora",
     "ControllerConfig": "controller.settings",
     "ControllerState": "controller.rounds",
@@ -38,9 +38,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "CONTROLLER_PRESETS",
     "IMPORTANCE",
     "MERGES",
-    "PRESETS",
     "Adapter",
     "ControllerConfig",
     "ControllerState",
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
         state_to_json,
     )
     from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
-    from grasp_lora.core.controller.settings import PRESETS, ControllerConfig
+    from grasp_lora.core.controller.settings import CONTROLLER_PRESETS, ControllerConfig
     from grasp_lora.core.evidence.history import RoundRecord
     from grasp_lora.core.evidence.verdict import RatioChoice
     from grasp_lora.core.lora import (

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from grasp_lora.data.fetch import EXPORT, commit_of, failures, load_published
 from grasp_lora.data.files import LoadReport, load_examples
-from grasp_lora.data.presets import PRESETS, Preset, Source
+from grasp_lora.data.presets import PUBLISHED_SETS, Preset, Source
 from grasp_lora.data.splits import Split, split_by_group
 from grasp_lora.tasks.base import Example, Task, task_named
 
 __all__ = [
-    "PRESETS",
+    "PUBLISHED_SETS",
     "HubRows",
     "Preset",
     "Published",
@@ -106,7 +106,7 @@ def load_preset(
     a connection, or with `HF_HUB_OFFLINE=1`, only what `datasets` has in its cache is found.
 
     Args:
-        name: one of `PRESETS`.
+        name: one of `PUBLISHED_SETS`.
         language: one of the preset's codes.
         protocol: "official" takes test rows of the published test split, where there is one;
             "paper" draws from the splits the published script draws from.
@@ -119,7 +119,7 @@ def load_preset(
         ValueError: for an unknown name, language, protocol or role, or if no place gives the
             rows; it says which were tried and why each failed.
     """
-    preset = _row(PRESETS, name, "preset")
+    preset = _row(PUBLISHED_SETS, name, "preset")
     called = _row(preset.languages, language, f"language of {name}")
     drawn_from = _row(_row(preset.drawn_from, protocol, "protocol"), role, "role")
     task = task_named(preset.task)

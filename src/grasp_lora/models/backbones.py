@@ -2,13 +2,14 @@
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -79,13 +80,11 @@ class ModelSpec:
     """
 
     name: str
-    """A short name ("smollm2", "gemma3-270m"), a folder, a .gguf file, or a hub id."""
+    """A short name ("smollm2", "gemma3-270m"), a folder, a hub id, a .gguf file, or one on the hub:
+    "owner/name/file.gguf"."""
 
     dtype: str = "auto"
     """"auto" takes bfloat16 where the hardware multiplies it natively, else float32."""
-
-    gguf_file: str | None = None
-    """Name of a .gguf file inside the folder `name`."""
 
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Smaller frozen weights, on CUDA with bitsandbytes only; they cannot be fingerprinted."""
@@ -214,13 +213,27 @@ def _names() -> str:
 
 def gguf_source_of(spec: ModelSpec) -> GgufSource | None:
     """Return the GGUF source that `spec` means, None if it means a folder or a hub id."""
-    if spec.gguf_file is not None:
-        return gguf_source(Path(spec.name) / spec.gguf_file)
     if spec.name in SHORT_NAMES:
         return SHORT_NAMES[spec.name]()
     if spec.name.endswith(".gguf"):
-        return gguf_source(Path(spec.name))
+        path, parts = Path(spec.name), spec.name.split("/")
+        if path.exists() or path.parent.is_dir() or not _on_hub(parts):
+            return gguf_source(path)
+        file = _call_hub(_download, spec, spec.name)
+        return replace(gguf_source(file), public_name=spec.name)
     return None
+
+
+def _on_hub(parts: Sequence[str]) -> bool:
+    """Return whether the parts of a path can name a file of a hub repository."""
+    return len(parts) > 2 and all(part not in ("", ".", "..", "~") for part in parts)
+
+
+def _download(location: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Return the local copy of a hub file; `location` is "owner/name/file"."""
+    del trust_remote_code  # a GGUF file holds no code
+    owner, name, file = location.split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision))
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:

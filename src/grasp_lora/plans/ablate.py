@@ -83,8 +83,6 @@ VARIANTS: Mapping[str, Variant] = {
     "moments-cleared": Variant("moments of pruned entries cleared", {"clear_moments": True}),
     "baseline-on": Variant("commits judged against the model as it is", {"baseline": True}),
     "baseline-off": Variant("commits judged against the lowest ratio", {"baseline": False}),
-    "importance-fixed": Variant("importance of round one", {"refresh_importance": False}),
-    "candidate-committed": Variant("the mask of the best candidate", {"commit": "candidate"}),
 }
 """Name -> change, in the order of the table."""
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from grasp_lora.base.files import machine_name, read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import Section
 from grasp_lora.core import ControllerConfig
 from grasp_lora.core.evidence.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
@@ -33,6 +34,8 @@ from grasp_lora.report.comparison import comparison_csv, comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.scoring.sets import metric_options
 from grasp_lora.workbench.rows import RunData
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 SEEDS = (42, 1337, 9001)
 GRID = tuple(round(RATIO_STEP * n, 1) for n in range(1, 9))
@@ -102,11 +105,11 @@ def _on_all_labels(judge: str, about: str, start: Mapping[str, Any]) -> Method:
 
 
 LABELLED = {"finetune.rows": "labelled"}
-FASTER = {"finetune.learning_rate": Times(3.0)}
+FASTER = {"train.finetune.learning_rate": Times(3.0)}
 """Whether rivals look as they do only because a run was stopped too soon."""
 PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
 AGAIN = {"finetune.mode": "restart", "finetune.mask_schedule": "every-step"}
-ADAPTIVE = AGAIN | {"importance": "activation", "finetune.importance": "same"}
+ADAPTIVE = AGAIN | {"importance": "activation"}
 
 METHODS: Mapping[str, Method] = {
     "zero-shot": Method("backbone alone", "fixed", {"start": {"adapter": None}}, seeds="none"),
@@ -138,7 +141,7 @@ METHODS: Mapping[str, Method] = {
     "target-adalora": Method(
         "an AdaLoRA adapter trained on the target rows, with ten times the learning rate",
         "adalora",
-        changes={"train.learning_rate": Times(10.0)},
+        changes={"train.target.learning_rate": Times(10.0)},
     ),
     "average": Method(
         "average of the deltas, untrained", "fixed", {"start": AVERAGE}, seeds="none"
@@ -167,7 +170,7 @@ METHODS: Mapping[str, Method] = {
     "weight-decay": _tuned(
         "the average, fine-tuned unpruned under weight decay 30 (0.3 % of a weight a step)",
         AVERAGE,
-        changes={"finetune.weight_decay": 30.0},
+        changes={"train.finetune.weight_decay": 30.0},
     ),
     "sum": Method("sum of the deltas, untrained", "fixed", {"start": SUM}, seeds="none"),
     "sum-finetuned": _tuned("sum of the deltas, fine-tuned unpruned", SUM),
@@ -253,7 +256,7 @@ METHODS: Mapping[str, Method] = {
     "grasp-continue-3x": Method(
         "this library's controller, one run, with three times the learning rate",
         "grasp",
-        changes={"finetune.mode": "continue", "search.learning_rate": Times(3.0)} | FASTER,
+        changes={"finetune.mode": "continue", "train.search.learning_rate": Times(3.0)} | FASTER,
         seeds="all",
     ),
     "grasp-labelled": Method(
@@ -456,9 +459,9 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     `continue` they share them. All labelled rows are trained on by the methods that say so only:
     the others are judged by them. And only those that say so merge after fine-tuning.
     """
-    total = config.finetune.epochs
+    total = config.training("finetune").epochs
     if config.finetune.mode == "continue":
-        total += config.search.epochs
+        total += config.training("search").epochs
     mode = changes.get("finetune.mode", "restart")
     first = total if mode == "restart" else total - total // 2
     second = total if mode == "restart" else max(1, total // 2)
@@ -466,18 +469,23 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
         "finetune.mode": mode,
         "finetune.rows": "train",
         "merge.when": "before",
-        "search.epochs": first,
-        "finetune.epochs": second,
+        "train.search.epochs": first,
+        "train.finetune.epochs": second,
     }
     for key, value in (plain | dict(changes)).items():
-        section, _, name = key.partition(".")
-        if name:
-            settings = getattr(config, section)
-            if isinstance(value, Times):
-                value = value.of(getattr(settings, name))
-            value = settings.model_copy(update={name: value})
-        config = config.model_copy(update={section: value})
+        config = _changed(config, key.split("."), value)
     return config
+
+
+def _changed(settings: SectionT, path: Sequence[str], value: Any) -> SectionT:
+    """Return a copy of a section with one value changed, which may lie in a section below."""
+    name, *below = path
+    old = getattr(settings, name)
+    if below:
+        value = _changed(old, below, value)
+    elif isinstance(value, Times):
+        value = value.of(old)
+    return settings.model_copy(update={name: value})
 
 
 def summary(config: RunConfig, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ their places, so a folder of other results is refused at once.
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.files import peak_memory_bytes
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import Found, begin, look, publish, refusal, tidy, work_folder
@@ -19,7 +20,7 @@ from grasp_lora.stages.keys import Key, input_content, key_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
 from grasp_lora.stages.table import KINDS
-from grasp_lora.workbench.processes import decided_by_main, is_main, wait_for_all
+from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
 
 LOG_FILE = "log.txt"
 
@@ -57,6 +58,10 @@ class Options:
     timed: bool = False
     ended: Callable[[str, Outcome], Any] = lambda _name, _outcome: None
 
+    def replacing(self) -> "Options":
+        """Return the same with results of other inputs replaced."""
+        return replace(self, overwrite=True)
+
 
 PLAIN = Options()
 
@@ -85,7 +90,9 @@ def work_off(
         if lost is not None:
             outcomes[name] = lost
         elif options.keep_going:
-            outcomes[name] = attempted(lambda s=stage: do(s, place, session, options, again), place / name)
+            outcomes[name] = attempted(
+                lambda s=stage: do(s, place, session, options, again), place / name
+            )
         else:
             do(stage, place, session, options, again)
             outcomes[name] = Outcome(place / name)
@@ -93,14 +100,14 @@ def work_off(
     return outcomes
 
 
-def without_result(
-    stage: Stage, place: Path, outcomes: Mapping[str, Outcome]
-) -> Outcome | None:
+def without_result(stage: Stage, place: Path, outcomes: Mapping[str, Outcome]) -> Outcome | None:
     """Return the outcome of a stage that needs a result which will not come; None for others."""
     lost = [need for need in stage.needs() if need in outcomes and outcomes[need].error]
     if not lost:
         return None
-    return Outcome(place / stage.name, f"not done, {lost[0]} has no result", outcomes[lost[0]].refused)
+    return Outcome(
+        place / stage.name, f"not done, {lost[0]} has no result", outcomes[lost[0]].refused
+    )
 
 
 def attempted(work: Callable[[], None], out: Path) -> Outcome:

@@ -16,7 +16,6 @@ from grasp_lora.plans.parts import (
     add_merge,
     add_search,
     add_unpruned,
-    with_training,
 )
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.stages.stage import Input, Stage
@@ -183,7 +182,9 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
             final, judged = add_unpruned(case.plan, case.config, adapter, name, title)
             paid = (*made, judged, final)
             return case.scored(final, labelled=False, paid=paid, ratio_from=final)
-        final = case.add("final", "prune", {"start": adapter}, ratio=ratio, random_masks=random_masks)
+        final = case.add(
+            "final", "prune", {"start": adapter}, ratio=ratio, random_masks=random_masks
+        )
         return case.scored(final, paid=(*made, final), ratio_from=final)
 
     return build
@@ -338,9 +339,7 @@ METHODS: Mapping[str, Method] = {
     "zero-shot": Method("backbone alone", _fixed(None), seeds="none"),
     "source": Method("source adapter", _fixed("source"), seeds="none"),
     "target": Method("target adapter", _fixed("target"), seeds="none"),
-    "target-trained": Method(
-        "target adapter retrained with each seed", _trained(), seeds="all"
-    ),
+    "target-trained": Method("target adapter retrained with each seed", _trained(), seeds="all"),
     "source-finetuned": Method(
         "source adapter fine-tuned on the target rows",
         _finetuned("source"),
@@ -583,22 +582,21 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
 
 
 def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
-    section, *path = key.split(".")
-    if not path:
-        return config.model_copy(update={section: value})
-    name = path[-1]
-    if section == "train":
-        training = path[0]
-        if isinstance(value, Times):
-            value = value.of(getattr(config.training(training), name))
-        return with_training(config, training, **{name: value})
-    settings = getattr(config, section)
-    return config.model_copy(update={section: settings.model_copy(update={name: value})})
+    """Return settings with one value changed, which may lie in sections within sections."""
+
+    def changed(settings: Any, path: list[str]) -> Any:
+        name, *below = path
+        old = getattr(settings, name)
+        if below:
+            new = changed(old, below)
+        else:
+            new = value.of(old) if isinstance(value, Times) else value
+        return settings.model_copy(update={name: new})
+
+    return changed(config, key.split("."))
 
 
-def build_methods(
-    plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]
-) -> dict[str, Built]:
+def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) -> dict[str, Built]:
     """Add the stages of all methods to a plan; return job -> method, in the order of the tables.
 
     Args:

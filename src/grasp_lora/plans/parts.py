@@ -1,7 +1,6 @@
 """Pieces that several plans are built of: each adds stages and returns the name of the last."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import PlanBuilder
@@ -107,23 +106,9 @@ def add_unpruned(
     return plan.add(Stage(name, "prune", config, inputs, title=title)), judged
 
 
-
 def as_long_alone(config: RunConfig) -> RunConfig:
     """Return settings that give one fine-tuning run the epochs the result has had in all."""
     if config.finetune.mode == "restart":
         return config
     epochs = config.training("search").epochs + config.training("finetune").epochs
-    return with_training(config, "finetune", epochs=epochs)
-
-
-def with_training(config: RunConfig, name: str, **changes: Any) -> RunConfig:
-    """Return settings with other values for one training.
-
-    Args:
-        config: the settings.
-        name: of the training: "source", "target", "search" or "finetune".
-        changes: values of the section `train.<name>`.
-    """
-    override = getattr(config.train, name).model_copy(update=changes)
-    train = config.train.model_copy(update={name: override})
-    return config.model_copy(update={"train": train})
+    return config.with_training("finetune", epochs=epochs)

@@ -204,9 +204,7 @@ def loss_jump(log: list[dict[str, Any]], committed: list[int], window: int = 4) 
     return sum(jumps) / len(jumps) if jumps else None
 
 
-def price_of(
-    stages: Sequence[tuple[Stage, Mapping[str, Any]]], sizes: Sizes
-) -> dict[str, float]:
+def price_of(stages: Sequence[tuple[Stage, Mapping[str, Any]]], sizes: Sizes) -> dict[str, float]:
     """Return what stages cost: runs, seconds, examples read without a gradient, steps, tokens.
 
     Args:
@@ -244,9 +242,7 @@ def _batch(stage: Stage, facts: Mapping[str, Any], sizes: Sizes) -> int:
     return min(count, training.batch_size * training.accumulation)
 
 
-def _chosen(
-    built: Built, found: Mapping[str, MethodOutcome], nearest: str | None
-) -> MethodOutcome:
+def _chosen(built: Built, found: Mapping[str, MethodOutcome], nearest: str | None) -> MethodOutcome:
     """Return the outcome of a method that chooses among other runs.
 
     A run without a result, such as one whose training diverged, is left out and named.

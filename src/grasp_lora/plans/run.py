@@ -14,12 +14,12 @@ from grasp_lora.base.files import (
     check_disk,
     check_run,
     finish_run,
+    jsonable,
     open_run,
     peak_memory_bytes,
     provenance,
     read_json,
     read_jsonl,
-    jsonable,
     write_json,
     write_jsonl,
 )
@@ -44,7 +44,6 @@ from grasp_lora.workbench.processes import decided_by_main, is_main, join, wait_
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import Given, load_run_data
 from grasp_lora.workbench.times import carry_times, keep_times, open_clock, write_profile
-
 
 NO_DEV_EXAMPLES = (
     "finetune.rows: labelled has no target dev rows to choose the epochs by: give"
@@ -141,8 +140,10 @@ def _opened(going: _Run, overwrite: bool) -> bool:
     """
     finished = check_run(going.out)
     again = check(going.whole.plan, going.out, going.session, overwrite)
-    if finished and not overwrite and all(
-        (going.out / name / "stage.json").exists() for name in going.whole.plan.stages
+    if (
+        finished
+        and not overwrite
+        and all((going.out / name / "stage.json").exists() for name in going.whole.plan.stages)
     ):
         raise ValueError(
             f"'{going.out}' holds a finished run of this configuration; read its report.md, or "

@@ -91,9 +91,7 @@ def run_plan(config: RunConfig, scored: bool) -> RunPlan:
     return RunPlan(plan.build(), adapters, search, final, tuple(systems))
 
 
-def _tuned(
-    plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]
-) -> tuple[str, str]:
+def _tuned(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> tuple[str, str]:
     """Add the source adapter fine-tuned alone: a baseline, and half of a post-hoc merge."""
     alone = as_long_alone(config)
     return add_unpruned(plan, alone, adapters["source"], TUNED, _TITLES[TUNED])

@@ -37,14 +37,15 @@ class Session:
         self.clock = context.clock if context is not None else clock or Clock()
         self.base = base_content(model_spec(config))
         self.on_saved: Callable[[], Any] | None = None
-        self._context, self._quiet, self._training = context, quiet, training
+        self.quiet = quiet
+        self._context, self._training = context, training
 
     @property
     def context(self) -> Context:
         """Data and backbone; loads the backbone at the first call."""
         if self._context is None:
             self._context = open_context(
-                self.config, self._quiet, self.data, self._training, self.clock
+                self.config, self.quiet, self.data, self._training, self.clock
             )
         if self.on_saved is not None:
             self._context.on_saved = self.on_saved

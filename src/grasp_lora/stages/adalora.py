@@ -30,9 +30,7 @@ def train_adalora(
     steps = run_steps(context, options.training, options.role)
     lora = config.lora
     try:
-        live = attach_adalora(
-            model, targets, lora.r, lora.alpha, lora.dropout, steps, config.seed
-        )
+        live = attach_adalora(model, targets, lora.r, lora.alpha, lora.dropout, steps, config.seed)
     except ValueError as error:
         raise NotApplicable(f"AdaLoRA: {error}") from None
     try:

@@ -52,7 +52,8 @@ def look(out: Path, key: Key) -> Found:
             f"'{out}' is not empty and no result of grasp-lora (it has no {STAGE_FILE}); choose "
             "another folder, or empty it yourself"
         )
-    for file, state in ((finished, "done"), (begun, "begun")):
+    places: tuple[tuple[Path, State], ...] = ((finished, "done"), (begun, "begun"))
+    for file, state in places:
         if file.exists():
             why = differences(read_json(file)["key"], key)
             return Found("differs", tuple(why)) if why else Found(state)

@@ -99,7 +99,9 @@ def differences(stored: Key, wanted: Key) -> list[str]:
     if stored.get("kind") != wanted["kind"]:
         return [f"it is the result of a stage {stored.get('kind')}, not {wanted['kind']}"]
     if stored.get("format") != wanted["format"]:
-        found.append(f"its format is {stored.get('format')}, this version writes {wanted['format']}")
+        found.append(
+            f"its format is {stored.get('format')}, this version writes {wanted['format']}"
+        )
     if stored.get("base") != wanted["base"]:
         found.append("the weights of the base model are others")
     old, new = jsonable(stored.get("settings", {})), jsonable(wanted["settings"])

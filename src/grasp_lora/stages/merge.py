@@ -47,9 +47,7 @@ def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge as `config.merge` says."""
     section, weights = work.config.merge, _weights(work, len(loaded))
     try:
-        merged = merge(
-            section.kind, [one.adapter for one in loaded], list(weights), section.rank
-        )
+        merged = merge(section.kind, [one.adapter for one in loaded], list(weights), section.rank)
     except ValueError as error:
         raise NotApplicable(str(error)) from None
     return merged, {"kind": section.kind, "weights": list(weights)}

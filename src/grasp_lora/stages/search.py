@@ -9,7 +9,7 @@ best dev loss with nothing pruned, step 0 and the end of every epoch taking part
 soon overfitted, and a final run could not undo that.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

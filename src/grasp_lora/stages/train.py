@@ -51,7 +51,7 @@ def run(work: Work) -> Mapping[str, Any]:
     if work.stage.option("adalora"):
         result, plain, scaling = train_adalora(context, options, work.checkpoints)
     else:
-        scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
+        scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
         fresh = fresh_adapter(context.backbone.model, config)
         with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
             result = fit(context, live, options, work.checkpoints)
@@ -78,7 +78,11 @@ def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any
         epochs, judged = _cross_validated(work, folds)
         training = training.model_copy(update={"epochs": epochs})
         whole = context.on_target({"train": tuple(rows)})
-        return whole, training, {"epochs": epochs, "cross_validated": judged, "rows_trained": len(rows)}
+        return (
+            whole,
+            training,
+            {"epochs": epochs, "cross_validated": judged, "rows_trained": len(rows)},
+        )
     if number >= len(folds):
         raise NotApplicable(f"there are contexts for {len(folds)} folds only, not for {count}")
     kept = [e for fold in folds if fold is not folds[number] for e in fold]

@@ -19,7 +19,7 @@ from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
 from grasp_lora.models.preserve import preserved
 from grasp_lora.models.row_losses import Rows, row_losses
-from grasp_lora.training.live import Block, LiveAdapter, Rule, Score, scored
+from grasp_lora.training.live import LiveAdapter, Rule, scored
 
 
 class MaskCallback(TrainerCallback):
@@ -109,7 +109,6 @@ class SearchCallback(TrainerCallback):
         self._config = config
         self._pool = pool
         self._score = scored(rule, norms)
-        self._first = None if config.refresh_importance else _FirstScores(self._score)
         self._total_steps = total_steps
         self._on_round = on_round
         self._discard = discard
@@ -148,7 +147,7 @@ class SearchCallback(TrainerCallback):
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
-        live, clock, score = self._live, self._clock, self._first or self._score
+        live, clock, score = self._live, self._clock, self._score
         drawn, batches = self._rows()
         candidates = rounds.propose(self.controller, self._config, self._generator)
         baseline = None
@@ -183,10 +182,8 @@ class SearchCallback(TrainerCallback):
         self._on_round(self.controller, record)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return generator, importance of the first round where it is kept, and history."""
+        """Return the generator and the history of the rounds."""
         tensors = {"generator": self._generator.get_state()}
-        if self._first is not None:
-            tensors |= {f"scores.{n}": held.cpu() for n, held in self._first.held.items()}
         values = {
             "controller": rounds.state_to_json(self.controller),
             "flipped": self.flipped,
@@ -197,27 +194,6 @@ class SearchCallback(TrainerCallback):
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over a state; rounds after it are forgotten."""
         self._generator.set_state(tensors["generator"])
-        if self._first is not None:
-            device = next(iter(self._live.params.values())).device
-            self._first.held = {
-                n.removeprefix("scores."): t.to(device)
-                for n, t in tensors.items()
-                if n.startswith("scores.")
-            }
         self.controller = rounds.state_from_json(values["controller"])
         self.flipped = list(values["flipped"])
         self.forwards = int(values["forwards"])
-
-
-class _FirstScores:
-    """Importance as it was when a block was first scored (`refresh_importance: false`)."""
-
-    def __init__(self, score: Score):
-        self._score = score
-        self.held: dict[str, Tensor] = {}
-
-    def __call__(self, block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        names = [f"{block.module}.{side}.{block.source}" for side in "AB"]
-        if names[0] not in self.held:
-            self.held |= zip(names, self._score(block, a, b), strict=True)
-        return self.held[names[0]], self.held[names[1]]

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.config.run_config import RunConfig, section_of
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
 from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
@@ -91,7 +92,8 @@ class Context:
     def on_all_labels(self) -> "Context":
         """Return a context whose target train examples are all labelled ones; none is left for dev."""
         parts = self.data.parts["target"]
-        return self.on_target({"train": tuple(e for split in LABELLED for e in parts.get(split, ()))})
+        train = tuple(example for split in LABELLED for example in parts.get(split, ()))
+        return self.on_target({"train": train})
 
     def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
         """Return a context with other labelled examples of the target; its test examples stay.
@@ -272,11 +274,10 @@ _WITHOUT = {
 def planned_memory(config: RunConfig) -> MemoryPlan:
     """Return the memory the widest training stage is planned to take; loads no weights."""
     rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
-    stages = (config.train, config.search, config.finetune)
     return plan_memory(
         model_spec(config),
         rank=rank,
-        batch_size=max(stage.batch_size for stage in stages),
+        batch_size=max(config.training(name).batch_size for name in get_args(TrainingName)),
         length=max_length(config),
     )
 

@@ -46,7 +46,7 @@ COPIES_PER_CHECKPOINT = 8
 
 
 class Stopwatch:
-    """The seconds of a stage, kept in its checkpoints so that a resumed stage counts all of them."""
+    """The seconds of a stage, kept in its checkpoints: a resumed stage counts all of them."""
 
     name = "spent"
 
@@ -197,9 +197,7 @@ def _per_epoch(context: Context, options: FitOptions) -> int:
     return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
 
 
-def _best_callback(
-    context: Context, live: LiveAdapter, options: FitOptions
-) -> BestCallback | None:
+def _best_callback(context: Context, live: LiveAdapter, options: FitOptions) -> BestCallback | None:
     if not options.choose_best:
         return None
     dev = context.rows(options.role, ["dev"])

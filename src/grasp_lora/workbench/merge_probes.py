@@ -55,8 +55,10 @@ UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
     "weights 0.25 + 0.75": UntrainedMerge("weights", (0.25, 0.75)),
     "weights 0.75 + 0.25, x 0.75": UntrainedMerge("weights", (0.75, 0.25), 0.75),
     "weights 0.25 + 0.75, x 0.75": UntrainedMerge("weights", (0.25, 0.75), 0.75),
-    **{f"merge x {factor:g}": UntrainedMerge("weights", None, factor) for factor in (0.25, 0.5, 0.75)},
-    **{f"merge x {factor:g}": UntrainedMerge("weights", None, factor) for factor in (0.9, 1.25)},
+    **{
+        f"merge x {factor:g}": UntrainedMerge("weights", None, factor)
+        for factor in (0.25, 0.5, 0.75, 0.9, 1.25)
+    },
     **{f"ratio {n / 10:g}": UntrainedMerge("pruned", ratio=n / 10) for n in range(1, 9)},
 }
 """Name -> variant; 24 with the merge itself."""

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config.data_sections import HubData, LanguageData, Rows, TestSet
+from grasp_lora.config.data_sections import ExampleSource, HubData, LanguageData, TestSet
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
-from grasp_lora.data.hub import ALL, PRESETS, HubRows, load_hub, load_preset, split_published
+from grasp_lora.data.hub import ALL, PUBLISHED_SETS, HubRows, load_hub, load_preset, split_published
 from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_line, refuse_leaks
 from grasp_lora.data.separate import separated
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
@@ -100,7 +100,7 @@ def load_run_data(
             rows and `data.allow_leakage` is not set.
     """
     _check_given(config, given or {})
-    reader = _Reader(config, task_named(config.data.task), say, given or {})
+    reader = _Reader(config, task_named(config.data.task), say, given or {}, training)
     target = reader.language("target", config.data.target)
     parts: dict[str, Parts] = {"target": target}
     if config.data.source is not None:
@@ -181,6 +181,7 @@ class _Reader:
     task: Task
     say: Say
     given: Given
+    training: bool = True
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
 
@@ -209,8 +210,9 @@ class _Reader:
         if "" not in read:
             return read
         rows = self._unused(role, read[""], used)
-        if section.labels == "auto":
-            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.seed))
+        if section.divided_automatically:
+            test = section.rows.get("test", 0)
+            return self._note(role, *_auto(rows, test, self.seed, self.training))
         split = split_by_group(rows, section.rows, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
@@ -241,7 +243,7 @@ class _Reader:
         if isinstance(section.files, HubData):
             sizes = section.rows or dict.fromkeys(section.files.splits, ALL)
         else:
-            sizes = section.rows or PRESETS[str(section.files)].sizes[role]
+            sizes = section.rows or PUBLISHED_SETS[str(section.files)].sizes[role]
             self.say(f"{role}: {section.files} {section.language} from {found.used}")
         self.sources[role] = found.record()
         if used is not None:
@@ -249,7 +251,7 @@ class _Reader:
         split = split_published(found, sizes, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
-    def _found(self, files: Any, section: Rows, role: str) -> HubRows:
+    def _found(self, files: Any, section: ExampleSource, role: str) -> HubRows:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
         if isinstance(files, HubData):
             found = load_hub(
@@ -267,7 +269,7 @@ class _Reader:
             found = load_preset(
                 str(files),
                 section.language,
-                self.config.data.protocol,
+                self.config.protocol,
                 role=role,
                 max_faulty=self.config.data.max_faulty,
             )
@@ -276,7 +278,7 @@ class _Reader:
                 self.say(f"{found.used} {split}: {published.report.line()}")
         return found
 
-    def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
+    def _load(self, source: Any, section: ExampleSource, name: str) -> tuple[Example, ...]:
         examples, report = load_examples(
             source,
             self.task,
@@ -312,10 +314,22 @@ class _Reader:
         return parts
 
 
-def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[str, int]]:
+def _auto(
+    rows: tuple[Example, ...], test: int, seed: int, training: bool
+) -> tuple[Parts, dict[str, int]]:
+    """Return the test part, and the other examples divided into train, dev and micro_dev.
+
+    Without `training` too few others are no fault: they are left out.
+    """
     held = split_by_group(rows, {"test": test}, seed)
     taken = {e.group for e in held.parts["test"]}
-    labelled = split_auto([e for e in rows if e.group not in taken], seed)
+    others = [e for e in rows if e.group not in taken]
+    try:
+        labelled = split_auto(others, seed)
+    except ValueError:
+        if training:
+            raise
+        return dict(held.parts), dict(held.dropped)
     return dict(labelled.parts) | dict(held.parts), dict(labelled.dropped) | dict(held.dropped)
 
 

@@ -119,7 +119,7 @@ def test_coverage_comes_first_and_at_every_fifth_round_and_confirmation_last():
 
 @pytest.mark.parametrize("candidates", [2, 3, 4])
 def test_confirmation_measures_the_lowest_ratio_beside_the_favourite(candidates):
-    config = ControllerConfig(low=0.1, start=0.1, candidates=candidates)
+    config = ControllerConfig(low=0.1, candidates=candidates)
     generator = torch.Generator().manual_seed(0)
     found = [confirming_candidates(Policy(0.5, 0.1), config, generator, 0.37) for _ in range(200)]
     assert all(one[:2] == (0.1, 0.37) and len(one) == candidates for one in found)

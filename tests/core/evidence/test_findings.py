@@ -21,7 +21,7 @@ def normal(seed, count, mean=0.0, deviation=1.0):
 def test_a_search_without_a_round_never_fired():
     found = findings.never_fired("never-fired")
     assert found.name == "never-fired"
-    assert "raise search.epochs" in found.says
+    assert "raise train.search.epochs" in found.says
     assert findings.never_fired("flat") is None
 
 
@@ -38,7 +38,7 @@ def test_a_search_without_a_round_never_fired():
     ],
 )
 def test_a_learned_ratio_at_an_end_of_the_range_is_at_bound(ratio, verdict, low, said):
-    found = findings.at_bound(ratio, verdict, ControllerConfig(low=low, start=low))
+    found = findings.at_bound(ratio, verdict, ControllerConfig(low=low))
     assert (found is None) == (said is None)
     if found is not None:
         assert said in found.says

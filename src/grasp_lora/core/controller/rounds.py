@@ -7,7 +7,7 @@ and the state survives a JSON round trip.
 
 A commit moves the current ratio towards the best candidate by at most `max_step` and cuts the mask
 at the ratio it records. Departure from the published code, which cuts the mask at the candidate's
-ratio; `commit="candidate"` does that for comparison.
+ratio; `benchmarks.controllers` does that for comparison.
 
 Without a baseline the rewards of a round compare with the lowest ratio it tried: their differences,
 which are all that the policy and the history use, are the same, and a quarter of the forwards is
@@ -39,7 +39,7 @@ from grasp_lora.core.controller.policy import (
     updated_policy,
 )
 from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
-from grasp_lora.core.controller.settings import PRESETS, ControllerConfig
+from grasp_lora.core.controller.settings import CONTROLLER_PRESETS, ControllerConfig
 from grasp_lora.core.evidence.history import RoundRecord, lowest, lowest_near, observations
 from grasp_lora.core.evidence.verdict import RatioChoice, ratio_choice
 
@@ -99,7 +99,7 @@ def begin(config: ControllerConfig, planned: int | None = None) -> ControllerSta
         planned: What `planned_rounds` says of this run; default is the number in the settings.
     """
     policy = initial_policy(config)
-    horizon = planned or config.rounds or cast(int, PRESETS["standard"]["rounds"])
+    horizon = planned or config.rounds or cast(int, CONTROLLER_PRESETS["standard"]["rounds"])
     return ControllerState(policy.mu, policy.sigma, config.start, 0.0, horizon, ())
 
 
@@ -255,7 +255,7 @@ def _commit(
     if reward < 0:
         return state.ratio, state.mask_ratio, best, "best reward below 0"
     ratio = state.ratio + clip(best - state.ratio, -config.max_step, config.max_step)
-    return ratio, (best if config.commit == "candidate" else ratio), best, _COMMITTED
+    return ratio, ratio, best, _COMMITTED
 
 
 def _lowest_trial(candidates: Sequence[float], means: Sequence[float | None]) -> float | None:

@@ -62,8 +62,8 @@ def never_fired(verdict: Verdict) -> Finding | None:
         return None
     return Finding(
         "never-fired",
-        "the search was too short for one round, so no ratio was learned: raise search.epochs or "
-        "lower controller.rounds",
+        "the search was too short for one round, so no ratio was learned: raise "
+        "train.search.epochs or lower controller.rounds",
         {"rounds": 0},
     )
 
@@ -114,7 +114,7 @@ def thrashing(
         "thrashing",
         f"each commit exchanged {mean:.0%} of the entries beyond the change of the ratio, so the "
         "ratio was learned under masks that do not last: try importance: magnitude, or a lower "
-        "search.learning_rate",
+        "train.search.learning_rate",
         {"mean_excess_share": mean, "largest_excess_share": max(later), "commits": len(excess)},
     )
 
@@ -155,7 +155,8 @@ def overfitting(best_step: int, steps: int) -> Finding | None:
     return Finding(
         "overfitting",
         "the dev loss was lowest before the first step of training, so training only harmed "
-        "and the pruned merge was kept untrained: lower finetune.learning_rate, or add target rows",
+        "and the pruned merge was kept untrained: lower train.finetune.learning_rate, or "
+        "add target rows",
         {"best_step": best_step, "steps": steps},
     )
 
