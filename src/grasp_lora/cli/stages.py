@@ -244,7 +244,7 @@ def ablate(
         list[str] | None, typer.Option(help="Variant to run; may be repeated. All without it.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the runs, comma between.")] = "42",
-    jobs: Jobs = 1,
+    jobs: Jobs = 0,
     threads: Threads = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
@@ -258,8 +258,9 @@ def ablate(
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.ablate import ablate as compare_variants
+    from grasp_lora.plans.launch import Pool
 
-    found = compare_variants(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    found = compare_variants(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
     from rich.console import Console
 
     from grasp_lora.report.run import ablation_table
@@ -278,7 +279,7 @@ def compare(
     seeds: Annotated[
         str, typer.Option(help="Seeds of the main methods, comma between.")
     ] = "42,1337,9001",
-    jobs: Jobs = 1,
+    jobs: Jobs = 0,
     threads: Threads = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
@@ -292,8 +293,9 @@ def compare(
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.compare import compare_methods
+    from grasp_lora.plans.launch import Pool
 
-    found = compare_methods(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    found = compare_methods(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
     from rich.console import Console
 
     from grasp_lora.report.comparison import comparison_tables

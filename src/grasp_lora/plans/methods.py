@@ -39,7 +39,7 @@ class Built:
         scores: the stage that scores the result; None for a method that chooses among others.
         final: the stage that made the result, or the folder of a given adapter; None for the bare
             backbone.
-        paid: stages whose cost is the method's; the two adapters are free, as all methods have them.
+        paid: stages whose cost is the method's. The two adapters are free: all methods have them.
         ratio_from: the stage whose facts hold the ratio; None for ratio 0.
         search: the search of a method that learns its ratio.
         probe: the probe of a method that learns merge weights.
@@ -316,6 +316,9 @@ def _nearest_of(names: tuple[str, ...], to: str) -> Build:
     return build
 
 
+searched: Build = _grasp()
+"""Search the ratio of the configured merge and fine-tune at it."""
+
 AVERAGE: Mapping[str, Any] = {"kind": "cat", "weights": None}
 SUM: Mapping[str, Any] = {"kind": "cat", "weights": (1.0, 1.0)}
 PUBLISHED: Mapping[str, Any] = {"kind": "linear", "weights": (1.0, 1.0)}
@@ -353,7 +356,8 @@ METHODS: Mapping[str, Method] = {
         seeds="all",
     ),
     "source-finetuned-labelled": Method(
-        "source adapter fine-tuned, retrained on all labelled rows for the epochs that dev rows chose",
+        "source adapter fine-tuned, retrained on all labelled rows for the epochs that dev rows "
+        "chose",
         _finetuned("source"),
         LABELLED,
         seeds="all",
@@ -560,8 +564,8 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
     """Return settings with dotted changes; a fine-tuning in one or two runs has the same epochs.
 
     In mode `restart` search and final run each have all epochs of a fine-tuning run, in mode
-    `continue` they share them. All labelled examples are trained on by the methods that say so only:
-    the others are judged by them. And only those that say so merge after fine-tuning.
+    `continue` they share them. Only the methods that say so train on all labelled examples: the
+    others are judged by them. Only the methods that say so merge after fine-tuning.
     """
     total = config.training("finetune").epochs
     if config.finetune.mode == "continue":

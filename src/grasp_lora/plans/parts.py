@@ -71,8 +71,8 @@ def add_final(
         merged: what the search began with.
         search: the search.
         name: of the result.
-        retrained: of a post-hoc merge the same merge with its source adapter trained on all labelled
-            examples.
+        retrained: for a post-hoc merge, the same merge with its source adapter trained on all
+            labelled examples.
     """
     post_hoc, labelled = config.merge.when == "after", config.finetune.rows == "labelled"
     start = search if config.finetune.mode == "continue" and not post_hoc else merged

@@ -1,7 +1,7 @@
 """The plan of a run: from two adapters, given or trained here, to the scores of the result.
 
-This is the published flow: adapters, merge, search, final run, evaluation. `merge.when: after` turns
-it round: the source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
+This is the published flow: adapters, merge, search, final run, evaluation. `merge.when: after`
+turns it round: the source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
 """
 
 from collections.abc import Mapping

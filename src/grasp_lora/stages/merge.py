@@ -1,8 +1,8 @@
 """Stage `merge`: two adapters -> one merged adapter.
 
-The inputs `source` and `target` are PEFT adapter folders; the input `weights`, where it is given, is
-the folder of a probe that learned the weights. The result is an ordinary PEFT folder, and beside it
-the factors of each source, which later stages mask apart. Option `rule` names a rule of
+The inputs `source` and `target` are PEFT adapter folders. The input `weights`, where it is given,
+is the folder of a probe that learned the weights. The result is an ordinary PEFT folder, and beside
+it the factors of each source, which later stages mask apart. Option `rule` names a rule of
 `grasp_lora.stages.other_merges` in place of `config.merge`.
 """
 

@@ -16,8 +16,8 @@ def next_ratio(stage: Stage, earlier: Sequence[Mapping[str, Any]]) -> float:
     Args:
         stage: the trial; options `sampler`, and `drawn`, how many trials are at ratios drawn at
             random before the sampler has a model. Optuna's samplers would draw ten.
-        earlier: facts of the trials before it, in their order. They are told to a new study with the
-            same seed, which then asks for the same ratios again.
+        earlier: facts of the trials before it, in their order. A new study with the same seed is
+            told them, and asks for the same ratios again.
 
     Raises:
         NotApplicable: Optuna, or what its sampler needs, is not installed.

@@ -4,8 +4,8 @@ This is our departure from arXiv 2601.06702, which adds the adapters up: a sum o
 pruning then gets the credit of a smaller scale.
 
 Option `choice` is "weights" (weights and strengths of a merge that is trained afterwards) or
-"shares" (the target adapter's share in a post-hoc merge, which nothing trains afterwards). The folder
-holds `weights.json`: the weights, the losses behind them, and the evidence.
+"shares" (the target adapter's share in a post-hoc merge, which nothing trains afterwards). The
+folder holds `weights.json`: the weights, the losses behind them, and the evidence.
 """
 
 import time

@@ -14,10 +14,14 @@ Inputs:
     cut_from: what `judged` started from, where that is not `start`; the same entries are pruned.
     trial 0, trial 1, ...: earlier trials of an Optuna search (option `sampler`).
 
-Options: `ratio`; `shift`, added to the ratio of a search; `spread`, group of `config.scope` -> a
-ratio of its own; `random_masks`, prune entries drawn at random; `untrained: true`, prune and measure
-only, for an adapter that was trained before it was merged; `sampler` ("tpe", "gp", "random"), let
-Optuna choose the ratio from the best dev losses of the earlier trials, `drawn` of them at random.
+Options:
+    ratio: fraction removed, where no search gives it.
+    shift: added to the ratio of a search.
+    spread: group of `config.scope` -> a ratio of its own.
+    random_masks: prune entries drawn at random.
+    untrained: prune and measure only, for an adapter that was trained before it was merged.
+    sampler: "tpe", "gp" or "random"; Optuna chooses the ratio from the best dev losses of the
+        earlier trials, after `drawn` trials at random.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -90,7 +90,7 @@ class Context:
         return self._encoded[role, split]
 
     def on_all_labels(self) -> "Context":
-        """Return a context whose target train examples are all labelled ones; none is left for dev."""
+        """Return a context that trains on all labelled target examples; none is left for dev."""
         parts = self.data.parts["target"]
         train = tuple(example for split in LABELLED for example in parts.get(split, ()))
         return self.on_target({"train": train})
