@@ -101,7 +101,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
     options = parsed(argv)
-    pair = open_pair(config_of(options), options.work, options.work)
+    pair = open_pair(config_of(options), options.work)
     start = pair.merged((0.5, 0.5))
     found = {str(ratio): measured(pair.context, start, ratio) for ratio in options.ratios}
     about = {"config": options.config.name, "seed": pair.config.seed}
