@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.config.sections import Training
+
 QUIET_EVALUATION = {"max_new_tokens": 2, "baselines": False}
 
 
@@ -27,7 +29,25 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
         "finetune": {"epochs": 2},
         "evaluate": QUIET_EVALUATION,
     }
-    return values | changes
+    return with_trainings(values | changes)
+
+
+TRAINING_KEYS = set(Training.model_fields)
+
+
+def with_trainings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which the trainings have their place.
+
+    Tests give the values of the trainings beside each other: "train" (of both adapters), "search",
+    and, in "finetune", those of the final run beside its own settings.
+    """
+    found = dict(values)
+    adapters, search = found.pop("train", {}), found.pop("search", {})
+    final = found.pop("finetune", {})
+    train = {"source": adapters, "target": adapters, "search": search}
+    train["finetune"] = {key: value for key, value in final.items() if key in TRAINING_KEYS}
+    own = {key: value for key, value in final.items() if key not in TRAINING_KEYS}
+    return found | {"train": train} | ({"finetune": own} if own else {})
 
 
 def write_job(path: Path, values: Mapping[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """A plan as a file, so that another process, or another machine, can do a stage of it.
 
-Stages name each other. Given folders are written relative to the plan's folder where they lie in it.
-So the folder of a plan may be moved.
+Stages name each other. A given folder that lies in the plan's folder is written relative to it, so
+the plan's folder may be moved.
 """
 
 import os

@@ -4,9 +4,9 @@ The input `merged` is a merged adapter (any PEFT adapter folder will do). Option
 a post-hoc merge: nothing is trained, and the same rounds probe the adapter as it is.
 
 The folder holds `ratio.json`, `rounds.jsonl`, and `adapter/`, the adapter with nothing pruned as
-the search left it. With `finetune.mode: continue`, which goes on from there, `adapter/` is that of the
-best dev loss with nothing pruned, step 0 and the end of every epoch taking part: a few examples are
-soon overfitted, and a final run could not undo that.
+the search left it. With `finetune.mode: continue` the final run goes on from there; `adapter/` is
+that of the best dev loss with nothing pruned, step 0 and the end of every epoch taking part: a few
+examples are soon overfitted, and a final run could not undo that.
 """
 
 from collections.abc import Callable, Mapping

@@ -6,8 +6,8 @@ Options:
     role: whose examples, "source" or "target".
     adalora: train PEFT's AdaLoRA and keep the result as plain LoRA.
     folds, fold: train on all labelled target examples but those of one fold, and measure that fold.
-        Folds hold whole contexts. `folds` without `fold` trains on all labelled target examples, for
-        the epochs at which the inputs "fold 0", "fold 1", ... have the lowest mean loss.
+        Folds hold whole contexts. `folds` without `fold` trains on all labelled target examples,
+        for the epochs at which the inputs "fold 0", "fold 1", ... have the lowest mean loss.
 """
 
 import math
