@@ -11,8 +11,19 @@ from typing import Any
 QUIET_EVALUATION = {"max_new_tokens": 2, "baselines": False}
 
 
+def of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `train` has for values of both adapters' trainings."""
+    return {"source": values, "target": values}
+
+
+TRAIN = of_adapters({"epochs": 1}) | {"search": {"epochs": 2}, "finetune": {"epochs": 2}}
+
+
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return the settings of a job on the backbone in `folder`/base, sections replaced whole."""
+    """Return the settings of a job on the backbone in `folder`/base.
+
+    Sections given are replaced whole; of `train`, the values of a training are.
+    """
     values = {
         "output": str(folder / "run"),
         "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
@@ -22,12 +33,10 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
             "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
         },
         "controller": {"rounds": 3, "rows": 4},
-        "train": {"epochs": 1},
-        "search": {"epochs": 2},
-        "finetune": {"epochs": 2},
+        "train": TRAIN,
         "evaluate": QUIET_EVALUATION,
     }
-    return values | changes
+    return values | changes | {"train": TRAIN | changes.get("train", {})}
 
 
 def write_job(path: Path, values: Mapping[str, Any]) -> Path:

@@ -34,7 +34,9 @@ def test_defaults_are_those_of_the_classes():
     listed = {s.key: s.default for s in all_settings()}
     assert listed["train.epochs"] == "10"
     assert listed["train.source"] == "epochs 3 (paper: epochs 10)"
-    assert listed["train.search"] == "none (finetune.mode continue: epochs 5; paper: accumulation 1)"
+    assert (
+        listed["train.search"] == "none (finetune.mode continue: epochs 5; paper: accumulation 1)"
+    )
     assert listed["train.finetune"].startswith("patience 3 (")
     assert listed["lora.target_modules"] == "[q_proj, v_proj]"
     assert listed["controller.low"] == f"0 (paper: {ControllerConfig(preset='paper').low})"
