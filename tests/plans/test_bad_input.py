@@ -175,7 +175,7 @@ FAULTS: dict[Fault, str] = {
     parallel_languages: r"'q16' of source/train and 'q16' of target/test \(the same id\)",
     parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage",
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
-    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise search\.epochs",
+    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise train\.search\.epochs",
     crossed_bounds: r"controller: .*0\.6.*0\.2",
     bound_of_one: r"controller: .*1\.0",
     negative_bound: r"controller: .*-0\.1",
