@@ -13,8 +13,19 @@ from grasp_lora.config.sections import Training
 QUIET_EVALUATION = {"max_new_tokens": 2, "baselines": False}
 
 
+def of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `train` has for values of both adapters' trainings."""
+    return {"source": values, "target": values}
+
+
+TRAIN = of_adapters({"epochs": 1}) | {"search": {"epochs": 2}, "finetune": {"epochs": 2}}
+
+
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return the settings of a job on the backbone in `folder`/base, sections replaced whole."""
+    """Return the settings of a job on the backbone in `folder`/base.
+
+    Sections given are replaced whole; of `train`, the values of a training are.
+    """
     values = {
         "output": str(folder / "run"),
         "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
@@ -24,9 +35,7 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
             "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
         },
         "controller": {"rounds": 3, "rows": 4},
-        "train": {"epochs": 1},
-        "search": {"epochs": 2},
-        "finetune": {"epochs": 2},
+        "train": TRAIN,
         "evaluate": QUIET_EVALUATION,
     }
     return with_trainings(values | changes)
@@ -36,16 +45,20 @@ TRAINING_KEYS = set(Training.model_fields)
 
 
 def with_trainings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings in which the trainings have their place.
+    """Return settings in which every training has its place below "train".
 
-    Tests give the values of the trainings beside each other: "train" (of both adapters), "search",
-    and, in "finetune", those of the final run beside its own settings.
+    Tests may give the values of the trainings beside each other as well: plain keys of "train" are
+    those of both adapters, "search" is that of the search, and "finetune" holds those of the final
+    run beside its own settings.
     """
     found = dict(values)
-    adapters, search = found.pop("train", {}), found.pop("search", {})
-    final = found.pop("finetune", {})
-    train = {"source": adapters, "target": adapters, "search": search}
-    train["finetune"] = {key: value for key, value in final.items() if key in TRAINING_KEYS}
+    given, search, final = (found.pop(name, {}) for name in ("train", "search", "finetune"))
+    plain = {key: value for key, value in given.items() if key in TRAINING_KEYS}
+    train = dict(TRAIN) | (of_adapters(plain) if plain else {})
+    train |= {key: value for key, value in given.items() if key not in TRAINING_KEYS}
+    train |= {"search": search} if search else {}
+    trained = {key: value for key, value in final.items() if key in TRAINING_KEYS}
+    train |= {"finetune": trained} if trained else {}
     own = {key: value for key, value in final.items() if key not in TRAINING_KEYS}
     return found | {"train": train} | ({"finetune": own} if own else {})
 

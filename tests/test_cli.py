@@ -92,12 +92,12 @@ def test_settings_output_and_seed_reach_the_configuration(called, config, tmp_pa
     out = tmp_path / "no"
     write_scores(out)
     done = invoke(
-        *("run", config, "--set", "search.epochs=2", "--set", "model.dtype=float32"),
+        *("run", config, "--set", "train.search.epochs=2", "--set", "model.dtype=float32"),
         *("--output", str(out), "--seed", "7", "--overwrite"),
     )
     assert done.exit_code == 0, done.output
     given = called["config"]
-    assert (given.search.epochs, given.model.dtype, given.seed) == (2, "float32", 7)
+    assert (given.training("search").epochs, given.model.dtype, given.seed) == (2, "float32", 7)
     assert given.output == out
     assert called["kwargs"] == {"overwrite": True, "profile": False}
 
@@ -130,10 +130,10 @@ def test_an_output_that_looks_like_another_type_stays_a_path(called, config, tmp
 def test_demo_runs_the_packaged_configuration(called, tmp_path):
     out = tmp_path / "demo"
     write_scores(out)
-    done = invoke("demo", "--output", str(out), "--set", "search.epochs=1")
+    done = invoke("demo", "--output", str(out), "--set", "train.search.epochs=1")
     assert done.exit_code == 0, done.output
     assert (called["name"], called["config"].model.name) == ("run", "smollm2")
-    assert called["config"].search.epochs == 1
+    assert called["config"].training("search").epochs == 1
 
 
 @pytest.mark.parametrize(
@@ -323,11 +323,11 @@ def test_ratios_that_are_none_are_refused(called, config, tmp_path, ratio, said)
 def test_faults_are_printed_without_a_traceback(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(YAML + "seeed: 3\n", encoding="utf-8")
-    done = command("run", str(path), "--set", "search.epochs=0")
+    done = command("run", str(path), "--set", "train.search.epochs=0")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "did you mean seed?" in done.stderr
-    assert "search.epochs: got 0" in done.stderr
+    assert "train.search.epochs: got 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 

@@ -32,11 +32,12 @@ from benchmarks.worlds import (
 
 from grasp_lora.base.files import jsonable, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
+from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import compressed, gaps_of, lowest
 from grasp_lora.plans.compare import CHOOSING, METHODS
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import job, of_adapters, write_job
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -534,7 +535,7 @@ def test_a_pair_without_settings_is_named():
 def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
-    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
     places = ["--work", str(tmp_path / "work"), "--records", str(tmp_path / "kept")]
     command = ["run", "xx-yy", *places, "--only", "zero-shot", "target"]
@@ -552,7 +553,7 @@ def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
 def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(tmp_path, monkeypatch):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
-    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
     places = ["--work", str(tmp_path / "work"), "--records", str(tmp_path / "kept")]
     command = ["run", "xx-yy", *places, "--only", "target"]
@@ -631,10 +632,24 @@ def test_an_ablation_holds_each_variant_beside_the_preset(tmp_path, capsys):
 def test_variants_that_need_a_model_are_no_part_of_the_laboratory():
     for preset in ("paper", "standard"):
         found = ablation.variants_of(preset)
-        assert not {"moments-kept", "importance-fixed"} & set(found)
+        assert not {"moments-kept", "moments-cleared"} & set(found)
         base = found["as-configured"]
         assert all(config != base for name, config in found.items() if name != "as-configured")
     assert ablation.variants_of("paper")["anchor-and-entropy-off"].entropy == 0.0
+
+
+def test_the_published_commit_masks_at_the_candidate_and_records_another_ratio(capsys):
+    config = ControllerConfig(preset="paper")
+    losses = [[1.0] * 4, [3.0] * 4]
+    state = rounds.begin(config)
+    round_of = (config, (0.8, 0.4), [2.0] * 4, losses, [3, 1, 4, 5], 10)
+    after, record = controllers.conclude_at_candidate(state, *round_of)
+    assert (record.ratio, record.mask_ratio) == (pytest.approx(0.5), 0.8)
+    assert (after.mask_ratio, after.records) == (0.8, (record,))
+    _, ours = rounds.conclude(state, *round_of)
+    assert ours.mask_ratio == ours.ratio == record.ratio
+    ablation.main(["--preset", "paper", "--quick", "--only", ablation.AT_CANDIDATE])
+    assert "| candidate-committed |" in capsys.readouterr().out
 
 
 EMBEDDED = records.FOLDER / "embedded.parquet"

@@ -175,7 +175,7 @@ FAULTS: dict[Fault, str] = {
     parallel_languages: r"'q16' of source/train and 'q16' of target/test \(the same id\)",
     parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage",
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
-    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise search\.epochs",
+    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise train\.search\.epochs",
     crossed_bounds: r"controller: .*0\.6.*0\.2",
     bound_of_one: r"controller: .*1\.0",
     negative_bound: r"controller: .*-0\.1",
@@ -294,7 +294,7 @@ def test_a_full_disk_is_seen_before_any_work(workplace, monkeypatch):
 
 def test_a_diverging_run_stops_with_a_diagnosis_and_its_last_good_checkpoint(workplace):
     section = {"epochs": 3, "learning_rate": 1e30, "save_every": 1}
-    values = job(workplace, search=section, train={"epochs": 1})
+    values = job(workplace, train={"search": section})
     done = CliRunner().invoke(app, ["run", str(write_job(workplace / "run.yaml", values))])
     assert done.exit_code == 2
     last = done.output.strip().split("error: ")[-1]
@@ -323,7 +323,7 @@ def test_a_run_that_diverges_later_names_the_checkpoint_before(workplace):
         ("model.name=tests", "error: tests holds no config.json, so it is no transformers model"),
         ("controller.high=2", "controller"),
         ("lora.target_modules=[q_prj]", "q_proj"),
-        ("search.max_steps=1", "error: the search has 1 optimizer steps, fewer than"),
+        ("train.search.max_steps=1", "error: the search has 1 optimizer steps, fewer than"),
     ],
 )
 def test_the_command_prints_one_error_without_a_traceback(workplace, monkeypatch, change, said):

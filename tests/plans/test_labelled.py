@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from grasp_lora.stages.finetune import finetune_at, on_train_rows
 from safetensors.torch import load_file
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
-from grasp_lora.stages.finetune import finetune_at, on_train_rows
 from grasp_lora.workbench.context import Context, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
@@ -25,9 +25,12 @@ def settings(folder: Path, **changes) -> RunConfig:
         "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
         "data": {"max_length": 640, "target": {"language": "es", "rows": ROWS}},
         "controller": {"rounds": 2, "rows": 4},
-        "search": {"epochs": 2},
-        "finetune": {"epochs": 2, "rows": "labelled"},
+        "finetune": {"rows": "labelled"},
         "evaluate": {"max_new_tokens": 2},
+    }
+    trainings = changes.pop("train", {})
+    values["train"] = {
+        name: {"epochs": 2} | trainings.get(name, {}) for name in ("search", "finetune")
     }
     for name, section in changes.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
@@ -56,10 +59,9 @@ def trained_on_all(config: RunConfig, opened: Context, start: Path, epochs: int,
     parts = opened.data.parts["target"]
     rows = parts["train"] + parts["dev"] + parts["micro_dev"]
     data = replace(opened.data, parts={"source": {}, "target": {"train": rows}})
-    plain = config.finetune.model_copy(
-        update={"rows": "train", "epochs": epochs, "patience": None, "mode": "restart"}
-    )
+    plain = config.finetune.model_copy(update={"rows": "train", "mode": "restart"})
     config = config.model_copy(update={"finetune": plain})
+    config = config.with_training("finetune", epochs=epochs, patience=None)
     return finetune_at(config, start, 0.0, out, context=replace_data(opened, config, data))
 
 
@@ -75,7 +77,8 @@ def kept_epochs(judged: Path) -> int:
 def test_all_labelled_rows_are_trained_on_for_the_epochs_that_dev_rows_chose(
     workplace, rate, planned, kept
 ):
-    config = settings(workplace, finetune={"learning_rate": rate, "epochs": planned})
+    train = {"finetune": {"learning_rate": rate, "epochs": planned}}
+    config = settings(workplace, train=train)
     opened = open_context(config, quiet=True)
     out = finetune_at(config, workplace / "source", 0.0, workplace / "out", context=opened)
     judged = workplace / "out-judged"
@@ -98,7 +101,7 @@ def test_all_labelled_rows_are_trained_on_for_the_epochs_that_dev_rows_chose(
 
 
 def test_a_start_that_no_epoch_has_bettered_is_left_as_it_is(workplace):
-    config = settings(workplace, finetune={"learning_rate": 0.3, "epochs": 1})
+    config = settings(workplace, train={"finetune": {"learning_rate": 0.3, "epochs": 1}})
     out = finetune_at(config, workplace / "source", 0.0, workplace / "out")
     assert stage(out)["best"]["step"] == 0
     assert stage(out)["labelled"]["steps"] == 0
@@ -108,7 +111,7 @@ def test_a_start_that_no_epoch_has_bettered_is_left_as_it_is(workplace):
 
 
 def test_the_masks_are_those_of_the_judged_run(workplace):
-    config = settings(workplace, finetune={"learning_rate": 0.003})
+    config = settings(workplace, train={"finetune": {"learning_rate": 0.003}})
     out = finetune_at(config, workplace / "source", 0.5, workplace / "out")
     for name, tensor in tensors(workplace / "out-judged").items():
         assert torch.equal(tensor == 0, tensors(out)[name] == 0)
@@ -116,9 +119,8 @@ def test_the_masks_are_those_of_the_judged_run(workplace):
 
 
 def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_began(workplace):
-    changes = {"controller": {"low": 0.4, "start": 0.5, "high": 0.6}}
-    changes["finetune"] = {"mode": "continue", "learning_rate": 0.003, "epochs": 2}
-    changes["search"] = {"learning_rate": 0.02}
+    changes = {"controller": {"low": 0.4, "high": 0.6}, "finetune": {"mode": "continue"}}
+    changes["train"] = {"finetune": {"learning_rate": 0.003}, "search": {"learning_rate": 0.02}}
     changes["evaluate"] = {"baselines": False}
     out = run(settings(workplace, **changes), quiet=True)
     assert stage(out / "search")["best"]["step"] > 0, "or the search ends where it began"
@@ -136,7 +138,8 @@ def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_be
 
 def test_masks_drawn_at_random_stay_those_that_were_drawn(workplace):
     def zeros(folder, **more):
-        config = settings(workplace, finetune={"learning_rate": 0.003, **more})
+        train = {"finetune": {"learning_rate": 0.003}}
+        config = settings(workplace, train=train, finetune=more)
         out = finetune_at(on_train_rows(config), workplace / "source", 0.5, workplace / folder,
                           random_masks=True)  # fmt: skip
         return {name: tensor == 0 for name, tensor in tensors(out).items()}
@@ -147,9 +150,8 @@ def test_masks_drawn_at_random_stay_those_that_were_drawn(workplace):
 
 @pytest.mark.parametrize("mode", ["restart", "continue"])
 def test_a_run_begins_anew_from_the_merge_for_all_epochs_that_were_kept(workplace, mode):
-    changes = {"controller": {"low": 0.0, "high": 0.3}}
-    changes["finetune"] = {"mode": mode, "learning_rate": 0.003, "epochs": 2}
-    changes["search"] = {"learning_rate": 0.003}
+    changes = {"controller": {"low": 0.0, "high": 0.3}, "finetune": {"mode": mode}}
+    changes["train"] = dict.fromkeys(("search", "finetune"), {"learning_rate": 0.003})
     changes["evaluate"] = {"baselines": False}
     out = run(settings(workplace, **changes), quiet=True)
     epochs = kept_epochs(out / "final-judged")
@@ -165,9 +167,8 @@ def test_a_run_begins_anew_from_the_merge_for_all_epochs_that_were_kept(workplac
 
 
 def test_a_late_merge_takes_its_weights_from_rows_not_yet_trained_on(workplace):
-    config = settings(
-        workplace, merge={"when": "after"}, finetune={"learning_rate": 0.003, "epochs": 1}
-    )
+    train = {"finetune": {"learning_rate": 0.003, "epochs": 1}}
+    config = settings(workplace, merge={"when": "after"}, train=train)
     out = run(config, quiet=True)
     weights = read_json(out / "weights" / "weights.json")["weights"]
     folders = {
@@ -196,8 +197,9 @@ def test_without_dev_rows_no_epochs_can_be_chosen(workplace):
 
 
 def test_the_end_of_a_search_is_no_place_to_begin_anew(workplace):
-    changes = {"finetune": {"mode": "continue", "epochs": 1, "learning_rate": 0.003}}
-    changes["search"] = {"learning_rate": 0.003}
+    changes = {"finetune": {"mode": "continue"}}
+    rate = {"learning_rate": 0.003}
+    changes["train"] = {"search": rate, "finetune": rate | {"epochs": 1}}
     config = settings(workplace, evaluate={"baselines": False}, **changes)
     out = run(config, quiet=True)
     assert read_json(out / "search" / "adapter" / "merge.json")["epochs"] > 0

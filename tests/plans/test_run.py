@@ -29,7 +29,7 @@ from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
 from grasp_lora.workbench import context, fit
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import with_trainings
+from jobs import TRAIN
 
 
 def settings(folder: Path, **changes) -> RunConfig:
@@ -45,12 +45,10 @@ def settings(folder: Path, **changes) -> RunConfig:
             },
         },
         "controller": {"rounds": 3, "rows": 4},
-        "train": {"epochs": 1},
-        "search": {"epochs": 2},
-        "finetune": {"epochs": 2},
         "evaluate": {"max_new_tokens": 4},
     }
-    return RunConfig.model_validate(with_trainings(values | changes))
+    train = TRAIN | changes.pop("train", {})
+    return RunConfig.model_validate(values | changes | {"train": train})
 
 
 @pytest.fixture
@@ -136,10 +134,18 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
         {"merge": {"kind": "linear"}},
         {"merge": {"kind": "svd"}, "mask_unit": "merged"},
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
-        {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
+        {
+            "finetune": {"mode": "continue", "mask_schedule": 2},
+            "train": {"finetune": {"epochs": 1}},
+        },
         {"importance": "magnitude", "mask_unit": "merged"},
         {"structure": "rank"},
-        {"structure": "rank", "merge": {"kind": "linear"}, "finetune": {"mask_schedule": 1}},
+        {
+            "structure": "rank",
+            "merge": {"kind": "linear"},
+            "finetune": {"mask_schedule": 1},
+            "train": {"finetune": {}},
+        },
     ],
 )
 def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
@@ -214,9 +220,7 @@ def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(w
 def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkeypatch):
     merged = tiny_adapter_folder(workplace / "merged", tiny_model(), r=4, seed=1)
     config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
-    config = config.model_copy(
-        update={"search": config.search.model_copy(update={"batch_size": 2})}
-    )
+    config = config.with_training("search", batch_size=2)
     whole = search_ratio(config, merged, workplace / "whole")
     done, alone = [], SearchCallback.round_alone
 
@@ -257,8 +261,8 @@ def test_weights_given_for_a_late_merge_are_taken(workplace):
 def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):
     config = settings(
         workplace,
-        search={"epochs": 2},
-        finetune={"mode": "continue", "epochs": 1, "learning_rate": 0.01},
+        finetune={"mode": "continue"},
+        train={"search": {"epochs": 2}, "finetune": {"epochs": 1, "learning_rate": 0.01}},
         evaluate={"max_new_tokens": 2},
     )
     out = run(config, quiet=True)
@@ -303,8 +307,10 @@ def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypa
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.01, 2), (0.02, 1), (1.0, 0)])
 def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
-    section = {"epochs": 2, "learning_rate": rate}
-    going_on = {"mode": "continue", "epochs": 1, "learning_rate": 0.01}
+    train = {
+        "search": {"epochs": 2, "learning_rate": rate},
+        "finetune": {"epochs": 1, "learning_rate": 0.01},
+    }
     opened = context.open_context(settings(workplace), quiet=True)
     for role in ("source", "target"):
         train_adapter(opened.config, role, workplace / role, context=opened)
@@ -312,7 +318,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     merged = merge_adapters(opened.config, folders, workplace / "merged", context=opened)
     found = {}
     for mode in ("continue", "restart"):
-        config = settings(workplace, search=section, finetune=going_on | {"mode": mode})
+        config = settings(workplace, train=train, finetune={"mode": mode})
         search_ratio(config, merged, workplace / mode)
         found[mode] = read_json(workplace / mode / "stage.json")
     losses = {e["step"]: e["loss"] for e in found["continue"]["evaluations"]}
@@ -322,7 +328,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     ends = [start_of(workplace / mode / "adapter") for mode in ("continue", "restart")]
     assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
     assert same(ends[0], start_of(merged)) == (kept == 0)
-    config = settings(workplace, search=section, finetune=going_on)
+    config = settings(workplace, train=train, finetune={"mode": "continue"})
     final = prune_adapter(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
     stage = read_json(final / "stage.json")
     assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
@@ -347,7 +353,7 @@ def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, sch
         LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
-    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
+    config = settings(workplace, finetune={"mask_schedule": schedule})
     out = prune_adapter(config, start, 0.5, workplace / "out")
     assert read_json(out / "stage.json")["steps"] == 4
     assert len(calls) == cuts
@@ -364,7 +370,8 @@ def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace,
     run(settings(workplace, importance="activation"), quiet=True)
     assert len(seen) == 1, "search and final run start alike"
     changed = {"importance": "activation", "output": workplace / "onward"}
-    run(settings(workplace, finetune={"epochs": 1, "mode": "continue"}, **changed), quiet=True)
+    changed["train"] = {"finetune": {"epochs": 1}}
+    run(settings(workplace, finetune={"mode": "continue"}, **changed), quiet=True)
     assert len(seen) == 3, "going on from the search is another start"
 
 

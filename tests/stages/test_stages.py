@@ -119,7 +119,8 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(finished, tmp_path):
     _, commands, out = finished
     folder = tmp_path / "adapter"
     train = [folder if a == out / "source" else a for a in commands["source"]]
-    changes = ("train.learning_rate=1e30", "train.save_every=1", "train.epochs=3")
+    values = ("learning_rate=1e30", "save_every=1", "epochs=3")
+    changes = [f"train.source.{value}" for value in values]
     diverging = [part for change in changes for part in ("--set", change)]
     assert "training loss is nan" in refusal(*train, *diverging)
     assert (tmp_path / "adapter.work" / "checkpoint-1").exists()
@@ -170,7 +171,6 @@ def test_one_labelled_file_is_divided_by_itself(finished, tmp_path, capsys):
     values["data"]["target"] = {
         "language": "es",
         "files": str(labelled),
-        "labels": "auto",
         "rows": {"test": 6},
     }
     values["output"] = str(tmp_path / "auto")

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from grasp_lora.stages.finetune import finetune_at
 from safetensors.torch import load_file
 
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
 from grasp_lora.stages.evaluate import evaluate_adapter
-from grasp_lora.stages.finetune import finetune_at
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.search import search_ratio
 from grasp_lora.stages.train import train_adapter
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, start, write_job
+from jobs import job, of_adapters, start, write_job
 
 
 def free_port() -> int:
@@ -49,9 +49,7 @@ def values(folder: Path, name: str, batch_size: int) -> dict:
         },
         # Each process draws its own dropout.
         lora={"dropout": 0.0},
-        train=section | {"epochs": 1},
-        search=section,
-        finetune=section,
+        train=of_adapters(section | {"epochs": 1}) | {"search": section, "finetune": section},
         evaluate={"max_new_tokens": 3, "batch_size": 2, "baselines": False},
     )
 

@@ -55,7 +55,9 @@ def _layer(name: str, options: Options) -> int | None:
 
     if options.bertscore_layer is not None:
         return options.bertscore_layer
-    return model2layers.get(name)
+    # A folder is taken for the model whose name it has, which bert-score may list as owner/name.
+    by_folder = {key.rpartition("/")[2]: layer for key, layer in model2layers.items()}
+    return model2layers.get(name, by_folder.get(Path(name).name))
 
 
 def _baseline(name: str, options: Options) -> Path:
@@ -222,7 +224,8 @@ def _layer_fault(name: str, config: "PreTrainedConfig", options: Options) -> str
 
 def _unknown_layer(name: str, deepest: int | None = None) -> str:
     return (
-        f"bert-score knows no best layer of {name!r}; set bertscore_layer (1 to {deepest or 'N'})"
+        f"bert-score knows no best layer of {name!r}; take an encoder that it lists, in a folder of "
+        f"the same name, or with grasp-lora score set bertscore_layer (1 to {deepest or 'N'})"
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -19,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from grasp_lora.models.attention import use_products
 from grasp_lora.models.cache import (
@@ -233,7 +233,9 @@ def _download(location: str, revision: str | None, trust_remote_code: bool) -> P
     """Return the local copy of a hub file; `location` is "owner/name/file"."""
     del trust_remote_code  # a GGUF file holds no code
     owner, name, file = location.split("/", 2)
-    return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision))
+    found = cached_file(f"{owner}/{name}", file, revision=revision)
+    assert found is not None, "a missing file raises"
+    return Path(found)
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
