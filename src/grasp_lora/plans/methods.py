@@ -15,8 +15,8 @@ from typing import Any
 
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.models.modules import resolve_targets
-from grasp_lora.models.row_losses import row_losses
 from grasp_lora.plans.job import Work
 from grasp_lora.plans.queue import Job
 from grasp_lora.plans.starts import CONFIGURED, NotApplicable, Start, merging, started
@@ -28,7 +28,7 @@ from grasp_lora.stages.search import search_ratio
 from grasp_lora.stages.train import train_adapter
 from grasp_lora.stages.weights import with_learned_weights
 from grasp_lora.tasks.base import Example
-from grasp_lora.training.adalora import AdaLoraCallback, as_lora, attach_adalora
+from grasp_lora.training.adalora import AdaLoraCallback, attach_adalora, plain_lora_of
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import Spent, fit, run_steps
 from grasp_lora.workbench.folders import (
@@ -482,7 +482,7 @@ def _train_adalora(context: Context, final: Path, key: Mapping[str, Any]) -> Non
             extra=[AdaLoraCallback(live)],
             patience=config.train.patience,
         )
-        plain = as_lora(live)
+        plain = plain_lora_of(live)
     finally:
         live.model.unload()  # type: ignore[operator]
     save_plain(final, plain, context.backbone)
@@ -575,7 +575,7 @@ def _losses(context: Context, adapter: Path | None) -> dict[str, list[float]]:
         for split in JUDGED:
             rows = context.rows("target", [split])
             count = len(rows.encoded)
-            found[split] = row_losses(model, rows.batches(range(count)), count) if count else []
+            found[split] = example_losses(model, rows.batches(range(count)), count) if count else []
         return found
 
     if adapter is None:

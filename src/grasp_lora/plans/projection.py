@@ -19,7 +19,7 @@ from grasp_lora.config.sections import TrainSettings
 from grasp_lora.core.controller.rounds import planned_rounds
 from grasp_lora.core.lora import lora_scaling
 from grasp_lora.core.pruning.importance import NEEDS_NORMS
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.methods import FOLDS, JUDGED, TRIALS, settings_of, with_split_seed
 from grasp_lora.plans.queue import Job, Outcome, check_queue, results_in, run_queue, threads_of
 from grasp_lora.plans.starts import BUDGET
@@ -162,7 +162,7 @@ def measure(inputs: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) 
         count = min(MEASURED_ROWS, len(rows.encoded))
         batches = rows.batches(range(count))
         began = time.perf_counter()
-        row_losses(live.model, batches, count)
+        example_losses(live.model, batches, count)
         rates["forward"] = (time.perf_counter() - began) / count
     shutil.rmtree(work_folder(folder / "steps"), ignore_errors=True)
     rates["step"] = statistics.median(timer.seconds)

@@ -11,7 +11,7 @@ from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.core.lora import LoraFactors, MergedModule, Part, average_weights, merge
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.weights import with_learned_weights
 from grasp_lora.workbench.context import Context
@@ -158,7 +158,7 @@ def _lorahub(context: Context, loaded: Sequence[LoadedAdapter], folder: Path) ->
         merged = summed([one.adapter for one in loaded], weights)
         with context.live(merged, "merged") as live:
             live.model.eval()
-            losses = row_losses(live.model, batches, len(rows.encoded))
+            losses = example_losses(live.model, batches, len(rows.encoded))
         price = L1 * sum(abs(weight) for weight in weights) / len(weights)
         return sum(losses) / len(losses) + price
 

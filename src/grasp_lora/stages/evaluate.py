@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.adapters.opening import adapted, other_base
+from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
 from grasp_lora.config.run_config import ConfigError, RunConfig
-from grasp_lora.generation.answer import answer_rows, can_answer_at_once
+from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import generate_texts
 from grasp_lora.metrics import Row
-from grasp_lora.models.row_losses import Rows, row_losses
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.scoring.sets import missing_metrics, score_sets
-from grasp_lora.tasks.encoding import Encoded
+from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.workbench.context import Context, new_tokens, open_context
 from grasp_lora.workbench.folders import (
     begin_stage,
@@ -76,8 +76,8 @@ def evaluate_adapter(
     started, clock = time.perf_counter(), context.clock
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
-        attached = adapted(context.backbone, adapter)
-        other = other_base(adapter, config.model.name, context.backbone)
+        attached = model_with_adapter(context.backbone, adapter)
+        other = base_mismatch_line(adapter, config.model.name, context.backbone)
         if other is not None:
             context.narrator.say(other)
     with ExitStack() as stack:
@@ -140,8 +140,8 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             "notice": context.narrator.say,
         }
         beams = config.evaluate.beams
-        if can_answer_at_once(model, beams):
-            answered = answer_rows(model, backbone.tokenizer, encoded, **shared)
+        if can_answer_in_one_pass(model, beams):
+            answered = answer_examples(model, backbone.tokenizer, encoded, **shared)
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
         else:
             losses = _losses(context, model, encoded)
@@ -159,10 +159,10 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
     ]
 
 
-def _losses(context: Context, model: Any, encoded: Sequence[Encoded]) -> list[float]:
-    rows = Rows(encoded, context.collator, context.config.evaluate.batch_size)
+def _losses(context: Context, model: Any, encoded: Sequence[EncodedExample]) -> list[float]:
+    rows = EncodedExamples(encoded, context.collator, context.config.evaluate.batch_size)
     model.eval()
-    return row_losses(model, rows.batches(range(len(encoded))), len(encoded))
+    return example_losses(model, rows.batches(range(len(encoded))), len(encoded))
 
 
 def _records(

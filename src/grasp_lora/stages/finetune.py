@@ -14,7 +14,14 @@ from grasp_lora.config.sections import FinetuneSettings
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
 from grasp_lora.training.groups import ratio_by_group
-from grasp_lora.training.live import Block, LiveAdapter, Masks, RatioOf, Score, scored
+from grasp_lora.training.live import (
+    Block,
+    BlockImportance,
+    BlockRatio,
+    LiveAdapter,
+    Masks,
+    block_importance,
+)
 from grasp_lora.training.trainer import processes, steps_per_epoch
 from grasp_lora.workbench.context import Context, open_context, open_data
 from grasp_lora.workbench.fit import FitResult, Spent, fit, measured
@@ -158,7 +165,7 @@ def finetune_at(
             result = measured(context, live)
         else:
             result = FitResult((), (), None, (), 0)
-        plain = live.plain()
+        plain = live.plain_factors()
         zeros = zeros_of(live)
         ranks = {"whole": _total_rank(plain)}
         if config.structure == "rank" and ratio > 0:
@@ -223,18 +230,18 @@ def _cutter(
     live: LiveAdapter,
     seed: int,
     rule: str,
-    ratio: float | RatioOf,
+    ratio: float | BlockRatio,
     random_masks: bool,
 ) -> Callable[[], Masks]:
     """Return what cuts masks of a live adapter as it then is; drawn ones are always the same."""
     if random_masks:
         return lambda: live.masks(random_score(seed), [ratio])[0]
     norms = context.norms(live, rule) if ratio != 0 else None
-    score = scored(IMPORTANCE[rule], norms)
+    score = block_importance(IMPORTANCE[rule], norms)
     return lambda: live.masks(score, [ratio])[0]
 
 
-def random_score(seed: int) -> Score:
+def random_score(seed: int) -> BlockImportance:
     """Return scores that are drawn, for masks that know nothing of the entries."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -255,7 +262,7 @@ def zeros_of(live: LiveAdapter) -> dict[str, Any]:
     Under `mask_unit: source` the sources' own zeros are the ratio; the exported tensors of a
     `linear` merge, their sums, have fewer.
     """
-    plain = live.plain()
+    plain = live.plain_factors()
     per_source: dict[str, list[Any]] = {}
     for block in live.blocks:
         if block.source is not None:

@@ -131,7 +131,7 @@ def search_ratio(
             planned=planned,
             on_round=record,
             clock=clock,
-            cost=cost_of(context, splits),
+            objective=cost_of(context, splits),
         )
         if config.merge.when == "after":
             begin_stage(out, key)
@@ -193,7 +193,7 @@ def _rounds_alone(searcher: SearchCallback, spent: Spent, planned: int, work: Pa
     for last in complete_checkpoints(work)[:1]:
         read_state(last, [searcher, spent])
     for number in range(len(searcher.controller.records) + 1, planned + 1):
-        searcher.round_alone(number)
+        searcher.run_untrained_round(number)
         if is_main():
             write_state(work / f"checkpoint-{number}", [searcher, spent])
 

@@ -64,7 +64,7 @@ def train_adapter(
             stateful=[spent],
             patience=config.train.patience,
         )
-        plain = live.plain()
+        plain = live.plain_factors()
     if is_main():
         with context.clock.span("write"):
             save_plain(out, plain, context.backbone, scaling)

@@ -14,14 +14,14 @@ from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import TrainSettings
-from grasp_lora.models.devices import exact_attention
+from grasp_lora.models.devices import repeatable_attention
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.models.row_losses import row_losses
 from grasp_lora.tasks.encoding import Collator
 from grasp_lora.training.best import BestCallback, Evaluation
 from grasp_lora.training.checkpoint import (
     CheckpointCallback,
-    LiveState,
+    LiveAdapterState,
     Stateful,
     checkpoint_step,
     complete_checkpoints,
@@ -161,13 +161,13 @@ def fit(
     per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation, processes())
     total = run_steps(context, section, role)
     clock, masks = context.clock, MaskCallback(live, reprune, reprune_every)
-    parts: list[Stateful] = [LiveState(live), *stateful]
+    parts: list[Stateful] = [LiveAdapterState(live), *stateful]
     callbacks: list[TrainerCallback] = [StepClock(clock), masks, *extra]
     best: BestCallback | None = None
     dev = context.rows(role, ["dev"])
     if choose_best and dev.encoded:
         best = BestCallback(
-            live, dev, per_epoch, patience, lambda _e: None, clock, whole=measure_whole
+            live, dev, per_epoch, patience, lambda _e: None, clock, unpruned=measure_whole
         )
         callbacks.append(best)
         parts.append(best)
@@ -212,14 +212,16 @@ def fit(
                 on_resume()
                 trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             else:
-                with exact_attention(device, lambda: _one_gradient(context, live, rows[0]), say):
+                with repeatable_attention(
+                    device, lambda: _one_gradient(context, live, rows[0]), say
+                ):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
             step = trainer.state.global_step
             raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
     kept_best = best.restore() if best is not None else None
     evaluations = tuple(best.evaluations) if best is not None else ()
-    rows_then = tuple(tuple(one) for one in best.rows) if best is not None else ()
+    rows_then = tuple(tuple(one) for one in best.example_losses) if best is not None else ()
     log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
     return FitResult(evaluations, rows_then, kept_best, log, trainer.state.global_step)
 
@@ -240,7 +242,7 @@ def measured(context: Context, live: LiveAdapter) -> FitResult:
         return FitResult((), (), None, (), 0)
     with context.clock.span("dev"), preserved(live.model, live.params):
         live.model.eval()
-        losses = row_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+        losses = example_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     kept = Evaluation(0, sum(losses) / len(losses))
     return FitResult((kept,), (tuple(losses),), kept, (), 0)
 
@@ -273,7 +275,7 @@ def _agreed_checkpoint(work: Path) -> Path | None:
 def _ran_out(checkpoint: Path, best: BestCallback) -> bool:
     # The Trainer asks whether to stop after a step only, so it would do one too many.
     read_state(checkpoint, [best])
-    return best.exhausted()
+    return best.out_of_patience()
 
 
 def _last_good(work: Path, step: int) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.adapters.folder import (
-    CONFIG_FILE,
+    ADAPTER_CONFIG_FILE,
     NOTES_FILE,
     check_fits,
     read_adapter,
@@ -209,7 +209,7 @@ def stage_key(config: RunConfig, **inputs: Any) -> dict[str, Any]:
 
 def _content(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(CONFIG_FILE)]):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(ADAPTER_CONFIG_FILE)]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
