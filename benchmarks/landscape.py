@@ -33,11 +33,11 @@ from grasp_lora.base.files import jsonable
 from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.config.sections import Role, Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.methods import with_split_seed
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.train import train_adapter
-from grasp_lora.training.live import LiveAdapter, scored
+from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import fit, run_steps
 
@@ -114,7 +114,7 @@ class Prober(TrainerCallback):
         steps: Sequence[int],
     ):
         self._live, self._steps = live, steps
-        self._score = scored(IMPORTANCE[context.config.importance], norms)
+        self._score = block_importance(IMPORTANCE[context.config.importance], norms)
         rows = context.rows("target", SPLITS)
         self._count = len(rows.encoded)
         self._batches = rows.batches(range(self._count))
@@ -135,7 +135,7 @@ class Prober(TrainerCallback):
         curve: list[list[float]] = []
         for masks in self._live.masks(self._score, ratios):
             with self._live.trial(masks):
-                losses = row_losses(self._live.model, self._batches, self._count)
+                losses = example_losses(self._live.model, self._batches, self._count)
             curve.append([round(loss, 4) for loss in losses])
         return curve
 
@@ -144,7 +144,7 @@ class Prober(TrainerCallback):
         curve: list[list[float]] = []
         for factor in SHRINKS:
             with self._live.scaled(factor):
-                losses = row_losses(self._live.model, self._batches, self._count)
+                losses = example_losses(self._live.model, self._batches, self._count)
             curve.append([round(loss, 4) for loss in losses])
         return curve
 
@@ -205,7 +205,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
             prober = Prober(live, context, norms, (0, total // 2, total))
             extra: list[TrainerCallback] = [prober]
             if training == "random":
-                score = scored(IMPORTANCE[config.importance], norms)
+                score = block_importance(IMPORTANCE[config.importance], norms)
                 generator = torch.Generator().manual_seed(seed)
                 controller = config.controller
                 extra.append(RandomRatios(live, score, controller.low, controller.high, generator))
@@ -232,13 +232,13 @@ def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[fl
     section = config.training("search").model_copy(update={"max_steps": BRANCH_STEPS})
     with context.live(start, config.mask_unit) as live:
         norms = context.norms(live, config.importance)
-        (masks,) = live.masks(scored(IMPORTANCE[config.importance], norms), [ratio])
+        (masks,) = live.masks(block_importance(IMPORTANCE[config.importance], norms), [ratio])
         live.commit(masks)
         _fit(context, live, section, folder / str(ratio), f"branch {ratio}", [])
         rows = context.rows("target", SPLITS)
         count = len(rows.encoded)
         live.model.eval()
-        losses = row_losses(live.model, rows.batches(range(count)), count)
+        losses = example_losses(live.model, rows.batches(range(count)), count)
     return [round(loss, 4) for loss in losses]
 
 

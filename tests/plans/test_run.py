@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora.adapters.folder import read_adapter
-from grasp_lora.adapters.opening import adapted
+from grasp_lora.adapters.opening import model_with_adapter
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.models.devices import exact_attention
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.devices import repeatable_attention
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import (
     evaluate_adapter,
@@ -177,8 +177,8 @@ def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(wor
     losses = [row["loss"] for row in read_jsonl(workplace / "scores" / "predictions.jsonl")]
     assert all(loss > 0 for loss in losses)
     dev = opened.rows("target", ["dev"])
-    with adapted(opened.backbone, final) as model:
-        found = row_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+    with model_with_adapter(opened.backbone, final) as model:
+        found = example_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     assert found == pytest.approx(stage["best_rows"], abs=1e-5)
 
 
@@ -222,7 +222,7 @@ def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkey
     config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
     config = config.with_training("search", batch_size=2)
     whole = search_ratio(config, merged, workplace / "whole")
-    done, alone = [], SearchCallback.round_alone
+    done, alone = [], SearchCallback.run_untrained_round
 
     def killed(self, number):
         if number == 3 and 3 not in done:
@@ -231,7 +231,7 @@ def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkey
         done.append(number)
         alone(self, number)
 
-    monkeypatch.setattr(SearchCallback, "round_alone", killed)
+    monkeypatch.setattr(SearchCallback, "run_untrained_round", killed)
     with pytest.raises(KeyboardInterrupt):
         search_ratio(config, merged, workplace / "out")
     out = search_ratio(config, merged, workplace / "out")
@@ -294,11 +294,11 @@ def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypa
         del device
         attempt()
         tried.append(True)
-        with exact_attention(torch.device("cpu"), attempt, notice):
+        with repeatable_attention(torch.device("cpu"), attempt, notice):
             yield
 
     plain = train_adapter(config, "target", workplace / "plain")
-    monkeypatch.setattr(fit, "exact_attention", on_a_gpu)
+    monkeypatch.setattr(fit, "repeatable_attention", on_a_gpu)
     again = train_adapter(config, "target", workplace / "again")
     assert tried
     files = [folder / "adapter_model.safetensors" for folder in (plain, again)]

@@ -144,7 +144,7 @@ def test_a_chat_model_that_answers_as_asked_scores_in_full(place, monkeypatch):
         answers = (row.input_ids[row.prompt_length :] for row in rows)
         return [(tokenizer.decode(list(ids), skip_special_tokens=True), 0.5) for ids in answers]
 
-    monkeypatch.setattr("grasp_lora.stages.evaluate.answer_rows", perfect)
+    monkeypatch.setattr("grasp_lora.stages.evaluate.answer_examples", perfect)
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     scores = evaluated(place, "base", *rows, "--set=data.chat=true")
     assert scores["sets"]["test"]["scores"]["exact_match"]["value"] == 100

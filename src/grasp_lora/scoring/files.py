@@ -1,6 +1,6 @@
 """Predictions of any system in a file -> scores with intervals, or two systems compared.
 
-Nothing is scored before everything that can be refused was looked at: the rows, the metrics and
+Nothing is block_importance before everything that can be refused was looked at: the rows, the metrics and
 the place of the result.
 """
 
@@ -191,7 +191,7 @@ def _other_tokens(
 def _with_language(rows: Sequence[Row], options: Options) -> Options:
     """Return the options with a language: the one given, or the one the references' script tells.
 
-    Scripts that part words by spaces are scored alike in all languages; there it stays unknown.
+    Scripts that part words by spaces are block_importance alike in all languages; there it stays unknown.
 
     Raises:
         ValueError: an option goes by language and none is given, or the scripts tell several.
@@ -207,7 +207,7 @@ def _with_language(rows: Sequence[Row], options: Options) -> Options:
     if len(found) > 1:
         raise ValueError(
             f"the references are in the scripts of {', '.join(sorted(map(str, found)))}, which are "
-            "scored by rules of their own; score each language apart, with --language"
+            "block_importance by rules of their own; score each language apart, with --language"
         )
     return replace(options, language=found.pop() or UNKNOWN) if found else options
 

@@ -75,14 +75,14 @@ def score_sets(
         A `scores.json`, and set name -> metric -> each row's own score.
     """
     names = metric_names(config)
-    scored: dict[str, Any] = {}
+    block_importance: dict[str, Any] = {}
     per_row: dict[str, dict[str, tuple[float, ...]]] = {}
     for name, (role, split) in sets.items():
         language = section_of(config, role, split).language
         options = metric_options(config, language, tokenizer, device)
         found = score(predictions[name], names, options)
         how = resampling(predictions[name], (), options)
-        scored[name] = {
+        block_importance[name] = {
             "language": language,
             "n": len(predictions[name]),
             "empty": empty_answers(predictions[name]),
@@ -92,16 +92,16 @@ def score_sets(
             },
         }
         per_row[name] = {metric: one.per_row for metric, one in found.items()}
-    return {"sets": scored} | _over_sets(scored, names), per_row
+    return {"sets": block_importance} | _over_sets(block_importance, names), per_row
 
 
-def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    if len(scored) < 2:
+def _over_sets(block_importance: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    if len(block_importance) < 2:
         return {}
     mean: dict[str, float] = {}
     worst: dict[str, Any] = {}
     for metric in names:
-        values = {name: one["scores"][metric]["value"] for name, one in scored.items()}
+        values = {name: one["scores"][metric]["value"] for name, one in block_importance.items()}
         best_first = METRICS[metric].higher_is_better
         name = (min if best_first else max)(values, key=lambda key: values[key])
         mean[metric] = sum(values.values()) / len(values)

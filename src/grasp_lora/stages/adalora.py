@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grasp_lora.models.modules import resolve_targets
 from grasp_lora.stages.other_merges import NotApplicable
-from grasp_lora.training.adalora import AdaLoraCallback, as_lora, attach_adalora
+from grasp_lora.training.adalora import AdaLoraCallback, attach_adalora, plain_lora_of
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import FitOptions, FitResult, fit, run_steps
 
@@ -38,6 +38,6 @@ def train_adalora(
             shutil.rmtree(old, ignore_errors=True)
         options = replace(options, title="AdaLoRA", extra=(AdaLoraCallback(live),))
         result = fit(context, live, options, checkpoints)
-        return result, as_lora(live), 1.0
+        return result, plain_lora_of(live), 1.0
     finally:
         live.model.unload()  # type: ignore[operator]

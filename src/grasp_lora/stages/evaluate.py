@@ -1,6 +1,6 @@
 """Stage `evaluate`: an adapter, or none -> predictions and scores on every test set.
 
-The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Inputs called
+The input `adapter` is a PEFT adapter folder; without it the bare backbone is block_importance. Inputs called
 "trial 0", "trial 1", ... stand for the one of them with the lowest best dev loss. The folder holds
 `scores.json`, `predictions.jsonl` and `provenance.json`; with option `labelled` also `losses.json`,
 the losses of the micro-dev and dev examples.
@@ -14,16 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.adapters.opening import adapted, other_base
+from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
-from grasp_lora.generation.answer import answer_rows, can_answer_at_once
+from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import generate_texts
 from grasp_lora.metrics import Row
-from grasp_lora.models.row_losses import Rows, row_losses
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.scoring.sets import score_sets
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
-from grasp_lora.tasks.encoding import Encoded
+from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.workbench.context import Context, new_tokens
 from grasp_lora.workbench.merged_folder import adapter_in, read_start
 from grasp_lora.workbench.processes import is_main
@@ -48,8 +48,8 @@ def run(work: Work) -> Mapping[str, Any]:
     started, clock = time.perf_counter(), context.clock
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
-        attached = adapted(context.backbone, adapter)
-        other = other_base(adapter, work.config.model.name, context.backbone)
+        attached = model_with_adapter(context.backbone, adapter)
+        other = base_mismatch_line(adapter, work.config.model.name, context.backbone)
         if other is not None:
             context.reporter.say(other)
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
-    """Return the adapter that is scored; None for the bare backbone."""
+    """Return the adapter that is block_importance; None for the bare backbone."""
     trials = [folder for role, folder in inputs.items() if role.startswith("trial")]
     if trials:
         return min(trials, key=lambda folder: _finite(facts_of(folder)["best"]["loss"]))
@@ -94,7 +94,7 @@ def _labelled_losses(context: Context, adapter: Path | None) -> dict[str, list[f
         for split in JUDGING:
             rows = context.rows("target", [split])
             count = len(rows.encoded)
-            found[split] = row_losses(model, rows.batches(range(count)), count) if count else []
+            found[split] = example_losses(model, rows.batches(range(count)), count) if count else []
         return found
 
     if adapter is None:
@@ -146,8 +146,8 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             "notice": context.reporter.say,
         }
         beams = config.evaluate.beams
-        if can_answer_at_once(model, beams):
-            answered = answer_rows(model, backbone.tokenizer, encoded, **shared)
+        if can_answer_in_one_pass(model, beams):
+            answered = answer_examples(model, backbone.tokenizer, encoded, **shared)
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
         else:
             losses = _losses(context, model, encoded)
@@ -165,10 +165,10 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
     ]
 
 
-def _losses(context: Context, model: Any, encoded: Sequence[Encoded]) -> list[float]:
-    rows = Rows(encoded, context.collator, context.config.evaluate.batch_size)
+def _losses(context: Context, model: Any, encoded: Sequence[EncodedExample]) -> list[float]:
+    rows = EncodedExamples(encoded, context.collator, context.config.evaluate.batch_size)
     model.eval()
-    return row_losses(model, rows.batches(range(len(encoded))), len(encoded))
+    return example_losses(model, rows.batches(range(len(encoded))), len(encoded))
 
 
 def _records(

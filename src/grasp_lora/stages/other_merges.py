@@ -12,7 +12,7 @@ from grasp_lora.adapters.folder import LoadedAdapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.files import write_json
 from grasp_lora.core.lora import LoraFactors, MergedModule, Part, average_weights, merge
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
 
 BUDGET = 40
@@ -93,7 +93,7 @@ def _price_of(
     def cost(weights: Sequence[float]) -> float:
         with context.live(summed(adapters, weights), "merged") as live:
             live.model.eval()
-            losses = row_losses(live.model, batches, count)
+            losses = example_losses(live.model, batches, count)
         price = L1 * sum(abs(weight) for weight in weights) / len(weights)
         return sum(losses) / len(losses) + price
 

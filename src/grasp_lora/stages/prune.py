@@ -42,7 +42,14 @@ from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.training.groups import ratio_by_group
-from grasp_lora.training.live import Block, LiveAdapter, Masks, RatioOf, Score, scored
+from grasp_lora.training.live import (
+    Block,
+    BlockImportance,
+    BlockRatio,
+    LiveAdapter,
+    Masks,
+    block_importance,
+)
 from grasp_lora.training.trainer import processes, steps_per_epoch
 from grasp_lora.workbench.context import LABELLED, Context
 from grasp_lora.workbench.fit import (
@@ -76,7 +83,7 @@ class _Cut:
         seed: of the draw.
     """
 
-    ratio: float | RatioOf
+    ratio: float | BlockRatio
     rule: str
     drawn: bool
     seed: int
@@ -102,7 +109,7 @@ def run(work: Work) -> Mapping[str, Any]:
     judged_masks = _judged_masks(work, cut)
     with _loaded(context, start, config) as live:
         result = _trained(work, live, (cut, judged_masks), stopwatch)
-        plain = live.plain()
+        plain = live.plain_factors()
         zeros, ranks = zeros_of(live), {"whole": _total_rank(plain)}
     if config.structure == "rank" and ratio > 0:
         plain = {name: without_dead_components(*pair) for name, pair in plain.items()}
@@ -225,11 +232,11 @@ def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Mask
     if cut.drawn:
         return lambda: live.masks(random_score(cut.seed), [cut.ratio])[0]
     norms = context.norms(live, cut.rule) if cut.some else None
-    score = scored(IMPORTANCE[cut.rule], norms)
+    score = block_importance(IMPORTANCE[cut.rule], norms)
     return lambda: live.masks(score, [cut.ratio])[0]
 
 
-def random_score(seed: int) -> Score:
+def random_score(seed: int) -> BlockImportance:
     """Return scores that are drawn, for masks that know nothing of the entries."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -250,7 +257,7 @@ def zeros_of(live: LiveAdapter) -> dict[str, Any]:
     Under `mask_unit: source` the sources' own zeros are the ratio; the exported tensors of a
     `linear` merge, their sums, have fewer.
     """
-    plain = live.plain()
+    plain = live.plain_factors()
     per_source: dict[str, list[Any]] = {}
     for block in live.blocks:
         if block.source is not None:

@@ -140,7 +140,7 @@ def _searcher(
         planned=planned,
         on_round=record,
         clock=context.clock,
-        cost=objective_of(context, splits),
+        objective=objective_of(context, splits),
     )
     return searcher, lambda: write_rounds(work.out, searcher.controller, ids)
 
@@ -190,7 +190,7 @@ def _rounds_alone(
     for last in complete_checkpoints(checkpoints)[:1]:
         read_state(last, [searcher, stopwatch])
     for number in range(len(searcher.controller.records) + 1, planned + 1):
-        searcher.round_alone(number)
+        searcher.run_untrained_round(number)
         if is_main():
             write_state(checkpoints / f"checkpoint-{number}", [searcher, stopwatch])
 

@@ -10,9 +10,9 @@ from grasp_lora.core.controller.rounds import draw_rows
 from grasp_lora.core.evidence.crossfit import halves, pooled
 from grasp_lora.core.pruning.group_ratios import combined, trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.row_losses import row_losses
-from grasp_lora.training.groups import ratio_by_group, sizes_of
-from grasp_lora.training.live import LiveAdapter, scored
+from grasp_lora.models.example_losses import example_losses
+from grasp_lora.training.groups import group_sizes, ratio_by_group
+from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context
 
 ROWS = 16
@@ -45,15 +45,15 @@ def spread_ratio(
     drawn = draw_rows([e.group for e in rows.encoded], ROWS, generator)
     if not 0.0 < ratio < 1.0 or len(drawn) < 4:
         return nothing
-    batches, sizes = rows.batches(drawn), sizes_of(live, scope)
+    batches, sizes = rows.batches(drawn), group_sizes(live, scope)
     measured = 0
 
     def losses(ratios: Mapping[str, float]) -> list[float]:
         nonlocal measured
-        (masks,) = live.masks(scored(rule, norms), [ratio_by_group(scope, ratios)])
+        (masks,) = live.masks(block_importance(rule, norms), [ratio_by_group(scope, ratios)])
         with live.trial(masks), context.clock.span("probe"):
             measured += len(drawn)
-            return row_losses(live.model, batches, len(drawn))
+            return example_losses(live.model, batches, len(drawn))
 
     base = losses(dict.fromkeys(sizes, ratio))
     found = {trial: losses(ratios) for trial, ratios in trials(ratio, sizes).items()}

@@ -54,7 +54,7 @@ def run(work: Work) -> Mapping[str, Any]:
         fresh = fresh_adapter(context.backbone.model, config)
         with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
             result = fit(context, live, options, work.checkpoints)
-            plain = live.plain()
+            plain = live.plain_factors()
     if is_main():
         with context.clock.span("write"):
             save_plain(work.out, plain, context.backbone, scaling)

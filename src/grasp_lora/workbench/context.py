@@ -12,14 +12,20 @@ from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
-from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
+from grasp_lora.models.backbones import (
+    Backbone,
+    ModelSpec,
+    forward_accepts,
+    load_backbone,
+    plan_memory,
+)
+from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix
 from grasp_lora.models.memory import MemoryPlan
-from grasp_lora.models.row_losses import Rows, can_share
 from grasp_lora.tasks.base import Example, Task, task_named
-from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
+from grasp_lora.tasks.encoding import Collator, EncodedExample, EncodingReport, encode_examples
 from grasp_lora.tasks.prompts import template_for
 from grasp_lora.training.activations import input_norms
-from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.workbench.processes import is_main, join
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
@@ -47,7 +53,7 @@ class Context:
     clock: Clock = field(default_factory=Clock)
     on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
-    _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str], list[EncodedExample]] = field(default_factory=dict)
     _norms_known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -56,8 +62,8 @@ class Context:
         model = self.backbone.model
         return Collator(
             self.backbone.pad_id,
-            with_position_ids=accepts(model, "position_ids"),
-            with_logits_to_keep=accepts(model, "logits_to_keep"),
+            with_position_ids=forward_accepts(model, "position_ids"),
+            with_logits_to_keep=forward_accepts(model, "logits_to_keep"),
         )
 
     @property
@@ -71,7 +77,7 @@ class Context:
         """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
         return self.data.parts[role].get(split, ())
 
-    def encoded(self, role: str, split: str) -> list[Encoded]:
+    def encoded(self, role: str, split: str) -> list[EncodedExample]:
         """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
@@ -114,21 +120,21 @@ class Context:
         return self.encoding_reports[f"{role}/{split}"].end_id
 
     def prediction(self, role: str, split: str, text: str) -> str:
-        """Return what is scored of a text generated for a row of a split."""
+        """Return what is block_importance of a text generated for a row of a split."""
         self.encoded(role, split)
         return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
 
-    def rows(self, role: str, splits: Sequence[str]) -> Rows:
+    def rows(self, role: str, splits: Sequence[str]) -> EncodedExamples:
         """Return the rows of the splits, ready to be probed."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
         forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
         longest = max((len(row.input_ids) for row in encoded), default=0)
-        return Rows(
+        return EncodedExamples(
             encoded,
             self.collator,
             self.config.evaluate.batch_size,
             forward_tokens,
-            share=can_share(self.backbone.model, longest),
+            share_prefix=can_share_prefix(self.backbone.model, longest),
         )
 
     @contextmanager
@@ -142,7 +148,9 @@ class Context:
         """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
         structure = self.config.structure
         with self.clock.span("load"):
-            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling, structure)
+            live = attach_live_adapter(
+                self.backbone.model, merged, mask_unit, dropout, scaling, structure
+            )
         try:
             yield live
         finally:
@@ -166,7 +174,7 @@ class Context:
         # train rows serves them all.
         digest = live.digest()
         if digest not in self._norms_known:
-            train = replace(self.rows("target", ["train"]), share=False)
+            train = replace(self.rows("target", ["train"]), share_prefix=False)
             batches = train.batches(range(len(train.encoded)))
             found = input_norms(live.model, live.layers, [batch for _, batch in batches])
             self._norms_known[digest] = found
@@ -222,7 +230,7 @@ def encode_part(
     role: str,
     split: str,
     longest: int | None = None,
-) -> tuple[list[Encoded], EncodingReport]:
+) -> tuple[list[EncodedExample], EncodingReport]:
     """Encode a split as the run does, in at most `longest` tokens a row if that is given."""
     task, section = task_named(config.data.task), section_of(config, role, split)
     return encode_examples(
@@ -246,7 +254,7 @@ def cut_line(report: EncodingReport, length: int) -> str:
     )
 
 
-def capped_line(rows: Sequence[Encoded], limit: int) -> str | None:
+def capped_line(rows: Sequence[EncodedExample], limit: int) -> str | None:
     """Say how many first references no answer of `limit` tokens can equal; None if none."""
     # The end token need not be generated.
     lengths = [row.label_tokens - 1 for row in rows]
@@ -317,7 +325,9 @@ def open_context(
         if training:
             reporter.say(f"memory planned: {planned_memory(config)}")
         backbone = load_backbone(model_spec(config), reporter.say)
-    missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
+    missing = [
+        a for a in ("logits_to_keep", "position_ids") if not forward_accepts(backbone.model, a)
+    ]
     for argument in missing:
         reporter.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
     return Context(config, data, backbone, task_named(config.data.task), reporter, clock)

@@ -9,7 +9,7 @@ from grasp_lora.base.files import write_text
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import Encoded, EncodingReport
+from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
 from grasp_lora.workbench.context import (
     encode_part,
     max_length,
@@ -93,7 +93,7 @@ def _row(
     where: str,
     language: str,
     examples: Sequence[Example],
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     report: EncodingReport,
 ) -> str:
     if not examples:
@@ -132,7 +132,7 @@ def _footnote(config: RunConfig) -> str:
 
 
 def _examples(
-    examples: Sequence[Example], encoded: Sequence[Encoded], tokenizer: Any, where: str
+    examples: Sequence[Example], encoded: Sequence[EncodedExample], tokenizer: Any, where: str
 ) -> Iterator[str]:
     for example, row in list(zip(examples, encoded, strict=True))[:SHOWN_EXAMPLES]:
         ids = list(row.input_ids)

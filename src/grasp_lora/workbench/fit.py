@@ -13,14 +13,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.sections import Training
-from grasp_lora.models.devices import exact_attention
+from grasp_lora.models.devices import repeatable_attention
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.models.row_losses import row_losses
 from grasp_lora.tasks.encoding import Collator
 from grasp_lora.training.best import BestCallback, Evaluation
 from grasp_lora.training.checkpoint import (
     CheckpointCallback,
-    LiveState,
+    LiveAdapterState,
     Stateful,
     checkpoint_step,
     complete_checkpoints,
@@ -160,7 +160,7 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
         ValueError: no disk space for the checkpoints.
     """
     best = _best_callback(context, live, options)
-    parts: list[Stateful] = [LiveState(live), *options.stateful, *([best] if best else [])]
+    parts: list[Stateful] = [LiveAdapterState(live), *options.stateful, *([best] if best else [])]
     check_disk(checkpoints.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
     total = run_steps(context, options.training, options.role)
     with context.reporter.bar(options.title, total) as done:
@@ -176,7 +176,7 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
             else:
                 first = context.encoded(options.role, "train")[0]
                 device, say = context.backbone.device, context.reporter.say
-                with exact_attention(device, lambda: _one_gradient(context, live, first), say):
+                with repeatable_attention(device, lambda: _one_gradient(context, live, first), say):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
             step, title = trainer.state.global_step, options.title
@@ -185,7 +185,7 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
     kept = best.restore() if best is not None else None
     return FitResult(
         tuple(best.evaluations) if best is not None else (),
-        tuple(tuple(one) for one in best.rows) if best is not None else (),
+        tuple(tuple(one) for one in best.example_losses) if best is not None else (),
         kept,
         tuple(entry for entry in trainer.state.log_history if "loss" in entry),
         trainer.state.global_step,
@@ -213,7 +213,7 @@ def _best_callback(context: Context, live: LiveAdapter, options: FitOptions) -> 
         options.training.patience,
         lambda _evaluation: None,
         context.clock,
-        whole=options.measure_whole,
+        unpruned=options.measure_whole,
     )
 
 
@@ -272,7 +272,7 @@ def measured(context: Context, live: LiveAdapter) -> FitResult:
         return NOTHING_TRAINED
     with context.clock.span("dev"), preserved(live.model, live.params):
         live.model.eval()
-        losses = row_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+        losses = example_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     kept = Evaluation(0, sum(losses) / len(losses))
     return FitResult((kept,), (tuple(losses),), kept, (), 0)
 
@@ -305,7 +305,7 @@ def _agreed_checkpoint(checkpoints: Path) -> Path | None:
 def _ran_out(checkpoint: Path, best: BestCallback) -> bool:
     # The Trainer asks whether to stop only after a step, so it would do one step too many.
     read_state(checkpoint, [best])
-    return best.exhausted()
+    return best.out_of_patience()
 
 
 def _last_good(checkpoints: Path, step: int) -> str:

@@ -16,8 +16,8 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_rows
 from grasp_lora.core.lora import MergedModule, average_weights, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.row_losses import row_losses
-from grasp_lora.training.live import LiveAdapter, scored
+from grasp_lora.models.example_losses import example_losses
+from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import POOLS, Context
 
 EXAMPLES = 16
@@ -138,7 +138,7 @@ def _measure(
         for name, variant in variants.items():
             if variant.ratio == 0:
                 with live.scaled(variant.factor):
-                    found[name] = row_losses(live.model, batches, count)
+                    found[name] = example_losses(live.model, batches, count)
         pruned = {name: one.ratio for name, one in variants.items() if one.ratio > 0}
         if pruned:
             found |= _pruned(context, live, pruned, batches, count)
@@ -149,11 +149,11 @@ def _pruned(
     context: Context, live: LiveAdapter, ratios: Mapping[str, float], batches: Any, count: int
 ) -> dict[str, list[float]]:
     rule = context.config.importance
-    score = scored(IMPORTANCE[rule], context.norms(live, rule))
+    score = block_importance(IMPORTANCE[rule], context.norms(live, rule))
     found: dict[str, list[float]] = {}
     for name, masks in zip(ratios, live.masks(score, list(ratios.values())), strict=True):
         with live.trial(masks):
-            found[name] = row_losses(live.model, batches, count)
+            found[name] = example_losses(live.model, batches, count)
     return found
 
 

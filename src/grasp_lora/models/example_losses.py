@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from grasp_lora.models.batches import right_sized, shared_prompts
-from grasp_lora.models.modules import accepts, bare_model
+from grasp_lora.models.batches import group_by_prefix, size_forwards
+from grasp_lora.models.modules import bare_model, forward_accepts
 
 IGNORED = -100
-SHARED = "shared_ids"
+SHARED_PREFIX = "shared_ids"
 """Part of a batch: [1, tokens] that all its rows begin with and that the rest leaves out."""
 
 Batch = Mapping[str, Tensor]
@@ -43,7 +43,7 @@ def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.float(), labels[:, length - logits.shape[1] :]
 
 
-def row_losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+def losses_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return [batch] mean cross-entropy over each row's answer tokens, in nats."""
     kept, targets = answer_logits(logits, labels)
     per_token = F.cross_entropy(
@@ -53,7 +53,7 @@ def row_losses_of(logits: Tensor, labels: Tensor) -> Tensor:
     return per_token.sum(1) / counts
 
 
-def world() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Return (rank, number of processes)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -61,35 +61,35 @@ def world() -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedExamples:
     """Encoded rows ready to be probed: what they are, and how they are collated.
 
     Attributes:
         encoded: the rows, each with `input_ids` and `group`.
         collate: turns a list of rows into one batch of tensors.
         batch_size: rows per forward, at most.
-        forward_tokens: tokens that cost as much as one more forward, see `right_sized`.
-        share: batch rows that begin alike without their common beginning, which `row_losses` reads
-            once. Needs a model that `can_share` allows.
+        forward_tokens: tokens that cost as much as one more forward, see `size_forwards`.
+        share: batch rows that begin alike without their common beginning, which `example_losses` reads
+            once. Needs a model that `can_share_prefix` allows.
     """
 
     encoded: Sequence[Any]
     collate: Callable[[list[Any]], Batch]
     batch_size: int
     forward_tokens: int = 64
-    share: bool = False
+    share_prefix: bool = False
 
     def batches(self, indices: Sequence[int]) -> list[tuple[list[int], Batch]]:
         """Return (positions within `indices`, batch) pairs, rows of like length together."""
         rows = [self.encoded[i] for i in indices]
         shared: list[tuple[list[int], int]] = []
         alone = list(range(len(rows)))
-        if self.share:
+        if self.share_prefix:
             # The last token of a prompt is read with its answer: its logits are asked for.
             parts = [(row.input_ids, row.prompt_length - 1) for row in rows]
-            shared, alone = shared_prompts(parts, self.batch_size, self.forward_tokens)
+            shared, alone = group_by_prefix(parts, self.batch_size, self.forward_tokens)
         lengths = [len(rows[i].input_ids) for i in alone]
-        chunks = right_sized(lengths, self.batch_size, self.forward_tokens)
+        chunks = size_forwards(lengths, self.batch_size, self.forward_tokens)
         places = [[alone[i] for i in chunk] for chunk in chunks]
         batches = [(place, self.collate([rows[i] for i in place])) for place in places]
         return batches + [(place, self._shared([rows[i] for i in place], n)) for place, n in shared]
@@ -99,10 +99,10 @@ class Rows:
             replace(r, input_ids=r.input_ids[count:], prompt_length=r.prompt_length - count)
             for r in rows
         ]
-        return {**self.collate(rests), SHARED: torch.tensor([rows[0].input_ids[:count]])}
+        return {**self.collate(rests), SHARED_PREFIX: torch.tensor([rows[0].input_ids[:count]])}
 
 
-def can_share(model: nn.Module, longest: int) -> bool:
+def can_share_prefix(model: nn.Module, longest: int) -> bool:
     """Return whether rows may go on from the keys and values of a common beginning.
 
     That takes attention layers whose cache holds every token by its position; a window must hold
@@ -112,7 +112,7 @@ def can_share(model: nn.Module, longest: int) -> bool:
         model: a causal LM.
         longest: most tokens of a row.
     """
-    if not all(accepts(model, name) for name in ("position_ids", "past_key_values")):
+    if not all(forward_accepts(model, name) for name in ("position_ids", "past_key_values")):
         return False
     try:
         layers = _empty_cache(model).layers
@@ -126,7 +126,7 @@ def can_share(model: nn.Module, longest: int) -> bool:
 
 
 @torch.no_grad()
-def row_losses(
+def example_losses(
     model: nn.Module, batches: Sequence[tuple[list[int], Batch]], count: int
 ) -> list[float]:
     """Return the loss of each of `count` rows, in the rows' own order.
@@ -136,16 +136,16 @@ def row_losses(
 
     Args:
         model: called as `model(**batch)` without labels.
-        batches: (row positions, batch) pairs as `Rows.batches` gives them.
+        batches: (row positions, batch) pairs as `EncodedExamples.batches` gives them.
         count: number of rows.
     """
     device = next(model.parameters()).device
-    rank, size = world()
+    rank, size = rank_and_size()
     total = torch.zeros(count, dtype=torch.float64)
     for positions, batch in batches[rank::size]:
         moved = {k: v.to(device) for k, v in batch.items()}
         labels = moved.pop("labels")
-        losses = row_losses_of(_logits(model, moved), labels)
+        losses = losses_from_logits(_logits(model, moved), labels)
         total[positions] = losses.double().cpu()
     if size > 1:
         shared = total.to(device if dist.get_backend() == "nccl" else "cpu")
@@ -155,9 +155,9 @@ def row_losses(
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    if SHARED not in batch:
+    if SHARED_PREFIX not in batch:
         return model(**batch, use_cache=False).logits
-    shared = batch.pop(SHARED)
+    shared = batch.pop(SHARED_PREFIX)
     kept = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
     cache = _empty_cache(model)
     model(input_ids=shared, past_key_values=cache, use_cache=True, **kept)

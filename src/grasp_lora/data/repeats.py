@@ -10,7 +10,7 @@ KEPT_FIRST = ("test", "micro_dev", "dev", "train")
 """Of two splits that share a text the one named first keeps it."""
 
 
-def separated(
+def drop_repeated_texts(
     parts: Parts, *, threshold: float = 0.8
 ) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
     """Return the splits without the groups that repeat, or nearly repeat, another split's text.

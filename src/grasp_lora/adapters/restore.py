@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def left_bare(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+def restored_on_exit(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
     """Give `model` back its modules, parameters, hooks and attributes on exit.
 
     PEFT's own `unload` leaves modules that were trained in full in place, and some adapter types

@@ -1,7 +1,7 @@
 import pytest
 
 from grasp_lora.data.leaks import find_leaks
-from grasp_lora.data.separate import separated
+from grasp_lora.data.repeats import drop_repeated_texts
 from grasp_lora.tasks.records import Example, text_key
 
 STORY = "The old bridge over the river was closed on Monday after the flood carried two beams away"
@@ -19,7 +19,7 @@ def test_a_repeated_text_stays_with_the_split_that_measures() -> None:
         "dev": [row("4", near)],
     }
     assert len(find_leaks(parts, threshold=0.5)) == 3
-    kept, lost = separated(parts, threshold=0.5)
+    kept, lost = drop_repeated_texts(parts, threshold=0.5)
     assert {split: [e.id for e in rows] for split, rows in kept.items()} == {
         "train": ["2"],
         "test": ["3"],
@@ -37,7 +37,7 @@ def test_a_chain_of_repeats_loses_no_more_than_it_must(first: str) -> None:
     parts = {"test": [row("1", one)], "train": [row("2", two)], first: [row("3", three)]}
     linked = {(leak.first[1], leak.second[1]) for leak in find_leaks(parts, threshold=0.7)}
     assert linked == {("1", "2"), ("2", "3")}
-    kept, lost = separated(parts, threshold=0.7)
+    kept, lost = drop_repeated_texts(parts, threshold=0.7)
     assert lost == {"test": 0, "train": 1, first: 0}
     assert not find_leaks(kept, threshold=0.7)
 
@@ -48,12 +48,12 @@ def test_all_rows_of_a_repeated_group_leave_together() -> None:
         for n in range(3)
     ]
     other = Example("t", "h", "en", {"context": STORY.upper(), "question": "?"}, ("x",))
-    kept, lost = separated({"train": asked, "test": [other]})
+    kept, lost = drop_repeated_texts({"train": asked, "test": [other]})
     assert kept == {"train": (), "test": (other,)}
     assert lost == {"train": 3, "test": 0}
 
 
 def test_splits_without_repeats_are_left_alone() -> None:
     parts = {"train": (row("1", STORY),), "test": (row("2", "A short one"),)}
-    assert separated(parts) == (parts, {"train": 0, "test": 0})
-    assert separated({"train": (), "test": ()})[1] == {"train": 0, "test": 0}
+    assert drop_repeated_texts(parts) == (parts, {"train": 0, "test": 0})
+    assert drop_repeated_texts({"train": (), "test": ()})[1] == {"train": 0, "test": 0}
