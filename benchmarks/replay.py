@@ -18,10 +18,10 @@ from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     compressed,
+    curve_minimum,
     fit_curve,
-    gaps_of,
     grid,
-    lowest,
+    observations_by_round,
 )
 
 MULTIPLES = (1, 2, 4, math.inf)
@@ -54,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{file.stem}\n\n| curve | lowest at | {' | '.join(f'{r:g}' for r in SHOWN)} |")
         print(f"|---|---:|{'---:|' * len(SHOWN)}")
         for multiple in MULTIPLES:
-            seen = compressed(gaps_of(records), multiple)
+            seen = compressed(observations_by_round(records), multiple)
             values = fit_curve(seen, len(records)).values(at)
             values = values - values.min()
             places = [int((at - ratio).abs().argmin()) for ratio in SHOWN]
             cells = [f"{float(values[place]):.3f}" for place in places]
             name = "as it is" if math.isinf(multiple) else f"compressed, {multiple} x median"
-            print(f"| {name} | {lowest(seen, len(records), config):.3f} | {' | '.join(cells)} |")
+            lowest = curve_minimum(seen, len(records), config)
+            print(f"| {name} | {lowest:.3f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

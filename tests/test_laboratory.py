@@ -33,7 +33,7 @@ from benchmarks.worlds import (
 from grasp_lora.base.files import read_jsonl, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller.rounds import ControllerConfig
-from grasp_lora.core.evidence.history import compressed, gaps_of, lowest
+from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
 from grasp_lora.plans.compare import CHOOSING, METHODS
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
@@ -644,7 +644,9 @@ def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(capsys):
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if " x median" in line]
     records = replay.read_rounds(file)
     expected = [
-        lowest(compressed(gaps_of(records), multiple), len(records), ControllerConfig())
+        curve_minimum(
+            compressed(observations_by_round(records), multiple), len(records), ControllerConfig()
+        )
         for multiple in (1, 2, 4)
     ]
     assert [float(row[2]) for row in rows] == pytest.approx(expected, abs=5e-4)

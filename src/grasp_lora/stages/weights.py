@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.core.evidence.crossfit import Gain, as_good_as_best, gain_of_best
+from grasp_lora.core.evidence.crossfit import Gain, gain_of_best, within_one_error_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.stages.precheck import MERGE, ROWS, VARIANTS, Variant, measure, weights_of
 from grasp_lora.workbench.context import Context
@@ -110,7 +110,7 @@ def late_weights(
         ids, losses = measure(context, (tuned, target), variants, SHARE_ROWS)
     alone, *others = variants
     gain = gain_of_best({name: losses[name] for name in others}, {alone: losses[alone]})
-    good = as_good_as_best(losses) or [alone]
+    good = within_one_error_of_best(losses) or [alone]
     distance = {name: abs(share - 0.5) for name, share in zip(variants, SHARES, strict=True)}
     best = min(good, key=lambda name: distance[name])
     weights = variants[best].weights
