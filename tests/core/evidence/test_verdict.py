@@ -165,6 +165,7 @@ def test_a_gain_on_the_halves_matches_a_plain_mean_with_a_single_candidate():
     found = cross_fitted_gain([record], CONFIG)
     gain, error = found.gain, found.error
     assert gain == pytest.approx(statistics.fmean(gaps))  # the halves of a split hold all examples
+    # A half has sqrt(2) times the error of all 16 examples; both halves have sqrt(1.25) times it.
     own = statistics.stdev(gaps) / 4
     assert error == pytest.approx(1.25**0.5 * own, rel=0.05)
 
