@@ -22,10 +22,10 @@ from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     compressed,
+    curve_minimum,
     fit_curve,
-    gaps_of,
     grid,
-    lowest,
+    observations_by_round,
 )
 
 MULTIPLES = (1, 2, 4, math.inf)
@@ -78,13 +78,15 @@ def curves(rounds: Sequence[RoundRecord]) -> str:
     lines = [f"| curve | lowest at | {' | '.join(f'{r:g}' for r in SHOWN)} |"]
     lines.append(f"|---|---:|{'---:|' * len(SHOWN)}")
     for multiple in MULTIPLES:
-        seen = compressed(gaps_of(rounds), multiple)
+        seen = compressed(observations_by_round(rounds), multiple)
         values = fit_curve(seen, len(rounds)).values(at)
         values = values - values.min()
         places = [int((at - ratio).abs().argmin()) for ratio in SHOWN]
         cells = [f"{float(values[place]):.3f}" for place in places]
         name = "as it is" if math.isinf(multiple) else f"compressed, {multiple} x median"
-        lines.append(f"| {name} | {lowest(seen, len(rounds), config):.3f} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name} | {curve_minimum(seen, len(rounds), config):.3f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ from grasp_lora.base.files import jsonable, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
-from grasp_lora.core.evidence.history import compressed, gaps_of, lowest
+from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
 from grasp_lora.plans.compare import CHOOSING, METHODS
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, of_adapters, write_job
@@ -675,7 +675,9 @@ def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(tmp_path, 
     rows = [line.split("|") for line in printed.splitlines() if " x median" in line]
     rounds = replay.rounds_of(searches[name])
     expected = [
-        lowest(compressed(gaps_of(rounds), multiple), len(rounds), ControllerConfig())
+        curve_minimum(
+            compressed(observations_by_round(rounds), multiple), len(rounds), ControllerConfig()
+        )
         for multiple in (1, 2, 4)
     ]
     assert [float(row[2]) for row in rows] == pytest.approx(expected, abs=5e-4)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, load_config
-from grasp_lora.core.pruning.group_ratios import SHIFT, combined, trials
+from grasp_lora.core.pruning.group_ratios import SHIFT, combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
 from grasp_lora.models.example_losses import example_losses
@@ -98,13 +98,13 @@ def test_what_is_measured_are_the_losses_under_those_masks(given):
         asked = {(t["group"], t["shift"]): t["losses"] for t in evidence["trials"]}
         assert list(asked) == [("adapter 0", -SHIFT), ("adapter 0", SHIFT)]
         rule = block_importance(IMPORTANCE[context.config.importance], norms)
-        expected = trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
+        expected = group_trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
         for trial, ratios in expected.items():
             (masks,) = live.masks(rule, [ratio_by_group("adapter", ratios)])
             with live.trial(masks):
                 losses = example_losses(live.model, rows.batches(drawn), len(drawn))
             assert (evidence["base"] if trial is None else asked[trial]) == losses
-        chosen = combined(0.5, asked, evidence["base"], range(len(drawn)), sizes)
+        chosen = combined_ratios(0.5, asked, evidence["base"], range(len(drawn)), sizes)
         assert evidence["chosen"] == chosen
         assert found["forwards"] == len(drawn) * 5
         assert found["ratios"] == (chosen if evidence["shown"] else None)

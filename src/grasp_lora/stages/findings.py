@@ -40,7 +40,7 @@ def search_findings(
         findings.coarse_reward(records),
     ]
     if 0 < micro_dev < pool:
-        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev), config))
+        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev)))
     return _shown(found)
 
 

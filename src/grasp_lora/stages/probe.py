@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grasp_lora.base.files import write_json
-from grasp_lora.core.evidence.crossfit import Gain, as_good_as_best, gain_of_best
+from grasp_lora.core.evidence.crossfit import Gain, gain_of_best, within_one_error_of_best
 from grasp_lora.core.lora import average_weights
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.context import POOLS
@@ -88,7 +88,7 @@ def _chosen_share(work: Work) -> tuple[dict[str, Any], Gain | None]:
                               SHARE_EXAMPLES)  # fmt: skip
     alone, *others = variants
     gain = gain_of_best({name: losses[name] for name in others}, {alone: losses[alone]})
-    good = as_good_as_best(losses) or [alone]
+    good = within_one_error_of_best(losses) or [alone]
     distance = {name: abs(share - 0.5) for name, share in zip(variants, SHARES, strict=True)}
     best = min(good, key=lambda name: distance[name])
     weights = variants[best].weights

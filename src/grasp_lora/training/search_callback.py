@@ -132,7 +132,7 @@ class SearchCallback(TrainerCallback):
         rows = self._pool.rows
         if self._pool.fresh:
             groups = [e.group for e in rows.encoded]
-            drawn = rounds.next_rows(self.controller, groups, self._config, self._generator)
+            drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
             return drawn, rows.batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(rows.encoded))))
         if self._fixed is None:

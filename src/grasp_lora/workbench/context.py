@@ -120,7 +120,7 @@ class Context:
         return self.encoding_reports[f"{role}/{split}"].end_id
 
     def prediction(self, role: str, split: str, text: str) -> str:
-        """Return what is block_importance of a text generated for a row of a split."""
+        """Return what is scored of a text generated for a row of a split."""
         self.encoded(role, split)
         return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
 

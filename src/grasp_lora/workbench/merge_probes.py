@@ -13,7 +13,7 @@ import torch
 
 from grasp_lora.adapters.folder import check_fits, read_adapter
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.core.controller.rounds import draw_rows
+from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import MergedModule, average_weights, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
@@ -95,7 +95,7 @@ def measure(
             "raise data.target.rows.micro_dev"
         )
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = draw_rows([e.group for e in pool.encoded], rows, generator)
+    drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
     batches = pool.batches(drawn)
     kind, rank = config.merge.kind, config.merge.rank
     losses: dict[str, list[float]] = {}
