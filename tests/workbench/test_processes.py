@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
-from grasp_lora.stages.evaluate import evaluate_adapter
-from grasp_lora.stages.finetune import finetune_at
-from grasp_lora.stages.merge import merge_adapters
-from grasp_lora.stages.search import search_ratio
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import (
+    evaluate_adapter,
+    merge_adapters,
+    prune_adapter,
+    search_ratio,
+    train_adapter,
+)
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, start, write_job
 
@@ -161,7 +163,7 @@ RECIPES = {
     "train": lambda config, adapter, out: train_adapter(config, "source", out),
     "merge": lambda config, adapter, out: merge_adapters(config, [adapter, adapter], out),
     "search": lambda config, adapter, out: search_ratio(config, adapter, out),
-    "finetune": lambda config, adapter, out: finetune_at(config, adapter, 0.4, out),
+    "finetune": lambda config, adapter, out: prune_adapter(config, adapter, 0.4, out),
     "evaluate": lambda config, adapter, out: evaluate_adapter(config, adapter, out),
 }
 LAUNCHES = {
