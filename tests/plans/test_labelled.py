@@ -119,7 +119,7 @@ def test_the_masks_are_those_of_the_judged_run(workplace):
 
 
 def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_began(workplace):
-    changes = {"controller": {"low": 0.4, "start": 0.5, "high": 0.6}}
+    changes = {"controller": {"low": 0.4, "high": 0.6}}
     changes["finetune"] = {"mode": "continue", "learning_rate": 0.003, "epochs": 2}
     changes["search"] = {"learning_rate": 0.02}
     changes["evaluate"] = {"baselines": False}

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import exact_attention
 from grasp_lora.models.row_losses import row_losses
+from grasp_lora.plans import executor
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import (
     evaluate_adapter,
@@ -24,6 +26,7 @@ from grasp_lora.plans.single import (
     search_ratio,
     train_adapter,
 )
+from grasp_lora.stages.table import KINDS
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
@@ -214,9 +217,7 @@ def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(w
 def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkeypatch):
     merged = tiny_adapter_folder(workplace / "merged", tiny_model(), r=4, seed=1)
     config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
-    config = config.model_copy(
-        update={"search": config.search.model_copy(update={"batch_size": 2})}
-    )
+    config = config.with_training("search", batch_size=2)
     whole = search_ratio(config, merged, workplace / "whole")
     done, alone = [], SearchCallback.round_alone
 
@@ -421,21 +422,21 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
     assert "## Where the time went" in (out / "report.md").read_text()
 
 
-def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Run until `stage`, whose recipe fails."""
+def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Run until the first stage of a kind, whose work fails."""
 
-    def fail(*given, **named):
+    def fail(_work):
         raise ValueError("broken off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"grasp_lora.plans.run.{stage}", fail)
+        patch.setattr(executor, "KINDS", KINDS | {kind: replace(KINDS[kind], run=fail)})
         with pytest.raises(ValueError, match="broken off"):
             run(config, quiet=True)
 
 
 def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "finetune_at")
+    break_off(config, monkeypatch, "prune")
     kept = read_json(config.output / "timing.json")
     out = run(config, quiet=True)
     assert not (out / "profile.json").exists()
@@ -449,7 +450,7 @@ def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace,
 
 def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "search_ratio")
+    break_off(config, monkeypatch, "search")
     (config.output / "timing.json").unlink()
     out = run(config, quiet=True, profile=True)
     told = "adapters/source, adapters/target, merged: done by an earlier process whose times"
