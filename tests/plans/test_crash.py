@@ -67,7 +67,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(base, uninterrup
 
     def reached(stage: str) -> bool:
         complete = len(list((out / f"{stage}.work").glob("checkpoint-*/grasp.json")))
-        return complete >= 2 and (stage != "search" or (out / "search.work/result/rounds.jsonl").exists())
+        return complete >= 2 and (
+            stage != "search" or (out / "search.work/result/rounds.jsonl").exists()
+        )
 
     for number, stage in enumerate(STAGES):
         said = kill_when(start("run", path), partial(reached, stage))

@@ -85,7 +85,9 @@ def test_all_labelled_rows_are_trained_on_for_the_epochs_that_dev_rows_chose(
     opened = open_context(config, quiet=True)
     out = prune_adapter(config, workplace / "source", 0.0, workplace / "out", context=opened)
     judged = workplace / "out-judged"
-    plain = prune_adapter(on_train_rows(config), workplace / "source", 0.0, workplace / "plain", context=opened)
+    plain = prune_adapter(
+        on_train_rows(config), workplace / "source", 0.0, workplace / "plain", context=opened
+    )
     assert tensors(judged).keys() == tensors(plain).keys()
     assert all(torch.equal(t, tensors(plain)[name]) for name, t in tensors(judged).items())
     epochs = kept_epochs(judged)

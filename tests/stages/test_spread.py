@@ -153,7 +153,10 @@ def test_the_final_run_prunes_each_group_by_its_own_ratio(given, tmp_path):
     )
     zeros = read_json(out / "stage.json")["zeros"]["per_source"]
     assert zeros == {"0": pytest.approx(0.7, abs=0.01), "1": pytest.approx(0.1, abs=0.01)}
-    with pytest.raises(ValueError, match=r'spread was {"adapter 0": 0\.7, "adapter 1": 0\.1}, is {"adapter 0": 0\.5,'):
+    with pytest.raises(
+        ValueError,
+        match=r'spread was {"adapter 0": 0\.7, "adapter 1": 0\.1}, is {"adapter 0": 0\.5,',
+    ):
         prune_adapter(
             context.config,
             merged,

@@ -91,16 +91,24 @@ def test_a_finished_stage_is_not_done_again(finished):
     assert stamps(out) == before
 
 
-@pytest.mark.parametrize("name", ["source", "merged", "search", "final", "zero"])
+OTHER = dict.fromkeys(("source", "search", "final", "zero"), ("--seed", "7"))
+OTHER["merged"] = ("--set", "merge.weights=[0.25, 0.75]")  # the seed does not change a merge
+
+
+@pytest.mark.parametrize("name", OTHER)
 def test_a_finished_stage_of_other_settings_is_replaced_only_when_asked(finished, name, tmp_path):
     _, commands, out = finished
     before = stamps(out)
-    assert "pass --overwrite" in refusal(*commands[name], "--seed", "7")
+    said = " ".join(refusal(*commands[name], *OTHER[name]).split())
+    assert "pass --overwrite" in said
+    assert (
+        "merge.weights was none, is [0.25, 0.75]" if name == "merged" else "seed was 42, is 7"
+    ) in said
     assert stamps(out) == before
     shutil.copytree(out / name, tmp_path / name)
     elsewhere = [tmp_path / name if a == out / name else a for a in commands[name]]
     old = read_json(tmp_path / name / "stage.json")["key"]
-    command(*elsewhere, "--seed", "7", "--overwrite")
+    command(*elsewhere, *OTHER[name], "--overwrite")
     assert read_json(tmp_path / name / "stage.json")["key"] != old
 
 

@@ -13,7 +13,7 @@ from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.workbench import objective as rewards
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.objective import objective_of, objective_faults
+from grasp_lora.workbench.objective import objective_faults, objective_of
 from helpers import tiny_backbone_folder
 from jobs import job, write_job
 
