@@ -182,7 +182,6 @@ def test_one_labelled_file_is_divided_by_itself(finished, tmp_path, capsys):
     values["data"]["target"] = {
         "language": "es",
         "files": str(labelled),
-        "labels": "auto",
         "rows": {"test": 6},
     }
     values["output"] = str(tmp_path / "auto")
