@@ -181,7 +181,7 @@ FAULTS: dict[Fault, str] = {
     bound_of_one: r"controller: .*1\.0",
     negative_bound: r"controller: .*-0\.1",
     unknown_modules: r"'q_prj'.*q_proj",
-    another_run: r"/target' holds a finished .* inputs: seed was 1, is 42\. Choose .* pass --ov",
+    another_run: r"/target' holds a finished .* inputs: seed was 1, is 42; .* Choose .* pass --ov",
     finished_run: r"holds a finished run of this configuration; read its report\.md, or pass",
     changed_rows: r"other inputs: the examples of target/train have changed\. Choose another",
     foreign_folder: r"is not empty and no run of grasp-lora.*set another output",

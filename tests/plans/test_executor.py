@@ -169,22 +169,23 @@ def test_a_plan_lists_the_same_work_once_whatever_it_is_called(given):
 
 
 def test_a_plan_refuses_before_any_work(given, tmp_path, ran):
-    session = session_of(given.context)
+    session, plan = session_of(given.context), plan_of(given.config, given.pair, 0.2, 0.5)
     work_off(plan_of(given.config, given.pair, 0.2), tmp_path, session)
     (tmp_path / "pruned-0.2").rename(tmp_path / "pruned-0.5")
     shutil.rmtree(tmp_path / "merged")
-    before = sorted(tmp_path.rglob("*"))
     ran.clear()
-    plan = plan_of(given.config, given.pair, 0.2, 0.5)
-    with pytest.raises(
-        ValueError, match=r"pruned-0\.5' holds a finished .*ratio was 0\.2, is 0\.5"
-    ):
-        work_off(plan, tmp_path, session)
+
+    def refused(said: str, options: Options) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=said):
+            work_off(plan, tmp_path, session, options)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert ran == [], "neither the merge nor the other pruning, which come first"
+
+    for options in (PLAIN, Options(keep_going=True)):
+        refused(r"pruned-0\.5' holds a finished .*ratio was 0\.2, is 0\.5", options)
     (tmp_path / "pruned-0.5" / "stage.json").unlink()
-    with pytest.raises(ValueError, match="no result of grasp-lora"):
-        work_off(plan, tmp_path, session, Options(overwrite=True))
-    assert ran == []
-    assert {path.name for path in before} - {path.name for path in tmp_path.rglob("*")} == set()
+    refused("no result of grasp-lora", Options(overwrite=True))
 
 
 def test_overwriting_replaces_what_differs_or_else_all(given, tmp_path, ran):
