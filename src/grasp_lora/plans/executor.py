@@ -167,28 +167,27 @@ def do(stage: Stage, place: Path, session: Session, options: Options, again: boo
     """Do one stage unless it is done."""
     out, folders = place / stage.name, _folders(stage, place)
 
-    def prepared() -> tuple[Key, Found, bool]:
+    def prepared() -> tuple[Key, bool]:
         key = _key(stage, session, folders)
         found = look(out, key)
         if found.state == "differs" and not options.overwrite:
             raise ValueError(refusal(out, found))
-        return key, found, found.state == "done" and not again
+        return key, found.state == "done" and not again
 
-    key, found, done = decided_by_main(prepared)
+    key, done = decided_by_main(prepared)
     if done:
         if is_main():
             tidy(out)
         if options.timed:
             session.clock.skip(stage.name)
         return
-    fresh = Found("absent") if again else found
     spot: AbstractContextManager[Any] = nullcontext()
     context = session.context_of(stage)
     if options.timed:
         spot = session.clock.stage(stage.name)
     try:
         with spot:
-            result, work = decided_by_main(lambda: begin(out, key, fresh))
+            result, work = decided_by_main(lambda: begin(out, key, again))
             facts = dict(KINDS[stage.kind].run(Work(stage, context, folders, result, work)))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
             if is_main():
