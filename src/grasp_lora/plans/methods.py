@@ -26,6 +26,8 @@ FOLDS = 5
 TRIALS = 8
 DRAWN = 3
 """Trials of an Optuna search, of `TRIALS`, before its model has a say."""
+SHARED_MERGE = ("adapters/merged", "adapters/weights")
+"""Folders of the configured merge and of the probe of its weights, beside the adapters."""
 PEFT_DENSITY = 0.5
 SHIFT = 0.05
 
@@ -85,8 +87,9 @@ class Case:
         """The two adapters."""
         return {role: self.adapters[role] for role in ("source", "target")}
 
-    def add(self, name: str, kind: str, inputs: Mapping[str, Input], **options: Any) -> str:
-        """Add a stage in the method's folder; return the name it goes by."""
+    def add(self, name: str, kind: str, inputs: Mapping[str, Input], /, **options: Any) -> str:
+        """Add a stage in the method's folder; return the name it goes by. An option may well be
+        called `kind`."""
         return self.plan.add(Stage(f"{self.job}/{name}", kind, self.config, inputs, options))
 
     def scored(self, final: Input | None, labelled: bool = True, **parts: Any) -> Built:
@@ -611,7 +614,7 @@ def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) 
     config = with_split_seed(config)
     plain = changed_settings(config, {})
     adapters: dict[str, Input] = add_adapters(plan, plain)
-    merged, probe = add_merge(plan, plain, adapters)
+    merged, probe = add_merge(plan, plain, adapters, *SHARED_MERGE)
     adapters["merged"] = merged
     built: dict[str, Built] = {}
 

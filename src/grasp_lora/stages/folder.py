@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grasp_lora.base.files import holds_something, read_json, write_json
+from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 from grasp_lora.stages.keys import Key, differences
 
-STAGE_FILE = "stage.json"
 State = Literal["absent", "begun", "done", "differs"]
 
 
