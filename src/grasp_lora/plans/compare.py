@@ -84,19 +84,19 @@ def compare_methods(
             "there are no test rows to compare on: give data.target.rows.test, "
             "data.target.files.test or data.tests"
         )
-    plan, built = _plan_of(config, tuple(seeds))
+    plan, built = plan_of(config, tuple(seeds))
     wanted = [job for job in built if not only or method_of(job) in only]
-    asked = part_of(plan, tuple(_stages_of(built, wanted)))
+    asked = part_of(plan, tuple(stages_of(built, wanted)))
     session = Session(with_split_seed(config), data, quiet=quiet)
     sizes = sizes_of(config, data)
     stages = work_off_many(asked, out, session, sizes, pool, overwrite)
     asked_for = {method_of(job) for job in wanted} | _refused_before(out)
-    outcomes = method_outcomes(_of_interest(built, asked_for), plan, out, stages, sizes)
+    outcomes = method_outcomes(_of_interest(built, asked_for, out), plan, out, stages, sizes)
     # What an earlier start with other names or seeds left there belongs in the tables as well.
     for seed in _seeds_in(out) or list(seeds):
-        other_plan, others = _plan_of(config, (seed,))
+        other_plan, others = plan_of(config, (seed,))
         there = finished_stages(other_plan, out, session)
-        others = _of_interest(others, asked_for)
+        others = _of_interest(others, asked_for, out)
         outcomes = method_outcomes(others, other_plan, out, there, sizes) | outcomes
     outcomes = _in_order(outcomes)
     _keep_results(outcomes, out)
@@ -137,7 +137,7 @@ def checked_data(
     return load_run_data(config, Reporter(quiet).say)
 
 
-def _plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
+def plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
     """Return the plan of all methods, whichever are asked for: so names never depend on that."""
     builder = PlanBuilder()
     built = build_methods(builder, config, seeds)
@@ -150,20 +150,29 @@ def _refused_before(out: Path) -> set[str]:
     return set(read_json(file)["not_applicable"]) if file.exists() else set()
 
 
-def _of_interest(built: Mapping[str, Built], asked_for: Collection[str]) -> dict[str, Built]:
-    """Return the methods but for those that these settings rule out and nobody asked for."""
-    kept = {job for job in built if built[job].refusal is None or method_of(job) in asked_for}
-    return {job: one for job, one in built.items() if job in kept}
+def _of_interest(
+    built: Mapping[str, Built], asked_for: Collection[str], out: Path
+) -> dict[str, Built]:
+    """Return the methods but for those that nobody asked for, now or in an earlier start, and that
+    would be in the tables for nothing: they choose among others, or these settings rule them out.
+    """
+
+    def wanted(job: str) -> bool:
+        if built[job].refusal is None and not built[job].others:
+            return True
+        return method_of(job) in asked_for or (out / job / RESULT_FILE).exists()
+
+    return {job: one for job, one in built.items() if wanted(job)}
 
 
-def _stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
+def stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
     """Return the stages that methods are read from, those they choose among included."""
     found: list[str] = []
     for job in jobs:
         one = built[job]
         nearest = one.chooses.get("nearest")
         others = [*one.others, *([nearest] if nearest else [])]
-        found += _stages_of(built, others)
+        found += stages_of(built, others)
         found += [one.scores] if one.scores else []
     return list(dict.fromkeys(found))
 

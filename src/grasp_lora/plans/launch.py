@@ -239,11 +239,11 @@ def _processes(
                 if lost is not None:
                     del waiting[name]
                     end(name, lost)
-                elif ready and not again and state_of(stage, place, session).state == "done":
-                    del waiting[name]
-                    end(name, Outcome(place / name))
                 elif ready and len(running) < pool.jobs:
                     del waiting[name]
+                    if not again and state_of(stage, place, session).state == "done":
+                        end(name, Outcome(place / name))
+                        continue
                     slot = min(set(range(pool.jobs)) - running.keys())
                     process = _started(place, name, pool, (threads, slot), flags)
                     running[slot] = (name, process)

@@ -164,7 +164,7 @@ def _start(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
     return merged, (merged, *([probe] if probe else []))
 
 
-def _fixed(start: Any) -> Build:
+def fixed(start: Any) -> Build:
     """Score a start without training."""
 
     def build(case: Case) -> Built:
@@ -185,9 +185,9 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
             final, judged = add_unpruned(case.plan, case.config, adapter, name, title)
             paid = (*made, judged, final)
             return case.scored(final, labelled=False, paid=paid, ratio_from=final)
-        final = case.add(
-            "final", "prune", {"start": adapter}, ratio=ratio, random_masks=random_masks
-        )
+        # Ratio 0 is left out, as other methods leave it out that fine-tune the same start unpruned.
+        options = {"ratio": ratio or None, "random_masks": random_masks}
+        final = case.add("final", "prune", {"start": adapter}, **options)
         return case.scored(final, paid=(*made, final), ratio_from=final)
 
     return build
@@ -342,9 +342,9 @@ _GRID_NAMES = tuple(f"grid-{ratio}" for ratio in GRID)
 _ADAPTIVE_NAMES = tuple(f"adaptive-{ratio}" for ratio in GRID)
 
 METHODS: Mapping[str, Method] = {
-    "zero-shot": Method("backbone alone", _fixed(None), seeds="none"),
-    "source": Method("source adapter", _fixed("source"), seeds="none"),
-    "target": Method("target adapter", _fixed("target"), seeds="none"),
+    "zero-shot": Method("backbone alone", fixed(None), seeds="none"),
+    "source": Method("source adapter", fixed("source"), seeds="none"),
+    "target": Method("target adapter", fixed("target"), seeds="none"),
     "target-trained": Method("target adapter retrained with each seed", _trained(), seeds="all"),
     "source-finetuned": Method(
         "source adapter fine-tuned on the target rows",
@@ -377,7 +377,7 @@ METHODS: Mapping[str, Method] = {
         _trained(adalora=True),
         {"train.target.learning_rate": Times(10.0)},
     ),
-    "average": Method("average of the deltas, untrained", _fixed(AVERAGE), seeds="none"),
+    "average": Method("average of the deltas, untrained", fixed(AVERAGE), seeds="none"),
     "average-finetuned": Method(
         "average of the deltas, fine-tuned unpruned",
         _finetuned(AVERAGE),
@@ -411,14 +411,14 @@ METHODS: Mapping[str, Method] = {
         _finetuned(AVERAGE),
         {"train.finetune.weight_decay": 30.0},
     ),
-    "sum": Method("sum of the deltas, untrained", _fixed(SUM), seeds="none"),
+    "sum": Method("sum of the deltas, untrained", fixed(SUM), seeds="none"),
     "sum-finetuned": Method("sum of the deltas, fine-tuned unpruned", _finetuned(SUM)),
-    "linear": Method("the published merge, untrained", _fixed(PUBLISHED), seeds="none"),
+    "linear": Method("the published merge, untrained", fixed(PUBLISHED), seeds="none"),
     "linear-finetuned": Method(
         "the published merge, fine-tuned unpruned (Adaptive LoRA Merge without pruning)",
         _finetuned(PUBLISHED),
     ),
-    "svd": Method("low-rank average of the deltas, untrained", _fixed(SVD), seeds="none"),
+    "svd": Method("low-rank average of the deltas, untrained", fixed(SVD), seeds="none"),
     "svd-finetuned": Method(
         "low-rank average, fine-tuned unpruned", _finetuned(SVD), {"mask_unit": "merged"}
     ),
@@ -432,7 +432,7 @@ METHODS: Mapping[str, Method] = {
         )
         for kind in ("ties", "ties_svd", "dare_linear", "dare_linear_svd")
     },
-    "lorahub": Method("LoRAHub: weights by nevergrad, untrained", _fixed({"rule": "lorahub"})),
+    "lorahub": Method("LoRAHub: weights by nevergrad, untrained", fixed({"rule": "lorahub"})),
     **{
         f"grid-{ratio}": Method(f"pruned at {ratio}", _finetuned("merged", ratio), seeds="all")
         for ratio in GRID
