@@ -63,7 +63,9 @@ def test_every_variant_has_the_loss_of_the_adapter_it_stands_for(given):
     both = [read_adapter(folder / role).adapter for role in ("source", "target")]
 
     def losses(adapters, weights):
-        live = attach_live_adapter(context.backbone.model, merge("cat", adapters, weights), "merged")
+        live = attach_live_adapter(
+            context.backbone.model, merge("cat", adapters, weights), "merged"
+        )
         live.model.eval()
         try:
             return example_losses(live.model, batches, len(drawn))

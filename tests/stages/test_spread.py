@@ -15,7 +15,7 @@ from grasp_lora.plans.run import run
 from grasp_lora.plans.single import merge_adapters, prune_adapter
 from grasp_lora.stages import spread as scope_module
 from grasp_lora.stages.spread import spread_ratio
-from grasp_lora.training.groups import SCOPES, ratio_by_group, group_sizes
+from grasp_lora.training.groups import SCOPES, group_sizes, ratio_by_group
 from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
@@ -75,7 +75,8 @@ def test_groups_are_named_by_kind_layer_and_source(given):
         assert by_source["adapter 0"] == 2 * by_source["adapter 1"], "ranks 4 and 2"
         with pytest.raises(ValueError, match="search again"):
             live.masks(
-                block_importance(IMPORTANCE["magnitude"], None), [ratio_by_group("layer", {"layer 0": 0.5})]
+                block_importance(IMPORTANCE["magnitude"], None),
+                [ratio_by_group("layer", {"layer 0": 0.5})],
             )
 
 
