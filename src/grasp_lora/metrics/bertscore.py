@@ -224,8 +224,8 @@ def _layer_fault(name: str, config: "PreTrainedConfig", options: Options) -> str
 
 def _unknown_layer(name: str, deepest: int | None = None) -> str:
     return (
-        f"bert-score knows no best layer of {name!r}; take an encoder that it lists, in a folder of "
-        f"the same name, or with grasp-lora score set bertscore_layer (1 to {deepest or 'N'})"
+        f"bert-score knows no best layer of {name!r}; take an encoder that it lists (a folder "
+        f"may have its name), or with grasp-lora score set bertscore_layer (1 to {deepest or 'N'})"
     )
 
 
