@@ -90,7 +90,7 @@ class LanguageData(ExampleSource):
     def _rows_and_columns_fit_files(self) -> "LanguageData":
         if self.columns and isinstance(self.files, str):
             raise ValueError(
-                f"columns has no effect: the columns of files: {self.files} are known; remove it"
+                f"columns has no effect on files: {self.files}; its columns are known, so remove it"
             )
         if self.rows and isinstance(self.files, Mapping):
             raise ValueError(
@@ -147,7 +147,7 @@ class DataSettings(Section):
     )
     max_length: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
-        description="most tokens of prompt and answer, longer contexts are cut; default: the task's",
+        description="tokens of prompt and answer, longer contexts are cut; default: the task's own",
     )
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         default=None,
