@@ -640,9 +640,9 @@ def test_the_published_commit_masks_at_the_candidate_and_records_another_ratio()
     assert (after.mask_ratio, after.records) == (0.8, (record,))
     _, ours = rounds.conclude(state, *round_of)
     assert ours.mask_ratio == ours.ratio == record.ratio
-    few = ControllerConfig(preset="paper", rounds=6)
+    few = ControllerConfig(preset="paper", rounds=20)
     ours, theirs = (
-        ablation.one_search(few, "quadratic", 0, conclude)
+        ablation.one_search(few, "quadratic", 4, conclude)
         for conclude in (rounds.conclude, controllers.conclude_at_candidate)
     )
     assert ours["forwards"] == theirs["forwards"]
