@@ -20,9 +20,9 @@ from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.pruning.importance import activation, magnitude
 from grasp_lora.models.backbones import Backbone
-from grasp_lora.tasks.encoding import IGNORED, Encoded
+from grasp_lora.tasks.encoding import IGNORED, EncodedExample
 from grasp_lora.training.activations import input_norms
-from grasp_lora.training.live import go_live
+from grasp_lora.training.live import attach_live_adapter
 
 ACCUMULATION = 8
 RATIO = 0.4
@@ -74,11 +74,11 @@ class AuthorsSchedule:
         self,
         backbone: Backbone,
         merged: Mapping[str, MergedModule],
-        train: Sequence[Encoded],
-        micro_dev: Sequence[Encoded],
-        dev: Sequence[Encoded],
+        train: Sequence[EncodedExample],
+        micro_dev: Sequence[EncodedExample],
+        dev: Sequence[EncodedExample],
     ):
-        self._live = go_live(backbone.model, merged, "source")
+        self._live = attach_live_adapter(backbone.model, merged, "source")
         self._train = [_batch(row, backbone.device) for row in train]
         self._micro_dev = [_batch(row, backbone.device) for row in micro_dev]
         self._dev = [_batch(row, backbone.device) for row in dev]
@@ -176,7 +176,7 @@ def _threshold(scores: Tensor, ratio: float) -> Tensor:
     return flat.kthvalue(max(1, int(ratio * flat.numel()))).values
 
 
-def _batch(row: Encoded, device: torch.device) -> dict[str, Any]:
+def _batch(row: EncodedExample, device: torch.device) -> dict[str, Any]:
     ids = torch.tensor([row.input_ids], device=device)
     labels = ids.clone()
     labels[:, : row.prompt_length] = IGNORED

@@ -32,10 +32,10 @@ from grasp_lora.base.files import cpu_name, peak_memory_bytes, provenance, read_
 from grasp_lora.core.lora import Adapter, LoraFactors, MergedModule, merge
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
-from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone
-from grasp_lora.models.modules import linear_shape, plain_modules, resolve_targets, vocabulary_size
+from grasp_lora.models.backbones import Backbone, ModelSpec, forward_accepts, load_backbone
+from grasp_lora.models.modules import base_modules, linear_shape, resolve_targets, vocabulary_size
 from grasp_lora.tasks.base import task_named
-from grasp_lora.tasks.encoding import Collator, Encoded, encode_examples
+from grasp_lora.tasks.encoding import Collator, EncodedExample, encode_examples
 
 __all__ = [
     "Isolated",
@@ -323,7 +323,7 @@ def adapters(
         rank: of each of the two; the merge has twice as much.
         seed: of the factors.
     """
-    modules = plain_modules(model)
+    modules = base_modules(model)
     names = resolve_targets(model, targets)
     generator = torch.Generator().manual_seed(seed)
 
@@ -343,12 +343,14 @@ def collator(backbone: Backbone) -> Collator:
     """Return the collator that fits the backbone's arguments."""
     return Collator(
         backbone.pad_id,
-        with_position_ids=accepts(backbone.model, "position_ids"),
-        with_logits_to_keep=accepts(backbone.model, "logits_to_keep"),
+        with_position_ids=forward_accepts(backbone.model, "position_ids"),
+        with_logits_to_keep=forward_accepts(backbone.model, "logits_to_keep"),
     )
 
 
-def synthetic_rows(backbone: Backbone, count: int, length: int, seed: int = 0) -> list[Encoded]:
+def synthetic_rows(
+    backbone: Backbone, count: int, length: int, seed: int = 0
+) -> list[EncodedExample]:
     """Return rows of exactly `length` random tokens, the last `ANSWER_TOKENS` of them the answer.
 
     Time does not depend on what the tokens say, but on how many there are.
@@ -357,14 +359,14 @@ def synthetic_rows(backbone: Backbone, count: int, length: int, seed: int = 0) -
     vocabulary = vocabulary_size(backbone.model)
     drawn = torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
     return [
-        Encoded(f"row{seed}-{i}", f"group{seed}-{i}", tuple(ids), length - ANSWER_TOKENS, 0)
+        EncodedExample(f"row{seed}-{i}", f"group{seed}-{i}", tuple(ids), length - ANSWER_TOKENS, 0)
         for i, ids in enumerate(drawn)
     ]
 
 
 def question_rows(
     backbone: Backbone, count: int, length: int, data: str | None = None, language: str = "en"
-) -> list[Encoded]:
+) -> list[EncodedExample]:
     """Return questions as token ids, at most `length` tokens each.
 
     Args:

@@ -17,7 +17,7 @@ from benchmarks.worlds import HIGH, MICRO_DEV, World
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.policy import Policy, round_kind, sampled_candidates
 from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
-from grasp_lora.core.evidence.history import lowest, observations
+from grasp_lora.core.evidence.history import curve_minimum, observations
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
 
@@ -115,8 +115,8 @@ def _rows(
     if not fresh:
         return tuple(range(min(config.rows, len(groups))))
     if dealt:
-        return rounds.next_rows(state, groups, config, generator)
-    return rounds.draw_rows(groups, config.rows, generator)
+        return rounds.next_examples(state, groups, config, generator)
+    return rounds.draw_examples(groups, config.rows, generator)
 
 
 def paper(world: World, probes: int, seed: int) -> Found:
@@ -157,8 +157,8 @@ def unconfirmed(
     """Return samples of the policy where the library would measure the lowest ratio again."""
     if round_kind(state.round, state.horizon, config) != "confirmation":
         return rounds.propose(state, config, generator)
-    favourite = lowest(observations(state.records), state.horizon, config)
-    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
+    incumbent = curve_minimum(observations(state.records), state.horizon, config)
+    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, incumbent)
 
 
 def grid(world: World, probes: int, seed: int, *, fresh: bool, rows: int = MICRO_DEV) -> Found:
@@ -168,7 +168,7 @@ def grid(world: World, probes: int, seed: int, *, fresh: bool, rows: int = MICRO
     passes = max(1, probes // len(GRID))
     losses: list[np.ndarray] = []
     for turn in range(passes):
-        drawn = rounds.draw_rows(groups, rows, generator) if fresh else tuple(range(rows))
+        drawn = rounds.draw_examples(groups, rows, generator) if fresh else tuple(range(rows))
         done = (turn + 1) / (passes + 1)
         seen = np.array([world.losses(ratio, drawn, done) for ratio in GRID])
         losses.append(seen.mean(1))

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.workbench.folders import read_start, save_plain
 from torch import nn
 
 from benchmarks import common
@@ -35,14 +37,12 @@ from benchmarks.authors_schedule import AuthorsSchedule, Schedule
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, lora_scaling
-from grasp_lora.stages.finetune import finetune_at
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.search import search_ratio
-from grasp_lora.tasks.encoding import Encoded
-from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.tasks.encoding import EncodedExample
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.trainer import answer_loss
 from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.folders import read_start, save_plain
 from grasp_lora.workbench.rows import load_run_data
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
@@ -245,9 +245,9 @@ class OurStep:
         rows: of one step.
     """
 
-    def __init__(self, context: Context, merged: Path, rows: Sequence[Encoded]):
+    def __init__(self, context: Context, merged: Path, rows: Sequence[EncodedExample]):
         start = read_start(merged, context.backbone)
-        self._live: LiveAdapter = go_live(context.backbone.model, start, "source")
+        self._live: LiveAdapter = attach_live_adapter(context.backbone.model, start, "source")
         self._optimizer = torch.optim.AdamW(self._live.params.values(), lr=1e-4)
         device = context.backbone.device
         self._batch = {k: v.to(device) for k, v in context.collator(rows).items()}
@@ -260,7 +260,7 @@ class OurStep:
         nn.utils.clip_grad_norm_(self._live.params.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._live.enforce()
+        self._live.zero_pruned()
 
     def remove(self) -> None:
         """Take the adapter off the backbone."""

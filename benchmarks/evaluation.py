@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.generate import encoded_rows, parsed
-from grasp_lora.generation.answer import answer_rows
+from grasp_lora.generation.answer import answer_examples
 from grasp_lora.generation.generate import generate_texts
 from grasp_lora.metrics import METRICS, Options, Row, score
 from grasp_lora.tasks.base import task_named
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 prompts = [row.input_ids[: row.prompt_length] for row in rows]
                 generate_texts(backbone.model, backbone.tokenizer, prompts, **rule)
             else:
-                found = answer_rows(backbone.model, backbone.tokenizer, rows, **rule)
+                found = answer_examples(backbone.model, backbone.tokenizer, rows, **rule)
                 answered |= dict(zip(chunk, found, strict=True))
             seconds[name] += time.perf_counter() - began
     began = time.perf_counter()

@@ -27,7 +27,7 @@ from grasp_lora.data.files import load_examples
 from grasp_lora.generation.generate import StopAtNewline, generate_texts
 from grasp_lora.models.backbones import Backbone
 from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import Encoded, encode_examples
+from grasp_lora.tasks.encoding import EncodedExample, encode_examples
 
 Prompts = Sequence[Sequence[int]]
 Way = Callable[[Prompts], list[str]]
@@ -123,7 +123,7 @@ def totals(rows: Sequence[Mapping[str, Any]], way: str) -> tuple[float, float]:
 
 def encoded_rows(
     backbone: Backbone, options: argparse.Namespace
-) -> tuple[list[Example], list[Encoded]]:
+) -> tuple[list[Example], list[EncodedExample]]:
     """Return the questions, and each as token ids with room for its answer."""
     task = task_named("qa")
     if options.data is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.training.live import Block, LiveAdapter, scored
+from grasp_lora.training.live import Block, LiveAdapter, block_importance
 
 SIZES = {"0.5M": 500_000, "10M": 10_000_000, "100M": 100_000_000, "1B": 1_000_000_000}
 QUICK = {"20k": 20_000, "0.5M": 500_000}
@@ -35,7 +35,7 @@ INTERVAL, TOKENS, WEIGHTS = 10, 4 * 256, 70e9
 _LAYER = ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192)) + ((8192, 28672),) * 3
 _SMALL_LAYER = ((576, 576), (576, 192))
 
-SCORE = scored(IMPORTANCE["magnitude"], None)
+SCORE = block_importance(IMPORTANCE["magnitude"], None)
 
 
 def shapes(entries: int) -> Iterator[tuple[int, int, int]]:

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grasp_lora.workbench.folders import read_start
 
 from benchmarks import common
 from grasp_lora.base.files import read_jsonl, write_jsonl
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.metrics import Row, score
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.scoring.sets import metric_options
-from grasp_lora.training.live import scored
+from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
 from grasp_lora.workbench.objective import answers_of
 
 RATIOS = tuple(round(0.1 * n, 1) for n in range(9))
@@ -45,10 +45,12 @@ def record(config_file: Path, adapter: Path, changes: Sequence[str]) -> dict[str
     options = replace(metric_options(config, config.data.target.language), resamples=0)
     found: dict[str, list[list[float]]] = {name: [] for name in ("loss", *METRICS)}
     with context.live(read_start(adapter, context.backbone), config.mask_unit) as live:
-        rule = scored(IMPORTANCE[config.importance], context.norms(live, config.importance))
+        rule = block_importance(
+            IMPORTANCE[config.importance], context.norms(live, config.importance)
+        )
         for ratio, masks in zip(RATIOS, live.masks(rule, RATIOS), strict=True):
             with live.trial(masks):
-                losses = row_losses(live.model, batches, count)
+                losses = example_losses(live.model, batches, count)
                 texts = answered(live.model, range(count))
             pairs = zip(examples, texts, strict=True)
             table = [Row(e.id, text, e.references) for e, text in pairs]

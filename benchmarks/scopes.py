@@ -16,30 +16,31 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.stages.finetune import random_score
+from grasp_lora.workbench.folders import read_start
+
 from benchmarks import common
 from benchmarks.landscape import SPLITS, config_of, open_pair, pair_parser
 from grasp_lora.core.evidence.crossfit import standard_error
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.row_losses import row_losses
-from grasp_lora.stages.finetune import random_score
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.training.groups import SCOPES, ratio_by_group
-from grasp_lora.training.live import LiveAdapter, RatioOf, Score, scored
+from grasp_lora.training.live import BlockImportance, BlockRatio, LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.folders import read_start
 
 RATIOS = (0.2, 0.4, 0.6)
 ONE = "one ratio"
 
 
 def losses_of(
-    context: Context, live: LiveAdapter, score: Score, ratio: float | RatioOf
+    context: Context, live: LiveAdapter, score: BlockImportance, ratio: float | BlockRatio
 ) -> list[float]:
     """Return the loss of every micro-dev and dev row under a mask."""
     rows = context.rows("target", SPLITS)
     (masks,) = live.masks(score, [ratio])
     with live.trial(masks):
-        return row_losses(live.model, rows.batches(range(len(rows.encoded))), len(rows.encoded))
+        return example_losses(live.model, rows.batches(range(len(rows.encoded))), len(rows.encoded))
 
 
 def measured(context: Context, start: Path, ratio: float) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def measured(context: Context, start: Path, ratio: float) -> dict[str, Any]:
     with context.live(merged, config.mask_unit) as live:
         live.model.eval()
         norms = context.norms(live, config.importance)
-        score = scored(rule, norms)
+        score = block_importance(rule, norms)
         found[ONE] = {"losses": losses_of(context, live, score, ratio)}
         found["drawn at random"] = {
             "losses": losses_of(context, live, random_score(config.seed), ratio)
@@ -68,7 +69,7 @@ def measured(context: Context, start: Path, ratio: float) -> dict[str, Any]:
     whole = replace(context, config=config.model_copy(update={"structure": "rank"}))
     with whole.live(merged, config.mask_unit) as live:
         live.model.eval()
-        score = scored(rule, whole.norms(live, config.importance))
+        score = block_importance(rule, whole.norms(live, config.importance))
         found["whole components"] = {"losses": losses_of(whole, live, score, ratio)}
     for one in found.values():
         one["losses"] = [loss for i, loss in zip(ids, one["losses"], strict=True) if i not in drawn]
@@ -101,7 +102,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
     options = parsed(argv)
-    pair = open_pair(config_of(options), options.work, options.work)
+    pair = open_pair(config_of(options), options.work)
     start = pair.merged((0.5, 0.5))
     found = {str(ratio): measured(pair.context, start, ratio) for ratio in options.ratios}
     about = {"config": options.config.name, "seed": pair.config.seed}

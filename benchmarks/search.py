@@ -35,11 +35,11 @@ from grasp_lora.core.controller.rounds import planned_rounds
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
 from grasp_lora.models.backbones import Backbone
+from grasp_lora.models.example_losses import EncodedExamples
 from grasp_lora.models.modules import bare_model
-from grasp_lora.models.row_losses import Rows
-from grasp_lora.tasks.encoding import Encoded
+from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.activations import input_norms
-from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.search_callback import MaskCallback, ProbePool, SearchCallback
 from grasp_lora.training.trainer import build_trainer, planned_steps
 
@@ -129,7 +129,7 @@ class Side:
     searcher: SearchCallback | None = None
 
 
-def training_rows(backbone: Backbone, sizes: Sizes, data: str | None) -> list[Encoded]:
+def training_rows(backbone: Backbone, sizes: Sizes, data: str | None) -> list[EncodedExample]:
     """Return the rows to train on: synthetic ones, or those of a file."""
     if data is None:
         return common.synthetic_rows(backbone, sizes.rows, sizes.length)
@@ -169,7 +169,7 @@ def search_side(
         live,
         config,
         ProbePool(
-            Rows(pool, common.collator(backbone), sizes.probe_batch),
+            EncodedExamples(pool, common.collator(backbone), sizes.probe_batch),
             fresh=config.probe_rows != "micro-dev",
         ),
         IMPORTANCE[sizes.importance],
@@ -187,21 +187,23 @@ def search_side(
 
 def _live(model: nn.Module, sizes: Sizes) -> LiveAdapter:
     merged = common.adapters(model, TARGETS, sizes.rank, seed=0)
-    return go_live(model, merged, "source")
+    return attach_live_adapter(model, merged, "source")
 
 
 def _norms(
-    live: LiveAdapter, rows: Sequence[Encoded], backbone: Backbone, sizes: Sizes
+    live: LiveAdapter, rows: Sequence[EncodedExample], backbone: Backbone, sizes: Sizes
 ) -> dict[str, Tensor] | None:
     if sizes.importance not in NEEDS_NORMS:
         return None
-    batches = Rows(rows, common.collator(backbone), sizes.probe_batch).batches(range(len(rows)))
+    batches = EncodedExamples(rows, common.collator(backbone), sizes.probe_batch).batches(
+        range(len(rows))
+    )
     return input_norms(live.model, live.layers, [batch for _, batch in batches])
 
 
 def _trainer(
     live: LiveAdapter,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedExample],
     backbone: Backbone,
     sizes: Sizes,
     callbacks: Sequence[TrainerCallback],

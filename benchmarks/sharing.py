@@ -15,7 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks import common
-from grasp_lora.models.row_losses import SHARED, Batch, Rows, can_share, row_losses
+from grasp_lora.models.example_losses import (
+    SHARED_PREFIX,
+    Batch,
+    EncodedExamples,
+    can_share_prefix,
+    example_losses,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -35,19 +41,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     encoded = common.question_rows(
         backbone, options.rows, options.length, options.data, options.language
     )
-    if not can_share(backbone.model, max(len(row.input_ids) for row in encoded)):
+    if not can_share_prefix(backbone.model, max(len(row.input_ids) for row in encoded)):
         raise SystemExit(f"{options.model} cannot go on from a common beginning")
-    whole = Rows(encoded, common.collator(backbone), options.batch_size)
+    whole = EncodedExamples(encoded, common.collator(backbone), options.batch_size)
     count = len(encoded)
     batches = {
         "rows read whole": whole.batches(range(count)),
-        "beginnings read once": replace(whole, share=True).batches(range(count)),
+        "beginnings read once": replace(whole, share_prefix=True).batches(range(count)),
     }
     backbone.model.eval()
     losses: dict[str, list[float]] = {}
 
     def reading(name: str) -> None:
-        losses[name] = row_losses(backbone.model, batches[name], count)
+        losses[name] = example_losses(backbone.model, batches[name], count)
 
     ways = {name: lambda name=name: reading(name) for name in batches}
     seconds = common.in_turns(ways, options.repeat)
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         {
             "way": name,
             "seconds": taken,
-            "forwards": sum(1 + (SHARED in batch) for _, batch in batches[name]),
+            "forwards": sum(1 + (SHARED_PREFIX in batch) for _, batch in batches[name]),
             "tokens": sum(_tokens(batch) for _, batch in batches[name]),
         }
         for name, taken in seconds.items()
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _tokens(batch: Batch) -> int:
-    shared = batch[SHARED].numel() if SHARED in batch else 0
+    shared = batch[SHARED_PREFIX].numel() if SHARED_PREFIX in batch else 0
     return shared + batch["input_ids"].numel()
 
 

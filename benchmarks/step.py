@@ -42,15 +42,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks import common
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.attention import use_products
-from grasp_lora.models.backbones import Backbone, ModelSpec, fold_output_layer, load_backbone
+from grasp_lora.models.attention import use_short_attention
+from grasp_lora.models.backbones import Backbone, ModelSpec, copy_output_layer_inputs, load_backbone
 from grasp_lora.models.batches import epoch_order
 from grasp_lora.models.cache import SHORT_NAMES, converted_backbone
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.modules import linear_modules, output_embeddings
 from grasp_lora.models.norms import use_fused_norms
-from grasp_lora.models.row_losses import Rows, row_losses
-from grasp_lora.tasks.encoding import Collator, Encoded
-from grasp_lora.training.live import LiveAdapter, go_live, scored
+from grasp_lora.tasks.encoding import Collator, EncodedExample
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter, block_importance
 from grasp_lora.training.trainer import build_trainer
 
 TARGETS = ("q_proj", "v_proj")
@@ -130,13 +130,13 @@ def backbone_of(case: Case, device: str) -> Backbone:
         # Buffers have no values on the meta device; this one is computed from the config alone.
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     model.requires_grad_(False).eval()
-    fold_output_layer(model)
-    use_products(model)
+    copy_output_layer_inputs(model)
+    use_short_attention(model)
     use_fused_norms(model)
     return Backbone(model, None, case.model, None, dtype, place, (0,), 0)  # type: ignore[arg-type]
 
 
-def rows_of(case: Case, backbone: Backbone, options: argparse.Namespace) -> list[Encoded]:
+def rows_of(case: Case, backbone: Backbone, options: argparse.Namespace) -> list[EncodedExample]:
     """Return the rows that steps are made on, enough for a turn."""
     count = case.batch_size * STEPS
     if case.questions:
@@ -144,7 +144,9 @@ def rows_of(case: Case, backbone: Backbone, options: argparse.Namespace) -> list
     return common.synthetic_rows(backbone, count, case.length)
 
 
-def our_steps(live: LiveAdapter, rows: Sequence[Encoded], collate: Any, size: int) -> list[float]:
+def our_steps(
+    live: LiveAdapter, rows: Sequence[EncodedExample], collate: Any, size: int
+) -> list[float]:
     """Return the seconds of our steps."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +169,9 @@ def plain_model(case: Case, device: torch.device) -> nn.Module:
     return get_peft_model(model.to(device), config)
 
 
-def plain_steps(model: nn.Module, rows: Sequence[Encoded], collate: Any, size: int) -> list[float]:
+def plain_steps(
+    model: nn.Module, rows: Sequence[EncodedExample], collate: Any, size: int
+) -> list[float]:
     """Return the seconds of the steps of a plain Trainer."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +197,7 @@ def plain_steps(model: nn.Module, rows: Sequence[Encoded], collate: Any, size: i
     return times.seconds
 
 
-def plain_collator(collate: Collator) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+def plain_collator(collate: Collator) -> Callable[[Sequence[EncodedExample]], dict[str, Tensor]]:
     """Return the collator without what a plain Trainer would not be given."""
     return Collator(collate.pad_id, with_position_ids=False, with_logits_to_keep=False)
 
@@ -212,15 +216,15 @@ def bare_forward(model: nn.Module, batches: Sequence[tuple[list[int], Mapping[st
 
 
 def probe_turns(
-    live: LiveAdapter, bare: nn.Module, rows: Rows, repeat: int
+    live: LiveAdapter, bare: nn.Module, rows: EncodedExamples, repeat: int
 ) -> dict[str, list[float]]:
     """Return the seconds of probes under a mask and of the bare backbone on the same batches."""
     batches = rows.batches(range(len(rows.encoded)))
-    (masks,) = live.masks(scored(IMPORTANCE["magnitude"], None), [0.4])
+    (masks,) = live.masks(block_importance(IMPORTANCE["magnitude"], None), [0.4])
 
     def probe() -> None:
         with live.trial(masks):
-            row_losses(live.model, batches, len(rows.encoded))
+            example_losses(live.model, batches, len(rows.encoded))
 
     ways = {"probe": probe, "bare": lambda: bare_forward(bare, batches)}
     return common.in_turns(ways, repeat)
@@ -233,7 +237,9 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     rows, collate = rows_of(case, backbone, options), common.collator(backbone)
     with_plain = (case.plain or case.questions) and not options.no_plain
     bare = copy.deepcopy(backbone.model) if case.model not in SHAPES else None
-    live = go_live(backbone.model, common.adapters(backbone.model, TARGETS, RANK, 0), "source")
+    live = attach_live_adapter(
+        backbone.model, common.adapters(backbone.model, TARGETS, RANK, 0), "source"
+    )
     plain = plain_model(case, device) if with_plain else None
     ours: list[float] = []
     plains: list[float] = []
@@ -258,7 +264,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             "matmul_fraction": flops / common.median(ours) / max(rates),
         }
     if bare is not None:
-        probed = Rows(common.synthetic_rows(backbone, 16, case.length, 1), collate, 16)
+        probed = EncodedExamples(common.synthetic_rows(backbone, 16, case.length, 1), collate, 16)
         turns = probe_turns(live, bare, probed, options.repeat)
         row |= {
             "probe_seconds": turns["probe"],
@@ -269,7 +275,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def padding(rows: Sequence[Encoded], rows_per_step: int) -> dict[str, float]:
+def padding(rows: Sequence[EncodedExample], rows_per_step: int) -> dict[str, float]:
     """Return tokens with padding over tokens without it, for each order, mean over 20 epochs."""
     lengths = [len(row.input_ids) for row in rows]
     found: dict[str, float] = {}

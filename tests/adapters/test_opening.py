@@ -17,13 +17,19 @@ from torch.nn import functional as F
 
 from grasp_lora.adapters import opening
 from grasp_lora.adapters.folder import write_adapter
-from grasp_lora.adapters.opening import adapted, base_named_by, is_adapter, opened, other_bases
+from grasp_lora.adapters.opening import (
+    base_mismatch_lines,
+    is_adapter,
+    model_with_adapter,
+    named_base_model,
+    open_model,
+)
 from grasp_lora.generation.generate import generate_texts
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import GgufSource
-from grasp_lora.models.modules import accepts, base_fingerprint
-from grasp_lora.models.row_losses import Rows, row_losses
-from grasp_lora.tasks.encoding import Collator, Encoded
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.models.modules import base_fingerprint, forward_accepts
+from grasp_lora.tasks.encoding import Collator, EncodedExample
 from helpers import (
     EOS_ID,
     PAD_ID,
@@ -116,12 +122,14 @@ def texts(model: nn.Module, batch_size: int) -> list[str]:
 
 def losses(model: nn.Module, batch_size: int) -> Tensor:
     rows = [
-        Encoded(str(i), "", (*prompt, *answer), len(prompt), 0)
+        EncodedExample(str(i), "", (*prompt, *answer), len(prompt), 0)
         for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
     ]
-    collator = Collator(PAD_ID, accepts(model, "position_ids"), accepts(model, "logits_to_keep"))
-    batches = Rows(rows, collator, batch_size).batches(range(len(rows)))
-    return torch.tensor(row_losses(model, batches, len(rows)))
+    collator = Collator(
+        PAD_ID, forward_accepts(model, "position_ids"), forward_accepts(model, "logits_to_keep")
+    )
+    batches = EncodedExamples(rows, collator, batch_size).batches(range(len(rows)))
+    return torch.tensor(example_losses(model, batches, len(rows)))
 
 
 @torch.no_grad()
@@ -165,7 +173,7 @@ def test_any_adapter_scores_as_with_peft_and_leaves_the_backbone_bare(
     attributes = set(vars(backbone.model))
     bare = losses(backbone.model, 4)
     state = torch.get_rng_state()
-    with adapted(backbone, folder) as model:
+    with model_with_adapter(backbone, folder) as model:
         assert not model.training
         assert (losses(model, 4) - bare).abs().max() > 1e-3
         assert_equals_peft(model, reference)
@@ -187,14 +195,14 @@ def test_virtual_tokens_do_not_depend_on_the_padding(
     reference = trained(make(), CONFIGS[name]())
     folder = saved(reference, tmp_path / "adapter")
     other = replace(backbone, model=make().requires_grad_(False), fingerprint=None)
-    with adapted(other, folder) as model:
+    with model_with_adapter(other, folder) as model:
         assert_equals_peft(model, reference)
 
 
 def test_virtual_tokens_get_no_logits(backbone: Backbone, tmp_path: Path) -> None:
     reference = trained(tiny_model("llama"), CONFIGS["prompt tuning"]())
     ids = random_ids(2, 7)
-    with adapted(backbone, saved(reference, tmp_path / "adapter")) as model:
+    with model_with_adapter(backbone, saved(reference, tmp_path / "adapter")) as model:
         found = model(input_ids=ids).logits
         last = model(input_ids=ids, logits_to_keep=3).logits
     expected = reference(input_ids=ids).logits[:, 5:]
@@ -205,21 +213,24 @@ def test_virtual_tokens_get_no_logits(backbone: Backbone, tmp_path: Path) -> Non
 def test_right_padding_is_refused_for_virtual_tokens(backbone: Backbone, tmp_path: Path) -> None:
     folder = saved(trained(tiny_model("llama"), CONFIGS["prompt tuning"]()), tmp_path / "adapter")
     mask = torch.tensor([[1, 1, 0]])
-    with adapted(backbone, folder) as model, pytest.raises(ValueError, match="on the left"):
+    with (
+        model_with_adapter(backbone, folder) as model,
+        pytest.raises(ValueError, match="on the left"),
+    ):
         model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=mask)
 
 
 def test_adapters_can_follow_each_other_on_one_backbone(backbone: Backbone, tmp_path: Path) -> None:
     references = {n: trained(tiny_model("llama"), CONFIGS[n]()) for n in ("lora", "ia3")}
     for name, reference in references.items():
-        with adapted(backbone, saved(reference, tmp_path / name)) as model:
+        with model_with_adapter(backbone, saved(reference, tmp_path / name)) as model:
             assert_equals_peft(model, reference)
 
 
 def test_an_error_inside_leaves_the_backbone_bare(backbone: Backbone, tmp_path: Path) -> None:
     bare = losses(backbone.model, 4)
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
-    with pytest.raises(KeyError), adapted(backbone, folder):
+    with pytest.raises(KeyError), model_with_adapter(backbone, folder):
         raise KeyError("inside")
     assert losses(backbone.model, 4).equal(bare)
 
@@ -229,7 +240,7 @@ def test_an_adapter_opens_on_the_base_that_it_names(base_folder: Path, tmp_path:
     folder = tiny_adapter_folder(tmp_path / "adapter", model)
     name_base(folder, str(base_folder))
     notices: list[str] = []
-    with opened(folder, notice=notices.append) as (backbone, adapter):
+    with open_model(folder, notice=notices.append) as (backbone, adapter):
         assert backbone.public_name == str(base_folder)
         found = adapter(input_ids=random_ids()).logits.float()
     assert notices == []
@@ -242,7 +253,7 @@ def test_another_base_than_the_named_one_is_told(base_folder: Path, tmp_path: Pa
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     name_base(folder, "someone/tiny")
     notices: list[str] = []
-    with opened(str(folder), ModelSpec(str(base_folder)), notices.append):
+    with open_model(str(folder), ModelSpec(str(base_folder)), notices.append):
         pass
     assert notices == [f"{folder} names someone/tiny as its base model; it is put on {base_folder}"]
 
@@ -262,7 +273,7 @@ def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path
         return folder
 
     def told(*bases: str | None) -> list[str]:
-        return other_bases(list(map(naming, bases)), "asked", backbone)
+        return base_mismatch_lines(list(map(naming, bases)), "asked", backbone)
 
     assert told("asked", None) == []
     # Two names for the model that is loaded are one base.
@@ -278,17 +289,17 @@ def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path
 
 
 def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:
-    with opened(base_folder) as (backbone, model):
+    with open_model(base_folder) as (backbone, model):
         assert model is backbone.model
     spec = ModelSpec(str(base_folder), dtype="float32")
-    with opened(str(base_folder), spec) as (backbone, _):
+    with open_model(str(base_folder), spec) as (backbone, _):
         assert backbone.dtype == torch.float32
 
 
 def test_a_base_model_for_a_model_is_refused(base_folder: Path) -> None:
     with (
         pytest.raises(ValueError, match="is a model and no adapter"),
-        opened(base_folder, ModelSpec("smollm2")),
+        open_model(base_folder, ModelSpec("smollm2")),
     ):
         pass
 
@@ -306,7 +317,7 @@ def test_what_is_neither_adapter_nor_model_is_said(tmp_path: Path) -> None:
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     name_base(folder, None)
-    with pytest.raises(ValueError, match="does not say which base model"), opened(folder):
+    with pytest.raises(ValueError, match="does not say which base model"), open_model(folder):
         pass
 
 
@@ -321,10 +332,10 @@ def test_a_public_name_means_the_packaged_weights_for_our_own_adapters_only(
     model = tiny_model("llama")
     foreign = tiny_adapter_folder(tmp_path / "foreign", model)
     name_base(foreign, "someone/tiny")
-    assert base_named_by(foreign) == "someone/tiny"
-    assert base_named_by(ours(tmp_path / "ours", model)) == "tiny"
-    assert base_named_by(ours(tmp_path / "other", model, "someone/else")) == "someone/else"
-    assert base_named_by("someone/tiny") == "someone/tiny"
+    assert named_base_model(foreign) == "someone/tiny"
+    assert named_base_model(ours(tmp_path / "ours", model)) == "tiny"
+    assert named_base_model(ours(tmp_path / "other", model, "someone/else")) == "someone/else"
+    assert named_base_model("someone/tiny") == "someone/tiny"
 
 
 def ours(folder: Path, model: Any, base_name: str = "someone/tiny") -> Path:
@@ -339,13 +350,19 @@ def ours(folder: Path, model: Any, base_name: str = "someone/tiny") -> Path:
 
 
 def test_other_base_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None:
-    with adapted(backbone, ours(tmp_path / "right", tiny_model("llama"))):
+    with model_with_adapter(backbone, ours(tmp_path / "right", tiny_model("llama"))):
         pass
     folder = ours(tmp_path / "wrong", tiny_model("llama", seed=1))
-    with pytest.raises(ValueError, match="made on other base weights"), adapted(backbone, folder):
+    with (
+        pytest.raises(ValueError, match="made on other base weights"),
+        model_with_adapter(backbone, folder),
+    ):
         pass
     folder = ours(tmp_path / "wide", tiny_model("llama", vocab=300))
-    with pytest.raises(ValueError, match="a vocabulary of 300 tokens"), adapted(backbone, folder):
+    with (
+        pytest.raises(ValueError, match="a vocabulary of 300 tokens"),
+        model_with_adapter(backbone, folder),
+    ):
         pass
 
 
@@ -377,14 +394,17 @@ def test_tensors_that_do_not_fit_are_refused(name: str, backbone: Backbone, tmp_
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     change_tensors(folder, change)
     bare = losses(backbone.model, 4)
-    with pytest.raises(ValueError, match=message), adapted(backbone, folder):
+    with pytest.raises(ValueError, match=message), model_with_adapter(backbone, folder):
         pass
     assert losses(backbone.model, 4).equal(bare)
 
 
 def test_an_adapter_of_another_architecture_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("gpt2"))
-    with pytest.raises(ValueError, match="does not fit this model"), adapted(backbone, folder):
+    with (
+        pytest.raises(ValueError, match="does not fit this model"),
+        model_with_adapter(backbone, folder),
+    ):
         pass
 
 
@@ -404,7 +424,7 @@ def test_configs_that_cannot_be_used_are_refused(
 ) -> None:
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     name_base(folder, "someone/tiny", **changes)
-    with pytest.raises(ValueError, match=message), adapted(backbone, folder):
+    with pytest.raises(ValueError, match=message), model_with_adapter(backbone, folder):
         pass
 
 
@@ -413,6 +433,6 @@ def test_pickled_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with (
         pytest.raises(ValueError, match="adapter_model.bin only, a pickle"),
-        adapted(backbone, folder),
+        model_with_adapter(backbone, folder),
     ):
         pass

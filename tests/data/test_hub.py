@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from grasp_lora.data.hub import PUBLISHED_SETS, HubRows, load_hub, load_preset, split_published
+from grasp_lora.data.hub import PUBLISHED_SETS, HubExamples, load_hub, load_preset, split_published
 from grasp_lora.data.leaks import check_disjoint, drop_parallel
 from grasp_lora.tasks.base import TASKS
 from hub_server import serve
@@ -122,12 +122,12 @@ def test_places_are_tried_in_order_and_every_failure_is_kept(tmp_path: Path) -> 
         ),
         ("facebook/mlqa mlqa.ar.ar at refs/pr/5", "ConnectionError: first"),
     ]
-    assert {name: len(rows) for name, rows in found.rows.items()} == {
+    assert {name: len(rows) for name, rows in found.examples.items()} == {
         "validation": 400,
         "test": 300,
     }
-    assert found.rows["test"][0].references == ("w0x0",)
-    assert found.rows["test"][0].language == "ar"
+    assert found.examples["test"][0].references == ("w0x0",)
+    assert found.examples["test"][0].language == "ar"
 
 
 def test_no_place_gives_one_error_with_every_reason_and_the_way_out() -> None:
@@ -158,9 +158,9 @@ def test_a_mirror_may_call_a_split_by_another_name() -> None:
     mirror = {"train": XLSUM["train"], "val": XLSUM["validation"], "test": XLSUM["test"]}
     hub = Hub({("ahmedelsayed/xlsum-arabic", None, None): mirror})
     found = load_preset("xlsum", "ar", load=hub)
-    assert list(found.rows) == ["train", "validation", "test"]
-    assert found.rows["validation"][0].id == "validation-0"
-    assert [e.fields["article"] for e in found.rows["test"][:1]] == ["test 0"]
+    assert list(found.examples) == ["train", "validation", "test"]
+    assert found.examples["validation"][0].id == "validation-0"
+    assert [e.fields["article"] for e in found.examples["test"][:1]] == ["test 0"]
     with pytest.raises(ValueError, match="xlsum fr"):
         load_preset("xlsum", "fr", load=hub)
 
@@ -188,13 +188,13 @@ def test_only_published_splits_that_are_needed_are_read() -> None:
 
 
 def test_a_very_large_split_is_read_in_part_and_the_same_each_time(monkeypatch) -> None:
-    monkeypatch.setattr("grasp_lora.data.hub.MOST_ROWS", 100)
+    monkeypatch.setattr("grasp_lora.data.hub.MAX_ROWS", 100)
     hub = Hub({("csebuetnlp/xlsum", "english", None): XLSUM})
     one, two = (load_preset("xlsum", "en", load=hub) for _ in range(2))
-    assert len(one.rows["train"]) == one.published["train"].report.rows == 100
+    assert len(one.examples["train"]) == one.published["train"].report.rows == 100
     assert one.published["train"].rows == 150
-    assert one.rows == two.rows
-    ids = [int(e.id.removeprefix("train-")) for e in one.rows["train"]]
+    assert one.examples == two.examples
+    ids = [int(e.id.removeprefix("train-")) for e in one.examples["train"]]
     assert ids == sorted(ids)
     assert max(ids) > 100
 
@@ -236,7 +236,7 @@ def test_xquad_has_room_for_a_source_that_shares_no_question_with_the_target() -
         assert check_disjoint(both, threshold=1.0) == ()
 
 
-def hub_rows(count: int, **parts: str) -> HubRows:
+def hub_rows(count: int, **parts: str) -> HubExamples:
     hub = Hub({("a/b", None, None): {name: articles(name, count) for name in set(parts.values())}})
     return load_hub("a/b", None, None, parts, TASKS["summarization"], "en", load=hub)
 
@@ -276,7 +276,7 @@ def test_any_data_set_is_read_with_its_own_columns_and_recorded() -> None:
         "me/mine", "small", "v1", {"test": "train[:4]"}, TASKS["qa"], "en",
         columns=columns, max_faulty=0.3, load=hub,
     )  # fmt: skip
-    assert [e.id for e in found.rows["train[:4]"]] == ["0", "1", "2"]
+    assert [e.id for e in found.examples["train[:4]"]] == ["0", "1", "2"]
     record = json.loads(json.dumps(found.record()))
     fingerprint = record["splits"]["train[:4]"].pop("fingerprint")
     assert fingerprint
@@ -339,7 +339,7 @@ def told(load, *given, **named):
         found = load(*given, **named)
     except ValueError as error:
         return str(error)
-    ids = {name: [e.id for e in rows] for name, rows in found.rows.items()}
+    ids = {name: [e.id for e in rows] for name, rows in found.examples.items()}
     return found.record() | {"ids": ids}
 summaries = TASKS["summarization"]
 copy = ("csebuetnlp/xlsum", None, "refs/convert/parquet", {"test": "test"}, summaries, "en")
@@ -394,7 +394,7 @@ def test_splits_that_number_their_rows_alike_get_ids_of_their_own() -> None:
 
     parts = {"train": "train", "test": "test"}
     found = load_hub("a/b", None, None, parts, TASKS["summarization"], "en", load=load)
-    assert [e.id for e in found.rows["train"]] == [f"train/{n}" for n in range(4)]
-    assert not check_disjoint(found.rows)
+    assert [e.id for e in found.examples["train"]] == [f"train/{n}" for n in range(4)]
+    assert not check_disjoint(found.examples)
     apart = load_hub("a/b", None, None, {"test": "test"}, TASKS["summarization"], "en", load=load)
-    assert [e.id for e in apart.rows["test"]] == ["0", "1", "2", "3"]
+    assert [e.id for e in apart.examples["test"]] == ["0", "1", "2", "3"]

@@ -7,7 +7,12 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grasp_lora.models import attention
-from grasp_lora.models.attention import NAME, attention_forward, products, use_products
+from grasp_lora.models.attention import (
+    ATTENTION_NAME,
+    attention_forward,
+    attention_products,
+    use_short_attention,
+)
 from grasp_lora.models.backbones import ModelSpec, load_backbone
 from helpers import logits_of, random_ids, tiny_model
 
@@ -51,7 +56,7 @@ def test_products_equal_the_textbook(heads, key_heads, cached, span, monkeypatch
     visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
     visible[1, :, 0] = False  # a row with padding on its left, which itself still sees something
     visible[1, 0, 0] = True
-    got = products(query, key, value, bias_of(visible).unsqueeze(1), 0.3)
+    got = attention_products(query, key, value, bias_of(visible).unsqueeze(1), 0.3)
     assert torch.allclose(got, textbook(query, key, value, visible, 0.3), atol=1e-12)
 
 
@@ -60,7 +65,7 @@ def test_queries_that_see_later_keys_are_not_cut(monkeypatch):
     query, key, value = drawn(1, 2, 6, 4, seed=1), drawn(1, 2, 6, 4, seed=2), drawn(1, 2, 6, 4)
     visible = torch.ones(1, 6, 6, dtype=torch.bool).tril()
     visible[0, 1, 5] = True
-    got = products(query, key, value, bias_of(visible).unsqueeze(1), 0.3)
+    got = attention_products(query, key, value, bias_of(visible).unsqueeze(1), 0.3)
     assert torch.allclose(got, textbook(query, key, value, visible, 0.3), atol=1e-12)
 
 
@@ -73,7 +78,7 @@ def test_the_gradients_are_those_of_finite_differences(span, monkeypatch):
         drawn(2, 2, 4, 5, seed=3).requires_grad_(),
     ]
     bias = bias_of(torch.ones(1, 4, 4, dtype=torch.bool).tril()).unsqueeze(1)
-    assert torch.autograd.gradcheck(lambda q, k, v: products(q, k, v, bias, 0.7), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention_products(q, k, v, bias, 0.7), inputs)
 
 
 class Layer(torch.nn.Module):
@@ -112,7 +117,7 @@ def test_rows_of_padding_that_see_nothing_stay_finite():
     ("change", "why"),
     [
         ({"dtype": torch.float32}, "another dtype"),
-        ({"length": attention.LONGEST + 1}, "a long row"),
+        ({"length": attention.MAX_LENGTH + 1}, "a long row"),
         ({"keys": 9}, "decoding with a cache"),
         ({"dropout": 0.1}, "dropout"),
         ({"mask": "additive"}, "a mask that is not boolean"),
@@ -120,7 +125,7 @@ def test_rows_of_padding_that_see_nothing_stay_finite():
     ],
 )
 def test_everything_else_goes_to_sdpa(change, why, monkeypatch):
-    monkeypatch.setattr(attention, "products", lambda *_: pytest.fail(f"used for {why}"))
+    monkeypatch.setattr(attention, "attention_products", lambda *_: pytest.fail(f"used for {why}"))
     length = change.get("length", 6)
     dtype = change.get("dtype", torch.bfloat16)
     query = drawn(1, 2, length, 8, seed=1).to(dtype)
@@ -144,7 +149,7 @@ def test_a_model_gives_the_same_logits_and_gradients_within_bfloat16(arch):
     found = []
     for way in (False, True):
         model = tiny_model(arch).to(torch.bfloat16)
-        assert not way or use_products(model)
+        assert not way or use_short_attention(model)
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
         logits = model(inputs_embeds=embeddings, attention_mask=mask).logits[mask.bool()]
         logits.float().logsumexp(-1).sum().backward()
@@ -156,11 +161,11 @@ def test_a_model_gives_the_same_logits_and_gradients_within_bfloat16(arch):
 def test_only_bfloat16_models_that_chose_sdpa_themselves_are_changed(tiny_backbone_folder):
     folder = str(tiny_backbone_folder())
     chosen = load_backbone(ModelSpec(folder, dtype="bfloat16", device="cpu")).model
-    assert chosen.config._attn_implementation == NAME
+    assert chosen.config._attn_implementation == ATTENTION_NAME
     for spec in (
         ModelSpec(folder, dtype="float32", device="cpu"),
         ModelSpec(folder, dtype="bfloat16", device="cpu", attn_implementation="sdpa"),
         ModelSpec(folder, dtype="bfloat16", device="cpu", attn_implementation="eager"),
     ):
-        assert load_backbone(spec).model.config._attn_implementation != NAME
+        assert load_backbone(spec).model.config._attn_implementation != ATTENTION_NAME
     assert math.isfinite(float(logits_of(chosen, random_ids()).float().sum()))

@@ -20,9 +20,9 @@ from grasp_lora.models.cache import GgufSource, cache_folder, converted_backbone
 from grasp_lora.models.devices import choose_device, choose_dtype
 from grasp_lora.models.memory import plan_config_memory
 from grasp_lora.models.modules import (
-    accepts,
     base_fingerprint,
-    fold_output_layer,
+    copy_output_layer_inputs,
+    forward_accepts,
     linear_modules,
     linear_shape,
     resolve_targets,
@@ -351,10 +351,10 @@ def test_the_fingerprint_ignores_precision_and_lora_but_no_weight(arch: str) -> 
 def test_signatures_are_looked_up_below_peft_too() -> None:
     model = tiny_model("gpt2")
     for each in (model, tiny_peft_model(model)):
-        assert accepts(each, "position_ids")
-        assert accepts(each, "logits_to_keep")
+        assert forward_accepts(each, "position_ids")
+        assert forward_accepts(each, "logits_to_keep")
         # GPT-2's forward takes **kwargs, which does not count.
-        assert not accepts(each, "position_idx")
+        assert not forward_accepts(each, "position_idx")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -467,7 +467,7 @@ def test_the_output_layer_sees_a_fresh_input_and_the_same_values() -> None:
     ids = random_ids()
     with torch.no_grad():
         expected = model(input_ids=ids, logits_to_keep=3).logits
-    hook = fold_output_layer(model)
+    hook = copy_output_layer_inputs(model)
     watch = model.lm_head.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, logits_to_keep=3).logits, expected)

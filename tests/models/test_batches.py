@@ -1,11 +1,11 @@
-"""Orders of an epoch keep a plain shuffle's steps; the cuts of `right_sized` are the best ones."""
+"""Orders of an epoch keep a plain shuffle's steps; the cuts of `size_forwards` are the best ones."""
 
 import itertools
 
 import pytest
 import torch
 
-from grasp_lora.models.batches import EpochRows, epoch_order, right_sized, shared_prompts
+from grasp_lora.models.batches import EpochExamples, epoch_order, group_by_prefix, size_forwards
 
 
 def lengths_of(count, seed=0):
@@ -66,7 +66,7 @@ def test_the_rows_come_in_the_order_of_the_epoch_announced():
             self.input_ids = (0,) * length
 
     rows = [Row(length) for length in lengths_of(9)]
-    data = EpochRows(rows, 7, 4)
+    data = EpochExamples(rows, 7, 4)
     for epoch in (0, 3, 1):
         data.set_epoch(epoch)
         expected = epoch_order([len(r.input_ids) for r in rows], epoch, 7, 4)
@@ -82,7 +82,7 @@ def cost(lengths, cuts, forward_tokens):
 @pytest.mark.parametrize("seed", range(4))
 def test_right_sized_cuts_cost_no_more_than_any_other(most_rows, forward_tokens, seed):
     lengths = lengths_of(7, seed)
-    cuts = right_sized(lengths, most_rows, forward_tokens)
+    cuts = size_forwards(lengths, most_rows, forward_tokens)
     assert sorted(i for c in cuts for i in c) == list(range(7))
     assert all(len(c) <= most_rows for c in cuts)
     ordered = sorted(range(7), key=lambda i: -lengths[i])
@@ -96,8 +96,8 @@ def test_right_sized_cuts_cost_no_more_than_any_other(most_rows, forward_tokens,
 
 
 def test_no_rows_need_no_forward_and_one_row_needs_one():
-    assert right_sized([], 4, 64) == []
-    assert right_sized([9], 4, 64) == [[0]]
+    assert size_forwards([], 4, 64) == []
+    assert size_forwards([9], 4, 64) == [[0]]
 
 
 def families(seed, families=4, most=6):
@@ -124,7 +124,7 @@ def test_shared_beginnings_are_common_worth_it_and_leave_no_row_out(
     most_rows, forward_tokens, seed
 ):
     rows = families(seed)
-    shared, alone = shared_prompts(rows, most_rows, forward_tokens)
+    shared, alone = group_by_prefix(rows, most_rows, forward_tokens)
     assert sorted([i for members, _ in shared for i in members] + alone) == list(range(len(rows)))
     for members, common in shared:
         assert 2 <= len(members) <= most_rows
@@ -139,11 +139,11 @@ def test_rows_of_one_text_are_found_wherever_they_stand():
     text, other = tuple(range(100, 140)), tuple(range(40))
     rows = [(text + (i, i + 1, 9), 42) for i in (5, 1, 7)] + [(other + (1, 2), 41)]
     rows = [rows[0], rows[3], rows[1], rows[2]]
-    shared, alone = shared_prompts(rows, 8, 64)
+    shared, alone = group_by_prefix(rows, 8, 64)
     assert [(sorted(members), common) for members, common in shared] == [([0, 2, 3], 40)]
     assert alone == [1]
 
 
 def test_no_rows_share_nothing():
-    assert shared_prompts([], 8, 0) == ([], [])
-    assert shared_prompts([((1, 2, 3), 2)], 8, 0) == ([], [0])
+    assert group_by_prefix([], 8, 0) == ([], [])
+    assert group_by_prefix([((1, 2, 3), 2)], 8, 0) == ([], [0])

@@ -6,10 +6,10 @@ from transformers import PreTrainedModel
 
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.generation.generate import generate_texts
-from grasp_lora.models.backbones import accepts
-from grasp_lora.models.row_losses import Rows, row_losses
+from grasp_lora.models.backbones import forward_accepts
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.tasks.base import TASKS
-from grasp_lora.tasks.encoding import Collator, Encoded, encode_examples
+from grasp_lora.tasks.encoding import Collator, EncodedExample, encode_examples
 from helpers import EOS_ID, PAD_ID, tiny_bloom_model, tiny_model, tiny_tokenizer
 
 MODELS = {
@@ -29,7 +29,7 @@ class Numbers:
         return [" ".join(str(i) for i in row if i not in (PAD_ID, EOS_ID)) for row in ids.tolist()]
 
 
-def rows() -> list[Encoded]:
+def rows() -> list[EncodedExample]:
     """Return 8 question rows, the longest more than twice the shortest, all over 64 tokens."""
     examples = builtin_examples("en", count=8, seed=3)
     encoded = [
@@ -46,8 +46,8 @@ def rows() -> list[Encoded]:
 def collator(model: PreTrainedModel) -> Collator:
     return Collator(
         PAD_ID,
-        with_position_ids=accepts(model, "position_ids"),
-        with_logits_to_keep=accepts(model, "logits_to_keep"),
+        with_position_ids=forward_accepts(model, "position_ids"),
+        with_logits_to_keep=forward_accepts(model, "logits_to_keep"),
     )
 
 
@@ -55,14 +55,15 @@ def largest_gap(model: PreTrainedModel, collate: Collator) -> float:
     """Return the largest difference of a row's loss in a batch of 8 and in a batch of 1."""
     encoded = rows()
     together, alone = (
-        row_losses(model, Rows(encoded, collate, size).batches(range(8)), 8) for size in (8, 1)
+        example_losses(model, EncodedExamples(encoded, collate, size).batches(range(8)), 8)
+        for size in (8, 1)
     )
     assert len(set(alone)) == 8
     return max(abs(a - b) for a, b in zip(together, alone, strict=True))
 
 
 def test_the_models_cover_both_kinds_of_positions() -> None:
-    taken = {name: accepts(build(), "position_ids") for name, build in MODELS.items()}
+    taken = {name: forward_accepts(build(), "position_ids") for name, build in MODELS.items()}
     assert taken == {"llama": True, "gpt2": True, "gemma3": True, "bloom": False}
 
 
@@ -88,7 +89,7 @@ def test_padding_that_is_not_masked_would_be_seen(name: str) -> None:
     model = MODELS[name]()
     collate = collator(model)
 
-    def unmasked(chosen: list[Encoded]) -> dict[str, torch.Tensor]:
+    def unmasked(chosen: list[EncodedExample]) -> dict[str, torch.Tensor]:
         batch = collate(chosen)
         return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
 

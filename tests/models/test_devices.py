@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from grasp_lora.models.devices import (
     avoid_faulty_kernels,
     choose_device,
-    exact_attention,
-    repeat_exactly,
+    repeatable_attention,
+    use_repeatable_kernels,
 )
 
 
@@ -56,15 +56,15 @@ def determinism():
 @pytest.mark.usefixtures("determinism")
 def test_kernels_that_repeat_exactly_are_asked_for_on_gpus_only(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    repeat_exactly(torch.device("cpu"))
+    use_repeatable_kernels(torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    repeat_exactly(torch.device("cuda:1"))
+    use_repeatable_kernels(torch.device("cuda:1"))
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    repeat_exactly(torch.device("cuda"))
+    use_repeatable_kernels(torch.device("cuda"))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user chose stays"
 
 
@@ -80,15 +80,15 @@ def _unrepeatable() -> None:
 
 @pytest.mark.usefixtures("determinism")
 def test_what_has_no_repeating_kernel_is_refused_while_attention_must_repeat():
-    repeat_exactly(torch.device("cuda"))
-    with exact_attention(torch.device("cuda"), lambda: None, pytest.fail):
+    use_repeatable_kernels(torch.device("cuda"))
+    with repeatable_attention(torch.device("cuda"), lambda: None, pytest.fail):
         assert not _warned_only()
         with pytest.raises(RuntimeError, match="deterministic implementation"):
             _unrepeatable()
     assert _warned_only()
     with (
         pytest.raises(KeyError),
-        exact_attention(torch.device("cuda"), lambda: None, pytest.fail),
+        repeatable_attention(torch.device("cuda"), lambda: None, pytest.fail),
     ):
         raise KeyError
     assert _warned_only(), "an error in the body leaves the rule as it was"
@@ -96,9 +96,9 @@ def test_what_has_no_repeating_kernel_is_refused_while_attention_must_repeat():
 
 @pytest.mark.usefixtures("determinism")
 def test_a_model_with_an_operation_that_cannot_repeat_is_trained_all_the_same():
-    repeat_exactly(torch.device("cuda"))
+    use_repeatable_kernels(torch.device("cuda"))
     told: list[str] = []
-    with exact_attention(torch.device("cuda"), _unrepeatable, told.append):
+    with repeatable_attention(torch.device("cuda"), _unrepeatable, told.append):
         assert _warned_only()
     assert len(told) == 1
     assert "max_unpool" in told[0]
@@ -111,13 +111,13 @@ def test_other_errors_are_left_for_the_body_to_raise(error):
     def attempt() -> None:
         raise error
 
-    repeat_exactly(torch.device("cuda"))
-    with exact_attention(torch.device("cuda"), attempt, pytest.fail):
+    use_repeatable_kernels(torch.device("cuda"))
+    with repeatable_attention(torch.device("cuda"), attempt, pytest.fail):
         assert _warned_only()
 
 
 def test_on_a_cpu_nothing_is_tried():
-    with exact_attention(torch.device("cpu"), pytest.fail, pytest.fail):
+    with repeatable_attention(torch.device("cpu"), pytest.fail, pytest.fail):
         assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -127,12 +127,12 @@ def test_on_a_cpu_nothing_is_tried():
 def test_gradients_through_masked_attention_are_the_same_every_time():
     device = torch.device("cuda")
     avoid_faulty_kernels(device)
-    repeat_exactly(device)
+    use_repeatable_kernels(device)
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 4, 320, 64, generator=generator).bfloat16().cuda() for _ in range(3)]
     mask = torch.ones(320, 320, dtype=torch.bool, device=device).tril()[None, None]
     found: list[list[torch.Tensor]] = []
-    with exact_attention(device, lambda: None, pytest.fail):
+    with repeatable_attention(device, lambda: None, pytest.fail):
         for _ in range(20):
             leaves = [part.clone().requires_grad_() for part in parts]
             scaled_dot_product_attention(*leaves, attn_mask=mask).square().sum().backward()

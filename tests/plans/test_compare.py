@@ -8,6 +8,10 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from grasp_lora.plans.projection import Amount, amount_of, projected
+from grasp_lora.plans.queue import keys_of
+from grasp_lora.plans.starts import NotApplicable, started, summed
+from grasp_lora.workbench.folders import read_start
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -27,9 +31,6 @@ from grasp_lora.plans.compare import (
     with_needs,
 )
 from grasp_lora.plans.methods import TRIALS, folds_of, ratio_in
-from grasp_lora.plans.projection import Amount, amount_of, projected
-from grasp_lora.plans.queue import keys_of
-from grasp_lora.plans.starts import NotApplicable, started, summed
 from grasp_lora.report.comparison import (
     comparison_csv,
     comparison_markdown,
@@ -40,7 +41,6 @@ from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.stages.train import train_adapter
 from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import TRAIN, job, write_job
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from grasp_lora.stages.finetune import finetune_at, on_train_rows
 from safetensors.torch import load_file
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
-from grasp_lora.stages.finetune import finetune_at, on_train_rows
 from grasp_lora.workbench.context import Context, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 

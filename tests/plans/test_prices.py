@@ -6,19 +6,19 @@ import time
 
 import pytest
 from benchmarks import recorded
+from grasp_lora.plans.job import RESULT_FILE
+from grasp_lora.plans.queue import Job, Outcome, keys_of, run_queue
+from grasp_lora.workbench.folders import model_content
 
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.config.run_config import load_config
 from grasp_lora.plans import projection, queue
 from grasp_lora.plans.compare import METHODS, changed_settings, compare_methods, jobs_of, summary
-from grasp_lora.plans.job import RESULT_FILE
-from grasp_lora.plans.queue import Job, Outcome, keys_of, run_queue
 from grasp_lora.report.comparison import comparison_markdown, comparison_tables, price_rows
 from grasp_lora.stages import evaluate, weights
 from grasp_lora.stages.train import train_adapter
 from grasp_lora.training.best import BestCallback
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import model_content
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import TRAIN, job, write_job
 

@@ -11,17 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora.adapters.folder import read_adapter
-from grasp_lora.adapters.opening import adapted
+from grasp_lora.adapters.opening import model_with_adapter
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.models.devices import exact_attention
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.devices import repeatable_attention
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
-from grasp_lora.stages.evaluate import evaluate_adapter
-from grasp_lora.stages.finetune import finetune_at
-from grasp_lora.stages.merge import merge_adapters
-from grasp_lora.stages.search import search_ratio
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import (
+    evaluate_adapter,
+    merge_adapters,
+    prune_adapter,
+    search_ratio,
+    train_adapter,
+)
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
@@ -163,7 +165,7 @@ def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(wor
     merged = merge_adapters(
         config, [workplace / "source", workplace / "target"], workplace / "merged", context=opened
     )
-    final = finetune_at(config, merged, 0.5, workplace / "final", context=opened)
+    final = prune_adapter(config, merged, 0.5, workplace / "final", context=opened)
     stage = read_json(final / "stage.json")
     assert stage["ranks"]["exported"] == stage["ranks"]["whole"] // 2
     assert stage["zeros"]["exported"] == pytest.approx(0.5)
@@ -175,8 +177,8 @@ def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(wor
     losses = [row["loss"] for row in read_jsonl(workplace / "scores" / "predictions.jsonl")]
     assert all(loss > 0 for loss in losses)
     dev = opened.rows("target", ["dev"])
-    with adapted(opened.backbone, final) as model:
-        found = row_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
+    with model_with_adapter(opened.backbone, final) as model:
+        found = example_losses(model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     assert found == pytest.approx(stage["best_rows"], abs=1e-5)
 
 
@@ -220,7 +222,7 @@ def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkey
     config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
     config = config.with_training("search", batch_size=2)
     whole = search_ratio(config, merged, workplace / "whole")
-    done, alone = [], SearchCallback.round_alone
+    done, alone = [], SearchCallback.run_untrained_round
 
     def killed(self, number):
         if number == 3 and 3 not in done:
@@ -229,7 +231,7 @@ def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkey
         done.append(number)
         alone(self, number)
 
-    monkeypatch.setattr(SearchCallback, "round_alone", killed)
+    monkeypatch.setattr(SearchCallback, "run_untrained_round", killed)
     with pytest.raises(KeyboardInterrupt):
         search_ratio(config, merged, workplace / "out")
     out = search_ratio(config, merged, workplace / "out")
@@ -275,7 +277,7 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**kept] * 2)
     alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
     assert alone[0]["learning_rate"] == 0.01
-    again = finetune_at(
+    again = prune_adapter(
         config, out / "search/adapter", read_json(out / "ratio.json")["ratio"], out / "by-hand"
     )
     assert (again / "adapter_model.safetensors").read_bytes() == (
@@ -292,11 +294,11 @@ def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypa
         del device
         attempt()
         tried.append(True)
-        with exact_attention(torch.device("cpu"), attempt, notice):
+        with repeatable_attention(torch.device("cpu"), attempt, notice):
             yield
 
     plain = train_adapter(config, "target", workplace / "plain")
-    monkeypatch.setattr(fit, "exact_attention", on_a_gpu)
+    monkeypatch.setattr(fit, "repeatable_attention", on_a_gpu)
     again = train_adapter(config, "target", workplace / "again")
     assert tried
     files = [folder / "adapter_model.safetensors" for folder in (plain, again)]
@@ -327,7 +329,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
     assert same(ends[0], start_of(merged)) == (kept == 0)
     config = settings(workplace, train=train, finetune={"mode": "continue"})
-    final = finetune_at(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
+    final = prune_adapter(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
     stage = read_json(final / "stage.json")
     assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
     assert stage["log"][0]["learning_rate"] == pytest.approx(0.01 * 0.85**kept)
@@ -352,7 +354,7 @@ def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, sch
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
     config = settings(workplace, finetune={"mask_schedule": schedule})
-    out = finetune_at(config, start, 0.5, workplace / "out")
+    out = prune_adapter(config, start, 0.5, workplace / "out")
     assert read_json(out / "stage.json")["steps"] == 4
     assert len(calls) == cuts
     optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]

@@ -144,7 +144,7 @@ def test_a_chat_model_that_answers_as_asked_scores_in_full(place, monkeypatch):
         answers = (row.input_ids[row.prompt_length :] for row in rows)
         return [(tokenizer.decode(list(ids), skip_special_tokens=True), 0.5) for ids in answers]
 
-    monkeypatch.setattr("grasp_lora.stages.evaluate.answer_rows", perfect)
+    monkeypatch.setattr("grasp_lora.stages.evaluate.answer_examples", perfect)
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     scores = evaluated(place, "base", *rows, "--set=data.chat=true")
     assert scores["sets"]["test"]["scores"]["exact_match"]["value"] == 100
@@ -223,7 +223,7 @@ def test_empty_answers_are_counted_and_can_be_forbidden(place):
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     assert evaluated(place, "base", *rows)["sets"]["test"]["empty"] == 6
     (table,) = evaluation_tables(place / "scores-base")
-    assert table.title == "test: en, 6 rows, 6 of them answered with nothing"
+    assert table.title == "test: en, 6 rows, 6 empty answers"
     shutil.rmtree(place / "scores-base")
     scores = evaluated(place, "base", *rows, "--set=evaluate.min_new_tokens=1")
     assert scores["sets"]["test"]["empty"] == 0

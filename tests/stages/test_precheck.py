@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from grasp_lora.stages.precheck import MERGE, VARIANTS, conclusion, precheck
+from grasp_lora.stages.weights import learned_weights
 from typer.testing import CliRunner
 
 from grasp_lora.adapters.folder import read_adapter
@@ -11,12 +13,10 @@ from grasp_lora.base.files import read_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
 from grasp_lora.stages import weights
-from grasp_lora.stages.precheck import MERGE, VARIANTS, conclusion, precheck
-from grasp_lora.stages.weights import learned_weights
-from grasp_lora.training.live import go_live
+from grasp_lora.training.live import attach_live_adapter
 from grasp_lora.workbench.context import open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
@@ -58,10 +58,12 @@ def test_every_variant_has_the_loss_of_the_adapter_it_stands_for(given):
     both = [read_adapter(folder / role).adapter for role in ("source", "target")]
 
     def losses(adapters, weights):
-        live = go_live(context.backbone.model, merge("cat", adapters, weights), "merged")
+        live = attach_live_adapter(
+            context.backbone.model, merge("cat", adapters, weights), "merged"
+        )
         live.model.eval()
         try:
-            return row_losses(live.model, batches, len(drawn))
+            return example_losses(live.model, batches, len(drawn))
         finally:
             live.model.unload()
 

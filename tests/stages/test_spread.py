@@ -2,24 +2,24 @@
 
 import pytest
 import torch
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.workbench.folders import read_start
 from typer.testing import CliRunner
 
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, load_config
-from grasp_lora.core.pruning.group_ratios import SHIFT, combined, trials
+from grasp_lora.core.pruning.group_ratios import SHIFT, combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
-from grasp_lora.models.row_losses import row_losses
+from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
 from grasp_lora.stages import spread as scope_module
-from grasp_lora.stages.finetune import finetune_at
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.spread import spread_ratio
-from grasp_lora.training.groups import SCOPES, ratio_by_group, sizes_of
-from grasp_lora.training.live import scored
+from grasp_lora.training.groups import SCOPES, group_sizes, ratio_by_group
+from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -53,11 +53,11 @@ def with_scope(context, scope):
 def test_every_group_loses_its_own_share(given, scope):
     _, context, merged = given
     with context.live(read_start(merged, context.backbone), "source") as live:
-        sizes = sizes_of(live, scope)
+        sizes = group_sizes(live, scope)
         assert sum(sizes.values()) == sum(p.numel() for p in live.params.values())
         assert len(sizes) >= 2
         ratios = {group: 0.1 + 0.6 * i / len(sizes) for i, group in enumerate(sizes)}
-        rule = scored(IMPORTANCE["magnitude"], None)
+        rule = block_importance(IMPORTANCE["magnitude"], None)
         (masks,) = live.masks(rule, [ratio_by_group(scope, ratios)])
         for block, a, b in live.effective_blocks():
             ratio = ratios[SCOPES[scope](block)]
@@ -70,13 +70,14 @@ def test_every_group_loses_its_own_share(given, scope):
 def test_groups_are_named_by_kind_layer_and_source(given):
     _, context, merged = given
     with context.live(read_start(merged, context.backbone), "source") as live:
-        assert set(sizes_of(live, "module-type")) == {"q_proj", "v_proj"}
-        assert set(sizes_of(live, "layer")) == {"layer 0", "layer 1"}
-        by_source = sizes_of(live, "adapter")
+        assert set(group_sizes(live, "module-type")) == {"q_proj", "v_proj"}
+        assert set(group_sizes(live, "layer")) == {"layer 0", "layer 1"}
+        by_source = group_sizes(live, "adapter")
         assert by_source["adapter 0"] == 2 * by_source["adapter 1"], "ranks 4 and 2"
         with pytest.raises(ValueError, match="search again"):
             live.masks(
-                scored(IMPORTANCE["magnitude"], None), [ratio_by_group("layer", {"layer 0": 0.5})]
+                block_importance(IMPORTANCE["magnitude"], None),
+                [ratio_by_group("layer", {"layer 0": 0.5})],
             )
 
 
@@ -93,17 +94,17 @@ def test_what_is_measured_are_the_losses_under_those_masks(given):
         rows = context.rows("target", SPLITS)
         ids = [e.id for e in rows.encoded]
         drawn = [ids.index(name) for name in evidence["rows"]]
-        sizes = sizes_of(live, "adapter")
+        sizes = group_sizes(live, "adapter")
         asked = {(t["group"], t["shift"]): t["losses"] for t in evidence["trials"]}
         assert list(asked) == [("adapter 0", -SHIFT), ("adapter 0", SHIFT)]
-        rule = scored(IMPORTANCE[context.config.importance], norms)
-        expected = trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
+        rule = block_importance(IMPORTANCE[context.config.importance], norms)
+        expected = group_trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
         for trial, ratios in expected.items():
             (masks,) = live.masks(rule, [ratio_by_group("adapter", ratios)])
             with live.trial(masks):
-                losses = row_losses(live.model, rows.batches(drawn), len(drawn))
+                losses = example_losses(live.model, rows.batches(drawn), len(drawn))
             assert (evidence["base"] if trial is None else asked[trial]) == losses
-        chosen = combined(0.5, asked, evidence["base"], range(len(drawn)), sizes)
+        chosen = combined_ratios(0.5, asked, evidence["base"], range(len(drawn)), sizes)
         assert evidence["chosen"] == chosen
         assert found["forwards"] == len(drawn) * 5
         assert found["ratios"] == (chosen if evidence["shown"] else None)
@@ -126,7 +127,7 @@ def test_a_difference_between_groups_is_found_where_there_is_one(given, monkeypa
             noise = 0.01 * torch.randn(count, generator=generator)
             return (2.0 - effect * left / whole + noise).tolist()
 
-        monkeypatch.setattr(scope_module, "row_losses", constructed)
+        monkeypatch.setattr(scope_module, "example_losses", constructed)
         found = spread_ratio(context, live, norms, 0.5, SPLITS)
     assert found["evidence"]["shown"] == shown
     if shown:

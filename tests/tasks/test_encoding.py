@@ -14,7 +14,7 @@ from grasp_lora.tasks.chat import Frame
 from grasp_lora.tasks.encoding import (
     IGNORED,
     Collator,
-    Encoded,
+    EncodedExample,
     encode,
     encode_examples,
 )
@@ -264,12 +264,12 @@ def test_a_space_at_the_end_of_a_prompt_is_not_written_twice() -> None:
     assert written == ["P", "a", "r", "i", "s"]
 
 
-def rows_for_batch(pad: int) -> list[Encoded]:
+def rows_for_batch(pad: int) -> list[EncodedExample]:
     # Prompt, answer and end token all hold the padding id.
     return [
-        Encoded("a", "g", (5, pad, 6, pad, pad), 3, 0),
-        Encoded("b", "g", (7, 8, pad), 1, 0),
-        Encoded("c", "g", (9, 4, 3, 2, 6, pad), 5, 0),
+        EncodedExample("a", "g", (5, pad, 6, pad, pad), 3, 0),
+        EncodedExample("b", "g", (7, 8, pad), 1, 0),
+        EncodedExample("c", "g", (9, 4, 3, 2, 6, pad), 5, 0),
     ]
 
 
@@ -307,7 +307,7 @@ def test_batches_without_rows_or_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         Collator(0)([])
     with pytest.raises(ValueError, match="row 'x' has no answer"):
-        Collator(0)([*rows_for_batch(1), Encoded("x", "g", (1, 2), 2, 0)])
+        Collator(0)([*rows_for_batch(1), EncodedExample("x", "g", (1, 2), 2, 0)])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -318,7 +318,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
     rows, _ = encode_examples(examples, TASKS["qa"], tokenizer, 512)
     collate = Collator(EOS_ID)
 
-    def losses(chosen: list[Encoded]) -> torch.Tensor:
+    def losses(chosen: list[EncodedExample]) -> torch.Tensor:
         batch = collate(chosen)
         labels = batch.pop("labels")
         with torch.no_grad():
@@ -329,7 +329,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
         )
         return each.sum(1) / (wanted != IGNORED).sum(1)
 
-    def alone(row: Encoded) -> torch.Tensor:
+    def alone(row: EncodedExample) -> torch.Tensor:
         ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, row.prompt_length - 1 : -1]

@@ -8,13 +8,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from grasp_lora.core.lora import LoraFactors, merge
-from grasp_lora.tasks.encoding import Collator, Encoded
+from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training.activations import input_norms
-from grasp_lora.training.live import go_live
+from grasp_lora.training.live import attach_live_adapter
 from helpers import EOS_ID, PAD_ID, TINY_VOCAB, tiny_model
 
 NAME = "model.layers.1.self_attn.q_proj"
-ROWS = [Encoded(str(n), str(n), tuple(range(3, 3 + n)), n - 1, 0) for n in (3, 7, 5)]
+ROWS = [EncodedExample(str(n), str(n), tuple(range(3, 3 + n)), n - 1, 0) for n in (3, 7, 5)]
 
 
 class Routed(nn.Module):
@@ -67,7 +67,7 @@ def live(model=None, names=(NAME,)):
         name: LoraFactors(drawn(2, layer.in_features), drawn(layer.out_features, 2), 1)
         for name, layer in layers.items()
     }
-    return go_live(model, merge("cat", [factors], [1.0]), "merged")
+    return attach_live_adapter(model, merge("cat", [factors], [1.0]), "merged")
 
 
 def norms_of_rows_alone(adapter):
@@ -120,7 +120,7 @@ def test_a_module_that_reads_no_token_has_no_norms():
 def test_hooks_are_gone_and_modes_are_back():
     adapter = live()
     adapter.model.train()
-    rows = [Encoded("a", "a", (1, 2, 3), 2, 0)]
+    rows = [EncodedExample("a", "a", (1, 2, 3), 2, 0)]
     input_norms(adapter.model, adapter.layers, [Collator(pad_id=0)(rows)])
     assert adapter.model.training
     assert not adapter.layers[NAME]._forward_pre_hooks

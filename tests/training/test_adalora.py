@@ -8,9 +8,9 @@ from grasp_lora.adapters.attach import attach_adapter
 from grasp_lora.training.adalora import (
     ORTHOGONALITY,
     AdaLoraCallback,
-    as_lora,
     attach_adalora,
-    orthogonality,
+    orthogonality_penalty,
+    plain_lora_of,
 )
 from helpers import logits_of, random_ids, tiny_model
 
@@ -62,7 +62,7 @@ def test_ranks_are_given_up_to_the_budget_and_the_export_adds_the_same():
     assert alive == 2 * len(TARGETS)
     live.model.eval()
     expected = logits_of(live.model, random_ids())
-    plain = as_lora(live)
+    plain = plain_lora_of(live)
     assert sum(a.shape[0] for a, _ in plain.values()) == alive
     live.model.unload()
     got = logits_of(attach_adapter(tiny_model(), plain).eval(), random_ids())
@@ -76,7 +76,7 @@ def test_the_orthogonality_is_pefts():
     with_labels = live.model(input_ids=ids, labels=ids).loss
     logits = live.model(input_ids=ids).logits.float()
     plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    price = ORTHOGONALITY * orthogonality(live.params)
+    price = ORTHOGONALITY * orthogonality_penalty(live.params)
     assert with_labels.item() == pytest.approx((plain + price).item(), abs=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_its_gradient_is_added_to_the_losses():
     step = torch.zeros_like(factor)
     step[0, 0] = 1e-2
     with torch.no_grad():
-        moved = [orthogonality(live.params | {name: factor + s * step}) for s in (1, -1)]
+        moved = [orthogonality_penalty(live.params | {name: factor + s * step}) for s in (1, -1)]
     slope = ORTHOGONALITY * float(moved[0] - moved[1]) / 2e-2
     assert factor.grad[0, 0].item() == pytest.approx(1 + slope, abs=1e-3)
     scale = next(p for n, p in live.params.items() if "lora_E" in n)

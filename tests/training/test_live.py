@@ -10,7 +10,7 @@ import torch
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import Mask, pruned_count
-from grasp_lora.training.live import LiveAdapter, go_live, scored
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter, block_importance
 from helpers import logits_of, random_ids, tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -33,11 +33,11 @@ def live_of(kind: str = "cat", mask_unit: str = "source", ranks=(3, 3), **settin
     model = tiny_model("llama")
     adapters = [factors(model, seed, rank) for seed, rank in enumerate(ranks)]
     merged = merge(kind, adapters, [1 / len(ranks)] * len(ranks))
-    return go_live(model, merged, mask_unit, **settings)
+    return attach_live_adapter(model, merged, mask_unit, **settings)
 
 
 def pruned_at(live: LiveAdapter, ratio: float) -> dict[str, Mask]:
-    return live.masks(scored(IMPORTANCE["magnitude"], None), [ratio])[0]
+    return live.masks(block_importance(IMPORTANCE["magnitude"], None), [ratio])[0]
 
 
 def trained_optimizer(live: LiveAdapter, weight_decay: float = 0.1, steps: int = 3):
@@ -51,7 +51,7 @@ def train_step(live: LiveAdapter, optimizer, seed: int) -> None:
     ids = random_ids(seed=seed)
     live.model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    live.enforce()
+    live.zero_pruned()
     optimizer.zero_grad()
 
 
@@ -68,7 +68,7 @@ def test_going_live_keeps_the_logits_of_the_merge(kind, mask_unit):
         for name in MODULES:
             module = dict(reference.named_modules())[name]
             module.weight.copy_(weights[name] + merged[name].B @ merged[name].A)
-    live = go_live(model, merged, mask_unit)
+    live = attach_live_adapter(model, merged, mask_unit)
     assert torch.allclose(logits_of(live.model, ids), logits_of(reference, ids), atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_source_units_of_a_linear_merge_train_each_source_apart():
     before = {n: p.detach().clone() for n, p in live.params.items()}
     trained_optimizer(live)
     assert all(not torch.equal(before[n], p) for n, p in live.params.items())
-    a = live.plain()[MODULES[0]][0]
+    a = live.plain_factors()[MODULES[0]][0]
     total = live.params[f"{MODULES[0]}.A.0"] + live.params[f"{MODULES[0]}.A.1"]
     assert torch.equal(a, total.detach())
 
@@ -100,7 +100,7 @@ def test_one_threshold_for_a_concatenated_tensor_prunes_the_smaller_source_harde
         n: LoraFactors(f.A * 0.1, f.B * 0.1, f.scaling) for n, f in factors(model, 1, 3).items()
     }
     merged = merge("cat", [factors(model, 0, 3), small], [0.5, 0.5])
-    live = go_live(model, merged, "merged")
+    live = attach_live_adapter(model, merged, "merged")
     keep = pruned_at(live, 0.5)[f"{MODULES[0]}.A"].keep()
     assert keep[3:].float().mean() < 0.2 < 0.8 < keep[:3].float().mean()
 
@@ -222,7 +222,7 @@ def test_masks_of_many_ratios_come_from_one_pass_and_equal_those_of_one_ratio(ru
     together = live.masks(score, ratios)
     assert calls == list(live.blocks)
     for ratio, masks in zip(ratios, together, strict=True):
-        (alone,) = live.masks(scored(IMPORTANCE[rule], norms), [ratio])
+        (alone,) = live.masks(block_importance(IMPORTANCE[rule], norms), [ratio])
         for name in live.params:
             assert torch.equal(masks[name].keep(), alone[name].keep())
 
@@ -231,7 +231,7 @@ def test_a_module_without_norms_is_scored_by_magnitude():
     live = live_of("cat", "merged")
     known, unread = MODULES
     norms = {known: torch.rand(live.layers[known].in_features)}
-    score = scored(IMPORTANCE["activation"], norms)
+    score = block_importance(IMPORTANCE["activation"], norms)
     for block, a, b in live.effective_blocks():
         rule = "magnitude" if block.module == unread else "activation"
         expected = IMPORTANCE[rule](a, b, norms.get(block.module))
@@ -268,7 +268,7 @@ def test_a_whole_adapter_has_its_stashed_values_for_the_body_alone(committed):
     before = {n: p.detach().clone() for n, p in live.params.items()}
     live.commit(pruned_at(live, committed))
     pruned = live.digest()
-    with live.whole():
+    with live.unpruned():
         assert all(torch.equal(live.params[n], value) for n, value in before.items())
     assert live.digest() == pruned
     kept = sum(int(live.keep(n).sum()) for n in live.params)
@@ -355,7 +355,7 @@ def test_enforce_clears_nan_too():
     live.commit(masks)
     for name, param in live.params.items():
         param.data[~masks[name].keep()] = float("nan")
-    live.enforce()
+    live.zero_pruned()
     assert all((p[~masks[n].keep()] == 0).all() for n, p in live.params.items())
 
 

@@ -14,19 +14,19 @@ from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
-from grasp_lora.models.row_losses import Rows, row_losses
-from grasp_lora.tasks.encoding import Collator, Encoded
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training import best as best_module
 from grasp_lora.training import search_callback as callback
 from grasp_lora.training.best import BestCallback
 from grasp_lora.training.checkpoint import (
     MARKER,
     CheckpointCallback,
-    LiveState,
+    LiveAdapterState,
     complete_checkpoints,
     remove_incomplete,
 )
-from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.search_callback import MaskCallback, ProbePool, SearchCallback
 from grasp_lora.training.trainer import Diverged, answer_loss, build_trainer, steps_per_epoch
 from helpers import tiny_model
@@ -48,13 +48,13 @@ class CrashAt(TrainerCallback):
             raise Crash
 
 
-def encoded_rows(count: int, seed: int) -> list[Encoded]:
+def encoded_rows(count: int, seed: int) -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(count):
         length = int(torch.randint(6, 14, (1,), generator=generator))
         ids = tuple(torch.randint(1, 256, (length,), generator=generator).tolist())
-        rows.append(Encoded(f"r{seed}-{i}", f"g{i // 2}", ids, length - 3, 0))
+        rows.append(EncodedExample(f"r{seed}-{i}", f"g{i // 2}", ids, length - 3, 0))
     return rows
 
 
@@ -74,7 +74,7 @@ def live_adapter(kind: str = "cat", dropout: float = 0.1) -> LiveAdapter:
                 for n in MODULES
             }
         )
-    return go_live(model, merge(kind, adapters, [0.5, 0.5]), "source", dropout)
+    return attach_live_adapter(model, merge(kind, adapters, [0.5, 0.5]), "source", dropout)
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ def train(
     searcher = SearchCallback(
         live,
         config,
-        ProbePool(Rows(probe_rows, COLLATE, 3), fresh=True),
+        ProbePool(EncodedExamples(probe_rows, COLLATE, 3), fresh=True),
         IMPORTANCE["magnitude"],
         None,
         seed=5,
@@ -116,9 +116,9 @@ def train(
         on_round=lambda _state, _record: None,
         discard=discard,
     )
-    dev = Rows(encoded_rows(5, 3), COLLATE, 2)
+    dev = EncodedExamples(encoded_rows(5, 3), COLLATE, 2)
     best = BestCallback(live, dev, per_epoch, patience, lambda _e: None)
-    parts = [LiveState(live), best] + ([searcher] if search else [])
+    parts = [LiveAdapterState(live), best] + ([searcher] if search else [])
     trainer = build_trainer(
         live.model,
         train_rows,
@@ -243,7 +243,7 @@ def test_a_crash_at_the_end_of_an_epoch_keeps_its_evaluation(tmp_path):
 def test_step_0_wins_when_training_only_makes_it_worse(tmp_path, monkeypatch):
     worse = itertools.count(1.0)
     monkeypatch.setattr(
-        best_module, "row_losses", lambda model, batches, count: [next(worse)] * count
+        best_module, "example_losses", lambda model, batches, count: [next(worse)] * count
     )
     run = train(tmp_path, search=False, patience=1)
     start = live_adapter()
@@ -331,10 +331,10 @@ def test_a_nan_candidate_loses_its_trial_and_nothing_else(tmp_path, monkeypatch)
 
     def sometimes_nan(model, batches, count):
         calls["n"] += 1
-        losses = row_losses(model, batches, count)
+        losses = example_losses(model, batches, count)
         return [float("nan")] * count if calls["n"] == 3 else losses
 
-    monkeypatch.setattr(callback, "row_losses", sometimes_nan)
+    monkeypatch.setattr(callback, "example_losses", sometimes_nan)
     run = train(tmp_path)
     first = run.searcher.controller.records[0]
     assert sum(r is None for r in first.rewards) == 1
@@ -346,9 +346,14 @@ def test_row_losses_do_not_depend_on_the_batches():
     live = live_adapter(dropout=0.0)
     live.model.eval()
     rows = encoded_rows(7, 8)
-    alone = [row_losses(live.model, Rows([r], COLLATE, 1).batches([0]), 1)[0] for r in rows]
+    alone = [
+        example_losses(live.model, EncodedExamples([r], COLLATE, 1).batches([0]), 1)[0]
+        for r in rows
+    ]
     for size in (1, 2, 3, 7):
-        together = row_losses(live.model, Rows(rows, COLLATE, size).batches(range(7)), 7)
+        together = example_losses(
+            live.model, EncodedExamples(rows, COLLATE, size).batches(range(7)), 7
+        )
         assert together == pytest.approx(alone, abs=1e-5)
 
 
@@ -361,7 +366,7 @@ def test_row_loss_is_the_mean_over_answer_tokens():
     log_probs = logits.log_softmax(-1)
     answer = range(row.prompt_length, len(row.input_ids))
     expected = -sum(float(log_probs[i - 1, row.input_ids[i]]) for i in answer) / len(answer)
-    (got,) = row_losses(live.model, Rows([row], COLLATE, 1).batches([0]), 1)
+    (got,) = example_losses(live.model, EncodedExamples([row], COLLATE, 1).batches([0]), 1)
     assert got == pytest.approx(expected, abs=1e-5)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from grasp_lora.stages.finetune import finetune_at
 from safetensors.torch import load_file
 
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
 from grasp_lora.stages.evaluate import evaluate_adapter
-from grasp_lora.stages.finetune import finetune_at
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.search import search_ratio
 from grasp_lora.stages.train import train_adapter

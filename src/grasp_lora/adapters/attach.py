@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lora.models.modules import (
+    base_modules,
     check_experts,
     linear_shape,
-    near_modules,
     output_embeddings,
-    plain_modules,
+    similar_names,
 )
-from grasp_lora.models.preserve import wrapping
+from grasp_lora.models.preserve import quiet_wrapping
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank] of one module."""
@@ -43,7 +43,7 @@ def lora_config(
     counts = Counter(ranks.values())
     common = min(counts, key=lambda rank: (-counts[rank], rank))
     other = {module: rank for module, rank in ranks.items() if rank != common}
-    known = plain_modules(model)
+    known = base_modules(model)
     return LoraConfig(
         r=common,
         lora_alpha=_alpha(scaling, common),  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def attach_adapter(
         )
     check_modules(modules, model, "the adapter")
     config = lora_config(modules, model, dropout=dropout)
-    with wrapping():
+    with quiet_wrapping():
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
         config.base_model_name_or_path = base_name
@@ -112,7 +112,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
     """
     if not modules:
         raise ValueError(f"{name} has no modules; an adapter needs at least one")
-    known = plain_modules(model)
+    known = base_modules(model)
     output_layer = output_embeddings(model)
     for module, (A, B) in modules.items():
         if module not in known:
@@ -145,7 +145,7 @@ def _missing(module: str, known: Sequence[str]) -> str:
             f"has layer {layer} ({module!r}), but this model has {depth} layers (0 to {depth - 1})"
             "; load the base model the adapter was trained on"
         )
-    near = near_modules(module, known)
+    near = similar_names(module, known)
     hint = f" (near: {', '.join(near)})" if near else ""
     return (
         f"names the module {module!r}, which this model does not have{hint}; load the base model "

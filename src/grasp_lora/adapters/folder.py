@@ -40,7 +40,7 @@ __all__ = [
     "write_adapter",
 ]
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOTES_FILE = "grasp_lora.json"
 
@@ -105,12 +105,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             f"{folder} is no folder; give the folder of a PEFT adapter (download it first if it "
             "is on a hub)"
         )
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {CONFIG_FILE}, so it is no PEFT adapter; give the folder that "
+            f"{folder} holds no {ADAPTER_CONFIG_FILE}, so it is no PEFT adapter; give the folder that "
             "save_pretrained wrote"
         )
-    return read_json_file(folder / CONFIG_FILE)
+    return read_json_file(folder / ADAPTER_CONFIG_FILE)
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -190,14 +190,14 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     told = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
     if told != rank:
         raise ValueError(
-            f"{folder}: {CONFIG_FILE} gives {module!r} the rank {told}, its tensors have rank "
+            f"{folder}: {ADAPTER_CONFIG_FILE} gives {module!r} the rank {told}, its tensors have rank "
             f"{rank}, so its scaling cannot be known; restore the file that belongs to the weights"
         )
     alpha = alphas.get(key, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise ValueError(
             f"{folder}: lora_alpha of {module!r} is {alpha!r}, it must be a number; correct "
-            f"{CONFIG_FILE}"
+            f"{ADAPTER_CONFIG_FILE}"
         )
     return lora_scaling(rank, alpha, bool(config.get("use_rslora")))
 
@@ -286,5 +286,5 @@ def _publish(staging: Path, folder: Path) -> None:
     if not folder.exists():
         staging.rename(folder)
         return
-    for name in (WEIGHTS_FILE, NOTES_FILE, CONFIG_FILE):
+    for name in (WEIGHTS_FILE, NOTES_FILE, ADAPTER_CONFIG_FILE):
         os.replace(staging / name, folder / name)

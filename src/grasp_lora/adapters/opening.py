@@ -22,21 +22,21 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import Tensor, nn
 
-from grasp_lora.adapters.bare import left_bare
 from grasp_lora.adapters.folder import (
-    CONFIG_FILE,
+    ADAPTER_CONFIG_FILE,
     NOTES_FILE,
     WEIGHTS_FILE,
     read_config_file,
     read_json_file,
     read_tensors,
 )
-from grasp_lora.adapters.rules import BASE_MOVING
+from grasp_lora.adapters.restore import restored_on_exit
+from grasp_lora.adapters.rules import BASE_CHANGING_INITS
 from grasp_lora.adapters.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
 from grasp_lora.models.modules import vocabulary_size
-from grasp_lora.models.preserve import wrapping
+from grasp_lora.models.preserve import quiet_wrapping
 
 _ADAPTER = "default"
 
@@ -49,7 +49,7 @@ _REFUSED_TYPES: dict[PeftType, str] = {
 
 
 @contextmanager
-def opened(
+def open_model(
     name: str | Path, spec: ModelSpec | None = None, notice: Notice = lambda _message: None
 ) -> Iterator[tuple[Backbone, nn.Module]]:
     """Give (backbone, model) for an adapter folder, or for a model without an adapter.
@@ -63,7 +63,7 @@ def opened(
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds neither an adapter nor a model.
-        ValueError: as `adapted`; the adapter names no base model; or `spec` is another model than
+        ValueError: as `model_with_adapter`; the adapter names no base model; or `spec` is another model than
             the model `name`.
     """
     if not is_adapter(name):
@@ -76,16 +76,16 @@ def opened(
         yield backbone, backbone.model
         return
     if spec is None:
-        spec = ModelSpec(base_named_by(name))
+        spec = ModelSpec(named_base_model(name))
     backbone = load_backbone(spec, notice)
-    other = other_base(name, spec.name, backbone)
+    other = base_mismatch_line(name, spec.name, backbone)
     if other is not None:
         notice(other)
-    with adapted(backbone, name) as model:
+    with model_with_adapter(backbone, name) as model:
         yield backbone, model
 
 
-def other_base(name: str | Path, asked_for: str, backbone: Backbone) -> str | None:
+def base_mismatch_line(name: str | Path, asked_for: str, backbone: Backbone) -> str | None:
     """Return a line to show if an adapter names another base model than the one it is put on."""
     named = _base_of(read_config_file(Path(name).expanduser()))
     if named in (None, asked_for, backbone.public_name):
@@ -93,9 +93,11 @@ def other_base(name: str | Path, asked_for: str, backbone: Backbone) -> str | No
     return f"{name} names {named} as its base model; it is put on {asked_for}"
 
 
-def other_bases(names: Sequence[str | Path], asked_for: str, backbone: Backbone) -> list[str]:
-    """Return the lines of `other_base` for several adapters, and one if they differ in the base."""
-    lines = [line for name in names if (line := other_base(name, asked_for, backbone))]
+def base_mismatch_lines(
+    names: Sequence[str | Path], asked_for: str, backbone: Backbone
+) -> list[str]:
+    """Return the lines of `base_mismatch_line` for several adapters, and one if they differ in the base."""
+    lines = [line for name in names if (line := base_mismatch_line(name, asked_for, backbone))]
     named = [_base_of(read_config_file(Path(name).expanduser())) for name in names]
     own = (asked_for, backbone.public_name)
     bases = dict.fromkeys(asked_for if base in own else base for base in named if base is not None)
@@ -115,12 +117,12 @@ def is_adapter(name: str | Path) -> bool:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if (folder / CONFIG_FILE).is_file():
+        if (folder / ADAPTER_CONFIG_FILE).is_file():
             return True
         if (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
             return False
         raise FileNotFoundError(
-            f"{folder} holds neither {CONFIG_FILE} (a PEFT adapter) nor config.json (a model); "
+            f"{folder} holds neither {ADAPTER_CONFIG_FILE} (a PEFT adapter) nor config.json (a model); "
             "give the folder that save_pretrained wrote"
         )
     is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -129,7 +131,7 @@ def is_adapter(name: str | Path) -> bool:
     return False
 
 
-def base_named_by(name: str | Path) -> str:
+def named_base_model(name: str | Path) -> str:
     """Return the base model that an adapter folder names; a model is its own base.
 
     Where this library wrote the folder, the public name of a packaged backbone means the packaged
@@ -145,7 +147,7 @@ def base_named_by(name: str | Path) -> str:
     named = _base_of(read_config_file(folder))
     if named is None:
         raise ValueError(
-            f"{folder / CONFIG_FILE} does not say which base model the adapter belongs to "
+            f"{folder / ADAPTER_CONFIG_FILE} does not say which base model the adapter belongs to "
             "(base_model_name_or_path is empty); give the base model as well"
         )
     return _packaged(named) if (folder / NOTES_FILE).is_file() else named
@@ -167,7 +169,7 @@ def _packaged(public_name: str) -> str:
 
 
 @contextmanager
-def adapted(backbone: Backbone, folder: str | Path) -> Iterator[nn.Module]:
+def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Module]:
     """Give the backbone's model with a PEFT adapter of any type, in eval mode; then take it off.
 
     The returned model is called and generates as the bare model does, in left-padded batches too.
@@ -184,7 +186,7 @@ def adapted(backbone: Backbone, folder: str | Path) -> Iterator[nn.Module]:
     _check_values(tensors, folder)
     _check_base(backbone, folder, _base_of(read_config_file(folder)))
     own = _own_weights(backbone.model, tensors)
-    with left_bare(backbone.model, list(own.values())):
+    with restored_on_exit(backbone.model, list(own.values())):
         model = _built(backbone.model, config, folder)
         _load(model, tensors, folder, own.keys())
         yield model.eval()
@@ -195,7 +197,7 @@ def _peft_config(folder: Path) -> PeftConfig:
     kind, task = content.get("peft_type"), content.get("task_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"{folder / CONFIG_FILE}: the installed PEFT knows no peft_type {kind!r}; upgrade it "
+            f"{folder / ADAPTER_CONFIG_FILE}: the installed PEFT knows no peft_type {kind!r}; upgrade it "
             "(pip install -U peft) or correct the file"
         )
     kind = PeftType(kind)
@@ -209,7 +211,7 @@ def _peft_config(folder: Path) -> PeftConfig:
             "language models (CAUSAL_LM) can generate text here"
         )
     initial = content.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(BASE_MOVING):
+    if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING_INITS):
         raise ValueError(
             f"{folder}: init_lora_weights={initial!r} changes the base weights; save the adapter "
             "again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -218,7 +220,7 @@ def _peft_config(folder: Path) -> PeftConfig:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder / CONFIG_FILE} is no valid {kind.value} config ({error}); restore the file"
+            f"{folder / ADAPTER_CONFIG_FILE} is no valid {kind.value} config ({error}); restore the file"
         ) from error
     config.inference_mode = True
     return config
@@ -264,7 +266,7 @@ def _own_weights(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 def _built(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
     build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
     try:
-        with wrapping():
+        with quiet_wrapping():
             return build(base, config, _ADAPTER)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from grasp_lora.adapters.attach import adapter_modules, attach_adapter, lora_config
 from grasp_lora.core.lora import MergedModule, Part
-from grasp_lora.models.preserve import wrapping
+from grasp_lora.models.preserve import quiet_wrapping
 
 KINDS = ("ties", "ties_svd", "dare_linear", "dare_linear_svd")
 
@@ -61,7 +61,7 @@ def peft_merge(
                     layer.lora_B[names[-1]].get_parameter("weight").copy_(b)
         rank = next(iter(shapes[0].values()))
         extra: dict[str, Any] = {"svd_rank": rank} if kind.endswith("_svd") else {}
-        with wrapping():
+        with quiet_wrapping():
             torch.manual_seed(seed)
             peft_model.base_model.add_weighted_adapter(  # type: ignore[operator]
                 names, list(weights), "merged", kind, density=density, **extra

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Initialisations that move the base weights, so the factors belong to another base model.
-BASE_MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _RETRAIN = "train the adapter without it"
 
@@ -33,7 +33,7 @@ _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "kasa_config": (bool, "KaSA", _RETRAIN),
     "arrow_config": (bool, "Arrow routing", _RETRAIN),
     "init_lora_weights": (
-        lambda value: isinstance(value, str) and value.lower().startswith(BASE_MOVING),
+        lambda value: isinstance(value, str) and value.lower().startswith(BASE_CHANGING_INITS),
         "an initialisation that changes the base weights",
         "save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
     ),

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModelForCausalLM, PeftType, PromptLearningConfig
 from torch import Tensor
 
-from grasp_lora.models.modules import accepts
+from grasp_lora.models.modules import forward_accepts
 
 VIRTUAL_TOKEN_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 """The adapter types that put embeddings before the text. Prefix tuning does not: it fills the
@@ -42,7 +42,7 @@ class VirtualTokenModel(PeftModelForCausalLM):
         del position_ids
         embeddings, mask = self._extended(input_ids, attention_mask)
         virtual = self._virtual_tokens
-        if accepts(self, "position_ids"):
+        if forward_accepts(self, "position_ids"):
             settings["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if logits_to_keep is not None:
             shift = virtual if isinstance(logits_to_keep, Tensor) else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from grasp_lora.adapters.opening import base_named_by, is_adapter
+from grasp_lora.adapters.opening import is_adapter, named_base_model
 from grasp_lora.config.run_config import RunConfig, make_config
 
 
@@ -57,7 +57,7 @@ def evaluation_config(
     main = rows.pop("", {"language": spoken[0], "files": None, "prompt": prompt})
     target = main | {"files": {"test": main["files"]} if main["files"] else {}}
     settings = {
-        "model": {"name": model or base_named_by(adapter)},
+        "model": {"name": model or named_base_model(adapter)},
         "data": {"task": task, "target": target, "tests": rows},
     }
     return make_config(settings, overrides, "command line", training=False)

@@ -62,7 +62,7 @@ def commit_of(dataset: Any) -> str | None:
     return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
-def failures() -> tuple[type[Exception], ...]:
+def source_errors() -> tuple[type[Exception], ...]:
     """Return the errors that mean "not from this place"; a fault of our own is none of them."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError

@@ -10,7 +10,7 @@ from typing import Any
 
 from grasp_lora.data.columns import Columns, input_names, match_columns
 from grasp_lora.data.forms import DELIMITED, Record, given_records, open_records
-from grasp_lora.data.values import answer_values, fault_in, id_value, text_value
+from grasp_lora.data.values import answer_values, id_value, text_fault, text_value
 from grasp_lora.tasks.records import Example, Task, normalize_text, one_line, text_key
 
 OUTSIDE = "answer outside its context"
@@ -234,7 +234,7 @@ def _reason_to_leave_out(
     fields: Mapping[str, str], references: Sequence[str], answer: str
 ) -> str | None:
     texts = [*fields.items(), *((answer, text) for text in references)]
-    found = ((fault_in(text), name) for name, text in texts)
+    found = ((text_fault(text), name) for name, text in texts)
     reason = next((f"{fault} {name}" for fault, name in found if fault is not None), None)
     return reason if references or reason is not None else f"no {answer}"
 

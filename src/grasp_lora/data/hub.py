@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grasp_lora.data.fetch import EXPORT, commit_of, failures, load_published
+from grasp_lora.data.fetch import EXPORT, commit_of, load_published, source_errors
 from grasp_lora.data.files import LoadReport, load_examples
 from grasp_lora.data.presets import PUBLISHED_SETS, Preset, Source
 from grasp_lora.data.splits import Split, split_by_group
@@ -17,7 +17,7 @@ from grasp_lora.tasks.base import Example, Task, task_named
 
 __all__ = [
     "PUBLISHED_SETS",
-    "HubRows",
+    "HubExamples",
     "Preset",
     "Published",
     "Source",
@@ -26,7 +26,7 @@ __all__ = [
     "split_published",
 ]
 
-MOST_ROWS = 50_000
+MAX_ROWS = 50_000
 """Rows read of a published split; only XL-Sum's largest (English, Hindi, ...) have more."""
 ALL = -1
 """The size of a part that takes all rows of its published split that no other part takes."""
@@ -51,10 +51,10 @@ class Published:
 
 
 @dataclass(frozen=True)
-class HubRows:
+class HubExamples:
     """Rows by published split, and how they came about."""
 
-    rows: Mapping[str, tuple[Example, ...]]
+    examples: Mapping[str, tuple[Example, ...]]
     drawn_from: Mapping[str, str]
     """Part -> published split its rows are drawn from."""
     used: Source
@@ -85,9 +85,10 @@ class HubRows:
             "tried": [f"{source}: {reason}" for source, reason in self.tried],
         }
 
-    def without(self, keep: Callable[[tuple[Example, ...]], Sequence[Example]]) -> "HubRows":
+    def filtered(self, keep: Callable[[tuple[Example, ...]], Sequence[Example]]) -> "HubExamples":
         """Return these with `keep` applied to the rows of every published split."""
-        return replace(self, rows={name: tuple(keep(rows)) for name, rows in self.rows.items()})
+        kept = {name: tuple(keep(rows)) for name, rows in self.examples.items()}
+        return replace(self, examples=kept)
 
 
 def load_preset(
@@ -99,7 +100,7 @@ def load_preset(
     max_faulty: float = 0.1,
     cache_dir: str | Path | None = None,
     load: Load = load_published,
-) -> HubRows:
+) -> HubExamples:
     """Load what a role needs of a data set known by name, from the first place that gives it.
 
     Of a published split with more than 50,000 rows as many are read, the same each time. Without
@@ -125,7 +126,7 @@ def load_preset(
     task = task_named(preset.task)
 
     def read(dataset: Any) -> tuple[list[Example], LoadReport]:
-        return load_examples(_at_most(dataset, MOST_ROWS), task, language, max_faulty=max_faulty)
+        return load_examples(_at_most(dataset, MAX_ROWS), task, language, max_faulty=max_faulty)
 
     places, what = preset.sources(called), f"{name} {language}"
     return _first_of(places, drawn_from, read, what, cache_dir, load)
@@ -144,7 +145,7 @@ def load_hub(
     max_faulty: float = 0.1,
     cache_dir: str | Path | None = None,
     load: Load = load_published,
-) -> HubRows:
+) -> HubExamples:
     """Load published splits of any data set of the hub.
 
     Args:
@@ -174,7 +175,7 @@ def load_hub(
     return _first_of((Source(repo, config, revision),), splits, read, repo, cache_dir, load)
 
 
-def split_published(found: HubRows, sizes: Mapping[str, int], seed: int) -> Split:
+def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> Split:
     """Draw parts of given sizes, each from its published split; no group is in two of them.
 
     Args:
@@ -200,10 +201,10 @@ def split_published(found: HubRows, sizes: Mapping[str, int], seed: int) -> Spli
                 f"'{published}[:50]' and '{published}[50:100]'"
             )
         counted = {part: size for part, size in wanted.items() if size != ALL}
-        split = split_by_group(found.rows[published], counted, seed)
+        split = split_by_group(found.examples[published], counted, seed)
         parts, dropped = parts | split.parts, dropped | split.dropped
         for part in greedy:
-            parts[part] = _rest(found.rows[published], split, part, published)
+            parts[part] = _rest(found.examples[published], split, part, published)
             dropped[part] = 0
     return Split({part: parts[part] for part in sizes}, {part: dropped[part] for part in sizes})
 
@@ -232,7 +233,7 @@ def _first_of(
     what: str,
     cache_dir: str | Path | None,
     load: Load,
-) -> HubRows:
+) -> HubExamples:
     """Return the rows of the first place that gives them all."""
     tried: list[tuple[Source, str]] = []
     for source in places:
@@ -252,11 +253,11 @@ def _first_of(
                 published[split] = Published(
                     len(dataset), dataset._fingerprint, commit_of(dataset), report
                 )
-        except failures() as error:
+        except source_errors() as error:
             tried.append((source, _reason(error)))
             continue
         rows = _distinct(rows)
-        return HubRows(rows, dict(drawn_from), source, published, tuple(tried))
+        return HubExamples(rows, dict(drawn_from), source, published, tuple(tried))
     raise ValueError(_nowhere(what, tried, drawn_from))
 
 

@@ -129,7 +129,7 @@ def drop_parallel(
     Parallel data sets give a row the same id in every language. Whole groups go, because a
     translated context is the same context, whichever of its questions is asked. Ids that are
     numbers count like all others: parallel files may be numbered alike, and a translation that is
-    trained on spoils a result, while rows left out only make it smaller. `parallel_line` says what
+    trained on spoils a result, while rows left out only make it smaller. `parallel_notice` says what
     to do about files that are not parallel.
 
     Args:
@@ -142,7 +142,7 @@ def drop_parallel(
     return kept, len(rows) - len(kept)
 
 
-def parallel_line(
+def parallel_notice(
     rows: Sequence[Example], used: Sequence[Example], dropped: int, taken: str
 ) -> str:
     """Say why `drop_parallel` dropped rows, and how to keep them where their ids are numbers.

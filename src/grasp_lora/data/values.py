@@ -76,7 +76,7 @@ def id_value(value: Any, name: str, where: str) -> str:
     return str(value)
 
 
-def fault_in(text: str) -> str | None:
+def text_fault(text: str) -> str | None:
     """Return "empty" for a text that shows nothing, "broken" for half a character, else None.
 
     Half a surrogate pair comes from a text cut by UTF-16 units; no tokenizer takes it.

@@ -12,20 +12,20 @@ from torch import nn
 from transformers import DynamicCache
 
 from grasp_lora.adapters.virtual_tokens import VirtualTokenModel
-from grasp_lora.generation.generate import Generator, generator, in_batches
-from grasp_lora.models.modules import accepts
-from grasp_lora.models.row_losses import IGNORED, row_losses_of
+from grasp_lora.generation.generate import TextGenerator, run_in_batches, text_generator
+from grasp_lora.models.example_losses import IGNORED, losses_from_logits
+from grasp_lora.models.modules import forward_accepts
 
 
-def can_answer_at_once(model: nn.Module, beams: int = 1) -> bool:
-    """Return whether `answer_rows` is for this model and search."""
+def can_answer_in_one_pass(model: nn.Module, beams: int = 1) -> bool:
+    """Return whether `answer_examples` is for this model and search."""
     config = getattr(model, "active_peft_config", None)
     virtual = isinstance(model, VirtualTokenModel) or getattr(config, "is_prompt_learning", False)
-    named = all(accepts(model, name) for name in ("position_ids", "logits_to_keep"))
+    named = all(forward_accepts(model, name) for name in ("position_ids", "logits_to_keep"))
     return beams == 1 and named and not virtual
 
 
-def answer_rows(
+def answer_examples(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[Any],
@@ -41,13 +41,13 @@ def answer_rows(
 ) -> list[tuple[str, float]]:
     """Return, for each row, the text written greedily after its prompt and its answer's loss.
 
-    The loss is that of `row_losses`, the text that of `generate_texts`. A batch is laid out as
+    The loss is that of `example_losses`, the text that of `generate_texts`. A batch is laid out as
     prompts padded on the left, answers padded on the right: one forward gives the losses, and its
     keys and values, answers cut off again, are what generation goes on from. Where a model's cache
     cannot be cut (a sliding window that is full), the prompt is read again.
 
     Args:
-        model: as `can_answer_at_once` allows.
+        model: as `can_answer_in_one_pass` allows.
         tokenizer: decodes.
         rows: with `input_ids`, `prompt_length` and `label_tokens` of at least 1.
         max_new_tokens: limit per row.
@@ -62,7 +62,7 @@ def answer_rows(
     Raises:
         ValueError: as `generate_texts`.
     """
-    made = generator(
+    made = text_generator(
         model, tokenizer, max_new_tokens, pad_id, stop_ids,
         one_line=one_line, min_new_tokens=min_new_tokens,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def answer_rows(
     def work(batch: list[_Sized]) -> list[tuple[str, float]]:
         return _answered(made, [sized.row for sized in batch])
 
-    return in_batches([_Sized(row) for row in rows], work, made, batch_size, advance, notice)
+    return run_in_batches([_Sized(row) for row in rows], work, made, batch_size, advance, notice)
 
 
 class _Sized(Sequence[int]):
@@ -86,7 +86,7 @@ class _Sized(Sequence[int]):
         return self.row.input_ids[: self.row.prompt_length][index]
 
 
-def _answered(made: Generator, rows: Sequence[Any]) -> list[tuple[str, float]]:
+def _answered(made: TextGenerator, rows: Sequence[Any]) -> list[tuple[str, float]]:
     prompts = max(row.prompt_length for row in rows)
     answers = max(row.label_tokens for row in rows)
     ids = torch.full((len(rows), prompts + answers), made.pad_id)
@@ -104,7 +104,7 @@ def _answered(made: Generator, rows: Sequence[Any]) -> list[tuple[str, float]]:
         logits_to_keep=torch.arange(prompts - 1, prompts + answers - 1, device=made.device),
         use_cache=True,
     )
-    losses = row_losses_of(output.logits, labels).tolist()
+    losses = losses_from_logits(output.logits, labels).tolist()
     cache = _prompt_cache(output.past_key_values, answers)
     texts = made.continued(ids[:, :prompts], mask[:, :prompts], cache)
     return list(zip(texts, losses, strict=True))

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from grasp_lora.models.example_losses import rank_and_size
 from grasp_lora.models.modules import bare_model
-from grasp_lora.models.row_losses import world
 
 Done = TypeVar("Done")
 
@@ -54,8 +54,8 @@ class StopAtNewline(StoppingCriteria):
 
 
 @dataclass(frozen=True, eq=False)
-class Generator:
-    """What every batch of one call shares; `generator` makes one."""
+class TextGenerator:
+    """What every batch of one call shares; `text_generator` makes one."""
 
     model: nn.Module
     tokenizer: Any
@@ -152,13 +152,13 @@ def generate_texts(
     """
     if not all(prompts):
         raise ValueError("a prompt holds no tokens; give every prompt at least a start token")
-    made = generator(
+    made = text_generator(
         model, tokenizer, max_new_tokens, pad_id, stop_ids, beams, one_line, min_new_tokens
     )
-    return in_batches(prompts, made.texts, made, batch_size, advance, notice)
+    return run_in_batches(prompts, made.texts, made, batch_size, advance, notice)
 
 
-def generator(
+def text_generator(
     model: nn.Module,
     tokenizer: Any,
     max_new_tokens: int,
@@ -167,14 +167,14 @@ def generator(
     beams: int = 1,
     one_line: bool = True,
     min_new_tokens: int = 0,
-) -> Generator:
+) -> TextGenerator:
     """Return what generates batches by one rule; see `generate_texts` for the arguments."""
     _check(max_new_tokens=max_new_tokens, beams=beams)
     if not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(
             f"min_new_tokens must be 0 to {max_new_tokens} (max_new_tokens), got {min_new_tokens}"
         )
-    return Generator(
+    return TextGenerator(
         model=model,
         tokenizer=tokenizer,
         settings=_settings(max_new_tokens, pad_id, stop_ids, beams, min_new_tokens),
@@ -183,10 +183,10 @@ def generator(
     )
 
 
-def in_batches(
+def run_in_batches(
     rows: Sequence[Sequence[int]],
     work: Callable[[list[Any]], list[Done]],
-    made: Generator,
+    made: TextGenerator,
     batch_size: int,
     advance: Callable[[int], None],
     notice: Callable[[str], None],
@@ -205,7 +205,7 @@ def in_batches(
         ValueError: the batch size is below 1, or the memory does not hold one row.
     """
     _check(batch_size=batch_size)
-    rank, size = world()
+    rank, size = rank_and_size()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = [i for chunk in chunks[rank::size] for i in chunk]

@@ -1,4 +1,4 @@
-"""Attention by plain matrix products, where that beats the fused kernel: bfloat16 on a CPU.
+"""Attention by plain matrix attention_products, where that beats the fused kernel: bfloat16 on a CPU.
 
 torch's fused attention for CPUs is slow in bfloat16, its backward pass above all. Below some
 hundred tokens the textbook form (scores, softmax, values), an example at a time so that the scores
@@ -18,9 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sdpa_short_products"
+ATTENTION_NAME = "sdpa_short_products"
 
-LONGEST = 512
+MAX_LENGTH = 512
 """Tokens of a row up to which the products are used; both ways break even at about 700."""
 
 _CACHED_SCORES = 2_500_000
@@ -30,7 +30,7 @@ _SPAN = 128
 """Queries that are cut to the same keys."""
 
 
-def use_products(model: PreTrainedModel) -> bool:
+def use_short_attention(model: PreTrainedModel) -> bool:
     """Let a model use the products where they are faster; return whether that changed anything.
 
     Only models that chose `sdpa` themselves and look their attention up in transformers' table are
@@ -43,7 +43,7 @@ def use_products(model: PreTrainedModel) -> bool:
         and model._supports_attention_backend
     )
     if fits:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
     return fits
 
 
@@ -76,7 +76,7 @@ def attention_forward(
     if plain and dropout == 0.0 and _is_short(query, key, attention_mask, causal):
         bias = _bias(attention_mask, query)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return products(query, key, value, bias, scale), None
+        return attention_products(query, key, value, bias, scale), None
     output, _ = sdpa_attention_forward(
         module,
         query,
@@ -91,7 +91,9 @@ def attention_forward(
     return output, None
 
 
-def products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attention_products(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> Tensor:
     """Return softmax(scale * query key^T + bias) value, [batch, length, heads, width].
 
     Args:
@@ -110,7 +112,7 @@ def _is_short(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> 
     fits = (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and 1 < length <= LONGEST
+        and 1 < length <= MAX_LENGTH
         and key.shape[2] == length
     )
     if mask is None:
@@ -215,5 +217,5 @@ class _Products(torch.autograd.Function):
         return of_query, of_key, of_value, None, None
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

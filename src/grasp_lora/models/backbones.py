@@ -20,30 +20,30 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from grasp_lora.models.attention import use_products
+from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.cache import (
     SHORT_NAMES,
     GgufSource,
     Notice,
     converted_backbone,
     gguf_source,
-    quiet_bars,
+    progress_bars_hidden,
 )
 from grasp_lora.models.devices import (
     DTYPES,
     avoid_faulty_kernels,
     choose_device,
     choose_dtype,
-    repeat_exactly,
+    use_repeatable_kernels,
 )
 from grasp_lora.models.memory import MemoryPlan, plan_config_memory
 from grasp_lora.models.modules import (
-    accepts,
     base_fingerprint,
-    fold_output_layer,
-    near_modules,
+    copy_output_layer_inputs,
+    forward_accepts,
     output_embeddings,
     resolve_targets,
+    similar_names,
     vocabulary_size,
 )
 from grasp_lora.models.norms import use_fused_norms
@@ -52,11 +52,11 @@ __all__ = [
     "Backbone",
     "MemoryPlan",
     "ModelSpec",
-    "accepts",
     "base_fingerprint",
     "choose_device",
     "choose_dtype",
-    "fold_output_layer",
+    "copy_output_layer_inputs",
+    "forward_accepts",
     "load_backbone",
     "plan_memory",
     "resolve_targets",
@@ -153,7 +153,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     dtype = choose_dtype(spec.dtype, device)
     _check_quantization(spec, device)
     avoid_faulty_kernels(device)
-    repeat_exactly(device)
+    use_repeatable_kernels(device)
     location, public_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
@@ -166,9 +166,9 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
         # Not re-entrant: that form would need inputs that carry gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if output_embeddings(model) is not None:
-        fold_output_layer(model)
+        copy_output_layer_inputs(model)
     if spec.attn_implementation is None:
-        use_products(model)
+        use_short_attention(model)
     use_fused_norms(model)
     return Backbone(
         model=model,
@@ -211,7 +211,7 @@ def _names() -> str:
     return ", ".join(SHORT_NAMES)
 
 
-def _source(spec: ModelSpec) -> GgufSource | None:
+def gguf_source_of(spec: ModelSpec) -> GgufSource | None:
     """Return the GGUF source that `spec` means, None if it means a folder or a hub id."""
     if spec.name in SHORT_NAMES:
         return SHORT_NAMES[spec.name]()
@@ -239,7 +239,7 @@ def _download(location: str, revision: str | None, trust_remote_code: bool) -> P
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
-    source = _source(spec)
+    source = gguf_source_of(spec)
     if source is not None:
         return str(converted_backbone(source, notice)), source.public_name
     folder = Path(spec.name).expanduser()
@@ -255,7 +255,7 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
 
 def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settings: Any) -> Any:
     try:
-        with quiet_bars(), _collector_paused():
+        with progress_bars_hidden(), _collector_paused():
             return load(
                 location,
                 revision=spec.revision,
@@ -285,7 +285,7 @@ def _not_found(spec: ModelSpec, location: str, error: OSError) -> str:
             f"the folder is there, but no whole model in it ({_first_line(error)}). Give a folder "
             "that save_pretrained wrote, with config, weights and tokenizer"
         )
-    near = near_modules(spec.name, list(SHORT_NAMES))
+    near = similar_names(spec.name, list(SHORT_NAMES))
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return (
         f"it is no folder here, and the hub does not give it ({_first_line(error)}){hint} Check "

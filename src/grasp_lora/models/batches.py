@@ -64,7 +64,7 @@ def _shuffled_steps(
     return [*shuffled, short] if short else shuffled
 
 
-class EpochRows(Dataset[Any]):
+class EpochExamples(Dataset[Any]):
     """Encoded rows in the order of the epoch that accelerate's loader announces.
 
     To be read in sequence: the order is here and not in a sampler of the Trainer's, whose own
@@ -95,7 +95,7 @@ class EpochRows(Dataset[Any]):
         return self._rows[self._order[index]]
 
 
-def right_sized(lengths: Sequence[int], most_rows: int, forward_tokens: int) -> list[list[int]]:
+def size_forwards(lengths: Sequence[int], most_rows: int, forward_tokens: int) -> list[list[int]]:
     """Return the rows of each forward, so that padding and forwards together cost least.
 
     Rows go from long to short; where to cut is the optimum for a cost of one for each token,
@@ -121,13 +121,13 @@ def right_sized(lengths: Sequence[int], most_rows: int, forward_tokens: int) -> 
     return cuts[::-1]
 
 
-def shared_prompts(
+def group_by_prefix(
     rows: Sequence[tuple[Sequence[int], int]], most_rows: int, forward_tokens: int
 ) -> tuple[list[tuple[list[int], int]], list[int]]:
     """Return rows that begin alike, whose common beginning is better read once, and the others.
 
     Questions about one text begin with that text. Reading it once takes a forward of its own; it
-    is worth that where the tokens saved outweigh it, at the prices of `right_sized`.
+    is worth that where the tokens saved outweigh it, at the prices of `size_forwards`.
 
     Args:
         rows: (token ids, how many of them at the beginning may be shared).

@@ -161,7 +161,7 @@ def _convert(source: GgufSource, staging: Path) -> None:
     scratch.mkdir()
     file = source.assemble(scratch)
     try:
-        with quiet_bars():
+        with progress_bars_hidden():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -189,7 +189,7 @@ def _compact(file: Path) -> None:
 
 
 @contextmanager
-def quiet_bars() -> Iterator[None]:
+def progress_bars_hidden() -> Iterator[None]:
     """Switch the progress bars of transformers off for a while."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

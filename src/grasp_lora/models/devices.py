@@ -54,12 +54,12 @@ def avoid_faulty_kernels(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def repeat_exactly(device: torch.device) -> None:
+def use_repeatable_kernels(device: torch.device) -> None:
     """Ask this process for kernels on `device` whose sums do not depend on the order of threads.
 
     Without that two runs of one seed on a GPU differ in their last digits, and a few epochs later
     in which of them is kept. What has no such kernel warns once and runs all the same; so does the
-    gradient of attention, which `exact_attention` sees to.
+    gradient of attention, which `repeatable_attention` sees to.
     """
     if device.type == "cuda":
         # cuBLAS reads this when it is first used.
@@ -69,13 +69,13 @@ def repeat_exactly(device: torch.device) -> None:
 
 
 @contextmanager
-def exact_attention(
+def repeatable_attention(
     device: torch.device, attempt: Callable[[], object], notice: Callable[[str], None]
 ) -> Iterator[None]:
     """Use kernels for the gradient of attention that repeat exactly, in the body, on a GPU.
 
     torch has them, but picks them only where it refuses whatever has no repeating kernel, not where
-    it warns of that (`repeat_exactly`). So the body runs under that rule if the model can.
+    it warns of that (`use_repeatable_kernels`). So the body runs under that rule if the model can.
 
     Args:
         device: what the body computes on; on a CPU nothing changes.

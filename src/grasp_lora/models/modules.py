@@ -33,7 +33,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model by full name, as if it had never carried LoRA.
 
     PEFT wraps in place, so a model that was bare when it was loaded may carry LoRA layers now.
@@ -54,7 +54,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     output_layer = output_embeddings(model)
     return {
         name: module
-        for name, module in plain_modules(model).items()
+        for name, module in base_modules(model).items()
         if module is not output_layer and linear_shape(module) is not None
     }
 
@@ -137,14 +137,14 @@ def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = linear_modules(model)
     if bare.config.get_text_config() is bare.config:
         return modules
-    inside = set(plain_modules(bare.get_decoder()).values())
+    inside = set(base_modules(bare.get_decoder()).values())
     # transformers looks the decoder up by name; the one that embeds tokens is the text model.
     if bare.get_input_embeddings() not in inside:
         return modules
     return {name: module for name, module in modules.items() if module in inside}
 
 
-def near_modules(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
+def similar_names(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
     """Return up to `count` module names that look like `name`, the nearest first."""
     return difflib.get_close_matches(name, modules, n=count, cutoff=0.5)
 
@@ -155,7 +155,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
     endings = _last_parts(modules)
-    near = near_modules(pattern, endings) or near_modules(pattern, list(modules))
+    near = similar_names(pattern, endings) or similar_names(pattern, list(modules))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
         f"target_modules: {pattern!r} matches no linear module{hint} The last parts of this "
@@ -163,7 +163,7 @@ def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
     )
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
+def forward_accepts(model: nn.Module, argument: str) -> bool:
     """Return whether the forward of the (bare) model names `argument` in its signature.
 
     Models that take no `position_ids` or no `logits_to_keep` exist; a `**kwargs` does not count,
@@ -172,7 +172,7 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(bare_model(model).forward).parameters
 
 
-def fold_output_layer(model: nn.Module) -> RemovableHandle:
+def copy_output_layer_inputs(model: nn.Module) -> RemovableHandle:
     """Give the output layer a fresh copy of its input on every call; return the hook's handle.
 
     A model that slices its hidden states before a *frozen* output layer hands it a view whose

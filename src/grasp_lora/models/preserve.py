@@ -49,7 +49,7 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
 
 
 @contextmanager
-def wrapping() -> Iterator[None]:
+def quiet_wrapping() -> Iterator[None]:
     """Let PEFT wrap a model in the body; what it draws, and its warning, leave no trace."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.tasks.chat import Frame, chat_frame, plain_frame
-from grasp_lora.tasks.fitting import continuation_ids, fitted, prompt_ids, token_ids
+from grasp_lora.tasks.fitting import continuation_ids, fit_prompt, prompt_ids, token_ids
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
@@ -20,7 +20,7 @@ UNSEGMENTED = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """One row as token ids: the prompt, then the answer and the end token."""
 
     id: str
@@ -81,7 +81,7 @@ def encode(
     group: str = "",
     reserve: int = 0,
     frame: Frame | None = None,
-) -> Encoded:
+) -> EncodedExample:
     """Tokenise a prompt and its answer into at most `max_length` tokens.
 
     The prompt is tokenised as one text, with the tokenizer's own start token; where it is too
@@ -112,7 +112,7 @@ def encode(
         answer = [*written, frame.end_id]
     kept_free = max(len(answer), reserve)
     special = not frame.chat
-    fit = fitted(framed, tokenizer, max_length - kept_free, special)
+    fit = fit_prompt(framed, tokenizer, max_length - kept_free, special)
     if fit is None:
         least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
         raise ValueError(
@@ -123,7 +123,7 @@ def encode(
     if not fit.ids:
         raise ValueError(f"row {example_id!r}: the prompt is empty")
     ids = (*fit.ids, *answer)
-    return Encoded(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
+    return EncodedExample(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
 
 
 def encode_examples(
@@ -136,7 +136,7 @@ def encode_examples(
     *,
     chat: bool = False,
     new_tokens: int | None = None,
-) -> tuple[list[Encoded], EncodingReport]:
+) -> tuple[list[EncodedExample], EncodingReport]:
     """Encode rows with their first reference as the answer.
 
     Args:
@@ -155,7 +155,7 @@ def encode_examples(
             without a usable chat template.
     """
     frame = chat_frame(tokenizer) if chat else plain_frame(tokenizer)
-    encoded: list[Encoded] = []
+    encoded: list[EncodedExample] = []
     bodies: list[tuple[str, str]] = []
     for example in examples:
         prompt = render(task, example, template)
@@ -178,7 +178,7 @@ def encode_examples(
 
 def _report(
     examples: Sequence[Example],
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     bodies: Sequence[tuple[str, str]],
     tokenizer: Any,
     frame: Frame,
@@ -223,7 +223,7 @@ class Collator:
     with_logits_to_keep: bool = True
     """False for models whose forward takes no `logits_to_keep`: logits are then full length."""
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """Return the batch of B rows padded to L tokens, with K the longest answer.
 
         `input_ids`, `attention_mask`, `position_ids` and `labels` are [B, L]; `logits_to_keep`

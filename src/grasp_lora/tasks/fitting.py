@@ -12,7 +12,7 @@ _ANCHOR = 32
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedPrompt:
     """A prompt that fits."""
 
     ids: list[int]
@@ -57,14 +57,14 @@ def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
     return token_ids(tokenizer, text)
 
 
-def fitted(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> Fitted | None:
+def fit_prompt(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> FittedPrompt | None:
     """Return the prompt with as much of its body, from the start, as `budget` tokens hold.
 
     None if it does not fit even without its body. `special` is as in `prompt_ids`.
     """
     whole = prompt_ids(tokenizer, prompt.text, special)
     if len(whole) <= budget:
-        return Fitted(whole, 0, len(prompt.body))
+        return FittedPrompt(whole, 0, len(prompt.body))
 
     @cache
     def ids_up_to(end: int) -> list[int]:
@@ -79,7 +79,7 @@ def fitted(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> Fitted
     ids = ids_up_to(ends[last])
     if len(ids) > budget:
         return None
-    return Fitted(ids, len(whole) - len(ids), len(prompt.body[: ends[last]].rstrip()))
+    return FittedPrompt(ids, len(whole) - len(ids), len(prompt.body[: ends[last]].rstrip()))
 
 
 def _last_true(holds: Callable[[int], bool], guess: int, count: int) -> int:

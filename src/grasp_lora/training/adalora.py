@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from grasp_lora.core.pruning.masks import without_dead_components
-from grasp_lora.models.preserve import wrapping
+from grasp_lora.models.preserve import quiet_wrapping
 from grasp_lora.training.live import LiveAdapter
 
 ORTHOGONALITY = 0.5
@@ -60,7 +60,7 @@ def attach_adalora(
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    with wrapping():
+    with quiet_wrapping():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     params = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
@@ -83,7 +83,7 @@ class AdaLoraCallback(TrainerCallback):
         """Add the gradient of the orthogonality."""
         factors = [p for n, p in self._live.params.items() if "lora_A" in n or "lora_B" in n]
         with torch.enable_grad():
-            price = ORTHOGONALITY * orthogonality(self._live.params)
+            price = ORTHOGONALITY * orthogonality_penalty(self._live.params)
             gradients = torch.autograd.grad(price, factors)
         for param, gradient in zip(factors, gradients, strict=True):
             param.grad = gradient if param.grad is None else param.grad + gradient
@@ -93,7 +93,7 @@ class AdaLoraCallback(TrainerCallback):
         self._live.model.base_model.update_and_allocate(state.global_step + 1)  # type: ignore[operator, union-attr]
 
 
-def orthogonality(params: Any) -> Tensor:
+def orthogonality_penalty(params: Any) -> Tensor:
     """Return the mean Frobenius distance of A A^T and B^T B from the identity."""
     distances: list[Tensor] = []
     for name, factor in params.items():
@@ -104,7 +104,7 @@ def orthogonality(params: Any) -> Tensor:
     return torch.stack(distances).mean()
 
 
-def as_lora(live: LiveAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+def plain_lora_of(live: LiveAdapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Return module -> (A, B) of the plain LoRA adapter that adds the same, scaling 1."""
     plain: dict[str, tuple[Tensor, Tensor]] = {}
     base = live.model.get_base_model()  # type: ignore[operator]

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.models.row_losses import Rows, row_losses
 from grasp_lora.training.live import LiveAdapter
 
 
@@ -43,15 +43,15 @@ class BestCallback(TrainerCallback):
     def __init__(
         self,
         live: LiveAdapter,
-        rows: Rows,
+        rows: EncodedExamples,
         every: int,
         patience: int | None,
         on_evaluation: Callable[[Evaluation], None],
         clock: Clock | None = None,
-        whole: bool = False,
+        unpruned: bool = False,
     ):
         self._live = live
-        self._whole = whole
+        self._unpruned = unpruned
         self._batches = rows.batches(range(len(rows.encoded)))
         self._count = len(rows.encoded)
         self._every = every
@@ -60,7 +60,7 @@ class BestCallback(TrainerCallback):
         self._clock = clock or Clock()
         self._best: dict[str, Tensor] = {}
         self.evaluations: list[Evaluation] = []
-        self.rows: list[list[float]] = []
+        self.example_losses: list[list[float]] = []
         """Losses of the dev rows at each evaluation."""
         self.best: Evaluation | None = None
 
@@ -75,13 +75,13 @@ class BestCallback(TrainerCallback):
         # Not in on_epoch_end: a checkpoint of an epoch's last step is written before that event,
         # and a run resumed from it would never see the evaluation.
         step = state.global_step
-        if not self.exhausted() and (step % self._every == 0 or step == state.max_steps):
+        if not self.out_of_patience() and (step % self._every == 0 or step == state.max_steps):
             with self._clock.span("dev"):
                 self._evaluate(step)
-        if self.exhausted():
+        if self.out_of_patience():
             control.should_training_stop = True
 
-    def exhausted(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Return whether `patience` evaluations in a row have brought no new best."""
         if self._patience is None or self.best is None:
             return False
@@ -90,12 +90,12 @@ class BestCallback(TrainerCallback):
 
     def _evaluate(self, step: int) -> None:
         live = self._live
-        with live.whole() if self._whole else preserved(live.model, live.params):
+        with live.unpruned() if self._unpruned else preserved(live.model, live.params):
             live.model.eval()
-            losses = row_losses(live.model, self._batches, self._count)
+            losses = example_losses(live.model, self._batches, self._count)
         evaluation = Evaluation(step, sum(losses) / len(losses))
         self.evaluations.append(evaluation)
-        self.rows.append(losses)
+        self.example_losses.append(losses)
         if self.best is None or _better(evaluation.loss, self.best.loss):
             self.best = evaluation
             self._best = live.snapshot()
@@ -110,7 +110,7 @@ class BestCallback(TrainerCallback):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the best adapter and all evaluations."""
         values: dict[str, Any] = {"evaluations": [asdict(e) for e in self.evaluations]}
-        values["rows"] = self.rows
+        values["rows"] = self.example_losses
         if self.best is not None:
             values["best"] = asdict(self.best)
         return dict(self._best), values
@@ -120,7 +120,7 @@ class BestCallback(TrainerCallback):
         self._best = dict(tensors)
         self.evaluations = [Evaluation(**e) for e in values["evaluations"]]
         self.best = Evaluation(**values["best"]) if "best" in values else None
-        self.rows = [list(losses) for losses in values["rows"]]
+        self.example_losses = [list(losses) for losses in values["rows"]]
 
 
 def _better(loss: float, best: float) -> bool:

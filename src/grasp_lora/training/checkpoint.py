@@ -37,7 +37,7 @@ class Stateful(Protocol):
         ...
 
 
-class LiveState:
+class LiveAdapterState:
     """The live adapter's part of a checkpoint: weights, masks, stash."""
 
     name = "adapter"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from grasp_lora.training.live import Block, LiveAdapter, RatioOf
+from grasp_lora.training.live import Block, BlockRatio, LiveAdapter
 
 SCOPES: Mapping[str, Callable[[Block], str]] = {
     "global": lambda block: "all",
@@ -19,7 +19,7 @@ def _layer(module: str) -> str:
     return f"layer {numbers[0]}" if numbers else "outside"
 
 
-def sizes_of(live: LiveAdapter, scope: str) -> dict[str, int]:
+def group_sizes(live: LiveAdapter, scope: str) -> dict[str, int]:
     """Return group -> its entries, in the order of the adapter's blocks."""
     sizes: dict[str, int] = {}
     for block, a, b in live.effective_blocks():
@@ -28,7 +28,7 @@ def sizes_of(live: LiveAdapter, scope: str) -> dict[str, int]:
     return sizes
 
 
-def ratio_by_group(scope: str, ratios: Mapping[str, float]) -> RatioOf:
+def ratio_by_group(scope: str, ratios: Mapping[str, float]) -> BlockRatio:
     """Return what `LiveAdapter.masks` takes for a ratio that differs between groups.
 
     Args:

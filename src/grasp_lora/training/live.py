@@ -30,11 +30,11 @@ from grasp_lora.models.preserve import preserved
 Masks = Mapping[str, Mask]
 """Name of a parameter -> its keep mask."""
 
-Rule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+ImportanceRule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """An entry of `core.importance.IMPORTANCE`."""
 
-Score = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(block, its A [r, in], its B [out, r]) -> importance of their entries; see `scored`."""
+BlockImportance = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(block, its A [r, in], its B [out, r]) -> importance of their entries; see `block_importance`."""
 
 
 class SumOfSources(nn.Module):
@@ -75,7 +75,7 @@ class Block:
     rows: slice
 
 
-RatioOf = Callable[[Block], float]
+BlockRatio = Callable[[Block], float]
 """Block -> fraction of its entries that is removed."""
 
 
@@ -145,7 +145,7 @@ class LiveAdapter:
     def masks(
         self,
         score: Callable[[Block, Tensor, Tensor], tuple[Tensor, Tensor]],
-        ratios: Sequence["float | RatioOf"],
+        ratios: Sequence["float | BlockRatio"],
     ) -> list[Masks]:
         """Return for each ratio the masks that prune it of every block's tensors.
 
@@ -153,7 +153,7 @@ class LiveAdapter:
         module's is held at a time.
 
         Args:
-            score: importance of a block's A [r, in] and B [out, r]; see `scored`.
+            score: importance of a block's A [r, in] and B [out, r]; see `block_importance`.
             ratios: fractions removed, in [0, 1]; a function gives each block its own.
         """
         cut: list[dict[str, Mask]] = [{} for _ in ratios]
@@ -207,7 +207,7 @@ class LiveAdapter:
                 self._undo(name, masks, places[name])
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unpruned(self) -> Iterator[None]:
         """Run the body as a `trial` with nothing pruned, then put the masks back."""
         kept = {
             name: Mask.of(torch.ones_like(param, dtype=torch.bool))
@@ -294,7 +294,7 @@ class LiveAdapter:
         return flipped
 
     @torch.no_grad()
-    def enforce(self) -> None:
+    def zero_pruned(self) -> None:
         """Set pruned entries to zero again (momentum and weight decay move them)."""
         for name, param in self.params.items():
             if self.any_pruned(name):
@@ -333,7 +333,7 @@ class LiveAdapter:
                 self._keep[name] = Mask(snapshot[f"keep.{name}"].to(param.device), param.shape)
                 self._stash[name] = snapshot[f"stash.{name}"].to(param.device)
 
-    def plain(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def plain_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return module -> (A, B) as a plain LoRA layer holds them, on the CPU."""
         return {
             name: (
@@ -350,7 +350,7 @@ def _clear_moments(optimizer: torch.optim.Optimizer, param: Tensor, entries: Ten
             state.masked_fill_(entries, 0)
 
 
-def scored(rule: Rule, norms: Mapping[str, Tensor] | None) -> Score:
+def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:
     """Return the scores of blocks by a rule, for `LiveAdapter.masks`.
 
     Args:
@@ -369,7 +369,7 @@ def scored(rule: Rule, norms: Mapping[str, Tensor] | None) -> Score:
     return score
 
 
-def go_live(
+def attach_live_adapter(
     model: nn.Module,
     merged: Mapping[str, MergedModule],
     mask_unit: str,

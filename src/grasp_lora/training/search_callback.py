@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 from grasp_lora.base.clock import Clock
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.models.row_losses import Rows, row_losses
-from grasp_lora.training.live import LiveAdapter, Rule, scored
+from grasp_lora.training.live import ImportanceRule, LiveAdapter, block_importance
 
 
 class MaskCallback(TrainerCallback):
@@ -43,7 +43,7 @@ class MaskCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Enforce the zeros."""
-        self._live.enforce()
+        self._live.zero_pruned()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the mask anew where the schedule says so."""
@@ -60,11 +60,11 @@ class ProbePool:
         fresh: draw new rows each round; otherwise the first `config.rows` are used every time.
     """
 
-    rows: Rows
+    rows: EncodedExamples
     fresh: bool
 
 
-Cost = Callable[[nn.Module, Sequence[int]], list[float]]
+Objective = Callable[[nn.Module, Sequence[int]], list[float]]
 """(model in eval mode, positions in the pool) -> what each row costs, lower is better."""
 
 
@@ -84,7 +84,7 @@ class SearchCallback(TrainerCallback):
         discard: probe, but never commit and never move (the probes' side effects can then be
             measured: there are none).
         clock: charged with `baseline`, `probe` and `masks`.
-        cost: what takes the place of the rows' losses, such as a metric of generated answers.
+        objective: what takes the place of the rows' losses, such as a metric of generated answers.
     """
 
     name = "search"
@@ -94,7 +94,7 @@ class SearchCallback(TrainerCallback):
         live: LiveAdapter,
         config: ControllerConfig,
         pool: ProbePool,
-        rule: Rule,
+        rule: ImportanceRule,
         norms: Mapping[str, Tensor] | None,
         seed: int,
         total_steps: int,
@@ -102,13 +102,13 @@ class SearchCallback(TrainerCallback):
         on_round: Callable[[ControllerState, RoundRecord], None],
         discard: bool = False,
         clock: Clock | None = None,
-        cost: Cost | None = None,
+        objective: Objective | None = None,
     ):
         self._live = live
-        self._cost = cost
+        self._objective = objective
         self._config = config
         self._pool = pool
-        self._score = scored(rule, norms)
+        self._score = block_importance(rule, norms)
         self._total_steps = total_steps
         self._on_round = on_round
         self._discard = discard
@@ -124,7 +124,7 @@ class SearchCallback(TrainerCallback):
         if rounds.is_due(state.global_step, self._total_steps, self._config):
             self._round(state.global_step, kwargs.get("optimizer"))
 
-    def round_alone(self, number: int) -> None:
+    def run_untrained_round(self, number: int) -> None:
         """Run a round on an adapter that is not trained, where no mask need be in force."""
         self._round(number, None, masked=False)
 
@@ -132,7 +132,7 @@ class SearchCallback(TrainerCallback):
         rows = self._pool.rows
         if self._pool.fresh:
             groups = [e.group for e in rows.encoded]
-            drawn = rounds.next_rows(self.controller, groups, self._config, self._generator)
+            drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
             return drawn, rows.batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(rows.encoded))))
         if self._fixed is None:
@@ -140,9 +140,9 @@ class SearchCallback(TrainerCallback):
         return drawn, self._fixed
 
     def _costs(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
-        if self._cost is not None:
-            return self._cost(self._live.model, drawn)
-        return row_losses(self._live.model, batches, len(drawn))
+        if self._objective is not None:
+            return self._objective(self._live.model, drawn)
+        return example_losses(self._live.model, batches, len(drawn))
 
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True

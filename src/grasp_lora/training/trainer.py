@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from grasp_lora.models.batches import EpochRows
-from grasp_lora.models.row_losses import IGNORED, answer_logits
+from grasp_lora.models.batches import EpochExamples
+from grasp_lora.models.example_losses import IGNORED, answer_logits
 
 
 class Diverged(FloatingPointError):
@@ -151,7 +151,7 @@ def build_trainer(
         seed=seed,
         data_seed=seed,
         remove_unused_columns=False,
-        train_sampling_strategy="sequential",  # the rows come in the order of `EpochRows`
+        train_sampling_strategy="sequential",  # the rows come in the order of `EpochExamples`
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
@@ -170,7 +170,7 @@ def build_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=EpochRows(rows, seed, batch_size * accumulation * processes(), order),
+        train_dataset=EpochExamples(rows, seed, batch_size * accumulation * processes(), order),
         data_collator=collate,
         compute_loss_func=answer_loss,
         callbacks=list(callbacks),

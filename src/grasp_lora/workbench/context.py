@@ -12,16 +12,22 @@ from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
-from grasp_lora.models.backbones import Backbone, ModelSpec, accepts, load_backbone, plan_memory
+from grasp_lora.models.backbones import (
+    Backbone,
+    ModelSpec,
+    forward_accepts,
+    load_backbone,
+    plan_memory,
+)
+from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix
 from grasp_lora.models.memory import MemoryPlan
-from grasp_lora.models.row_losses import Rows, can_share
 from grasp_lora.tasks.base import Example, Task, task_named
-from grasp_lora.tasks.encoding import Collator, Encoded, EncodingReport, encode_examples
+from grasp_lora.tasks.encoding import Collator, EncodedExample, EncodingReport, encode_examples
 from grasp_lora.tasks.prompts import template_for
 from grasp_lora.training.activations import input_norms
-from grasp_lora.training.live import LiveAdapter, go_live
+from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.workbench.processes import is_main, join
-from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
 
@@ -34,7 +40,7 @@ class Context:
         data: examples per role and split.
         backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
         task: the task of the data.
-        narrator: prints for the user.
+        reporter: prints for the user.
         clock: says where the time goes.
         on_saved: called after every checkpoint.
     """
@@ -43,11 +49,11 @@ class Context:
     data: RunData
     backbone: Backbone
     task: Task
-    narrator: Narrator
+    reporter: Reporter
     clock: Clock = field(default_factory=Clock)
     on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
-    _encoded: dict[tuple[str, str], list[Encoded]] = field(default_factory=dict)
+    _encoded: dict[tuple[str, str], list[EncodedExample]] = field(default_factory=dict)
     _norms_known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -56,8 +62,8 @@ class Context:
         model = self.backbone.model
         return Collator(
             self.backbone.pad_id,
-            with_position_ids=accepts(model, "position_ids"),
-            with_logits_to_keep=accepts(model, "logits_to_keep"),
+            with_position_ids=forward_accepts(model, "position_ids"),
+            with_logits_to_keep=forward_accepts(model, "logits_to_keep"),
         )
 
     @property
@@ -71,7 +77,7 @@ class Context:
         """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
         return self.data.parts[role].get(split, ())
 
-    def encoded(self, role: str, split: str) -> list[Encoded]:
+    def encoded(self, role: str, split: str) -> list[EncodedExample]:
         """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
@@ -81,23 +87,31 @@ class Context:
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
-                self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
+                self.reporter.say(f"{role} {split}: {cut_line(report, self.longest)}")
             if _is_test(role, split):
                 answered = rows[: self.config.evaluate.limit]
                 capped = capped_line(answered, new_tokens(self.config, role, split))
                 if capped:
-                    self.narrator.say(f"{role} {split}: {capped}")
+                    self.reporter.say(f"{role} {split}: {capped}")
         return self._encoded[role, split]
 
     def on_all_labels(self) -> "Context":
-        """Return a context whose target train rows are all labelled ones; no dev row is left."""
+        """Return a context that trains on all labelled target examples; none is left for dev."""
         parts = self.data.parts["target"]
-        train = tuple(row for split in LABELLED for row in parts.get(split, ()))
+        train = tuple(example for split in LABELLED for example in parts.get(split, ()))
+        return self.on_target({"train": train})
+
+    def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
+        """Return a context with other labelled examples of the target; its test examples stay.
+
+        Args:
+            labelled: "train", "dev" and "micro_dev" -> examples; a split that is left out is empty.
+        """
+        parts = self.data.parts["target"]
         kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
-        target = kept | {"train": train}
-        data = replace(self.data, parts=self.data.parts | {"target": target})
+        data = replace(self.data, parts=self.data.parts | {"target": kept | dict(labelled)})
         return Context(
-            self.config, data, self.backbone, self.task, self.narrator, self.clock, self.on_saved
+            self.config, data, self.backbone, self.task, self.reporter, self.clock, self.on_saved
         )
 
     def end_id(self, role: str, split: str) -> int:
@@ -110,17 +124,17 @@ class Context:
         self.encoded(role, split)
         return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
 
-    def rows(self, role: str, splits: Sequence[str]) -> Rows:
+    def rows(self, role: str, splits: Sequence[str]) -> EncodedExamples:
         """Return the rows of the splits, ready to be probed."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
         forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
         longest = max((len(row.input_ids) for row in encoded), default=0)
-        return Rows(
+        return EncodedExamples(
             encoded,
             self.collator,
             self.config.evaluate.batch_size,
             forward_tokens,
-            share=can_share(self.backbone.model, longest),
+            share_prefix=can_share_prefix(self.backbone.model, longest),
         )
 
     @contextmanager
@@ -134,7 +148,9 @@ class Context:
         """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
         structure = self.config.structure
         with self.clock.span("load"):
-            live = go_live(self.backbone.model, merged, mask_unit, dropout, scaling, structure)
+            live = attach_live_adapter(
+                self.backbone.model, merged, mask_unit, dropout, scaling, structure
+            )
         try:
             yield live
         finally:
@@ -150,7 +166,7 @@ class Context:
     def _norms(self, live: LiveAdapter) -> dict[str, Tensor]:
         blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
         if blank:
-            self.narrator.say(
+            self.reporter.say(
                 f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
                 f" {blank[0].module}); the activation rule is blind there, magnitude is used"
             )
@@ -158,20 +174,25 @@ class Context:
         # train rows serves them all.
         digest = live.digest()
         if digest not in self._norms_known:
-            train = replace(self.rows("target", ["train"]), share=False)
+            train = replace(self.rows("target", ["train"]), share_prefix=False)
             batches = train.batches(range(len(train.encoded)))
             found = input_norms(live.model, live.layers, [batch for _, batch in batches])
             self._norms_known[digest] = found
         norms = self._norms_known[digest]
         unread = [name for name in live.layers if name not in norms]
         if unread:
-            self.narrator.say(
+            self.reporter.say(
                 f"{len(unread)} of {len(live.layers)} adapted modules read nothing of the train"
                 f" rows (first: {unread[0]}); magnitude is used there"
             )
         return norms
 
 
+POOLS: dict[str, tuple[str, ...]] = {
+    "micro-dev": ("micro_dev",),
+    "micro-dev+dev": ("micro_dev", "dev"),
+}
+"""`controller.probe_rows` -> the splits of the target examples that probes are drawn from."""
 LABELLED = ("train", "dev", "micro_dev")
 """Splits of the target rows that have labels to train on; test rows are for the end."""
 _POSITIONS = "max_position_embeddings"
@@ -209,7 +230,7 @@ def encode_part(
     role: str,
     split: str,
     longest: int | None = None,
-) -> tuple[list[Encoded], EncodingReport]:
+) -> tuple[list[EncodedExample], EncodingReport]:
     """Encode a split as the run does, in at most `longest` tokens a row if that is given."""
     task, section = task_named(config.data.task), section_of(config, role, split)
     return encode_examples(
@@ -233,7 +254,7 @@ def cut_line(report: EncodingReport, length: int) -> str:
     )
 
 
-def capped_line(rows: Sequence[Encoded], limit: int) -> str | None:
+def capped_line(rows: Sequence[EncodedExample], limit: int) -> str | None:
     """Say how many first references no answer of `limit` tokens can equal; None if none."""
     # The end token need not be generated.
     lengths = [row.label_tokens - 1 for row in rows]
@@ -273,7 +294,7 @@ def open_data(config: RunConfig, context: Context | None) -> RunData:
     """Return the rows of `context`, or read them: a stage's key depends on them."""
     if context is not None:
         return context.data
-    return load_run_data(config, Narrator(not is_main()).say)
+    return load_run_data(config, Reporter(not is_main()).say)
 
 
 def open_context(
@@ -296,18 +317,20 @@ def open_context(
         ValueError: the data or the backbone cannot be used, with what to do.
     """
     join(config)
-    narrator, clock = Narrator(quiet or not is_main()), clock or Clock()
+    reporter, clock = Reporter(quiet or not is_main()), clock or Clock()
     with clock.span("load"):
-        data = data or load_run_data(config, narrator.say, training=training)
+        data = data or load_run_data(config, reporter.say, training=training)
         for notice in prompt_notices(config, data):
-            narrator.say(notice)
+            reporter.say(notice)
         if training:
-            narrator.say(f"memory planned: {planned_memory(config)}")
-        backbone = load_backbone(model_spec(config), narrator.say)
-    missing = [a for a in ("logits_to_keep", "position_ids") if not accepts(backbone.model, a)]
+            reporter.say(f"memory planned: {planned_memory(config)}")
+        backbone = load_backbone(model_spec(config), reporter.say)
+    missing = [
+        a for a in ("logits_to_keep", "position_ids") if not forward_accepts(backbone.model, a)
+    ]
     for argument in missing:
-        narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
-    return Context(config, data, backbone, task_named(config.data.task), narrator, clock)
+        reporter.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
+    return Context(config, data, backbone, task_named(config.data.task), reporter, clock)
 
 
 def prompt_notices(config: RunConfig, data: RunData) -> list[str]:

@@ -9,14 +9,14 @@ from grasp_lora.base.files import write_text
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import Encoded, EncodingReport
+from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
 from grasp_lora.workbench.context import (
     encode_part,
     max_length,
     model_spec,
     prompt_notices,
 )
-from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
 SHOWN_EXAMPLES = 3
@@ -54,7 +54,7 @@ def describe_data(
     )
     data = load_run_data(told, notes.append, training=False)
     notes += prompt_notices(config, data)
-    tokenizer, name = load_tokenizer(model_spec(config), Narrator(quiet).say)
+    tokenizer, name = load_tokenizer(model_spec(config), Reporter(quiet).say)
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}
@@ -93,7 +93,7 @@ def _row(
     where: str,
     language: str,
     examples: Sequence[Example],
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     report: EncodingReport,
 ) -> str:
     if not examples:
@@ -132,7 +132,7 @@ def _footnote(config: RunConfig) -> str:
 
 
 def _examples(
-    examples: Sequence[Example], encoded: Sequence[Encoded], tokenizer: Any, where: str
+    examples: Sequence[Example], encoded: Sequence[EncodedExample], tokenizer: Any, where: str
 ) -> Iterator[str]:
     for example, row in list(zip(examples, encoded, strict=True))[:SHOWN_EXAMPLES]:
         ids = list(row.input_ids)

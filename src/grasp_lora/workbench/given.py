@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
-from grasp_lora.adapters.opening import adapted, other_bases
+from grasp_lora.adapters.opening import base_mismatch_lines, model_with_adapter
 from grasp_lora.workbench.context import Context
 
 
@@ -16,13 +16,13 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
     training. Says which of them name another base model.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, `check_fits` and `adapted`.
+        FileNotFoundError, ValueError: as `read_adapter`, `check_fits` and `model_with_adapter`.
     """
     with context.clock.span("load"):
         loaded = [read_adapter(folder) for folder in folders]
         for folder, adapter in zip(folders, loaded, strict=True):
             check_fits(adapter, context.backbone.model, str(folder))
-            with adapted(context.backbone, folder):
+            with model_with_adapter(context.backbone, folder):
                 pass
     say_other_bases(context, folders)
     return loaded
@@ -30,5 +30,5 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
 
 def say_other_bases(context: Context, folders: Sequence[Path]) -> None:
     """Say which adapters name another base model than the backbone, or than one another."""
-    for line in other_bases(folders, context.config.model.name, context.backbone):
-        context.narrator.say(line)
+    for line in base_mismatch_lines(folders, context.config.model.name, context.backbone):
+        context.reporter.say(line)

@@ -13,7 +13,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.generation.generate import generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
 from grasp_lora.scoring.sets import metric_options
-from grasp_lora.training.search_callback import Cost
+from grasp_lora.training.search_callback import Objective
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.processes import decided_by_main
 
@@ -25,7 +25,7 @@ UserReward = Callable[[list[str], list[tuple[str, ...]]], Sequence[float]]
 """(predictions, references of each) -> a score of each, higher is better."""
 
 
-def reward_faults(config: RunConfig) -> list[str]:
+def objective_faults(config: RunConfig) -> list[str]:
     """Return what is wrong with `controller.reward`, before any work is done."""
     name = config.controller.reward
     if name == LOSS:
@@ -48,7 +48,7 @@ def reward_faults(config: RunConfig) -> list[str]:
     return [f"controller.reward {n}: {why}" for n, why in missing([name], options).items()]
 
 
-def cost_of(context: Context, splits: Sequence[str]) -> Cost | None:
+def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
     """Return what the rows of the splits cost under `controller.reward`; None for the loss.
 
     The cost of a row is its score of 0 to 100 with the sign changed and divided by 100, so that a
@@ -101,7 +101,7 @@ def answers_of(
             pad_id=backbone.pad_id,
             stop_ids=sorted({*backbone.stop_ids, *stops}),
             one_line=task.one_line,
-            notice=context.narrator.say,
+            notice=context.reporter.say,
         )
         return [
             context.prediction("target", homes[i], t) for i, t in zip(drawn, texts, strict=True)

@@ -11,9 +11,16 @@ from grasp_lora.config.data_sections import ExampleSource, HubData, LanguageData
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
-from grasp_lora.data.hub import ALL, PUBLISHED_SETS, HubRows, load_hub, load_preset, split_published
-from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_line, refuse_leaks
-from grasp_lora.data.separate import separated
+from grasp_lora.data.hub import (
+    ALL,
+    PUBLISHED_SETS,
+    HubExamples,
+    load_hub,
+    load_preset,
+    split_published,
+)
+from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_notice, refuse_leaks
+from grasp_lora.data.repeats import drop_repeated_texts
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
 from grasp_lora.tasks.base import Example, Task, task_named
 
@@ -60,16 +67,27 @@ class RunData:
         content = hashlib.sha256()
         for role, parts in self.parts.items():
             for split, rows in parts.items():
-                content.update(f"{role}/{split}\0".encode())
-                for e in rows:
-                    record = [e.id, e.group, e.language, dict(e.fields), e.references]
-                    content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
+                _feed(content, role, split, rows)
+        return content.hexdigest()[:16]
+
+    def digest_of(self, role: str, split: str) -> str:
+        """Return 16 hex digits over the examples of one set; those of an empty set where there is
+        none."""
+        content = hashlib.sha256()
+        _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
         return content.hexdigest()[:16]
 
     def test_sets(self) -> dict[str, tuple[str, str]]:
         """Return name -> (role, split) of every test set that has rows, the target's own first."""
         found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
         return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
+
+
+def _feed(content: Any, role: str, split: str, rows: Iterable[Example]) -> None:
+    content.update(f"{role}/{split}\0".encode())
+    for e in rows:
+        record = [e.id, e.group, e.language, dict(e.fields), e.references]
+        content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
 
 
 def load_run_data(
@@ -217,12 +235,12 @@ class _Reader:
             self.sources[f"tests/{name}"] = section.files.name
         else:
             found = self._found(section.files, section, "target")
-            rows = found.rows[found.drawn_from["test"]]
+            rows = found.examples[found.drawn_from["test"]]
             self.sources[f"tests/{name}"] = found.record()
         others = [e for e in trained if e.language != section.language]
         kept, count = drop_parallel(rows, others)
         if count:
-            self.say(f"tests/{name}: {parallel_line(rows, others, count, 'training')}")
+            self.say(f"tests/{name}: {parallel_notice(rows, others, count, 'training')}")
         if section.rows is None:
             return kept
         return split_by_group(kept, {name: section.rows}, self.seed).parts[name]
@@ -236,11 +254,11 @@ class _Reader:
             self.say(f"{role}: {section.files} {section.language} from {found.used}")
         self.sources[role] = found.record()
         if used is not None:
-            found = found.without(lambda rows: self._unused(role, rows, used))
+            found = found.filtered(lambda rows: self._unused(role, rows, used))
         split = split_published(found, sizes, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
-    def _found(self, files: Any, section: ExampleSource, role: str) -> HubRows:
+    def _found(self, files: Any, section: ExampleSource, role: str) -> HubExamples:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
         if isinstance(files, HubData):
             found = load_hub(
@@ -288,11 +306,11 @@ class _Reader:
         used = list(used)
         kept, count = drop_parallel(rows, used)
         if count:
-            self.say(f"{role}: {parallel_line(rows, used, count, 'target')}")
+            self.say(f"{role}: {parallel_notice(rows, used, count, 'target')}")
         return tuple(kept)
 
     def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
-        parts, lost = separated(drawn, threshold=self.config.data.near_duplicates)
+        parts, lost = drop_repeated_texts(drawn, threshold=self.config.data.near_duplicates)
         for split, count in lost.items():
             if count:
                 self.say(

@@ -1,0 +1,59 @@
+import pytest
+
+from grasp_lora.data.leaks import find_leaks
+from grasp_lora.data.repeats import drop_repeated_texts
+from grasp_lora.tasks.records import Example, text_key
+
+STORY = "The old bridge over the river was closed on Monday after the flood carried two beams away"
+
+
+def row(number: str, text: str) -> Example:
+    return Example(number, text_key(text), "en", {"article": text}, ("x",))
+
+
+def test_a_repeated_text_stays_with_the_split_that_measures() -> None:
+    near = STORY.replace("Monday", "Friday") + " and nobody was hurt"
+    parts = {
+        "train": [row("1", STORY), row("2", "Something quite different about a harvest of pears")],
+        "test": [row("3", STORY + " and nobody was hurt")],
+        "dev": [row("4", near)],
+    }
+    assert len(find_leaks(parts, threshold=0.5)) == 3
+    kept, lost = drop_repeated_texts(parts, threshold=0.5)
+    assert {split: [e.id for e in rows] for split, rows in kept.items()} == {
+        "train": ["2"],
+        "test": ["3"],
+        "dev": [],
+    }
+    assert lost == {"train": 1, "test": 0, "dev": 1}
+    assert not find_leaks(kept, threshold=0.5)
+
+
+@pytest.mark.parametrize("first", ["dev", "micro_dev"])
+def test_a_chain_of_repeats_loses_no_more_than_it_must(first: str) -> None:
+    """The text between two others leaves; then the outer two do not touch."""
+    words = [f"word{n}" for n in range(60)]
+    one, two, three = (" ".join(words[n : n + 40]) for n in (0, 5, 10))
+    parts = {"test": [row("1", one)], "train": [row("2", two)], first: [row("3", three)]}
+    linked = {(leak.first[1], leak.second[1]) for leak in find_leaks(parts, threshold=0.7)}
+    assert linked == {("1", "2"), ("2", "3")}
+    kept, lost = drop_repeated_texts(parts, threshold=0.7)
+    assert lost == {"test": 0, "train": 1, first: 0}
+    assert not find_leaks(kept, threshold=0.7)
+
+
+def test_all_rows_of_a_repeated_group_leave_together() -> None:
+    asked = [
+        Example(str(n), "g", "en", {"context": STORY, "question": f"{n}?"}, ("x",))
+        for n in range(3)
+    ]
+    other = Example("t", "h", "en", {"context": STORY.upper(), "question": "?"}, ("x",))
+    kept, lost = drop_repeated_texts({"train": asked, "test": [other]})
+    assert kept == {"train": (), "test": (other,)}
+    assert lost == {"train": 3, "test": 0}
+
+
+def test_splits_without_repeats_are_left_alone() -> None:
+    parts = {"train": (row("1", STORY),), "test": (row("2", "A short one"),)}
+    assert drop_repeated_texts(parts) == (parts, {"train": 0, "test": 0})
+    assert drop_repeated_texts({"train": (), "test": ()})[1] == {"train": 0, "test": 0}
