@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import train_adapter
 from grasp_lora.workbench.context import open_context
 from helpers import tiny_backbone_folder
 from jobs import QUIET_EVALUATION, TRAIN, job, start, write_job
@@ -67,7 +67,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(base, uninterrup
 
     def reached(stage: str) -> bool:
         complete = len(list((out / f"{stage}.work").glob("checkpoint-*/grasp.json")))
-        return complete >= 2 and (stage != "search" or (out / "search/rounds.jsonl").exists())
+        return complete >= 2 and (
+            stage != "search" or (out / "search.work/result/rounds.jsonl").exists()
+        )
 
     for number, stage in enumerate(STAGES):
         said = kill_when(start("run", path), partial(reached, stage))

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import example_losses
+from grasp_lora.plans import executor
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import (
     evaluate_adapter,
@@ -24,12 +26,13 @@ from grasp_lora.plans.single import (
     search_ratio,
     train_adapter,
 )
+from grasp_lora.stages.table import KINDS
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
 from grasp_lora.workbench import context, fit
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import TRAIN
+from jobs import with_trainings
 
 
 def settings(folder: Path, **changes) -> RunConfig:
@@ -45,10 +48,12 @@ def settings(folder: Path, **changes) -> RunConfig:
             },
         },
         "controller": {"rounds": 3, "rows": 4},
+        "train": {"epochs": 1},
+        "search": {"epochs": 2},
+        "finetune": {"epochs": 2},
         "evaluate": {"max_new_tokens": 4},
     }
-    train = TRAIN | changes.pop("train", {})
-    return RunConfig.model_validate(values | changes | {"train": train})
+    return RunConfig.model_validate(with_trainings(values | changes))
 
 
 @pytest.fixture
@@ -134,18 +139,10 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
         {"merge": {"kind": "linear"}},
         {"merge": {"kind": "svd"}, "mask_unit": "merged"},
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
-        {
-            "finetune": {"mode": "continue", "mask_schedule": 2},
-            "train": {"finetune": {"epochs": 1}},
-        },
+        {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
         {"importance": "magnitude", "mask_unit": "merged"},
         {"structure": "rank"},
-        {
-            "structure": "rank",
-            "merge": {"kind": "linear"},
-            "finetune": {"mask_schedule": 1},
-            "train": {"finetune": {}},
-        },
+        {"structure": "rank", "merge": {"kind": "linear"}, "finetune": {"mask_schedule": 1}},
     ],
 )
 def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
@@ -261,8 +258,8 @@ def test_weights_given_for_a_late_merge_are_taken(workplace):
 def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace):
     config = settings(
         workplace,
-        finetune={"mode": "continue"},
-        train={"search": {"epochs": 2}, "finetune": {"epochs": 1, "learning_rate": 0.01}},
+        search={"epochs": 2},
+        finetune={"mode": "continue", "epochs": 1, "learning_rate": 0.01},
         evaluate={"max_new_tokens": 2},
     )
     out = run(config, quiet=True)
@@ -307,10 +304,8 @@ def test_trying_whether_attention_can_repeat_leaves_no_trace(workplace, monkeypa
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.01, 2), (0.02, 1), (1.0, 0)])
 def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
-    train = {
-        "search": {"epochs": 2, "learning_rate": rate},
-        "finetune": {"epochs": 1, "learning_rate": 0.01},
-    }
+    section = {"epochs": 2, "learning_rate": rate}
+    going_on = {"mode": "continue", "epochs": 1, "learning_rate": 0.01}
     opened = context.open_context(settings(workplace), quiet=True)
     for role in ("source", "target"):
         train_adapter(opened.config, role, workplace / role, context=opened)
@@ -318,7 +313,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     merged = merge_adapters(opened.config, folders, workplace / "merged", context=opened)
     found = {}
     for mode in ("continue", "restart"):
-        config = settings(workplace, train=train, finetune={"mode": mode})
+        config = settings(workplace, search=section, finetune=going_on | {"mode": mode})
         search_ratio(config, merged, workplace / mode)
         found[mode] = read_json(workplace / mode / "stage.json")
     losses = {e["step"]: e["loss"] for e in found["continue"]["evaluations"]}
@@ -328,7 +323,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     ends = [start_of(workplace / mode / "adapter") for mode in ("continue", "restart")]
     assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
     assert same(ends[0], start_of(merged)) == (kept == 0)
-    config = settings(workplace, train=train, finetune={"mode": "continue"})
+    config = settings(workplace, search=section, finetune=going_on)
     final = prune_adapter(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
     stage = read_json(final / "stage.json")
     assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
@@ -353,7 +348,7 @@ def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, sch
         LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
-    config = settings(workplace, finetune={"mask_schedule": schedule})
+    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
     out = prune_adapter(config, start, 0.5, workplace / "out")
     assert read_json(out / "stage.json")["steps"] == 4
     assert len(calls) == cuts
@@ -370,8 +365,7 @@ def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace,
     run(settings(workplace, importance="activation"), quiet=True)
     assert len(seen) == 1, "search and final run start alike"
     changed = {"importance": "activation", "output": workplace / "onward"}
-    changed["train"] = {"finetune": {"epochs": 1}}
-    run(settings(workplace, finetune={"mode": "continue"}, **changed), quiet=True)
+    run(settings(workplace, finetune={"epochs": 1, "mode": "continue"}, **changed), quiet=True)
     assert len(seen) == 3, "going on from the search is another start"
 
 
@@ -428,21 +422,21 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
     assert "## Where the time went" in (out / "report.md").read_text()
 
 
-def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Run until `stage`, whose recipe fails."""
+def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Run until the first stage of a kind, whose work fails."""
 
-    def fail(*given, **named):
+    def fail(_work):
         raise ValueError("broken off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"grasp_lora.plans.run.{stage}", fail)
+        patch.setattr(executor, "KINDS", KINDS | {kind: replace(KINDS[kind], run=fail)})
         with pytest.raises(ValueError, match="broken off"):
             run(config, quiet=True)
 
 
 def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "finetune_at")
+    break_off(config, monkeypatch, "prune")
     kept = read_json(config.output / "timing.json")
     out = run(config, quiet=True)
     assert not (out / "profile.json").exists()
@@ -456,7 +450,7 @@ def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace,
 
 def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "search_ratio")
+    break_off(config, monkeypatch, "search")
     (config.output / "timing.json").unlink()
     out = run(config, quiet=True, profile=True)
     told = "adapters/source, adapters/target, merged: done by an earlier process whose times"

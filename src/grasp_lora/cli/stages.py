@@ -58,7 +58,7 @@ def plan(
 ) -> None:
     """Show the stages of a run, which of them are done, and what the others cost at most.
 
-    Reads the configuration, the rows and the tokenizer; loads no weights and writes nothing.
+    Reads the configuration, the rows and the tokenizer, no weights. Writes nothing.
     """
     loaded = load(config, settings, output, seed, allow_leakage)
     from rich.console import Console

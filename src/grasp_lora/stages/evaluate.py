@@ -194,13 +194,15 @@ def _records(
 
 
 _NO_RESULT = ("baselines",)
+_OF_A_TEST = ("prompt", "language")
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:
     own = [f"evaluate.{n}" for n in type(stage.config.evaluate).model_fields if n not in _NO_RESULT]
-    prompts = [f"data.tests.{name}" for name in stage.config.data.tests]
+    # Of the examples the content counts, not the file or the columns it was read from.
+    tests = [f"data.tests.{n}.{key}" for n in stage.config.data.tests for key in _OF_A_TEST]
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
-    return ("seed", "model", *own, *prompts, *encoding, "data.target.language")
+    return ("seed", "model", *own, *tests, *encoding, "data.target.language")
 
 
 def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:

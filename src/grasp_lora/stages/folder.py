@@ -5,16 +5,18 @@ While a stage works, `<result>.work` holds its key (`stage.json`), the Trainer's
 last, and is then renamed into its place. So a folder that is there is complete.
 """
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from grasp_lora.base.files import holds_something, read_json, write_json
+from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 from grasp_lora.stages.keys import Key, differences
 
-STAGE_FILE = "stage.json"
 State = Literal["absent", "begun", "done", "differs"]
 
 
@@ -52,11 +54,16 @@ def look(out: Path, key: Key) -> Found:
             f"'{out}' is not empty and no result of grasp-lora (it has no {STAGE_FILE}); choose "
             "another folder, or empty it yourself"
         )
-    places: tuple[tuple[Path, State], ...] = ((finished, "done"), (begun, "begun"))
-    for file, state in places:
-        if file.exists():
-            why = differences(read_json(file)["key"], key)
-            return Found("differs", tuple(why)) if why else Found(state)
+    if finished.exists():
+        why = differences(read_json(finished)["key"], key)
+        return Found("differs", tuple(why)) if why else Found("done")
+    if begun.exists():
+        why = differences(read_json(begun)["key"], key)
+        if not why:
+            return Found("begun")
+        # Without a checkpoint nothing would be lost that a user could want to keep.
+        if any(begun.parent.glob("checkpoint-*")):
+            return Found("differs", tuple(why))
     return Found("absent")
 
 
@@ -69,19 +76,49 @@ def refusal(out: Path, found: Found) -> str:
     )
 
 
-def begin(out: Path, key: Key, found: Found) -> tuple[Path, Path]:
-    """Prepare the work on a result.
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of a result's place for the body; the system frees it when a process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing keeps two starts in one folder apart there
+        yield
+        return
+    place = out.with_name(f"{out.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(place, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_still(place, file.fileno()):
+                continue  # who held the lock before has removed the file: this one locks nothing
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _is_still(place: Path, opened: int) -> bool:
+    try:
+        return place.stat().st_ino == os.fstat(opened).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
+    """Prepare the work on a result; checkpoints of other inputs are removed.
 
     Args:
         out: the place of the result.
         key: its key.
-        found: what `look` returned; checkpoints of other inputs are removed.
+        again: remove checkpoints of the same inputs as well.
 
     Returns:
         The folder to write the result to, empty, and the folder for checkpoints.
     """
     work = work_folder(out)
-    if found.state != "begun":
+    begun = work / STAGE_FILE
+    if again or not begun.exists() or differences(read_json(begun)["key"], key):
         shutil.rmtree(work, ignore_errors=True)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -101,7 +138,7 @@ def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     elif out.exists():
-        out.rmdir()
+        shutil.rmtree(out)  # `look` has found at most temporary files of a crash in it
     out.parent.mkdir(parents=True, exist_ok=True)
     result.rename(out)
     tidy(out)
