@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks import common
 from grasp_lora.base.files import (
     jsonable,
-    machines_of,
+    machine_names,
     read_json,
     read_jsonl,
     write_json,
@@ -407,11 +407,11 @@ def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
                     continue
                 whole = [one for one in points if one is not None]
                 other = any(one["versions"] != ours["versions"] for one in whole)
-                if other or len(machines_of([*whole, ours])) > 1:
+                if other or len(machine_names([*whole, ours])) > 1:
                     continue
                 sums = {w: sum(one["price"][w] for one in whole) for w in ("seconds", "tokens")}
                 seconds, tokens = (ours["price"][what] for what in sums)
-                cells = [folder.name, str(seed), *machines_of([ours]), method]
+                cells = [folder.name, str(seed), *machine_names([ours]), method]
                 cells += [f"{seconds:.0f}", f"{sums['seconds']:.0f}"]
                 cells += [f"{sums['seconds'] / seconds:.1f}", f"{sums['tokens'] / tokens:.1f}"]
                 lines.append(f"| {' | '.join(cells)} |")

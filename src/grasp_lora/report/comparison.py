@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from grasp_lora.base.files import machines_of
+from grasp_lora.base.files import machine_names
 from grasp_lora.report.run import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
 ORACLE = "grid, chosen by the test rows"
@@ -178,7 +178,7 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = shown_methods(found)
     grid = methods.get("grid")
     whole = statistics.fmean(run["seconds"] for run in grid) if grid else None
-    mixed = len(machines_of(found["rows"])) > 1
+    mixed = len(machine_names(found["rows"])) > 1
     plain = [run["tokens"] for run in methods.get(PLAIN, ())]
     titles = ["method", "runs", "seconds", "times the grid's speed", "steps", "forwards", "tokens"]
     titles += ["tokens, in plain runs", "peak memory (GB)", "adapter (MB)", "zeros"]
@@ -186,7 +186,7 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     for method, runs in methods.items():
         seconds = statistics.fmean(run["seconds"] for run in runs)
-        alike = len(machines_of([*runs, *(grid or ())])) <= 1
+        alike = len(machine_names([*runs, *(grid or ())])) <= 1
         faster = f"{whole / seconds:.2f}" if whole and seconds > 0 and alike else NO_VALUE
         cells = [method, f"{runs[0]['runs']}", f"{seconds:.0f}", faster]
         for name in ("steps", "forwards", "tokens"):
@@ -198,14 +198,14 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append(f"{runs[0]['adapter_bytes'] / 1e6:.1f}")
         zeros = [run["zeros"] for run in runs if run["zeros"] is not None]
         cells.append(f"{statistics.fmean(zeros):.2f}" if zeros else NO_VALUE)
-        cells += [", ".join(machines_of(runs)) or NO_VALUE] * mixed
+        cells += [", ".join(machine_names(runs)) or NO_VALUE] * mixed
         rows.append(cells)
     return titles, rows
 
 
 def several_machines(found: Mapping[str, Any]) -> list[str]:
     """Return a paragraph that says so where the runs were made on more than one machine."""
-    names = machines_of(found["rows"])
+    names = machine_names(found["rows"])
     if len(names) < 2:
         return []
     return [

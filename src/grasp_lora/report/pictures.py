@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from grasp_lora.base.files import machines_of
+from grasp_lora.base.files import machine_names
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
 # Orange for worse, blue for better than what a round compares with: colour-blind readers can
@@ -87,7 +87,7 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     test = next(iter(rows[0]["scores"]))
     metric = next(iter(rows[0]["scores"][test]))
     runs: dict[str, list[_Point]] = {}
-    unit = "seconds" if len(machines_of(rows)) < 2 else "tokens"
+    unit = "seconds" if len(machine_names(rows)) < 2 else "tokens"
     for row in rows:
         point = _Point(
             row["ratio"],
