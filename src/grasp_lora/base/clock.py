@@ -87,7 +87,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charge the spans of the body to stage `name`, and the rest of the body to its idle time."""
+        """Charge the spans of the body to stage `name`; the rest of the body is its idle time."""
         with self._opened((name, IDLE)):
             yield
 
