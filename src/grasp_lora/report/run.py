@@ -96,10 +96,10 @@ def ablation_markdown(found: Mapping[str, Any]) -> str:
         "",
         f"Preset `{found['preset']}`, seeds {_comma_list(found['seeds'])}; means over seeds. Every "
         "run starts from the same merge. *Flipped* is the share of the adapter's entries that a "
-        "commit changes between kept and pruned. *Jump* is the mean training loss of the four steps after "
-        "a commit less that of the four steps before. *Against configured* is the mean difference "
-        "of the dev loss to the configured variant, seed by seed, with its standard error: lower "
-        "is better.",
+        "commit changes between kept and pruned. *Jump* is the mean training loss of the four "
+        "steps after a commit less that of the four steps before. *Against configured* is the mean "
+        "difference of the dev loss to the configured variant, seed by seed, with its standard "
+        "error: lower is better.",
         "",
         f"| {' | '.join(titles)} |",
         f"|---|{'---:|' * (len(titles) - 1)}",
