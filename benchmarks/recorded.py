@@ -33,7 +33,7 @@ from grasp_lora.plans.job import RESULT_FILE
 from grasp_lora.plans.queue import Outcome
 
 from benchmarks import common, records
-from grasp_lora.base.files import jsonable, machines_of, read_json, write_json, write_text
+from grasp_lora.base.files import jsonable, machine_names, read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.config.sections import Role
 from grasp_lora.core.evidence.crossfit import standard_error
@@ -395,11 +395,11 @@ def speed(folder: Path, collection: str, grid: str, methods: Sequence[str]) -> l
                     continue
                 whole = [one for one in points if one is not None]
                 other = any(one["versions"] != ours["versions"] for one in whole)
-                if other or len(machines_of([*whole, ours])) > 1:
+                if other or len(machine_names([*whole, ours])) > 1:
                     continue
                 sums = {w: sum(one["price"][w] for one in whole) for w in ("seconds", "tokens")}
                 seconds, tokens = (ours["price"][what] for what in sums)
-                cells = [table.stem, str(seed), *machines_of([ours]), method]
+                cells = [table.stem, str(seed), *machine_names([ours]), method]
                 cells += [f"{seconds:.0f}", f"{sums['seconds']:.0f}"]
                 cells += [f"{sums['seconds'] / seconds:.1f}", f"{sums['tokens'] / tokens:.1f}"]
                 lines.append(f"| {' | '.join(cells)} |")

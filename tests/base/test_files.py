@@ -1,4 +1,4 @@
-"""The run folder: resume, refusals, writes that survive a crash."""
+"""Test the run folder: resume, refusals, writes that survive a crash."""
 
 import json
 import math

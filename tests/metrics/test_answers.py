@@ -4,7 +4,7 @@ from grasp_lora.metrics import MLQA_ARTICLES, exact_match, normalize_answer, tok
 from grasp_lora.metrics.answers import ANSWERS, RULES
 from grasp_lora.metrics.records import Options, Row
 
-# (text, what is left of it, why), by the rules of the published SQuAD v1.1 script
+# (text, normalised text, reason), by the rules of the published SQuAD v1.1 script
 SQUAD_FORMS = [
     ("The Cat.", "cat", "article, case and full stop go"),
     ("an  apple\ta day", "apple day", "articles anywhere, white space as one space"),
@@ -16,14 +16,14 @@ SQUAD_FORMS = [
     ("", "", "nothing stays nothing"),
 ]
 
-# (language, text, what is left of it), by the rules of mlqa_evaluation_v1
+# (language, text, normalised text), by the rules of mlqa_evaluation_v1
 MLQA_FORMS = [
     ("en", "The «Cat»", "cat"),
     ("es", "¿Los gatos de la casa?", "gatos de casa"),
     ("es", "elefante", "elefante"),
     ("de", "Des Kaisers „neue“ Kleider", "kaisers neue kleider"),
     ("vi", "Những ngôi nhà của tôi", "ngôi nhà tôi"),
-    # The published pattern takes every "ال" out, at the start and inside of words.
+    # The published pattern removes every "ال", at the start of words and inside them.
     ("ar", "البيت الكبير", "بيت كبير"),
     ("ar", "الرمال", "رم"),
     ("ar", "قال", "ق"),
@@ -43,7 +43,7 @@ def test_squad_rules_follow_the_english_script_in_every_language(
     assert normalize_answer(text, language, "squad") == form, why
 
 
-# (text, what is left of it, why), by "mlqa-fixed": the Arabic article only where a word begins
+# (text, normalised text, reason), by "mlqa-fixed": the Arabic article only at the start of a word
 FIXED_FORMS = [
     ("البيت الكبير", "بيت كبير", "at the start and behind a space"),
     ("الرمال", "رمال", "the end of the word stays"),
@@ -70,7 +70,7 @@ def test_fixed_rules_strip_the_arabic_article_only_where_a_word_begins(
     assert normalize_answer(text, "ar", "mlqa-fixed") == form, why
 
 
-def test_every_mlqa_language_has_a_hand_made_row() -> None:
+def test_every_mlqa_language_has_a_hand_made_case() -> None:
     assert {language for language, _, _ in MLQA_FORMS} == set(MLQA_ARTICLES)
 
 
@@ -84,7 +84,7 @@ GOLD = [
     ("en", ALL, "big cat sat", ["cat sat"], 0, 0.8),
     # the best of two references: 1 of 1 and 1 of 2 gives 2/3
     ("en", ALL, "Paris", ["Rome", "Paris France"], 0, 2 / 3),
-    # the reference matched exactly may stand behind
+    # the exact match may be a later reference
     ("en", ALL, "Paris", ["Paris France", "paris"], 1, 1),
     # a word counts as often as both have it: common 1, 3 found, 1 wanted: 2/4
     ("en", ALL, "no no no", ["no"], 0, 0.5),
@@ -98,7 +98,7 @@ GOLD = [
     # Spanish: "la" is an article only to MLQA; else 1 common, 2 found, 1 wanted: 2/3
     ("es", ("squad",), "la casa", ["casa"], 0, 2 / 3),
     ("es", ("mlqa", "mlqa-fixed"), "¡La casa!", ["una casa"], 1, 1),
-    # the same in another way: the English article, which only "squad" takes
+    # the reverse: an English article, which only "squad" removes
     ("es", ("squad",), "a Madrid", ["Madrid"], 1, 1),
     ("es", ("mlqa", "mlqa-fixed"), "a Madrid", ["Madrid"], 0, 2 / 3),
     # German: articles of all cases; else 1 common, 2 found, 2 wanted: 2/4
@@ -112,7 +112,7 @@ GOLD = [
     # Arabic: the article belongs to the word under "squad"
     ("ar", ("squad",), "القاهرة", ["قاهرة"], 0, 0),
     ("ar", ("mlqa", "mlqa-fixed"), "القاهرة", ["قاهرة"], 1, 1),
-    # "sands" loses its end under "mlqa": "رم" is left, as it is of "الرم"
+    # "mlqa" removes the end of "sands": "رم" stays, as for "الرم"
     ("ar", ("mlqa",), "الرمال", ["الرم"], 1, 1),
     ("ar", ("mlqa-fixed",), "الرمال", ["الرم"], 0, 0),
     ("ar", ("mlqa-fixed",), "الرمال", ["رمال"], 1, 1),
@@ -131,7 +131,7 @@ GOLD = [
     ("zh", ("mlqa", "mlqa-fixed"), "北京市", ["北京"], 0, 0.8),
     # Latin words and numbers stay whole: 1998, 年 and iphone are common, 4 found, 4 wanted: 6/8
     ("zh", ("mlqa", "mlqa-fixed"), "1998年的iPhone", ["1998年iphone手"], 0, 6 / 8),
-    # punctuation of either width goes before characters are parted
+    # punctuation of either width is removed before characters are separated
     ("zh", ("mlqa", "mlqa-fixed"), "《三国演义》。", ["三国演义"], 1, 1),
     ("zh", ("squad",), "《三国演义》。", ["三国演义"], 0, 0),
     # without the mark the two words become one: common 0
@@ -153,7 +153,7 @@ def test_scores_equal_values_worked_out_by_hand(
         assert token_f1(prediction, references, language, name) == pytest.approx(f1), name
 
 
-def test_every_language_and_rule_has_a_row_worked_out_by_hand() -> None:
+def test_every_language_and_rule_has_a_case_worked_out_by_hand() -> None:
     covered = {(row[0], name) for row in GOLD for name in row[1]}
     assert covered == {(language, name) for language in MLQA_ARTICLES for name in RULES}
 
@@ -191,7 +191,7 @@ def test_the_family_gives_means_in_hundredths_with_the_score_of_each_row() -> No
         assert (measured.settings["rules"], measured.settings["language"]) == ("mlqa", "es")
 
 
-def test_the_family_says_which_rules_do_not_cover_a_language_and_what_to_do() -> None:
+def test_the_family_names_rules_that_do_not_cover_a_language_and_the_remedy() -> None:
     assert ANSWERS.missing(Options(language="sw", rules="squad")) is None
     assert ANSWERS.missing(Options(language="ar", rules="mlqa-fixed")) is None
     reason = ANSWERS.missing(Options(language="sw", rules="mlqa"))

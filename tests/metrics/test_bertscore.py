@@ -45,7 +45,7 @@ def measure(encoder, *rows, **changes):
 
 
 def own_f1(folder, layer, prediction, reference, longest=512):
-    """BERTScore F1 of one pair by its definition, special tokens matched but not weighed."""
+    """Return the BERTScore F1 of one pair by definition; special tokens match with weight 0."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
     states = []
@@ -115,7 +115,7 @@ def test_the_best_reference_counts_and_an_empty_one_is_passed_over(encoder):
 
 
 def test_long_texts_are_cut_at_max_length_and_counted(encoder):
-    # One token a word, and two special ones: six words fill a length of 8.
+    # One token per word and two special tokens: six words fill a length of 8.
     text = "cat dog sun sea red one"
     longer = text + " tree hat"
     measured = measure(encoder, (longer, text), (text, text), bertscore_max_length=8)
@@ -161,7 +161,7 @@ def test_the_settings_say_what_was_measured_and_fit_in_json(encoder):
 
 
 def test_rescaling_is_by_the_baseline_of_language_and_model(encoder, tmp_path, monkeypatch):
-    """A score f becomes (f - b) / (1 - b), b the baseline's F of the layer."""
+    """A score f becomes (f - b) / (1 - b), where b is the baseline F of the layer."""
     plain = measure(encoder, *PAIRS[:2], ("", "a")).per_row / 100
     baseline = tmp_path / "baseline.tsv"
     baseline.write_text("LAYER,P,R,F\n" + "".join(f"{i},0.3,0.3,0.{i}\n" for i in range(7)))
@@ -178,7 +178,7 @@ def test_rescaling_is_by_the_baseline_of_language_and_model(encoder, tmp_path, m
 
 @pytest.fixture
 def roberta(tmp_path):
-    """A random RoBERTa of 3 layers; its 40 positions start behind the padding index, 1."""
+    """Return a random RoBERTa of 3 layers; its 40 positions start after the padding index 1."""
     pytest.importorskip("bert_score")
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_without_a_length_is_held_to_the_positions_of_the_model(robe
     assert measured.per_row[0] == pytest.approx(own_f1(roberta, 2, *pair, longest=38), abs=1e-3)
 
 
-def test_what_cannot_be_measured_says_what_to_do(encoder, monkeypatch):
+def test_the_reason_for_a_missing_score_has_a_remedy(encoder, monkeypatch):
     assert BERTSCORE.missing(options(encoder)) is None
     assert "set bertscore_layer (1 to 6)" in missing(encoder, bertscore_layer=None)
     for layer in (0, 7, -1):
@@ -224,7 +224,7 @@ def missing(encoder, **changes):
     return BERTSCORE.missing(options(encoder, **changes)) or "nothing is missing"
 
 
-def test_an_unreadable_encoder_is_said_without_asking_the_network(tmp_path, monkeypatch):
+def test_an_unreadable_encoder_is_reported_without_network_access(tmp_path, monkeypatch):
     pytest.importorskip("bert_score")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for model in ("nobody/no-such-encoder", tmp_path / "absent", tmp_path):

@@ -29,7 +29,7 @@ def contexts(sizes) -> list[str]:
 
 
 def clustered(rng: np.random.Generator, groups: int = 60, size: int = 6) -> np.ndarray:
-    """Rows around 50; two thirds of their variance (150 of 225) is shared within a context."""
+    """Return scores around 50; a context shares two thirds of their variance (150 of 225)."""
     shared = rng.normal(0, 150**0.5, groups).repeat(size)
     return 50 + shared + rng.normal(0, 75**0.5, groups * size)
 
@@ -161,14 +161,14 @@ def test_options_out_of_range_are_refused(change, message):
 
 def test_permutation_p_of_three_groups_is_the_one_worked_out_by_hand():
     # Sums of A - B by group: 3 (of two rows: 1 + 2), 2, 1. The eight ways of signs give
-    # 6, 4, 2, 0, 0, -2, -4, -6. The 6 seen: one of eight is as high, twice that is 0.25.
+    # 6, 4, 2, 0, 0, -2, -4, -6. Only one of eight reaches the observed 6; twice that is 0.25.
     a, b = counted([2, 3, 4, 5]), counted([1, 1, 2, 4])
     found = paired_difference(a, b, ["x", "x", "y", "z"], mean)
     assert found.difference == 6 / 4
     assert found.p_value == 0.25
-    # Groups 3, 2, -1 sum to 4: as high are 4 and 6, two of eight.
+    # Groups 3, 2, -1 sum to 4: the sums 4 and 6 reach it, two of eight.
     assert paired_difference(a, counted([1, 1, 2, 6]), ["x", "x", "y", "z"], mean).p_value == 0.5
-    # Rows taken one by one: 1, 2, 2, 1. Of 16 ways only all four up reach 6: 2 / 16.
+    # Single rows: 1, 2, 2, 1. Of 16 ways only the one with four positive signs reaches 6: 2 / 16.
     assert paired_difference(a, b, alone(a), mean).p_value == 0.125
 
 
@@ -189,7 +189,7 @@ def test_small_p_values_agree_with_all_swaps_written_out_for_a_score_that_is_no_
     exact = paired_difference(a, b, alone(a), ratio, resamples=256)
     assert exact.p_value == pytest.approx(far)
     assert paired_difference(a, b, alone(a), ratio, resamples=256, seed=3).p_value == exact.p_value
-    # One resample fewer than there are ways, and the p-value is estimated.
+    # With one resample fewer than ways, the p-value is estimated.
     drawn = paired_difference(a, b, alone(a), ratio, resamples=255)
     assert drawn.p_value == pytest.approx(far, abs=0.1)
 
@@ -220,7 +220,7 @@ def test_a_constant_lead_has_an_interval_without_width():
     found = paired_difference(a + [[10, 0]], a, alone(a), mean)
     assert (found.low, found.high) == (found.difference, found.difference)
     assert found.difference == pytest.approx(10)
-    assert found.p_value == pytest.approx(2 / 1001)  # the least that 1000 resamples can show
+    assert found.p_value == pytest.approx(2 / 1001)  # the smallest p-value of 1000 resamples
 
 
 def test_no_resamples_leave_the_difference_alone():
@@ -245,7 +245,7 @@ def test_the_paired_interval_is_narrower_than_the_two_systems_own():
     )
 
 
-def test_systems_that_are_alike_are_told_apart_in_about_5_percent_of_cases():
+def test_equal_systems_differ_significantly_in_about_5_percent_of_cases():
     rng = np.random.default_rng(12)
     groups = contexts([6] * 30)
     told = {"by group": 0, "by row": 0}
@@ -309,7 +309,7 @@ def test_means_are_compared_over_groups_of_rows():
     groups = [f"g{i // 4}" for i in range(40)]
     found = compare_means(a, b, groups, Options("qa", "en", resamples=4000, seed=1))
     assert found["difference"] == pytest.approx(a.mean() - b.mean())
-    # the bootstrap's spread over ten groups is that of their means
+    # the bootstrap spread over ten groups equals that of their means
     spread = (a - b).reshape(10, 4).mean(1).std() / np.sqrt(10)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
     same = compare_means(a, a, groups, Options("qa", "en", resamples=200, seed=1))

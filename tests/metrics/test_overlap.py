@@ -55,7 +55,7 @@ def streams(rows: list[Row]) -> list[list[Any]]:
 
 
 def random_rows(seed: int, count: int, longest: int = 9) -> list[Row]:
-    """Answers of few words, so that matches, ties and absent orders are all common."""
+    """Return answers of few words, so that matches, ties and absent orders are common."""
     draw = random.Random(seed)
 
     def text(shortest: int) -> str:
@@ -143,7 +143,7 @@ def test_chrf_of_one_short_word_equals_the_value_worked_out_by_hand() -> None:
     assert value(measured("chrf", rows_of([("a b", ("abc",))]))) == pytest.approx(100 * 35 / 55)
 
 
-def test_one_wrong_word_costs_a_chinese_sentence_a_part_and_no_tokenizer_loses_it_all() -> None:
+def test_one_wrong_word_costs_a_chinese_sentence_only_part_of_its_score() -> None:
     # 12 characters, the last one wrong: it is in one n-gram of each order, of 12, 11, 10 and 9.
     rows = rows_of([("今天下午我们去海边散步吗", ("今天下午我们去海边散步吧",))])
     found = measured("bleu", rows, "zh")
@@ -219,7 +219,7 @@ def test_a_sentence_without_spaces_that_is_its_reference_scores_in_full(language
     found = measured("bleu", rows_of([(text, (text,))]), language)
     assert value(found) == pytest.approx(100)
     assert found.per_row == pytest.approx(100)
-    # One character off leaves most of it: the sentence is not one word.
+    # One wrong character leaves most of the score, because the sentence is not one word.
     assert 30 < value(measured("bleu", rows_of([(text[:-1], (text,))]), language)) < 100
 
 
@@ -245,7 +245,7 @@ def test_settings_name_what_the_score_depends_on() -> None:
     assert settings["signature"].startswith("nrefs:")
 
 
-def test_an_absent_package_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [family.missing(Options()) for family in OVERLAP] == [None, None]
     monkeypatch.setattr("grasp_lora.metrics.overlap.find_spec", lambda name: None)
     for family in OVERLAP:

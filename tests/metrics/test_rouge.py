@@ -158,7 +158,7 @@ def test_the_settings_say_how_words_were_cut():
     assert "stop words" in arabic["unlike_xlsum"]
 
 
-# (language, text, words as the published scorer cuts and stems them, why)
+# (language, text, words as split and stemmed by the published scorer, reason)
 XLSUM = [
     (
         "en",
@@ -211,7 +211,7 @@ def test_the_chinese_segmenter_loads_in_silence(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_cannot_be_measured_says_what_to_do(monkeypatch):
+def test_the_reason_for_a_missing_score_has_a_remedy(monkeypatch):
     def missing(mode, language):
         return ROUGE.missing(Options(rouge=mode, language=language))
 

@@ -16,7 +16,7 @@ NAMES = ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL"
 
 
 def rows(*answers: str, groups: tuple[str, ...] = ()) -> list[Row]:
-    """Rows "r0", "r1", ... whose reference is "yes"."""
+    """Return rows "r0", "r1", ... whose reference is "yes"."""
     padded = groups or ("",) * len(answers)
     return [
         Row(f"r{i}", text, ("yes",), group)
@@ -47,7 +47,7 @@ def test_scores_come_in_the_order_of_the_names_and_only_those_named() -> None:
     assert score(rows("yes"), [], FAST) == {}
 
 
-def test_all_that_is_written_down_is_json() -> None:
+def test_written_results_are_json() -> None:
     answers = [dataclasses.replace(row, loss=1.0, tokens=2) for row in rows("yes", "no")]
     names = ["exact_match", "token_f1", "bleu", "chrf", "loss", "perplexity"]
     for found in score(answers, names, FAST).values():
@@ -62,8 +62,8 @@ def test_rows_of_one_group_leave_no_interval() -> None:
 
 
 def test_rows_are_resampled_by_group() -> None:
-    # Two groups of unlike rows: a resample is one group twice or both, so 0, 50 or 100; drawn
-    # row by row, eight rows would all but never be all right or all wrong.
+    # Two groups of different rows: a resample has one group twice or both groups, so it scores 0,
+    # 50 or 100. With single rows, eight rows would almost never be all right or all wrong.
     answers = ("yes",) * 4 + ("no",) * 4
     grouped = score(rows(*answers, groups=("a",) * 4 + ("b",) * 4), ["exact_match"], FAST)
     single = score(rows(*answers), ["exact_match"], FAST)
@@ -153,8 +153,8 @@ def test_a_comparison_pairs_rows_by_id_whatever_their_order() -> None:
     assert exact.low is not None
     assert exact.high is not None
     assert 0 < exact.low < 70 < exact.high <= 100
-    # Of nine rows that differ one has the other sign: swaps at least as far apart are those with
-    # none or one against the rest, 2 * (1 + 9) of 2^9.
+    # Of nine rows that differ, one has the other sign. Swaps with at least this difference have
+    # none or one row against the rest: 2 * (1 + 9) of 2^9.
     assert exact.p_value == pytest.approx(20 / 512)
     assert found == compare(ours, theirs, ["exact_match", "chrf"], exactly)
 

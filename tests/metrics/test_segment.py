@@ -5,7 +5,7 @@ from rouge_score.tokenize import tokenize
 
 from grasp_lora.metrics.segment import base_language, sentences, tokens
 
-# (language, text, its words, why)
+# (language, text, words, reason)
 WORDS = [
     (
         "zh",
@@ -64,7 +64,7 @@ def test_ascii_words_are_those_of_rouge_score():
     assert tokens(every_character) == tokenize(every_character, None)
 
 
-# (text, its sentences)
+# (text, sentences)
 SENTENCES = [
     ("One. Two! Three? Four… Five", ["One.", "Two!", "Three?", "Four…", "Five"]),
     ("It costs 3.5 euros. Really?! Yes", ["It costs 3.5 euros.", "Really?!", "Yes"]),

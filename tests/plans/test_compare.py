@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.peft_merges import peft_merge
-from grasp_lora.base.files import machines_of, read_json, read_jsonl, write_json
+from grasp_lora.base.files import machine_names, read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
@@ -773,7 +773,7 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
 
 def test_runs_of_several_machines_are_told_apart(done, tmp_path):
     found, _ = done
-    assert len(machines_of(found["rows"])) == 1
+    assert len(machine_names(found["rows"])) == 1
     assert "machine" not in price_rows(found)[0]
     assert several_machines(found) == []
     rows = [
@@ -781,8 +781,8 @@ def test_runs_of_several_machines_are_told_apart(done, tmp_path):
         for row in found["rows"]
     ]
     mixed = dict(found) | {"rows": rows}
-    here = machines_of(found["rows"])[0]
-    assert sorted(machines_of(rows)) == sorted(["NVIDIA H200", here])
+    here = machine_names(found["rows"])[0]
+    assert sorted(machine_names(rows)) == sorted(["NVIDIA H200", here])
     titles, cells = price_rows(mixed)
     by_method = {row[0]: dict(zip(titles, row, strict=True)) for row in cells}
     assert by_method["grasp-restart"]["machine"] == "NVIDIA H200"

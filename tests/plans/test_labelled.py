@@ -166,7 +166,7 @@ def test_a_run_begins_anew_from_the_merge_for_all_epochs_that_were_kept(workplac
     # Pruned at the learned ratio or not at all, and from the merge: its learning rate is the first.
     assert final["labelled"]["log"][0]["learning_rate"] == pytest.approx(0.003)
     assert final["ratio"] == read_json(out / "ratio.json")["ratio"]
-    assert "made anew on all 16 labelled target rows" in (out / "report.md").read_text()
+    assert "retrained on all 16 labelled target examples" in (out / "report.md").read_text()
 
 
 def test_a_late_merge_takes_its_weights_from_rows_not_yet_trained_on(workplace):

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Test the pictures of a run."""
 
 import struct
 from typing import Any
@@ -62,7 +62,7 @@ def test_the_picture_shows_the_ratio_the_rewards_and_the_losses(tmp_path, drawn)
     assert ratios == pytest.approx((0.0, 0.1, 0.2, 0.2, 0.2))
     assert line(figure, 1, "best of the round") == [(10, 0.2), (20, 0.2), (30, 0.2)]
     assert line(figure, 1, "committed") == [(10, 0.2), (20, 0.2)]
-    assert line(figure, 2, "probing rows, before each round") == [(10, 1), (20, 1), (30, 1)]
+    assert line(figure, 2, "probing examples, before each round") == [(10, 1), (20, 1), (30, 1)]
     assert line(figure, 2, "dev, final run (its own steps)") == [(0, 1.2), (12, 0.9)]
     assert len(line(figure, 2, "train, each step")) == 40
     assert "0.345" in figure.get_suptitle()
@@ -78,7 +78,7 @@ def test_without_a_baseline_the_losses_are_those_of_the_lowest_ratio_tried(tmp_p
         round_record(2, baseline=None, candidates=[0.2], losses=[None], rewards=[None]),
     ]
     plot_search(records, [], [], {"ratio": 0.4, "verdict": "flat"}, tmp_path / "a.png")
-    label = "probing rows, lowest ratio of each round"
+    label = "probing examples, lowest ratio of each round"
     assert line(drawn[0], 2, label) == [(10, 0.9), (20, 0.8)]
 
 
@@ -111,7 +111,7 @@ def test_any_search_can_be_drawn(tmp_path, rounds):
     assert min(width, height) > 1000
 
 
-def spent(**parts: float) -> dict[str, dict[str, float]]:
+def part_times(**parts: float) -> dict[str, dict[str, float]]:
     return {part: {"seconds": seconds, "calls": 1} for part, seconds in parts.items()}
 
 
@@ -122,9 +122,9 @@ def profile_of(**stages: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 def test_a_profile_shows_the_parts_of_every_stage_end_to_end(tmp_path, drawn):
     stages = {
-        "search": spent(idle=2.0, step=10.0, probe=20.0),
+        "search": part_times(idle=2.0, step=10.0, probe=20.0),
         "merged": {},
-        "final": spent(step=8.0),
+        "final": part_times(step=8.0),
     }
     plot_profile(profile_of(**stages), tmp_path / "deep" / "profile.png")
     (figure,) = drawn
@@ -145,7 +145,7 @@ def test_every_part_has_a_colour_of_its_own():
     assert len(set(PART_COLOURS.values())) == len(PARTS)
 
 
-def test_no_name_of_a_method_covers_another(tmp_path, drawn):
+def test_names_of_methods_do_not_overlap(tmp_path, drawn):
     names = ("grasp-restart", "grasp-continue", "late-merge", "grid", "source-finetuned")
     rows = [
         {
@@ -165,4 +165,4 @@ def test_no_name_of_a_method_covers_another(tmp_path, drawn):
     pareto.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in texts]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
-    assert len({text.xy for text in texts}) == len(names), "the points stay where they are"
+    assert len({text.xy for text in texts}) == len(names), "the points do not move"

@@ -1,4 +1,4 @@
-"""Tables and sentences from records."""
+"""Test the tables and sentences that are made from records."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from grasp_lora.base.files import write_json
-from grasp_lora.report.run import comparison, score_tables, scores_markdown, write_report
+from grasp_lora.report.run import comparison_words, score_tables, scores_markdown, write_report
 from grasp_lora.report.time_words import profile_markdown
 
 
@@ -73,18 +73,18 @@ def test_the_table_holds_every_score_with_its_interval():
     assert lines[3] == "| a \\| b | 50.0 | – | 1.50 | 45.7 |"
 
 
-def test_the_terminal_table_holds_the_telling_scores():
+def test_the_terminal_table_holds_the_most_informative_scores():
     console = Console(width=100, record=True, file=io.StringIO())
     (table,) = score_tables(SCORES)
     console.print(table)
     text = console.export_text()
-    assert "qa, ar, 100 rows, seed 42" in text
+    assert "qa, ar, 100 examples, seed 42" in text
     assert text.index("zero-shot") < text.index("a | b")
     assert all(cell in text for cell in ("3.2", "2.74", "45.7"))
     assert "BLEU" not in text
 
 
-def test_the_report_names_outcome_picture_scores_and_how_they_were_made(tmp_path):
+def test_the_report_has_outcome_picture_scores_and_their_settings(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES)
     (tmp_path / "ratio.png").touch()
@@ -96,7 +96,7 @@ def test_the_report_names_outcome_picture_scores_and_how_they_were_made(tmp_path
     assert "- test, loss: tokenizer: x" in text
 
 
-def test_scores_of_different_settings_in_one_column_are_said_to_be_so(tmp_path):
+def test_a_column_with_scores_of_different_settings_has_a_warning(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES)
     text = write_report(tmp_path).read_text(encoding="utf-8")
@@ -136,19 +136,19 @@ def test_the_report_says_where_the_time_went(tmp_path):
     assert "Seconds of each stage: search 150, outside the stages 49.75." in text
     assert "merged: done by an earlier process whose times were not kept." in text
     assert "resumed" not in text
-    assert "The device" not in text
+    assert "the device" not in text
 
 
 def test_the_report_of_a_resumed_run_says_which_times_are_lost(tmp_path):
-    assert "The run was resumed once: the times of its earlier" in report_with(tmp_path, resumed=1)
-    assert "not what an interrupted one did after" in report_with(tmp_path, resumed=2)
+    assert "The run was resumed once. The times of its earlier" in report_with(tmp_path, resumed=1)
+    assert "except the time between the last checkpoint" in report_with(tmp_path, resumed=2)
 
 
-def test_times_on_a_gpu_say_whether_it_was_waited_for(tmp_path):
-    assert "The device was not waited for" in report_with(tmp_path, "cuda:0")
+def test_times_on_a_gpu_say_whether_the_clock_waited_for_it(tmp_path):
+    assert "The clock did not wait for the device" in report_with(tmp_path, "cuda:0")
     waited = report_with(tmp_path, "cuda:0", synchronized=True)
-    assert "The device was waited for" in waited
-    assert "not waited" not in waited
+    assert "The clock waited for the device" in waited
+    assert "not wait" not in waited
 
 
 def test_a_profile_has_a_row_for_every_part_of_every_stage():
@@ -182,31 +182,31 @@ def test_a_run_without_scores_has_no_report(tmp_path: Path):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (pair(0.1, 0.01), "not in this test. The lowest loss is that of: unpruned."),
+        (pair(0.1, 0.01), "or stopping epoch. The system with the lowest loss is: unpruned."),
         (
             pair(-0.1, 0.01),
-            "loss is lower than the unpruned one's, beyond the chance of these test rows.",
+            "loss is lower than the unpruned one's, and the difference is significant over these",
         ),
-        (pair(-0.1, 0.2), "Pruning did not change the test loss by more than the chance of these"),
+        (pair(-0.1, 0.2), "Pruning did not change the test loss significantly over these"),
     ],
 )
 def test_the_report_says_in_words_whether_pruning_paid(loss, said):
-    assert said in comparison(compared(loss=loss))
+    assert said in comparison_words(compared(loss=loss))
 
 
-def test_each_pairing_says_whether_the_systems_are_told_apart():
-    text = comparison(compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01)))
-    assert "exact match +2.0 [-1.0, +1.0], p 0.50, not told apart" in text
+def test_each_comparison_says_whether_the_difference_is_significant():
+    text = comparison_words(compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01)))
+    assert "exact match +2.0 [-1.0, +1.0], p 0.50, not significant" in text
     assert "loss -0.500 [-1.000, +1.000], p 0.01." in text
 
 
-def test_a_pairing_over_one_context_has_no_test():
-    assert "no test" in comparison(compared(loss=pair(-0.5, None, None)))
+def test_a_comparison_over_one_context_has_no_test():
+    assert "no test" in comparison_words(compared(loss=pair(-0.5, None, None)))
 
 
 def test_without_baselines_nothing_is_compared():
     alone = system("final", "final", loss=score(1.0))
-    assert comparison({"task": "qa", "systems": [alone], "comparisons": {}}) == ""
+    assert comparison_words({"task": "qa", "systems": [alone], "comparisons": {}}) == ""
 
 
 def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
@@ -216,5 +216,5 @@ def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES | {"systems": [row]})
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "qa, ar, test set news, 7 rows" in text
+    assert "qa, ar, test set news, 7 examples" in text
     assert "| final | 40.0, 30.0 (news) |" in text

@@ -354,7 +354,7 @@ def test_two_systems_are_compared_on_rows_matched_by_id(tmp_path):
     assert json.loads(out.read_text("utf-8")) == result
     assert comparison_lines(result) == [
         "exact_match: A 75.0, B 25.0, difference 50.0 [0.0, 100.0], p 0.50: "
-        "not told apart on these 4 rows"
+        "no significant difference on these 4 rows"
     ]
 
 
@@ -383,7 +383,7 @@ def test_a_system_compared_with_itself_is_not_told_apart(tmp_path):
     assert (entry["difference"], entry["low"], entry["high"], entry["p_value"]) == (0, 0, 0, 1)
     one = answers(tmp_path / "one", ("a b", "a"))
     [line] = comparison_lines(compare_files(one, one, QA, ["token_f1"]))
-    assert line.endswith("difference 0.0, p 1.00: not told apart on this 1 row")
+    assert line.endswith("difference 0.0, p 1.00: no significant difference on this 1 row")
     [line] = comparison_lines(compare_files(path, path, Options(resamples=0), ["token_f1"]))
     assert line.endswith("difference 0.0: not tested")
 
@@ -441,11 +441,15 @@ def entry(difference: float, p: float | None, confidence: float = 0.95) -> dict:
             "chrf",
             entry(1.4, 0.18),
             "chrf: A 21.4, B 20.0, difference 1.4 [0.4, 2.4], p 0.18: "
-            "not told apart on these 100 rows",
+            "no significant difference on these 100 rows",
         ),
-        ("chrf", entry(-0.04, 0.9), "difference 0.0 [-1.0, 1.0], p 0.90: not told apart"),
+        (
+            "chrf",
+            entry(-0.04, 0.9),
+            "difference 0.0 [-1.0, 1.0], p 0.90: no significant difference",
+        ),
         ("bleu", entry(-2, 0.05), "p 0.050: B is better"),
-        ("bleu", entry(-2, 0.0501), "p 0.050: not told apart"),
+        ("bleu", entry(-2, 0.0501), "p 0.050: no significant difference"),
         ("bleu", entry(2, 0.1, confidence=0.9), "p 0.10: A is better"),
         ("bleu", entry(2, 0.0002), "p 0.0002: A is better"),
         ("perplexity", entry(-2, 0.01), "A 18, B 20, difference -2 [-3, -1], p 0.010: A is better"),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from grasp_lora.base.clock import Clock, Spent
+from grasp_lora.base.clock import Clock, SpanTotals
 from grasp_lora.training.clock_callbacks import SaveClock, StepClock
 from grasp_lora.training.trainer import build_trainer
 from hands import Hands
@@ -70,7 +70,7 @@ def test_steps_and_checkpoints_are_charged_and_other_callbacks_are_not(tmp_path)
     with clock.stage("final"):
         train(tmp_path, clock, hands, lambda: saves.append(hands.time))
     found = clock.times()["final"]
-    assert found["step"] == Spent(6, 6)
-    assert found["checkpoint"] == Spent(200, 2)
+    assert found["step"] == SpanTotals(6, 6)
+    assert found["checkpoint"] == SpanTotals(200, 2)
     assert found["idle"].seconds == 12 * 1000 + 6 * 10, "batches and callbacks"
     assert len(saves) == 2

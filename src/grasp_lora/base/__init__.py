@@ -1,1 +1,1 @@
-"""Files, provenance and the clock: what every room uses."""
+"""Provide files, provenance and the clock to all packages of grasp_lora."""

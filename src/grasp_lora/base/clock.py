@@ -1,7 +1,7 @@
-"""Where the wall time of a run goes: one clock, at any moment charged to one part of one stage.
+"""Measure the wall time of a run: at any moment, one clock charges one part of one stage.
 
-The clock belongs to one process and one thread. In a run of several processes the main process's
-clock is the one that is reported; what it waits for the others is idle.
+The clock belongs to one process and one thread. In a run of several processes, the clock of the
+main process is reported; its waiting for the other processes is idle time.
 """
 
 import time
@@ -26,9 +26,9 @@ PARTS: Mapping[str, str] = {
     "write": "adapters, records and pictures",
     IDLE: "all the rest: setting up, progress bars, waiting for other processes",
 }
-"""The parts that time is charged to. `idle` is what no span took, and has no span of its own."""
+"""Part -> description. `idle` is the time outside all spans, so no span can be idle."""
 
-SHORT: Mapping[str, tuple[str, ...]] = {
+SUMMARY_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "step": ("step",),
     "probe": ("baseline", "probe"),
     "masks": ("masks",),
@@ -37,7 +37,7 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "I/O": ("checkpoint", "load", "write"),
     IDLE: (IDLE,),
 }
-"""The short form's columns, and the parts that each adds up."""
+"""Column of the time summary -> parts that it adds up."""
 
 
 def _wait_for_nothing() -> None:
@@ -45,8 +45,8 @@ def _wait_for_nothing() -> None:
 
 
 @dataclass
-class Spent:
-    """Seconds of wall time, and how many spans they were spent in (0 for idle time)."""
+class SpanTotals:
+    """Wall time in seconds and number of spans of one part of one stage (0 spans for idle time)."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -54,20 +54,20 @@ class Spent:
 
 @dataclass
 class Clock:
-    """Charges every moment to the innermost open span, so that all parts add up to the wall time.
+    """A clock that charges every moment to the innermost open span; all parts sum to the wall time.
 
     Attributes:
-        synchronize: waits for the device. Called at both edges of every span, which slows a GPU
-            down: give it for a detailed profile only. Without it, work that a device does on its
-            own is charged to the part that waited for the result.
-        now: seconds of a clock that never goes back.
-        resumed: earlier processes whose times were added.
+        synchronize: function that waits for the device. It is called at both ends of every span,
+            which slows down a GPU, so set it only for a detailed profile. Without it, asynchronous
+            work of a device is charged to the part that waits for the result.
+        now: function that returns the seconds of a clock that never goes back.
+        resumed: number of earlier processes whose times were added.
     """
 
     synchronize: Callable[[], None] = _wait_for_nothing
     now: Callable[[], float] = time.perf_counter
     resumed: int = 0
-    _spent: dict[str, dict[str, Spent]] = field(default_factory=dict)
+    _totals: dict[str, dict[str, SpanTotals]] = field(default_factory=dict)
     _open: list[tuple[str, str]] = field(default_factory=lambda: [(OUTSIDE, IDLE)])
     _earlier_wall: float = 0.0
 
@@ -77,58 +77,59 @@ class Clock:
 
     @contextmanager
     def span(self, part: str) -> Iterator[None]:
-        """Charge the body to `part` of the stage that is open, less the spans inside it.
+        """Charge the body, without the spans inside it, to `part` of the open stage.
 
         Raises:
-            ValueError: `part` is none of `PARTS`, or idle.
+            ValueError: `part` is not in `PARTS`, or is idle.
         """
         with self._opened((self._stage(), _known(part))):
             yield
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Gather the spans of the body below `name`; the rest of the body is idle time there."""
+        """Charge the spans of the body to stage `name`; the rest of the body is its idle time."""
         with self._opened((name, IDLE)):
             yield
 
     def skip(self, name: str) -> None:
-        """Name a stage that an earlier process has finished: its times are those added, if any."""
-        self._spent.setdefault(name, {})
+        """List a stage that an earlier process finished; its times are the added times, if any."""
+        self._totals.setdefault(name, {})
 
     def start(self, part: str) -> None:
-        """Open a span that an event of its own ends, see `stop` and `span`."""
+        """Open a span that `stop` ends, for code that cannot use `span`."""
         self._enter((self._stage(), _known(part)))
 
     def stop(self, part: str) -> None:
-        """End the innermost open span of `part`, and what is still open inside it.
+        """End the innermost open span of `part` and all spans inside it.
 
-        Where none is open, nothing changes: an error may have ended the span with its outer one.
+        If no span of `part` is open, nothing changes: an error may have ended it together with an
+        outer span.
         """
         key = (self._stage(), part)
         if key in self._open:
             self._leave(len(self._open) - 1 - self._open[::-1].index(key))
 
     def wall(self) -> float:
-        """Return the seconds since the clock was made, and those added from earlier processes."""
+        """Return the seconds since the clock was made, plus those of earlier processes."""
         self._charge()
         return self._wall()
 
-    def times(self) -> dict[str, dict[str, Spent]]:
-        """Return stage -> part -> what was spent up to now, idle time included."""
+    def times(self) -> dict[str, dict[str, SpanTotals]]:
+        """Return stage -> part -> totals up to now, idle time included."""
         self._charge()
         return {
-            stage: {part: Spent(s.seconds, s.calls) for part, s in parts.items()}
-            for stage, parts in self._spent.items()
+            stage: {part: SpanTotals(s.seconds, s.calls) for part, s in parts.items()}
+            for stage, parts in self._totals.items()
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return wall time and times as JSON-able values.
+        """Return wall time and all times as JSON values.
 
-        `synchronized` says whether the device was waited for all along.
+        `synchronized` is true if all times, also those of earlier processes, waited for the device.
         """
         times = self.times()
         stages = {
-            stage: {part: asdict(spent) for part, spent in times[stage].items()}
+            stage: {part: asdict(totals) for part, totals in times[stage].items()}
             for stage in sorted(times, key=lambda stage: stage == OUTSIDE)
         }
         return {
@@ -139,10 +140,10 @@ class Clock:
         }
 
     def add(self, earlier: Mapping[str, Any]) -> None:
-        """Add what the clock of an earlier process had measured.
+        """Add the times of an earlier process.
 
         Args:
-            earlier: its `to_json()`.
+            earlier: `to_json()` of its clock.
         """
         self.resumed += 1 + earlier["resumed"]
         self._synchronized = self._synchronized and earlier["synchronized"]
@@ -150,9 +151,9 @@ class Clock:
         for stage, parts in earlier["stages"].items():
             self.skip(stage)
             for part, found in parts.items():
-                spent = self._entry(stage, part)
-                spent.seconds += found["seconds"]
-                spent.calls += found["calls"]
+                totals = self._entry(stage, part)
+                totals.seconds += found["seconds"]
+                totals.calls += found["calls"]
 
     @contextmanager
     def _opened(self, key: tuple[str, str]) -> Iterator[None]:
@@ -182,8 +183,8 @@ class Clock:
     def _wall(self) -> float:
         return self._earlier_wall + self._charged - self._started
 
-    def _entry(self, stage: str, part: str) -> Spent:
-        return self._spent.setdefault(stage, {}).setdefault(part, Spent())
+    def _entry(self, stage: str, part: str) -> SpanTotals:
+        return self._totals.setdefault(stage, {}).setdefault(part, SpanTotals())
 
     def _stage(self) -> str:
         return self._open[-1][0]
@@ -192,19 +193,20 @@ class Clock:
 def _known(part: str) -> str:
     if part == IDLE or part not in PARTS:
         names = ", ".join(name for name in PARTS if name != IDLE)
-        raise ValueError(f"no part of a run is called {part!r}; name one of {names}")
+        raise ValueError(f"no part of a run has the name {part!r}; name one of {names}")
     return part
 
 
-def short_form(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run's report says of its time.
+def time_summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary of a run's time for its report.
 
     Args:
-        record: `Clock.to_json()` of a clock that has gone on.
+        record: `Clock.to_json()` with a wall time above 0.
 
     Returns:
-        The record, with `shares`, the fraction of the wall time per column of `SHORT`, and with
-        the seconds of each stage in place of its parts; None for a stage without times.
+        The record with two changes. `shares` is added: column of `SUMMARY_COLUMNS` -> fraction of
+        the wall time, in [0, 1]. `stages` has the seconds of each stage instead of its parts, or
+        None for a stage without times.
     """
     wall = record["wall_seconds"]
     stages: Mapping[str, Mapping[str, Mapping[str, float]]] = record["stages"]
@@ -215,7 +217,7 @@ def short_form(record: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     return dict(record) | {
-        "shares": {name: seconds(p) / wall for name, p in SHORT.items()},
+        "shares": {name: seconds(p) / wall for name, p in SUMMARY_COLUMNS.items()},
         "stages": {
             name: sum(s["seconds"] for s in parts.values()) if parts else None
             for name, parts in stages.items()

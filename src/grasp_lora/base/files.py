@@ -1,9 +1,9 @@
-"""The run folder: writes that survive a crash, resume, provenance.
+"""Write and read the files of a run folder so that a crash does no harm; record the provenance.
 
-A file is written beside its place, synced and renamed, so that a reader sees the old content or
-the new, never half of it. `config.json` is written first and makes a folder a run; `done.json`
-comes last and says the run is complete.
-JSON has no NaN and no infinity: such numbers are written as null.
+A file is written beside its final path, synced and renamed, so a reader sees the old or the new
+content, never a part of it. `config.json` is written first and marks a folder as a run folder.
+`done.json` is written last and marks the run as complete. JSON has no NaN and no infinity: such
+numbers are written as null.
 """
 
 import json
@@ -29,13 +29,13 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-CONFIG_FILE = "config.json"
+RUN_CONFIG_FILE = "config.json"
 DONE_FILE = "done.json"
 _FORMAT = "grasp-lora run"
 _TEMPORARY = ".part"
 
 
-# Everything a run writes, folders with all they hold. Nothing else is ever removed.
+# All files and folders that a run writes. Nothing else is ever removed.
 WRITTEN = (
     "adapters",
     "weights",
@@ -74,7 +74,7 @@ def check_run(path: Path) -> bool:
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"'{path}' is a file, but a run needs a folder; set another output")
-    if (path / CONFIG_FILE).exists():
+    if (path / RUN_CONFIG_FILE).exists():
         read_config(path)
         return (path / DONE_FILE).exists()
     if path.exists() and holds_something(path):
@@ -98,35 +98,36 @@ def open_run(path: Path, config: Mapping[str, Any], again: bool = False) -> None
     """
     check_run(path)
     # The marker goes last: a folder that a crash leaves behind is still known to be a run.
-    written = (*WRITTEN, CONFIG_FILE) if again else ()
+    written = (*WRITTEN, RUN_CONFIG_FILE) if again else ()
     beside = [f"{name}.{end}" for name in written for end in ("work", "old")]
     _remove(path / name for name in (DONE_FILE, *beside, *written))
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
+    write_json(path / RUN_CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the configuration of the run in folder `path`.
+    """Return the configuration of the run in folder `path`.
 
     Raises:
-        FileNotFoundError: `path` is no run folder.
+        FileNotFoundError: `path` is not a run folder.
         ValueError: its config.json was not written by grasp-lora.
     """
-    stored = read_json(path / CONFIG_FILE)
+    stored = read_json(path / RUN_CONFIG_FILE)
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise ValueError(
-            f"'{path / CONFIG_FILE}' was not written by grasp-lora; set another output for the run"
+            f"'{path / RUN_CONFIG_FILE}' was not written by grasp-lora; "
+            "set another output for the run"
         )
     return stored["config"]
 
 
 def finish_run(path: Path) -> None:
-    """Mark the run as finished. Call it last: a run that has the marker is complete."""
+    """Mark the run as finished. Call it last, because the marker says that the run is complete."""
     write_json(path / DONE_FILE, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that `path` holds the old or the new content at any moment."""
+    """Write UTF-8 text so that `path` has either the old or the new content at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
@@ -134,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files only their owner can read; a result may be read by the group.
+        # mkstemp makes files that only the owner can read, but others may read results.
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -148,32 +149,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); write it anew") from None
+        raise ValueError(f"'{path}' is not JSON ({error}); write it again") from None
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the file by these lines, see `write_text`."""
+    """Write one JSON object per line and replace the file, see `write_text`."""
     lines = (json.dumps(jsonable(record), ensure_ascii=False) + "\n" for record in records)
     write_text(path, "".join(lines))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines; a last line without its line end was torn and is left out.
+    """Return the objects of all complete lines; a last line without line end is left out.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a whole line is not JSON.
+        FileNotFoundError: the file does not exist.
+        ValueError: a complete line is not JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first")
@@ -184,13 +185,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{path}:{number} is not JSON ({error}); remove the line, or start the stage anew"
+                f"{path}:{number} is not JSON ({error}); remove the line, or run the stage again"
             ) from None
     return records
 
 
 def jsonable(value: Any) -> Any:
-    """`value` in JSON's types: paths as text, tuples as lists, NaN and infinity as None."""
+    """Return the value in JSON types: paths as text, tuples as lists, NaN and infinity as None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Path):
@@ -203,7 +204,7 @@ def jsonable(value: Any) -> Any:
 
 
 def provenance() -> dict[str, Any]:
-    """What the numbers were made with: package versions, Python, system, CPU cores."""
+    """Return the software and machine of a run: package versions, Python, system, CPU cores."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -219,10 +220,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def machines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the machines that rows of a comparison were made on, each once; None is no name.
+def machine_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the machines that the rows of a comparison ran on, each name once.
 
-    A row's `machines` are those of all runs in its price; one of a single run may have `machine`.
+    `machines` of a row lists the machines of all runs in its price. A row of a single run may have
+    `machine` instead.
     """
     names: list[str] = []
     for row in rows:
@@ -232,23 +234,23 @@ def machines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """Return the name of what a job ran on (`plans.job.machine`): its GPU, else its processor."""
+    """Return the name of the GPU of a machine (`plans.job.machine`), else of its processor."""
     return str(machine.get("gpu") or machine.get("cpu"))
 
 
 def cpu_name() -> str:
-    """Return the processor's name, with what it multiplies bfloat16 by, if it says so."""
+    """Return the processor's name, with its bfloat16 instruction set in brackets, if it has one."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    return f"{name} ({fast[0]})" if fast else name
+    bfloat16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"{name} ({bfloat16[0]})" if bfloat16 else name
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where unknown (Windows)."""
+    """Return the peak resident memory of this process in bytes; None if unknown (Windows)."""
     try:
         import resource
     except ImportError:
@@ -258,24 +260,24 @@ def peak_memory_bytes() -> int | None:
 
 
 def holds_something(path: Path) -> bool:
-    """Return whether a folder holds more than the temporary files of a crash."""
+    """Return whether a folder holds anything except temporary files of a crash."""
     return any(not child.name.endswith(_TEMPORARY) for child in path.iterdir())
 
 
 def check_disk(path: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Check that the disk has enough free space.
 
     Args:
-        path: where will be written; need not exist yet.
-        needed: bytes that will be written.
+        path: path that will be written; need not exist yet.
+        needed: number of bytes that will be written.
 
     Raises:
-        ValueError: there is less free.
+        ValueError: fewer bytes are free.
     """
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"'{path}' needs about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "

@@ -328,7 +328,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from rich.console import Console
 
     from grasp_lora.base.files import read_json
-    from grasp_lora.report.run import comparison, finding_lines, score_tables, unpruned_of
+    from grasp_lora.report.run import comparison_words, finding_lines, score_tables, unpruned_of
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
     console = Console(highlight=False)
@@ -338,7 +338,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
     for line in finding_lines(ratio):
         console.print(line, markup=False)
-    verdict, *pairs = comparison(scores).splitlines() or [""]
+    verdict, *pairs = comparison_words(scores).splitlines() or [""]
     console.print(verdict, markup=False)
     names = {row["slug"]: row["name"] for row in scores["systems"]}
     for line in pairs:

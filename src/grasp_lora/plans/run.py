@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grasp_lora.adapters.folder import read_adapter
-from grasp_lora.base.clock import short_form
+from grasp_lora.base.clock import time_summary
 from grasp_lora.base.files import (
     check_disk,
     check_run,
@@ -208,7 +208,7 @@ def _finish(going: _Run, profile: bool) -> None:
         add_run_findings(out, final, baseline | trained, scores["systems"])
     write_json(out / "scores.json", scores)
     times = keep_times(context)
-    write_json(out / "provenance.json", _provenance(context, short_form(times)))
+    write_json(out / "provenance.json", _provenance(context, time_summary(times)))
     write_report(out)
     if profile:
         write_profile(out, times)

@@ -1,1 +1,1 @@
-"""What people read: words, tables, pictures."""
+"""Present results to people: words, tables, pictures."""

@@ -1,6 +1,6 @@
-"""A comparison for people: scores and prices of every method, seeds together.
+"""Present a comparison of methods to people: scores and prices of every method, over all seeds.
 
-Reads what `comparison.json` holds; computes nothing but means, spreads and quotients.
+This module reads `comparison.json` and computes only means, standard deviations and quotients.
 """
 
 import csv
@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
-from grasp_lora.base.files import machines_of
+from grasp_lora.base.files import machine_names
 from grasp_lora.report.run import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
 ORACLE = "grid, chosen by the test rows"
-PLAIN = "average-finetuned"
-"""One fine-tuning run of a merge and nothing else: the unit of what others cost."""
+PLAIN_RUN = "average-finetuned"
+"""The plain run: one fine-tuning of a merge and nothing else, the unit of all prices."""
 FIELDS = (
     *("pair", "task", "method", "seed", "ratio", "test", "metric", "value", "low", "high"),
     *("dev_loss", "runs"),
@@ -25,7 +25,7 @@ FIELDS = (
 
 
 def comparison_csv(found: Mapping[str, Any]) -> str:
-    """Return one line for every run, test set and metric."""
+    """Return a CSV text with one line for every run, test set and metric."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -41,30 +41,31 @@ def comparison_csv(found: Mapping[str, Any]) -> str:
 
 
 def comparison_markdown(found: Mapping[str, Any]) -> str:
-    """Return the comparison as a document: scores and paired tests, then prices."""
+    """Return the comparison as a Markdown document: scores and paired tests, then prices."""
     reference = found["reference"]
     lines = [f"# Comparison {found['pair']}", ""]
     if reference:
         lines += [
             f"The best simple baseline by dev loss is `{reference}`: "
-            f"{found['methods'][reference]}. Differences to it are paired over contexts, rows of "
-            "all seeds together, with 95 % bootstrap intervals; of the loss, below 0 is better. "
-            "They are differences of means over rows, of chrF too.",
+            f"{found['methods'][reference]}. Differences to it are paired, with 95 % bootstrap "
+            "intervals over contexts; the examples of all seeds are tested together. They are "
+            "differences of means over examples, also for chrF. A loss difference below 0 is "
+            "better.",
             "",
         ]
-    for test in _tests(found):
-        lines += [f"## Scores, {test}", "", *_markdown(*score_rows(found, test)), ""]
-        lines += empty_answers(found, test)
-    lines += [*still_falling(found), "## Price", "", *_markdown(*price_rows(found)), ""]
+    for test in _test_sets(found):
+        lines += [f"## Scores, {test}", "", *_markdown_lines(*score_rows(found, test)), ""]
+        lines += empty_answers_note(found, test)
+    lines += [*still_falling_note(found), "## Price", "", *_markdown_lines(*price_rows(found)), ""]
     lines += [
-        "Seconds are all that a method needs from the two adapters to its final one, choosing "
-        "included (a run at the ratio of another one is charged for itself alone); the grid is "
-        "trained by the same code. Forwards are rows read without a "
-        "gradient, less the reading of the train rows for the norms of the importance. A plain "
-        f"run is `{PLAIN}`. Runs of equal length bound a method of two runs at 4 times a grid of "
-        "8.",
+        "Seconds are the time of a method from the two adapters to its final adapter, with all "
+        "choices (a run at the ratio of another run is charged for itself alone). The grid is "
+        "trained by the same code. Forwards are examples read without a gradient; reading the "
+        "train examples for the input norms of the importance does not count. A plain "
+        f"run is `{PLAIN_RUN}`. With runs of equal length, a method of two runs is at most 4 times "
+        "as fast as a grid of 8.",
         "",
-        *several_machines(found),
+        *several_machines_note(found),
         "![score against cost](pareto.png)",
         "",
         "![score against ratio](ratios.png)",
@@ -95,8 +96,8 @@ def _fewer(found: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def empty_answers(found: Mapping[str, Any], test: str) -> list[str]:
-    """Return the line that names methods many of whose answers say nothing."""
+def empty_answers_note(found: Mapping[str, Any], test: str) -> list[str]:
+    """Return the paragraph about methods that often give empty answers; empty if there are none."""
     shares: Mapping[str, float] = found.get("often_empty", {}).get(test, {})
     shown = [
         f"`{name}` {100 * shares[name]:.0f}" for name in shown_methods(found) if name in shares
@@ -104,15 +105,15 @@ def empty_answers(found: Mapping[str, Any], test: str) -> list[str]:
     if not shown:
         return []
     return [
-        "Empty answers, in per cent, of methods that often give them: every score of text counts "
-        "them as 0, and the loss does not see them (`evaluate.min_new_tokens: 1` asks for a "
-        f"token): {', '.join(shown)}.",
+        "Empty answers, in per cent, of methods that often give them. Every text score counts "
+        "them as 0, and the loss does not show them (`evaluate.min_new_tokens: 1` requires "
+        f"a token): {', '.join(shown)}.",
         "",
     ]
 
 
-def still_falling(found: Mapping[str, Any]) -> list[str]:
-    """Return the line that names methods whose runs were over before they had come to an end."""
+def still_falling_note(found: Mapping[str, Any]) -> list[str]:
+    """Return the paragraph about methods whose dev loss was still falling; empty if none was."""
     names: list[str] = []
     for method, runs in shown_methods(found).items():
         falling = sum(bool(run.get("still_falling") and run["steps"]) for run in runs)
@@ -121,17 +122,17 @@ def still_falling(found: Mapping[str, Any]) -> list[str]:
     if not names:
         return []
     return [
-        "Runs whose dev loss was lowest in their last epoch, of all runs of a method; more epochs "
-        "or a larger learning rate may make them better than they look here: "
+        "Runs whose dev loss was lowest in their last epoch, per method. More epochs or a larger "
+        "learning rate may improve them: "
         f"{', '.join(names)}.",
         "",
     ]
 
 
 def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of scores and prices for the terminal."""
+    """Return the scores and prices as terminal tables."""
     tables: list[Table] = []
-    for test in _tests(found):
+    for test in _test_sets(found):
         titles, rows = score_rows(found, test)
         wanted = dict.fromkeys([titles[0], *titles[2:4], "loss", titles[-1]])
         shown = [title for title in wanted if title in titles]
@@ -142,8 +143,8 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of a test set's scores: mean over seeds, with their spread."""
-    known = _metrics(found, test)
+    """Return column titles and rows of a test set's scores: means and deviations over seeds."""
+    known = _metrics_of(found, test)
     metrics = [m for m in HEADLINES.get(found["task"], ()) if m in known] or known
     main, reference = metrics[0], found["reference"]
     titles = ["method", "seeds", "ratio", *(TITLES.get(m, m) for m in metrics), "dev loss"]
@@ -151,21 +152,24 @@ def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[lis
         titles += [f"{TITLES.get(main, main)} against {reference}", f"loss against {reference}"]
     rows: list[list[str]] = []
     for method, runs in shown_methods(found).items():
-        cells = [method, str(len(runs)), _spread([run["ratio"] for run in runs], 3)]
+        cells = [method, str(len(runs)), _mean_and_deviation([run["ratio"] for run in runs], 3)]
         for metric in metrics:
             digits = 3 if metric in NATIVE else 1
-            cells.append(_spread([run["scores"][test][metric] for run in runs], digits))
-        cells.append(_spread([run["dev_loss"] for run in runs], 3))
+            cells.append(_mean_and_deviation([run["scores"][test][metric] for run in runs], digits))
+        cells.append(_mean_and_deviation([run["dev_loss"] for run in runs], 3))
         if reference:
             paired = found["paired"].get(method, {}).get(test, {})
-            cells += [_apart(paired.get(main), 1), _apart(paired.get("loss"), 3)]
+            cells += [
+                _difference_cell(paired.get(main), 1),
+                _difference_cell(paired.get("loss"), 3),
+            ]
         rows.append(cells)
-    oracle = _oracle(found, test, metrics)
+    oracle = _oracle_row(found, test, metrics)
     return titles, rows + ([oracle] if oracle else [])
 
 
-def _oracle(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> list[str] | None:
-    """Return the grid point of the best mean test score: what no method may look at."""
+def _oracle_row(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> list[str] | None:
+    """Return the row of the grid point with the best mean test score, which no method may use."""
     points: dict[str, list[Mapping[str, Any]]] = {}
     for run in found["rows"]:
         if run["method"].startswith("grid-0"):
@@ -174,29 +178,29 @@ def _oracle(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> list
         return None
     main = metrics[0]
     sign = -1 if main in NATIVE else 1
-    best = max(points.values(), key=lambda runs: sign * _mean(runs, test, main))
+    best = max(points.values(), key=lambda runs: sign * _mean_score(runs, test, main))
     cells = [ORACLE, str(len(best)), f"{best[0]['ratio']:.3f}"]
     for metric in metrics:
         digits = 3 if metric in NATIVE else 1
-        cells.append(_spread([run["scores"][test][metric] for run in best], digits))
-    cells.append(_spread([run["dev_loss"] for run in best], 3))
+        cells.append(_mean_and_deviation([run["scores"][test][metric] for run in best], digits))
+    cells.append(_mean_and_deviation([run["dev_loss"] for run in best], 3))
     return cells + ([NO_VALUE, NO_VALUE] if found["reference"] else [])
 
 
 def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of what the methods cost, means over seeds."""
+    """Return column titles and rows of the prices of all methods, means over seeds."""
     methods = shown_methods(found)
     grid = methods.get("grid")
     whole = statistics.fmean(run["seconds"] for run in grid) if grid else None
-    mixed = len(machines_of(found["rows"])) > 1
-    plain = [run["tokens"] for run in methods.get(PLAIN, ())]
+    mixed = len(machine_names(found["rows"])) > 1
+    plain = [run["tokens"] for run in methods.get(PLAIN_RUN, ())]
     titles = ["method", "runs", "seconds", "times the grid's speed", "steps", "forwards", "tokens"]
     titles += ["tokens, in plain runs", "peak memory (GB)", "adapter (MB)", "zeros"]
     titles += ["machine"] * mixed
     rows: list[list[str]] = []
     for method, runs in methods.items():
         seconds = statistics.fmean(run["seconds"] for run in runs)
-        alike = len(machines_of([*runs, *(grid or ())])) <= 1
+        alike = len(machine_names([*runs, *(grid or ())])) <= 1
         faster = f"{whole / seconds:.2f}" if whole and seconds > 0 and alike else NO_VALUE
         cells = [method, f"{runs[0]['runs']}", f"{seconds:.0f}", faster]
         for name in ("steps", "forwards", "tokens"):
@@ -208,25 +212,25 @@ def price_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append(f"{runs[0]['adapter_bytes'] / 1e6:.1f}")
         zeros = [run["zeros"] for run in runs if run["zeros"] is not None]
         cells.append(f"{statistics.fmean(zeros):.2f}" if zeros else NO_VALUE)
-        cells += [", ".join(machines_of(runs)) or NO_VALUE] * mixed
+        cells += [", ".join(machine_names(runs)) or NO_VALUE] * mixed
         rows.append(cells)
     return titles, rows
 
 
-def several_machines(found: Mapping[str, Any]) -> list[str]:
-    """Return a paragraph that says so where the runs were made on more than one machine."""
-    names = machines_of(found["rows"])
+def several_machines_note(found: Mapping[str, Any]) -> list[str]:
+    """Return a paragraph if the runs were made on more than one machine; else nothing."""
+    names = machine_names(found["rows"])
     if len(names) < 2:
         return []
     return [
-        f"The runs were made on {len(names)} machines ({', '.join(names)}): seconds are to be "
-        "compared within one of them only, and the pictures have tokens in their place.",
+        f"The runs were made on {len(names)} machines ({', '.join(names)}). Compare seconds only "
+        "within one machine. The pictures show tokens instead.",
         "",
     ]
 
 
 def shown_methods(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return method -> its runs; what another method chooses from has no row of its own."""
+    """Return method -> runs, without the runs that another method chooses from."""
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in found["rows"]:
         methods.setdefault(row["method"], []).append(row)
@@ -234,19 +238,19 @@ def shown_methods(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]
     return {name: runs for name, runs in methods.items() if not name.startswith(chosen_from)}
 
 
-def _tests(found: Mapping[str, Any]) -> list[str]:
+def _test_sets(found: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(test for row in found["rows"] for test in row["scores"]))
 
 
-def _metrics(found: Mapping[str, Any], test: str) -> list[str]:
+def _metrics_of(found: Mapping[str, Any], test: str) -> list[str]:
     return next((list(row["scores"][test]) for row in found["rows"] if test in row["scores"]), [])
 
 
-def _mean(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> float:
+def _mean_score(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> float:
     return statistics.fmean(run["scores"][test][metric] for run in runs)
 
 
-def _spread(values: Sequence[float | None], digits: int) -> str:
+def _mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return NO_VALUE
@@ -254,7 +258,7 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     return f"{shown} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else shown
 
 
-def _apart(paired: Mapping[str, Any] | None, digits: int) -> str:
+def _difference_cell(paired: Mapping[str, Any] | None, digits: int) -> str:
     if paired is None:
         return NO_VALUE
     low, high = paired["low"], paired["high"]
@@ -262,7 +266,7 @@ def _apart(paired: Mapping[str, Any] | None, digits: int) -> str:
     return f"{paired['difference']:+.{digits}f}{interval}"
 
 
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _markdown_lines(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(titles)} |"
     yield f"|---|{'---:|' * (len(titles) - 1)}"
     for row in rows:

@@ -1,4 +1,4 @@
-"""Pictures of a run: its search, and where its time went."""
+"""Draw pictures of runs: a search, the times of a run, and a comparison of methods."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from grasp_lora.base.files import machines_of
+from grasp_lora.base.files import machine_names
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
-# Orange for worse, blue for better than what a round compares with: colour-blind readers can
-# tell them apart.
+# Orange is worse and blue is better than the reference of the round. Colour-blind readers can
+# distinguish these two.
 REWARDS: Colormap = LinearSegmentedColormap.from_list("rewards", [ORANGE, "#e9ecef", BLUE])
-# Kindred parts have kindred hues; a part's place in the bar tells it apart as well.
+# Related parts have related hues; the order in the bar also distinguishes the parts.
 PART_COLOURS: Mapping[str, str] = {
     "step": BLUE,
     "baseline": "#f5c08a",
@@ -41,14 +41,14 @@ def plot_search(
     ratio: Mapping[str, Any],
     path: Path,
 ) -> None:
-    """Draw a search into a PNG: ratio, rewards and losses over the optimizer steps.
+    """Draw a search as a PNG: ratio, rewards and losses over the optimizer steps.
 
     Args:
         rounds: the controller's round records, in order; may be empty.
-        log: training loss of the search, `step` and `loss` each (nats per token).
-        evaluations: dev losses of the final run, `step` and `loss` each (nats).
-        ratio: the outcome, `ratio` and `verdict`.
-        path: the PNG.
+        log: training loss of the search; each entry has `step` and `loss` (nats per token).
+        evaluations: dev losses of the final run; each entry has `step` and `loss` (nats).
+        ratio: the outcome, with `ratio` and `verdict`.
+        path: path of the PNG; its folder is made.
     """
     figure = Figure(figsize=(9, 8.6), layout="constrained")
     tops = figure.subplots(3, 1, sharex=True, height_ratios=[5, 3, 3])
@@ -58,7 +58,7 @@ def plot_search(
     _reward_panel(tops[1], rounds)
     _loss_panel(tops[2], rounds, log, evaluations)
     for axes in tops:
-        _plain(axes)
+        _style_axes(axes)
     tops[2].set_xlabel("optimizer step")
     tops[2].set_xlim(0, max([last, *(float(e["step"]) for e in evaluations)]) * 1.02)
     outcome = f"Search for the prune ratio: {ratio['ratio']:.3f} ({ratio['verdict']})"
@@ -75,11 +75,11 @@ class _Point(NamedTuple):
 
 
 def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
-    """Draw a `comparison.json`: score against cost, score against ratio, cost.
+    """Draw a `comparison.json` as three PNGs: score against cost, score against ratio, and cost.
 
-    The score is the first of the first test set. The cost is in seconds, in tokens where the runs
-    were made on more than one machine. Writes `pareto.png`, `ratios.png` and `cost.png`; nothing
-    where there are no rows.
+    The score is the first metric of the first test set. The cost is in seconds, or in tokens if the
+    runs were made on more than one machine. The files are `pareto.png`, `ratios.png` and
+    `cost.png`. Nothing is written if no row has scores.
     """
     rows = [row for row in found["rows"] if row["scores"]]
     if not rows:
@@ -87,7 +87,7 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     test = next(iter(rows[0]["scores"]))
     metric = next(iter(rows[0]["scores"][test]))
     runs: dict[str, list[_Point]] = {}
-    unit = "seconds" if len(machines_of(rows)) < 2 else "tokens"
+    unit = "seconds" if len(machine_names(rows)) < 2 else "tokens"
     for row in rows:
         point = _Point(
             row["ratio"],
@@ -105,20 +105,21 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.subplots()
         draw(axes, runs, f"{metric}, {test}")
-        _plain(axes)
-        _part_names(figure, axes)
+        _style_axes(axes)
+        _separate_names(figure, axes)
         figure.savefig(folder / name, dpi=130)
 
 
 _Runs = Mapping[str, Sequence[_Point]]
-"""Method -> its runs."""
+"""Method -> points of its runs."""
 _CHOSEN_FROM = ("grid-0", "adaptive-0")
-_NAME = "name"
+_NAME_GID = "name"
 _NAME_STEP = 2
-"""Points by which a name is moved at a time."""
-_OURS = ("grasp", "late")
+"""Distance in points by which a name is moved at once."""
+_OUR_METHODS = ("grasp", "late")
 _ALWAYS_NAMED = (
-    *_OURS, "grid", "optuna", "source-finetuned", "average-finetuned", "target-all", "adaptive",
+    *_OUR_METHODS, "grid", "optuna", "source-finetuned", "average-finetuned", "target-all",
+    "adaptive",
 )  # fmt: skip
 
 
@@ -130,13 +131,13 @@ def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str) -> None:
     }
     for method, points in shown.items():
         cost, score = means[method]
-        colour = _colour_of(method)
+        colour = _method_colour(method)
         known = [(low, high) for low, high in (p.interval for p in points) if low is not None]
         if known:
             low, high = (_mean_of(ends) for ends in zip(*known, strict=True))
             axes.plot([cost] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
         axes.plot(cost, score, "o", color=colour)
-        # Names of all methods would cover each other.
+        # The names of all methods would overlap.
         cheaper = [
             other for c, other in means.values() if c <= cost and (c, other) != (cost, score)
         ]
@@ -176,13 +177,13 @@ def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
 def _cost_panel(axes: Axes, runs: _Runs, _label: str, unit: str) -> None:
     means = {method: _mean_of(p.cost for p in points) for method, points in runs.items()}
     dear = {m: s for m, s in means.items() if s > 0 and not m.startswith(_CHOSEN_FROM)}
-    axes.barh(list(dear), list(dear.values()), color=[_colour_of(method) for method in dear])
+    axes.barh(list(dear), list(dear.values()), color=[_method_colour(method) for method in dear])
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit} from the two adapters to the final one")
 
 
-def _colour_of(method: str) -> str:
-    return ORANGE if method.startswith(_OURS) else BLUE
+def _method_colour(method: str) -> str:
+    return ORANGE if method.startswith(_OUR_METHODS) else BLUE
 
 
 def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
@@ -192,14 +193,14 @@ def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
         name, (x, y), fontsize=7, color=INK, xytext=(4, 3), textcoords="offset points",
         arrowprops=line,
     )  # fmt: skip
-    named.set_gid(_NAME)
+    named.set_gid(_NAME_GID)
 
 
-def _part_names(figure: Figure, axes: Axes) -> None:
-    """Move names of points up until none covers another; a line leads from each to its point."""
-    figure.draw_without_rendering()  # places are known only once all is laid out
+def _separate_names(figure: Figure, axes: Axes) -> None:
+    """Move the names of points up until none overlaps; a line joins each name to its point."""
+    figure.draw_without_rendering()  # text positions are known only after the layout
     names = [
-        text for text in axes.texts if isinstance(text, Annotation) and text.get_gid() == _NAME
+        text for text in axes.texts if isinstance(text, Annotation) and text.get_gid() == _NAME_GID
     ]
     placed: list[Bbox] = []
     for named in sorted(names, key=lambda one: one.xy[1]):
@@ -217,11 +218,11 @@ def _mean_of(values: Iterable[float]) -> float:
 
 
 def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
-    """Draw a `profile.json` into a PNG: a bar for each stage, in seconds, its parts end to end.
+    """Draw a `profile.json` as a PNG: one bar per stage in seconds, made of its parts.
 
     Args:
         profile: `wall_seconds`, `stages` (stage -> part -> `seconds`) and `parts`, in order.
-        path: the PNG.
+        path: path of the PNG; its folder is made.
     """
     wall = profile["wall_seconds"]
     stages = {name: parts for name, parts in profile["stages"].items() if parts}
@@ -229,14 +230,20 @@ def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     ends = _part_bars(axes, stages, profile["parts"], wall)
     for row, end in enumerate(ends):
-        told = f"{end:.{2 if end < 10 else 1}f} s, {_share(end, wall)}"
+        label = f"{end:.{2 if end < 10 else 1}f} s, {_percentage(end, wall)}"
         axes.annotate(
-            told, (end, row), (5, 0), textcoords="offset points", va="center", color=INK, fontsize=9
+            label,
+            (end, row),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=9,
         )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(ends))
     axes.set_xlabel("wall time (s)")
-    _plain(axes)
+    _style_axes(axes)
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"Where the time went: {wall:.1f} s", color=INK, fontsize=13)
@@ -247,7 +254,7 @@ def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
 def _part_bars(
     axes: Axes, stages: Mapping[str, Mapping[str, Any]], parts: Iterable[str], wall: float
 ) -> list[float]:
-    """Draw the parts of every stage; return where each stage's bar ends."""
+    """Draw the parts of every stage; return the end of each stage's bar, in seconds."""
     ends = [0.0] * len(stages)
     for part in parts:
         widths = [found[part]["seconds"] if part in found else 0.0 for found in stages.values()]
@@ -259,13 +266,13 @@ def _part_bars(
                 color=PART_COLOURS[part],
                 edgecolor="white",
                 linewidth=0.4,
-                label=f"{part} {_share(sum(widths), wall)}",
+                label=f"{part} {_percentage(sum(widths), wall)}",
             )
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     return ends
 
 
-def _share(seconds: float, wall: float) -> str:
+def _percentage(seconds: float, wall: float) -> str:
     return f"{100 * seconds / wall:.1f} %"
 
 
@@ -322,7 +329,7 @@ def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     seen = [trial for trial in trials if trial[2] is not None]
     lost = [trial for trial in trials if trial[2] is None]
     reach = max((abs(reward) for *_, reward in seen), default=0.0) or 1.0
-    norm = SymLogNorm(_linear_reach(rounds), vmin=-reach, vmax=reach)
+    norm = SymLogNorm(_linear_range(rounds), vmin=-reach, vmax=reach)
     axes.scatter(
         [step for step, _, _ in seen],
         [candidate for _, candidate, _ in seen],
@@ -352,16 +359,19 @@ def _candidates(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     bar.outline.set_visible(False)
 
 
-def _linear_reach(rounds: Sequence[Mapping[str, Any]]) -> float:
-    """Return up to which reward the scale is linear: over-pruning costs a hundred times as much
-    as good pruning gains, and a linear scale would show the first alone."""
+def _linear_range(rounds: Sequence[Mapping[str, Any]]) -> float:
+    """Return the absolute reward, in nats, up to which the symlog scale is linear.
+
+    Over-pruning loses a hundred times as much as good pruning gains, so a fully linear scale would
+    show only the losses.
+    """
     sizes = sorted(abs(x) for r in rounds for x in r["rewards"] if x)
     return max(sizes[len(sizes) // 4], sizes[-1] / 100) if sizes else 1.0
 
 
 def _reward_panel(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("reward (nats, symlog)")
-    axes.set_yscale("symlog", linthresh=_linear_reach(rounds))
+    axes.set_yscale("symlog", linthresh=_linear_range(rounds))
     axes.axhline(0, color=INK, linewidth=0.8)
     best: list[tuple[float, float]] = []
     for r in rounds:
@@ -408,7 +418,7 @@ def _loss_panel(
         "o-",
         color=BLUE,
         markersize=5,
-        label=f"probing rows, {'before each round' if based else 'lowest ratio of each round'}",
+        label=f"probing examples, {'before each round' if based else 'lowest ratio of each round'}",
     )
     axes.plot(
         [e["step"] for e in evaluations],
@@ -422,13 +432,13 @@ def _loss_panel(
 
 
 def _lowest_trial(record: Mapping[str, Any]) -> float | None:
-    """Return the loss at the lowest ratio of a round: what its rewards compare with."""
+    """Return the loss at the lowest finite ratio of a round, the reference of its rewards."""
     tried = zip(record["candidates"], record["losses"], strict=True)
     finite = [(ratio, loss) for ratio, loss in tried if loss is not None]
     return min(finite)[1] if finite else None
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)

@@ -1,6 +1,6 @@
-"""A finished run for people: its outcome in words, its scores as tables.
+"""Present a finished run to people: its outcome in words, its scores as tables.
 
-Reads records and dictionaries; computes nothing that a number of the run depends on.
+This module reads records only. No number of the run depends on it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from rich.table import Table
 from grasp_lora.base.files import read_json, write_text
 from grasp_lora.report.time_words import times_section
 
-# Scores shown in the terminal, most telling first; the report shows all.
+# Metrics in the terminal, most informative first; the report has all metrics.
 HEADLINES: Mapping[str, tuple[str, ...]] = {
     "qa": ("exact_match", "token_f1", "chrf", "loss"),
     "summarization": ("rougeLsum", "bleu", "chrf", "loss"),
@@ -30,33 +30,33 @@ TITLES: Mapping[str, str] = {
     "bertscore_f1": "BERTScore F1",
 }
 NATIVE = ("loss", "perplexity")
-"""Scores in units of their own, lower is better; all others are 0 to 100."""
+"""Metrics in their own units, where lower is better; all other scores are in [0, 100]."""
 NO_VALUE = "\N{EN DASH}"
 
 
 def score_tables(scores: Mapping[str, Any]) -> list[Table]:
-    """Return the systems of a `scores.json` as tables for the terminal, one per test set."""
+    """Return the scores of all systems in a `scores.json` as terminal tables, one per test set."""
     tables: list[Table] = []
     for name, first in _sets(scores).items():
         shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
-        table = Table(title=_title(scores, name, first))
+        table = Table(title=_set_title(scores, name, first))
         table.add_column("system", overflow="fold")
-        for title in (*(TITLES.get(m, m) for m in shown), *_zeros_title(scores)):
+        for title in (*(TITLES.get(m, m) for m in shown), *_zeros_titles(scores)):
             table.add_column(title, justify="right", no_wrap=True)
         for row in scores["systems"]:
             found = [row["sets"][name]["scores"][metric]["value"] for metric in shown]
             cells = [
-                NO_VALUE if value is None else _number(value, metric)
+                NO_VALUE if value is None else _format_value(value, metric)
                 for metric, value in zip(shown, found, strict=True)
             ]
-            table.add_row(row["name"], *cells, *(_zeros(row) for _ in _zeros_title(scores)))
+            table.add_row(row["name"], *cells, *(_zeros_cell(row) for _ in _zeros_titles(scores)))
         tables.append(table)
     return tables
 
 
 def precheck_table(found: Mapping[str, Any]) -> Table:
-    """Return the variants of a `precheck.json` as a table for the terminal, best first."""
-    table = Table(title=f"before training, {len(found['rows'])} rows")
+    """Return the variants of a `precheck.json` as a terminal table, lowest loss first."""
+    table = Table(title=f"before training, {len(found['rows'])} examples")
     table.add_column("variant", overflow="fold")
     for title in ("loss", "against the merge", "standard error"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -67,9 +67,9 @@ def precheck_table(found: Mapping[str, Any]) -> Table:
 
 
 def ablation_table(found: Mapping[str, Any]) -> Table:
-    """Return the variants of an `ablation.json` as a table for the terminal."""
-    titles, rows = _ablation(found)
-    title = f"ablation, preset {found['preset']}, seeds {_listed(found['seeds'])}"
+    """Return the variants of an `ablation.json` as a terminal table."""
+    titles, rows = _ablation_cells(found)
+    title = f"ablation, preset {found['preset']}, seeds {_comma_list(found['seeds'])}"
     shown = ("variant", "ratio", "commits", "flipped", "dev loss", "against configured")
     return narrow_table(title, titles, rows, shown)
 
@@ -77,7 +77,7 @@ def ablation_table(found: Mapping[str, Any]) -> Table:
 def narrow_table(
     title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[str]
 ) -> Table:
-    """Return a table for the terminal with the columns of these titles, the first of them names."""
+    """Return a terminal table with the columns in `shown`; the first column holds names."""
     places = [titles.index(name) for name in shown]
     table = Table(title=title)
     table.add_column(shown[0], no_wrap=True)
@@ -89,16 +89,17 @@ def narrow_table(
 
 
 def ablation_markdown(found: Mapping[str, Any]) -> str:
-    """Return an `ablation.json` as a document."""
-    titles, rows = _ablation(found)
+    """Return an `ablation.json` as a Markdown document."""
+    titles, rows = _ablation_cells(found)
     lines = [
         "# Ablation",
         "",
-        f"Preset `{found['preset']}`, seeds {_listed(found['seeds'])}; means over seeds. Every run "
-        "starts from the same merge. *Flipped* is the share of the adapter's entries that a commit "
-        "exchanges, *jump* the training loss of the four steps after a commit less that of the "
-        "four before. *Against configured* is the difference of the dev loss seed by seed, with "
-        "its standard error: lower is better.",
+        f"Preset `{found['preset']}`, seeds {_comma_list(found['seeds'])}; means over seeds. Every "
+        "run starts from the same merge. *Flipped* is the share of the adapter's entries that a "
+        "commit changes between kept and pruned. *Jump* is the mean training loss of the four "
+        "steps after a commit less that of the four steps before. *Against configured* is the mean "
+        "difference of the dev loss to the configured variant, seed by seed, with its standard "
+        "error: lower is better.",
         "",
         f"| {' | '.join(titles)} |",
         f"|---|{'---:|' * (len(titles) - 1)}",
@@ -113,7 +114,7 @@ def ablation_markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ablation(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _ablation_cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     first = next((one["mean"] for one in found["variants"].values() if one["mean"]), {})
     headlines = HEADLINES.get(found["task"], ())
     scores = [name for name in first if "/" in name and name.split("/", 1)[1] in headlines]
@@ -128,16 +129,19 @@ def _ablation(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         verdicts = [run["verdict"] for run in one["runs"].values()]
         counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-        cells = [name, _spread(mean["ratio"], ".3f"), counted, _spread(mean["commits"], ".1f")]
-        cells += [_spread(mean["flipped_per_commit"], ".1%"), _spread(mean["loss_jump"], "+.3f")]
-        cells += [_spread(mean["forwards"], ".0f"), _spread(mean["dev_loss"], ".4f")]
-        cells.append(_gap(apart.get("dev_loss")))
+        cells = [name, _mean_cell(mean["ratio"], ".3f"), counted]
+        forms_of = {"commits": ".1f", "flipped_per_commit": ".1%", "loss_jump": "+.3f"}
+        forms_of |= {"forwards": ".0f", "dev_loss": ".4f"}
+        cells += [_mean_cell(mean[key], form) for key, form in forms_of.items()]
+        cells.append(_difference_cell(apart.get("dev_loss")))
         forms = [".3f" if score.split("/", 1)[1] in NATIVE else ".1f" for score in scores]
-        rows.append(cells + [_spread(mean[s], form) for s, form in zip(scores, forms, strict=True)])
+        rows.append(
+            cells + [_mean_cell(mean[s], form) for s, form in zip(scores, forms, strict=True)]
+        )
     return titles, rows
 
 
-def _spread(value: Mapping[str, Any], form: str) -> str:
+def _mean_cell(value: Mapping[str, Any], form: str) -> str:
     if value["mean"] is None:
         return NO_VALUE
     deviation = value["deviation"]
@@ -145,43 +149,45 @@ def _spread(value: Mapping[str, Any], form: str) -> str:
     return f"{value['mean']:{form}}{shown}"
 
 
-def _gap(value: Mapping[str, Any] | None) -> str:
+def _difference_cell(value: Mapping[str, Any] | None) -> str:
     if value is None or value["mean"] is None:
         return NO_VALUE
     error = value["standard_error"]
     return f"{value['mean']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _listed(values: Sequence[Any]) -> str:
+def _comma_list(values: Sequence[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
 def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
-    """Return all scores of the test set `name` in Markdown, each with its interval."""
+    """Return all scores of the test set `name` as a Markdown table, each with its interval."""
     shown = list(_sets(scores)[name]["scores"])
-    titles = ["system", *(TITLES.get(m, m) for m in shown), *_zeros_title(scores)]
+    titles = ["system", *(TITLES.get(m, m) for m in shown), *_zeros_titles(scores)]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in scores["systems"]:
-        cells = [_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
+        cells = [_score_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
         system = row["name"].replace("|", "\\|")
-        cells += [_zeros(row) for _ in _zeros_title(scores)]
+        cells += [_zeros_cell(row) for _ in _zeros_titles(scores)]
         lines.append(f"| {' | '.join([system, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.md` into a finished run folder: outcome, picture, scores, their settings, time.
+    """Write `report.md` into a finished run folder and return its path.
+
+    The report has the outcome, the picture, the scores with their settings, and the times.
 
     Raises:
         FileNotFoundError: the run is not finished.
     """
     ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
-    lines = ["# Prune ratio and scores", "", _outcome(ratio), ""]
+    lines = ["# Prune ratio and scores", "", _outcome_line(ratio), ""]
     if "labelled_rows" in scores:
         lines += [
-            f"What is fine-tuned was made anew on all {scores['labelled_rows']} labelled target "
-            "rows, for the epochs that dev rows had chosen on the train rows alone; dev losses are "
-            "of that first run.",
+            f"Every fine-tuned system was retrained on all {scores['labelled_rows']} labelled "
+            "target examples, for the number of epochs that the dev examples had chosen in a first "
+            "run on the train examples alone. Dev losses are those of the first run.",
             "",
         ]
     lines += [f"- {line}" for line in finding_lines(ratio)]
@@ -200,23 +206,23 @@ def write_report(run: Path) -> Path:
 
 def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
     for name, first in _sets(scores).items():
-        yield f"## {_title(scores, name, first)}"
+        yield f"## {_set_title(scores, name, first)}"
         yield ""
         yield (
-            "In brackets: 95 % bootstrap interval, contexts drawn. Scores are 0 to 100, loss in "
-            "nats per answer token, mean over examples."
+            "In brackets: 95 % bootstrap interval over contexts. Scores are 0 to 100. The loss is "
+            "in nats per answer token, a mean over examples."
         )
         yield ""
         yield scores_markdown(scores, name)
-        yield from _differing(scores, name)
-        yield comparison(scores, name)
+        yield from _mixed_settings(scores, name)
+        yield comparison_words(scores, name)
     if len(_sets(scores)) > 1:
-        yield from _over_sets(scores)
-    yield from _how(scores)
+        yield from _over_sets_section(scores)
+    yield from _settings_section(scores)
 
 
-def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
-    """Say in words whether pruning paid on a test set; empty without the baselines."""
+def comparison_words(scores: Mapping[str, Any], name: str = "test") -> str:
+    """Return in words whether pruning paid on a test set; empty without the unpruned baseline."""
     metrics = HEADLINES.get(scores["task"], ())
     found = scores.get("comparisons", {})
     unpruned = unpruned_of(scores)
@@ -225,78 +231,81 @@ def comparison(scores: Mapping[str, Any], name: str = "test") -> str:
     names = {row["slug"]: row["name"] for row in scores["systems"]}
     lines: list[str] = []
     for slug, sets in found.items():
-        said = [_pair(sets[name][metric], metric) for metric in metrics if metric in sets[name]]
-        lines.append(f"- against {names[slug]}: {'; '.join(said)}.")
-    loss = found[unpruned][name].get("loss")
-    verdict = ""
-    if loss is not None:
-        helped = loss["difference"] < 0 and _told_apart(loss)
-        harmed = loss["difference"] > 0 and _told_apart(loss)
-        once = (
-            ", beyond the chance of these test rows. Each was trained once: what another seed or "
-            "stopping epoch would change is not in this test."
-        )
-        verdict = (
-            f"The pruned adapter's test loss is lower than the unpruned one's{once}"
-            if helped
-            else f"The pruned adapter's test loss is higher than the unpruned one's{once}"
-            if harmed
-            else "Pruning did not change the test loss by more than the chance of these test rows."
-        )
+        shown = [metric for metric in metrics if metric in sets[name]]
+        words = [_difference_words(sets[name][metric], metric) for metric in shown]
+        lines.append(f"- against {names[slug]}: {'; '.join(words)}.")
+    verdict = _pruning_verdict(found[unpruned][name].get("loss"))
+    best = _lowest_loss(scores, name)
+    if best != "final":
+        verdict += f" The system with the lowest loss is: {names[best]}."
+    heading = f"{verdict} Differences of the result to each system on the same examples:".strip()
+    return "\n".join([heading, "", *lines, ""])
+
+
+def _pruning_verdict(loss: Mapping[str, Any] | None) -> str:
+    """Return whether pruning changed the test loss, in words; empty without a loss."""
+    if loss is None:
+        return ""
+    if not _significant(loss) or loss["difference"] == 0:
+        return "Pruning did not change the test loss significantly over these test examples."
+    direction = "lower" if loss["difference"] < 0 else "higher"
+    return (
+        f"The pruned adapter's test loss is {direction} than the unpruned one's, and the "
+        "difference is significant over these test examples. Each was trained once, so the test "
+        "does not include the effect of another seed or stopping epoch."
+    )
+
+
+def _lowest_loss(scores: Mapping[str, Any], name: str) -> str:
+    """Return the slug of the system with the lowest loss on a test set; "final" without losses."""
     values = {r["slug"]: r["sets"][name]["scores"].get("loss", {}) for r in scores["systems"]}
     losses = {slug: score["value"] for slug, score in values.items() if score}
-    best = min(losses, key=lambda slug: losses[slug]) if losses else "final"
-    if best != "final":
-        verdict += f" The lowest loss is that of: {names[best]}."
-    return "\n".join(
-        [f"{verdict} The result, paired with each system on the same rows:".strip(), "", *lines, ""]
-    )
+    return min(losses, key=lambda slug: losses[slug]) if losses else "final"
 
 
 def unpruned_of(scores: Mapping[str, Any]) -> str:
-    """Return the slug of the system that is the result but for pruning."""
+    """Return the slug of the unpruned baseline, which differs from the result only in pruning."""
     return scores.get("unpruned", "merged-finetuned")
 
 
-def _pair(pair: Mapping[str, Any], metric: str) -> str:
+def _difference_words(pair: Mapping[str, Any], metric: str) -> str:
     digits = 3 if metric in NATIVE else 1
-    sure = "" if _told_apart(pair) else ", not told apart"
-    return (
-        f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} "
-        f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}], {_chance(pair['p_value'])}{sure}"
-        if pair["low"] is not None
-        else f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f} (one context: no test)"
-    )
+    difference = f"{TITLES.get(metric, metric)} {pair['difference']:+.{digits}f}"
+    if pair["low"] is None:
+        return f"{difference} (one context: no test)"
+    interval = f"[{pair['low']:+.{digits}f}, {pair['high']:+.{digits}f}]"
+    note = "" if _significant(pair) else ", not significant"
+    return f"{difference} {interval}, {_p_value_text(pair['p_value'])}{note}"
 
 
-def _chance(p_value: float) -> str:
+def _p_value_text(p_value: float) -> str:
     return "p < 0.01" if p_value < 0.01 else f"p {p_value:.2f}"
 
 
-def _told_apart(pair: Mapping[str, Any]) -> bool:
+def _significant(pair: Mapping[str, Any]) -> bool:
     return pair["p_value"] is not None and pair["p_value"] < 0.05
 
 
-def _differing(scores: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Name the columns whose systems were scored with different settings."""
+def _mixed_settings(scores: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield a warning for every metric that was scored with different settings across systems."""
     for metric in _sets(scores)[name]["scores"]:
         kinds = {str(row["sets"][name]["scores"][metric]["settings"]) for row in scores["systems"]}
         if len(kinds) > 1:
             yield (
                 f"The column {TITLES.get(metric, metric)} holds scores of different settings "
-                "(tokenizer, model or rescaling): do not compare them.\n"
+                "(tokenizer, model or rescaling), so do not compare them.\n"
             )
 
 
-def _over_sets(scores: Mapping[str, Any]) -> Iterator[str]:
+def _over_sets_section(scores: Mapping[str, Any]) -> Iterator[str]:
     shown = [m for m in HEADLINES.get(scores["task"], ()) if m in scores["systems"][0]["mean"]]
-    yield "## Over the test sets: mean, and worst"
+    yield "## Over the test sets: mean and worst"
     yield ""
     yield f"| system | {' | '.join(TITLES.get(m, m) for m in shown)} |"
     yield f"|---|{'---:|' * len(shown)}"
     for row in scores["systems"]:
         cells = [
-            f"{_number(row['mean'][m], m)}, {_number(row['worst'][m]['value'], m)} "
+            f"{_format_value(row['mean'][m], m)}, {_format_value(row['worst'][m]['value'], m)} "
             f"({row['worst'][m]['set']})"
             for m in shown
         ]
@@ -304,11 +313,11 @@ def _over_sets(scores: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _how(scores: Mapping[str, Any]) -> Iterator[str]:
+def _settings_section(scores: Mapping[str, Any]) -> Iterator[str]:
     sets = _sets(scores)
     if not sets:
         return
-    yield "## How the scores were made"
+    yield "## Settings of the scores"
     yield ""
     for name, first in sets.items():
         for metric, score in first["scores"].items():
@@ -322,7 +331,7 @@ def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
     if leaks:
         yield "## Leakage"
         yield ""
-        yield f"{len(leaks)} pairs of rows stand in two splits; the run was told to go on:"
+        yield f"{len(leaks)} pairs of examples are in two splits, and the settings allow it:"
         yield ""
         for leak in leaks[:20]:
             first, second = (" ".join(leak[side]) for side in ("first", "second"))
@@ -331,51 +340,55 @@ def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def finding_lines(ratio: Mapping[str, Any]) -> list[str]:
-    """Return a line for everything that the run's own numbers say against it."""
+    """Return one line per finding about the run."""
     return [f"{one['name']}: {one['says']}" for one in ratio.get("findings", [])]
 
 
-def _outcome(ratio: Mapping[str, Any]) -> str:
+def _outcome_line(ratio: Mapping[str, Any]) -> str:
     verdicts = {
-        "learned": "while searching, a gain over the lowest ratio was shown on rows the choice "
-        "had not seen; what training makes of it, the scores say",
+        "learned": "in the search, the ratio gained over the lowest ratio on examples that it was "
+        "not chosen on; the scores show the effect after training",
         "flat": "no gain over the lowest ratio could be shown; the ratio is a guess",
-        "never-fired": "the search was too short for one round; nothing was learned",
+        "never-fired": "the search was too short for one round, so no ratio was learned",
     }
     verdict = ratio["verdict"]
     interval = ratio.get("evidence", {}).get("ratio_interval")
-    other = "" if interval is None else f" (other rows: {interval[0]:.2f} to {interval[1]:.2f})"
-    told = verdicts.get(verdict, "")
-    return f"Ratio **{ratio['ratio']:.3f}**{other}, verdict **{verdict}**: {told}."
+    ends = (
+        ""
+        if interval is None
+        else f" (over resampled examples: {interval[0]:.2f} to {interval[1]:.2f})"
+    )
+    meaning = verdicts.get(verdict, "")
+    return f"Ratio **{ratio['ratio']:.3f}**{ends}, verdict **{verdict}**: {meaning}."
 
 
 def _sets(scores: Mapping[str, Any]) -> Mapping[str, Any]:
     return scores["systems"][0]["sets"] if scores["systems"] else {}
 
 
-def _title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
+def _set_title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
     where = "" if name == "test" else f", test set {name}"
-    return f"{scores['task']}, {one['language']}{where}, {one['n']} rows, seed {scores['seed']}"
+    return f"{scores['task']}, {one['language']}{where}, {one['n']} examples, seed {scores['seed']}"
 
 
-def _cell(score: Mapping[str, Any], metric: str) -> str:
+def _score_cell(score: Mapping[str, Any], metric: str) -> str:
     if score["value"] is None:
         return NO_VALUE
     if score["low"] is None:
-        return _number(score["value"], metric)
-    ends = f"{_number(score['low'], metric)}, {_number(score['high'], metric)}"
-    return f"{_number(score['value'], metric)} [{ends}]"
+        return _format_value(score["value"], metric)
+    ends = f"{_format_value(score['low'], metric)}, {_format_value(score['high'], metric)}"
+    return f"{_format_value(score['value'], metric)} [{ends}]"
 
 
-def _number(value: float, metric: str) -> str:
+def _format_value(value: float, metric: str) -> str:
     return f"{value:.2f}" if metric in NATIVE else f"{value:.1f}"
 
 
-def _zeros_title(scores: Mapping[str, Any]) -> list[str]:
-    """Return the title of the column of zeros, if any system is known to have some."""
+def _zeros_titles(scores: Mapping[str, Any]) -> list[str]:
+    """Return the title of the column of zeros, if the zeros of any system are known."""
     known = any(row.get("zeros") is not None for row in scores["systems"])
     return ["zeros (%)"] if known else []
 
 
-def _zeros(row: Mapping[str, Any]) -> str:
+def _zeros_cell(row: Mapping[str, Any]) -> str:
     return NO_VALUE if row.get("zeros") is None else f"{100 * row['zeros']:.1f}"

@@ -1,27 +1,27 @@
-"""Where the time of a run went, in tables and words; reads records, measures nothing."""
+"""Present the times of a run to people, in tables and words."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 NO_VALUE = "\N{EN DASH}"
-_LOST = (
-    "The run was resumed {times}: the times of its earlier processes are in it, but not what an "
-    "interrupted one did after it had last kept them (at a checkpoint, at a stage's end)."
+_RESUMED_NOTE = (
+    "The run was resumed {times}. The times of its earlier processes are included, except the time "
+    "between the last checkpoint or stage end of a process and its interruption."
 )
-_UNTIMED = "{stages}: done by an earlier process whose times were not kept."
-_WAITED = "The device was waited for at the edges of every part."
-_NOT_WAITED = (
-    "The device was not waited for: what it did on its own is charged to the part that needed the "
-    "result. `--profile` waits."
+_UNTIMED_NOTE = "{stages}: done by an earlier process whose times were not kept."
+_SYNCHRONIZED_NOTE = "The clock waited for the device at both ends of every part."
+_ASYNCHRONOUS_NOTE = (
+    "The clock did not wait for the device: asynchronous work is charged to the part that needed "
+    "its result. With `--profile` the clock waits."
 )
 
 
 def times_section(time: Mapping[str, Any], device: str) -> Iterator[str]:
-    """Yield the lines of a report about its run's time: shares, stages, and what is not in them.
+    """Yield the lines of the report section about times: shares, stages, and notes.
 
     Args:
-        time: the short form, as in `provenance.json`.
-        device: where the model ran.
+        time: the time summary, as in `provenance.json`.
+        device: device that the model ran on.
     """
     shares: Mapping[str, float] = time["shares"]
     stages: Mapping[str, float | None] = time["stages"]
@@ -40,13 +40,13 @@ def times_section(time: Mapping[str, Any], device: str) -> Iterator[str]:
 
 
 def profile_markdown(profile: Mapping[str, Any]) -> str:
-    """Return a `profile.json` as Markdown: the whole run by part, then every stage by part."""
+    """Return a `profile.json` as Markdown: times per part, of the run and of every stage."""
     stages: Mapping[str, Mapping[str, Any]] = profile["stages"]
     parts: Mapping[str, str] = profile["parts"]
     wall = profile["wall_seconds"]
     untimed = [name for name, found in stages.items() if not found]
     lines = ["# Where the time went", "", " ".join(_notes(profile, untimed, None)), ""]
-    lines += ["| part | seconds | share | calls | mean (ms) | what it is |"]
+    lines += ["| part | seconds | share | calls | mean (ms) | description |"]
     lines += ["|---|---:|---:|---:|---:|---|"]
     for part, seconds, calls in _by_part(stages.values(), parts):
         lines.append(f"| {part} | {_cells(seconds, wall, calls)} | {parts[part]} |")
@@ -62,27 +62,27 @@ def profile_markdown(profile: Mapping[str, Any]) -> str:
 
 
 def _by_part(stages: Any, order: Mapping[str, str]) -> list[tuple[str, float, int]]:
-    """Return (part, seconds, calls) over some stages, in the order of the table of parts."""
+    """Return (part, seconds, calls) summed over stages, in the order of `order`."""
     rows: list[tuple[str, float, int]] = []
     for part in order:
-        spent = [found[part] for found in stages if part in found]
-        if spent:
-            rows.append((part, sum(s["seconds"] for s in spent), sum(s["calls"] for s in spent)))
+        times = [found[part] for found in stages if part in found]
+        if times:
+            rows.append((part, sum(t["seconds"] for t in times), sum(t["calls"] for t in times)))
     return rows
 
 
 def _notes(time: Mapping[str, Any], untimed: list[str], device: str | None) -> Iterator[str]:
-    yield "Wall time of the main process, from the start of the run to the writing of this file;"
-    yield "a part within another is charged on its own, so that all add up."
+    yield "Wall time of the main process, from the start of the run to the writing of this file."
+    yield "A part inside another part is charged separately, so all parts add up to the wall time."
     if time["resumed"]:
         count = time["resumed"]
-        yield _LOST.format(times="once" if count == 1 else f"{count} times")
+        yield _RESUMED_NOTE.format(times="once" if count == 1 else f"{count} times")
     if untimed:
-        yield _UNTIMED.format(stages=", ".join(untimed))
+        yield _UNTIMED_NOTE.format(stages=", ".join(untimed))
     if time["synchronized"]:
-        yield _WAITED
+        yield _SYNCHRONIZED_NOTE
     elif device is not None and device != "cpu":
-        yield _NOT_WAITED
+        yield _ASYNCHRONOUS_NOTE
 
 
 def _cells(seconds: float, wall: float, calls: int) -> str:

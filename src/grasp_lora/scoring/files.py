@@ -254,7 +254,7 @@ def _check_out(out: Path | None, overwrite: bool, read: Sequence[Path]) -> None:
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a JSON file to write")
     if out.resolve() in [path.resolve() for path in read]:
-        raise ValueError(f"{out} is a prediction file of this call; name another file to write")
+        raise ValueError(f"{out} is a file of predictions to read; name another file to write")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; name another file to write, or pass --overwrite")
     folder = next(parent for parent in out.absolute().parents if parent.exists())

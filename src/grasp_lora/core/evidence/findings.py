@@ -219,7 +219,7 @@ def empty_answers(systems: Mapping[str, tuple[int, int]]) -> Finding | None:
         "empty-answers",
         f"empty answers: {listed}. Every text score counts them as 0, and the loss does not show "
         "them, so the systems differ in how often they answer at all: set "
-        "evaluate.min_new_tokens: 1 to make every system answer, here and wherever it is used",
+        "evaluate.min_new_tokens: 1 to require a token of every answer, here and in later use",
         {"systems": listed},
     )
 
