@@ -38,7 +38,7 @@ from grasp_lora.plans.single import merge_adapters, train_adapter
 from grasp_lora.stages.folder import work_folder
 from grasp_lora.training.live import LiveAdapter, scored
 from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.fit import fit, run_steps
+from grasp_lora.workbench.fit import FitOptions, fit, run_steps
 from grasp_lora.workbench.merged_folder import read_start
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))

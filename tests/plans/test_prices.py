@@ -431,7 +431,8 @@ def test_pairs_share_a_source_adapter_where_its_rows_are_the_same(tmp_path, monk
     assert len({one.source for one in folders.values()}) == 4
     assert len({one.target for one in folders.values()}) == 5
     longer = recorded.config_of("en-es")
-    longer = longer.model_copy(update={"train": longer.train.model_copy(update={"epochs": 9})})
+    for role in ("source", "target"):
+        longer = longer.with_training(role, epochs=9)
     again = recorded.with_adapters(longer, tmp_path, "en-es").adapters
     assert again.source == folders["en-es"].source, "it sees its rows once, whatever is configured"
     assert again.target != folders["en-es"].target
