@@ -29,7 +29,7 @@ from benchmarks.controllers import Conclusion, conclude_at_candidate, searched
 from benchmarks.worlds import FAMILIES, IN_SPANS, SyntheticWorld
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
-from grasp_lora.plans.ablate import AS_CONFIGURED, VARIANTS
+from grasp_lora.plans.ablate import AS_CONFIGURED, CHANGES
 
 ROUNDS = {"paper": 50, "standard": 8}
 HIGH_RATIO = 0.7
@@ -43,7 +43,7 @@ def variants_of(preset: str) -> dict[str, ControllerConfig]:
     """Return name -> settings of the variants that differ from the preset."""
     base = ControllerConfig(preset=preset, rounds=ROUNDS[preset])  # type: ignore[arg-type]
     found = {AS_CONFIGURED: base}
-    for name, variant in VARIANTS.items():
+    for name, variant in CHANGES.items():
         if NEEDS_A_MODEL & set(variant.changes):
             continue
         changed = variant.of(base)
@@ -141,7 +141,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two seeds")
     parser.add_argument("--seeds", type=int, default=60, help="searches of each kind")
     parser.add_argument("--first-seed", type=int, default=30000, help="of those searches")
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, AT_CANDIDATE], metavar="VARIANT")
+    parser.add_argument("--only", nargs="+", choices=[*CHANGES, AT_CANDIDATE], metavar="VARIANT")
     return parser.parse_args(argv)
 
 

@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grasp_lora.stages.finetune import finetune_at
-from grasp_lora.workbench.folders import read_start, save_plain
 from torch import nn
 
 from benchmarks import common
@@ -37,12 +35,12 @@ from benchmarks.authors_schedule import AuthorsSchedule, Schedule
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, lora_scaling
-from grasp_lora.stages.merge import merge_adapters
-from grasp_lora.stages.search import search_ratio
+from grasp_lora.plans.single import merge_adapters, prune_adapter, search_ratio
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.trainer import answer_loss
 from grasp_lora.workbench.context import Context, open_context
+from grasp_lora.workbench.merged_folder import read_start, save_plain
 from grasp_lora.workbench.rows import load_run_data
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
@@ -125,7 +123,7 @@ def contexts(job: Job, options: argparse.Namespace) -> dict[str, Context]:
 
 
 def _anew(context: Context, config: RunConfig) -> Context:
-    made = Context(config, context.data, context.backbone, context.task, context.narrator)
+    made = Context(config, context.data, context.backbone, context.task, context.reporter)
     for split in SPLITS:
         made.encoded("target", split)
     return made
@@ -207,7 +205,7 @@ def run_stages(
         recorder.stage(
             mode,
             "final",
-            lambda: finetune_at(context.config, start, ratio, out / "final", context=context),
+            lambda: prune_adapter(context.config, start, ratio, out / "final", context=context),
         )
 
     def grid(ratios: Sequence[float]) -> None:
@@ -216,7 +214,7 @@ def run_stages(
             recorder.stage(
                 "grid",
                 f"{ratio}",
-                lambda r=ratio, o=out: finetune_at(plain.config, merged, r, o, context=plain),
+                lambda r=ratio, o=out: prune_adapter(plain.config, merged, r, o, context=plain),
             )
 
     half = (len(points) + 1) // 2
@@ -233,7 +231,7 @@ def run_stages(
 def _warm_up(context: Context, merged: Path, out: Path) -> None:
     # The first steps of a process are slower; no way should have them alone.
     config = context.config.with_training("finetune", max_steps=1)
-    finetune_at(config, merged, 0.5, out, context=replace(context, config=config))
+    prune_adapter(config, merged, 0.5, out, context=replace(context, config=config))
 
 
 class OurStep:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grasp_lora.workbench.folders import read_start, work_folder
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -35,11 +34,12 @@ from grasp_lora.config.sections import Role, Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.methods import with_split_seed
-from grasp_lora.stages.merge import merge_adapters
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import merge_adapters, train_adapter
+from grasp_lora.stages.folder import work_folder
 from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.fit import fit, run_steps
+from grasp_lora.workbench.fit import FitOptions, fit, run_steps
+from grasp_lora.workbench.merged_folder import read_start
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))
 TRAININGS = ("plain", "random", "branches")
@@ -252,7 +252,8 @@ def _fit(
 ) -> None:
     # Probes are not part of a checkpoint: a run that was stopped begins anew.
     shutil.rmtree(work_folder(out), ignore_errors=True)
-    fit(context, live, section, out, {}, title, extra=extra, choose_best=False)
+    options = FitOptions(section, title, extra=tuple(extra), choose_best=False)
+    fit(context, live, options, work_folder(out))
     shutil.rmtree(work_folder(out), ignore_errors=True)
 
 

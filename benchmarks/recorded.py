@@ -18,38 +18,30 @@ them to the best baseline; `means METHOD ...` a score of each pair and method, o
 many times a grid's seconds a method needs, seed by seed, where one machine and one version of the
 code ran all of both.
 `keep QUEUE TABLE` copies the finished runs of a comparison's folder; `restore TABLE QUEUE` puts
-them back below it, which then does not run again what has the same inputs.
+their `result.json` back below it.
 """
 
 import argparse
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import correlation, fmean
 from typing import Any, get_args
-
-from grasp_lora.plans.job import RESULT_FILE
-from grasp_lora.plans.queue import Outcome
 
 from benchmarks import common, records
 from grasp_lora.base.files import jsonable, machine_names, read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.config.sections import Role
 from grasp_lora.core.evidence.crossfit import standard_error
-from grasp_lora.plans.compare import (
-    CHOOSING,
-    METHODS,
-    compare_methods,
-    job_name,
-    method_of,
-    paired_with,
-    summary,
-)
-from grasp_lora.plans.methods import best_of, nearest_of, with_split_seed
+from grasp_lora.plans.compare import RESULT_FILE, compare_methods, paired_with, summary
+from grasp_lora.plans.launch import Pool
+from grasp_lora.plans.methods import METHODS, Choice, job_name, method_of, with_split_seed
+from grasp_lora.plans.results import MethodOutcome, chosen
+from grasp_lora.plans.single import train_adapter
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
-from grasp_lora.stages.train import train_adapter
 
 CONFIGS = common.ROOT / "configs" / "results"
 OTHER_ADAPTERS = "other-adapters"
@@ -82,7 +74,7 @@ def planned() -> list[tuple[str, int]]:
             order += [(name, seed) for name in (*fixed, *_RIVALS, *_FINE, "learned-weights")]
     order += [(name, seed) for seed in SEEDS for name in _LABELLED]
     order += [(name, seed) for seed in SEEDS[1:] for name in _FINE]
-    ran = {name: one for name, one in METHODS.items() if one.work not in CHOOSING}
+    ran = {name: one for name, one in METHODS.items() if not isinstance(one.build, Choice)}
     order += [(name, SEEDS[0]) for name in ran]
     order += [(name, seed) for seed in SEEDS for name, one in ran.items() if one.seeds == "all"]
     return list(dict.fromkeys(order))
@@ -137,7 +129,7 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
             return
         seed = missing[0][1]
         now = [method for method, of in missing[: options.jobs] if of == seed]
-        found = compare_methods(config, queue, now, (seed,), options.jobs, options.threads)
+        found = compare_methods(config, queue, now, (seed,), Pool(options.jobs, options.threads))
         keep(queue, table, collection)
         refused = {
             job_name(name, seed): [{"not_applicable": why}]
@@ -146,6 +138,10 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
         records.append(table, refused, collection, skip_known=True)
         if found["failed"]:
             raise SystemExit(f"{pair}: {found['failed']}")
+
+
+_BESIDE = ("key", "seconds", "peak_memory_bytes", "machine")
+"""What a result's file holds beside the result; the first two in those of earlier versions."""
 
 
 def keep(queue: Path, table: Path, collection: str = records.RUNS) -> int:
@@ -159,7 +155,7 @@ def keep(queue: Path, table: Path, collection: str = records.RUNS) -> int:
             continue
         result.pop("adapter", None)
         record = {"job": job} | result
-        record |= {name: found[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
+        record |= {name: found[name] for name in _BESIDE if name in found}
         # Those of the machine that it ran on, which need not be this one.
         made = found["provenance"]
         versions = made["packages"] | {"python": made["python"]}
@@ -174,7 +170,7 @@ def restore(table: Path, queue: Path, collection: str = records.RUNS) -> int:
         place = queue / record["job"] / RESULT_FILE
         if place.exists():
             continue
-        whole = {name: record[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
+        whole = {name: record[name] for name in _BESIDE if name in record}
         versions = dict(record["versions"])
         whole["provenance"] = {"python": versions.pop("python"), "packages": versions}
         about = {"job", "versions", *whole}
@@ -220,32 +216,51 @@ def final_runs(table: Path, collection: str = records.RUNS) -> list[dict[str, An
     return found
 
 
-def outcomes_in(table: Path, collection: str = records.RUNS) -> dict[str, Outcome]:
+def outcomes_in(table: Path, collection: str = records.RUNS) -> dict[str, MethodOutcome]:
     """Return the recorded runs of a pair as outcomes of a comparison, in the order of its tables.
 
     A method that chooses among other runs has an outcome where all of them are recorded.
     """
-    found: dict[str, Outcome] = {}
+    found: dict[str, MethodOutcome] = {}
     for job, record in records.read_runs(table, collection).items():
         if "empty" not in record and config_of(table.stem).data.task == "summarization":
             record["empty"] = _without_a_letter(record)
-        found[job] = Outcome(
-            record, record.get("seconds"), record.get("peak_memory_bytes"),
-            machine=record.get("machine"),
-        )  # fmt: skip
+        machines = (record["machine"],) if record.get("machine") else ()
+        found[job] = MethodOutcome(record, record.get("peak_memory_bytes"), machines=machines)
     for name, method in METHODS.items():
-        if method.work not in CHOOSING:
-            continue
-        for seed in SEEDS:
-            needs = [job_name(need, seed) for need in method.needs]
-            if all(need in found for need in needs):
-                points = {need: found[need].result or {} for need in needs}
-                choose = {"best_of": best_of, "nearest_of": nearest_of}[method.work]
-                chosen = choose(method.inputs, points, table)
-                found[job_name(name, seed)] = Outcome(chosen)
-    return {
-        job: outcome for name in METHODS for job, outcome in found.items() if method_of(job) == name
-    }
+        for seed in SEEDS if isinstance(method.build, Choice) else ():
+            choice = method.build
+            assert isinstance(choice, Choice), "it was asked above"
+            nearest = choice.nearest and job_name(choice.nearest, seed)
+            among = tuple(job_name(other, seed) for other in choice.among)
+            if all(job in found for job in (*among, *([nearest] if nearest else []))):
+                built = choice.of(job_name(name, seed), among, nearest)
+                found[built.job] = chosen(built, found)
+    return _with_all_that_is_paid(
+        {job: one for name in METHODS for job, one in found.items() if method_of(job) == name}
+    )
+
+
+_PAID_TOO: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("late-merge", "grasp-late"), ("source-finetuned",)),
+    "source-finetuned-labelled": ("source-finetuned",),
+    "average-finetuned-labelled": ("average-finetuned",),
+    "late-merge-labelled": ("source-finetuned", "source-finetuned-labelled"),
+}
+"""Method -> others that its price holds and its own record does not."""
+
+
+def _with_all_that_is_paid(found: dict[str, MethodOutcome]) -> dict[str, MethodOutcome]:
+    """Return outcomes that name the machines, and the peak, of all that their price holds."""
+    whole = dict(found)
+    for job, outcome in found.items():
+        name = method_of(job)
+        others = [found.get(f"{one}{job.removeprefix(name)}") for one in _PAID_TOO.get(name, ())]
+        parts = [outcome, *(one for one in others if one is not None)]
+        peaks = [one.peak_memory_bytes for one in parts if one.peak_memory_bytes is not None]
+        machines = tuple(machine for one in parts for machine in one.machines)
+        whole[job] = replace(outcome, peak_memory_bytes=max(peaks, default=None), machines=machines)
+    return whole
 
 
 def _without_a_letter(record: Mapping[str, Any]) -> dict[str, int]:
@@ -376,6 +391,12 @@ def _on_top(plain: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[str]:
     return [f"{pruned['ratio']:.2f}", pruned["verdict"], gap, exact]
 
 
+def _points(grid: str) -> tuple[str, ...]:
+    choice = METHODS[grid].build
+    assert isinstance(choice, Choice), f"{grid} chooses among others"
+    return choice.among
+
+
 def speed(folder: Path, collection: str, grid: str, methods: Sequence[str]) -> list[str]:
     """Return a table of a grid's seconds and tokens over a method's, of one seed and machine.
 
@@ -388,7 +409,7 @@ def speed(folder: Path, collection: str, grid: str, methods: Sequence[str]) -> l
     for table in records.tables_with(folder, collection):
         found = {record["job"]: record for record in runs_in(table, collection)}
         for seed in SEEDS:
-            points = [found.get(job_name(need, seed)) for need in METHODS[grid].needs]
+            points = [found.get(job_name(need, seed)) for need in _points(grid)]
             for method in methods:
                 ours = found.get(job_name(method, seed))
                 if ours is None or None in points:
@@ -470,7 +491,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     readers["against"].add_argument("--methods-in", help="the methods' collection, if another")
     readers["means"].add_argument("--metric", default="loss")
     readers["means"].add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    grids = [name for name, one in METHODS.items() if one.work == "best_of"]
+    choices = {name: one.build for name, one in METHODS.items() if isinstance(one.build, Choice)}
+    grids = [name for name, choice in choices.items() if choice.judged]
     readers["speed"].add_argument("--grid", default="grid", choices=grids)
     readers["empty"].add_argument("methods", nargs="*", help="all without any")
     readers["empty"].add_argument("--metric", default="rougeL")

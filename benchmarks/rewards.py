@@ -26,6 +26,7 @@ from grasp_lora.models.example_losses import example_losses
 from grasp_lora.scoring.sets import metric_options
 from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.merged_folder import read_start
 from grasp_lora.workbench.objective import answers_of
 
 RATIOS = tuple(round(0.1 * n, 1) for n in range(9))

@@ -35,7 +35,7 @@ from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
-from grasp_lora.plans.compare import CHOOSING, METHODS
+from grasp_lora.plans.methods import METHODS, Choice
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, of_adapters, write_job
 
@@ -519,7 +519,7 @@ def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
     planned = recorded_runs.planned()
     assert len(set(planned)) == len(planned)
     assert {name for name, _ in planned} == {
-        name for name, method in METHODS.items() if method.work not in CHOOSING
+        name for name, method in METHODS.items() if not isinstance(method.build, Choice)
     }
     for name in {name for name, _ in planned}:
         seeds = {seed for method, seed in planned if method == name}

@@ -9,8 +9,9 @@ from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core import ControllerConfig
-from grasp_lora.plans.ablate import AS_CONFIGURED, VARIANTS, ablate
-from grasp_lora.plans.methods import loss_jump
+from grasp_lora.plans.ablate import AS_CONFIGURED, CHANGES, ablate
+from grasp_lora.plans.launch import Pool
+from grasp_lora.plans.results import loss_jump
 from helpers import tiny_backbone_folder
 from jobs import job, write_job
 
@@ -29,23 +30,23 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(settings):
     out = settings.parent / "ablation"
-    options = {"only": ONLY, "seeds": (1, 2), "threads": 1, "workers": 0, "quiet": True}
+    options = {"only": ONLY, "seeds": (1, 2), "quiet": True}
     return ablate(load_config(settings), out, **options), out, options
 
 
 def test_a_variant_changes_only_what_it_says():
     for preset in ("standard", "paper"):
         config = ControllerConfig(preset=preset)
-        for name, variant in VARIANTS.items():
+        for name, variant in CHANGES.items():
             changed = dataclasses.asdict(variant.of(config))
             before = dataclasses.asdict(config)
             differing = {key for key in before if before[key] != changed[key]}
             assert differing <= set(variant.changes) | {"rounds", "interval"}, name
             if variant.rounds == 1.0:
                 assert not differing & {"rounds", "interval"}, name
-    assert VARIANTS["twice-the-rounds"].of(ControllerConfig()).rounds == 16
-    assert VARIANTS["twice-the-rounds"].of(ControllerConfig(preset="paper")).interval == 5
-    assert VARIANTS["half-the-rounds"].of(ControllerConfig(preset="paper")).interval == 20
+    assert CHANGES["twice-the-rounds"].of(ControllerConfig()).rounds == 16
+    assert CHANGES["twice-the-rounds"].of(ControllerConfig(preset="paper")).interval == 5
+    assert CHANGES["half-the-rounds"].of(ControllerConfig(preset="paper")).interval == 20
 
 
 def test_only_variants_that_differ_and_can_be_are_run(done):
@@ -92,7 +93,9 @@ def test_one_merge_serves_all_and_seeds_differ(done):
 
 def test_two_at_once_give_the_same_as_one_after_the_other(done, settings, tmp_path):
     found, _, options = done
-    again = ablate(load_config(settings), tmp_path / "two", **options | {"workers": 2})
+    again = ablate(
+        load_config(settings), tmp_path / "two", **options | {"pool": Pool(2, threads=1)}
+    )
     for name, one in found["variants"].items():
         for seed, run in one["runs"].items():
             other = again["variants"][name]["runs"][seed]
@@ -105,12 +108,13 @@ def test_two_at_once_give_the_same_as_one_after_the_other(done, settings, tmp_pa
 
 def test_the_command_prints_the_table_and_does_nothing_twice(done, settings):
     found, out, _ = done
-    times = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
+    times = {p: p.stat().st_mtime_ns for p in out.glob("**/stage.json")}
+    assert len(times) == 3 * 2 * 3 + 3, "search, final run and scores; two adapters, their merge"
     arguments = ["ablate", str(settings), "--out", str(out), "--seeds", "1,2"]
     arguments += [text for name in ONLY for text in ("--only", name)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")} == times
+    assert {p: p.stat().st_mtime_ns for p in out.glob("**/stage.json")} == times
     assert "entropy-on" in result.output
     written = (out / "ablation.md").read_text()
     fewer = CliRunner().invoke(app, [*arguments[:6], "--only", "moments-kept"])
@@ -124,7 +128,7 @@ def test_the_command_prints_the_table_and_does_nothing_twice(done, settings):
 
 def test_a_run_without_a_result_is_named_and_the_exit_code_is_1(settings, tmp_path):
     # Nothing tells beforehand that this learning rate diverges.
-    changes = [f"train.search.{key}=1.0e+30" for key in ("learning_rate", "max_grad_norm")]
+    changes = ["train.search.learning_rate=1.0e+30", "train.search.max_grad_norm=1.0e+30"]
     arguments = ["ablate", str(settings), "--out", str(tmp_path / "out"), "--jobs", "0"]
     arguments += ["--only", AS_CONFIGURED, *(t for c in changes for t in ("--set", c))]
     result = CliRunner().invoke(app, arguments)

@@ -38,7 +38,7 @@ from grasp_lora.report.comparison import (
     comparison_csv,
     comparison_markdown,
     price_rows,
-    several_machines,
+    several_machines_note,
 )
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.stages.folder import facts_of
@@ -775,7 +775,7 @@ def test_runs_of_several_machines_are_told_apart(done, tmp_path):
     found, _ = done
     assert len(machine_names(found["rows"])) == 1
     assert "machine" not in price_rows(found)[0]
-    assert several_machines(found) == []
+    assert several_machines_note(found) == []
     rows = [
         row | ({"machines": ["NVIDIA H200"]} if "grid" not in row["method"] else {})
         for row in found["rows"]

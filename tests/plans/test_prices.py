@@ -3,26 +3,32 @@
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from benchmarks import recorded
-from grasp_lora.plans.job import RESULT_FILE
-from grasp_lora.plans.queue import Job, Outcome, keys_of, run_queue
-from grasp_lora.workbench.folders import model_content
 
-from grasp_lora.base.files import read_json, write_json
+from grasp_lora.base.files import read_json, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
-from grasp_lora.plans import projection, queue
-from grasp_lora.plans.compare import METHODS, changed_settings, compare_methods, jobs_of, summary
+from grasp_lora.models.content import base_content
+from grasp_lora.plans import executor
+from grasp_lora.plans.compare import compare_methods, plan_of, stages_of, summary
+from grasp_lora.plans.executor import Options, Outcome, work_off
+from grasp_lora.plans.methods import METHODS, changed_settings
+from grasp_lora.plans.plan import Plan, part_of
+from grasp_lora.plans.results import MethodOutcome, method_outcomes
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.show import sizes_of
+from grasp_lora.plans.single import evaluate_adapter, train_adapter
 from grasp_lora.report.comparison import comparison_markdown, comparison_tables, price_rows
-from grasp_lora.stages import evaluate, weights
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.stages.folder import STAGE_FILE, work_folder
+from grasp_lora.stages.keys import hash_of, key_of
+from grasp_lora.stages.stage import Stage
+from grasp_lora.stages.table import KINDS
 from grasp_lora.training.best import BestCallback
-from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.context import model_spec, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import TRAIN, job, write_job
-
-ALL = list(METHODS)
+from jobs import job, write_job
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(place):
     steps = {"epochs": 1, "batch_size": 2}
-    changes = {"train": dict.fromkeys(TRAIN, steps)}
+    changes = {"search": steps, "finetune": steps, "train": steps}
     changes["adapters"] = {role: str(place / role) for role in ("source", "target")}
     changes["controller"] = {"rounds": 2, "rows": 4}
     return write_job(place / "run.yaml", job(place, **changes))
@@ -47,15 +53,21 @@ def rows_of(found, method):
     return [row for row in found["rows"] if row["method"] == method]
 
 
-def queued(config, seeds=(1,)):
-    return keys_of(jobs_of(config, open_context(config, quiet=True).data, ALL, seeds))
+def planned(config, seeds=(1,)):
+    """Return the key of every stage, its inputs but for given adapters left out."""
+    data, base = open_context(config, quiet=True).data, base_content(model_spec(config))
+    plan, _ = plan_of(config, seeds)
+    return {
+        name: hash_of(key_of(one, KINDS[one.kind], data, base, {}))
+        for name, one in plan.stages.items()
+    }
 
 
 def test_all_begin_at_the_one_merge_configured_and_pay_for_its_weights(settings, tmp_path):
     config = load_config(settings, ["merge.weights=auto", "seed=3"])
     out = tmp_path / "auto"
     names = ("grid-0.4", "grasp-restart", "average-finetuned")
-    found = compare_methods(config, out, names, (1,), 0, 1, quiet=True)
+    found = compare_methods(config, out, names, (1,), quiet=True)
     (point,), (ours,), (plain,) = (rows_of(found, name) for name in names)
     # eleven merges on the 8 labelled rows, beside 2 x 4 dev rows, and 2 rounds x 3 x 4 rows
     assert point["forwards"] == 8 * 11 + 8
@@ -70,7 +82,7 @@ def test_all_begin_at_the_one_merge_configured_and_pay_for_its_weights(settings,
 
 def test_the_rank_of_the_configured_merge_is_that_of_its_methods(settings, tmp_path):
     config = load_config(settings, ["merge={kind: svd, rank: 2}", "mask_unit=merged"])
-    found = compare_methods(config, tmp_path, ("grid-0.4", "svd"), (1,), 0, 1, quiet=True)
+    found = compare_methods(config, tmp_path, ("grid-0.4", "svd"), (1,), quiet=True)
     assert found["failed"] == {}
     ranks = {
         name: read_json(tmp_path / name / "adapter_config.json")["r"]
@@ -85,15 +97,15 @@ def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
     assert changed_settings(after, {}).merge.when == "before"
     late = changed_settings(after, METHODS["late-merge"].changes)
     assert late.merge.when == "after"
-    assert queued(after) == queued(config)
+    assert planned(after) == planned(config)
 
 
 def test_adalora_has_a_step_size_of_its_own(settings):
     config = load_config(settings, ["train.target.learning_rate=3e-4"])
     changed = changed_settings(config, METHODS["target-adalora"].changes)
     assert changed.training("target").learning_rate == 3e-3
-    for name in ("source", "search", "finetune"):
-        assert changed.training(name).learning_rate == config.training(name).learning_rate
+    rates = [one.training("finetune").learning_rate for one in (changed, config)]
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("plain", ["source-finetuned", "average-finetuned", "grasp-continue"])
@@ -106,33 +118,34 @@ def test_three_times_the_learning_rate_is_of_the_one_configured(settings, plain)
         threefold = [f"train.{section}.learning_rate={tripled}" for section in sections]
         expected = load_config(settings, names + threefold)
         assert changed == changed_settings(expected, METHODS[plain].changes)
-    jobs = jobs_of(config, open_context(config, quiet=True).data, [plain, faster], (1, 2))
-    assert len(set(keys_of(jobs).values())) == 5, "the adapters and two runs a seed that differ"
+    keys = planned(config, (1, 2))
+    runs = {keys[f"{name}-s{seed}/final"] for name in (plain, faster) for seed in (1, 2)}
+    assert len(runs) == 4, "two runs a seed that differ"
 
 
-def test_an_adapter_that_evaluation_would_refuse_stops_the_queue_at_once(settings, tmp_path):
+def test_an_adapter_that_evaluation_would_refuse_is_refused_before_any_work(settings, tmp_path):
     role = tmp_path / "source"
     shutil.copytree(load_config(settings).adapters.source, role)
     file = role / "adapter_config.json"
     write_json(file, read_json(file) | {"task_type": "FEATURE_EXTRACTION"})
     config = load_config(settings, [f"adapters.source={role}"])
     names = ("average-finetuned", "target")
-    found = compare_methods(config, tmp_path / "out", names, (1,), 0, 1, quiet=True)
-    assert "FEATURE_EXTRACTION" in found["failed"]["adapters"]
-    assert found["failed"]["target"] == "not run, adapters has no result"
-    assert not list((tmp_path / "out").glob("*/final*"))
+    with pytest.raises(ValueError, match="FEATURE_EXTRACTION"):
+        compare_methods(config, tmp_path / "out", names, (1,), quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_local_model_of_other_weights_is_another_queue(settings, tmp_path):
+def test_a_local_model_of_other_weights_is_another_plan(settings, tmp_path):
     tiny_backbone_folder(tmp_path / "base")
     config = load_config(settings, [f"model.name={tmp_path / 'base'}"])
-    before = queued(config)
-    assert queued(config) == before
+    before = planned(config)
+    assert planned(config) == before
     tiny_backbone_folder(tmp_path / "base", seed=5)
-    after = queued(config)
+    after = planned(config)
     assert before.keys() == after.keys()
     assert not set(before.values()) & set(after.values())
-    assert model_content("meta-llama/Meta-Llama-3-8B") is None
+    other = load_config(settings, ["model.name=meta-llama/Meta-Llama-3-8B"])
+    assert base_content(model_spec(other)) is None
 
 
 def result(ratio, loss, **more):
@@ -149,25 +162,53 @@ def result(ratio, loss, **more):
     } | more
 
 
-def test_a_price_names_the_machines_and_the_peak_of_every_run_in_it(settings):
+def pretend(plan, place, made):
+    """Write folders of stages as if they were done.
+
+    `made` has, for the first part of a stage's name, its machine, peak and facts.
+    """
+    for name, stage in plan.stages.items():
+        folder, facts = place / name, {"seconds": 1.0, "steps": 1, "log": [], "ratio": 0.0}
+        machine, peak, more = made.get(name.split("/")[0], (None, None, {}))
+        facts |= {"machine": machine, "peak_memory_bytes": peak} | more
+        write_json(folder / STAGE_FILE, facts)
+        (folder / "adapter_model.safetensors").touch()
+        write_json(folder / "weights.json", {"weights": [0.5, 0.5]})
+        ratio = {"verdict": "flat", "findings": [], "flipped_entries": [], "entries": 1}
+        write_json(folder / "ratio.json", ratio | {"ratio": 0.0, "probe_forwards": 0})
+        write_jsonl(folder / "rounds.jsonl", [])
+        scores = {"loss": {"value": 1.0, "low": None, "high": None}}
+        write_json(folder / "scores.json", {"sets": {"test": {"scores": scores, "empty": 0}}})
+        write_json(folder / "provenance.json", {"dtype": "torch.float32"})
+        rows = [{"set": "test", "id": i, "group": i, "loss": 1.0} for i in "ab"]
+        write_jsonl(folder / "predictions.jsonl", rows)
+        if stage.option("labelled"):
+            write_json(folder / "losses.json", {"micro_dev": [1.0], "dev": [1.0]})
+
+
+def test_a_price_names_the_machines_and_the_peak_of_every_stage_in_it(settings, tmp_path):
     here, gpu = {"cpu": "C", "gpu": None}, {"cpu": "C", "gpu": "G"}
     ratios = [name for name in METHODS if name.startswith("grid-0")]
-    outcomes = {
-        f"{name}-s1": Outcome(result(0.1, 1.0), 1.0, 5 + place, machine=gpu if place else here)
+    made = {
+        f"{name}-s1": (gpu if place else here, 5 + place, {"ratio": float(name[5:])})
         for place, name in enumerate(ratios)
     }
-    outcomes |= {
-        "source-finetuned-s1": Outcome(result(0.0, 1.0), 1.0, 90, machine=gpu),
-        "source-finetuned-labelled-s1": Outcome(result(0.0, 1.0), 1.0, 7, machine=here),
-        "random-masks-s1": Outcome(result(0.0, 1.0), 1.0, 3, machine=here),
-        "grasp-restart-s1": Outcome(result(0.0, 1.0), 1.0, 99, machine=gpu),
-        "late-merge-s1": Outcome(result(0.0, 1.0), 1.0, 4, machine=here),
-        "grid-s1": Outcome(result(0.1, 1.0, chosen=f"{ratios[0]}-s1"), 0.1, 1, machine=here),
-        "ratio-nearest-s1": Outcome(
-            result(0.1, 1.0, chosen=f"{ratios[-1]}-s1"), 0.1, 1, machine=here
-        ),
+    made |= {
+        "source-finetuned-s1": (gpu, 90, {}),
+        "source-finetuned-labelled-s1": (here, 7, {"labelled": {"steps": 1, "rows": 16}}),
+        "random-masks-s1": (here, 3, {}),
+        "grasp-restart-s1": (gpu, 99, {"ratio": 0.77}),
+        "late-merge-s1": (here, 4, {}),
     }
-    found = summary(load_config(settings), outcomes)
+    config = load_config(settings)
+    plan, built = plan_of(config, (1,))
+    jobs = [*made, "grid-s1", "ratio-nearest-s1"]
+    asked = part_of(plan, tuple(stages_of(built, jobs)))
+    pretend(asked, tmp_path, made)
+    stages = {name: Outcome(tmp_path / name) for name in asked.stages}
+    sizes = sizes_of(config, open_context(config, quiet=True).data)
+    chosen = {job: built[job] for job in jobs}
+    found = summary(config, method_outcomes(chosen, plan, tmp_path, stages, sizes))
     priced = {
         row["method"]: (row["machines"], row["peak_memory_bytes"])
         for row in found["rows"]
@@ -187,8 +228,33 @@ def test_a_price_names_the_machines_and_the_peak_of_every_run_in_it(settings):
     assert {*speed.values()} == {"–"}, "a grid of two machines is no unit for anyone's speed"
 
 
+def test_a_choice_leaves_out_what_has_no_finite_result_and_names_it(settings, tmp_path):
+    ratios = [name for name in METHODS if name.startswith("grid-0")]
+    made = {f"{name}-s1": (None, None, {"ratio": float(name[5:])}) for name in ratios}
+    config = load_config(settings)
+    plan, built = plan_of(config, (1,))
+    asked = part_of(plan, tuple(stages_of(built, ["grid-s1", "ratio-nearest-s1"])))
+    pretend(asked, tmp_path, made | {"grasp-restart-s1": (None, None, {"ratio": 0.31})})
+    stages = {name: Outcome(tmp_path / name) for name in asked.stages}
+    diverged = [f"grid-0.3-s1/{name}" for name in ("final", "scores")]
+    stages |= {name: Outcome(tmp_path / name, error="failed (NaN)") for name in diverged}
+    losses = {"micro_dev": [None], "dev": [0.1]}  # JSON has null for what is not finite
+    write_json(tmp_path / "grid-0.1-s1" / "scores" / "losses.json", losses)
+    write_json(tmp_path / "grid-0.7-s1" / "scores" / "losses.json", {"micro_dev": [0], "dev": [0]})
+    sizes = sizes_of(config, open_context(config, quiet=True).data)
+    found = summary(config, method_outcomes(built, plan, tmp_path, stages, sizes))
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["grid"]["ratio"] == 0.7
+    assert rows["grid"]["left_out"] == ["grid-0.1-s1", "grid-0.3-s1"]
+    assert rows["grid"]["runs"] == 7, "what it could not choose is paid for where it was run"
+    assert rows["ratio-nearest"]["ratio"] in (0.2, 0.4)
+    assert rows["ratio-nearest"]["left_out"] == ["grid-0.3-s1"]
+    assert found["failed"] == {"grid-0.3-s1": "failed (NaN)"}
+    assert "- `grid-s1`: grid-0.1-s1, grid-0.3-s1" in comparison_markdown(found)
+
+
 def test_scores_without_a_headline_still_make_tables(settings):
-    one = Outcome(result(0.0, 1.0) | {"scores": {"test": {"rougeL": 20.0}}})
+    one = MethodOutcome(result(0.0, 1.0) | {"scores": {"test": {"rougeL": 20.0}}})
     one.result["intervals"] = {"test": {"rougeL": (10.0, 30.0)}}
     one.result["rows"]["test"]["values"] = {"rougeL": [10.0, 30.0]}
     found = summary(load_config(settings), {"average-finetuned-s1": one, "grid-0.1-s1": one})
@@ -206,23 +272,23 @@ def test_methods_that_were_still_getting_better_are_named(settings):
         "weight-decay-s1": [[0, None], [2, 2.0]],
         "average": [],
     }
-    outcomes = {job: Outcome(result(0.0, 1.0, dev=dev)) for job, dev in curves.items()}
+    outcomes = {job: MethodOutcome(result(0.0, 1.0, dev=dev)) for job, dev in curves.items()}
     # how an adapter that is not trained here was once trained is not of interest
     untrained = result(0.0, 1.0, dev=[[0, 3.0], [2, 2.0]])
     untrained["price"] = untrained["price"] | {"steps": 0}
     text = comparison_markdown(
-        summary(load_config(settings), outcomes | {"source": Outcome(untrained)})
+        summary(load_config(settings), outcomes | {"source": MethodOutcome(untrained)})
     )
     (line,) = (line for line in text.splitlines() if "lowest in their last epoch" in line)
-    assert line.endswith("may improve them: `source-finetuned` (1 of 2).")
+    assert line.endswith("than they look here: `source-finetuned` (1 of 2).")
 
 
 def test_methods_that_often_answer_with_nothing_are_named(settings):
-    def answered(empty: int | None) -> Outcome:
+    def answered(empty: int | None) -> MethodOutcome:
         found = result(0.0, 1.0)
         rows = len(found["rows"]["test"]["ids"])
         assert rows == 2
-        return Outcome(found | ({} if empty is None else {"empty": {"test": empty}}))
+        return MethodOutcome(found | ({} if empty is None else {"empty": {"test": empty}}))
 
     outcomes = {
         "source-finetuned-s1": answered(0),
@@ -232,28 +298,9 @@ def test_methods_that_often_answer_with_nothing_are_named(settings):
     }
     text = comparison_markdown(summary(load_config(settings), outcomes))
     (line,) = (line for line in text.splitlines() if line.startswith("Empty answers"))
-    assert line.endswith("requires a token): `average-finetuned` 25.")
+    assert line.endswith("asks for a token): `average-finetuned` 25.")
     few = {"source-finetuned-s1": answered(0), "svd-finetuned-s1": answered(None)}
     assert "Empty answers" not in comparison_markdown(summary(load_config(settings), few))
-
-
-def test_every_run_has_its_share_of_the_cores_the_measuring_one_too(
-    settings, tmp_path, monkeypatch
-):
-    asked = []
-
-    def run(folder, jobs, workers, threads, *rest):
-        asked.append((workers, threads))
-        return {one.name: Outcome(dict.fromkeys(("load", "step", "forward", "answer"), 0.0))
-                for one in jobs}  # fmt: skip
-
-    monkeypatch.setattr(queue.os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(projection, "run_queue", run)
-    config = load_config(settings)
-    data = open_context(config, quiet=True).data
-    jobs = jobs_of(config, data, ["zero-shot"], (1,))
-    projection.run_projected(config, data, tmp_path / "q", jobs, 2, None, False, True)
-    assert asked == [(1, 3), (2, 3)]
 
 
 def test_what_was_not_installed_is_run_once_it_is(settings, tmp_path, monkeypatch):
@@ -262,16 +309,16 @@ def test_what_was_not_installed_is_run_once_it_is(settings, tmp_path, monkeypatc
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "nevergrad", None)
         for _ in range(2):
-            found = compare_methods(config, out, ("lorahub",), (1,), 0, 1, quiet=True)
+            found = compare_methods(config, out, ("lorahub",), (1,), quiet=True)
             assert "pip install nevergrad" in found["not_applicable"]["lorahub"]
-    found = compare_methods(config, out, ("lorahub",), (1,), 0, 1, quiet=True)
+    found = compare_methods(config, out, ("lorahub",), (1,), quiet=True)
     assert found["not_applicable"] == {}
     assert len(rows_of(found, "lorahub")) == 1
 
 
 def test_methods_in_which_nothing_is_drawn_have_a_table_of_their_own(settings, tmp_path):
     config = load_config(settings)
-    found = compare_methods(config, tmp_path, ("zero-shot", "source"), (5,), 0, 1, quiet=True)
+    found = compare_methods(config, tmp_path, ("zero-shot", "source"), (5,), quiet=True)
     assert [row["method"] for row in found["rows"]] == ["zero-shot", "source"]
     assert "| zero-shot | 1 |" in (tmp_path / "comparison.md").read_text()
 
@@ -310,40 +357,67 @@ def test_an_evaluation_killed_as_it_ends_is_made_again(settings, place, tmp_path
     context = open_context(load_config(settings), quiet=True)
     arguments = (context.config, place / "source", tmp_path / "scores")
     with monkeypatch.context() as last:
-        last.setattr(evaluate, "finish_stage", killed)
+        last.setattr(executor, "publish", killed)
         with pytest.raises(Killed):
-            evaluate.evaluate_adapter(*arguments, context=context)
-    assert (tmp_path / "scores" / "predictions.jsonl").exists()
-    evaluate.evaluate_adapter(*arguments, context=context)
+            evaluate_adapter(*arguments, context=context)
+    begun = work_folder(tmp_path / "scores") / "result"
+    assert (begun / "predictions.jsonl").exists()
+    assert not (tmp_path / "scores").exists()
+    evaluate_adapter(*arguments, context=context)
     assert (tmp_path / "scores" / "stage.json").exists()
+    assert not begun.exists()
 
 
 def test_weights_killed_as_they_end_are_learned_again(settings, place, tmp_path, monkeypatch):
     context = open_context(load_config(settings), quiet=True)
-    arguments = (context, place / "source", place / "target", tmp_path / "weights")
+    pair = {role: place / role for role in ("source", "target")}
+    stage = Stage("weights", "probe", context.config, pair, {"choice": "weights"})
+    arguments = (Plan({"weights": stage}), tmp_path, Session(context.config, context.data, context))
     with monkeypatch.context() as last:
-        last.setattr(weights, "finish_stage", killed)
+        last.setattr(executor, "publish", killed)
         with pytest.raises(Killed):
-            weights.learned_weights(*arguments)
-    assert (tmp_path / "weights" / "weights.json").exists()
-    assert len(weights.learned_weights(*arguments)) == 2
+            work_off(*arguments)
+    assert (work_folder(tmp_path / "weights") / "result" / "weights.json").exists()
+    work_off(*arguments)
+    assert len(read_json(tmp_path / "weights" / "weights.json")["weights"]) == 2
 
 
-def test_overwriting_that_was_killed_can_be_done_again(tmp_path, monkeypatch):
-    def job_of(seed):
-        return Job("one", "methods:refused", {"why": f"reason {seed}"})
+def test_overwriting_that_was_killed_can_be_done_again(settings, place, tmp_path, monkeypatch):
+    context = open_context(load_config(settings), quiet=True)
 
-    run_queue(tmp_path / "q", [job_of(1)], 0, 1, quiet=True)
-    (tmp_path / "q" / "one" / "job.json").unlink()  # as far as a removal got
+    def work(weights, overwrite=False):
+        section = context.config.merge.model_copy(update={"weights": weights})
+        config = context.config.model_copy(update={"merge": section})
+        pair = {role: place / role for role in ("source", "target")}
+        session, plan = (
+            Session(config, context.data, context),
+            Plan({"one": Stage("one", "merge", config, pair)}),
+        )
+        work_off(plan, tmp_path, session, Options(overwrite=overwrite))
+        return read_json(tmp_path / "one" / "merge.json")["weights"]
+
+    assert work((0.5, 0.5)) == [0.5, 0.5]
     with pytest.raises(ValueError, match="--overwrite"):
-        run_queue(tmp_path / "q", [job_of(2)], 0, 1, quiet=True)
+        work((0.75, 0.25))
     with monkeypatch.context() as midway:
-        midway.setattr(queue, "_write_jobs", killed)
+        midway.setattr(executor, "publish", killed)
         with pytest.raises(Killed):
-            run_queue(tmp_path / "q", [job_of(2)], 0, 1, overwrite=True, quiet=True)
-    found = run_queue(tmp_path / "q", [job_of(2)], 0, 1, quiet=True)
-    assert found["one"].result == {"not_applicable": "reason 2"}
-    assert [p.name for p in (tmp_path / "q").glob("*/" + RESULT_FILE)] == [RESULT_FILE]
+            work((0.75, 0.25), overwrite=True)
+    assert work((0.5, 0.5)) == [0.5, 0.5], "until there is a new result the old one stays"
+    rename = Path.rename
+
+    def once(self, target):
+        if self.name == "result":
+            raise Killed
+        return rename(self, target)
+
+    with monkeypatch.context() as midway:
+        midway.setattr(Path, "rename", once)
+        with pytest.raises(Killed):
+            work((0.75, 0.25), overwrite=True)
+    assert not (tmp_path / "one").exists()
+    assert work((0.75, 0.25)) == [0.75, 0.25]
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
 
 
 def test_pairs_share_a_source_adapter_where_its_rows_are_the_same(tmp_path, monkeypatch):
@@ -357,7 +431,8 @@ def test_pairs_share_a_source_adapter_where_its_rows_are_the_same(tmp_path, monk
     assert len({one.source for one in folders.values()}) == 4
     assert len({one.target for one in folders.values()}) == 5
     longer = recorded.config_of("en-es")
-    longer = longer.with_training("source", epochs=9).with_training("target", epochs=9)
+    for role in ("source", "target"):
+        longer = longer.with_training(role, epochs=9)
     again = recorded.with_adapters(longer, tmp_path, "en-es").adapters
     assert again.source == folders["en-es"].source, "it sees its rows once, whatever is configured"
     assert again.target != folders["en-es"].target

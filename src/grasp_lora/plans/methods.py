@@ -297,26 +297,33 @@ def _on_all_labels(case: Case) -> Built:
     return case.scored(final, labelled=False, paid=paid)
 
 
-def _best_of(names: tuple[str, ...], judged: tuple[str, ...]) -> Build:
-    """Choose the run with the lowest loss on labelled examples, at the price of all runs."""
+@dataclass(frozen=True)
+class Choice:
+    """Chooses among other runs with the same seed and does nothing itself; a `Build`.
 
-    def build(case: Case) -> Built:
-        runs = [case.other(name) for name in names]
+    Attributes:
+        among: the methods whose runs it chooses among.
+        judged: splits whose lowest loss decides, at the price of all runs; or
+        nearest: the method whose ratio the chosen run's is nearest to, at that run's own price.
+    """
+
+    among: tuple[str, ...]
+    judged: tuple[str, ...] = ()
+    nearest: str | None = None
+
+    def __call__(self, case: Case) -> Built:
+        """Return the method."""
+        runs = [case.other(name) for name in self.among]
+        wanted = None if self.nearest is None else case.other(self.nearest)
         paid = tuple(dict.fromkeys(stage for run in runs for stage in run.paid))
-        others = tuple(run.job for run in runs)
-        return Built(case.job, paid=paid, others=others, chooses={"judged": judged})
+        return self.of(case.job, tuple(run.job for run in runs), wanted and wanted.job, paid)
 
-    return build
-
-
-def _nearest_of(names: tuple[str, ...], to: str) -> Build:
-    """Choose the run whose ratio is nearest to that of another method, at its own price."""
-
-    def build(case: Case) -> Built:
-        others = tuple(case.other(name).job for name in names)
-        return Built(case.job, others=others, chooses={"nearest": case.other(to).job})
-
-    return build
+    def of(
+        self, job: str, runs: tuple[str, ...], wanted: str | None, paid: tuple[str, ...] = ()
+    ) -> Built:
+        """Return the choice among runs of these names."""
+        how = {"judged": self.judged} if wanted is None else {"nearest": wanted}
+        return Built(job, paid=paid if wanted is None else (), others=runs, chooses=how)
 
 
 searched: Build = _grasp()
@@ -439,12 +446,12 @@ METHODS: Mapping[str, Method] = {
     },
     "grid": Method(
         "grid of ratios, chosen by micro-dev and dev loss",
-        _best_of(_GRID_NAMES, ("micro_dev", "dev")),
+        Choice(_GRID_NAMES, ("micro_dev", "dev")),
         seeds="all",
     ),
     "grid-few-rows": Method(
         "the same grid, chosen by micro-dev loss alone",
-        _best_of(_GRID_NAMES, ("micro_dev",)),
+        Choice(_GRID_NAMES, ("micro_dev",)),
         seeds="all",
     ),
     **{
@@ -455,7 +462,7 @@ METHODS: Mapping[str, Method] = {
     },
     "adaptive": Method(
         "Adaptive LoRA Merge over the grid, chosen by dev loss",
-        _best_of(_ADAPTIVE_NAMES, ("dev",)),
+        Choice(_ADAPTIVE_NAMES, ("dev",)),
     ),
     "optuna-random": Method(
         f"{TRIALS} full runs at ratios drawn at random", _optuna("random", None)
@@ -532,7 +539,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "ratio-nearest": Method(
         "the grid point nearest to the ratio of grasp-restart",
-        _nearest_of(_GRID_NAMES, "grasp-restart"),
+        Choice(_GRID_NAMES, nearest="grasp-restart"),
         seeds="all",
     ),
     "ratio-lower": Method(

@@ -63,7 +63,7 @@ def method_outcomes(
         if one.others and all(other in found for other in one.others):
             wanted = one.chooses.get("nearest")
             if wanted is None or wanted in found:
-                found[job] = _chosen(one, found, wanted)
+                found[job] = chosen(one, found)
     return {job: found[job] for job in built if job in found}
 
 
@@ -244,13 +244,13 @@ def _batch(stage: Stage, facts: Mapping[str, Any], sizes: Sizes) -> int:
     return min(count, training.batch_size * training.accumulation)
 
 
-def _chosen(built: Built, found: Mapping[str, MethodOutcome], nearest: str | None) -> MethodOutcome:
-    """Return the outcome of a method that chooses among other runs.
+def chosen(built: Built, found: Mapping[str, MethodOutcome]) -> MethodOutcome:
+    """Return the outcome of a method that chooses among other runs, from their outcomes.
 
     A run without a result, such as one whose training diverged, and one whose loss is not finite
     are left out and named.
     """
-    wanted = None
+    wanted, nearest = None, built.chooses.get("nearest")
     if nearest is not None:
         other = found[nearest].result
         if other is None or "not_applicable" in other:
