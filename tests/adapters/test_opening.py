@@ -298,7 +298,7 @@ def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:
 
 def test_a_base_model_for_a_model_is_refused(base_folder: Path) -> None:
     with (
-        pytest.raises(ValueError, match="is a model and no adapter"),
+        pytest.raises(ValueError, match="is a model, not an adapter"),
         open_model(base_folder, ModelSpec("smollm2")),
     ):
         pass
@@ -354,7 +354,7 @@ def test_other_base_weights_are_refused(backbone: Backbone, tmp_path: Path) -> N
         pass
     folder = ours(tmp_path / "wrong", tiny_model("llama", seed=1))
     with (
-        pytest.raises(ValueError, match="made on other base weights"),
+        pytest.raises(ValueError, match="trained on other base weights"),
         model_with_adapter(backbone, folder),
     ):
         pass
@@ -432,7 +432,7 @@ def test_pickled_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with (
-        pytest.raises(ValueError, match="adapter_model.bin only, a pickle"),
+        pytest.raises(ValueError, match="only adapter_model.bin, a pickle"),
         model_with_adapter(backbone, folder),
     ):
         pass

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock, Spent
 from grasp_lora.training.clock_callbacks import SaveClock, StepClock
-from grasp_lora.training.trainer import build_trainer
+from grasp_lora.training.trainer import TrainerSettings, build_trainer
 from hands import Hands
 from helpers import tiny_model
 
@@ -51,16 +51,18 @@ def train(folder, clock: Clock, hands: Hands, on_saved) -> None:
         collate,
         [StepClock(clock), Work(hands), SaveClock(clock, on_saved)],
         folder,
-        seed=0,
-        epochs=2,
-        max_steps=None,
-        batch_size=1,
-        accumulation=2,
-        learning_rate=0.01,
-        lr_decay=1.0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        save_every=3,
+        TrainerSettings(
+            seed=0,
+            epochs=2,
+            max_steps=None,
+            batch_size=1,
+            accumulation=2,
+            learning_rate=0.01,
+            lr_decay=1.0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            save_every=3,
+        ),
     ).train()
 
 

@@ -25,7 +25,7 @@ from grasp_lora.training.checkpoint import (
     write_state,
 )
 from grasp_lora.training.live import LiveAdapter
-from grasp_lora.training.search_callback import ProbePool, SearchCallback
+from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import processes, steps_per_epoch
 from grasp_lora.workbench.context import Context, open_context, open_data
 from grasp_lora.workbench.fit import FitResult, Spent, fit, run_steps
@@ -122,13 +122,15 @@ def search_ratio(
         ids = [e.id for e in rows.encoded]
         searcher = SearchCallback(
             live,
-            config.controller,
             ProbePool(rows, fresh=config.controller.probe_rows != "micro-dev"),
-            IMPORTANCE[config.importance],
-            norms,
-            seed=config.seed,
-            total_steps=run_steps(context, config.search, "target"),
-            planned=planned,
+            SearchSettings(
+                config.controller,
+                IMPORTANCE[config.importance],
+                norms,
+                seed=config.seed,
+                total_steps=run_steps(context, config.search, "target"),
+                planned_rounds=planned,
+            ),
             on_round=record,
             clock=clock,
             objective=cost_of(context, splits),
