@@ -24,7 +24,7 @@ from grasp_lora.adapters.opening import (
     named_base_model,
     open_model,
 )
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import GgufSource
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
@@ -116,8 +116,8 @@ class Numbers:
 
 
 def texts(model: nn.Module, batch_size: int) -> list[str]:
-    settings = {"max_new_tokens": 6, "pad_id": PAD_ID, "stop_ids": [EOS_ID]}
-    return generate_texts(model, Numbers(), PROMPTS, batch_size=batch_size, **settings)
+    settings = GenerationSettings(6, batch_size, PAD_ID, [EOS_ID])
+    return generate_texts(model, Numbers(), PROMPTS, settings)
 
 
 def losses(model: nn.Module, batch_size: int) -> Tensor:

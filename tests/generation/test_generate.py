@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from grasp_lora.generation.generate import StopAtNewline, generate_texts
+from grasp_lora.generation.generate import GenerationSettings, StopAtNewline, generate_texts
 from helpers import EOS_ID, PAD_ID, packaged_tokenizer, tiny_model, tiny_peft_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -31,13 +31,15 @@ def spelled(ids: Sequence[int]) -> str:
 
 
 def texts(model: nn.Module, prompts: Any = PROMPTS, tokenizer: Any = None, **changes: Any):
-    settings: dict[str, Any] = {
+    calls = {name: changes.pop(name) for name in ("advance", "notice") if name in changes}
+    defaults: dict[str, Any] = {
         "max_new_tokens": 6,
         "batch_size": 4,
         "pad_id": PAD_ID,
         "stop_ids": [EOS_ID],
     }
-    return generate_texts(model, tokenizer or Numbers(), prompts, **(settings | changes))
+    settings = GenerationSettings(**(defaults | changes))
+    return generate_texts(model, tokenizer or Numbers(), prompts, settings, **calls)
 
 
 @torch.no_grad()
@@ -234,7 +236,7 @@ def test_batches_that_do_not_fit_are_halved_and_no_row_is_lost():
     assert found == expected
     assert sizes == [5, 2, 2, 2, 1]
     assert done == [2, 2, 2, 1]
-    assert notices == ["out of memory with 5 rows a batch: going on with 2"]
+    assert notices == ["out of memory with a batch size of 5; continuing with 2"]
 
 
 class Scripted(nn.Module):

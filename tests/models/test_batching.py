@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grasp_lora.data.builtin import builtin_examples
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import forward_accepts
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.tasks.base import TASKS
@@ -107,12 +107,14 @@ def test_answers_do_not_depend_on_the_batch(name: str, beams: int) -> None:
             model,
             Numbers(),
             prompts,
-            max_new_tokens=12,
-            batch_size=batch_size,
-            pad_id=PAD_ID,
-            stop_ids=[EOS_ID],
-            beams=beams,
-            one_line=False,
+            GenerationSettings(
+                max_new_tokens=12,
+                batch_size=batch_size,
+                pad_id=PAD_ID,
+                stop_ids=[EOS_ID],
+                beams=beams,
+                one_line=False,
+            ),
         )
 
     together = texts(8)

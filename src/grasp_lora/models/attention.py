@@ -55,7 +55,6 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Return (attention output [batch, length, heads, width], None), as transformers expects it.
@@ -71,9 +70,10 @@ def attention_forward(
             the mask that `is_causal` selects.
         dropout: dropout probability of the attention probabilities.
         scaling: factor of the scores; None means 1 / sqrt(width).
-        is_causal: whether attention without a mask is causal; None reads it from the layer.
-        settings: further arguments for `sdpa`.
+        settings: further arguments for `sdpa`. `is_causal` says whether attention without a mask
+            is causal; None reads it from the layer.
     """
+    is_causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = settings.get("position_bias") is None and settings.get("cache") is None
     if plain and dropout == 0.0 and _is_short(query, key, attention_mask, causal):
@@ -88,7 +88,6 @@ def attention_forward(
         attention_mask,
         dropout=dropout,
         scaling=scaling,
-        is_causal=is_causal,
         **settings,
     )
     return output, None

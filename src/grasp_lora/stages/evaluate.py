@@ -11,7 +11,7 @@ from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import Row
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.scoring.sets import missing_metrics, score_sets
@@ -129,23 +129,22 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             finished += count
             done(finished)
 
-        shared: dict[str, Any] = {
-            "max_new_tokens": new_tokens(config, role, split),
-            "min_new_tokens": config.evaluate.min_new_tokens,
-            "batch_size": config.evaluate.batch_size,
-            "pad_id": backbone.pad_id,
-            "stop_ids": sorted({*backbone.stop_ids, context.end_id(role, split)}),
-            "one_line": task.one_line,
-            "advance": advance,
-            "notice": context.narrator.say,
-        }
-        beams = config.evaluate.beams
-        if can_answer_in_one_pass(model, beams):
-            answered = answer_examples(model, backbone.tokenizer, encoded, **shared)
+        settings = GenerationSettings(
+            max_new_tokens=new_tokens(config, role, split),
+            min_new_tokens=config.evaluate.min_new_tokens,
+            batch_size=config.evaluate.batch_size,
+            pad_id=backbone.pad_id,
+            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            beams=config.evaluate.beams,
+            one_line=task.one_line,
+        )
+        calls = {"advance": advance, "notice": context.narrator.say}
+        if can_answer_in_one_pass(model, settings.beams):
+            answered = answer_examples(model, backbone.tokenizer, encoded, settings, **calls)
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
         else:
             losses = _losses(context, model, encoded)
-            texts = generate_texts(model, backbone.tokenizer, prompts, beams=beams, **shared)
+            texts = generate_texts(model, backbone.tokenizer, prompts, settings, **calls)
     return [
         Row(
             e.id,

@@ -11,7 +11,15 @@ from grasp_lora.config.data_sections import HubData, LanguageData, Rows, TestSet
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
-from grasp_lora.data.hub import ALL, PRESETS, HubExamples, load_hub, load_preset, split_published
+from grasp_lora.data.hub import (
+    ALL,
+    PRESETS,
+    HubExamples,
+    Source,
+    load_hub,
+    load_preset,
+    split_published,
+)
 from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_notice, refuse_leaks
 from grasp_lora.data.repeats import drop_repeated_texts
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
@@ -242,9 +250,7 @@ class _Reader:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
         if isinstance(files, HubData):
             found = load_hub(
-                files.hub,
-                files.config,
-                files.revision,
+                Source(files.hub, files.config, files.revision),
                 dict(files.splits),
                 self.task,
                 section.language,
