@@ -1,4 +1,4 @@
-"""Adapter folders: what is read, what is refused, what plain PEFT makes of what is written."""
+"""Adapter folders: reading, refusals, and loading written folders with plain PEFT."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ Deltas = Mapping[str, Tensor]
 
 
 def with_deltas(model: PreTrainedModel, deltas: Deltas) -> PreTrainedModel:
-    """Reference: the model in float64 whose weights are W + delta ([out, in]), without PEFT."""
+    """Return the reference: a float64 model with weights W + delta ([out, in]), without PEFT."""
     changed = copy.deepcopy(model).double()
     for name, module in changed.named_modules():
         if name in deltas:
@@ -51,7 +51,7 @@ def delta(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def assert_same_logits(first: torch.nn.Module, second: torch.nn.Module, atol: float = 1e-6) -> None:
-    """Compare in float64: what is left is the rounding of the factors themselves."""
+    """Compare in float64, so that only the rounding of the factors remains."""
     ids = random_ids()
     expected = logits_of(copy.deepcopy(second).double(), ids)
     actual = logits_of(copy.deepcopy(first).double(), ids)
@@ -59,7 +59,7 @@ def assert_same_logits(first: torch.nn.Module, second: torch.nn.Module, atol: fl
 
 
 def pairs_of(adapter: Mapping[str, LoraFactors]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B with the scaling folded into B."""
+    """Return A and B times the scaling."""
     return {name: (f.A, f.scaling * f.B) for name, f in adapter.items()}
 
 

@@ -1,4 +1,4 @@
-"""Adapters of every type, loaded as PEFT saved them, scored in batches, and taken off again."""
+"""Adapters of every type are loaded as PEFT saved them, scored in batches, and removed."""
 
 import json
 import warnings
@@ -84,12 +84,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(base_folder: Path) -> Backbone:
-    """Return one backbone for all tests: each must leave it bare."""
+    """Return one backbone for all tests; each test must remove its adapters."""
     return load_backbone(ModelSpec(str(base_folder), dtype="float32", device="cpu"))
 
 
 def trained(model: Any, chosen: PeftConfig) -> PeftModel:
-    """Return a PEFT model whose adapter weights all differ from their start."""
+    """Return a PEFT model whose adapter weights all differ from their initial values."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
@@ -108,7 +108,7 @@ def saved(adapter: PeftModel, folder: Path, **settings: Any) -> Path:
 
 
 class Numbers:
-    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+    """Decodes tokens to their ids, because different invalid bytes give the same text."""
 
     def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -134,7 +134,7 @@ def losses(model: nn.Module, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def by_peft(model: nn.Module) -> tuple[Tensor, list[str]]:
-    """Reference: PEFT's own forward on one row without padding; no cache, no position ids."""
+    """Return the reference: PEFT's forward on one example, without padding, cache and positions."""
 
     def logits(ids: Sequence[int]) -> Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]

@@ -1,4 +1,4 @@
-"""Which column is taken for what, seen through the loading of rows."""
+"""The choice of columns, tested by loading examples."""
 
 import json
 from pathlib import Path

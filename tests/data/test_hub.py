@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def questions(split: str, contexts: int, each: int = 5, language: str = "ar") -> list[Row]:
-    """Rows as MLQA and XQuAD have them; the same ids in every language, other words."""
+    """Return rows like in MLQA and XQuAD: the same ids in every language, with other words."""
     return [
         {
             "id": f"{split}-{c}-{q}",
@@ -44,7 +44,7 @@ def articles(split: str, count: int) -> list[Row]:
 
 
 class Hub:
-    """A load function over rows by (repository, config, revision) and split."""
+    """A load function that returns given rows by (repository, config, revision) and split."""
 
     def __init__(self, places: Mapping[Any, Any]) -> None:
         self.places = places
@@ -307,7 +307,7 @@ def put(folder: Path, name: str, rows: Sequence[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def hub_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a script repository that has a Parquet copy, and one with Parquet files."""
+    """Serve a repository with a script and a Parquet copy, and one with Parquet files."""
     root = tmp_path_factory.mktemp("hub")
     main = root / "csebuetnlp__xlsum" / "main"
     main.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Text and loss from one reading of the prompt, against the two readings they replace."""
+"""Text and loss from one reading of the prompt equal those from two readings."""
 
 import random
 from dataclasses import replace

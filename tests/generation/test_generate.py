@@ -1,4 +1,4 @@
-"""Batched generation equals one row at a time, and one row at a time equals plain argmax."""
+"""Batched generation equals generation of one text at a time, which equals plain argmax."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ NEWLINE = TOKENIZER.encode("\n")[0]
 
 
 class Numbers:
-    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+    """Decodes tokens to their ids, because different invalid bytes give the same text."""
 
     def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -55,7 +55,7 @@ def by_hand(model: nn.Module, prompt: Sequence[int], count: int = 6) -> list[int
 
 @torch.no_grad()
 def beams_by_hand(model: nn.Module, prompt: Sequence[int], beams: int, count: int) -> list[int]:
-    """Textbook beam search: the best mean log probability among the first `beams` ended ones."""
+    """Return a textbook beam search: the best mean log probability of the first `beams` ended."""
     alive: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[tuple[float, list[int]]] = []
     for step in range(1, count + 1):
@@ -99,7 +99,7 @@ def test_beam_search_equals_the_textbook_without_batch_or_cache(arch, seed):
 
 
 def raise_logit(model: Any, token: int, factor: float) -> None:
-    """Make a token likely: its output weights become a mean of those that are chosen anyway."""
+    """Make a token likely: set its output weights to the mean of often chosen tokens."""
     with torch.no_grad():
         weight = model.get_output_embeddings().weight
         chosen = sorted({i for prompt in PROMPTS for i in by_hand(model, prompt)} - {EOS_ID})
@@ -240,7 +240,7 @@ def test_batches_that_do_not_fit_are_halved_and_no_row_is_lost():
 
 
 class Scripted(nn.Module):
-    """Writes given tokens, one script a prompt; the prompt's first token says which."""
+    """Generates given tokens; the first token of a prompt selects the script."""
 
     def __init__(self, scripts: Sequence[Sequence[int]]):
         super().__init__()
@@ -306,7 +306,7 @@ def test_only_rows_at_a_line_break_are_decoded():
 
 
 def byte_bpe() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges take line breaks into longer tokens."""
+    """Return a byte-level BPE with merges that put line breaks into longer tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -321,7 +321,7 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def sentence_pieces() -> PreTrainedTokenizerFast:
-    """Pieces with byte fallback, as SentencePiece models have them."""
+    """Return a tokenizer of pieces with byte fallback, as in SentencePiece models."""
     words = ["\u2581", "\u2581red", "blue", "\n", "\n\n", ".\n", "\t", "\u3000", "\u2581\u2581"]
     pieces = ["<unk>", "<end>", *[f"<0x{i:02X}>" for i in range(256)], *words]
     tokenizer = Tokenizer(

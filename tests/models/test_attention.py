@@ -1,4 +1,4 @@
-"""Attention by products equals the textbook and transformers' own, and is used where it may be."""
+"""Product attention equals the textbook's and transformers', and is used where it applies."""
 
 import math
 
@@ -23,7 +23,7 @@ def drawn(*shape, seed=0, dtype=torch.float64):
 
 
 def textbook(query, key, value, visible, scale):
-    """One head and one row at a time."""
+    """Return attention computed for one head and one query at a time."""
     examples, heads, length, _ = query.shape
     shared = heads // key.shape[1]
     out = torch.zeros(examples, length, heads, value.shape[-1], dtype=query.dtype)

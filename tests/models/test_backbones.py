@@ -1,4 +1,4 @@
-"""Backbones: found, loaded frozen, refused in words; and what is read off a model."""
+"""Backbones: locating, loading, error messages, and looking up parts of a model."""
 
 import copy
 import gc
@@ -380,7 +380,7 @@ def test_targets_are_modules_that_read_text(patterns: list[str] | str) -> None:
 
 
 def deepseek_model() -> PreTrainedModel:
-    """Return a mixture whose experts are one tensor, beside a dense layer and shared experts."""
+    """Return a model with fused experts, a dense layer and shared experts."""
     config = DeepseekV3Config(
         vocab_size=TINY_VOCAB,
         hidden_size=16,

@@ -101,7 +101,7 @@ def test_no_rows_need_no_forward_and_one_row_needs_one():
 
 
 def families(seed, families=4, most=6):
-    """Rows (ids, prompt length) of a few texts with questions behind them, shuffled."""
+    """Return shuffled examples (ids, prompt length): a few texts, each with several questions."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):

@@ -65,7 +65,7 @@ def conversation(prompt: Prompt, answer: str) -> list[dict[str, str]]:
 
 
 def rendered(tokenizer: Any, turns: list[dict[str, str]], **settings: Any) -> str:
-    """Return what the template writes on the day that it is always told."""
+    """Return the text that the template renders for the fixed date."""
     template = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template, **settings)
 

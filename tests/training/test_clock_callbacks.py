@@ -1,4 +1,4 @@
-"""What the Trainer's events charge to a clock, by a clock turned by hand."""
+"""The clock callbacks, with a clock that the test advances."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from helpers import tiny_model
 
 
 class Row(dict):
-    """A row as a dict, with the one attribute that its order is made from."""
+    """An example as a dict, with the attribute that determines the order."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -23,7 +23,7 @@ ROWS = [Row(input_ids=list(range(1, 9)), labels=[-100] * 4 + [5, 6, 7, 8])] * 6
 
 
 class Work(TrainerCallback):
-    """Takes a second of each step, and longer beside it."""
+    """Advances the clock by a second in each step, and by more outside steps."""
 
     def __init__(self, hands: Hands):
         self._hands = hands

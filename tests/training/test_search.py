@@ -1,4 +1,4 @@
-"""Rounds, best checkpoint and resume, inside the real Trainer on a tiny model."""
+"""Rounds, best checkpoint and resuming, in the real Trainer with a tiny model."""
 
 import dataclasses
 import itertools

@@ -24,7 +24,7 @@ class Diverged(FloatingPointError):
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Return a batch's summed cross-entropy divided by the answer tokens of the optimizer step.
 
-    A Trainer with its own loss function does not divide by the number of accumulated batches.
+    The Trainer does not divide by the number of accumulated batches if it is given a loss function.
     Dividing by the answer tokens of all accumulated batches gives the mean over the step.
 
     Args:
