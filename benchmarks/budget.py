@@ -134,9 +134,9 @@ def search(family: str, seed: int, design: Design) -> dict[str, Any]:
     for turn in range(design.rounds):
         done = (turn + 1) / (design.rounds + 1)
         rows = (
-            rounds.next_rows(state, groups, config, generator)
+            rounds.next_examples(state, groups, config, generator)
             if design.dealt
-            else rounds.draw_rows(groups, design.rows, generator)
+            else rounds.draw_examples(groups, design.rows, generator)
         )
         tried = _proposed(state, config, design, generator)
         if design.racing:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.controller --json controller.json --picture FILE.png
     python -m benchmarks.controller --json controller.json --add --only TPE GP   # into that file
-    python -m benchmarks.controller --recordings docs/results/runs/*   # real pairs as well
-    python -m benchmarks.controller --recordings docs/results/runs/en-ar --recorded-only
+    python -m benchmarks.controller --recordings docs/results/records/en-ar.parquet  # and a pair
+    python -m benchmarks.controller --recordings docs/results/records/en-ar.parquet --recorded-only
 
 Curves, rows and the seeds of the searches are the same for every way. Regret is the loss at the
 ratio found less the least loss after the final run, in spans of the curve between 0 and 0.8; of
@@ -324,7 +324,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--probes", type=int, nargs="+", choices=PROBES, default=PROBES)
     parser.add_argument("--only", nargs="+", choices=CONTROLLERS, metavar="WAY", help="of the ways")
     parser.add_argument("--on", choices=("final", "dev"), default="final", help="curve of regrets")
-    parser.add_argument("--recordings", nargs="*", type=Path, default=[], help="folders of pairs")
+    parser.add_argument("--recordings", nargs="*", type=Path, default=[], help="tables of pairs")
     parser.add_argument("--training", default="plain", help="which probes of the recordings")
     parser.add_argument("--recorded-only", action="store_true", help="no synthetic families")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     count = 3 if options.quick else options.seeds
     probes = PROBES[:1] if options.quick else tuple(options.probes)
     seeds = range(options.first_seed, options.first_seed + count)
-    recordings = [read_recording(folder, options.training) for folder in options.recordings]
+    recordings = [read_recording(table, options.training) for table in options.recordings]
     recorded = [one.name for one in recordings]
     families = recorded if options.recorded_only else [*FAMILIES, *recorded]
     known = _added_to(options)

@@ -6,7 +6,7 @@ A probe is the loss of one ratio on the rows of a round. A way is a row of `CONT
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from benchmarks.worlds import HIGH, MICRO_DEV, World
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.policy import Policy, round_kind, sampled_candidates
-from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState
-from grasp_lora.core.evidence.history import lowest, observations
+from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
+from grasp_lora.core.evidence.history import curve_minimum, observations
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
 
@@ -43,6 +43,8 @@ class Found:
 
 Search = Callable[[World, int, int], Found]
 Proposal = Callable[[ControllerState, ControllerConfig, torch.Generator], tuple[float, ...]]
+Conclusion = Callable[..., tuple[ControllerState, RoundRecord]]
+"""Arguments and results are those of `rounds.conclude`."""
 
 
 def library(
@@ -80,6 +82,7 @@ def searched(
     fresh: bool = True,
     dealt: bool = True,
     propose: Proposal = rounds.propose,
+    conclude: Conclusion = rounds.conclude,
 ) -> tuple[ControllerState, int, float]:
     """Return where a search ends, the rows it read, and the mean regret of its masks in force."""
     assert config.rounds is not None, "a world has rounds and no steps"
@@ -96,7 +99,7 @@ def searched(
         if rounds.needs_baseline(config):
             baseline = world.losses(state.mask_ratio, rows, done)
         forwards += len(rows) * (len(tried) + (baseline is not None))
-        state, _ = rounds.conclude(state, config, tried, baseline, losses, rows, turn)
+        state, _ = conclude(state, config, tried, baseline, losses, rows, turn)
         in_force.append(world.regret(state.mask_ratio))
     return state, forwards, fmean(in_force)
 
@@ -112,14 +115,30 @@ def _rows(
     if not fresh:
         return tuple(range(min(config.rows, len(groups))))
     if dealt:
-        return rounds.next_rows(state, groups, config, generator)
-    return rounds.draw_rows(groups, config.rows, generator)
+        return rounds.next_examples(state, groups, config, generator)
+    return rounds.draw_examples(groups, config.rows, generator)
 
 
 def paper(world: World, probes: int, seed: int) -> Found:
     """Search as published: fixed rows, a baseline per round."""
     settings = {"preset": "paper", "rounds": probes // 3}
     return library(world, probes, seed, fresh=False, **settings)
+
+
+def conclude_at_candidate(
+    state: ControllerState, *measured: Any
+) -> tuple[ControllerState, RoundRecord]:
+    """Conclude a round as the published code does, a fault that the library does not repeat.
+
+    The mask is cut at the best candidate although the bounded ratio is recorded.
+    """
+    after, record = rounds.conclude(state, *measured)
+    if not record.committed:
+        return after, record
+    assert record.best is not None, "a commit has a best candidate"
+    record = replace(record, mask_ratio=record.best)
+    records = (*after.records[:-1], record)
+    return replace(after, mask_ratio=record.best, records=records), record
 
 
 def stratified(
@@ -138,8 +157,8 @@ def unconfirmed(
     """Return samples of the policy where the library would measure the lowest ratio again."""
     if round_kind(state.round, state.horizon, config) != "confirmation":
         return rounds.propose(state, config, generator)
-    favourite = lowest(observations(state.records), state.horizon, config)
-    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
+    incumbent = curve_minimum(observations(state.records), state.horizon, config)
+    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, incumbent)
 
 
 def grid(world: World, probes: int, seed: int, *, fresh: bool, rows: int = MICRO_DEV) -> Found:
@@ -149,7 +168,7 @@ def grid(world: World, probes: int, seed: int, *, fresh: bool, rows: int = MICRO
     passes = max(1, probes // len(GRID))
     losses: list[np.ndarray] = []
     for turn in range(passes):
-        drawn = rounds.draw_rows(groups, rows, generator) if fresh else tuple(range(rows))
+        drawn = rounds.draw_examples(groups, rows, generator) if fresh else tuple(range(rows))
         done = (turn + 1) / (passes + 1)
         seen = np.array([world.losses(ratio, drawn, done) for ratio in GRID])
         losses.append(seen.mean(1))

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grasp_lora.stages.finetune import finetune_at
+from grasp_lora.workbench.folders import read_start, save_plain
 from torch import nn
 
 from benchmarks import common
@@ -35,14 +37,12 @@ from benchmarks.authors_schedule import AuthorsSchedule, Schedule
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, lora_scaling
-from grasp_lora.stages.finetune import finetune_at
 from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.search import search_ratio
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.trainer import answer_loss
 from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.folders import read_start, save_plain
 from grasp_lora.workbench.rows import load_run_data
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 9))
@@ -97,14 +97,17 @@ def given_rows(job: Job) -> dict[str, list[dict[str, Any]]]:
 def settings(job: Job, options: argparse.Namespace, mode: str) -> RunConfig:
     """Return a run's settings in `mode`: "restart", or "continue" in as many epochs in all."""
     epochs = {"restart": (job.epochs, job.epochs), "continue": (job.epochs // 2,) * 2}[mode]
-    shared = {"batch_size": job.batch_size}
     return RunConfig.model_validate(
         {
             "model": {"name": options.model, "dtype": options.dtype, "device": options.device},
             "data": {"max_length": job.length, "target": {"language": "en"}},
             "controller": dict(job.controller),
-            "search": shared | {"epochs": epochs[0]},
-            "finetune": shared | {"epochs": epochs[1], "mode": mode, "patience": None},
+            "train": {
+                "batch_size": job.batch_size,
+                "search": {"epochs": epochs[0]},
+                "finetune": {"epochs": epochs[1], "patience": None},
+            },
+            "finetune": {"mode": mode},
         }
     )
 
@@ -131,7 +134,7 @@ def _anew(context: Context, config: RunConfig) -> Context:
 def write_sources(context: Context, folder: Path) -> list[Path]:
     """Write two random adapters of the configured shape; return their folders."""
     shape = context.config.lora
-    scaling = lora_scaling(shape.r, shape.alpha, shape.use_rslora)
+    scaling = lora_scaling(shape.r, shape.alpha, use_rslora=False)
     merged = common.adapters(context.backbone.model, shape.target_modules, shape.r, seed=0)
     folders: list[Path] = []
     for source in range(2):
@@ -229,8 +232,7 @@ def run_stages(
 
 def _warm_up(context: Context, merged: Path, out: Path) -> None:
     # The first steps of a process are slower; no way should have them alone.
-    short = context.config.finetune.model_copy(update={"max_steps": 1})
-    config = context.config.model_copy(update={"finetune": short})
+    config = context.config.with_training("finetune", max_steps=1)
     finetune_at(config, merged, 0.5, out, context=replace(context, config=config))
 
 

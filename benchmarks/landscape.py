@@ -1,6 +1,6 @@
 """What probes see of a real pair, before, during and after training: the curves, recorded.
 
-    python -m benchmarks.landscape CONFIG --out docs/results/runs/en-es --work runs/landscape/en-es
+    python -m benchmarks.landscape CONFIG --out docs/results/records/probes/PAIR.parquet --work WORK
 
 CONFIG is a run's configuration with source and target rows. The two adapters are trained once (or
 taken from `adapters.source` and `adapters.target`), kept in `--work`, and merged. Recorded is the
@@ -9,8 +9,8 @@ of the merge, by how that trains: `plain`, with nothing pruned; `random`, each s
 a ratio drawn evenly from the range, masks nested; `branches`, a few steps from the merge under each
 ratio's own mask. Before training also under a uniform shrink.
 
-Each run is one small JSON file below `--out`/probes; one that is there is not run again, so the
-command goes on where it was stopped. What training makes of the ratios is recorded by `grasp-lora
+Each run is a row of the table `--out`; one that is there is not run again, so the command goes on
+where it was stopped. What training makes of the ratios is recorded by `grasp-lora
 compare` (see `benchmarks.recorded`); `benchmarks.landscape_report` holds the two side by side.
 """
 
@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grasp_lora.workbench.folders import read_start, work_folder
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks import common
+from benchmarks import common, records
 from benchmarks.recorded import SOURCE_EPOCHS
-from grasp_lora.base.files import write_jsonl
+from grasp_lora.base.files import jsonable
 from grasp_lora.config.run_config import RunConfig, load_config
-from grasp_lora.config.sections import TrainSettings
+from grasp_lora.config.sections import Role, Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.methods import with_split_seed
@@ -39,7 +40,6 @@ from grasp_lora.stages.train import train_adapter
 from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import fit, run_steps
-from grasp_lora.workbench.folders import read_start, work_folder
 
 PROBED = tuple(round(0.1 * n, 1) for n in range(9))
 TRAININGS = ("plain", "random", "branches")
@@ -56,13 +56,11 @@ class Pair:
         context: data and backbone.
         folders: of the source and of the target adapter.
         work: folder of adapters and checkpoints.
-        out: folder of the recorded results.
     """
 
     context: Context
     folders: tuple[Path, Path]
     work: Path
-    out: Path
 
     @property
     def config(self) -> RunConfig:
@@ -79,22 +77,23 @@ class Pair:
         )
 
 
-def open_pair(config: RunConfig, work: Path, out: Path) -> Pair:
+def open_pair(config: RunConfig, work: Path) -> Pair:
     """Return the pair, its two adapters trained where the configuration names none."""
     context = open_context(config)
-    given = {"source": config.adapters.source, "target": config.adapters.target}
+    given: dict[Role, Path | None] = {
+        "source": config.adapters.source,
+        "target": config.adapters.target,
+    }
     folders: list[Path] = []
     for role, folder in given.items():
         if folder is not None:
             folders.append(folder)
             continue
-        once = config.train.model_copy(update={"epochs": SOURCE_EPOCHS})
-        changed = {"train": once} if role == "source" else {}
-        asked = config.model_copy(update=changed)
+        asked = config.with_training("source", epochs=SOURCE_EPOCHS)
         folders.append(
             train_adapter(asked, role, work / role, context=replace(context, config=asked))
         )
-    return Pair(context, (folders[0], folders[1]), work, out)
+    return Pair(context, (folders[0], folders[1]), work)
 
 
 class Prober(TrainerCallback):
@@ -194,7 +193,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
     config = pair.config.model_copy(update={"seed": seed})
     context = replace(pair.context, config=config)
     start = read_start(pair.merged((0.5, 0.5)), context.backbone)
-    total = run_steps(context, config.search, "target")
+    total = run_steps(context, config.training("search"), "target")
     folder = pair.work / "probes" / f"{training}-s{seed}"
     began = time.perf_counter()
     shrinks: list[list[float]] = []
@@ -212,7 +211,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
                 extra.append(RandomRatios(live, score, controller.low, controller.high, generator))
             else:
                 shrinks = prober.shrinks()
-            _fit(context, live, config.search, folder, training, extra)
+            _fit(context, live, config.training("search"), folder, training, extra)
             found = prober.found
     ids = [(split, e.id) for split in SPLITS for e in context.encoded("target", split)]
     return {
@@ -230,7 +229,7 @@ def probe_run(pair: Pair, training: str, seed: int) -> dict[str, Any]:
 def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[float]:
     """Return the losses after a few steps under the ratio's mask."""
     config = context.config
-    section = config.search.model_copy(update={"max_steps": BRANCH_STEPS})
+    section = config.training("search").model_copy(update={"max_steps": BRANCH_STEPS})
     with context.live(start, config.mask_unit) as live:
         norms = context.norms(live, config.importance)
         (masks,) = live.masks(block_importance(IMPORTANCE[config.importance], norms), [ratio])
@@ -246,7 +245,7 @@ def _branch(context: Context, start: Any, ratio: float, folder: Path) -> list[fl
 def _fit(
     context: Context,
     live: LiveAdapter,
-    section: TrainSettings,
+    section: Training,
     out: Path,
     title: str,
     extra: Sequence[TrainerCallback],
@@ -286,7 +285,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = pair_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the recorded results")
+    parser.add_argument("--out", type=Path, required=True, help="table of the probes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1337])
     parser.add_argument("--only", nargs="+", choices=TRAININGS, help="of the ways to train")
     return parser.parse_args(argv)
@@ -295,15 +294,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not recorded yet."""
     options = parsed(argv)
-    pair = open_pair(config_of(options), options.work, options.out)
+    pair = open_pair(config_of(options), options.work)
     for name, seed in planned(options):
-        file = options.out / "probes" / f"{name}-s{seed}.json"
-        if file.exists():
+        job = f"{name}-s{seed}"
+        if job in records.jobs(options.out):
             continue
         found = probe_run(pair, name, seed)
         about = {"machine": common.machine(), "versions": common.versions()}
-        write_jsonl(file, [found | about])  # one line: the lists are long
-        print(f"{file}: {time.strftime('%H:%M:%S')}", flush=True)
+        records.append(options.out, {job: [jsonable(found | about)]})
+        print(f"{job}: {time.strftime('%H:%M:%S')}", flush=True)
 
 
 if __name__ == "__main__":

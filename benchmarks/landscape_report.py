@@ -1,6 +1,6 @@
 """What `benchmarks.landscape` recorded, as tables and a picture.
 
-    python -m benchmarks.landscape_report docs/results/runs/* --picture landscape.png
+    python -m benchmarks.landscape_report docs/results/records/en-*.parquet --picture landscape.png
 
 Of every pair: the final runs by ratio, probes against them (rank correlation, and the regret of
 taking the ratio where the probes are lowest), and the rivals of pruning. Differences are paired by
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks import records
 from benchmarks.recorded import final_runs
-from grasp_lora.base.files import read_jsonl
 from grasp_lora.report.pictures import BLUE, GREEN, GRID, INK, ORANGE
 from grasp_lora.report.run import TITLES
 
@@ -28,16 +28,17 @@ IN_TABLE = (*RIVALS, "learned-weights", "svd-finetuned")
 
 
 class Recorded:
-    """All results of a pair, read from its folder."""
+    """All results of a pair, read from its tables."""
 
-    def __init__(self, folder: Path):
-        self.name = folder.name
+    def __init__(self, table: Path, collection: str = records.RUNS):
+        self.name = table.stem
         self.finals: dict[str, list[dict[str, Any]]] = {}
-        for one in final_runs(folder):
+        for one in final_runs(table, collection):
             # What was trained on all labels is no rival: it has seen more than twice the rows.
             if not one["name"].endswith("-labelled"):
                 self.finals.setdefault(one["name"], []).append(one)
-        self.probes = [read_jsonl(file)[0] for file in sorted((folder / "probes").glob("*.json"))]
+        probes = records.read_runs(records.beside(table, "probes"), collection)
+        self.probes = list(probes.values())
 
     @property
     def metrics(self) -> tuple[str, str]:
@@ -310,14 +311,15 @@ def draw(pairs: Sequence[Recorded], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="recorded pairs")
+    parser.add_argument("tables", nargs="+", type=Path, help="of recorded pairs")
+    parser.add_argument("--collection", default=records.RUNS, help="what is read of them")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     pairs: list[Recorded] = []
-    for folder in options.folders:
-        pair = Recorded(folder)
+    for table in options.tables:
+        pair = Recorded(table, options.collection)
         if 0.0 not in pair.ratios() or len(pair.ratios()) < LEAST_POINTS:
-            print(f"{folder.name}: no final runs yet at ratio 0 and two others")
+            print(f"{table.stem}: no final runs yet at ratio 0 and two others")
             continue
         pairs.append(pair)
     for pair in pairs:

@@ -5,11 +5,11 @@
 
 `run` trains the two adapters of each pair once (`configs/results/PAIR-*.yaml`, the source adapter
 for one epoch), then goes through `planned` with `grasp-lora compare` and writes the result of every
-finished run, without places of this machine, to docs/results/runs/PAIR/RUN.json. A run that is
-recorded there is not run again, on whatever machine it was. `tables` writes comparison.json,
-comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the adapters are
-trained with another seed, on the same rows, and what begins from them is kept in
-docs/results/other-adapters.
+finished run, without places of this machine, to docs/results/records/PAIR.parquet (see
+`benchmarks.records`). A run that is recorded there is not run again, on whatever machine it was.
+`tables` writes comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the
+adapters are trained with another seed, on the same rows, and what begins from them is kept in the
+collection other-adapters. Other commands read the collection that `--collection` names.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
@@ -17,30 +17,25 @@ them to the best baseline; `means METHOD ...` a score of each pair and method, o
 `late` what late merges chose, seed by seed, and what a ratio on top of them changed; `speed` how
 many times a grid's seconds a method needs, seed by seed, where one machine and one version of the
 code ran all of both.
-`keep QUEUE FOLDER` copies the finished runs of a comparison's folder; `restore FOLDER QUEUE` puts
+`keep QUEUE TABLE` copies the finished runs of a comparison's folder; `restore TABLE QUEUE` puts
 them back below it, which then does not run again what has the same inputs.
 """
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import correlation, fmean
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks import common
-from grasp_lora.base.files import (
-    jsonable,
-    machines_of,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from grasp_lora.plans.job import RESULT_FILE
+from grasp_lora.plans.queue import Outcome
+
+from benchmarks import common, records
+from grasp_lora.base.files import jsonable, machines_of, read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig, load_config
+from grasp_lora.config.sections import Role
 from grasp_lora.core.evidence.crossfit import standard_error
 from grasp_lora.plans.compare import (
     CHOOSING,
@@ -51,22 +46,19 @@ from grasp_lora.plans.compare import (
     paired_with,
     summary,
 )
-from grasp_lora.plans.job import RESULT_FILE
 from grasp_lora.plans.methods import best_of, nearest_of, with_split_seed
-from grasp_lora.plans.queue import Outcome
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.stages.train import train_adapter
 
 CONFIGS = common.ROOT / "configs" / "results"
-RUNS = common.ROOT / "docs" / "results" / "runs"
-OTHER_ADAPTERS = common.ROOT / "docs" / "results" / "other-adapters"
+OTHER_ADAPTERS = "other-adapters"
+"""The collection of what begins from adapters of another seed."""
 TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
-NO_RUNS = {"precheck.json"}
 SEEDS = (42, 1337, 9001)
 UNPRUNED = "average-finetuned"
 SOURCE_EPOCHS = 1
-"""The source adapter sees its rows once; `train.epochs` is the target adapter's."""
+"""The source adapter sees its rows once, whatever `train.source.epochs` says."""
 
 _COARSE = ("grid-0.2", "grid-0.4", "grid-0.6", "grid-0.8")
 _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
@@ -110,13 +102,11 @@ def config_of(pair: str) -> RunConfig:
 
 def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     """Return settings with two trained adapters; pairs with the same source rows share theirs."""
-    once = config.model_copy(
-        update={"train": config.train.model_copy(update={"epochs": SOURCE_EPOCHS})}
-    )
+    settings = config.with_training("source", epochs=SOURCE_EPOCHS)
     folders: dict[str, Path] = {}
-    for role, settings in (("source", once), ("target", config)):
-        rows = getattr(settings.data, role)
-        made_of = [settings.model, settings.lora, settings.train, settings.data.max_length, rows]
+    for role in get_args(Role):
+        rows, training = getattr(settings.data, role), settings.training(role)
+        made_of = [settings.model, settings.lora, training, settings.data.max_length, rows]
         digest = hashlib.sha256(f"{made_of} {settings.seed}".encode()).hexdigest()[:8]
         language = "" if role == "source" else f"-{pair}"
         folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"
@@ -127,55 +117,60 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
 
 def run(pair: str, options: argparse.Namespace, until: float) -> None:
     """Do what is planned and not recorded, until a time of `time.monotonic`."""
-    config, out, queue = config_of(pair), RUNS / pair, options.work / pair / "compare"
+    config, queue = config_of(pair), options.work / pair / "compare"
+    table, collection = options.records / f"{pair}.parquet", records.RUNS
     if options.adapters_seed is not None:
         config = with_split_seed(config).model_copy(update={"seed": options.adapters_seed})
-        out, queue = OTHER_ADAPTERS / pair, queue.with_name(f"compare-{options.adapters_seed}")
+        queue = queue.with_name(f"compare-{options.adapters_seed}")
+        collection = OTHER_ADAPTERS
     config = with_adapters(config, options.work, pair)
     while time.monotonic() <= until:
+        known = records.jobs(table, collection)
         missing = [
             (method, seed)
             for method, seed in planned()
             if not options.only or method in options.only
             if seed in options.seeds
-            if not (out / f"{job_name(method, seed)}.json").exists()
+            if job_name(method, seed) not in known
         ]
         if not missing:
             return
         seed = missing[0][1]
         now = [method for method, of in missing[: options.jobs] if of == seed]
         found = compare_methods(config, queue, now, (seed,), options.jobs, options.threads)
-        keep(queue, out)
-        for name, why in found["not_applicable"].items():
-            write_jsonl(out / f"{job_name(name, seed)}.json", [{"not_applicable": why}])
+        keep(queue, table, collection)
+        refused = {
+            job_name(name, seed): [{"not_applicable": why}]
+            for name, why in found["not_applicable"].items()
+        }
+        records.append(table, refused, collection, skip_known=True)
         if found["failed"]:
             raise SystemExit(f"{pair}: {found['failed']}")
 
 
-def keep(queue: Path, out: Path) -> int:
-    """Write `out`/<run>.json for every finished run of a comparison; return how many are new."""
-    new = 0
+def keep(queue: Path, table: Path, collection: str = records.RUNS) -> int:
+    """Add every finished run of a comparison to a table; return how many are new."""
+    known = records.jobs(table, collection)
+    new: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(queue.glob(f"*/{RESULT_FILE}")):
-        found = read_json(file)
+        found, job = read_json(file), file.parent.name
         result = dict(found["result"])
-        place = out / f"{file.parent.name}.json"
-        if "scores" not in result or "chosen" in result or place.exists():
+        if "scores" not in result or "chosen" in result or job in known:
             continue
         result.pop("adapter", None)
-        record = {"job": file.parent.name} | result
+        record = {"job": job} | result
         record |= {name: found[name] for name in ("key", "seconds", "peak_memory_bytes", "machine")}
         # Those of the machine that it ran on, which need not be this one.
         made = found["provenance"]
         versions = made["packages"] | {"python": made["python"]}
-        write_jsonl(place, [record | {"versions": versions}])
-        new += 1
-    return new
+        new[job] = [jsonable(record | {"versions": versions})]
+    return records.append(table, new, collection, skip_known=True)
 
 
-def restore(folder: Path, queue: Path) -> int:
+def restore(table: Path, queue: Path, collection: str = records.RUNS) -> int:
     """Write the results of `keep` back, where a comparison has none; return how many."""
     count = 0
-    for record in runs_in(folder):
+    for record in runs_in(table, collection):
         place = queue / record["job"] / RESULT_FILE
         if place.exists():
             continue
@@ -189,14 +184,13 @@ def restore(folder: Path, queue: Path) -> int:
     return count
 
 
-def runs_in(folder: Path) -> list[dict[str, Any]]:
+def runs_in(table: Path, collection: str = records.RUNS) -> list[dict[str, Any]]:
     """Return the recorded runs of a pair, in the order of their names."""
-    files = sorted(file for file in folder.glob("*.json") if file.name not in NO_RUNS)
-    records = (read_jsonl(file)[0] for file in files)
-    return [record for record in records if "not_applicable" not in record]
+    found = records.read_runs(table, collection).values()
+    return [record for record in found if "not_applicable" not in record]
 
 
-def final_runs(folder: Path) -> list[dict[str, Any]]:
+def final_runs(table: Path, collection: str = records.RUNS) -> list[dict[str, Any]]:
     """Return the fine-tuning runs of a pair, as its tables need them.
 
     Each has `name` (ratio-R for a fixed ratio, the method's name for the rest), `fixed` (whether it
@@ -204,7 +198,7 @@ def final_runs(folder: Path) -> list[dict[str, Any]]:
     `losses` (of micro-dev and dev rows), `verdict`, and `test`, metric -> value of each test row.
     """
     found: list[dict[str, Any]] = []
-    for record in runs_in(folder):
+    for record in runs_in(table, collection):
         method, _, seed = record["job"].rpartition("-s")
         if not record["dev"] or not method:
             continue
@@ -226,19 +220,16 @@ def final_runs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def outcomes_in(folder: Path) -> dict[str, Outcome]:
+def outcomes_in(table: Path, collection: str = records.RUNS) -> dict[str, Outcome]:
     """Return the recorded runs of a pair as outcomes of a comparison, in the order of its tables.
 
     A method that chooses among other runs has an outcome where all of them are recorded.
     """
     found: dict[str, Outcome] = {}
-    for file in sorted(folder.glob("*.json")):
-        if file.name in NO_RUNS:
-            continue
-        (record,) = read_jsonl(file)
-        if "empty" not in record and config_of(folder.name).data.task == "summarization":
+    for job, record in records.read_runs(table, collection).items():
+        if "empty" not in record and config_of(table.stem).data.task == "summarization":
             record["empty"] = _without_a_letter(record)
-        found[file.stem] = Outcome(
+        found[job] = Outcome(
             record, record.get("seconds"), record.get("peak_memory_bytes"),
             machine=record.get("machine"),
         )  # fmt: skip
@@ -250,7 +241,7 @@ def outcomes_in(folder: Path) -> dict[str, Outcome]:
             if all(need in found for need in needs):
                 points = {need: found[need].result or {} for need in needs}
                 choose = {"best_of": best_of, "nearest_of": nearest_of}[method.work]
-                chosen = choose(method.inputs, points, folder)
+                chosen = choose(method.inputs, points, table)
                 found[job_name(name, seed)] = Outcome(chosen)
     return {
         job: outcome for name in METHODS for job, outcome in found.items() if method_of(job) == name
@@ -266,85 +257,82 @@ def _without_a_letter(record: Mapping[str, Any]) -> dict[str, int]:
     return {name: sum(value == 0 for value in one["values"]["chrf"]) for name, one in sets.items()}
 
 
-def tables(runs: Path, out: Path) -> None:
-    """Write comparison.json, pictures, and the tables of comparison.md, of all recorded pairs.
+def compared(table: Path, collection: str = records.RUNS) -> dict[str, Any]:
+    """Return the comparison of a pair's recorded runs: a row for every method and seed."""
+    return summary(config_of(table.stem), outcomes_in(table, collection))
+
+
+def tables(folder: Path, collection: str, out: Path) -> None:
+    """Write pictures, and the tables of comparison.md, of all recorded pairs.
 
     What stands in comparison.md above `TABLES_BELOW` is kept.
     """
-    rows: list[dict[str, Any]] = []
     documents: list[str] = []
-    for folder in sorted(runs.iterdir()):
-        outcomes = outcomes_in(folder)
-        if not outcomes:
-            continue
-        found = summary(config_of(folder.name), outcomes)
-        rows += [{"pair": folder.name, "task": found["task"]} | row for row in found["rows"]]
-        plot_comparison(found, out / "comparison" / folder.name)
+    for table in records.tables_with(folder, collection):
+        pair, found = table.stem, compared(table, collection)
+        plot_comparison(found, out / "comparison" / pair)
         text = comparison_markdown(found).replace("\n## ", "\n### ")
-        text = text.replace(f"# Comparison {found['pair']}", f"## {folder.name}", 1)
+        text = text.replace(f"# Comparison {found['pair']}", f"## {pair}", 1)
         for name in ("pareto.png", "ratios.png", "cost.png"):
-            text = text.replace(f"({name})", f"(comparison/{folder.name}/{name})")
+            text = text.replace(f"({name})", f"(comparison/{pair}/{name})")
         documents.append(text)
-    # A row a line, six digits: hundreds of rows with all their scores would be a megabyte and more.
-    lines = (json.dumps(_six_digits(jsonable(row)), ensure_ascii=False) for row in rows)
-    write_text(out / "comparison.json", "[\n" + ",\n".join(lines) + "\n]\n")
     file = out / "comparison.md"
     above = file.read_text().split(TABLES_BELOW)[0] if file.exists() else "# The comparison\n\n"
     write_text(file, above + TABLES_BELOW + "\n\n" + "\n".join(documents))
 
 
-def _six_digits(value: Any) -> Any:
-    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
-
-
 def against(
-    runs: Path, reference: str, methods: Sequence[str], theirs: Path | None = None
+    folder: Path,
+    collection: str,
+    reference: str,
+    methods: Sequence[str],
+    theirs: str | None = None,
 ) -> list[str]:
     """Return lines of paired differences on the test rows, pair by pair, with 95 % intervals.
 
     Args:
-        runs: holds a folder of recorded runs for every pair.
+        folder: holds a table of recorded runs for every pair.
+        collection: of those runs.
         reference: what all are held against.
         methods: that are held against it.
-        theirs: where the methods' runs are, the reference's being in `runs`; default: there too.
+        theirs: the collection of the methods' runs, if it is another than the reference's.
     """
     lines: list[str] = []
-    for folder in sorted(runs.iterdir()):
+    for table in records.tables_with(folder, collection):
         results: dict[str, dict[int, Any]] = {}
-        places = [(folder, (reference,)), ((theirs or runs) / folder.name, methods)]
-        for place, wanted in places:
-            found = outcomes_in(place) if place.is_dir() else {}
-            for job, outcome in found.items():
+        for place, wanted in ((collection, (reference,)), (theirs or collection, methods)):
+            for job, outcome in outcomes_in(table, place).items():
                 method = method_of(job)
                 if method in wanted and outcome.result and "rows" in outcome.result:
                     seed = SEEDS[0] if job == method else int(job.rpartition("-s")[2])
-                    name = method if place == folder else f"{method} in {place.parent.name}"
+                    name = method if place == collection else f"{method} in {place}"
                     results.setdefault(name, {})[seed] = outcome.result
         if reference not in results:
             continue
-        found = paired_with(config_of(folder.name), results, reference)
+        found = paired_with(config_of(table.stem), results, reference)
         for method, sets in found.items():
             shown = (
                 f"{metric} {one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
                 for metric, one in sets.get("test", {}).items()
                 if one["low"] is not None
             )
-            lines.append(f"{folder.name}: {method} against {reference}: {'; '.join(shown)}")
+            lines.append(f"{table.stem}: {method} against {reference}: {'; '.join(shown)}")
     return lines
 
 
 def means(
-    runs: Path, metric: str, methods: Sequence[str], seeds: Sequence[int] = SEEDS
+    folder: Path, collection: str, metric: str, methods: Sequence[str], seeds: Sequence[int] = SEEDS
 ) -> list[str]:
     """Return a table, pair by pair, of a test score's mean over seeds; how many in brackets."""
     wanted = {job_name(name, seed) for name in methods for seed in seeds}
     lines = [f"| pair | {' | '.join(methods)} |", f"|---|{'---:|' * len(methods)}"]
-    for folder in sorted(runs.iterdir()):
+    for table in records.tables_with(folder, collection):
+        outcomes = outcomes_in(table, collection)
         cells: list[str] = []
         for name in methods:
             found = [
                 outcome.result["scores"]["test"].get(metric)
-                for job, outcome in outcomes_in(folder).items()
+                for job, outcome in outcomes.items()
                 if method_of(job) == name and job in wanted
                 if outcome.result and "scores" in outcome.result
             ]
@@ -353,11 +341,11 @@ def means(
             mean = f"{fmean(values):.{digits}f} ({len(values)})" if values else "–"
             cells.append(mean)
         if any(cell != "–" for cell in cells):
-            lines.append(f"| {folder.name} | {' | '.join(cells)} |")
+            lines.append(f"| {table.stem} | {' | '.join(cells)} |")
     return lines
 
 
-def late(runs: Path) -> list[str]:
+def late(folder: Path, collection: str) -> list[str]:
     """Return a table of late merges: the target adapter's share, and what a ratio on top changed.
 
     Differences are those of the test rows, with the standard error of their mean.
@@ -365,13 +353,13 @@ def late(runs: Path) -> list[str]:
     titles = ["pair", "seed", "share of the target adapter", "test loss", "ratio on top", "verdict"]
     titles += ["difference in loss", "in exact match"]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
-    for folder in sorted(runs.iterdir()):
-        found = {record["job"]: record for record in runs_in(folder)}
+    for table in records.tables_with(folder, collection):
+        found = {record["job"]: record for record in runs_in(table, collection)}
         for seed in SEEDS:
             plain, pruned = (found.get(f"{name}-s{seed}") for name in ("late-merge", "grasp-late"))
             if plain is None:
                 continue
-            cells = [folder.name, str(seed), f"{plain['weights'][1]:g}"]
+            cells = [table.stem, str(seed), f"{plain['weights'][1]:g}"]
             cells.append(f"{plain['scores']['test']['loss']:.3f}")
             cells += ["–"] * 4 if pruned is None else _on_top(plain, pruned)
             lines.append(f"| {' | '.join(cells)} |")
@@ -388,7 +376,7 @@ def _on_top(plain: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[str]:
     return [f"{pruned['ratio']:.2f}", pruned["verdict"], gap, exact]
 
 
-def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
+def speed(folder: Path, collection: str, grid: str, methods: Sequence[str]) -> list[str]:
     """Return a table of a grid's seconds and tokens over a method's, of one seed and machine.
 
     Runs that another machine made, in part, or other versions of the code, are left out; so is a
@@ -397,8 +385,8 @@ def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
     titles = ["pair", "seed", "machine", "method", "seconds", f"{grid}, seconds"]
     titles += ["times as fast", "tokens saved, times"]
     lines = [f"| {' | '.join(titles)} |", "|---|---:|---|---|---:|---:|---:|---:|"]
-    for folder in sorted(runs.iterdir()):
-        found = {record["job"]: record for record in runs_in(folder)}
+    for table in records.tables_with(folder, collection):
+        found = {record["job"]: record for record in runs_in(table, collection)}
         for seed in SEEDS:
             points = [found.get(job_name(need, seed)) for need in METHODS[grid].needs]
             for method in methods:
@@ -411,14 +399,14 @@ def speed(runs: Path, grid: str, methods: Sequence[str]) -> list[str]:
                     continue
                 sums = {w: sum(one["price"][w] for one in whole) for w in ("seconds", "tokens")}
                 seconds, tokens = (ours["price"][what] for what in sums)
-                cells = [folder.name, str(seed), *machines_of([ours]), method]
+                cells = [table.stem, str(seed), *machines_of([ours]), method]
                 cells += [f"{seconds:.0f}", f"{sums['seconds']:.0f}"]
                 cells += [f"{sums['seconds'] / seconds:.1f}", f"{sums['tokens'] / tokens:.1f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def answering(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
+def answering(folder: Path, collection: str, metric: str, methods: Sequence[str]) -> list[str]:
     """Return a table, pair by pair, of empty answers of the test set, and of a score without them.
 
     A line behind the table holds correlations over all runs of the pair: of the score with the
@@ -427,9 +415,9 @@ def answering(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
     titles = ["pair", "method", "runs", "empty, in per cent", metric, "of the others alone", "loss"]
     lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
     behind: list[str] = []
-    for folder in sorted(runs.iterdir()):
+    for table in records.tables_with(folder, collection):
         seen: dict[str, list[tuple[float, float, float]]] = {}
-        for job, outcome in outcomes_in(folder).items():
+        for job, outcome in outcomes_in(table, collection).items():
             result = outcome.result or {}
             if "chosen" not in result and "test" in (result.get("empty") or {}):
                 scores, count = result["scores"]["test"], len(result["rows"]["test"]["ids"])
@@ -439,13 +427,13 @@ def answering(runs: Path, metric: str, methods: Sequence[str]) -> list[str]:
             share, score, loss = (fmean(column) for column in zip(*seen[name], strict=True))
             others = [one[1] / (1 - one[0]) for one in seen[name] if one[0] < 1]
             cells = [f"{100 * share:.0f}", f"{score:.1f}", f"{fmean(others):.1f}", f"{loss:.3f}"]
-            lines.append(f"| {folder.name} | {name} | {len(seen[name])} | {' | '.join(cells)} |")
+            lines.append(f"| {table.stem} | {name} | {len(seen[name])} | {' | '.join(cells)} |")
         columns = list(zip(*(one for ones in seen.values() for one in ones), strict=True))
         if columns and all(len(set(column)) > 1 for column in columns):
             empty, score, loss = columns
             pairs = (f"{correlation(score, other):+.2f}" for other in (empty, loss))
             behind.append("{}: {} runs, {} with empty {}, with loss {}".format(
-                folder.name, len(empty), metric, *pairs))  # fmt: skip
+                table.stem, len(empty), metric, *pairs))  # fmt: skip
     return [*lines, *behind]
 
 
@@ -462,34 +450,35 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--adapters-seed", type=int, help="of both adapters; default: the file's")
     running.add_argument("--jobs", type=int, default=1, help="processes at once")
     running.add_argument("--threads", type=int, default=1, help="of every run")
-    made = commands.add_parser("tables", help="write the tables of what is recorded")
-    made.add_argument("--runs", type=Path, default=RUNS)
-    made.add_argument("--out", type=Path, required=True)
-    paired = commands.add_parser("against", help="print paired differences to a method")
-    paired.add_argument("reference", choices=list(METHODS))
-    paired.add_argument("methods", nargs="+", choices=list(METHODS))
-    paired.add_argument("--runs", type=Path, default=RUNS)
-    paired.add_argument("--methods-in", type=Path, help="where the methods' runs are, if elsewhere")
-    averaged = commands.add_parser("means", help="print a score's means over seeds")
-    averaged.add_argument("methods", nargs="+", choices=list(METHODS))
-    averaged.add_argument("--metric", default="loss")
-    averaged.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    averaged.add_argument("--runs", type=Path, default=RUNS)
-    lately = commands.add_parser("late", help="print what late merges chose")
-    lately.add_argument("--runs", type=Path, default=RUNS)
-    fast = commands.add_parser("speed", help="print a grid's seconds over a method's")
-    fast.add_argument("methods", nargs="+", choices=list(METHODS))
+    running.add_argument("--records", type=Path, default=records.FOLDER, help="of the tables")
+    reading = {
+        "tables": "write the tables of what is recorded",
+        "against": "print paired differences to a method",
+        "means": "print a score's means over seeds",
+        "late": "print what late merges chose",
+        "speed": "print a grid's seconds over a method's",
+        "empty": "print how often methods answer with nothing",
+    }
+    readers = {name: commands.add_parser(name, help=help) for name, help in reading.items()}
+    for reader in readers.values():
+        reader.add_argument("--records", type=Path, default=records.FOLDER, help="of the tables")
+        reader.add_argument("--collection", default=records.RUNS, help="what is read of them")
+    readers["tables"].add_argument("--out", type=Path, required=True)
+    readers["against"].add_argument("reference", choices=list(METHODS))
+    for name in ("against", "means", "speed"):
+        readers[name].add_argument("methods", nargs="+", choices=list(METHODS))
+    readers["against"].add_argument("--methods-in", help="the methods' collection, if another")
+    readers["means"].add_argument("--metric", default="loss")
+    readers["means"].add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     grids = [name for name, one in METHODS.items() if one.work == "best_of"]
-    fast.add_argument("--grid", default="grid", choices=grids)
-    fast.add_argument("--runs", type=Path, default=RUNS)
-    silent = commands.add_parser("empty", help="print how often methods answer with nothing")
-    silent.add_argument("methods", nargs="*", help="all without any")
-    silent.add_argument("--metric", default="rougeL")
-    silent.add_argument("--runs", type=Path, default=RUNS)
+    readers["speed"].add_argument("--grid", default="grid", choices=grids)
+    readers["empty"].add_argument("methods", nargs="*", help="all without any")
+    readers["empty"].add_argument("--metric", default="rougeL")
     for name in ("keep", "restore"):
         copying = commands.add_parser(name)
         copying.add_argument("source", type=Path)
         copying.add_argument("out", type=Path)
+        copying.add_argument("--collection", default=records.RUNS, help="that the runs belong to")
     return parser.parse_args(argv)
 
 
@@ -501,23 +490,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         until = time.monotonic() + 60 * options.minutes
         for pair in options.pairs:
             run(pair, options, until)
-    elif options.what == "tables":
-        tables(options.runs, options.out)
-    elif options.what == "against":
-        print(
-            "\n".join(against(options.runs, options.reference, options.methods, options.methods_in))
-        )
-    elif options.what == "means":
-        print("\n".join(means(options.runs, options.metric, options.methods, options.seeds)))
-    elif options.what == "speed":
-        print("\n".join(speed(options.runs, options.grid, options.methods)))
-    elif options.what == "late":
-        print("\n".join(late(options.runs)))
-    elif options.what == "empty":
-        print("\n".join(answering(options.runs, options.metric, options.methods)))
-    else:
-        count = {"keep": keep, "restore": restore}[options.what](options.source, options.out)
+    elif options.what in ("keep", "restore"):
+        copy = {"keep": keep, "restore": restore}[options.what]
+        count = copy(options.source, options.out, options.collection)
         print(f"{options.out}: {count} runs written")
+    elif options.what == "tables":
+        tables(options.records, options.collection, options.out)
+    else:
+        print("\n".join(printed(options)))
+
+
+def printed(options: argparse.Namespace) -> list[str]:
+    """Return the lines that are asked for."""
+    places = (options.records, options.collection)
+    match options.what:
+        case "against":
+            return against(*places, options.reference, options.methods, options.methods_in)
+        case "means":
+            return means(*places, options.metric, options.methods, options.seeds)
+        case "speed":
+            return speed(*places, options.grid, options.methods)
+        case "empty":
+            return answering(*places, options.metric, options.methods)
+        case _:
+            return late(*places)
 
 
 if __name__ == "__main__":

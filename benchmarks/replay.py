@@ -1,66 +1,93 @@
 """The history curve of recorded searches, with steep losses compressed and as they are.
 
-    python -m benchmarks.replay docs/results/former/embedded/searches/*.jsonl
+    python -m benchmarks.replay docs/results/records/rounds/embedded.parquet --collection former
+    python -m benchmarks.replay RUN/rounds.jsonl
 
-Reads `rounds.jsonl` of searches with the default controller and prints, for each, where the curve
+Reads the rounds of searches with the default controller, of a table (`--jobs` takes some of its
+searches) or of a file that a run wrote, and prints, for each, where the curve
 is lowest and how high it is elsewhere; compressed by several multiples of the median distance of a
 trial to the best of its round (`grasp_lora.core.evidence.history.compressed`; the default is 4).
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from benchmarks import records
 from grasp_lora.base.files import read_jsonl
 from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     compressed,
+    curve_minimum,
     fit_curve,
-    gaps_of,
     grid,
-    lowest,
+    observations_by_round,
 )
 
 MULTIPLES = (1, 2, 4, math.inf)
 SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
-def read_rounds(file: Path) -> list[RoundRecord]:
-    """Return the rounds of a search; rows are numbered in the order they come up."""
+def rounds_of(lines: Sequence[Mapping[str, Any]]) -> list[RoundRecord]:
+    """Return the rounds of a recorded search; rows are numbered in the order they come up."""
     places: dict[str, int] = {}
-    records: list[RoundRecord] = []
+    found: list[RoundRecord] = []
     known = {field.name for field in fields(RoundRecord)}
-    for line in read_jsonl(file):
+    for line in lines:
         rows = tuple(places.setdefault(row, len(places)) for row in line["rows"])
         values = {name: value for name, value in line.items() if name in known} | {"rows": rows}
         for name in ("candidates", "rewards", "losses", "baseline_rows"):
             values[name] = tuple(values[name])
         values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
-        records.append(RoundRecord(**values))
-    return records
+        found.append(RoundRecord(**values))
+    return found
+
+
+def searches_in(
+    file: Path, collection: str, jobs: Sequence[str]
+) -> Iterator[tuple[str, list[RoundRecord]]]:
+    """Yield the name and the rounds of each search of a table, or of the one of a JSONL file."""
+    if file.suffix == ".jsonl":
+        yield file.stem, rounds_of(read_jsonl(file))
+        return
+    for job, lines in records.read(file, collection).items():
+        if not jobs or job in jobs:
+            yield job, rounds_of(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table for every search."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("files", nargs="+", type=Path, help="rounds.jsonl of searches")
+    parser.add_argument("files", nargs="+", type=Path, help="tables, or rounds.jsonl of searches")
+    parser.add_argument("--collection", default=records.RUNS, help="what is read of a table")
+    parser.add_argument("--jobs", nargs="+", default=[], help="of the searches of a table")
+    options = parser.parse_args(argv)
+    for file in options.files:
+        for name, rounds in searches_in(file, options.collection, options.jobs):
+            print(f"\n{name}\n\n{curves(rounds)}")
+
+
+def curves(rounds: Sequence[RoundRecord]) -> str:
+    """Return a table of a search's curve, compressed by each multiple."""
     config = ControllerConfig()
     at = grid(config)
-    for file in parser.parse_args(argv).files:
-        records = read_rounds(file)
-        print(f"\n{file.stem}\n\n| curve | lowest at | {' | '.join(f'{r:g}' for r in SHOWN)} |")
-        print(f"|---|---:|{'---:|' * len(SHOWN)}")
-        for multiple in MULTIPLES:
-            seen = compressed(gaps_of(records), multiple)
-            values = fit_curve(seen, len(records)).values(at)
-            values = values - values.min()
-            places = [int((at - ratio).abs().argmin()) for ratio in SHOWN]
-            cells = [f"{float(values[place]):.3f}" for place in places]
-            name = "as it is" if math.isinf(multiple) else f"compressed, {multiple} x median"
-            print(f"| {name} | {lowest(seen, len(records), config):.3f} | {' | '.join(cells)} |")
+    lines = [f"| curve | lowest at | {' | '.join(f'{r:g}' for r in SHOWN)} |"]
+    lines.append(f"|---|---:|{'---:|' * len(SHOWN)}")
+    for multiple in MULTIPLES:
+        seen = compressed(observations_by_round(rounds), multiple)
+        values = fit_curve(seen, len(rounds)).values(at)
+        values = values - values.min()
+        places = [int((at - ratio).abs().argmin()) for ratio in SHOWN]
+        cells = [f"{float(values[place]):.3f}" for place in places]
+        name = "as it is" if math.isinf(multiple) else f"compressed, {multiple} x median"
+        lines.append(
+            f"| {name} | {curve_minimum(seen, len(rounds), config):.3f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grasp_lora.workbench.folders import read_start
 
 from benchmarks import common
 from grasp_lora.base.files import read_jsonl, write_jsonl
@@ -25,7 +26,6 @@ from grasp_lora.models.example_losses import example_losses
 from grasp_lora.scoring.sets import metric_options
 from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
 from grasp_lora.workbench.objective import answers_of
 
 RATIOS = tuple(round(0.1 * n, 1) for n in range(9))

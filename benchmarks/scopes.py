@@ -16,17 +16,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.stages.finetune import random_score
+from grasp_lora.workbench.folders import read_start
+
 from benchmarks import common
 from benchmarks.landscape import SPLITS, config_of, open_pair, pair_parser
 from grasp_lora.core.evidence.crossfit import standard_error
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
-from grasp_lora.stages.finetune import random_score
 from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.training.groups import SCOPES, ratio_by_group
 from grasp_lora.training.live import BlockImportance, BlockRatio, LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.folders import read_start
 
 RATIOS = (0.2, 0.4, 0.6)
 ONE = "one ratio"
@@ -101,7 +102,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
     options = parsed(argv)
-    pair = open_pair(config_of(options), options.work, options.work)
+    pair = open_pair(config_of(options), options.work)
     start = pair.merged((0.5, 0.5))
     found = {str(ratio): measured(pair.context, start, ratio) for ratio in options.ratios}
     about = {"config": options.config.name, "seed": pair.config.seed}

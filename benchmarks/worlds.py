@@ -5,7 +5,7 @@ own, the same in every round, whose spread grows with the ratio; the candidates 
 rows. Recorded: the losses that `benchmarks.landscape` measured on a real pair, row by row, and the
 test losses after the final runs.
 
-Calibration of the synthetic noise, from the recorded searches under `docs/results` (seen as shares
+Calibration of the synthetic noise, from the recorded searches (seen as shares
 of the span between the best and the worst ratio, which was extrapolated to 0.8 by eye): the spread
 over rows of loss less loss at ratio 0 was 0.04-0.06 at 0.27, 0.2-0.5 at 0.53 and 0.5-0.9 at 0.7
 (here 0.12, 0.38, 0.78); two ratios of one round agree over rows by 0.3-0.9 (here by a length of
@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks import records
 from benchmarks.recorded import final_runs
-from grasp_lora.base.files import read_jsonl
 
 HIGH = 0.8
 RATIOS = np.linspace(0.0, HIGH, 161)
@@ -257,28 +257,32 @@ class Recording:
     final: np.ndarray
 
 
-def read_recording(folder: Path, training: str = "plain", seed: int = 42) -> Recording:
+def read_recording(table: Path, training: str = "plain", seed: int = 42) -> Recording:
     """Return the recording of a pair.
 
     Args:
-        folder: of a pair, as `benchmarks.landscape --out` and `benchmarks.recorded keep`.
+        table: of a pair, as `benchmarks.recorded keep` writes it; that of `benchmarks.landscape`
+            lies in the folder `probes` beside it.
         training: how the search run trained.
         seed: of the search run.
 
     Raises:
         FileNotFoundError: the probes or all final runs at fixed ratios are missing.
     """
-    probes = read_jsonl(folder / "probes" / f"{training}-s{seed}.json")[0]
-    finals = [run for run in final_runs(folder) if run["fixed"]]
+    place, job = records.beside(table, "probes"), f"{training}-s{seed}"
+    probes = records.read_runs(place).get(job)
+    if probes is None:
+        raise FileNotFoundError(f"'{place}' holds no {job}; record the probes first")
+    finals = [run for run in final_runs(table) if run["fixed"]]
     if not finals:
-        raise FileNotFoundError(f"'{folder}' holds no run at a fixed ratio; record the runs first")
+        raise FileNotFoundError(f"'{table}' holds no run at a fixed ratio; record the runs first")
     by_ratio: dict[float, list[float]] = {}
     for one in finals:
         by_ratio.setdefault(one["ratio"], []).append(float(np.mean(one["test"]["loss"])))
     ratios = sorted(by_ratio)
     steps = sorted(map(int, probes["losses"]))
     return Recording(
-        folder.name,
+        table.stem,
         np.array(steps) / probes["steps"],
         np.array(probes["ratios"]),
         np.array([probes["losses"][str(step)] for step in steps]),

@@ -8,11 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.config.sections import Training
+
 QUIET_EVALUATION = {"max_new_tokens": 2, "baselines": False}
 
 
+def of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `train` has for values of both adapters' trainings."""
+    return {"source": values, "target": values}
+
+
+TRAIN = of_adapters({"epochs": 1}) | {"search": {"epochs": 2}, "finetune": {"epochs": 2}}
+
+
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return the settings of a job on the backbone in `folder`/base, sections replaced whole."""
+    """Return the settings of a job on the backbone in `folder`/base.
+
+    Sections given are replaced whole; of `train`, the values of a training are.
+    """
     values = {
         "output": str(folder / "run"),
         "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
@@ -22,12 +35,32 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
             "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
         },
         "controller": {"rounds": 3, "rows": 4},
-        "train": {"epochs": 1},
-        "search": {"epochs": 2},
-        "finetune": {"epochs": 2},
+        "train": TRAIN,
         "evaluate": QUIET_EVALUATION,
     }
-    return values | changes
+    return with_trainings(values | changes)
+
+
+TRAINING_KEYS = set(Training.model_fields)
+
+
+def with_trainings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which every training has its place below "train".
+
+    Tests may give the values of the trainings beside each other as well: plain keys of "train" are
+    those of both adapters, "search" is that of the search, and "finetune" holds those of the final
+    run beside its own settings.
+    """
+    found = dict(values)
+    given, search, final = (found.pop(name, {}) for name in ("train", "search", "finetune"))
+    plain = {key: value for key, value in given.items() if key in TRAINING_KEYS}
+    train = dict(TRAIN) | (of_adapters(plain) if plain else {})
+    train |= {key: value for key, value in given.items() if key not in TRAINING_KEYS}
+    train |= {"search": search} if search else {}
+    trained = {key: value for key, value in final.items() if key in TRAINING_KEYS}
+    train |= {"finetune": trained} if trained else {}
+    own = {key: value for key, value in final.items() if key not in TRAINING_KEYS}
+    return found | {"train": train} | ({"finetune": own} if own else {})
 
 
 def write_job(path: Path, values: Mapping[str, Any]) -> Path:

@@ -17,15 +17,15 @@ from grasp_lora.base.files import write_json
 from grasp_lora.cli import app
 
 COMMANDS = [
-    *("run", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate", "score")
+    *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
+    "score",
 ]
 FUNCTIONS = {
-    "plans.run": "run",
-    "stages.train": "train_adapter",
-    "stages.merge": "merge_adapters",
-    "stages.search": "search_ratio",
-    "stages.finetune": "finetune_at",
-    "stages.evaluate": "evaluate_adapter",
+    "plans.run": ("run",),
+    "plans.single": (
+        *("train_adapter", "merge_adapters", "search_ratio", "prune_adapter"),
+        "evaluate_adapter",
+    ),
 }
 YAML = "model: smollm2\ndata: {source: {language: en}, target: {language: es}}\n"
 
@@ -44,9 +44,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
 
         return function
 
-    for module, function in FUNCTIONS.items():
+    for module, functions in FUNCTIONS.items():
         fake = types.ModuleType(f"grasp_lora.{module}")
-        setattr(fake, function, recorder(function))
+        for function in functions:
+            setattr(fake, function, recorder(function))
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return record
 
@@ -92,12 +93,12 @@ def test_settings_output_and_seed_reach_the_configuration(called, config, tmp_pa
     out = tmp_path / "no"
     write_scores(out)
     done = invoke(
-        *("run", config, "--set", "search.epochs=2", "--set", "model.dtype=float32"),
+        *("run", config, "--set", "train.search.epochs=2", "--set", "model.dtype=float32"),
         *("--output", str(out), "--seed", "7", "--overwrite"),
     )
     assert done.exit_code == 0, done.output
     given = called["config"]
-    assert (given.search.epochs, given.model.dtype, given.seed) == (2, "float32", 7)
+    assert (given.training("search").epochs, given.model.dtype, given.seed) == (2, "float32", 7)
     assert given.output == out
     assert called["kwargs"] == {"overwrite": True, "profile": False}
 
@@ -130,10 +131,10 @@ def test_an_output_that_looks_like_another_type_stays_a_path(called, config, tmp
 def test_demo_runs_the_packaged_configuration(called, tmp_path):
     out = tmp_path / "demo"
     write_scores(out)
-    done = invoke("demo", "--output", str(out), "--set", "search.epochs=1")
+    done = invoke("demo", "--output", str(out), "--set", "train.search.epochs=1")
     assert done.exit_code == 0, done.output
     assert (called["name"], called["config"].model.name) == ("run", "smollm2")
-    assert called["config"].search.epochs == 1
+    assert called["config"].training("search").epochs == 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_demo_runs_the_packaged_configuration(called, tmp_path):
             ([Path("a"), Path("b")],),
         ),
         (["search", "--merged", "m"], "search_ratio", (Path("m"),)),
-        (["finetune", "--start", "m", "--ratio", "0.4"], "finetune_at", (Path("m"), 0.4)),
+        (["finetune", "--start", "m", "--ratio", "0.4"], "prune_adapter", (Path("m"), 0.4)),
     ],
 )
 def test_each_command_calls_its_recipe(called, config, arguments, name, args):
@@ -154,7 +155,7 @@ def test_each_command_calls_its_recipe(called, config, arguments, name, args):
     assert done.exit_code == 0, done.output
     assert called["name"] == name
     assert called["args"] == (*args, Path("there"))
-    own = {"spread": None, "train": True} if len(args) > 1 else {}
+    own = {"options": {"spread": None, "untrained": False}} if len(args) > 1 else {}
     assert called["kwargs"] == {"overwrite": False} | own
 
 
@@ -162,7 +163,7 @@ def test_finetune_may_prune_and_measure_only(called, config):
     options = ("--start", "m", "--ratio", "0.4", "--no-train", "--out", "there")
     done = invoke("finetune", config, *options)
     assert done.exit_code == 0, done.output
-    assert called["kwargs"]["train"] is False
+    assert called["kwargs"]["options"]["untrained"] is True
 
 
 @pytest.fixture
@@ -323,11 +324,11 @@ def test_ratios_that_are_none_are_refused(called, config, tmp_path, ratio, said)
 def test_faults_are_printed_without_a_traceback(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(YAML + "seeed: 3\n", encoding="utf-8")
-    done = command("run", str(path), "--set", "search.epochs=0")
+    done = command("run", str(path), "--set", "train.search.epochs=0")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "did you mean seed?" in done.stderr
-    assert "search.epochs: got 0" in done.stderr
+    assert "train.search.epochs: got 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -343,7 +344,7 @@ def test_a_bug_is_not_dressed_as_a_users_fault(called, config, monkeypatch):
     def broken(*_: Any, **__: Any) -> Path:
         raise KeyError("oops")
 
-    monkeypatch.setattr(sys.modules["grasp_lora.stages.search"], "search_ratio", broken)
+    monkeypatch.setattr(sys.modules["grasp_lora.plans.single"], "search_ratio", broken)
     done = invoke("search", config, "--merged", "m", "--out", "there")
     assert isinstance(done.exception, KeyError)
 
@@ -352,7 +353,7 @@ def test_ctrl_c_says_how_to_go_on(called, config, monkeypatch):
     def interrupted(*_: Any, **__: Any) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["grasp_lora.stages.search"], "search_ratio", interrupted)
+    monkeypatch.setattr(sys.modules["grasp_lora.plans.single"], "search_ratio", interrupted)
     done = invoke("search", config, "--merged", "m", "--out", "there")
     assert done.exit_code == 130
     assert "run the same command to resume" in done.output

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from benchmarks import (
     ablation,
-    common,
     controller,
     controllers,
     landscape,
     landscape_report,
+    records,
     replay,
     rewards,
     scopes,
@@ -30,13 +30,14 @@ from benchmarks.worlds import (
     read_recording,
 )
 
-from grasp_lora.base.files import read_jsonl, write_json, write_jsonl
+from grasp_lora.base.files import jsonable, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
+from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
-from grasp_lora.core.evidence.history import compressed, gaps_of, lowest
+from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
 from grasp_lora.plans.compare import CHOOSING, METHODS
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import job, of_adapters, write_job
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +69,13 @@ def test_flat_worlds_have_no_effect_and_clear_ones_a_large_one():
     assert min(effects) > 3
 
 
-def recorded(folder, shift=0.0):
+def keep(table, job, record, collection=records.RUNS):
+    """Put a record into a table, in the place of one of the same job."""
+    known = records.read(table, collection)
+    records.write(table, known | {job: [jsonable(record)]}, collection)
+
+
+def recorded(table, shift=0.0):
     """Write a recording of 4 ratios, 20 rows and 2 phases whose best final ratio is 0.4."""
     ratios = [0.0, 0.4, 0.6, 0.8]
     rows = np.arange(20) / 100
@@ -78,7 +85,9 @@ def recorded(folder, shift=0.0):
     }
     probes = {"training": "plain", "seed": 42, "steps": 10, "ratios": ratios, "losses": losses}
     ids = [("micro_dev" if i < MICRO_DEV else "dev", f"q{i}") for i in range(20)]
-    write_jsonl(folder / "probes" / "plain-s42.json", [probes | {"rows": ids, "shrinks": None}])
+    probes |= {"rows": ids, "shrinks": None}
+    keep(records.beside(table, "probes"), "plain-s42", probes)
+    finals = {}
     for seed in (42, 1337):
         for ratio in ratios:
             loss = 2 + abs(ratio - 0.4) + (0.1 if seed == 42 else -0.1)
@@ -92,12 +101,13 @@ def recorded(folder, shift=0.0):
                 "best": {"step": 5, "loss": loss},
                 "rows": {"test": {"values": values}},
             }
-            write_jsonl(folder / f"{name}.json", [final])
-    return folder
+            finals[name] = [jsonable(final)]
+    records.write(table, finals)
+    return table
 
 
 def test_a_recorded_world_is_the_recording_between_its_points(tmp_path):
-    world = RecordedWorld(read_recording(recorded(tmp_path / "pair", shift=0.2)), 0)
+    world = RecordedWorld(read_recording(recorded(tmp_path / "pair.parquet", shift=0.2)), 0)
     assert world.pool == 20
     middle = np.array(world.losses(0.5, range(20), 0.5))
     expected = 1 + np.mean([abs(r - 0.6 + s) for r in (0.4, 0.6) for s in (0, 0.2)])
@@ -110,7 +120,7 @@ def test_a_recorded_world_is_the_recording_between_its_points(tmp_path):
 
 
 def test_other_seeds_have_other_rows_of_the_same_kind(tmp_path):
-    recording = read_recording(recorded(tmp_path / "pair"))
+    recording = read_recording(recorded(tmp_path / "pair.parquet"))
     first = RecordedWorld(recording, 1).losses(0.4, range(20), 0.0)
     second = RecordedWorld(recording, 2).losses(0.4, range(20), 0.0)
     assert not np.allclose(sorted(first), sorted(second), atol=0.005)
@@ -118,11 +128,13 @@ def test_other_seeds_have_other_rows_of_the_same_kind(tmp_path):
 
 
 def test_a_recording_without_final_runs_is_refused(tmp_path):
-    folder = recorded(tmp_path / "pair")
-    for file in folder.glob("*.json"):
-        file.unlink()
+    table = recorded(tmp_path / "pair.parquet")
+    table.unlink()
     with pytest.raises(FileNotFoundError, match="record the runs first"):
-        read_recording(folder)
+        read_recording(table)
+    records.beside(table, "probes").unlink()
+    with pytest.raises(FileNotFoundError, match="record the probes first"):
+        read_recording(table)
 
 
 @pytest.mark.parametrize("name", [n for n, way in CONTROLLERS.items() if way.needs is None])
@@ -180,7 +192,7 @@ def test_the_figures_are_those_of_their_searches():
 
 
 def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
-    folder = recorded(tmp_path / "pair")
+    table = recorded(tmp_path / "pair.parquet")
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
     names = ["paper", "standard", "grid"]
     controller.main(
@@ -191,7 +203,7 @@ def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
             "--only",
             *names,
             "--recordings",
-            str(folder),
+            str(table),
             "--json",
             str(out),
         ]
@@ -232,17 +244,18 @@ def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsy
 
 
 def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys):
-    folder = recorded(tmp_path / "pair")
-    found = read_jsonl(folder / "grid-0.6-s42.json")[0] | {"verdict": "flat", "ratio": 0.5}
+    table = recorded(tmp_path / "pair.parquet")
+    found = records.read_runs(table)["grid-0.6-s42"] | {"verdict": "flat", "ratio": 0.5}
     for seed in (42, 7):  # nothing else has seed 7
         job = f"grasp-restart-s{seed}"
-        write_jsonl(folder / f"{job}.json", [found | {"job": job}])
+        keep(table, job, found | {"job": job})
     # a run at the ratio that another one found is no point of the grid
     beside = found | {"job": "ratio-lower-s42", "ratio": 0.55}
-    write_jsonl(folder / "ratio-lower-s42.json", [beside])
+    keep(table, "ratio-lower-s42", beside)
     picture = tmp_path / "landscape.png"
-    (tmp_path / "begun").mkdir()
-    landscape_report.main([str(folder), str(tmp_path / "begun"), "--picture", str(picture)])
+    begun = tmp_path / "begun.parquet"
+    records.write(begun, {})
+    landscape_report.main([str(table), str(begun), "--picture", str(picture)])
     text = capsys.readouterr().out
     # probes are lowest at 0.6, finals at 0.4: regret 0.2 of a span of 0.4
     assert "| plain, seed 42 | 10 |" in text
@@ -269,18 +282,16 @@ def landscape_of_a_tiny_model(tmp_path_factory):
     tiny_backbone_folder(folder / "base")
     file = write_job(folder / "run.yaml", job(folder, controller={"rounds": 1, "rows": 2}))
     names = ["plain", "random"]
-    arguments = [str(file), "--out", str(folder / "out"), "--work", str(folder / "work")]
+    out = folder / "out.parquet"
+    arguments = [str(file), "--out", str(out), "--work", str(folder / "work")]
     arguments += ["--seeds", "42", "--only", *names]
     landscape.main(arguments)
-    return folder / "out", arguments
+    return out, arguments
 
 
 def test_a_landscape_holds_every_row_at_every_ratio_and_phase(landscape_of_a_tiny_model):
     out, _ = landscape_of_a_tiny_model
-    plain, random = (
-        json.loads((out / "probes" / f"{name}-s42.json").read_text())
-        for name in ("plain", "random")
-    )
+    plain, random = (records.read_runs(out)[f"{name}-s42"] for name in ("plain", "random"))
     for one in (plain, random):
         assert list(one["losses"]) == ["0", "2", "4"] or len(one["losses"]) == 3
         for curve in one["losses"].values():
@@ -330,20 +341,23 @@ def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     record["provenance"] = {"packages": {"torch": "another machine's"}, "python": "3"}
     write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result})
     write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
-    recorded_runs.main(["keep", str(queue), str(tmp_path / "kept")])
-    (file,) = (tmp_path / "kept").iterdir()
-    assert str(tmp_path) not in file.read_text(), "a folder of this machine"
-    assert json.loads(file.read_text())["versions"] == {"torch": "another machine's", "python": "3"}
+    table = tmp_path / "kept" / "en-es.parquet"
+    recorded_runs.main(["keep", str(queue), str(table)])
+    assert list(table.parent.iterdir()) == [table]
+    (kept,) = records.read_runs(table).values()
+    assert str(tmp_path) not in str(kept), "a folder of this machine"
+    assert kept["versions"] == {"torch": "another machine's", "python": "3"}
     assert "1 runs written" in capsys.readouterr().out
-    assert recorded_runs.keep(queue, tmp_path / "kept") == 0
-    assert recorded_runs.restore(tmp_path / "kept", tmp_path / "again") == 1
+    assert recorded_runs.keep(queue, table) == 0
+    assert recorded_runs.restore(table, tmp_path / "again") == 1
+    assert recorded_runs.keep(queue, table, "repeats") == 1, "another collection has its own runs"
     back = json.loads((tmp_path / "again" / "grid-0.2-s42" / "result.json").read_text())
     assert back["key"] == "k"
     assert back["result"] == result | {"adapter": None}
     assert back["machine"] == {"cpu": "c"}
 
 
-def kept_run(folder, job, ratio, loss, test_loss):
+def kept_run(table, job, ratio, loss, test_loss, collection=records.RUNS, **changes):
     """A recorded run whose four labelled rows and two test rows have these losses."""
     values = {"loss": [test_loss - 0.1, test_loss + 0.1], "exact_match": [0.0, 100.0]}
     price = {"runs": 1, "seconds": 10.0, "forwards": 5, "steps": 6, "tokens": 7}
@@ -356,19 +370,19 @@ def kept_run(folder, job, ratio, loss, test_loss):
         "best": {"step": 3, "loss": loss}, "dev": [[0, 2.0], [3, loss]], "dtype": "float32",
         "machine": {"cpu": "c"}, "seconds": 11.0, "peak_memory_bytes": int(100 * ratio),
     }  # fmt: skip
-    write_jsonl(folder / f"{job}.json", [record])
+    keep(table, job, record | changes, collection)
 
 
 def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
-    kept_run(tmp_path / "en-es", "grid-0.2-s42", 0.2, 1.0, 2.0)
-    kept_run(tmp_path / "en-es", "grid-0.5-s42", 0.5, 1.0, 2.25)
-    recorded_runs.main(["against", "grid-0.2", "grid-0.5", "--runs", str(tmp_path)])
+    kept_run(tmp_path / "en-es.parquet", "grid-0.2-s42", 0.2, 1.0, 2.0)
+    kept_run(tmp_path / "en-es.parquet", "grid-0.5-s42", 0.5, 1.0, 2.25)
+    recorded_runs.main(["against", "grid-0.2", "grid-0.5", "--records", str(tmp_path)])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("en-es: grid-0.5 against grid-0.2: exact_match +0.000")
     assert "loss +0.250 [+0.250, +0.250]" in line
-    kept_run(tmp_path / "else" / "en-es", "grid-0.2-s42", 0.2, 1.0, 1.5)
-    kept_run(tmp_path / "else" / "en-ar", "grid-0.2-s42", 0.2, 1.0, 1.5)
-    elsewhere = ["--runs", str(tmp_path), "--methods-in", str(tmp_path / "else")]
+    kept_run(tmp_path / "en-es.parquet", "grid-0.2-s42", 0.2, 1.0, 1.5, "else")
+    kept_run(tmp_path / "en-ar.parquet", "grid-0.2-s42", 0.2, 1.0, 1.5, "else")
+    elsewhere = ["--records", str(tmp_path), "--methods-in", "else"]
     recorded_runs.main(["against", "grid-0.2", "grid-0.2", *elsewhere])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("en-es: grid-0.2 in else against grid-0.2: exact_match +0.000")
@@ -377,30 +391,30 @@ def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
 
 def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
     for seed, loss in ((42, 2.0), (1337, 2.5)):
-        kept_run(tmp_path / "en-es", f"average-finetuned-s{seed}", 0.0, 1.0, loss)
-    kept_run(tmp_path / "en-ar", "source-finetuned-s42", 0.0, 1.0, 3.0)
-    write_jsonl(tmp_path / "en-ar" / "ties-finetuned-s42.json", [{"not_applicable": "ranks"}])
-    kept_run(tmp_path / "en-zh", "zero-shot", 0.0, 1.0, 3.0)
+        kept_run(tmp_path / "en-es.parquet", f"average-finetuned-s{seed}", 0.0, 1.0, loss)
+    kept_run(tmp_path / "en-ar.parquet", "source-finetuned-s42", 0.0, 1.0, 3.0)
+    keep(tmp_path / "en-ar.parquet", "ties-finetuned-s42", {"not_applicable": "ranks"})
+    kept_run(tmp_path / "en-zh.parquet", "zero-shot", 0.0, 1.0, 3.0)
     methods = ["average-finetuned", "source-finetuned"]
-    recorded_runs.main(["means", *methods, "--runs", str(tmp_path)])
+    recorded_runs.main(["means", *methods, "--records", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| en-ar | – | 3.000 (1) |",
         "| en-es | 2.250 (2) | – |",
     ]
-    arguments = ["means", *methods, "--metric", "exact_match", "--runs", str(tmp_path)]
+    arguments = ["means", *methods, "--metric", "exact_match", "--records", str(tmp_path)]
     recorded_runs.main(arguments)
     assert "| en-es | 50.0 (2) | – |" in capsys.readouterr().out
-    recorded_runs.main(["means", *methods, "--seeds", "1337", "--runs", str(tmp_path)])
+    recorded_runs.main(["means", *methods, "--seeds", "1337", "--records", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == ["| en-es | 2.500 (1) | – |"]
 
 
 def test_speed_is_told_of_runs_of_one_machine_and_version_alone(tmp_path, capsys):
     def kept(job: str, seconds: float, **changes) -> None:
-        kept_run(tmp_path / "en-es", job, 0.2, 1.0, 2.0)
-        file = tmp_path / "en-es" / f"{job}.json"
-        (record,) = read_jsonl(file)
+        kept_run(tmp_path / "en-es.parquet", job, 0.2, 1.0, 2.0)
+        record = records.read_runs(tmp_path / "en-es.parquet")[job]
         record["price"] |= {"seconds": seconds, "tokens": 100}
-        write_jsonl(file, [record | {"versions": {"python": "3.11"}} | changes])
+        record |= {"versions": {"python": "3.11"}} | changes
+        keep(tmp_path / "en-es.parquet", job, record)
 
     for seed in (42, 1337, 9001):
         for tenths in range(1, 9 if seed != 9001 else 8):
@@ -409,21 +423,18 @@ def test_speed_is_told_of_runs_of_one_machine_and_version_alone(tmp_path, capsys
         kept(f"grasp-continue-s{seed}", 16.0)
     kept("grid-0.3-s1337", 10.0, machine={"cpu": "another"})
     kept("grasp-continue-s42", 16.0, versions={"python": "3.12"})
-    recorded_runs.main(["speed", "grasp-restart", "grasp-continue", "--runs", str(tmp_path)])
+    recorded_runs.main(["speed", "grasp-restart", "grasp-continue", "--records", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| en-es | 42 | c | grasp-restart | 32 | 80 | 2.5 | 8.0 |"
     ]
 
 
 def test_what_late_merges_chose_is_printed_seed_by_seed(tmp_path, capsys):
+    late = {"weights": [0.625, 0.375], "verdict": "flat"}
     for seed in (42, 9001):
-        kept_run(tmp_path / "en-es", f"late-merge-s{seed}", 0.0, 1.0, 2.0)
-    kept_run(tmp_path / "en-es", "grasp-late-s42", 0.3, 1.0, 1.75)
-    for name in ("late-merge-s42", "late-merge-s9001", "grasp-late-s42"):
-        file = tmp_path / "en-es" / f"{name}.json"
-        (record,) = read_jsonl(file)
-        write_jsonl(file, [record | {"weights": [0.625, 0.375], "verdict": "flat"}])
-    recorded_runs.main(["late", "--runs", str(tmp_path)])
+        kept_run(tmp_path / "en-es.parquet", f"late-merge-s{seed}", 0.0, 1.0, 2.0, **late)
+    kept_run(tmp_path / "en-es.parquet", "grasp-late-s42", 0.3, 1.0, 1.75, **late)
+    recorded_runs.main(["late", "--records", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| en-es | 42 | 0.375 | 2.000 | 0.30 | flat | -0.2500 ± 0.0000 | +0 |",
         "| en-es | 9001 | 0.375 | 2.000 | – | – | – | – |",
@@ -432,20 +443,19 @@ def test_what_late_merges_chose_is_printed_seed_by_seed(tmp_path, capsys):
 
 def test_tables_are_made_of_what_is_recorded(tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
-    pair = runs / "en-es"
+    pair = runs / "en-es.parquet"
     # On micro-dev 0.2 is best, on micro-dev and dev together 0.5 is.
     for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
         loss = {0.2: 1.0, 0.5: 1.1}.get(ratio, 1.5)
         kept_run(pair, f"grid-{ratio}-s42", ratio, loss, 2 + ratio)
     kept_run(pair, "average-finetuned-s42", 0.0, 1.4, 2.0)
     kept_run(pair, "grasp-restart-s42", 0.33, 1.2, 2.1)
-    write_jsonl(pair / "ties-finetuned-s42.json", [{"not_applicable": "ranks differ"}])
-    write_json(pair / "precheck.json", {"advice": "merge"})
+    keep(pair, "ties-finetuned-s42", {"not_applicable": "ranks differ"})
     out.mkdir()
     (out / "comparison.md").write_text(f"mine\n{recorded_runs.TABLES_BELOW}\nold tables\n")
-    recorded_runs.main(["tables", "--runs", str(runs), "--out", str(out)])
-    rows = json.loads((out / "comparison.json").read_text())
-    assert {row["pair"] for row in rows} == {"en-es"}
+    recorded_runs.main(["tables", "--records", str(runs), "--out", str(out)])
+    found = recorded_runs.compared(pair)
+    rows = found["rows"]
     by_method = {row["method"]: row for row in rows}
     assert by_method["grid"]["ratio"] == 0.5
     assert by_method["grid-few-rows"]["ratio"] == 0.2
@@ -455,10 +465,11 @@ def test_tables_are_made_of_what_is_recorded(tmp_path):
     assert by_method["ratio-nearest"]["seconds"] == 10.0
     assert by_method["grid"]["intervals"]["test"]["loss"] == [1.0, 3.0]
     wanted = {
-        *("pair", "task", "method", "seed", "ratio", "scores", "seconds", "forwards", "tokens"),
+        *("method", "seed", "ratio", "scores", "seconds", "forwards", "tokens"),
         *("peak_memory_bytes", "machine"),
     }
     assert all(wanted <= row.keys() for row in rows)
+    assert found["task"] == "qa"
     text = (out / "comparison.md").read_text()
     assert text.startswith("mine\n")
     assert "old tables" not in text
@@ -471,12 +482,12 @@ def test_headlines_without_a_letter_of_their_reference_stand_for_empty_ones(tmp_
     def empty(task: str, **changes) -> dict[str, int] | None:
         config = SimpleNamespace(data=SimpleNamespace(task=task))
         monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
-        kept_run(tmp_path, "average-finetuned-s42", 0.0, 1.4, 2.0)
-        file = tmp_path / "average-finetuned-s42.json"
-        (record,) = read_jsonl(file)
+        table, run = tmp_path / "en-es.parquet", "average-finetuned-s42"
+        kept_run(table, run, 0.0, 1.4, 2.0)
+        record = records.read_runs(table)[run]
         record["rows"]["test"]["values"]["chrf"] = [0.0, 3.0]
-        write_jsonl(file, [record | changes])
-        (found,) = recorded_runs.outcomes_in(tmp_path).values()
+        keep(table, run, record | changes)
+        (found,) = recorded_runs.outcomes_in(table).values()
         return found.result.get("empty")
 
     assert empty("summarization") == {"test": 1}
@@ -491,13 +502,12 @@ def test_scores_beside_empty_answers_are_printed(tmp_path, capsys):
         (1337, 3.0, 40.0, 0),
         (9001, 2.5, 60.0, 0),
     ):
-        kept_run(runs / "en-es", f"average-finetuned-s{seed}", 0.0, 1.4, loss)
-        file = runs / "en-es" / f"average-finetuned-s{seed}.json"
-        (record,) = read_jsonl(file)
         scores = {"test": {"exact_match": score, "loss": loss}}
-        write_jsonl(file, [record | {"scores": scores, "empty": {"test": count}}])
-    kept_run(runs / "en-es", "source-finetuned-s42", 0.0, 1.4, 2.0)
-    recorded_runs.main(["empty", "--metric", "exact_match", "--runs", str(runs)])
+        changes = {"scores": scores, "empty": {"test": count}}
+        name = f"average-finetuned-s{seed}"
+        kept_run(runs / "en-es.parquet", name, 0.0, 1.4, loss, **changes)
+    kept_run(runs / "en-es.parquet", "source-finetuned-s42", 0.0, 1.4, 2.0)
+    recorded_runs.main(["empty", "--metric", "exact_match", "--records", str(runs)])
     assert capsys.readouterr().out.splitlines()[2:] == [
         # Of the two answers of the first run one is empty, so the other has all of its score.
         "| en-es | average-finetuned | 3 | 17 | 51.7 | 70.0 | 2.500 |",
@@ -525,36 +535,35 @@ def test_a_pair_without_settings_is_named():
 def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
-    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
-    monkeypatch.setattr(recorded_runs, "RUNS", tmp_path / "kept")
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
-    command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--only", "zero-shot", "target"]
+    places = ["--work", str(tmp_path / "work"), "--records", str(tmp_path / "kept")]
+    command = ["run", "xx-yy", *places, "--only", "zero-shot", "target"]
     recorded_runs.main(command)
-    kept = {file.name: file.read_text() for file in (tmp_path / "kept" / "xx-yy").iterdir()}
-    assert set(kept) == {"zero-shot.json", "target.json"}
-    for text in kept.values():
-        assert str(tmp_path) not in text, "a folder of this machine"
-        assert json.loads(text)["machine"]["cores"] > 0
+    kept = records.read_runs(tmp_path / "kept" / "xx-yy.parquet")
+    assert set(kept) == {"zero-shot", "target"}
+    for record in kept.values():
+        assert str(tmp_path) not in str(record), "a folder of this machine"
+        assert record["machine"]["cores"] > 0
     monkeypatch.setattr(recorded_runs, "compare_methods", lambda *a: pytest.fail("run again"))
     recorded_runs.main(command)
-    recorded_runs.main([*command[:4], "--only", "source", "--minutes", "0"])  # no time is left
+    recorded_runs.main([*command[:6], "--only", "source", "--minutes", "0"])  # no time is left
 
 
 def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(tmp_path, monkeypatch):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
-    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=steps)))
-    monkeypatch.setattr(recorded_runs, "RUNS", tmp_path / "kept")
-    monkeypatch.setattr(recorded_runs, "OTHER_ADAPTERS", tmp_path / "others")
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: config)
-    command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--only", "target"]
+    places = ["--work", str(tmp_path / "work"), "--records", str(tmp_path / "kept")]
+    command = ["run", "xx-yy", *places, "--only", "target"]
     recorded_runs.main([*command, "--seeds", "1337"])  # drawn with no seed: counts as the first
     assert not (tmp_path / "kept").exists()
     for more in ((), ("--adapters-seed", "7")):
         recorded_runs.main([*command, "--seeds", "42", *more])
     first, other = (
-        json.loads((tmp_path / kept / "xx-yy" / "target.json").read_text())
-        for kept in ("kept", "others")
+        records.read_runs(tmp_path / "kept" / "xx-yy.parquet", collection)["target"]
+        for collection in ("runs", "other-adapters")
     )
     assert first["rows"]["test"]["ids"] == other["rows"]["test"]["ids"]
     assert first["dev"] != other["dev"]
@@ -623,28 +632,55 @@ def test_an_ablation_holds_each_variant_beside_the_preset(tmp_path, capsys):
 def test_variants_that_need_a_model_are_no_part_of_the_laboratory():
     for preset in ("paper", "standard"):
         found = ablation.variants_of(preset)
-        assert not {"moments-kept", "importance-fixed"} & set(found)
+        assert not {"moments-kept", "moments-cleared"} & set(found)
         base = found["as-configured"]
         assert all(config != base for name, config in found.items() if name != "as-configured")
     assert ablation.variants_of("paper")["anchor-and-entropy-off"].entropy == 0.0
 
 
+def test_the_published_commit_masks_at_the_candidate_and_records_another_ratio(capsys):
+    config = ControllerConfig(preset="paper")
+    losses = [[1.0] * 4, [3.0] * 4]
+    state = rounds.begin(config)
+    round_of = (config, (0.8, 0.4), [2.0] * 4, losses, [3, 1, 4, 5], 10)
+    after, record = controllers.conclude_at_candidate(state, *round_of)
+    assert (record.ratio, record.mask_ratio) == (pytest.approx(0.5), 0.8)
+    assert (after.mask_ratio, after.records) == (0.8, (record,))
+    _, ours = rounds.conclude(state, *round_of)
+    assert ours.mask_ratio == ours.ratio == record.ratio
+    ablation.main(["--preset", "paper", "--quick", "--only", ablation.AT_CANDIDATE])
+    assert "| candidate-committed |" in capsys.readouterr().out
+
+
+EMBEDDED = records.FOLDER / "embedded.parquet"
+
+
 def test_a_recorded_search_is_replayed_to_the_ratio_it_ended_with(capsys):
-    files = sorted((common.ROOT / "docs/results/former/embedded/searches").glob("*.jsonl"))
-    assert len(files) == 2
-    replay.main([str(file) for file in files])
+    table = records.beside(EMBEDDED, "rounds")
+    names = sorted(records.jobs(table, "former"))
+    assert len(names) == 2
+    replay.main([str(table), "--collection", "former"])
     ends = [line for line in capsys.readouterr().out.splitlines() if "as it is" in line]
-    kept = [read_jsonl(file.parent.parent / f"{file.stem}.json")[0]["ratio"] for file in files]
+    runs = records.read_runs(EMBEDDED, "former")
+    kept = [runs[name]["ratio"] for name in names]
     assert [float(line.split("|")[2]) for line in ends] == pytest.approx(kept)
 
 
-def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(capsys):
-    (file, *_) = sorted((common.ROOT / "docs/results/former/embedded/searches").glob("*.jsonl"))
-    replay.main([str(file)])
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if " x median" in line]
-    records = replay.read_rounds(file)
+def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(tmp_path, capsys):
+    table = records.beside(EMBEDDED, "rounds")
+    searches = records.read(table, "former")
+    (name, *_) = sorted(searches)
+    replay.main([str(table), "--collection", "former", "--jobs", name])
+    printed = capsys.readouterr().out
+    rows = [line.split("|") for line in printed.splitlines() if " x median" in line]
+    rounds = replay.rounds_of(searches[name])
     expected = [
-        lowest(compressed(gaps_of(records), multiple), len(records), ControllerConfig())
+        curve_minimum(
+            compressed(observations_by_round(rounds), multiple), len(rounds), ControllerConfig()
+        )
         for multiple in (1, 2, 4)
     ]
     assert [float(row[2]) for row in rows] == pytest.approx(expected, abs=5e-4)
+    write_jsonl(tmp_path / f"{name}.jsonl", searches[name])
+    replay.main([str(tmp_path / f"{name}.jsonl")])
+    assert capsys.readouterr().out == printed, "a run's own rounds.jsonl"

@@ -10,6 +10,7 @@ import pytest
 from grasp_lora.base import files as runs
 from grasp_lora.base.files import (
     check_disk,
+    check_run,
     finish_run,
     open_run,
     peak_memory_bytes,
@@ -27,57 +28,59 @@ CONFIG = {"output": "runs/a", "seed": 42, "search": {"epochs": 3}, "weights": (0
 
 def test_a_new_folder_holds_its_configuration(tmp_path):
     run = tmp_path / "deep" / "run"
-    assert open_run(run, CONFIG) == "new"
+    assert not check_run(run)
+    open_run(run, CONFIG)
     assert read_config(run) == {**CONFIG, "weights": [0.5, 0.5]}
 
 
 def test_an_unfinished_run_of_the_same_configuration_is_resumed(tmp_path):
     open_run(tmp_path, CONFIG)
     write_json(tmp_path / "search" / "ratio.json", {"ratio": 0.4})
-    assert open_run(tmp_path, {**CONFIG, "output": "moved/here"}) == "resumed"
+    assert not check_run(tmp_path), "it is not finished"
+    open_run(tmp_path, {**CONFIG, "output": "moved/here"})
     assert read_json(tmp_path / "search" / "ratio.json") == {"ratio": 0.4}
 
 
-def test_another_configuration_is_refused_with_old_and_new_values(tmp_path):
+def test_what_another_configuration_changes_is_left_to_the_stages(tmp_path):
     open_run(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match=r"search\.epochs: 3 -> 5; seed: 42 -> 7") as caught:
-        open_run(tmp_path, {**CONFIG, "seed": 7, "search": {"epochs": 5}})
-    assert "--overwrite" in str(caught.value)
+    write_json(tmp_path / "search" / "ratio.json", {"ratio": 0.4})
+    finish_run(tmp_path)
+    open_run(tmp_path, {**CONFIG, "seed": 7})
+    assert read_config(tmp_path)["seed"] == 7
+    assert not check_run(tmp_path), "it is under way again"
+    assert read_json(tmp_path / "search" / "ratio.json") == {"ratio": 0.4}
 
 
-def test_a_key_that_one_side_lacks_is_a_difference(tmp_path):
-    open_run(tmp_path, {"a": 1, "b": 2})
-    with pytest.raises(ValueError, match="b: 2 -> absent; c: absent -> null"):
-        open_run(tmp_path, {"a": 1, "c": None})
-
-
-def test_a_finished_run_is_kept_unless_overwritten(tmp_path):
+def test_a_finished_run_is_kept_unless_all_is_to_be_done_again(tmp_path):
     open_run(tmp_path, CONFIG)
     write_json(tmp_path / "final" / "adapter_config.json", {})
     write_json(tmp_path / "search.work" / "checkpoint-1" / "x.json", {})
     (tmp_path / "my-notes.txt").write_text("mine")
     finish_run(tmp_path)
-    with pytest.raises(ValueError, match="finished run.*--overwrite"):
-        open_run(tmp_path, CONFIG)
-    assert open_run(tmp_path, {**CONFIG, "seed": 1}, overwrite=True) == "new"
+    before = sorted(os.listdir(tmp_path))
+    assert check_run(tmp_path), "the caller is told that it is finished"
+    assert sorted(os.listdir(tmp_path)) == before
+    open_run(tmp_path, {**CONFIG, "seed": 1}, again=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "my-notes.txt"]
     assert read_config(tmp_path)["seed"] == 1
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path, again):
     (tmp_path / "final").mkdir()
-    with pytest.raises(ValueError, match="no run of grasp-lora"):
-        open_run(tmp_path, CONFIG, overwrite=overwrite)
-    assert os.listdir(tmp_path) == ["final"]
+    for attempt in (lambda: check_run(tmp_path), lambda: open_run(tmp_path, CONFIG, again)):
+        with pytest.raises(ValueError, match="no run of grasp-lora"):
+            attempt()
+        assert os.listdir(tmp_path) == ["final"]
 
 
 def test_a_foreign_config_json_is_never_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "merged").mkdir()
-    with pytest.raises(ValueError, match="not written by grasp-lora"):
-        open_run(tmp_path, CONFIG, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "merged"]
+    for attempt in (lambda: check_run(tmp_path), lambda: open_run(tmp_path, CONFIG, again=True)):
+        with pytest.raises(ValueError, match="not written by grasp-lora"):
+            attempt()
+        assert sorted(os.listdir(tmp_path)) == ["config.json", "merged"]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
@@ -95,7 +98,9 @@ def test_a_crash_before_the_first_file_leaves_a_folder_that_can_be_used(tmp_path
         open_run(tmp_path, CONFIG)
     monkeypatch.undo()
     (tmp_path / ".config.json.abc.part").touch()
-    assert open_run(tmp_path, CONFIG) == "new"
+    assert not check_run(tmp_path)
+    open_run(tmp_path, CONFIG)
+    assert read_config(tmp_path)["seed"] == 42
 
 
 def test_a_failed_write_keeps_the_old_content_and_no_rest(tmp_path, monkeypatch):

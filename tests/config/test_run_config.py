@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
-from grasp_lora.core import ControllerConfig
+from grasp_lora.config.faults import OLD_KEYS
+from grasp_lora.config.run_config import ConfigError, RunConfig, load_config, paper_settings
+from grasp_lora.config.sections import Training, TrainingName
+from grasp_lora.core import CONTROLLER_PRESETS, ControllerConfig
 
 MINIMAL: dict[str, Any] = {
     "model": "smollm2",
@@ -20,6 +22,17 @@ def written(folder: Path, **sections: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, **sections}), encoding="utf-8")
     return path
+
+
+TRAININGS = get_args(TrainingName)
+
+
+def epochs_of(config: RunConfig) -> tuple[int, ...]:
+    return tuple(config.training(name).epochs for name in TRAININGS)
+
+
+def patience_of(config: RunConfig) -> tuple[int | None, ...]:
+    return tuple(config.training(name).patience for name in TRAININGS)
 
 
 def faults_of(path: Path, *overrides: str) -> tuple[str, ...]:
@@ -37,8 +50,8 @@ def test_defaults_are_the_documented_ones(tmp_path):
         "activation",
         "source",
     )
-    assert (config.train.epochs, config.search.epochs, config.finetune.epochs) == (3, 10, 10)
-    assert (config.train.patience, config.finetune.patience) == (None, 3)
+    assert epochs_of(config) == (3, 3, 10, 10)
+    assert patience_of(config) == (None, None, None, 3)
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (
         8,
         32,
@@ -47,17 +60,99 @@ def test_defaults_are_the_documented_ones(tmp_path):
 
 
 def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path):
-    config = load_config(written(tmp_path, train={"batch_size": 8}, finetune={"epochs": 2}))
-    assert (config.train.epochs, config.train.batch_size) == (3, 8)
-    assert (config.finetune.epochs, config.finetune.patience) == (2, 3)
+    train = {"source": {"batch_size": 8}, "finetune": {"epochs": 2}}
+    config = load_config(written(tmp_path, train=train))
+    source, finetune = config.training("source"), config.training("finetune")
+    assert (source.epochs, source.batch_size) == (3, 8)
+    assert (finetune.epochs, finetune.patience, finetune.batch_size) == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "epochs"),
+    [
+        ({}, (3, 3, 10, 10)),
+        ({"epochs": 7}, (7, 7, 7, 7)),
+        ({"search": {"epochs": 6}}, (3, 3, 6, 10)),
+        ({"epochs": 7, "search": {"epochs": 6}, "source": {"batch_size": 2}}, (7, 7, 6, 7)),
+        ({"epochs": 10, "target": {"epochs": 1}}, (10, 1, 10, 10)),
+    ],
+)
+def test_a_trainings_own_value_goes_before_the_shared_one_and_that_before_the_default(
+    tmp_path, train, epochs
+):
+    config = load_config(written(tmp_path, train=train))
+    assert epochs_of(config) == epochs
+    assert {config.training(name).lr_decay for name in TRAININGS} == {0.85}
+
+
+def test_every_value_can_be_shared_and_can_differ_for_one_training(tmp_path):
+    shared = {
+        "epochs": 7,
+        "learning_rate": 0.5,
+        "weight_decay": 0.1,
+        "lr_decay": 0.5,
+        "batch_size": 7,
+        "accumulation": 2,
+        "max_steps": 70,
+        "save_every": 3,
+        "max_grad_norm": 0.5,
+        "order": "by-length",
+        "patience": 4,
+    }
+    assert set(shared) == set(Training.model_fields)
+    for key, value in shared.items():
+        config = load_config(written(tmp_path, train={key: value}))
+        found = [getattr(config.training(name), key) for name in TRAININGS]
+        assert found == [None if (name, key) == ("search", "patience") else value
+                         for name in TRAININGS]  # fmt: skip
+        for name in TRAININGS:
+            if (name, key) == ("search", "patience"):
+                continue
+            one = load_config(written(tmp_path, train={name: {key: value}}))
+            plain = load_config(written(tmp_path))
+            assert one.training(name) == plain.training(name).model_copy(update={key: value})
+            assert all(one.training(n) == plain.training(n) for n in TRAININGS if n != name)
+
+
+@pytest.mark.parametrize(
+    ("train", "patience"),
+    [
+        ({"patience": 2}, (2, 2, None, 2)),
+        ({"patience": None}, (None, None, None, None)),
+        ({"finetune": {"patience": None}}, (None, None, None, None)),
+        ({"patience": 2, "finetune": {"patience": None}}, (2, 2, None, None)),
+        ({"patience": None, "source": {"patience": 1}, "search": {"patience": None}},
+         (1, None, None, None)),
+    ],
+)  # fmt: skip
+def test_patience_of_none_is_a_value_and_a_search_has_no_other(tmp_path, train, patience):
+    config = load_config(written(tmp_path, train=train))
+    assert patience_of(config) == patience
+    assert patience_of(RunConfig(**config.to_dict())) == patience
+
+
+def test_where_a_value_is_written_makes_no_other_run(tmp_path):
+    shared = load_config(written(tmp_path, train={"epochs": 4}))
+    apart = load_config(written(tmp_path, train={name: {"epochs": 4} for name in TRAININGS}))
+    assert shared.config_hash() == apart.config_hash()
+    assert shared.config_hash() != load_config(written(tmp_path)).config_hash()
+
+
+def test_one_value_of_one_training_can_be_changed(tmp_path):
+    config = load_config(written(tmp_path, train={"epochs": 4}))
+    changed = config.with_training("search", epochs=5)
+    assert epochs_of(changed) == (4, 4, 5, 4)
+    assert epochs_of(config) == (4, 4, 4, 4)
 
 
 def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
-    config = load_config(written(tmp_path, preset="paper", finetune={"accumulation": 2}))
+    train = {"finetune": {"accumulation": 2}}
+    config = load_config(written(tmp_path, preset="paper", train=train))
     assert config.controller == ControllerConfig(preset="paper")
     assert (config.merge.kind, config.merge.weights) == ("linear", (1.0, 1.0))
-    assert (config.search.batch_size, config.search.accumulation) == (1, 1)
-    assert (config.finetune.batch_size, config.finetune.accumulation) == (1, 2)
+    search, finetune = config.training("search"), config.training("finetune")
+    assert (search.batch_size, search.accumulation) == (1, 1)
+    assert (finetune.batch_size, finetune.accumulation) == (1, 2)
     assert config.finetune.mask_schedule == "every-step"
     published = {
         "epochs": 10,
@@ -66,10 +161,54 @@ def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
         "weight_decay": 0.0,
         "lr_decay": 0.85,
     }
-    for section in (config.train, config.search, config.finetune):
-        assert published.items() <= section.model_dump().items()
-    assert (config.train.patience, config.finetune.patience) == (3, 3)
+    for name in TRAININGS:
+        assert published.items() <= config.training(name).model_dump().items()
+    assert patience_of(config) == (3, 3, None, 3)
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 32, 0.05)
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.protocol == "paper"
+    assert load_config(written(tmp_path)).protocol == "official"
+    plain = load_config(written(tmp_path, preset="paper"))
+    assert plain.training("finetune").accumulation == 8
+
+
+def test_the_published_file_and_the_controllers_paper_preset_agree():
+    controller = paper_settings()["controller"]
+    assert dict(CONTROLLER_PRESETS["paper"]).items() <= controller.items()
+    assert ControllerConfig(**controller) == ControllerConfig(preset="paper")
+
+
+@pytest.mark.parametrize(
+    ("sections", "epochs"),
+    [
+        ({"train": {"epochs": 4}}, (4, 4, 4, 4)),
+        ({"train": {"source": {"epochs": 4}}}, (4, 10, 10, 10)),
+        ({"train": {"epochs": 4, "target": {"epochs": 5}}}, (4, 5, 4, 4)),
+    ],
+)
+def test_a_users_shared_value_goes_before_the_published_one_of_a_training(
+    tmp_path, sections, epochs
+):
+    config = load_config(written(tmp_path, preset="paper", **sections))
+    assert epochs_of(config) == epochs
+    assert {config.training(name).batch_size for name in TRAININGS} == {1}
+    assert RunConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("schedule", [{"rounds": 4}, {"interval": 5}])
+def test_a_users_schedule_of_rounds_replaces_the_published_one(tmp_path, schedule):
+    config = load_config(written(tmp_path, preset="paper", controller=schedule))
+    assert config.controller == ControllerConfig(preset="paper", **schedule)
+
+
+def test_another_controller_goes_with_the_published_rest(tmp_path):
+    controller = {"preset": "standard", "rows": 8}
+    config = load_config(written(tmp_path, preset="paper", controller=controller))
+    assert config.controller == ControllerConfig(rows=8)
+    assert config.merge.kind == "linear"
+    other = load_config(written(tmp_path, controller={"preset": "paper"}))
+    assert other.controller == ControllerConfig(preset="paper")
+    assert other.merge.kind == "cat"
 
 
 @pytest.mark.parametrize(
@@ -80,15 +219,20 @@ def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
         ({"finetune": {"mode": "continue"}}, [], (5, 5)),
         ({}, ["finetune.mode=continue"], (5, 5)),
         ({"preset": "paper", "finetune": {"mode": "continue"}}, [], (5, 5)),
-        ({"finetune": {"mode": "continue", "epochs": 3}}, [], (5, 3)),
-        ({"search": {"epochs": 8}, "finetune": {"mode": "continue"}}, [], (8, 5)),
+        (
+            {"finetune": {"mode": "continue"}, "train": {"finetune": {"epochs": 3}}},
+            [],
+            (5, 3),
+        ),
+        ({"train": {"search": {"epochs": 8}}, "finetune": {"mode": "continue"}}, [], (8, 5)),
     ],
 )
 def test_going_on_from_the_search_halves_both_runs_unless_told(
     tmp_path, sections, overrides, epochs
 ):
     config = load_config(written(tmp_path, **sections), overrides)
-    assert (config.search.epochs, config.finetune.epochs) == epochs
+    assert epochs_of(config)[2:] == epochs
+    assert config.training("finetune").patience == 3
     assert RunConfig(**config.to_dict()) == config
 
 
@@ -120,7 +264,8 @@ def test_all_faults_are_reported_together_with_key_value_and_near_miss(tmp_path)
         written(
             tmp_path,
             seed=-1,
-            finetune={"epoks": 3, "mask_schedule": "never"},
+            train={"epochs": 0, "finetune": {"epoks": 3}},
+            finetune={"mask_schedule": "never"},
             merge={"weights": [1.0]},
             controller={"hihg": 0.5, "low": "x"},
             learning_rate=1e-3,
@@ -130,14 +275,15 @@ def test_all_faults_are_reported_together_with_key_value_and_near_miss(tmp_path)
     by_key = {fault.split(":")[0]: fault for fault in faults}
     assert "key=value" in by_key["--set broken"]
     assert "-1" in by_key["seed"]
-    assert "did you mean finetune.epochs?" in by_key["finetune.epoks"]
+    assert "did you mean train.finetune.epochs?" in by_key["train.finetune.epoks"]
+    assert "got 0" in by_key["train.epochs"]
     assert "'never'" in by_key["finetune.mask_schedule"]
     assert "once" in by_key["finetune.mask_schedule"]
     assert "1 entries" in by_key["merge"]
     assert "did you mean controller.high?" in by_key["controller.hihg"]
     assert "'x'" in by_key["controller.low"]
     assert "train.learning_rate" in by_key["learning_rate"]
-    assert len(faults) == 8
+    assert len(faults) == 9
 
 
 def test_controller_rules_reach_the_user(tmp_path):
@@ -160,8 +306,9 @@ def test_unknown_part_of_the_rows_is_named_once(tmp_path):
         ({"merge": {"weights": [0, 0]}}, "all 0"),
         ({"merge": {"rank": 4}}, "rank 4 has no effect"),
         ({"merge": {"kind": "svd"}}, "mask_unit: 'source'"),
-        ({"finetune": {"mode": "continue", "importance": "magnitude"}}, "finetune.importance"),
-        ({"search": {"patience": 2}}, "search.patience: unknown key; did you mean"),
+        ({"train": {"search": {"patience": 2}}}, "search.patience 2 has no effect"),
+        ({"train": {"search": {"epochs": None}}}, "train.search.epochs: got None"),
+        ({"train": {"learn": {"epochs": 2}}}, "train.learn: unknown key"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout"),
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate"),
@@ -178,13 +325,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, section, said):
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ({"files": "rows.jsonl"}, "rows is not given"),
         ({"files": "rows.jsonl", "rows": {"train": 9, "dev": 9}}, "rows.micro_dev: required"),
-        (
-            {"files": "rows.jsonl", "labels": "auto", "rows": {"test": 9, "dev": 2}},
-            "rows gives dev;",
-        ),
-        ({"labels": "auto"}, "files is builtin"),
+        ({"files": "rows.jsonl", "rows": {"test": 9, "dev": 2}}, "rows.train: required"),
         ({"rows": {"train": 9, "dev": 9, "micro_dev": 0}}, "rows.micro_dev: 0 rows"),
         ({"files": {"train": "rows.jsonl"}}, "files.dev: required"),
         ({"files": {"train": "rows.jsonl"}, "rows": {"train": 1}}, "remove rows"),
@@ -235,7 +377,7 @@ def test_paths_below_the_home_folder_are_written_with_a_tilde(tmp_path, monkeypa
 def test_a_file_is_a_path_and_builtin_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
-    labelled = {"language": "es", "files": "rows.jsonl", "labels": "auto"}
+    labelled = {"language": "es", "files": "rows.jsonl"}
     config = load_config(written(tmp_path, data={"source": {"language": "en"}, "target": labelled}))
     assert config.data.target.files == Path("rows.jsonl")
     assert config.data.source is not None
@@ -248,9 +390,9 @@ def test_overrides_apply_in_order_and_parse_as_yaml(tmp_path):
         [
             "model.dtype=float32",
             "merge.weights=[0.25, 0.75]",
-            "search.learning_rate=3e-4",
-            "search.epochs=1",
-            "search.epochs=2",
+            "train.search.learning_rate=3e-4",
+            "train.search.epochs=1",
+            "train.search.epochs=2",
             "controller.preset=paper",
             "finetune.mask_schedule=5",
             "model.revision=null",
@@ -258,9 +400,64 @@ def test_overrides_apply_in_order_and_parse_as_yaml(tmp_path):
     )
     assert (config.model.name, config.model.dtype) == ("smollm2", "float32")
     assert config.merge.weights == (0.25, 0.75)
-    assert (config.search.learning_rate, config.search.epochs) == (3e-4, 2)
+    search = config.training("search")
+    assert (search.learning_rate, search.epochs) == (3e-4, 2)
     assert config.controller.preset == "paper"
     assert config.finetune.mask_schedule == 5
+
+
+OLD = {
+    "search.epochs": "train.search.epochs",
+    "search.patience": "all its epochs",
+    "finetune.learning_rate": "train.finetune.learning_rate",
+    "finetune.patience": "train.finetune.patience",
+    "finetune.importance": "importance",
+    "controller.commit": "bounded ratio",
+    "controller.refresh_importance": "every round",
+    "controller.start": "controller.preset",
+    "controller.sigma": "controller.preset",
+    "model.gguf_file": "model.name",
+    "lora.use_rslora": "lora.alpha",
+    "data.protocol": "preset: paper",
+    "data.source.labels": "divided automatically",
+    "data.target.labels": "divided automatically",
+    "evaluate.bertscore_layer": "bert-score lists",
+    "evaluate.bertscore_rescale": "--bertscore-rescale",
+    "evaluate.bertscore_max_length": "512",
+}
+
+
+@pytest.mark.parametrize("key", sorted(OLD_KEYS))
+def test_a_key_of_an_earlier_version_is_refused_with_what_replaces_it(tmp_path, key):
+    (fault,) = faults_of(written(tmp_path), f"{key}=1")
+    assert fault == f"{key}: removed; {OLD_KEYS[key]}"
+    assert OLD.get(key, f"train.{key}") in fault
+
+
+def test_keys_of_an_earlier_version_are_refused_together_wherever_they_stand(tmp_path):
+    data = {**MINIMAL["data"], "target": {"language": "es", "labels": "auto"}}
+    faults = faults_of(
+        written(
+            tmp_path,
+            data=data,
+            search={"epochs": 3, "epoks": 3},
+            finetune={"epochs": 3, "mode": "never"},
+            controller={"commit": "candidate", "start": 0.2},
+        ),
+        "model.gguf_file=a.gguf",
+    )
+    assert {fault.split(":")[0] for fault in faults} == {
+        "data.target.labels",
+        "search.epochs",
+        "search.epoks",
+        "finetune.epochs",
+        "finetune.mode",
+        "controller.commit",
+        "controller.start",
+        "model.gguf_file",
+    }
+    assert any("did you mean train.search.epochs?" in fault for fault in faults)
+    assert faults_of(written(tmp_path, search=3)) == ("search: removed; write train.search",)
 
 
 def test_a_key_written_twice_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Merges against the sum of deltas written out, and what they refuse."""
+"""Test merges against the sum of deltas written out, and the refusal of bad input."""
 
 import math
 

@@ -12,13 +12,20 @@ import pytest
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from grasp_lora.data.hub import PRESETS, HubExamples, Source, load_hub, load_preset, split_published
+from grasp_lora.data.hub import (
+    PUBLISHED_SETS,
+    HubExamples,
+    Source,
+    load_hub,
+    load_preset,
+    split_published,
+)
 from grasp_lora.data.leaks import check_disjoint, drop_parallel
 from grasp_lora.tasks.base import TASKS
 from hub_server import serve
 
 EXPORT = "refs/convert/parquet"
-PRESETS_BY_ROLE = [(name, role) for name in PRESETS for role in ("source", "target")]
+SETS_BY_ROLE = [(name, role) for name in PUBLISHED_SETS for role in ("source", "target")]
 Row = Mapping[str, Any]
 
 
@@ -77,7 +84,7 @@ def mlqa(revision: str | None = None) -> dict[tuple[str, str | None, str | None]
     return {("facebook/mlqa", "mlqa.ar.ar", revision): MLQA}
 
 
-@pytest.mark.parametrize("preset", PRESETS.values(), ids=str)
+@pytest.mark.parametrize("preset", PUBLISHED_SETS.values(), ids=str)
 def test_every_part_of_every_role_has_a_size_and_a_published_split(preset) -> None:
     assert set(preset.drawn_from) == {"official", "paper"}
     for protocol in preset.drawn_from.values():
@@ -93,13 +100,13 @@ def test_every_part_of_every_role_has_a_size_and_a_published_split(preset) -> No
 
 
 def test_languages_are_those_the_data_sets_have() -> None:
-    names = set(PRESETS["xlsum"].languages.values())
+    names = set(PUBLISHED_SETS["xlsum"].languages.values())
     assert len(names) == 45
-    assert PRESETS["xlsum"].languages["zh"] == "chinese_simplified"
+    assert PUBLISHED_SETS["xlsum"].languages["zh"] == "chinese_simplified"
     assert {"chinese_traditional", "serbian_latin", "pidgin", "kirundi"} <= names
-    assert list(PRESETS["mlqa"].languages) == ["ar", "de", "en", "es", "hi", "vi", "zh"]
-    assert len(PRESETS["xquad"].languages) == 12
-    assert not any("XQuAD" in str(s) for s in PRESETS["xquad"].sources("ro"))
+    assert list(PUBLISHED_SETS["mlqa"].languages) == ["ar", "de", "en", "es", "hi", "vi", "zh"]
+    assert len(PUBLISHED_SETS["xquad"].languages) == 12
+    assert not any("XQuAD" in str(s) for s in PUBLISHED_SETS["xquad"].sources("ro"))
 
 
 def test_places_are_tried_in_order_and_every_failure_is_kept(tmp_path: Path) -> None:
@@ -201,7 +208,7 @@ def test_a_very_large_split_is_read_in_part_and_the_same_each_time(monkeypatch) 
 @pytest.mark.parametrize("protocol", ["official", "paper"])
 def test_the_parts_of_a_preset_come_from_their_published_splits_and_are_disjoint(protocol) -> None:
     found = load_preset("mlqa", "ar", protocol, load=Hub(mlqa()))
-    split = split_published(found, PRESETS["mlqa"].sizes["target"], 3)
+    split = split_published(found, PUBLISHED_SETS["mlqa"].sizes["target"], 3)
     assert {part: len(rows) for part, rows in split.parts.items()} == {
         "train": 50, "dev": 50, "micro_dev": 16, "test": 100
     }  # fmt: skip
@@ -211,8 +218,8 @@ def test_the_parts_of_a_preset_come_from_their_published_splits_and_are_disjoint
                        "test": {test}}  # fmt: skip
     assert check_disjoint(split.parts, threshold=1.0) == ()
     assert split.dropped["micro_dev"] == 4
-    assert split_published(found, PRESETS["mlqa"].sizes["target"], 3) == split
-    assert split_published(found, PRESETS["mlqa"].sizes["target"], 4) != split
+    assert split_published(found, PUBLISHED_SETS["mlqa"].sizes["target"], 3) == split
+    assert split_published(found, PUBLISHED_SETS["mlqa"].sizes["target"], 4) != split
 
 
 def test_xquad_has_room_for_a_source_that_shares_no_question_with_the_target() -> None:
@@ -226,10 +233,10 @@ def test_xquad_has_room_for_a_source_that_shares_no_question_with_the_target() -
         "xquad", "en", role="source", load=Hub({("google/xquad", "xquad.en", None): rows})
     )
     for seed in range(5):
-        parts = split_published(target, PRESETS["xquad"].sizes["target"], seed).parts
+        parts = split_published(target, PUBLISHED_SETS["xquad"].sizes["target"], seed).parts
         used = [example for part in parts.values() for example in part]
         left = english.filtered(lambda rows, used=used: drop_parallel(rows, used)[0])
-        source = split_published(left, PRESETS["xquad"].sizes["source"], seed).parts
+        source = split_published(left, PUBLISHED_SETS["xquad"].sizes["source"], seed).parts
         assert [len(part) for part in source.values()] == [700, 100, 100]
         both = {f"t/{k}": v for k, v in parts.items()} | {f"s/{k}": v for k, v in source.items()}
         assert check_disjoint(both, threshold=1.0) == ()

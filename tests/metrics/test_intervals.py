@@ -8,7 +8,7 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
 from grasp_lora.metrics import Options, compare_means
-from grasp_lora.metrics.intervals import Paired, interval, paired
+from grasp_lora.metrics.intervals import PairedDifference, interval, paired_difference
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
@@ -84,16 +84,16 @@ def test_equal_seeds_give_equal_intervals_and_the_order_of_the_rows_does_not_mat
 def test_global_random_states_are_left_alone():
     before = random.getstate(), np.random.get_state()[1].tolist()
     interval(counted([1, 2, 3]), alone(range(3)), mean, resamples=50)
-    paired(counted([1, 2, 3]), counted([3, 2, 2]), alone(range(3)), mean, resamples=50)
+    paired_difference(counted([1, 2, 3]), counted([3, 2, 2]), alone(range(3)), mean, resamples=50)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_intervals_do_not_depend_on_how_many_resamples_are_held_at_once(monkeypatch):
     a, b = clustered(np.random.default_rng(5)), clustered(np.random.default_rng(6))
     groups = contexts([6] * 60)
-    whole = paired(counted(a), counted(b), groups, mean, resamples=300)
+    whole = paired_difference(counted(a), counted(b), groups, mean, resamples=300)
     monkeypatch.setattr("grasp_lora.metrics.intervals._BATCH_BYTES", 60 * 8 * 7)
-    small = paired(counted(a), counted(b), groups, mean, resamples=300)
+    small = paired_difference(counted(a), counted(b), groups, mean, resamples=300)
     assert vars(small) == pytest.approx(vars(whole))
 
 
@@ -102,7 +102,7 @@ def test_ten_thousand_groups_take_little_memory():
     b = np.random.default_rng(8).random((10_000, 20))
     tracemalloc.start()
     try:
-        paired(a, b, alone(a), mean, resamples=1000)
+        paired_difference(a, b, alone(a), mean, resamples=1000)
         peak = tracemalloc.get_traced_memory()[1] / 2**20
     finally:
         tracemalloc.stop()
@@ -136,10 +136,10 @@ def test_scores_that_are_not_finite_give_no_interval_and_no_warning():
 
     a, b = counted([1500.0, 1.0, 2.0]), counted([1.0, 2.0, 3.0])
     assert interval(a, alone(a), overflowing) is None  # exp(501), but a drawn set has exp(1500)
-    found = paired(a, b, alone(a), overflowing)
+    found = paired_difference(a, b, alone(a), overflowing)
     assert (found.low, found.high) == (None, None)
-    assert paired(a * [2, 1], b, alone(a), overflowing).p_value is None
-    turned = paired(a, counted([1.0, 1500.0, 3.0]), alone(a), overflowing)
+    assert paired_difference(a * [2, 1], b, alone(a), overflowing).p_value is None
+    turned = paired_difference(a, counted([1.0, 1500.0, 3.0]), alone(a), overflowing)
     assert turned.p_value is None  # swapping brings both 1500 to one system
 
 
@@ -163,13 +163,13 @@ def test_permutation_p_of_three_groups_is_the_one_worked_out_by_hand():
     # Sums of A - B by group: 3 (of two rows: 1 + 2), 2, 1. The eight ways of signs give
     # 6, 4, 2, 0, 0, -2, -4, -6. The 6 seen: one of eight is as high, twice that is 0.25.
     a, b = counted([2, 3, 4, 5]), counted([1, 1, 2, 4])
-    found = paired(a, b, ["x", "x", "y", "z"], mean)
+    found = paired_difference(a, b, ["x", "x", "y", "z"], mean)
     assert found.difference == 6 / 4
     assert found.p_value == 0.25
     # Groups 3, 2, -1 sum to 4: as high are 4 and 6, two of eight.
-    assert paired(a, counted([1, 1, 2, 6]), ["x", "x", "y", "z"], mean).p_value == 0.5
+    assert paired_difference(a, counted([1, 1, 2, 6]), ["x", "x", "y", "z"], mean).p_value == 0.5
     # Rows taken one by one: 1, 2, 2, 1. Of 16 ways only all four up reach 6: 2 / 16.
-    assert paired(a, b, alone(a), mean).p_value == 0.125
+    assert paired_difference(a, b, alone(a), mean).p_value == 0.125
 
 
 def test_small_p_values_agree_with_all_swaps_written_out_for_a_score_that_is_no_mean():
@@ -186,11 +186,11 @@ def test_small_p_values_agree_with_all_swaps_written_out_for_a_score_that_is_no_
         first, second = np.where(swapped, b, a), np.where(swapped, a, b)
         apart.append(ratio(first.sum(0)) - ratio(second.sum(0)))
     far = sum(abs(x) >= abs(seen) - 1e-9 for x in apart) / len(apart)
-    exact = paired(a, b, alone(a), ratio, resamples=256)
+    exact = paired_difference(a, b, alone(a), ratio, resamples=256)
     assert exact.p_value == pytest.approx(far)
-    assert paired(a, b, alone(a), ratio, resamples=256, seed=3).p_value == exact.p_value
+    assert paired_difference(a, b, alone(a), ratio, resamples=256, seed=3).p_value == exact.p_value
     # One resample fewer than there are ways, and the p-value is estimated.
-    drawn = paired(a, b, alone(a), ratio, resamples=255)
+    drawn = paired_difference(a, b, alone(a), ratio, resamples=255)
     assert drawn.p_value == pytest.approx(far, abs=0.1)
 
 
@@ -198,9 +198,9 @@ def test_small_p_values_agree_with_all_swaps_written_out_for_a_score_that_is_no_
 @pytest.mark.parametrize("sizes", [[1], [4], [2, 2], [2] * 30])
 def test_identical_systems_differ_by_nothing_with_p_1(sizes, resamples):
     scores = counted(np.random.default_rng(10).random(sum(sizes)))
-    found = paired(scores, scores, contexts(sizes), mean, resamples=resamples)
+    found = paired_difference(scores, scores, contexts(sizes), mean, resamples=resamples)
     ends = (None, None) if len(sizes) == 1 else (0, 0)
-    assert found == Paired(0, *ends, 1)
+    assert found == PairedDifference(0, *ends, 1)
 
 
 def test_ties_are_counted_as_ties_in_spite_of_rounding():
@@ -211,21 +211,21 @@ def test_ties_are_counted_as_ties_in_spite_of_rounding():
     moved = [np.dot(swaps, (b - a) * tokens) for swaps in itertools.product([0, 1], repeat=len(a))]
     exact = min(1, 2 * min(np.mean(np.array(moved) <= 0), np.mean(np.array(moved) >= 0)))
     of_a, of_b = (np.stack([tenths / 10 * tokens, tokens], axis=-1) for tenths in (a, b))
-    found = paired(of_a, of_b, alone(a), lambda sums: np.exp(mean(sums)), resamples=64)
+    found = paired_difference(of_a, of_b, alone(a), lambda sums: np.exp(mean(sums)), resamples=64)
     assert found.p_value == exact == 1
 
 
 def test_a_constant_lead_has_an_interval_without_width():
     a = counted(np.linspace(0, 90, 12))
-    found = paired(a + [[10, 0]], a, alone(a), mean)
+    found = paired_difference(a + [[10, 0]], a, alone(a), mean)
     assert (found.low, found.high) == (found.difference, found.difference)
     assert found.difference == pytest.approx(10)
     assert found.p_value == pytest.approx(2 / 1001)  # the least that 1000 resamples can show
 
 
 def test_no_resamples_leave_the_difference_alone():
-    found = paired(counted([1, 2]), counted([0, 0]), ["a", "b"], mean, resamples=0)
-    assert found == Paired(1.5, None, None, None)
+    found = paired_difference(counted([1, 2]), counted([0, 0]), ["a", "b"], mean, resamples=0)
+    assert found == PairedDifference(1.5, None, None, None)
 
 
 def test_the_paired_interval_is_narrower_than_the_two_systems_own():
@@ -233,13 +233,13 @@ def test_the_paired_interval_is_narrower_than_the_two_systems_own():
     hard = clustered(rng)
     a, b = counted(hard + rng.normal(1, 1, 360)), counted(hard + rng.normal(0, 1, 360))
     groups = contexts([6] * 60)
-    found = paired(a, b, groups, mean)
+    found = paired_difference(a, b, groups, mean)
     low, high = interval(a, groups, mean) or (0, 0)
     assert found.low is not None
     assert found.high is not None
     assert found.high - found.low < (high - low) / 5
     assert found.low < 1 < found.high
-    back = paired(b, a, groups, mean)
+    back = paired_difference(b, a, groups, mean)
     assert (back.difference, back.low, back.high) == pytest.approx(
         (-found.difference, -found.high, -found.low)
     )
@@ -252,7 +252,7 @@ def test_systems_that_are_alike_are_told_apart_in_about_5_percent_of_cases():
     for trial in range(300):
         a, b = counted(clustered(rng, groups=30)), counted(clustered(rng, groups=30))
         for way, of in (("by group", groups), ("by row", alone(a))):
-            p = paired(a, b, of, mean, resamples=199, seed=trial).p_value
+            p = paired_difference(a, b, of, mean, resamples=199, seed=trial).p_value
             told[way] += p is not None and p <= 0.05
     # 300 cases at 5 %: standard error 1.3 points.
     assert 0.015 <= told["by group"] / 300 <= 0.09
@@ -263,7 +263,7 @@ def test_a_real_difference_is_found():
     rng = np.random.default_rng(13)
     base = clustered(rng)
     a, b = counted(base + rng.normal(2, 3, 360)), counted(base)
-    found = paired(a, b, contexts([6] * 60), mean)
+    found = paired_difference(a, b, contexts([6] * 60), mean)
     assert found.p_value is not None
     assert found.p_value < 0.01
     assert found.low is not None
@@ -291,7 +291,7 @@ def test_p_values_and_intervals_agree_with_sacrebleu():
         scores = [metric._compute_score_from_stats(list(row)).score for row in flat]
         return np.array(scores).reshape(sums.shape[:-1])
 
-    ours = paired(*statistics, alone(a), chrf, resamples=2000)
+    ours = paired_difference(*statistics, alone(a), chrf, resamples=2000)
     test = PairedTest([("a", a), ("b", b)], {"chrf": CHRF()}, references, "ar", 2000, 2000)
     [_, scores] = test()
     theirs_a, theirs_b = scores["chrF2"]

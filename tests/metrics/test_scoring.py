@@ -179,7 +179,7 @@ def test_systems_on_other_rows_are_refused_by_the_first_one_that_differs() -> No
     with pytest.raises(ValueError, match="row 'r2' is only in system B"):
         compare(ours[:2], ours, ["bleu"], FAST)
     other = [ours[0], dataclasses.replace(ours[1], references=("yes", "no")), ours[2]]
-    with pytest.raises(ValueError, match="row 'r1' has other references"):
+    with pytest.raises(ValueError, match="row 'r1' has different references"):
         compare(ours, other, ["bleu"], FAST)
 
 

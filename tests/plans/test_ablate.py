@@ -22,7 +22,7 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablate")
     tiny_backbone_folder(folder / "base")
     steps = {"epochs": 2, "batch_size": 2}
-    changes = {"search": steps, "finetune": steps, "merge": {"kind": "cat"}}
+    changes = {"train": {"search": steps, "finetune": steps}, "merge": {"kind": "cat"}}
     return write_job(folder / "run.yaml", job(folder, **changes))
 
 
@@ -124,7 +124,7 @@ def test_the_command_prints_the_table_and_does_nothing_twice(done, settings):
 
 def test_a_run_without_a_result_is_named_and_the_exit_code_is_1(settings, tmp_path):
     # Nothing tells beforehand that this learning rate diverges.
-    changes = ["search.learning_rate=1.0e+30", "search.max_grad_norm=1.0e+30"]
+    changes = [f"train.search.{key}=1.0e+30" for key in ("learning_rate", "max_grad_norm")]
     arguments = ["ablate", str(settings), "--out", str(tmp_path / "out"), "--jobs", "0"]
     arguments += ["--only", AS_CONFIGURED, *(t for c in changes for t in ("--set", c))]
     result = CliRunner().invoke(app, arguments)

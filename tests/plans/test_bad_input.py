@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from grasp_lora.base.files import finish_run, open_run, write_json
+from grasp_lora.base.files import open_run
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.models.modules import base_fingerprint
 from grasp_lora.plans.run import run
-from grasp_lora.workbench.rows import load_run_data
+from grasp_lora.plans.single import train_adapter
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job, write_rows
 
@@ -138,23 +138,24 @@ def unknown_modules(folder: Path, values: dict[str, Any]) -> None:
     values["lora"] = {"target_modules": ["q_prj"]}
 
 
+def begun_run(folder: Path, values: dict[str, Any]) -> None:
+    """Leave a run as a crash does: its first stage is done, the others are not."""
+    before = load_config(write_job(folder / "before.yaml", values))
+    open_run(folder / "run", before.to_dict())
+    train_adapter(before, "target", folder / "run" / "adapters" / "target")
+
+
 def another_run(folder: Path, values: dict[str, Any]) -> None:
-    other = load_config(write_job(folder / "other.yaml", values | {"seed": 1}))
-    open_run(folder / "run", other.to_dict())
+    begun_run(folder, values | {"seed": 1})
 
 
 def finished_run(folder: Path, values: dict[str, Any]) -> None:
-    same = load_config(write_job(folder / "same.yaml", values))
-    open_run(folder / "run", same.to_dict())
-    finish_run(folder / "run")
+    run(load_config(write_job(folder / "same.yaml", values)), quiet=True)
 
 
 def changed_rows(folder: Path, values: dict[str, Any]) -> None:
     parts = files(folder, values)
-    same = load_config(write_job(folder / "same.yaml", values))
-    open_run(folder / "run", same.to_dict())
-    rows = load_run_data(same, lambda _line: None).manifest()
-    write_json(folder / "run" / "data.json", rows)
+    begun_run(folder, values)
     append(parts["train"], row(parts["train"]) | {"id": "new", "question": "One more?"})
 
 
@@ -175,14 +176,14 @@ FAULTS: dict[Fault, str] = {
     parallel_languages: r"'q16' of source/train and 'q16' of target/test \(the same id\)",
     parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage",
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
-    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise search\.epochs",
+    short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise train\.search\.epochs",
     crossed_bounds: r"controller: .*0\.6.*0\.2",
     bound_of_one: r"controller: .*1\.0",
     negative_bound: r"controller: .*-0\.1",
     unknown_modules: r"'q_prj'.*q_proj",
-    another_run: r"another configuration \(seed: 1 -> 42\); set another output, or pass --ov",
+    another_run: r"/target' holds a finished .* inputs: seed was 1, is 42; .* Choose .* pass --ov",
     finished_run: r"holds a finished run of this configuration; read its report\.md, or pass",
-    changed_rows: r"an unfinished run on other rows .* a data file has changed since; set another",
+    changed_rows: r"other inputs: the examples of target/train have changed\. Choose another",
     foreign_folder: r"is not empty and no run of grasp-lora.*set another output",
 }
 
@@ -294,7 +295,7 @@ def test_a_full_disk_is_seen_before_any_work(workplace, monkeypatch):
 
 def test_a_diverging_run_stops_with_a_diagnosis_and_its_last_good_checkpoint(workplace):
     section = {"epochs": 3, "learning_rate": 1e30, "save_every": 1}
-    values = job(workplace, search=section, train={"epochs": 1})
+    values = job(workplace, train={"search": section})
     done = CliRunner().invoke(app, ["run", str(write_job(workplace / "run.yaml", values))])
     assert done.exit_code == 2
     last = done.output.strip().split("error: ")[-1]
@@ -323,7 +324,7 @@ def test_a_run_that_diverges_later_names_the_checkpoint_before(workplace):
         ("model.name=tests", "error: tests has no config.json, so it is not a transformers model"),
         ("controller.high=2", "controller"),
         ("lora.target_modules=[q_prj]", "q_proj"),
-        ("search.max_steps=1", "error: the search has 1 optimizer steps, fewer than"),
+        ("train.search.max_steps=1", "error: the search has 1 optimizer steps, fewer than"),
     ],
 )
 def test_the_command_prints_one_error_without_a_traceback(workplace, monkeypatch, change, said):

@@ -8,6 +8,10 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from grasp_lora.plans.projection import Amount, amount_of, projected
+from grasp_lora.plans.queue import keys_of
+from grasp_lora.plans.starts import NotApplicable, started, summed
+from grasp_lora.workbench.folders import read_start
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -27,9 +31,6 @@ from grasp_lora.plans.compare import (
     with_needs,
 )
 from grasp_lora.plans.methods import TRIALS, folds_of, ratio_in
-from grasp_lora.plans.projection import Amount, amount_of, projected
-from grasp_lora.plans.queue import keys_of
-from grasp_lora.plans.starts import NotApplicable, started, summed
 from grasp_lora.report.comparison import (
     comparison_csv,
     comparison_markdown,
@@ -40,9 +41,8 @@ from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.stages.train import train_adapter
 from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import TRAIN, job, write_job
 
 METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
 ONLY = (
@@ -63,7 +63,7 @@ def settings(tmp_path_factory):
         "target": str(tiny_adapter_folder(folder / "target", tiny_model(), r=2, seed=2)),
     }
     steps = {"epochs": 1, "batch_size": 2}
-    changes = {"search": steps, "finetune": steps, "train": steps, "adapters": adapters}
+    changes = {"train": dict.fromkeys(TRAIN, steps), "adapters": adapters}
     changes["controller"] = {"rounds": 2, "rows": 4}
     return write_job(folder / "run.yaml", job(folder, **changes))
 
@@ -545,18 +545,21 @@ def test_jobs_of_all_methods_are_a_queue_and_main_methods_get_every_seed(setting
     assert keys_of(again) == keys
 
 
+def epochs_of(config):
+    return tuple(config.training(name).epochs for name in ("search", "finetune"))
+
+
 def test_one_run_and_two_have_the_epochs_that_make_them_comparable(settings):
-    config = load_config(settings, ["search.epochs=10", "finetune.epochs=10"])
+    config = load_config(settings, ["train.search.epochs=10", "train.finetune.epochs=10"])
     restart = changed_settings(config, {"finetune.mode": "restart"})
-    assert (restart.search.epochs, restart.finetune.epochs) == (10, 10)
+    assert epochs_of(restart) == (10, 10)
     continued = changed_settings(config, {"finetune.mode": "continue"})
-    assert (continued.search.epochs, continued.finetune.epochs) == (5, 5)
-    config = load_config(
-        settings, ["finetune.mode=continue", "search.epochs=4", "finetune.epochs=3"]
-    )
-    assert changed_settings(config, {}).finetune.epochs == 7
+    assert epochs_of(continued) == (5, 5)
+    epochs = ["train.search.epochs=4", "train.finetune.epochs=3"]
+    config = load_config(settings, ["finetune.mode=continue", *epochs])
+    assert changed_settings(config, {}).training("finetune").epochs == 7
     odd = changed_settings(config, {"finetune.mode": "continue"})
-    assert (odd.search.epochs, odd.finetune.epochs) == (4, 3)
+    assert epochs_of(odd) == (4, 3)
 
 
 def test_needs_are_run_as_well():

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import train_adapter
 from grasp_lora.workbench.context import open_context
 from helpers import tiny_backbone_folder
-from jobs import QUIET_EVALUATION, job, start, write_job
+from jobs import QUIET_EVALUATION, TRAIN, job, start, write_job
 
 STEPS = {"epochs": 2, "batch_size": 1, "save_every": 1}
 RESULTS = (
@@ -37,8 +37,8 @@ def base(tmp_path_factory):
 
 
 def config(base: Path, name: str) -> Path:
-    sections = dict.fromkeys(("train", "search", "finetune"), STEPS)
-    values = job(base, **sections, output=str(base / name), controller={"rounds": 6, "rows": 4})
+    train = dict.fromkeys(TRAIN, STEPS)
+    values = job(base, train=train, output=str(base / name), controller={"rounds": 6, "rows": 4})
     return write_job(base / f"{name}.yaml", values | {"evaluate": QUIET_EVALUATION})
 
 
@@ -67,7 +67,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(base, uninterrup
 
     def reached(stage: str) -> bool:
         complete = len(list((out / f"{stage}.work").glob("checkpoint-*/grasp.json")))
-        return complete >= 2 and (stage != "search" or (out / "search/rounds.jsonl").exists())
+        return complete >= 2 and (
+            stage != "search" or (out / "search.work/result/rounds.jsonl").exists()
+        )
 
     for number, stage in enumerate(STAGES):
         said = kill_when(start("run", path), partial(reached, stage))
@@ -94,7 +96,8 @@ def test_a_finished_run_is_not_run_again_unasked(base, uninterrupted):
 
 
 def test_a_stage_killed_once_patience_ran_out_does_no_further_step(base):
-    values = job(base, train={"learning_rate": 0.3, "epochs": 4, "batch_size": 4, "patience": 1})
+    training = {"learning_rate": 0.3, "epochs": 4, "batch_size": 4, "patience": 1}
+    values = job(base, train={"target": training})
     opened = open_context(load_config(write_job(base / "patience.yaml", values)), quiet=True)
 
     def trained(name: str) -> tuple[dict, bytes]:

@@ -11,9 +11,10 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.files import read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
-from grasp_lora.stages.finetune import finetune_at, on_train_rows
+from grasp_lora.plans.single import prune_adapter
 from grasp_lora.workbench.context import Context, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import with_trainings
 
 ROWS = {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}
 BATCH = 4
@@ -32,7 +33,7 @@ def settings(folder: Path, **changes) -> RunConfig:
     for name, section in changes.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     adapters = {name: str(folder / name) for name in ("source", "target")}
-    return RunConfig.model_validate(values | {"adapters": adapters})
+    return RunConfig.model_validate(with_trainings(values) | {"adapters": adapters})
 
 
 @pytest.fixture
@@ -51,20 +52,25 @@ def stage(folder: Path) -> dict:
     return read_json(folder / "stage.json")
 
 
+def on_train_rows(config: RunConfig) -> RunConfig:
+    """Return the settings with `finetune.rows: train`."""
+    finetune = config.finetune.model_copy(update={"rows": "train"})
+    return config.model_copy(update={"finetune": finetune})
+
+
 def trained_on_all(config: RunConfig, opened: Context, start: Path, epochs: int, out: Path) -> Path:
     """Return what plain fine-tuning makes of all labelled rows, put together here by hand."""
     parts = opened.data.parts["target"]
     rows = parts["train"] + parts["dev"] + parts["micro_dev"]
     data = replace(opened.data, parts={"source": {}, "target": {"train": rows}})
-    plain = config.finetune.model_copy(
-        update={"rows": "train", "epochs": epochs, "patience": None, "mode": "restart"}
-    )
+    plain = config.finetune.model_copy(update={"rows": "train", "mode": "restart"})
     config = config.model_copy(update={"finetune": plain})
-    return finetune_at(config, start, 0.0, out, context=replace_data(opened, config, data))
+    config = config.with_training("finetune", epochs=epochs, patience=None)
+    return prune_adapter(config, start, 0.0, out, context=replace_data(opened, config, data))
 
 
 def replace_data(opened: Context, config: RunConfig, data) -> Context:
-    return Context(config, data, opened.backbone, opened.task, opened.narrator)
+    return Context(config, data, opened.backbone, opened.task, opened.reporter)
 
 
 def kept_epochs(judged: Path) -> int:
@@ -77,12 +83,11 @@ def test_all_labelled_rows_are_trained_on_for_the_epochs_that_dev_rows_chose(
 ):
     config = settings(workplace, finetune={"learning_rate": rate, "epochs": planned})
     opened = open_context(config, quiet=True)
-    out = finetune_at(config, workplace / "source", 0.0, workplace / "out", context=opened)
+    out = prune_adapter(config, workplace / "source", 0.0, workplace / "out", context=opened)
     judged = workplace / "out-judged"
-    train = config.model_copy(
-        update={"finetune": config.finetune.model_copy(update={"rows": "train"})}
+    plain = prune_adapter(
+        on_train_rows(config), workplace / "source", 0.0, workplace / "plain", context=opened
     )
-    plain = finetune_at(train, workplace / "source", 0.0, workplace / "plain", context=opened)
     assert tensors(judged).keys() == tensors(plain).keys()
     assert all(torch.equal(t, tensors(plain)[name]) for name, t in tensors(judged).items())
     epochs = kept_epochs(judged)
@@ -99,7 +104,7 @@ def test_all_labelled_rows_are_trained_on_for_the_epochs_that_dev_rows_chose(
 
 def test_a_start_that_no_epoch_has_bettered_is_left_as_it_is(workplace):
     config = settings(workplace, finetune={"learning_rate": 0.3, "epochs": 1})
-    out = finetune_at(config, workplace / "source", 0.0, workplace / "out")
+    out = prune_adapter(config, workplace / "source", 0.0, workplace / "out")
     assert stage(out)["best"]["step"] == 0
     assert stage(out)["labelled"]["steps"] == 0
     one, two = (read_adapter(folder).adapter for folder in (out, workplace / "source"))
@@ -109,14 +114,14 @@ def test_a_start_that_no_epoch_has_bettered_is_left_as_it_is(workplace):
 
 def test_the_masks_are_those_of_the_judged_run(workplace):
     config = settings(workplace, finetune={"learning_rate": 0.003})
-    out = finetune_at(config, workplace / "source", 0.5, workplace / "out")
+    out = prune_adapter(config, workplace / "source", 0.5, workplace / "out")
     for name, tensor in tensors(workplace / "out-judged").items():
         assert torch.equal(tensor == 0, tensors(out)[name] == 0)
         assert (tensor == 0).float().mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_began(workplace):
-    changes = {"controller": {"low": 0.4, "start": 0.5, "high": 0.6}}
+    changes = {"controller": {"low": 0.4, "high": 0.6}}
     changes["finetune"] = {"mode": "continue", "learning_rate": 0.003, "epochs": 2}
     changes["search"] = {"learning_rate": 0.02}
     changes["evaluate"] = {"baselines": False}
@@ -127,7 +132,7 @@ def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_be
         assert torch.equal(tensor == 0, final[name] == 0)
         assert 0.35 < (tensor == 0).float().mean() < 0.65
     config = settings(workplace, **changes)
-    anew = finetune_at(
+    anew = prune_adapter(
         on_train_rows(config), out / "merged", stage(out / "final")["ratio"], out / "anew"
     )
     others = tensors(anew)
@@ -137,8 +142,8 @@ def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_be
 def test_masks_drawn_at_random_stay_those_that_were_drawn(workplace):
     def zeros(folder, **more):
         config = settings(workplace, finetune={"learning_rate": 0.003, **more})
-        out = finetune_at(on_train_rows(config), workplace / "source", 0.5, workplace / folder,
-                          random_masks=True)  # fmt: skip
+        out = prune_adapter(on_train_rows(config), workplace / "source", 0.5, workplace / folder,
+                          options={"random_masks": True})  # fmt: skip
         return {name: tensor == 0 for name, tensor in tensors(out).items()}
 
     once, again = zeros("random"), zeros("recut", mask_schedule="every-step")
@@ -192,7 +197,7 @@ def test_without_dev_rows_no_epochs_can_be_chosen(workplace):
         workplace, data={"max_length": 640, "target": {"language": "es", "rows": rows}}
     )
     with pytest.raises(ValueError, match="has no target dev rows to choose the epochs by"):
-        finetune_at(config, workplace / "source", 0.0, workplace / "out")
+        prune_adapter(config, workplace / "source", 0.0, workplace / "out")
 
 
 def test_the_end_of_a_search_is_no_place_to_begin_anew(workplace):
@@ -202,4 +207,4 @@ def test_the_end_of_a_search_is_no_place_to_begin_anew(workplace):
     out = run(config, quiet=True)
     assert read_json(out / "search" / "adapter" / "merge.json")["epochs"] > 0
     with pytest.raises(ValueError, match="give the merged adapter as the start"):
-        finetune_at(config, out / "search" / "adapter", 0.1, workplace / "out")
+        prune_adapter(config, out / "search" / "adapter", 0.1, workplace / "out")

@@ -6,21 +6,21 @@ import time
 
 import pytest
 from benchmarks import recorded
+from grasp_lora.plans.job import RESULT_FILE
+from grasp_lora.plans.queue import Job, Outcome, keys_of, run_queue
+from grasp_lora.workbench.folders import model_content
 
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.config.run_config import load_config
 from grasp_lora.plans import projection, queue
 from grasp_lora.plans.compare import METHODS, changed_settings, compare_methods, jobs_of, summary
-from grasp_lora.plans.job import RESULT_FILE
-from grasp_lora.plans.queue import Job, Outcome, keys_of, run_queue
 from grasp_lora.report.comparison import comparison_markdown, comparison_tables, price_rows
 from grasp_lora.stages import evaluate, weights
 from grasp_lora.stages.train import train_adapter
 from grasp_lora.training.best import BestCallback
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import model_content
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import TRAIN, job, write_job
 
 ALL = list(METHODS)
 
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(place):
     steps = {"epochs": 1, "batch_size": 2}
-    changes = {"search": steps, "finetune": steps, "train": steps}
+    changes = {"train": dict.fromkeys(TRAIN, steps)}
     changes["adapters"] = {role: str(place / role) for role in ("source", "target")}
     changes["controller"] = {"rounds": 2, "rows": 4}
     return write_job(place / "run.yaml", job(place, **changes))
@@ -89,10 +89,11 @@ def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
 
 
 def test_adalora_has_a_step_size_of_its_own(settings):
-    config = load_config(settings, ["train.learning_rate=3e-4"])
+    config = load_config(settings, ["train.target.learning_rate=3e-4"])
     changed = changed_settings(config, METHODS["target-adalora"].changes)
-    assert changed.train.learning_rate == 3e-3
-    assert changed.finetune.learning_rate == config.finetune.learning_rate
+    assert changed.training("target").learning_rate == 3e-3
+    for name in ("source", "search", "finetune"):
+        assert changed.training(name).learning_rate == config.training(name).learning_rate
 
 
 @pytest.mark.parametrize("plain", ["source-finetuned", "average-finetuned", "grasp-continue"])
@@ -100,9 +101,9 @@ def test_three_times_the_learning_rate_is_of_the_one_configured(settings, plain)
     config, faster = load_config(settings), f"{plain}-3x"
     sections = ("search", "finetune") if plain == "grasp-continue" else ("finetune",)
     for rate, tripled in ((1e-4, 3e-4), (2e-5, 6e-5)):
-        names = [f"{section}.learning_rate={rate}" for section in ("search", "finetune")]
+        names = [f"train.{section}.learning_rate={rate}" for section in ("search", "finetune")]
         changed = changed_settings(load_config(settings, names), METHODS[faster].changes)
-        threefold = [f"{section}.learning_rate={tripled}" for section in sections]
+        threefold = [f"train.{section}.learning_rate={tripled}" for section in sections]
         expected = load_config(settings, names + threefold)
         assert changed == changed_settings(expected, METHODS[plain].changes)
     jobs = jobs_of(config, open_context(config, quiet=True).data, [plain, faster], (1, 2))
@@ -284,7 +285,7 @@ def killed(*_):
 
 
 def test_the_seconds_of_a_killed_run_are_those_of_both_processes(settings, tmp_path, monkeypatch):
-    config = load_config(settings, ["train.epochs=3"])
+    config = load_config(settings, ["train.target.epochs=3"])
     measure, pause, calls = BestCallback._evaluate, 0.6, []
 
     def slow(self, step):
@@ -356,7 +357,7 @@ def test_pairs_share_a_source_adapter_where_its_rows_are_the_same(tmp_path, monk
     assert len({one.source for one in folders.values()}) == 4
     assert len({one.target for one in folders.values()}) == 5
     longer = recorded.config_of("en-es")
-    longer = longer.model_copy(update={"train": longer.train.model_copy(update={"epochs": 9})})
+    longer = longer.with_training("source", epochs=9).with_training("target", epochs=9)
     again = recorded.with_adapters(longer, tmp_path, "en-es").adapters
     assert again.source == folders["en-es"].source, "it sees its rows once, whatever is configured"
     assert again.target != folders["en-es"].target

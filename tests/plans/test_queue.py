@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
+from grasp_lora.plans.job import JOB_FILE, RESULT_FILE, do_job, work_named
+from grasp_lora.plans.queue import Job, gpu_of, keys_of, run_queue
 
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.plans import queue
-from grasp_lora.plans.job import JOB_FILE, RESULT_FILE, do_job, work_named
-from grasp_lora.plans.queue import Job, gpu_of, keys_of, run_queue
 from grasp_lora.workbench.reporter import duration
 
 STAND_IN = '''

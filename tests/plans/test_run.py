@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,22 @@ from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import example_losses
+from grasp_lora.plans import executor
 from grasp_lora.plans.run import run
-from grasp_lora.stages.evaluate import evaluate_adapter
-from grasp_lora.stages.finetune import finetune_at
-from grasp_lora.stages.merge import merge_adapters
-from grasp_lora.stages.search import search_ratio
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.plans.single import (
+    evaluate_adapter,
+    merge_adapters,
+    prune_adapter,
+    search_ratio,
+    train_adapter,
+)
+from grasp_lora.stages.table import KINDS
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
 from grasp_lora.workbench import context, fit
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import with_trainings
 
 
 def settings(folder: Path, **changes) -> RunConfig:
@@ -47,7 +53,7 @@ def settings(folder: Path, **changes) -> RunConfig:
         "finetune": {"epochs": 2},
         "evaluate": {"max_new_tokens": 4},
     }
-    return RunConfig.model_validate(values | changes)
+    return RunConfig.model_validate(with_trainings(values | changes))
 
 
 @pytest.fixture
@@ -156,7 +162,7 @@ def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(wor
     merged = merge_adapters(
         config, [workplace / "source", workplace / "target"], workplace / "merged", context=opened
     )
-    final = finetune_at(config, merged, 0.5, workplace / "final", context=opened)
+    final = prune_adapter(config, merged, 0.5, workplace / "final", context=opened)
     stage = read_json(final / "stage.json")
     assert stage["ranks"]["exported"] == stage["ranks"]["whole"] // 2
     assert stage["zeros"]["exported"] == pytest.approx(0.5)
@@ -211,9 +217,7 @@ def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(w
 def test_a_late_search_goes_on_after_the_rounds_that_were_kept(workplace, monkeypatch):
     merged = tiny_adapter_folder(workplace / "merged", tiny_model(), r=4, seed=1)
     config = settings(workplace, merge={"when": "after"}, controller={"rounds": 4, "rows": 4})
-    config = config.model_copy(
-        update={"search": config.search.model_copy(update={"batch_size": 2})}
-    )
+    config = config.with_training("search", batch_size=2)
     whole = search_ratio(config, merged, workplace / "whole")
     done, alone = [], SearchCallback.run_untrained_round
 
@@ -270,7 +274,7 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**kept] * 2)
     alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
     assert alone[0]["learning_rate"] == 0.01
-    again = finetune_at(
+    again = prune_adapter(
         config, out / "search/adapter", read_json(out / "ratio.json")["ratio"], out / "by-hand"
     )
     assert (again / "adapter_model.safetensors").read_bytes() == (
@@ -320,7 +324,7 @@ def test_going_on_begins_at_the_best_epoch_of_the_search(workplace, rate, kept):
     assert same(*ends) == (kept == 2), "without a best the end of the search is kept"
     assert same(ends[0], start_of(merged)) == (kept == 0)
     config = settings(workplace, search=section, finetune=going_on)
-    final = finetune_at(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
+    final = prune_adapter(config, workplace / "continue" / "adapter", 0.0, workplace / "final")
     stage = read_json(final / "stage.json")
     assert stage["evaluations"][0]["loss"] == pytest.approx(losses[2 * kept], abs=1e-5)
     assert stage["log"][0]["learning_rate"] == pytest.approx(0.01 * 0.85**kept)
@@ -345,7 +349,7 @@ def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, sch
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
     config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
-    out = finetune_at(config, start, 0.5, workplace / "out")
+    out = prune_adapter(config, start, 0.5, workplace / "out")
     assert read_json(out / "stage.json")["steps"] == 4
     assert len(calls) == cuts
     optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
@@ -418,21 +422,21 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
     assert "## Where the time went" in (out / "report.md").read_text()
 
 
-def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Run until `stage`, whose recipe fails."""
+def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Run until the first stage of a kind, whose work fails."""
 
-    def fail(*given, **named):
+    def fail(_work):
         raise ValueError("broken off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"grasp_lora.plans.run.{stage}", fail)
+        patch.setattr(executor, "KINDS", KINDS | {kind: replace(KINDS[kind], run=fail)})
         with pytest.raises(ValueError, match="broken off"):
             run(config, quiet=True)
 
 
 def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "finetune_at")
+    break_off(config, monkeypatch, "prune")
     kept = read_json(config.output / "timing.json")
     out = run(config, quiet=True)
     assert not (out / "profile.json").exists()
@@ -446,7 +450,7 @@ def test_a_resumed_run_reports_the_times_of_its_earlier_processes_too(workplace,
 
 def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypatch):
     config = settings(workplace, evaluate=QUICK)
-    break_off(config, monkeypatch, "search_ratio")
+    break_off(config, monkeypatch, "search")
     (config.output / "timing.json").unlink()
     out = run(config, quiet=True, profile=True)
     told = "adapters/source, adapters/target, merged: done by an earlier process whose times"

@@ -7,7 +7,7 @@ from rich.console import Console
 from grasp_lora.metrics.records import Options
 from grasp_lora.metrics.table import METRICS
 from grasp_lora.report.score_words import comparison_lines, result_notes, score_table
-from grasp_lora.scoring import files as recipe
+from grasp_lora.scoring import files as scoring_files
 from grasp_lora.scoring.files import (
     UNKNOWN,
     compare_files,
@@ -26,7 +26,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def answers(path: Path, *pairs: tuple[str, str], **more: list) -> Path:
-    """Rows of (prediction, reference) with the ids 0, 1, ..., `more` column by column."""
+    """Return rows of (prediction, reference) with ids 0, 1, ...; `more` adds whole columns."""
     rows = [
         {"id": i, "prediction": said, "references": [true]}
         | {key: column[i] for key, column in more.items()}
@@ -37,15 +37,15 @@ def answers(path: Path, *pairs: tuple[str, str], **more: list) -> Path:
 
 @pytest.fixture
 def without_bertscore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without the encoder, whatever this one has."""
-    whole = recipe.missing
+    """Simulate a machine without the encoder."""
+    whole = scoring_files.missing
 
     def missing(names, options):
         others = [name for name in names if name != "bertscore_f1"]
         asked = {"bertscore_f1": NO_WEIGHTS} if "bertscore_f1" in names else {}
         return whole(others, options) | asked
 
-    monkeypatch.setattr(recipe, "missing", missing)
+    monkeypatch.setattr(scoring_files, "missing", missing)
 
 
 def test_rows_are_read_with_all_they_may_have(tmp_path):
@@ -84,28 +84,28 @@ def test_ids_may_repeat_between_sets_but_not_within_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": None}, 'prediction null; it must be a text, write "" where'),
-        ({"prediction": 5}, "prediction 5; it must be a text"),
-        ({"prediction": ["a"]}, r'prediction \["a"\]; it must be a text'),
+        ({"prediction": None}, 'prediction is null; it must be a text; write "" for'),
+        ({"prediction": 5}, "prediction is 5; it must be a text"),
+        ({"prediction": ["a"]}, r'prediction is \["a"\]; it must be a text'),
         ({"prediction": "\ud800"}, r"half of a surrogate pair"),
-        ({"references": []}, r"references \[\]; it must be a list of at least one text"),
+        ({"references": []}, r"references is \[\]; it must be a list of at least one text"),
         ({"references": "dog"}, '"dog"; it must be a list of at least one text'),
-        ({"references": None}, "references null; it must be a list"),
-        ({"references": ["dog", None]}, "reference null; it must be a text that is not empty"),
-        ({"references": [["dog"]]}, r'reference \["dog"\]; it must be a text'),
-        ({"references": ["  "]}, 'reference "  "; it must be a text that is not empty'),
+        ({"references": None}, "references is null; it must be a list"),
+        ({"references": ["dog", None]}, "reference is null; it must be a non-empty text"),
+        ({"references": [["dog"]]}, r'reference is \["dog"\]; it must be a non-empty text'),
+        ({"references": ["  "]}, 'reference is "  "; it must be a non-empty text'),
         ({"reference": "dog"}, "both references and reference are among"),
-        ({"id": None}, "id null; it must be a text that is not empty, or a whole number"),
-        ({"id": ""}, 'id ""; it must be'),
-        ({"id": True}, "id true; it must be"),
-        ({"id": 1.5}, "id 1.5; it must be"),
-        ({"group": ["x"]}, r'group \["x"\]; it must be a text'),
-        ({"loss": "low"}, 'loss "low"; it must be a finite number of at least 0'),
-        ({"loss": float("nan")}, "loss NaN; it must be a finite number"),
-        ({"loss": -0.1}, "loss -0.1; it must be"),
-        ({"loss": True}, "loss true; it must be"),
-        ({"tokens": 0}, "tokens 0; it must be a whole number of at least 1"),
-        ({"tokens": 2.5}, "tokens 2.5; it must be"),
+        ({"id": None}, "id is null; it must be a non-empty text or an integer"),
+        ({"id": ""}, 'id is ""; it must be'),
+        ({"id": True}, "id is true; it must be"),
+        ({"id": 1.5}, "id is 1.5; it must be"),
+        ({"group": ["x"]}, r'group is \["x"\]; it must be a non-empty text'),
+        ({"loss": "low"}, 'loss is "low"; it must be a finite number of at least 0'),
+        ({"loss": float("nan")}, "loss is NaN; it must be a finite number"),
+        ({"loss": -0.1}, "loss is -0.1; it must be"),
+        ({"loss": True}, "loss is true; it must be"),
+        ({"tokens": 0}, "tokens is 0; it must be an integer of at least 1"),
+        ({"tokens": 2.5}, "tokens is 2.5; it must be"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line_and_the_rule(tmp_path, change, message):
@@ -126,9 +126,9 @@ def test_a_missing_key_is_named_with_those_found(tmp_path, key):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no row; it needs at least one"),
-        (b"\n \n", "holds no row"),
-        (b'{"id": 1', r":1: not JSON .*write one JSON object a line"),
+        (b"", "has no row; write at least one"),
+        (b"\n \n", "has no row"),
+        (b'{"id": 1', r":1: not JSON .*write one JSON object per line"),
         (b'[\n{"id": 1}\n]', r":1: not JSON"),
         (b"[1, 2]", r":1: \[1, 2\] is no JSON object"),
         (b"dog\n", r":1: not JSON .*\"dog\""),
@@ -163,7 +163,7 @@ def test_groups_in_some_rows_only_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("language", "pairs", "expected"),
     [
-        # Case, an article and punctuation do not count; the third answer says too much.
+        # Case, an article and punctuation do not count; the third answer has an extra word.
         ("en", [("The Dog!", "dog"), ("cat", "cat"), ("a red cat", "cat"), ("", "bird")], 50.0),
         ("ar", [("القاهرة", "القاهرة"), ("القاهرة.", "القاهرة"), ("دمشق", "بغداد")], 200 / 3),
         ("zh", [("北京", "北京"), ("北京市", "北京"), ("上海", "上海"), ("北京", "上海")], 50.0),
@@ -232,7 +232,7 @@ def test_by_default_everything_is_scored_and_bertscore_is_null_where_it_cannot_b
 def test_bertscore_that_was_asked_for_is_an_error_before_any_work(
     tmp_path, monkeypatch, names, options
 ):
-    monkeypatch.setattr(recipe, "score", None)  # to call it would be a TypeError
+    monkeypatch.setattr(scoring_files, "score", None)  # to call it would be a TypeError
     with pytest.raises(ValueError, match=f"bertscore_f1 cannot be computed: {NO_WEIGHTS}"):
         score_file(answers(tmp_path / "a", ("a", "a")), options, names, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -274,7 +274,7 @@ def test_loss_and_perplexity_come_where_every_row_has_them(tmp_path):
 def test_options_that_cannot_be_are_refused_before_scoring(
     tmp_path, monkeypatch, names, options, message
 ):
-    monkeypatch.setattr(recipe, "score", None)
+    monkeypatch.setattr(scoring_files, "score", None)
     with pytest.raises(ValueError, match=message):
         score_file(answers(tmp_path / "a", ("a", "a")), options, names)
 
@@ -337,8 +337,8 @@ def test_the_table_shows_scores_ends_and_what_was_left_out(tmp_path):
 
 
 def test_two_systems_are_compared_on_rows_matched_by_id(tmp_path):
-    # A is right in rows 0, 1 and 2, B in row 0; the swaps of rows 1 and 2 are 4 ways,
-    # one of which is as far up: p = 2 * 1 / 4.
+    # A is right in rows 0, 1 and 2, B in row 0. Rows 1 and 2 can be swapped in 4 ways, and one
+    # way has a difference as large: p = 2 * 1 / 4.
     truth = ["a", "b", "c", "d"]
     a = answers(tmp_path / "a", *zip(["a", "b", "c", "x"], truth, strict=True))
     b = answers(tmp_path / "b", *zip(["a", "y", "z", "x"], truth, strict=True))
@@ -428,7 +428,7 @@ def test_other_references_are_refused(tmp_path):
 
 
 def entry(difference: float, p: float | None, confidence: float = 0.95) -> dict:
-    """A comparison with B at 20 on 100 rows."""
+    """Return a comparison with B at 20 on 100 rows."""
     numbers = {"a": 20 + difference, "b": 20.0, "difference": difference, "p_value": p}
     ends = {"low": difference - 1, "high": difference + 1, "n": 100}
     return numbers | ends | {"settings": {"confidence": confidence}}
@@ -476,8 +476,10 @@ def test_without_a_language_the_script_tells(tmp_path):
         settings = scored(*references)["settings"]
         assert settings["scored_as"] == language
         assert settings["tokenizer"] in (tokenizer, "ja-mecab")
-    with pytest.raises(ValueError, match="the scripts of th, zh.* score each language apart"):
+    with pytest.raises(
+        ValueError, match="the scripts of th, zh.* score each language in its own file"
+    ):
         scored("房子", "บ้าน")
     path = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["a"]})
-    with pytest.raises(ValueError, match="--rules goes by language"):
+    with pytest.raises(ValueError, match="--rules depends on the language"):
         score_file(path, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])

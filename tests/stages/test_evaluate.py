@@ -19,8 +19,8 @@ from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, make_config
 from grasp_lora.metrics import exact_match
 from grasp_lora.plans.run import run
+from grasp_lora.plans.single import evaluate_adapter
 from grasp_lora.scoring.sets import evaluation_tables
-from grasp_lora.stages.evaluate import evaluate_adapter
 from helpers import EOS_ID, tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_rows
 
@@ -223,7 +223,7 @@ def test_empty_answers_are_counted_and_can_be_forbidden(place):
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     assert evaluated(place, "base", *rows)["sets"]["test"]["empty"] == 6
     (table,) = evaluation_tables(place / "scores-base")
-    assert table.title == "test: en, 6 rows, 6 of them answered with nothing"
+    assert table.title == "test: en, 6 rows, 6 empty answers"
     shutil.rmtree(place / "scores-base")
     scores = evaluated(place, "base", *rows, "--set=evaluate.min_new_tokens=1")
     assert scores["sets"]["test"]["empty"] == 0
@@ -259,7 +259,7 @@ def test_other_weights_under_the_same_name_are_another_result(place):
     again += ["--set=model.dtype=float32", "--set=data.max_length=640"]
     done = CliRunner().invoke(app, [*again, "--set=evaluate.max_new_tokens=3"])
     assert done.exit_code == 2
-    assert "base differ" in done.output
+    assert "the weights of the base model are others" in done.output
 
 
 def test_what_an_evaluation_was_made_with_is_written_down(place):
@@ -304,13 +304,13 @@ def test_overwriting_keeps_the_old_result_until_the_new_one_is_there(place):
     tiny_backbone_folder(place / "other", width=32)
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     before = evaluated(place, "lora", *rows)
-    out, old = place / "scores-lora", place / "scores-lora.old"
+    out = place / "scores-lora"
     wrong = ["evaluate", str(place / "lora"), "--out", str(out), *rows, "--overwrite"]
     done = CliRunner().invoke(app, [*wrong, "--model", str(place / "other")])
     assert done.exit_code == 2
-    assert read_json(old / "scores.json") == before
+    assert read_json(out / "scores.json") == before
     evaluated(place, "lora", *rows, "--overwrite")
-    assert not old.exists()
+    assert not list(place.glob("scores-lora.*")), "neither the old one nor work is left"
     assert read_json(out / "scores.json") == before
 
 

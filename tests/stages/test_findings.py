@@ -82,7 +82,7 @@ def test_all_that_were_still_getting_better_are_named_the_steepest_first(tmp_pat
         write_json(folder / "stage.json", stage | {"rows": rows})
     (one,) = found_in(tmp_path, final, ["source", "target"]).values()
     assert one["evidence"]["runs"] == "target; source"
-    assert "over: target; source (dev loss of the target down by 0.525 nats" in one["says"]
+    assert "epoch: target; source (that of the target fell by 0.525 nats" in one["says"]
 
 
 @pytest.mark.parametrize(("at", "named"), [(0, True), (1, False), (2, False)])

@@ -1,6 +1,7 @@
 """The precheck: what it measures, what it advises, and what it leaves alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
 from grasp_lora.models.example_losses import example_losses
+from grasp_lora.plans.executor import work_off
+from grasp_lora.plans.plan import PlanBuilder
+from grasp_lora.plans.precheck import conclusion, precheck
 from grasp_lora.plans.run import run
-from grasp_lora.stages import weights
-from grasp_lora.stages.precheck import MERGE, VARIANTS, conclusion, precheck
-from grasp_lora.stages.weights import learned_weights
+from grasp_lora.plans.session import Session
+from grasp_lora.stages import probe
+from grasp_lora.stages.stage import Stage
 from grasp_lora.training.live import attach_live_adapter
-from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.context import Context, open_context
+from grasp_lora.workbench.merge_probes import MERGE, UNTRAINED_MERGES
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -38,8 +43,8 @@ def given(tmp_path_factory):
 
 
 def test_there_are_24_probes_and_the_merge_is_one():
-    assert len(VARIANTS) == 24
-    assert [name for name, v in VARIANTS.items() if v.group == "merge"] == [MERGE]
+    assert len(UNTRAINED_MERGES) == 24
+    assert [name for name, v in UNTRAINED_MERGES.items() if v.group == "merge"] == [MERGE]
 
 
 def test_every_variant_has_the_loss_of_the_adapter_it_stands_for(given):
@@ -85,7 +90,7 @@ def losses_with(**gains):
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(16, generator=generator, dtype=torch.float64) + 2
     found = {}
-    for name, variant in VARIANTS.items():
+    for name, variant in UNTRAINED_MERGES.items():
         gain = gains.get(name, gains.get(variant.group, 0.0))
         noise = 0.02 * torch.randn(16, generator=generator, dtype=torch.float64)
         found[name] = (base - gain + noise).tolist()
@@ -148,10 +153,20 @@ def test_what_cannot_be_checked_is_refused_before_any_work(given, tmp_path, chan
     assert said in done.output.replace("\n", " ")
 
 
+def learned_weights(context: Context, adapters: tuple[Path, Path], out: Path) -> tuple[float, ...]:
+    """Return the weights that the probe stage learns."""
+    inputs = dict(zip(("source", "target"), adapters, strict=True))
+    plan = PlanBuilder()
+    plan.add(Stage(out.name, "probe", context.config, inputs, {"choice": "weights"}))
+    session = Session(context.config, context.data, context)
+    work_off(plan.build(), out.parent, session)
+    return tuple(read_json(out / "weights.json")["weights"])
+
+
 def test_weights_to_be_learned_are_those_the_probes_show(given, monkeypatch):
     config, _, folder = given
     context = open_context(config, quiet=True)
-    names = [name for name, v in VARIANTS.items() if v.group in ("merge", "weights")]
+    names = [name for name, v in UNTRAINED_MERGES.items() if v.group in ("merge", "weights")]
     asked = []
 
     def measured(gains):
@@ -163,18 +178,18 @@ def test_weights_to_be_learned_are_those_the_probes_show(given, monkeypatch):
         return measure
 
     adapters = folder / "source", folder / "target"
-    monkeypatch.setattr(weights, "measure", measured({"weights 0.75 + 0.25, x 0.75": 0.4}))
+    monkeypatch.setattr(probe, "measure", measured({"weights 0.75 + 0.25, x 0.75": 0.4}))
     out = folder / "learned"
-    assert learned_weights(context, *adapters, out) == (0.5625, 0.1875)
+    assert learned_weights(context, adapters, out) == (0.5625, 0.1875)
     assert asked == [(tuple(names), 16)]
     found = read_json(out / "weights.json")
     assert found["variant"] == "weights 0.75 + 0.25, x 0.75"
     assert found["evidence"]["shown"] is True
-    assert learned_weights(context, *adapters, out) == (0.5625, 0.1875)
+    assert learned_weights(context, adapters, out) == (0.5625, 0.1875)
     assert len(asked) == 1, "a finished stage is read, not done again"
 
-    monkeypatch.setattr(weights, "measure", measured({}))
-    assert learned_weights(context, *adapters, folder / "average") == USUAL
+    monkeypatch.setattr(probe, "measure", measured({}))
+    assert learned_weights(context, adapters, folder / "average") == USUAL
     assert read_json(folder / "average" / "weights.json")["evidence"]["shown"] is False
 
 

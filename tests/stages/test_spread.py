@@ -7,19 +7,18 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, load_config
-from grasp_lora.core.pruning.group_ratios import SHIFT, combined, trials
+from grasp_lora.core.pruning.group_ratios import SHIFT, combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
+from grasp_lora.plans.single import merge_adapters, prune_adapter
 from grasp_lora.stages import spread as scope_module
-from grasp_lora.stages.finetune import finetune_at
-from grasp_lora.stages.merge import merge_adapters
 from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.training.groups import SCOPES, group_sizes, ratio_by_group
 from grasp_lora.training.live import block_importance
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.folders import read_start
+from grasp_lora.workbench.merged_folder import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -45,7 +44,7 @@ def given(tmp_path_factory):
 def with_scope(context, scope):
     config = context.config.model_copy(update={"scope": scope})
     return type(context)(
-        config, context.data, context.backbone, context.task, context.narrator, context.clock
+        config, context.data, context.backbone, context.task, context.reporter, context.clock
     )
 
 
@@ -98,13 +97,13 @@ def test_what_is_measured_are_the_losses_under_those_masks(given):
         asked = {(t["group"], t["shift"]): t["losses"] for t in evidence["trials"]}
         assert list(asked) == [("adapter 0", -SHIFT), ("adapter 0", SHIFT)]
         rule = block_importance(IMPORTANCE[context.config.importance], norms)
-        expected = trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
+        expected = group_trials(0.5, sizes) | {None: dict.fromkeys(sizes, 0.5)}
         for trial, ratios in expected.items():
             (masks,) = live.masks(rule, [ratio_by_group("adapter", ratios)])
             with live.trial(masks):
                 losses = example_losses(live.model, rows.batches(drawn), len(drawn))
             assert (evidence["base"] if trial is None else asked[trial]) == losses
-        chosen = combined(0.5, asked, evidence["base"], range(len(drawn)), sizes)
+        chosen = combined_ratios(0.5, asked, evidence["base"], range(len(drawn)), sizes)
         assert evidence["chosen"] == chosen
         assert found["forwards"] == len(drawn) * 5
         assert found["ratios"] == (chosen if evidence["shown"] else None)
@@ -150,19 +149,22 @@ def test_the_final_run_prunes_each_group_by_its_own_ratio(given, tmp_path):
     _, context, merged = given
     context = with_scope(context, "adapter")
     spread = {"adapter 0": 0.7, "adapter 1": 0.1}
-    out = finetune_at(
-        context.config, merged, 0.5, tmp_path / "final", context=context, spread=spread
+    out = prune_adapter(
+        context.config, merged, 0.5, tmp_path / "final", context=context, options={"spread": spread}
     )
     zeros = read_json(out / "stage.json")["zeros"]["per_source"]
     assert zeros == {"0": pytest.approx(0.7, abs=0.01), "1": pytest.approx(0.1, abs=0.01)}
-    with pytest.raises(ValueError, match="spread differ"):
-        finetune_at(
+    with pytest.raises(
+        ValueError,
+        match=r'spread was {"adapter 0": 0\.7, "adapter 1": 0\.1}, is {"adapter 0": 0\.5,',
+    ):
+        prune_adapter(
             context.config,
             merged,
             0.5,
             out,
             context=context,
-            spread={"adapter 0": 0.5, "adapter 1": 0.5},
+            options={"spread": {"adapter 0": 0.5, "adapter 1": 0.5}},
         )
 
 

@@ -18,7 +18,7 @@ ROWS = [EncodedExample(str(n), str(n), tuple(range(3, 3 + n)), n - 1, 0) for n i
 
 
 class Routed(nn.Module):
-    """A layer of two experts that each read the tokens routed to them, without the batch's shape."""
+    """A layer of two experts, each reading the tokens routed to it, without the batch's shape."""
 
     def __init__(self, experts: list[nn.Module]):
         super().__init__()

@@ -13,7 +13,7 @@ from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.workbench import objective as rewards
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.objective import cost_of, reward_faults
+from grasp_lora.workbench.objective import objective_faults, objective_of
 from helpers import tiny_backbone_folder
 from jobs import job, write_job
 
@@ -57,7 +57,7 @@ def answered(monkeypatch, texts):
 
 
 def test_the_loss_needs_no_answers(folder):
-    assert cost_of(opened(folder, "loss"), SPLITS) is None
+    assert objective_of(opened(folder, "loss"), SPLITS) is None
 
 
 def test_a_row_costs_its_own_score_with_the_sign_changed(folder, monkeypatch):
@@ -66,7 +66,7 @@ def test_a_row_costs_its_own_score_with_the_sign_changed(folder, monkeypatch):
     drawn = [1, 5]
     texts = [examples[1].references[0], "something else"]
     asked = answered(monkeypatch, texts)
-    cost = cost_of(context, SPLITS)(context.backbone.model, drawn)
+    cost = objective_of(context, SPLITS)(context.backbone.model, drawn)
     for prompt, i in zip(asked, drawn, strict=True):
         assert examples[i].fields["question"] in prompt
         assert not prompt.endswith(examples[i].references[0])
@@ -92,23 +92,23 @@ def test_what_stands_behind_a_turns_end_is_not_judged(folder, monkeypatch):
     )
     answered(monkeypatch, [f"{e.references[0]}</turn>" for e in (micro_dev[1], dev)])
     drawn = [1, len(micro_dev)]
-    assert cost_of(context, SPLITS)(context.backbone.model, drawn) == pytest.approx([-1, -1])
+    assert objective_of(context, SPLITS)(context.backbone.model, drawn) == pytest.approx([-1, -1])
 
 
 def test_a_function_of_ones_own_is_asked(folder, mine, monkeypatch):
     context = opened(folder, "my_rewards:lengths")
     answered(monkeypatch, ["abc", "abcdef"])
-    assert cost_of(context, SPLITS)(context.backbone.model, [0, 1]) == [-3, -6]
+    assert objective_of(context, SPLITS)(context.backbone.model, [0, 1]) == [-3, -6]
 
 
 def test_scores_that_are_no_numbers_lose_and_too_few_are_refused(folder, mine, monkeypatch):
     answered(monkeypatch, ["a", "b"])
     context = opened(folder, "my_rewards:undefined")
-    costs = cost_of(context, SPLITS)(context.backbone.model, [0, 1])
+    costs = objective_of(context, SPLITS)(context.backbone.model, [0, 1])
     assert all(one != one for one in costs)
     context = opened(folder, "my_rewards:short")
     with pytest.raises(ValueError, match="gave 1 scores for 2 answers"):
-        cost_of(context, SPLITS)(context.backbone.model, [0, 1])
+        objective_of(context, SPLITS)(context.backbone.model, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_scores_that_are_no_numbers_lose_and_too_few_are_refused(folder, mine, m
 def test_a_reward_that_cannot_be_is_refused_before_any_work(folder, mine, reward, said):
     controller = {"rounds": 3, "rows": 4, "reward": reward}
     file = write_job(folder / "bad.yaml", job(folder, controller=controller))
-    assert said in reward_faults(load_config(file))[0]
+    assert said in objective_faults(load_config(file))[0]
     for arguments in (
         ("run", str(file)),
         ("search", str(file), "--merged", "nowhere", "--out", str(folder / "out")),
@@ -139,7 +139,7 @@ def test_a_reward_that_cannot_be_is_refused_before_any_work(folder, mine, reward
 def test_rewards_that_can_be_are_not_refused(folder, reward):
     controller = {"rounds": 3, "rows": 4, "reward": reward}
     file = write_job(folder / "good.yaml", job(folder, controller=controller))
-    assert reward_faults(load_config(file)) == []
+    assert objective_faults(load_config(file)) == []
 
 
 def test_a_search_by_answers_that_are_all_wrong_is_flat_and_called_coarse(folder):

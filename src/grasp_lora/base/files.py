@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 PACKAGES = (
     "grasp-lora",
@@ -29,7 +29,6 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-Opened = Literal["new", "resumed"]
 CONFIG_FILE = "config.json"
 DONE_FILE = "done.json"
 _FORMAT = "grasp-lora run"
@@ -42,9 +41,9 @@ WRITTEN = (
     "weights",
     "merged",
     "search",
-    "search.work",
     "final",
-    "final.work",
+    "final-judged",
+    "merged-labelled",
     "baselines",
     "evaluations",
     "data.json",
@@ -61,69 +60,49 @@ WRITTEN = (
 )
 
 
-def check_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> Opened:
+def check_run(path: Path) -> bool:
     """Look whether a run can go into a folder; changes nothing.
 
     Args:
-        path: the folder; need not exist.
-        config: JSON-able configuration; its `output` is not compared, so a folder may be moved.
-        overwrite: an earlier run in the folder is to be replaced.
+        path: the folder; need not exist. A run may be there already, finished or not.
 
     Returns:
-        "new" if the run starts from nothing, "resumed" if finished stages may be there.
+        Whether the folder holds a finished run.
 
     Raises:
-        ValueError: the folder is not a run, the run is finished, or it has another configuration.
+        ValueError: the path is a file, or the folder holds something that is no run.
     """
-    marker = path / CONFIG_FILE
-    wanted = jsonable(config)
     if path.exists() and not path.is_dir():
         raise ValueError(f"'{path}' is a file, but a run needs a folder; set another output")
-    if not marker.exists():
-        if path.exists() and holds_something(path):
-            raise ValueError(
-                f"'{path}' is not empty and no run of grasp-lora (it has no config.json); "
-                "set another output, or empty the folder yourself"
-            )
-    elif overwrite:
+    if (path / CONFIG_FILE).exists():
         read_config(path)
-    else:
-        differing = _differences(read_config(path), wanted)
-        if differing:
-            raise ValueError(
-                f"'{path}' holds a run with another configuration ({'; '.join(differing)}); "
-                "set another output, or pass --overwrite to replace the run"
-            )
-        if (path / DONE_FILE).exists():
-            raise ValueError(
-                f"'{path}' holds a finished run of this configuration; "
-                "read its report.md, or pass --overwrite to run it again"
-            )
-        return "resumed"
-    return "new"
+        return (path / DONE_FILE).exists()
+    if path.exists() and holds_something(path):
+        raise ValueError(
+            f"'{path}' is not empty and no run of grasp-lora (it has no config.json); "
+            "set another output, or empty the folder yourself"
+        )
+    return False
 
 
-def open_run(path: Path, config: Mapping[str, Any], overwrite: bool = False) -> Opened:
-    """Prepare a run folder: a new one, or an unfinished one of the same configuration.
+def open_run(path: Path, config: Mapping[str, Any], again: bool = False) -> None:
+    """Make a folder the folder of a run that is under way.
 
     Args:
         path: the folder; made if absent.
-        config: as in `check_run`.
-        overwrite: remove what an earlier run left in the folder. Files that no run writes stay.
-
-    Returns:
-        As `check_run`.
+        config: JSON-able configuration.
+        again: remove all results of an earlier run in the folder. Files that no run writes stay.
 
     Raises:
         ValueError: as `check_run`.
     """
-    opened = check_run(path, config, overwrite)
-    if opened == "new":
-        # The marker goes last: what a crash leaves behind is still known to be a run.
-        _remove(path / name for name in (DONE_FILE, *WRITTEN, CONFIG_FILE))
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
-    return opened
+    check_run(path)
+    # The marker goes last: a folder that a crash leaves behind is still known to be a run.
+    written = (*WRITTEN, CONFIG_FILE) if again else ()
+    beside = [f"{name}.{end}" for name in written for end in ("work", "old")]
+    _remove(path / name for name in (DONE_FILE, *beside, *written))
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -310,27 +289,3 @@ def _remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    old, new = _flat(stored), _flat(wanted)
-    keys = sorted((old.keys() | new.keys()) - {"output"})
-    return [
-        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
-        for key in keys
-        if _shown(old, key) != _shown(new, key)
-    ]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "absent"

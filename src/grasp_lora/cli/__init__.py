@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for command in (
     stages.run,
+    stages.plan,
     stages.demo,
     stages.train,
     stages.merge,

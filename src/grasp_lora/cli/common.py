@@ -52,13 +52,13 @@ AllowLeakage = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False, **AS_PATH)]
 Jobs = Annotated[
-    int, typer.Option("--jobs", help="Runs at once, each a process; 0 is none but this one.")
+    int, typer.Option("--jobs", help="Stages at once, each a process; 0 does all in this one.")
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
-        help="Threads of each run; without it the cores over --jobs, kept for the folder.",
+        help="Threads of each process; by default the cores over --jobs, kept for the folder.",
     ),
 ]
 

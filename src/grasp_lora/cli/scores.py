@@ -88,7 +88,7 @@ def evaluate(
             "folder, or none for the bare backbone of the configuration"
         )
     folder = None if bare else Path(adapter)
-    from grasp_lora.stages.evaluate import evaluate_adapter
+    from grasp_lora.plans.single import evaluate_adapter
 
     stage(out, overwrite, lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite))
     if prints():

@@ -49,6 +49,33 @@ def run(
     _run(load(config, settings, output, seed, allow_leakage), overwrite, profile)
 
 
+def plan(
+    config: Config,
+    settings: Set = None,
+    output: Output = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+) -> None:
+    """Show the stages of a run, which of them are done, and what the others cost at most.
+
+    Reads the configuration, the rows and the tokenizer, no weights. Writes nothing.
+    """
+    loaded = load(config, settings, output, seed, allow_leakage)
+    from rich.console import Console
+
+    from grasp_lora.plans.show import left, planned_run
+    from grasp_lora.report.plan import cost_line, plan_table
+
+    stages = planned_run(loaded)
+    console = Console(highlight=False)
+    console.print(plan_table(stages))
+    for one in stages:
+        if one.why:
+            console.print(f"{one.name}: {'; '.join(one.why)}", markup=False)
+    waiting = sum(one.state != "done" for one in stages)
+    console.print(cost_line(waiting, left(stages)))
+
+
 def demo(
     settings: Set = None,
     output: Output = None,
@@ -81,7 +108,7 @@ def train(
     Reads the rows of data.source or data.target. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.stages.train import train_adapter
+    from grasp_lora.plans.single import train_adapter
 
     stage(out, overwrite, lambda: train_adapter(loaded, role, out, overwrite=overwrite))
 
@@ -109,7 +136,7 @@ def merge(
         raise ValueError(
             "no adapter to merge; give --adapter DIR, or set adapters.source and adapters.target"
         )
-    from grasp_lora.stages.merge import merge_adapters
+    from grasp_lora.plans.single import merge_adapters
 
     stage(out, overwrite, lambda: merge_adapters(loaded, folders, out, overwrite=overwrite))
 
@@ -130,7 +157,7 @@ def search(
     Reads the merged adapter and the target rows. Writes ratio.json, rounds.jsonl and adapter/.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.stages.search import search_ratio
+    from grasp_lora.plans.single import search_ratio
 
     stage(out, overwrite, lambda: search_ratio(loaded, merged, out, overwrite=overwrite))
 
@@ -158,13 +185,18 @@ def finetune(
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     fraction, spread = _ratio(ratio, loaded)
-    from grasp_lora.stages.finetune import finetune_at
+    from grasp_lora.plans.single import prune_adapter
 
     stage(
         out,
         overwrite,
-        lambda: finetune_at(
-            loaded, start, fraction, out, overwrite=overwrite, spread=spread, train=train
+        lambda: prune_adapter(
+            loaded,
+            start,
+            fraction,
+            out,
+            overwrite=overwrite,
+            options={"spread": spread, "untrained": not train},
         ),
     )
 
@@ -186,7 +218,7 @@ def precheck(
     precheck.json where --out says.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.stages.precheck import precheck as check
+    from grasp_lora.plans.precheck import precheck as check
 
     found = check(loaded, out, rows)
     if not prints():
@@ -212,7 +244,7 @@ def ablate(
         list[str] | None, typer.Option(help="Variant to run; may be repeated. All without it.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the runs, comma between.")] = "42",
-    jobs: Jobs = 1,
+    jobs: Jobs = 0,
     threads: Threads = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
@@ -226,8 +258,9 @@ def ablate(
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.ablate import ablate as compare_variants
+    from grasp_lora.plans.launch import Pool
 
-    found = compare_variants(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    found = compare_variants(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
     from rich.console import Console
 
     from grasp_lora.report.run import ablation_table
@@ -246,7 +279,7 @@ def compare(
     seeds: Annotated[
         str, typer.Option(help="Seeds of the main methods, comma between.")
     ] = "42,1337,9001",
-    jobs: Jobs = 1,
+    jobs: Jobs = 0,
     threads: Threads = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
@@ -260,8 +293,9 @@ def compare(
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.compare import compare_methods
+    from grasp_lora.plans.launch import Pool
 
-    found = compare_methods(loaded, out, only or (), numbers, jobs, threads, overwrite)
+    found = compare_methods(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
     from rich.console import Console
 
     from grasp_lora.report.comparison import comparison_tables
@@ -318,7 +352,7 @@ def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | No
     try:
         ratio = float(text)
     except ValueError:
-        from grasp_lora.workbench.folders import read_ratio
+        from grasp_lora.workbench.merged_folder import read_ratio
 
         return read_ratio(at_home(Path(text)), config)
     if not 0 <= ratio <= 1:

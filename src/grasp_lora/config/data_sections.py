@@ -54,7 +54,7 @@ Files: TypeAlias = Annotated[
 ]
 
 
-class Rows(Section):
+class ExampleSource(Section):
     """What every set of rows has: a language, a place, and how its columns are called."""
 
     language: Annotated[str, AfterValidator(language_code)] = Field(
@@ -69,40 +69,25 @@ class Rows(Section):
     )
 
 
-class LanguageData(Rows):
+class LanguageData(ExampleSource):
     files: Files = Field(
         default="builtin",
         description="builtin; a preset of the hub (xlsum, mlqa, xquad); {hub: owner/name, splits: "
         "{...}}; one labelled file (divided by `rows`); or a file for each part",
     )
-    labels: Literal["given", "auto"] = Field(
-        default="given",
-        description="auto divides one file (less rows.test) into train, dev and micro_dev",
-    )
     rows: dict[PartName, NonNegativeInt] = Field(
-        default={}, description="rows of each part; whole contexts stay in one part"
+        default={},
+        description="examples in each part; whole contexts stay in one part. Without train, dev "
+        "and micro_dev, one file (less rows.test) is divided among them automatically",
     )
 
+    @property
+    def divided_automatically(self) -> bool:
+        """Whether one file is divided into train, dev and micro_dev of sizes chosen here."""
+        return isinstance(self.files, Path) and not any(part != "test" for part in self.rows)
+
     @model_validator(mode="after")
-    def _rows_agree_with_labels(self) -> "LanguageData":
-        one_file = isinstance(self.files, Path)
-        if self.labels == "auto" and not one_file:
-            raise ValueError(
-                "labels: auto divides one labelled file, but files is "
-                f"{self.files if isinstance(self.files, str) else 'a file or split for each part'}"
-                "; give one file or set labels: given"
-            )
-        chosen = [part for part in self.rows if part != "test"]
-        if self.labels == "auto" and chosen:
-            raise ValueError(
-                "labels: auto chooses the sizes of train, dev and micro_dev itself, but rows "
-                f"gives {', '.join(chosen)}; keep rows.test only, or set labels: given"
-            )
-        if self.labels == "given" and one_file and not self.rows:
-            raise ValueError(
-                "one file has to be divided, but rows is not given; "
-                "set rows: {train: N, dev: N, micro_dev: N, test: N} or labels: auto"
-            )
+    def _rows_and_columns_fit_files(self) -> "LanguageData":
         if self.columns and isinstance(self.files, str):
             raise ValueError(
                 f"columns has no effect on files: {self.files}, whose columns are known; remove it"
@@ -127,7 +112,7 @@ class LanguageData(Rows):
         return {"": self.files} if isinstance(self.files, Path) else {}
 
 
-class TestSet(Rows):
+class TestSet(ExampleSource):
     __test__ = False  # pytest takes classes called Test... for tests
 
     files: Annotated[
@@ -169,11 +154,6 @@ class DataSettings(Section):
         "on the same rows",
     )
     chat: bool = Field(default=False, description="put prompts into the tokenizer's chat template")
-    protocol: Literal["official", "paper"] = Field(
-        default="official",
-        description="which published splits the presets draw from: the test set from test, or as "
-        "the published script does",
-    )
     max_faulty: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1,
         description="share of a file's rows that may be left out or have an answer outside their "

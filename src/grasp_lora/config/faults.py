@@ -2,10 +2,39 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from grasp_lora.config.sections import Training
+
+_AUTOMATIC = "one labelled file whose rows name no train, dev or micro_dev is divided automatically"
+_BY_PRESET = "controller.preset decides it"
+
+OLD_KEYS: Mapping[str, str] = {
+    **{
+        f"{section}.{key}": f"write train.{section}.{key}"
+        for section in ("search", "finetune")
+        for key in Training.model_fields
+    },
+    "search.patience": "a search runs all its epochs",
+    "finetune.importance": "masks are cut by importance throughout",
+    "controller.commit": "a commit always cuts the mask at the bounded ratio",
+    "controller.refresh_importance": "importance is computed anew in every round",
+    "controller.start": _BY_PRESET,
+    "controller.sigma": _BY_PRESET,
+    "model.gguf_file": "append the file to model.name, such as folder/model.gguf",
+    "lora.use_rslora": "multiply lora.alpha by sqrt(lora.r), which scales alike",
+    "data.protocol": "preset: paper draws the published splits as the published script does",
+    "data.source.labels": _AUTOMATIC,
+    "data.target.labels": _AUTOMATIC,
+    "evaluate.bertscore_layer": "it is the one that bert-score lists for the encoder",
+    "evaluate.bertscore_rescale": "scores are not rescaled; grasp-lora score --bertscore-rescale "
+    "rescales those of a file",
+    "evaluate.bertscore_max_length": "texts are cut where the encoder ends, at 512 tokens at most",
+}
+"""Key of an earlier version -> what replaces it."""
 
 
 class ConfigError(ValueError):
@@ -32,10 +61,10 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         if kind == "missing":
             rules[key] = ["required, not given"]
         elif kind in ("extra_forbidden", "unexpected_keyword_argument") or "[key]" in fault["loc"]:
-            rules[key] = [f"unknown key{_nearest(key, schema)}"]
+            rules |= {name: [rule] for name, rule in _unknown(key, fault["input"], schema)}
         elif kind == "value_error":
             rules.setdefault(key, []).append(str(fault.get("ctx", {}).get("error")))
-        elif not rules.get(key, [""])[0].startswith("unknown key"):
+        elif not rules.get(key, [""])[0].startswith(("unknown key", "removed")):
             given[key] = f"got {_short(fault['input'])}; "
             rules.setdefault(key, []).append(_PLAIN.get(kind) or _lowered(fault["msg"]))
     return [
@@ -50,6 +79,21 @@ _PLAIN = {
     "path_type": "give a path",
     "tuple_type": "give a list such as [a, b]",
 }
+
+
+def _unknown(key: str, value: Any, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield (key, what to say) of an unknown key; of a removed section one pair for each key."""
+    if key == "search" and isinstance(value, Mapping):
+        for name in map(str, value):
+            near = _nearest(f"train.search.{name}", schema)
+            advice = OLD_KEYS.get(f"search.{name}")
+            yield f"search.{name}", f"removed; {advice}" if advice else f"unknown key{near}"
+    elif key == "search":
+        yield key, "removed; write train.search"
+    elif key in OLD_KEYS:
+        yield key, f"removed; {OLD_KEYS[key]}"
+    else:
+        yield key, f"unknown key{_nearest(key, schema)}"
 
 
 def _short(value: object) -> str:

@@ -4,19 +4,18 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grasp_lora.config.data_sections import LanguageData
-from grasp_lora.config.run_config import RunConfig
-from grasp_lora.config.sections import ModelSettings
+from grasp_lora.config.run_config import RunConfig, paper_settings
+from grasp_lora.config.sections import TRAINING_DEFAULTS, ModelSettings, Training
 from grasp_lora.core import ControllerConfig
-from grasp_lora.core.controller.settings import Preset
 
 # Sections that a run must give have no default to walk into.
 _REQUIRED_SECTIONS: dict[str, type[BaseModel]] = {
@@ -55,10 +54,12 @@ def _of_model(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
         section = _section(key, field)
         if section is ControllerConfig:
             yield from _of_controller(key)
+        elif section is Training:
+            yield Setting(key, _overrides(key, name), field.description or "")
         elif section is not None:
             yield from _of_model(section, f"{key}.")
         else:
-            yield Setting(key, _shown(field), field.description or "")
+            yield Setting(key, _with_paper(key, _shown(field)), field.description or "")
 
 
 def _section(key: str, field: FieldInfo) -> Any:
@@ -70,16 +71,46 @@ def _section(key: str, field: FieldInfo) -> Any:
     return None
 
 
+def _overrides(key: str, training: str) -> str:
+    """Return the values in which one training differs by default, and where others hold."""
+    usual = TRAINING_DEFAULTS["restart"][training]
+    others = {
+        f"finetune.mode {mode}": _text(trainings[training])
+        for mode, trainings in TRAINING_DEFAULTS.items()
+        if trainings[training] != usual
+    }
+    paper = _paper(key)
+    others |= {"paper": paper} if paper is not None else {}
+    return _text(usual) + _exceptions(others)
+
+
+def _exceptions(others: Mapping[str, str]) -> str:
+    """Return ` (where: value; ...)`, or nothing where there are none."""
+    texts = [f"{where}: {text}" for where, text in others.items()]
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _with_paper(key: str, default: str) -> str:
+    """Return a default with the published value behind it if that differs."""
+    paper = _paper(key)
+    return default + _exceptions({} if paper in (None, default) else {"paper": paper})
+
+
+def _paper(key: str) -> str | None:
+    """Return the published value of a setting as text, None where `paper.yaml` has none."""
+    value: Any = paper_settings()
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return _text(tuple(value) if isinstance(value, list) else value)
+
+
 def _of_controller(prefix: str) -> Iterator[Setting]:
-    meanings = _attribute_docstrings(ControllerConfig)
-    presets = {name: ControllerConfig(preset=name) for name in get_args(Preset)}
+    meanings, standard = _attribute_docstrings(ControllerConfig), ControllerConfig()
     for field in dataclasses.fields(ControllerConfig):
-        shown = {name: _text(getattr(config, field.name)) for name, config in presets.items()}
-        same = len(set(shown.values())) == 1
-        default = shown["standard"] if same else f"{shown['standard']} (paper: {shown['paper']})"
-        if field.name == "preset":
-            default = "standard"
-        yield Setting(f"{prefix}.{field.name}", default, meanings[field.name])
+        key, default = f"{prefix}.{field.name}", _text(getattr(standard, field.name))
+        yield Setting(key, _with_paper(key, default), meanings[field.name])
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
@@ -102,10 +133,13 @@ def _shown(field: FieldInfo) -> str:
 
 
 def _text(value: Any) -> str:
+    """Return a value as a user writes it in YAML; "none" where there is nothing."""
     if value is None or value == {} or value == ():
         return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
     if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
+        return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).lower() if isinstance(value, bool) else str(value)

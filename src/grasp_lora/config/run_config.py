@@ -1,24 +1,32 @@
 """The configuration of a run: YAML text plus `--set key=value` overrides -> `RunConfig`.
 
 All faults of a file are collected and reported together: dotted key, value given, rule, and for
-an unknown key the nearest valid one. A `preset`, and a `finetune.mode`, is a table of values put
-beneath the user's own.
+an unknown key the nearest valid one. `preset: paper` puts the values of `paper.yaml` beneath the
+user's own.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from grasp_lora.config.data_sections import PRESET_TASKS, DataSettings, HubData, LanguageData, Rows
+from grasp_lora.config.data_sections import (
+    PRESET_TASKS,
+    DataSettings,
+    ExampleSource,
+    HubData,
+    LanguageData,
+)
 from grasp_lora.config.faults import ConfigError, describe
 from grasp_lora.config.sections import (
+    TRAINING_DEFAULTS,
     AdapterFolders,
-    AdapterTraining,
     EvaluateSettings,
     FinetuneSettings,
     LocalPath,
@@ -26,29 +34,13 @@ from grasp_lora.config.sections import (
     MergeSettings,
     ModelSettings,
     Section,
+    Training,
+    TrainingName,
     TrainSettings,
 )
 from grasp_lora.core import ControllerConfig
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "standard": {},
-    # The settings published with arXiv 2601.06702; the faults of its code stay corrected.
-    "paper": {
-        "merge": {"kind": "linear", "weights": [1.0, 1.0]},
-        "controller": {"preset": "paper"},
-        "train": {"epochs": 10, "batch_size": 1, "patience": 3},
-        "search": {"batch_size": 1, "accumulation": 1},
-        "finetune": {"batch_size": 1, "accumulation": 8, "mask_schedule": "every-step"},
-    },
-}
-
-# `continue` goes on from the search: together they are one run as long as one stage of `restart`.
-MODES: dict[str, dict[str, Any]] = {
-    "restart": {},
-    "continue": {"search": {"epochs": 5}, "finetune": {"epochs": 5}},
-}
 
 
 class RunConfig(Section):
@@ -59,7 +51,9 @@ class RunConfig(Section):
         default=42, ge=0, lt=2**32, description="seed of every random draw of the run"
     )
     preset: Literal["standard", "paper"] = Field(
-        default="standard", description="defaults put beneath the settings given here"
+        default="standard",
+        description="values put beneath the settings given here: the defaults of this table, or "
+        "the published settings (arXiv 2601.06702)",
     )
     model: ModelSettings = Field(description="the frozen backbone; plain text is its name")
     adapters: AdapterFolders = Field(
@@ -90,10 +84,9 @@ class RunConfig(Section):
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="how the prune ratio is searched"
     )
-    train: AdapterTraining = Field(
-        default=AdapterTraining(), description="training of the adapters"
+    train: TrainSettings = Field(
+        default=TrainSettings(), description="trainings: of the adapters, the search, the result"
     )
-    search: TrainSettings = Field(default=TrainSettings(), description="run that learns the ratio")
     finetune: FinetuneSettings = Field(default=FinetuneSettings(), description="final pruned run")
     evaluate: EvaluateSettings = Field(
         default=EvaluateSettings(), description="scores on the test rows"
@@ -104,18 +97,36 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _put_tables_beneath(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
+    def _put_preset_beneath(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("preset") != "paper":
             return data
-        preset = _row(PRESETS, data.get("preset", "standard"))
-        finetune = data.get("finetune")
-        mode = finetune.get("mode") if isinstance(finetune, Mapping) else None
-        return _layered(_layered(preset, _row(MODES, mode)), data)
+        return _layered(_paper_beneath(data), data)
+
+    @model_validator(mode="after")
+    def _fill_in_trainings(self) -> "RunConfig":
+        # The setter goes past the freeze: nobody sees the object before construction ends.
+        object.__setattr__(self, "train", self.train.resolved(self.finetune.mode))
+        return self
 
     @field_validator("model", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def protocol(self) -> Literal["official", "paper"]:
+        """Which published splits the parts of xlsum, mlqa and xquad are drawn from."""
+        return "paper" if self.preset == "paper" else "official"
+
+    def training(self, name: TrainingName) -> Training:
+        """Return all values of one training; patience is None for the search."""
+        return getattr(self.train, name)
+
+    def with_training(self, name: TrainingName, **changes: Any) -> "RunConfig":
+        """Return the same settings but for values of one training."""
+        changed = self.training(name).model_copy(update=changes)
+        train = self.train.model_copy(update={name: changed})
+        return self.model_copy(update={"train": train})
 
     def faults(self) -> list[str]:
         """Rules between sections that this configuration breaks, one message each."""
@@ -134,15 +145,6 @@ class RunConfig(Section):
             found.append(
                 "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
                 "mask_unit: source, or another scope"
-            )
-        if self.finetune.mode == "continue" and self.finetune.importance not in (
-            "same",
-            self.importance,
-        ):
-            found.append(
-                f"finetune.importance: {self.finetune.importance!r} differs from importance "
-                f"{self.importance!r}, but finetune.mode 'continue' goes on under the masks "
-                "of the search; set finetune.importance: same or finetune.mode: restart"
             )
         for role, section in (("source", self.data.source), ("target", self.data.target)):
             task = PRESET_TASKS.get(str(section.files)) if section is not None else None
@@ -171,18 +173,20 @@ class RunConfig(Section):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole configuration in JSON's types; `RunConfig(**it)` gives it back."""
+        """Return the whole configuration in JSON's types; `RunConfig(**it)` gives it back."""
         return self.model_dump(mode="json")
 
     def config_hash(self) -> str:
         """First 16 hex digits of a SHA-256 over all that can change a number in the results."""
         inert = {"output", "report_to"}
         content = {key: value for key, value in self.to_dict().items() if key not in inert}
+        # Where a training's value was written makes no difference.
+        content["train"] = {name: content["train"][name] for name in TRAINING_DEFAULTS["restart"]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def section_of(config: RunConfig, role: str, split: str) -> Rows:
-    """Return the settings of the rows in a split; below the role "tests" splits are test sets."""
+def section_of(config: RunConfig, role: str, split: str) -> ExampleSource:
+    """Return where the examples of a split come from; a split of role "tests" is a test set."""
     section = config.data.tests[split] if role == "tests" else getattr(config.data, role)
     assert section is not None, "a role without settings has no rows"
     return section
@@ -270,12 +274,41 @@ def _parsed(text: str) -> Any:
         loader.dispose()
 
 
-def _row(table: Mapping[str, dict[str, Any]], key: Any) -> dict[str, Any]:
-    return table.get(key, {}) if isinstance(key, str) else {}
+@functools.cache
+def paper_settings() -> dict[str, Any]:
+    """Return the published settings as `paper.yaml` has them."""
+    text = resources.files("grasp_lora.config").joinpath("paper.yaml").read_text(encoding="utf-8")
+    return _parsed(text)
+
+
+def _paper_beneath(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the published settings less those that a more general setting of the user replaces.
+
+    A value the user gives for all trainings replaces the published ones of single trainings, a
+    schedule of rounds the published one, and another controller preset the whole controller.
+    """
+    paper = dict(paper_settings())
+    train, controller = given.get("train"), given.get("controller")
+    if isinstance(train, Mapping):
+        paper["train"] = {
+            key: {k: v for k, v in value.items() if k not in train}
+            if isinstance(value, Mapping)
+            else value
+            for key, value in paper["train"].items()
+        }
+    if isinstance(controller, Mapping):
+        if controller.get("preset", "paper") != "paper":
+            del paper["controller"]
+        elif any(controller.get(key) is not None for key in ("rounds", "interval")):
+            schedule = {"rounds", "interval"}
+            paper["controller"] = {
+                key: value for key, value in paper["controller"].items() if key not in schedule
+            }
+    return paper
 
 
 def _layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` on top of `below`, mappings merged key by key."""
+    """Return `above` on top of `below`, mappings merged key by key."""
     merged = dict(below)
     for key, value in above.items():
         low = merged.get(key)
@@ -292,7 +325,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            faults.append(f"--set {text}: not of the form key=value, such as search.epochs=3")
+            faults.append(f"--set {text}: not of the form key=value, such as train.epochs=3")
             continue
         try:
             parsed = _parsed(value)
@@ -312,7 +345,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str
 
 def _part_faults(key: str, data: LanguageData, needed: Sequence[str]) -> list[str]:
     """Parts a stage cannot do without, left out or given no rows."""
-    if data.labels == "auto" or (isinstance(data.files, str) and not data.rows):
+    if data.divided_automatically or (isinstance(data.files, str) and not data.rows):
         return []
     if isinstance(data.files, HubData):
         section, given = "files.splits", set(data.files.splits)

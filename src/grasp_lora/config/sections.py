@@ -5,8 +5,9 @@ NaN or infinite. Rules that need two sections at once live in `grasp_lora.config
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -35,13 +36,11 @@ class Section(BaseModel):
 class ModelSettings(Section):
     name: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1,
-        description="backbone: smollm2, gemma3-270m, a model folder, a .gguf file or a hub id",
+        description="backbone: smollm2, gemma3-270m, a model folder, a hub id owner/name, or a "
+        "GGUF file (a path, or owner/name/file.gguf on the hub)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="type of the frozen weights; bfloat16 halves memory"
-    )
-    gguf_file: str | None = Field(
-        default=None, description="file to take when `name` holds GGUF weights"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="less memory for the backbone; needs CUDA and bitsandbytes"
@@ -70,15 +69,14 @@ class AdapterFolders(Section):
 
 class LoraSettings(Section):
     r: PositiveInt = Field(default=8, description="rank of each adapter trained here")
-    alpha: Positive = Field(default=32, description="scaling is alpha/r (rsLoRA: alpha/sqrt(r))")
+    alpha: Positive = Field(
+        default=32, description="scaling is alpha/r; alpha * sqrt(r) gives that of rsLoRA"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05, description="dropout while training adapters; the merge is trained without"
     )
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
         default=("q_proj", "v_proj"), description="layers that get an adapter, or all-linear"
-    )
-    use_rslora: bool = Field(
-        default=False, description="scale by alpha/sqrt(r): steadier at high ranks"
     )
 
 
@@ -117,7 +115,9 @@ class MergeSettings(Section):
         return self
 
 
-class TrainSettings(Section):
+class Training(Section):
+    """The values of one training; in `train.<training>` only those that differ are given."""
+
     epochs: PositiveInt = Field(default=10, description="passes over the training rows, at most")
     learning_rate: Positive = Field(default=1e-4, description="AdamW step size of the first epoch")
     weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay")
@@ -133,21 +133,84 @@ class TrainSettings(Section):
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
     order: Literal["by-step", "by-length"] = Field(
         default="by-step",
-        description="rows of a step: drawn at random, or of like length (less padding)",
+        description="examples of a step: drawn at random, or of similar length (less padding)",
     )
-
-
-class AdapterTraining(TrainSettings):
-    epochs: PositiveInt = Field(default=3, description="passes over the training rows, at most")
     patience: PositiveInt | None = Field(
-        default=None, description="stop after this many epochs without a better dev loss"
+        default=None,
+        description="stop after this many epochs without a better dev loss; a search never stops "
+        "early",
     )
 
 
-class FinetuneSettings(TrainSettings):
-    patience: PositiveInt | None = Field(
-        default=3, description="stop after this many epochs without a better dev loss"
+Role: TypeAlias = Literal["source", "target"]
+TrainingName: TypeAlias = Literal["source", "target", "search", "finetune"]
+
+_ADAPTERS: Mapping[str, Any] = {"epochs": 3}
+TRAINING_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "restart": {
+        "source": _ADAPTERS,
+        "target": _ADAPTERS,
+        "search": {},
+        "finetune": {"patience": 3},
+    },
+    # Search and final run are one fine-tuning here: together as long as one of them above.
+    "continue": {
+        "source": _ADAPTERS,
+        "target": _ADAPTERS,
+        "search": {"epochs": 5},
+        "finetune": {"epochs": 5, "patience": 3},
+    },
+}
+"""`finetune.mode` -> training -> its values where they differ from the defaults of `Training`."""
+
+
+class TrainSettings(Training):
+    """Values shared by all trainings, and below them those in which one training differs."""
+
+    source: Training = Field(
+        default=Training(), description="keys of `train` that differ for the source adapter"
     )
+    target: Training = Field(
+        default=Training(), description="keys of `train` that differ for the target adapter"
+    )
+    search: Training = Field(
+        default=Training(),
+        description="keys of `train` that differ for the run that learns the ratio",
+    )
+    finetune: Training = Field(
+        default=Training(), description="keys of `train` that differ for the final pruned run"
+    )
+
+    @model_validator(mode="after")
+    def _search_has_no_patience(self) -> "TrainSettings":
+        if self.search.patience is not None:
+            raise ValueError(
+                f"search.patience {self.search.patience} has no effect, a search runs all its "
+                "epochs; remove it"
+            )
+        return self
+
+    def resolved(self, mode: str) -> "TrainSettings":
+        """Return the same settings with every value of every training filled in.
+
+        A value is the one given for the training, else the one given for all, else the built-in
+        default of the training, else that of all trainings.
+
+        Args:
+            mode: `finetune.mode`, which decides the default epochs of search and final run.
+        """
+        filled: dict[str, Training] = {}
+        for name, defaults in TRAINING_DEFAULTS[mode].items():
+            own: Training = getattr(self, name)
+            values = {key: getattr(self, key) for key in Training.model_fields}
+            values |= {k: v for k, v in defaults.items() if k not in self.model_fields_set}
+            values |= {"patience": None} if name == "search" else {}
+            values |= {key: getattr(own, key) for key in own.model_fields_set}
+            filled[name] = Training(**values)
+        return self.model_copy(update=filled)
+
+
+class FinetuneSettings(Section):
     mode: Literal["restart", "continue"] = Field(
         default="restart",
         description="start from the merge again, or go on from the search's best epoch",
@@ -155,13 +218,10 @@ class FinetuneSettings(TrainSettings):
     mask_schedule: Literal["once", "every-step"] | PositiveInt = Field(
         default="once", description="choose the mask once, after every step, or every N steps"
     )
-    importance: Literal["same", "magnitude", "activation"] = Field(
-        default="same", description="scores of the final mask; same: those of the search"
-    )
     rows: Literal["train", "labelled"] = Field(
         default="train",
-        description="train: dev and micro-dev rows only choose; labelled: once they have chosen "
-        "ratio, weights and epochs, begin again and train on them as well",
+        description="train: dev and micro-dev examples only choose; labelled: once they have "
+        "chosen ratio, weights and epochs, train again from the start with them included",
     )
 
 
@@ -196,15 +256,6 @@ class EvaluateSettings(Section):
     )
     bertscore_model: str | None = Field(
         default=None, description="encoder for bertscore_f1: folder or hub id; default: by language"
-    )
-    bertscore_layer: PositiveInt | None = Field(
-        default=None, description="layer of that encoder; default: the one bert-score lists"
-    )
-    bertscore_rescale: bool = Field(
-        default=False, description="rescale by bert-score's baseline, which not every language has"
-    )
-    bertscore_max_length: PositiveInt = Field(
-        default=512, description="tokens the encoder sees of a text"
     )
     resamples: Annotated[int, Field(ge=100)] = Field(
         default=1000, description="bootstrap resamples behind every interval"

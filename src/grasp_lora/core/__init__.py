@@ -1,6 +1,7 @@
-"""The method in tensors and numbers: merge, importance, masks, controller. No I/O, no logging.
+"""Compute the method on tensors and numbers: merge, importance, masks, controller.
 
-The names are looked up when first used (PEP 562), so reading the settings does not load torch.
+Nothing here reads or writes files or logs. Each name is imported at its first use (PEP 562), so
+reading the settings does not load torch.
 """
 
 import importlib
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "IMPORTANCE": "pruning.importance",
     "MERGES": "lora",
-    "PRESETS": "controller.settings",
+    "CONTROLLER_PRESETS": "controller.settings",
     "Adapter": "lora",
     "ControllerConfig": "controller.settings",
     "ControllerState": "controller.rounds",
@@ -23,7 +24,7 @@ _HOMES = {
     "begin": "controller.rounds",
     "choose_ratio": "controller.rounds",
     "conclude": "controller.rounds",
-    "draw_rows": "controller.schedule",
+    "draw_examples": "controller.schedule",
     "is_blank": "pruning.importance",
     "is_due": "controller.schedule",
     "keep_masks": "pruning.masks",
@@ -38,9 +39,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "CONTROLLER_PRESETS",
     "IMPORTANCE",
     "MERGES",
-    "PRESETS",
     "Adapter",
     "ControllerConfig",
     "ControllerState",
@@ -54,7 +55,7 @@ __all__ = [
     "begin",
     "choose_ratio",
     "conclude",
-    "draw_rows",
+    "draw_examples",
     "is_blank",
     "is_due",
     "keep_masks",
@@ -78,8 +79,8 @@ if TYPE_CHECKING:
         state_from_json,
         state_to_json,
     )
-    from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
-    from grasp_lora.core.controller.settings import PRESETS, ControllerConfig
+    from grasp_lora.core.controller.schedule import draw_examples, is_due, planned_rounds
+    from grasp_lora.core.controller.settings import CONTROLLER_PRESETS, ControllerConfig
     from grasp_lora.core.evidence.history import RoundRecord
     from grasp_lora.core.evidence.verdict import RatioChoice
     from grasp_lora.core.lora import (

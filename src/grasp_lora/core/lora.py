@@ -1,15 +1,15 @@
-"""LoRA factors and the three ways to merge adapters, named by their algebra.
+"""Hold LoRA factors and merge adapters in three ways, named by their algebra.
 
-An adapter changes a linear map by `delta = scaling * B @ A`. With signed strengths
-`e_i = weight_i * scaling_i` the kinds are
+An adapter changes a linear map by `delta = scaling * B @ A`. Adapter i enters a merge with the
+signed strength `e_i = weight_i * scaling_i`. The kinds of merge are
 
-- `cat`: `sum_i e_i B_i A_i`, exact; the ranks add up;
-- `linear`: `(sum_i sign(e_i) sqrt|e_i| B_i) (sum_i sqrt|e_i| A_i)`, the kind of arXiv 2601.06702.
-  It is not the sum of the deltas: it also holds the cross terms `B_i A_j`, i != j;
+- `cat`: `sum_i e_i B_i A_i`, exact; the merged rank is the sum of the ranks;
+- `linear`: `(sum_i sign(e_i) sqrt|e_i| B_i) (sum_i sqrt|e_i| A_i)`, the merge of arXiv 2601.06702.
+  It is not the sum of the deltas, because it also holds the cross terms `B_i A_j`, i != j;
 - `svd`: the best approximation of `cat` of a given rank.
 
-Departure from the published code: the scaling (alpha / rank) is never dropped, so merging one
-adapter with weight 1 gives that adapter back.
+Our departure from the published code: the scaling (alpha / rank) is never dropped. So the merge of
+one adapter with weight 1 equals that adapter.
 """
 
 # torch leaves these results untyped.
@@ -35,7 +35,7 @@ class LoraFactors:
         scaling: Factor on `B @ A`; see `lora_scaling`.
 
     Raises:
-        ValueError: If the shapes do not belong together or the scaling is not finite.
+        ValueError: If the shapes of A and B do not fit or the scaling is not finite.
     """
 
     A: Tensor
@@ -65,19 +65,19 @@ class LoraFactors:
 
 
 Adapter: TypeAlias = Mapping[str, LoraFactors]
-"""Full module name in the bare base model -> its factors."""
+"""Full module name in the bare base model -> LoRA factors of the module."""
 
 MergeKind: TypeAlias = Literal["cat", "linear", "svd"]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One adapter's share of a merged module; strength and scaling are folded into A and B.
+    """One adapter's share of a merged module; A and B include its weight and scaling.
 
     Attributes:
-        source: Position of the adapter in the merge, or None for a blend of all of them (`svd`).
+        source: Position of the adapter in the merge; None for a blend of all adapters (`svd`).
         A: Down projection, [rank, in], float32.
-        B: Up projection, [out, rank], float32; carries the sign of a negative strength.
+        B: Up projection, [out, rank], float32; holds the sign of a negative strength.
     """
 
     source: int | None
@@ -91,7 +91,8 @@ class MergedModule:
 
     Attributes:
         kind: Name of the merge, a key of `MERGES`.
-        parts: The shares, in the order of the adapters; an adapter without this module has none.
+        parts: The adapters' shares, in the order of the adapters. An adapter without this module
+            has no part.
     """
 
     kind: str
@@ -112,10 +113,10 @@ class MergedModule:
         return torch.cat([part.B for part in self.parts], dim=1)
 
     def block(self, source: int) -> slice:
-        """Return where a source's rows of A (columns of B) lie along the rank axis of `cat`.
+        """Return the slice of the rank axis (rows of A, columns of B) that belongs to a source.
 
         Raises:
-            ValueError: If the kind has no blocks, or the source has no part in this module.
+            ValueError: If the kind is not `cat`, or the source has no part in this module.
         """
         if self.kind != "cat":
             raise ValueError(
@@ -146,13 +147,13 @@ def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def average_weights(count: int) -> tuple[float, ...]:
-    """Return `count` equal merge weights that sum to 1, which keeps the merge from overshooting.
+    """Return `count` equal merge weights that sum to 1, so that the merge does not overshoot.
 
     Raises:
         ValueError: If the count is below 1.
     """
     if count < 1:
-        raise ValueError(f"weights need at least one adapter, got {count}; name an adapter")
+        raise ValueError(f"merge weights need at least one adapter, got {count}; name an adapter")
     return (1.0 / count,) * count
 
 
@@ -162,18 +163,19 @@ def merge(
     weights: Sequence[float],
     rank: int | None = None,
 ) -> dict[str, MergedModule]:
-    """Return the merge of the adapters, for every module that any of them has.
+    """Return module name -> merged module, for every module that any adapter has.
 
     Args:
         kind: A key of `MERGES`.
-        adapters: At least one adapter. A module that only some adapters have is merged from those.
-        weights: One finite weight per adapter; negative subtracts, 0 leaves a part of zeros.
-        rank: Rank of an `svd` merge; default is the largest rank among the module's inputs. A
-            module gets at most the rank its delta can have: min(rank, sum of ranks, in, out).
+        adapters: At least one adapter. A module is merged from the adapters that have it.
+        weights: One finite weight per adapter. A negative weight subtracts the adapter; 0 gives a
+            part of zeros.
+        rank: Rank of an `svd` merge; default is the largest rank among the module's adapters. A
+            module gets min(rank, sum of ranks, in, out), the largest rank its delta can have.
 
     Raises:
         ValueError: If an argument breaks these rules, the adapters disagree on a module's in or
-            out size, a factor is not finite, or `linear` meets different ranks.
+            out size, a factor is not finite, or the ranks of a `linear` merge differ.
     """
     _check_request(kind, adapters, weights, rank)
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
@@ -182,7 +184,7 @@ def merge(
     merged: dict[str, MergedModule] = {}
     for name in names:
         parts = tuple(
-            _folded(source, adapter[name], weight, name)
+            _part_of(source, adapter[name], weight, name)
             for source, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
             if name in adapter
         )
@@ -206,7 +208,7 @@ def _linear(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part,
 
 
 def _svd(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part, ...]:
-    """Truncate the SVD of the `cat` delta; QR first, so nothing of size [out, in] ever exists."""
+    """Truncate the SVD of the `cat` delta; QR of the factors avoids any [out, in] matrix."""
     A = torch.cat([part.A for part in parts], dim=0).double()  # [sum of ranks, in]
     B = torch.cat([part.B for part in parts], dim=1).double()  # [out, sum of ranks]
     basis_B, core_B = torch.linalg.qr(B)
@@ -225,7 +227,7 @@ MERGES: dict[str, Callable[[tuple[Part, ...], int | None, str], tuple[Part, ...]
     "linear": _linear,
     "svd": _svd,
 }
-"""Kind of merge -> (folded parts, rank, module name) -> parts of the merged module."""
+"""Kind of merge -> function(parts, rank, module name) -> parts of the merged module."""
 
 
 def _check_request(
@@ -251,8 +253,8 @@ def _check_request(
         raise ValueError(f"the rank of an 'svd' merge must be at least 1, got {rank}; raise it")
 
 
-def _folded(source: int, factors: LoraFactors, weight: float, name: str) -> Part:
-    """Return the part with weight * scaling split evenly over A and B, in float32."""
+def _part_of(source: int, factors: LoraFactors, weight: float, name: str) -> Part:
+    """Return one adapter's part in float32, sqrt(|weight * scaling|) multiplied into A and B."""
     A, B = factors.A.float(), factors.B.float()
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise ValueError(

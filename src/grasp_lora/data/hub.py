@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from grasp_lora.data.fetch import EXPORT, commit_of, load_published, source_errors
 from grasp_lora.data.files import LoadReport, load_examples
-from grasp_lora.data.presets import PRESETS, Preset, Source
+from grasp_lora.data.presets import PUBLISHED_SETS, Preset, Source
 from grasp_lora.data.splits import Split, split_by_group
 from grasp_lora.tasks.base import Example, Task, task_named
 
 __all__ = [
-    "PRESETS",
+    "PUBLISHED_SETS",
     "HubExamples",
     "Preset",
     "Published",
@@ -110,7 +110,7 @@ def load_preset(
     data in the cache of `datasets` is found.
 
     Args:
-        name: one of `PRESETS`.
+        name: one of `PUBLISHED_SETS`.
         language: one of the preset's language codes.
         protocol: "official" takes test examples from the published test split, if there is one.
             "paper" draws from the same splits as the script published with the paper.
@@ -122,7 +122,7 @@ def load_preset(
         ValueError: the name, language, protocol or role is unknown, or no place provides the rows;
             the message lists the places and their errors.
     """
-    preset = _entry(PRESETS, name, "preset")
+    preset = _entry(PUBLISHED_SETS, name, "preset")
     config_language = _entry(preset.languages, language, f"language of {name}")
     drawn_from = _entry(_entry(preset.drawn_from, protocol, "protocol"), role, "role")
     task = task_named(preset.task)

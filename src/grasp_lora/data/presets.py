@@ -186,6 +186,6 @@ _XQUAD = Preset(
     drawn_from={"official": _one_split("validation"), "paper": _one_split("validation")},
 )
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
+PUBLISHED_SETS: Mapping[str, Preset] = MappingProxyType(
     {preset.name: preset for preset in (_XLSUM, _MLQA, _XQUAD)}
 )

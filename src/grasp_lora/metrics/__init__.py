@@ -1,4 +1,4 @@
-"""Scores of texts against references: what they are, how sure they are, how two systems compare."""
+"""Score predictions against references, with intervals and paired comparisons of two systems."""
 
 from grasp_lora.metrics.answers import MLQA_ARTICLES, exact_match, normalize_answer, token_f1
 from grasp_lora.metrics.records import Options, Row

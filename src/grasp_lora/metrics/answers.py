@@ -1,4 +1,4 @@
-"""Answer scores: exact match and token F1, by the rules of SQuAD v1.1 or of MLQA."""
+"""Score answers by exact match and token F1, with the rules of SQuAD v1.1 or of MLQA."""
 
 import re
 import string
@@ -19,17 +19,17 @@ MLQA_ARTICLES: Mapping[str, str | None] = MappingProxyType(
         "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
         "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
         "vi": r"\b(của|là|cái|chiếc|những)\b",
-        # The published pattern: it removes every "ال", inside words too. Scores that are to be
-        # compared with published ones need it as it is.
+        # The published pattern removes every "ال", even inside words. Scores that are compared with
+        # published scores need it unchanged.
         "ar": r"\sال^|ال",
         "hi": None,
         "zh": None,
     }
 )
-"""The languages of MLQA and what counts as an article in each (mlqa_evaluation_v1)."""
+"""Language of MLQA -> pattern of its articles, or None (mlqa_evaluation_v1)."""
 
-# The correction of lm-evaluation-harness (pull request 3589): only at the start of a word, with
-# whatever is behind it.
+# The correction of lm-evaluation-harness (pull request 3589) removes the article only at the start
+# of a word, whatever follows it.
 _FIXED_ARTICLES: Mapping[str, str | None] = MappingProxyType({**MLQA_ARTICLES, "ar": r"(?:^|\s)ال"})
 
 _HAN = re.compile("[\u4e00-\u9fa5]")
@@ -40,16 +40,17 @@ def _is_punctuation(character: str) -> bool:
 
 
 def _squad_form(text: str, language: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles; the same for every language."""
-    del language  # XQuAD's authors score all languages by the English script
+    """Return lower case without ASCII punctuation and English articles, for every language."""
+    del language  # the authors of XQuAD score all languages with the English script
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(_ENGLISH_ARTICLES, " ", bare).split())
 
 
 def _mlqa_form(text: str, language: str, articles: Mapping[str, str | None]) -> str:
-    """Lower case, no Unicode punctuation, no articles of the language, Han characters apart.
+    """Return lower case without Unicode punctuation and articles of the language.
 
-    The order of the steps is that of mlqa_evaluation_v1.
+    In Chinese, Han characters become separate tokens. The steps have the order of
+    mlqa_evaluation_v1.
     """
     bare = "".join(c for c in text.lower() if not _is_punctuation(c))
     pattern = articles[language]
@@ -67,34 +68,34 @@ RULES: Mapping[str, Callable[[str, str], str]] = MappingProxyType(
         "mlqa-fixed": partial(_mlqa_form, articles=_FIXED_ARTICLES),
     }
 )
-"""Name of a rule set -> fn(text, language): the form in which two answers are compared."""
+"""Name of a rule set -> function(text, language) -> normalised text."""
 
 
 def _fault(rules: str, language: str) -> str | None:
-    """Why answers of a language cannot be compared by some rules, or None."""
+    """Return why answers of a language cannot be compared by some rules, or None if they can."""
     if rules not in RULES:
         return f"unknown rules {rules!r}; choose one of: {', '.join(RULES)}"
     if rules != "squad" and language not in MLQA_ARTICLES:
         return (
-            f"the rules {rules!r} know no language {language!r}, only {', '.join(MLQA_ARTICLES)}; "
-            "use the rules 'squad'"
+            f"the rules {rules!r} do not cover the language {language!r}, only "
+            f"{', '.join(MLQA_ARTICLES)}; use the rules 'squad'"
         )
     return None
 
 
 def normalize_answer(text: str, language: str = "en", rules: str = "squad") -> str:
-    """Return the form of an answer that is compared, tokens parted by single spaces.
+    """Return the normalised answer: its tokens, separated by single spaces.
 
     Args:
         text: the answer.
         language: two-letter code; "squad" treats all languages alike.
-        rules: "squad", the SQuAD v1.1 script, official for XQuAD too; "mlqa", the rules of
-            mlqa_evaluation_v1 for each of its languages; or "mlqa-fixed", the same but that the
-            Arabic article goes only at the start of a word (lm-evaluation-harness, pull request
-            3589), where the published pattern tears "ال" out of the middle of words too.
+        rules: "squad": the SQuAD v1.1 script, which is also the official script of XQuAD. "mlqa":
+            the rules of mlqa_evaluation_v1 for each of its languages. "mlqa-fixed": as "mlqa", but
+            the Arabic article is removed only at the start of a word (lm-evaluation-harness, pull
+            request 3589); the published pattern also removes "ال" in the middle of words.
 
     Raises:
-        ValueError: for unknown rules, or a language the rules do not cover.
+        ValueError: the rules are unknown, or do not cover the language.
     """
     code = base_language(language)
     fault = _fault(rules, code)
@@ -109,7 +110,7 @@ def exact_match(
     """Return 1.0 if the prediction equals a reference after normalisation, else 0.0.
 
     Raises:
-        ValueError: if there is no reference, or as `normalize_answer`.
+        ValueError: there is no reference, or as `normalize_answer`.
     """
     _check_references(references)
     found = normalize_answer(prediction, language, rules)
@@ -119,12 +120,12 @@ def exact_match(
 def token_f1(
     prediction: str, references: Sequence[str], language: str = "en", rules: str = "squad"
 ) -> float:
-    """Return the harmonic mean of token precision and recall, in [0, 1], best reference first.
+    """Return the token F1 in [0, 1], the harmonic mean of precision and recall, best reference.
 
-    An answer without a token left after normalisation scores 0, as in the published scripts.
+    An answer without tokens after normalisation scores 0, as in the published scripts.
 
     Raises:
-        ValueError: if there is no reference, or as `normalize_answer`.
+        ValueError: there is no reference, or as `normalize_answer`.
     """
     _check_references(references)
     found = Counter(normalize_answer(prediction, language, rules).split())
@@ -140,9 +141,11 @@ def _overlap(found: Counter[str], wanted: Counter[str]) -> float:
 
 
 def _check_references(references: Sequence[str]) -> None:
-    # A single text is a sequence of its letters, each of which would be taken as a reference.
+    # A single text is a sequence of letters, and each letter would count as a reference.
     if isinstance(references, str) or not references:
-        raise ValueError(f"references must be a list of at least one text, got {references!r}")
+        raise ValueError(
+            f"references must be a list of at least one text, got {references!r}; give a list"
+        )
 
 
 def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:

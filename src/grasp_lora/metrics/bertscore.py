@@ -1,4 +1,4 @@
-"""BERTScore by the package bert-score, with its truncation, empty texts and encoder in the open."""
+"""Compute BERTScore with the package bert-score; record encoder, truncation and settings."""
 
 import warnings
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _T5_TYPES = ("t5", "mt5", "umt5")
-_SHORTEST_INPUT = 3  # two special tokens and one of the text
+_SHORTEST_INPUT = 3  # two special tokens and one token of the text
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class _Encoder:
     scorer: "BERTScorer"
     tokenizer: Any
     longest: int
-    """Most tokens the encoder can take, special ones included."""
+    """Maximum number of tokens of the encoder, special tokens included."""
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return the tokens of each text, special ones left out; none for invisible texts."""
+        """Return the tokens per text, special tokens not counted; 0 for invisible texts."""
         stripped = [text.strip() for text in texts]
-        # Not verbose: a text longer than the encoder takes is counted below, not warned of.
+        # Not verbose, because texts that are too long are counted below.
         found = self.tokenizer(stripped, add_special_tokens=False, verbose=False)
         return [len(ids) for ids in found["input_ids"]]
 
@@ -55,18 +55,20 @@ def _layer(name: str, options: Options) -> int | None:
 
     if options.bertscore_layer is not None:
         return options.bertscore_layer
-    return model2layers.get(name)
+    # A folder is taken for the model whose name it has, which bert-score may list as owner/name.
+    by_folder = {key.rpartition("/")[2]: layer for key, layer in model2layers.items()}
+    return model2layers.get(name, by_folder.get(Path(name).name))
 
 
 def _baseline(name: str, options: Options) -> Path:
-    """The file bert-score rescales by, which exists for some languages and encoders."""
+    """Return the path of bert-score's baseline file; few languages and encoders have one."""
     import bert_score
 
     folder = Path(bert_score.__file__).parent / "rescale_baseline"
     return folder / base_language(options.language) / f"{name}.tsv"
 
 
-@lru_cache(maxsize=1)  # one encoder in memory
+@lru_cache(maxsize=1)  # only one encoder stays in memory
 def _encoder(name: str, layer: int, device: str, baseline_language: str | None) -> _Encoder:
     from bert_score import BERTScorer
 
@@ -76,20 +78,20 @@ def _encoder(name: str, layer: int, device: str, baseline_language: str | None) 
         device=device,
         lang=baseline_language,
         rescale_with_baseline=baseline_language is not None,
-        # transformers 5 has no other; the package writes it into its hash.
+        # transformers 5 has only fast tokenizers; the package writes this into its hash.
         use_fast_tokenizer=True,
     )
-    # The package offers no way to them, nor to the length it cuts at.
+    # The package has no public access to these, nor to its maximum length.
     tokenizer, model = scorer._tokenizer, scorer._model
     return _Encoder(scorer, tokenizer, min(tokenizer.model_max_length, _positions(model)))
 
 
 def _positions(model: Any) -> int:
-    """Return the longest input a model has position embeddings for."""
+    """Return the longest input that a model has position embeddings for, in tokens."""
     found = [2**31]
     for name, module in model.named_modules():
         if name.endswith(("position_embeddings", "embed_positions")) and hasattr(module, "weight"):
-            # RoBERTa and its kin count from behind the padding index, BART's from an offset.
+            # RoBERTa counts positions from after the padding index, BART from an offset.
             padding = getattr(module, "padding_idx", None)
             skipped = getattr(module, "offset", 0 if padding is None else padding + 1)
             found.append(module.weight.shape[0] - skipped)
@@ -125,25 +127,25 @@ def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
 def _scores(
     rows: Sequence[Row], encoder: _Encoder, longest: int, batch_size: int
 ) -> tuple[np.ndarray, int]:
-    """Return each row's F1 in percent, and how many different texts were cut off."""
+    """Return the F1 of each row in percent, and the number of distinct truncated texts."""
     texts = list(dict.fromkeys(text for row in rows for text in (row.prediction, *row.references)))
     lengths = dict(zip(texts, encoder.lengths(texts), strict=True))
-    # The package asks transformers for a method that version 5 does not have when a text is empty,
-    # and warns of texts without a token; either way there is nothing to compare.
+    # With an empty text, the package calls a method that transformers 5 does not have, and it warns
+    # about texts without tokens. Neither can be compared.
     references = [[text for text in row.references if lengths[text]] for row in rows]
     scored = [i for i, row in enumerate(rows) if lengths[row.prediction] and references[i]]
     scores = np.zeros(len(rows))
     if scored:
         encoder.tokenizer.model_max_length = longest
         with warnings.catch_warnings():
-            # The package reads its baselines by pandas, whose arrays torch finds read-only.
+            # The package reads its baselines with pandas, whose arrays are read-only for torch.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             _, _, f1 = encoder.scorer.score(
                 [rows[i].prediction for i in scored],
                 [references[i] for i in scored],
                 batch_size=batch_size,
             )
-        # The cosine of a vector with itself may come out a rounding error above 1.
+        # The cosine of a vector with itself may exceed 1 by a rounding error.
         scores[scored] = np.minimum(100 * np.asarray(f1, np.float64), 100.0)
     room = longest - encoder.tokenizer.num_special_tokens_to_add()
     return scores, sum(length > room for length in lengths.values())
@@ -154,18 +156,18 @@ def _missing(options: Options) -> str | None:
         return "the package bert-score is not installed; pip install 'grasp-lora[metrics]'"
     if options.bertscore_max_length < _SHORTEST_INPUT:
         return (
-            f"bertscore_max_length is {options.bertscore_max_length}; "
-            f"it must be at least {_SHORTEST_INPUT}"
+            f"bertscore_max_length is {options.bertscore_max_length}, but it must be at least "
+            f"{_SHORTEST_INPUT}; raise it"
         )
     from transformers.utils import hub
 
     name = _model_name(options)
     if name.startswith("scibert"):
         return (
-            f"bert-score would fetch {name!r} by a shell command; "
+            f"bert-score would download {name!r} with a shell command; "
             "set bertscore_model to 'allenai/scibert_scivocab_uncased'"
         )
-    # httpx raises what a proxy refuses through transformers.
+    # transformers passes on the errors of httpx, such as the refusal of a proxy.
     faults = (OSError, ValueError, hub.httpx.HTTPError)  # pyright: ignore[reportPrivateImportUsage]
     try:
         config = _config(name)
@@ -179,30 +181,30 @@ def _missing(options: Options) -> str | None:
 
 
 def _config(name: str) -> "PreTrainedConfig":
-    """Return the encoder's configuration, from its folder, the cache, or else the hub.
+    """Return the encoder's configuration from its folder, from the cache, or from the hub.
 
     Raises:
-        FileNotFoundError: where none of them has it with weights.
-        OSError, ValueError: as transformers, for a file or name it cannot read.
+        FileNotFoundError: none of them has the encoder with weights.
+        OSError, ValueError: transformers cannot read a file or the name.
     """
     from transformers import AutoConfig
     from transformers.utils.hub import has_file
 
     for local in (True, False):
-        # A question without the retries of a download: offline, it is answered at once.
+        # This query does not retry like a download, so it returns at once when offline.
         if has_file(name, "config.json", local_files_only=local):
             if not any(has_file(name, file, local_files_only=local) for file in _WEIGHTS):
                 continue
             return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    raise FileNotFoundError("neither a folder, nor the cache, nor the hub has it with weights")
+    raise FileNotFoundError("neither a folder nor the cache nor the hub has it with weights")
 
 
 def _type_fault(name: str, config: "PreTrainedConfig") -> str | None:
     if "t5" not in name or config.model_type in _T5_TYPES:
         return None
     return (
-        f"bert-score takes every name with 't5' for a T5 encoder, and {name!r} is none "
-        f"({config.model_type}); give its folder a path without 't5'"
+        f"bert-score takes every name with 't5' for a T5 encoder, but {name!r} is a "
+        f"{config.model_type} model; move its folder to a path without 't5'"
     )
 
 
@@ -211,20 +213,22 @@ def _layer_fault(name: str, config: "PreTrainedConfig", options: Options) -> str
     if layer is None:
         return _unknown_layer(name, deepest)
     if options.bertscore_layer is not None and not 1 <= layer <= (deepest or layer):
-        return f"bertscore_layer is {layer}; {name!r} has the layers 1 to {deepest}"
+        return f"bertscore_layer is {layer}, but {name!r} has the layers 1 to {deepest}; set one"
     if options.bertscore_rescale and not _baseline(name, options).is_file():
         return (
-            f"bert-score has no baseline for {name!r} in {base_language(options.language)!r} "
-            "to rescale by; set bertscore_rescale to false"
+            f"bert-score has no baseline for {name!r} in {base_language(options.language)!r}, so "
+            "it cannot rescale; set bertscore_rescale to false"
         )
     return None
 
 
 def _unknown_layer(name: str, deepest: int | None = None) -> str:
     return (
-        f"bert-score knows no best layer of {name!r}; set bertscore_layer (1 to {deepest or 'N'})"
+        f"bert-score has no recommended layer for {name!r}; take an encoder that it lists, in a "
+        "folder of the same name, or with grasp-lora score set bertscore_layer "
+        f"(1 to {deepest or 'N'})"
     )
 
 
 BERTSCORE = Family((_NAME,), _measure, _missing)
-"""BERTScore F1 in percent; rescaled scores may lie below 0."""
+"""BERTScore F1 in percent; rescaled scores may be negative."""

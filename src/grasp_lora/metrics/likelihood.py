@@ -1,4 +1,4 @@
-"""How probable a model finds the references: loss and perplexity, from losses per row."""
+"""Compute loss and perplexity of the references from the losses per row."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 
-# exp of more is beyond the largest float; a model that broke down still gets a number.
+# exp of a larger exponent overflows a float; a diverged model still gets a finite perplexity.
 _LARGEST_EXPONENT = 700.0
 
 
@@ -33,13 +33,13 @@ def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
 def _checked_loss(row: Row) -> float:
     if row.loss is None:
         raise ValueError(
-            f"row {row.id!r} has no loss, which loss and perplexity are computed from; "
-            "evaluate with the model's losses, or leave these two metrics out"
+            f"row {row.id!r} has no loss, but loss and perplexity are computed from it; "
+            "evaluate with the model's losses, or leave out these two metrics"
         )
     if not math.isfinite(row.loss) or row.loss < 0:
         raise ValueError(
-            f"row {row.id!r} has the loss {row.loss}; it must be a finite number of at least 0; "
-            "look for NaN or infinity in the model's weights, or compute in float32"
+            f"row {row.id!r} has the loss {row.loss}, but it must be a finite number of at least "
+            "0; look for NaN or infinity in the model's weights, or compute in float32"
         )
     return row.loss
 
@@ -47,8 +47,8 @@ def _checked_loss(row: Row) -> float:
 def _checked_tokens(row: Row) -> int:
     if row.tokens is None or row.tokens < 1:
         raise ValueError(
-            f"row {row.id!r} has a loss over {row.tokens} tokens; it must be at least 1; "
-            "give the number of answer tokens behind the loss"
+            f"row {row.id!r} has a loss over {row.tokens} tokens, but it must be at least 1; "
+            "give the number of answer tokens that the loss is a mean over"
         )
     return row.tokens
 
@@ -62,4 +62,4 @@ def _missing(options: Options) -> None:
 
 
 LIKELIHOOD = Family(("loss", "perplexity"), _measure, _missing, higher_is_better=False)
-"""Loss in nats and perplexity (at most e^700); lower is better."""
+"""Loss in nats per answer token, and perplexity (at most e^700); lower is better."""

@@ -1,4 +1,4 @@
-"""BLEU-4 and chrF, as sacrebleu computes them, from counts that add up over rows."""
+"""Compute BLEU-4 and chrF as sacrebleu does, from counts that are additive over rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from grasp_lora.metrics.records import Family, Measured, Options, Row
 
-# Where words are not parted by spaces, "13a" would take a whole clause for one word.
+# In scripts without spaces between words, "13a" would take a whole clause for one word.
 _TOKENIZERS = {
     "zh": "zh",
     "yue": "zh",
@@ -35,11 +35,12 @@ def bleu_tokenizer(language: str) -> str:
     """Return the name of sacrebleu's tokenizer for a language.
 
     Args:
-        language: code such as "zh"; what follows a hyphen or underscore is not looked at.
+        language: code such as "zh"; the part after a hyphen or underscore is ignored.
 
     Returns:
-        "zh" for Chinese and Cantonese; the MeCab tokenizer for Japanese and Korean if its packages
-        are installed; "char" without them and for scripts that do not part words; "13a" otherwise.
+        "zh" for Chinese and Cantonese. The MeCab tokenizer for Japanese and Korean if its packages
+        are installed, else "char". "char" for other scripts without spaces between words. "13a"
+        for all other languages.
     """
     name = _TOKENIZERS.get(language.lower().replace("_", "-").partition("-")[0], "13a")
     installed = all(find_spec(package) for package in _TOKENIZER_PACKAGES.get(name, ()))
@@ -50,7 +51,7 @@ def _measure_bleu(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
     from sacrebleu.metrics.bleu import BLEU
 
     tokenizer = bleu_tokenizer(options.language)
-    # An answer of under four words has no 4-gram: by itself it is scored up to the order it has.
+    # An answer of under four words has no 4-gram, so its own score uses the orders that it has.
     sentence = BLEU(tokenize=tokenizer, effective_order=True)
     scores = [sentence.sentence_score(row.prediction, row.references) for row in rows]
     counts = np.array(
@@ -62,7 +63,7 @@ def _measure_bleu(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
 
 
 def bleu_value(sums: np.ndarray) -> np.ndarray:
-    """Return corpus BLEU-4 in [0, 100] with exponential smoothing (sacrebleu's default).
+    """Return corpus BLEU-4 in [0, 100], shape [...], with sacrebleu's default smoothing (exp).
 
     Args:
         sums: shape [..., 10]: length of the prediction, length of the closest reference, matched
@@ -71,7 +72,7 @@ def bleu_value(sums: np.ndarray) -> np.ndarray:
     length, wanted = sums[..., 0], sums[..., 1]
     matched, total = sums[..., 2 : 2 + _BLEU_ORDER], sums[..., 2 + _BLEU_ORDER :]
     unmatched = matched == 0
-    # The k-th order without a match counts as 1 / 2^k of a match.
+    # The k-th order without a match counts as 1 / 2^k matches.
     smoothed = np.where(unmatched, 0.5 ** np.cumsum(unmatched, axis=-1), matched)
     logs = np.log(smoothed / np.maximum(total, 1))
     brevity = np.exp(np.minimum(0.0, 1 - wanted / np.maximum(length, 1)))
@@ -104,17 +105,17 @@ def _ngrams(text: str) -> list[Counter[str]]:
 def _chrf_counts(found: list[Counter[str]], wanted: list[Counter[str]]) -> list[int]:
     counts = []
     for ours, theirs in zip(found, wanted, strict=True):
-        # An order the reference is too short for is left out of the score.
+        # An order that the reference is too short for is left out of the score.
         counts += [ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()]
     return counts
 
 
 def chrf_value(sums: np.ndarray) -> np.ndarray:
-    """Return corpus chrF2 in [0, 100]: the F2 of mean precision and mean recall over orders.
+    """Return corpus chrF2 in [0, 100], shape [...]: F2 of mean precision and recall over orders.
 
     Args:
-        sums: shape [..., 18]: for n = 1 to 6 the n-grams of the prediction, of the reference, and
-            of both, white space left out.
+        sums: shape [..., 18]: for n = 1 to 6 the number of character n-grams of the prediction, of
+            the reference, and of both, without white space.
     """
     precision, recall, orders = (np.zeros(sums.shape[:-1]) for _ in range(3))
     for n in range(_CHRF_ORDER):
@@ -132,9 +133,12 @@ def chrf_value(sums: np.ndarray) -> np.ndarray:
 def _checked_settings(
     metric: Any, rows: Sequence[Row], options: Options, ours: np.ndarray
 ) -> dict[str, Any]:
-    """Return signature, version and language, once sacrebleu's own corpus score equals `ours`.
+    """Return signature, version and language, if sacrebleu's corpus score equals `ours`.
 
-    The sums are there for the intervals; the number that is reported has to be sacrebleu's.
+    The intervals need our sums, and the reported score must equal sacrebleu's.
+
+    Raises:
+        RuntimeError: the two scores differ.
     """
     import sacrebleu
 
@@ -146,8 +150,8 @@ def _checked_settings(
     theirs = metric.corpus_score([row.prediction for row in rows], streams).score
     if abs(theirs - float(ours)) > 1e-6:
         raise RuntimeError(
-            f"sacrebleu {sacrebleu.__version__} scores {theirs}, our sums give {float(ours)}: it "
-            "has changed its definition; install sacrebleu 2.6.0 and report this"
+            f"sacrebleu {sacrebleu.__version__} scores {theirs}, but our sums give {float(ours)}: "
+            "its definition has changed; install sacrebleu 2.6.0 and report this"
         )
     return {
         "signature": str(metric.get_signature()),

@@ -1,4 +1,4 @@
-"""The records every metric speaks: a row to score, the options, what a family measured."""
+"""Define the records that all metrics share: a row to score, the options, a measured metric."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One prediction with what it is scored against."""
+    """The prediction for one example, with its references; one row of a predictions file."""
 
     id: str
-    """Unique within a scored set; what two systems are paired by."""
+    """Id of the example, unique within a scored set; two systems are paired by it."""
     prediction: str
     references: tuple[str, ...]
-    """Accepted texts; at least one for every metric that reads the prediction."""
+    """Accepted texts, at least one."""
     group: str = ""
-    """Rows of one group are resampled together; left empty it becomes the id."""
+    """Rows of one group are resampled together; an empty group becomes the id."""
     loss: float | None = None
     """Mean negative log-likelihood of the first reference, nats per answer token."""
     tokens: int | None = None
-    """Answer tokens behind the loss."""
+    """Number of answer tokens that the loss is a mean over."""
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -30,10 +30,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """What the scores depend on besides the rows."""
+    """The settings that the scores depend on besides the rows."""
 
     task: str = "qa"
-    """Name of the task the rows come from."""
+    """Name of the task that the rows come from."""
     language: str = "en"
     """Two-letter code of the answers' language, such as "zh"."""
     rules: str = "squad"
@@ -41,55 +41,55 @@ class Options:
     rouge: str = "unicode"
     """How ROUGE cuts a text into words: "unicode" or "xlsum"."""
     tokenizer: str | None = None
-    """Name of the model tokenizer behind `Row.loss`; losses compare only where it is the same."""
+    """Name of the tokenizer behind `Row.loss`; losses are comparable only with equal tokenizers."""
     bertscore_model: str | None = None
-    """Folder or name of the encoder; None takes the one bert-score recommends per language."""
+    """Folder or name of the encoder; None takes bert-score's recommendation for the language."""
     bertscore_layer: int | None = None
-    """Layer whose states are compared; None takes the recommended one."""
+    """Layer whose hidden states are compared; None takes the recommended layer."""
     bertscore_rescale: bool = False
-    """Whether to rescale by bert-score's baseline, which exists for some languages only."""
+    """Whether to rescale by bert-score's baseline, which only some languages have."""
     bertscore_max_length: int = 512
-    """Longest text in encoder tokens; what is beyond is cut off."""
+    """Maximum length of a text in encoder tokens; longer texts are truncated."""
     device: str = "cpu"
-    """Where the encoder runs."""
+    """Device that the encoder runs on."""
     batch_size: int = 32
-    """Texts the encoder reads at once; changes speed and memory, not scores."""
+    """Texts per encoder batch; changes speed and memory, not scores."""
     resamples: int = 1000
-    """Bootstrap resamples behind an interval; 0 leaves intervals out."""
+    """Number of bootstrap resamples for an interval; 0 gives no intervals."""
     confidence: float = 0.95
-    """Share of resamples inside an interval, in (0, 1)."""
+    """Fraction of resamples inside an interval, in (0, 1)."""
     seed: int = 0
     """Seed of the resampling."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric over n rows, in a form that any resample of the rows can be scored from."""
+    """One metric over n rows, with the statistics to score any resample of the rows."""
 
     per_row: np.ndarray
-    """Each row's own score, shape [n], in the unit of the value."""
+    """Score of each row, shape [n], in the unit of the value."""
     statistics: np.ndarray
-    """What the score is computed from, float64 of shape [n, k]; it adds up over rows."""
+    """Statistics that the score is computed from, float64 [n, k]; additive over rows."""
     value: Callable[[np.ndarray], np.ndarray]
-    """Sums over rows, shape [..., k] -> scores, shape [...]."""
+    """Function: sums of the statistics over rows, shape [..., k] -> scores, shape [...]."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What a reader needs to compute the same number; holds only what JSON can."""
+    """Settings that reproduce the score, as JSON values."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Metrics that are measured together; one row of the metric table."""
+    """Metrics that are measured together."""
 
     names: tuple[str, ...]
     measure: Callable[[Sequence[Row], Options], dict[str, Measured]]
-    """Measures every name of the family; the rows are not empty."""
+    """Function: (rows, at least one; options) -> name -> measured metric, for all names."""
     missing: Callable[[Options], str | None]
-    """Why it cannot be computed here and what to do about it, or None."""
+    """Function: options -> why the family cannot be computed and what to do, or None if it can."""
     higher_is_better: bool = True
 
 
 def mean_measured(per_row: Sequence[float] | np.ndarray, settings: dict[str, Any]) -> Measured:
-    """Return the metric that is the mean of its rows' scores."""
+    """Return the metric that is the mean of the scores per row."""
     scores = np.asarray(per_row, dtype=np.float64)
     return Measured(scores, np.stack([scores, np.ones_like(scores)], axis=-1), _mean, settings)
 

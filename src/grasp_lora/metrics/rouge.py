@@ -1,7 +1,7 @@
-"""ROUGE in every script: rouge-score's counting over words cut by Unicode, or as XL-Sum cuts them.
+"""Compute ROUGE in every script: rouge-score counts words split by Unicode rules or as in XL-Sum.
 
-rouge-score's own tokenizer keeps ASCII letters and digits only, so two identical Arabic or Chinese
-texts score 0 by it.
+rouge-score's own tokenizer keeps only ASCII letters and digits, so it gives two identical Arabic or
+Chinese texts the score 0.
 """
 
 import warnings
@@ -23,12 +23,12 @@ _NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 @dataclass(frozen=True)
 class Words:
-    """How texts are cut into the words that ROUGE counts; what RougeScorer takes as tokenizer."""
+    """A tokenizer for RougeScorer: splits texts into the words that ROUGE counts."""
 
     tokenize: Callable[[str], list[str]]
-    """Text -> its words."""
+    """Function: text -> words."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What was used, for the record."""
+    """Settings of the tokenizer, for the record of the score."""
 
 
 def _unicode_words(language: str) -> Words:
@@ -36,11 +36,11 @@ def _unicode_words(language: str) -> Words:
     return Words(partial(tokens, language=language), settings | {"regex": version("regex")})
 
 
-# The fork of rouge-score behind the XL-Sum results (csebuetnlp/xl-sum, multilingual_rouge_scoring)
-# drops controls and punctuation first, all of ASCII's symbols among the punctuation.
+# XL-Sum's fork of rouge-score (csebuetnlp/xl-sum, multilingual_rouge_scoring) first drops control
+# characters and punctuation. All ASCII symbols count as punctuation.
 _CONTROLS = regex.compile(r"(?V1)[[\p{C}\ufffd]--[\t\n\r]]")
 _PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")
-# What its "aggressive" pyonmttok leaves together, with CJK ideographs apart.
+# The units that its "aggressive" pyonmttok keeps together; each CJK ideograph is one unit.
 _IDEOGRAPHS = (
     r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     r"\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -71,7 +71,7 @@ _NLTK_STEMMERS = {
     "sv": "swedish",
 }
 _SEGMENTERS = {"zh": "jieba", "th": "pythainlp"}
-# What the published scorer cuts or stems by code that is not at hand.
+# Languages whose segmenter or stemmer in the published scorer is not available here.
 _UNSUPPORTED = {
     "bn": "stemmer for Bengali",
     "hi": "stemmer for Hindi",
@@ -94,7 +94,7 @@ def _xlsum_words(language: str) -> Words:
         settings["segmenter"] += " " + version(_SEGMENTERS[language])
     if language in _NLTK_STEMMERS:
         settings["stemmer"] = f"nltk {version('nltk')} {_NLTK_STEMMERS[language]}"
-        # For the published scorer NLTK downloads lists of stop words, which it leaves as they are.
+        # The published scorer does not stem stop words; it downloads their lists with NLTK.
         settings["unlike_xlsum"] = "stop words are stemmed too, each word by itself"
     return Words(partial(_xlsum_tokens, language=language), settings)
 
@@ -114,8 +114,8 @@ def _stem(word: str, language: str) -> str:
     if language in _NLTK_STEMMERS:
         from nltk.stem.snowball import SnowballStemmer
 
-        # A new one for each word: the Arabic stemmer remembers, so that a stem would depend on
-        # the words before it and equal texts would not score 100.
+        # A new stemmer for each word, because the Arabic stemmer keeps state: a stem would depend
+        # on earlier words, and equal texts would not score 100.
         return str(SnowballStemmer(_NLTK_STEMMERS[language]).stem(word))
     return word
 
@@ -124,12 +124,12 @@ def _stem(word: str, language: str) -> str:
 def _segmenter(language: str) -> Callable[[str], list[str]]:
     if language == "zh":
         with warnings.catch_warnings():
-            # Its source has invalid escapes and may ask for pkg_resources: nothing a user can mend.
+            # Its source has invalid escapes and may need pkg_resources; a user cannot fix these.
             warnings.simplefilter("ignore")
             import jieba
 
-        # The dictionary is read as `initialize` reads it, but without the cache file that one
-        # shares with every user of the machine, and without its messages.
+        # The dictionary is read as in `initialize`, but without its messages and without its cache
+        # file, which all users of the machine share.
         own = jieba.Tokenizer()
         own.FREQ, own.total = own.gen_pfdict(own.get_dict_file())
         own.initialized = True
@@ -142,7 +142,7 @@ def _segmenter(language: str) -> Callable[[str], list[str]]:
 MODES: MappingProxyType[str, Callable[[str], Words]] = MappingProxyType(
     {"unicode": _unicode_words, "xlsum": _xlsum_words}
 )
-"""Name of a way to cut texts into words -> fn(language)."""
+"""Name of a mode -> function(language) -> tokenizer."""
 
 
 def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
@@ -173,7 +173,7 @@ def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
 
 
 def _lines(text: str) -> str:
-    """Return a text with one sentence a line; a text that has lines already is left alone."""
+    """Return the text with one sentence per line; a text with line breaks is not changed."""
     return text if "\n" in text.strip() else "\n".join(sentences(text))
 
 
@@ -189,11 +189,11 @@ def _missing(options: Options) -> str | None:
         if find_spec(package) is None:
             name = package.replace("_", "-")
             return (
-                f"the package {name} is not installed, which the mode {options.rouge!r} needs "
+                f"the package {name} is not installed, but the mode {options.rouge!r} needs it "
                 f"for {language!r}; pip install {name}"
             )
     return None
 
 
 ROUGE = Family(_NAMES, _measure, _missing)
-"""ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-L by sentences: F1 in [0, 100]."""
+"""ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (by sentences): F1 in [0, 100]."""

@@ -1,4 +1,4 @@
-"""Scores with intervals, and comparisons of two systems, for metrics named in the table."""
+"""Compute scores with intervals, and compare two systems, for metrics named in the table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,21 +11,22 @@ from grasp_lora.metrics.table import FAMILIES, METRICS
 
 @dataclass(frozen=True)
 class Score:
-    """One metric over all rows."""
+    """One metric over all rows, with its bootstrap interval."""
 
     value: float
     low: float | None
-    """End of the interval; None where there is none, as with fewer than two groups."""
+    """Lower end of the interval; None without an interval, as with fewer than two groups."""
     high: float | None
+    """Upper end of the interval."""
     n: int
-    """Rows scored."""
+    """Number of rows scored."""
     settings: dict[str, Any]
-    """What a reader needs to compute the same number."""
+    """Settings that reproduce the score."""
     per_row: tuple[float, ...]
-    """Each row's own score; its mean is not the value of a corpus metric such as BLEU."""
+    """Score of each row; the value of a corpus metric such as BLEU is not their mean."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is written down: everything but the scores of the rows."""
+        """Return all fields except the scores per row, as JSON values."""
         return {
             "value": self.value,
             "low": self.low,
@@ -37,32 +38,33 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of two systems over the same rows."""
+    """One metric of two systems A and B over the same rows."""
 
     a: float
     b: float
     difference: float
     """Score of A minus score of B."""
     low: float | None
-    """End of the difference's interval; None where there is none."""
+    """Lower end of the interval of the difference; None without an interval."""
     high: float | None
+    """Upper end of the interval."""
     p_value: float | None
-    """Two-sided; how often two systems alike would lie as far apart."""
+    """Two-sided: probability that two equal systems differ at least this much; None if untested."""
     n: int
-    """Rows scored."""
+    """Number of rows scored."""
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything, as plain JSON values."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
 
 def score(rows: Sequence[Row], names: Iterable[str], options: Options) -> dict[str, Score]:
-    """Return the named metrics over rows, in the order of the names, with intervals.
+    """Return metric name -> score with interval, in the order of the names.
 
     Raises:
-        ValueError: for no rows, equal ids, a row without a reference, an unknown name, or a
-            metric that cannot be measured here or on these rows.
+        ValueError: there are no rows, two ids are equal, a row has no reference, a name is unknown,
+            or a metric cannot be measured here or on these rows.
     """
     names = _known(names)
     _check_rows(rows)
@@ -81,10 +83,10 @@ def score(rows: Sequence[Row], names: Iterable[str], options: Options) -> dict[s
 
 
 def missing(names: Iterable[str], options: Options) -> dict[str, str]:
-    """Return the named metrics that cannot be measured here, each with why and what to do.
+    """Return metric name -> reason and remedy, for the named metrics that cannot be measured here.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: a name is unknown.
     """
     reasons = {name: METRICS[name].missing(options) for name in _known(names)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -93,18 +95,18 @@ def missing(names: Iterable[str], options: Options) -> dict[str, str]:
 def compare(
     rows_a: Sequence[Row], rows_b: Sequence[Row], names: Iterable[str], options: Options
 ) -> dict[str, Comparison]:
-    """Return how far system A is above system B in the named metrics, on the same rows.
+    """Return metric name -> comparison of system A with system B on the same rows.
 
     Args:
-        rows_a: predictions of A; its groups are the ones resampled.
+        rows_a: predictions of A; its groups are resampled.
         rows_b: predictions of B for the same ids, in any order, with the same references.
         names: metrics to compare.
-        options: what the scores depend on, the same for both.
+        options: settings of the scores, the same for both systems.
 
     Raises:
-        ValueError: as `score`, or where ids or references differ.
+        ValueError: as `score`, or ids or references differ.
     """
-    from grasp_lora.metrics.intervals import paired  # scipy takes half a second to load
+    from grasp_lora.metrics.intervals import paired_difference  # scipy takes half a second to load
 
     names = _known(names)
     _check_rows(rows_a)
@@ -113,7 +115,7 @@ def compare(
     found = {}
     for name, a in _measure(rows_a, names, options).items():
         b = measured_b[name]
-        apart = paired(
+        apart = paired_difference(
             a.statistics,
             b.statistics,
             [row.group for row in rows_a],
@@ -141,29 +143,29 @@ def compare_means(
     groups: Sequence[str],
     options: Options,
 ) -> dict[str, float | None]:
-    """Return how far the mean of A is above that of B, the rows of a group drawn together.
+    """Return the difference of the means of A and B, with the rows of a group drawn together.
 
     Args:
-        values_a: a score of each row under A.
-        values_b: likewise under B, in the same order.
-        groups: of each row, such as its context.
+        values_a: score of each row under A.
+        values_b: score of each row under B, in the same order.
+        groups: group of each row, such as its context.
         options: resamples, confidence and seed of the interval and of the test.
 
     Returns:
-        `difference`, the ends `low` and `high` of its bootstrap interval, and `p_value`.
+        `difference` (A - B), the ends `low` and `high` of its bootstrap interval, and `p_value`.
 
     Raises:
-        ValueError: as `intervals.paired`.
+        ValueError: as `intervals.paired_difference`.
     """
     import numpy as np
 
-    from grasp_lora.metrics.intervals import paired  # scipy takes half a second to load
+    from grasp_lora.metrics.intervals import paired_difference  # scipy takes half a second to load
 
     sums_a, sums_b = (
         np.stack([np.asarray(values, dtype=float), np.ones(len(values))], axis=1)
         for values in (values_a, values_b)
     )
-    found = paired(
+    found = paired_difference(
         sums_a,
         sums_b,
         groups,
@@ -181,7 +183,7 @@ def compare_means(
 
 
 def _known(names: Iterable[str]) -> list[str]:
-    # A single text is a sequence of its letters, each of which would be taken as a name.
+    # A single text is a sequence of letters, and each letter would count as a name.
     listed = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in listed:
         if name not in METRICS:
@@ -193,16 +195,16 @@ def _known(names: Iterable[str]) -> list[str]:
 
 def _check_rows(rows: Sequence[Row]) -> None:
     if not rows:
-        raise ValueError("no rows to score; at least one is needed")
+        raise ValueError("there are no rows to score; give at least one")
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise ValueError(f"two rows have the id {row.id!r}; give each row an id of its own")
+            raise ValueError(f"two rows have the id {row.id!r}; give each row a different id")
         seen.add(row.id)
         if isinstance(row.references, str) or not row.references:
             raise ValueError(
                 f"row {row.id!r} has the references {row.references!r}; "
-                "they must be a tuple of at least one text"
+                "give a tuple of at least one text"
             )
 
 
@@ -222,14 +224,14 @@ def _aligned(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row]:
     for row in rows_a:
         if tuple(row.references) != tuple(by_id[row.id].references):
             raise ValueError(
-                f"row {row.id!r} has other references in system B than in system A; "
-                "score both systems against the same data"
+                f"row {row.id!r} has different references in systems A and B; "
+                "score both systems against the same references"
             )
     return [by_id[row.id] for row in rows_a]
 
 
 def _measure(rows: Sequence[Row], names: list[str], options: Options) -> dict[str, Measured]:
-    """Return the named metrics, each family measured once."""
+    """Return metric name -> measured metric; each family is measured once."""
     reasons = missing(names, options)
     if reasons:
         name, reason = next(iter(reasons.items()))

@@ -1,20 +1,21 @@
-"""Words and sentences of a text in any script, by rules of Unicode and no dictionary."""
+"""Split texts of any script into words and sentences, by Unicode rules without a dictionary."""
 
 import unicodedata
 
 import regex
 
-# Scripts written without spaces between words; each character is a word of its own there.
+# Scripts without spaces between words, where each character is one word.
 _CHARACTER = (
     r"[[\p{L}\p{Nl}]&&"
     r"[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}]]"
 )
 # Signs that belong to the character before them: marks, the vowel am of Thai and Lao (a letter by
-# category), and what the Khmer coeng or the Burmese virama stacks below it. `\X` is not used: it
-# parts the Burmese vowel aa from its consonant, and it changes with the version of Unicode.
+# category), and consonants that the Khmer coeng or the Burmese virama stacks below it. `\X` is not
+# used, because it splits the Burmese vowel aa from its consonant and changes between Unicode
+# versions.
 _ATTACHED = rf"(?:[\p{{M}}\u0e33\u0eb3]|(?<=[\u17d2\u1039]){_CHARACTER})"
 _LETTER = rf"[[\p{{L}}\p{{N}}]--{_CHARACTER}]"
-# The joiners choose letter shapes inside a Persian or Bengali word; at its end they are noise.
+# Joiners select letter shapes inside a Persian or Bengali word; at its end they are noise.
 _WORD = rf"{_LETTER}(?:[\u200c\u200d]*(?:{_LETTER}|\p{{M}}))*"
 _BY_SCRIPT = {
     "ja": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
@@ -26,7 +27,7 @@ _BY_SCRIPT = {
 }
 _TOKEN = regex.compile(f"(?V1)(?:{_CHARACTER}{_ATTACHED}*|{_WORD})")
 
-# Soft hyphens and variation selectors change the look of a word, not the word.
+# Soft hyphens and variation selectors change how a word looks, not which word it is.
 _INVISIBLE = regex.compile("[\u00ad\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _DOTTED_I = str.maketrans({"İ": "i", "I": "ı"})
 _CASES = {"tr": _DOTTED_I, "az": _DOTTED_I}
@@ -35,20 +36,20 @@ TOKEN_RULE = (
     "NFKC, case folded; Han, kana, Thai, Lao, Khmer, Burmese by character with its marks, "
     "else runs of letters, marks and digits"
 )
-"""What `tokens` does, in words for a report."""
+"""The rule of `tokens` in words, for the record of a score."""
 
 _CLOSING = r"[\p{Pe}\p{Pf}\"'”’]*"
-# These end a sentence wherever they stand.
+# These marks end a sentence everywhere.
 _ALWAYS = r"[。！？｡؟۔।॥።፧។៕။]+"
-# These do before white space only, so 3.5 stays whole; the point of an initial (J. Verne) never.
+# These end it only before white space, so 3.5 stays whole. The point of an initial never does.
 _BEFORE_SPACE = r"(?:[!?…]|(?<!(?<![\p{L}\p{M}\p{N}])\p{L})\.)[.!?…]*"
 _END = regex.compile(rf"(?V1)(?:{_ALWAYS}{_CLOSING}|{_BEFORE_SPACE}{_CLOSING}(?=\s|$))|\n+")
 
 
 def unspaced_language(text: str) -> str | None:
-    """Return the language a text without spaces between words is in, by its script alone.
+    """Return the language of a text in a script without spaces between words.
 
-    Kana make it Japanese, Han without kana Chinese.
+    Only the script decides: a text with kana is Japanese, a text with Han but no kana is Chinese.
 
     Returns:
         "ja", "zh", "th", "lo", "km" or "my"; None if no letter is of such a script.
@@ -64,16 +65,16 @@ def base_language(language: str) -> str:
 def tokens(text: str, language: str = "en") -> list[str]:
     """Return the words of a text, case folded, without punctuation and symbols.
 
-    The text is brought to NFKC first, so half-width kana, full-width Latin letters and Arabic
-    presentation forms equal the common ones; the vowel am of Thai and Lao, which NFKC takes
-    apart, is put together again. Characters of Han, kana, Thai, Lao, Khmer and Burmese are words
-    of their own, with the marks they carry; in all other scripts, and for digits of any script,
-    a run of letters, marks and digits is a word. For ASCII text these are the tokens of
-    rouge-score without its stemmer.
+    The text is first brought to NFKC, so that half-width kana, full-width Latin letters and Arabic
+    presentation forms equal the common forms. NFKC splits the vowel am of Thai and Lao, which is
+    then joined again. Each character of Han, kana, Thai, Lao, Khmer and Burmese is one word,
+    together with its marks. In all other scripts, and for digits of any script, a run of letters,
+    marks and digits is one word. For ASCII text the words equal the tokens of rouge-score without
+    its stemmer.
 
     Args:
         text: any text; empty text has no words.
-        language: code such as "tr", which decides how the letters I and İ become small.
+        language: code such as "tr"; it decides the lower case of the letters I and İ.
     """
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
     text = text.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
@@ -81,12 +82,13 @@ def tokens(text: str, language: str = "en") -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, trimmed, in order.
+    """Return the sentences of a text in order, without white space at their ends.
 
-    A sentence ends at a line break; behind 。！？ and their kin in Arabic, Urdu, Devanagari,
-    Ethiopic, Khmer and Burmese script; and behind . ! ? … before white space, but for the point
-    of a single letter. Closing quotes and brackets stay with the sentence. Thai and Lao mark no
-    ends: only line breaks part them. Abbreviations of several letters (Dr.) are not known.
+    A sentence ends at a line break. It ends after 。！？ and the matching marks of Arabic, Urdu,
+    Devanagari, Ethiopic, Khmer and Burmese. It ends after . ! ? … before white space, except after
+    the point of a single letter (J. Verne). Closing quotes and brackets belong to the sentence.
+    Thai and Lao have no end marks, so only line breaks split them. Abbreviations of several letters
+    (Dr.) are not recognised.
     """
     starts = [0, *(end.end() for end in _END.finditer(text))]
     parts = [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]

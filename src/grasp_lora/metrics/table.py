@@ -1,4 +1,4 @@
-"""The table of metrics: the one place that lists them all."""
+"""List all metrics in one table."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,9 +11,9 @@ from grasp_lora.metrics.records import Family
 from grasp_lora.metrics.rouge import ROUGE
 
 FAMILIES: tuple[Family, ...] = (ANSWERS, *OVERLAP, ROUGE, BERTSCORE, LIKELIHOOD)
-"""Metrics that are measured together, in the order of reports."""
+"""Families of metrics that are measured together, in the order of reports."""
 
 METRICS: Mapping[str, Family] = MappingProxyType(
     {name: family for family in FAMILIES for name in family.names}
 )
-"""Name of a metric -> the family that measures it."""
+"""Name of a metric -> family that measures it."""

@@ -2,9 +2,9 @@
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.cache import (
@@ -79,13 +80,13 @@ class ModelSpec:
     """
 
     name: str
-    """A short name ("smollm2", "gemma3-270m"), a folder, a .gguf file or a hub id."""
+    """A short name ("smollm2", "gemma3-270m"), a folder, a hub id, or a .gguf file.
+
+    The file may be local, or one on the hub: "owner/name/file.gguf".
+    """
 
     dtype: str = "auto"
     """Number format; "auto" means bfloat16 if the hardware multiplies it natively, else float32."""
-
-    gguf_file: str | None = None
-    """Name of a .gguf file in the folder `name`."""
 
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Size of the frozen weights. Needs CUDA and bitsandbytes; gives a backbone no fingerprint."""
@@ -223,20 +224,36 @@ def _short_names() -> str:
     return ", ".join(SHORT_NAMES)
 
 
-def _gguf_source_of(spec: ModelSpec) -> GgufSource | None:
+def gguf_source_of(spec: ModelSpec) -> GgufSource | None:
     """Return the GGUF source that `spec` names, or None if it names a folder or a hub id."""
-    if spec.gguf_file is not None:
-        return gguf_source(Path(spec.name) / spec.gguf_file)
     if spec.name in SHORT_NAMES:
         return SHORT_NAMES[spec.name]()
     if spec.name.endswith(".gguf"):
-        return gguf_source(Path(spec.name))
+        path, parts = Path(spec.name), spec.name.split("/")
+        if path.exists() or path.parent.is_dir() or not _on_hub(parts):
+            return gguf_source(path)
+        file = _call_hub(_download, spec, spec.name)
+        return replace(gguf_source(file), public_name=spec.name)
     return None
+
+
+def _on_hub(parts: Sequence[str]) -> bool:
+    """Return whether the parts of a path can name a file of a hub repository."""
+    return len(parts) > 2 and all(part not in ("", ".", "..", "~") for part in parts)
+
+
+def _download(location: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Return the local copy of a hub file; `location` is "owner/name/file"."""
+    del trust_remote_code  # a GGUF file holds no code
+    owner, name, file = location.split("/", 2)
+    found = cached_file(f"{owner}/{name}", file, revision=revision)
+    assert found is not None, "a missing file raises"
+    return Path(found)
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     """Return (folder or hub id to load from, public name)."""
-    source = _gguf_source_of(spec)
+    source = gguf_source_of(spec)
     if source is not None:
         return str(converted_backbone(source, notice)), source.public_name
     folder = Path(spec.name).expanduser()

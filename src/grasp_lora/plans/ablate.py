@@ -15,24 +15,23 @@ from typing import Any
 from grasp_lora.base.files import write_json, write_text
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
-from grasp_lora.plans.methods import (
-    ADAPTERS,
-    adapters_job,
-    checked_data,
-    settings_of,
-    with_split_seed,
-)
-from grasp_lora.plans.projection import run_projected
-from grasp_lora.plans.queue import Job, Outcome, results_in
+from grasp_lora.plans.compare import checked_data, finished_stages
+from grasp_lora.plans.launch import HERE, Pool, work_off_many
+from grasp_lora.plans.methods import Built, Case, searched, with_split_seed
+from grasp_lora.plans.parts import add_adapters, add_merge
+from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.results import MethodOutcome, method_outcomes
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.show import sizes_of
 from grasp_lora.report.run import ablation_markdown
-from grasp_lora.stages.search import POOLS
+from grasp_lora.workbench.context import POOLS
 from grasp_lora.workbench.rows import RunData
 
 AS_CONFIGURED = "as-configured"
 
 
 @dataclass(frozen=True)
-class Variant:
+class Change:
     """A change of the controller.
 
     Attributes:
@@ -59,32 +58,30 @@ class Variant:
         return dataclasses.replace(config, **changes)
 
 
-VARIANTS: Mapping[str, Variant] = {
-    AS_CONFIGURED: Variant("the configuration itself"),
-    "entropy-off": Variant("no widening", {"entropy": 0.0}),
-    "entropy-on": Variant("the published widening", {"entropy": 0.01}),
-    "anchor-off": Variant("no pull to the current ratio", {"anchor": 0.0}),
-    "anchor-on": Variant("the published pull to the current ratio", {"anchor": 0.05}),
-    "anchor-and-entropy-off": Variant("neither", {"anchor": 0.0, "entropy": 0.0}),
-    "rows-4": Variant("4 rows a round", {"rows": 4}),
-    "rows-8": Variant("8 rows a round", {"rows": 8}),
-    "rows-16": Variant("16 rows a round", {"rows": 16}),
-    "rows-32": Variant("32 rows a round", {"rows": 32}),
-    "fixed-rows": Variant("the same micro-dev rows every round", {"probe_rows": "micro-dev"}),
-    "fresh-rows": Variant("other rows every round", {"probe_rows": "micro-dev+dev"}),
-    "half-the-rounds": Variant("rounds half as often", rounds=0.5),
-    "twice-the-rounds": Variant("rounds twice as often", rounds=2.0),
-    "candidates-2": Variant("2 candidates a round", {"candidates": 2}),
-    "candidates-4": Variant("4 candidates a round", {"candidates": 4}),
-    "candidates-6": Variant("6 candidates a round", {"candidates": 6}),
-    "step-0.05": Variant("smaller steps of the ratio", {"max_step": 0.05}),
-    "step-0.2": Variant("larger steps of the ratio", {"max_step": 0.2}),
-    "moments-kept": Variant("moments of pruned entries kept", {"clear_moments": False}),
-    "moments-cleared": Variant("moments of pruned entries cleared", {"clear_moments": True}),
-    "baseline-on": Variant("commits judged against the model as it is", {"baseline": True}),
-    "baseline-off": Variant("commits judged against the lowest ratio", {"baseline": False}),
-    "importance-fixed": Variant("importance of round one", {"refresh_importance": False}),
-    "candidate-committed": Variant("the mask of the best candidate", {"commit": "candidate"}),
+CHANGES: Mapping[str, Change] = {
+    AS_CONFIGURED: Change("the configuration itself"),
+    "entropy-off": Change("no widening", {"entropy": 0.0}),
+    "entropy-on": Change("the published widening", {"entropy": 0.01}),
+    "anchor-off": Change("no pull to the current ratio", {"anchor": 0.0}),
+    "anchor-on": Change("the published pull to the current ratio", {"anchor": 0.05}),
+    "anchor-and-entropy-off": Change("neither", {"anchor": 0.0, "entropy": 0.0}),
+    "rows-4": Change("4 rows a round", {"rows": 4}),
+    "rows-8": Change("8 rows a round", {"rows": 8}),
+    "rows-16": Change("16 rows a round", {"rows": 16}),
+    "rows-32": Change("32 rows a round", {"rows": 32}),
+    "fixed-rows": Change("the same micro-dev rows every round", {"probe_rows": "micro-dev"}),
+    "fresh-rows": Change("other rows every round", {"probe_rows": "micro-dev+dev"}),
+    "half-the-rounds": Change("rounds half as often", rounds=0.5),
+    "twice-the-rounds": Change("rounds twice as often", rounds=2.0),
+    "candidates-2": Change("2 candidates a round", {"candidates": 2}),
+    "candidates-4": Change("4 candidates a round", {"candidates": 4}),
+    "candidates-6": Change("6 candidates a round", {"candidates": 6}),
+    "step-0.05": Change("smaller steps of the ratio", {"max_step": 0.05}),
+    "step-0.2": Change("larger steps of the ratio", {"max_step": 0.2}),
+    "moments-kept": Change("moments of pruned entries kept", {"clear_moments": False}),
+    "moments-cleared": Change("moments of pruned entries cleared", {"clear_moments": True}),
+    "baseline-on": Change("commits judged against the model as it is", {"baseline": True}),
+    "baseline-off": Change("commits judged against the lowest ratio", {"baseline": False}),
 }
 """Name -> change, in the order of the table."""
 
@@ -94,8 +91,7 @@ def ablate(
     out: Path,
     only: Sequence[str] = (),
     seeds: Sequence[int] = (42,),
-    workers: int = 1,
-    threads: int | None = None,
+    pool: Pool = HERE,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -106,7 +102,8 @@ def ablate(
         out: receives `ablation.json`, `ablation.md` and a folder for each run.
         only: names of variants; none is all. The configuration itself is always among them.
         seeds: of searches and final runs.
-        workers, threads, overwrite: as for `run_queue`.
+        pool: processes to do stages in; by default this one does them all.
+        overwrite: replace results that other inputs made.
         quiet: print nothing.
 
     Returns:
@@ -120,17 +117,19 @@ def ablate(
             "merge.when is after: nothing is trained while the ratio is searched, so there is no "
             "controller in training to take apart; set merge.when: before"
         )
-    data = checked_data(config, "variant", only, VARIANTS, seeds, quiet)
-    wanted = [name for name in VARIANTS if not only or name in only or name == AS_CONFIGURED]
+    data = checked_data(config, "variant", only, CHANGES, seeds, quiet)
+    wanted = [name for name in CHANGES if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)
-    jobs = _jobs(config, data, chosen, seeds)
-    outcomes = run_projected(config, data, out, jobs, workers, threads, overwrite, quiet)
+    others, _ = _chosen(config, data, [name for name in CHANGES if name not in wanted])
+    plan, built = _plan_of(config, chosen | others, seeds)
+    asked = tuple(str(built[f"{name}-s{seed}"].scores) for name in chosen for seed in seeds)
+    session, sizes = Session(with_split_seed(config), data, quiet=quiet), sizes_of(config, data)
+    done = work_off_many(part_of(plan, asked), out, session, sizes, pool, overwrite)
     # What an earlier start with other names left there belongs in the table as well.
-    others, _ = _chosen(config, data, [name for name in VARIANTS if name not in wanted])
-    kept = results_in(out, _jobs(config, data, others, seeds))
-    outcomes = kept | outcomes
-    there = {name for name in others if any(f"{name}-s{seed}" in kept for seed in seeds)}
-    chosen = {name: (chosen | others)[name] for name in VARIANTS if name in there or name in chosen}
+    done = finished_stages(plan, out, session) | done
+    outcomes = method_outcomes(built, plan, out, done, sizes)
+    there = {name for name in others if any(f"{name}-s{seed}" in outcomes for seed in seeds)}
+    chosen = {name: (chosen | others)[name] for name in CHANGES if name in there or name in chosen}
     found = _summary(chosen, left_out, seeds, outcomes) | {
         "task": config.data.task,
         "language": config.data.target.language,
@@ -149,7 +148,7 @@ def _chosen(
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            changed = VARIANTS[name].of(config.controller)
+            changed = CHANGES[name].of(config.controller)
         except ValueError as error:
             left_out[name] = str(error)
             continue
@@ -157,31 +156,39 @@ def _chosen(
         pool = sum(len(parts.get(split, ())) for split in POOLS[changed.probe_rows])
         if name != AS_CONFIGURED and changed == config.controller:
             left_out[name] = "the configuration is like that"
-        elif "rows" in VARIANTS[name].changes and changed.rows > pool:
+        elif "rows" in CHANGES[name].changes and changed.rows > pool:
             left_out[name] = f"there are {pool} rows to probe"
         else:
             chosen[name] = changed
     return chosen, left_out
 
 
-def _jobs(
-    config: RunConfig, data: RunData, chosen: Mapping[str, ControllerConfig], seeds: Sequence[int]
-) -> list[Job]:
-    config = with_split_seed(config)
-    jobs = [adapters_job(config, data)]
+def _plan_of(
+    config: RunConfig, chosen: Mapping[str, ControllerConfig], seeds: Sequence[int]
+) -> tuple[Plan, dict[str, Built]]:
+    """Return a plan with a search and a final run for every variant and seed, from one merge."""
+    config, plan = with_split_seed(config), PlanBuilder()
+    adapters = add_adapters(plan, config)
+    merged, probe = add_merge(plan, config, adapters)
+    adapters["merged"] = merged
+    built: dict[str, Built] = {}
     for seed in seeds:
         for name, controller in chosen.items():
             one = config.model_copy(update={"controller": controller, "seed": seed})
-            work = {"config": settings_of(one)}
-            jobs.append(Job(f"{name}-s{seed}", "methods:grasp", work, (ADAPTERS,)))
-    return jobs
+            job = f"{name}-s{seed}"
+            built[job] = searched(Case(plan, one, job, adapters, probe, _no_other))
+    return plan.build(), built
+
+
+def _no_other(method: str) -> Built:
+    raise AssertionError(f"a variant needs no other method, such as {method}")
 
 
 def _summary(
     chosen: Mapping[str, ControllerConfig],
     left_out: Mapping[str, str],
     seeds: Sequence[int],
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, MethodOutcome],
 ) -> dict[str, Any]:
     variants: dict[str, Any] = {}
     for name in chosen:
@@ -191,7 +198,7 @@ def _summary(
             if outcome is not None and outcome.result is not None:
                 runs[seed] = outcome.result
         variants[name] = {
-            "about": VARIANTS[name].about,
+            "about": CHANGES[name].about,
             "runs": {str(seed): dict(run) for seed, run in runs.items()},
             "mean": _means(runs.values()),
         }

@@ -1,1 +1,1 @@
-"""Answers become scores with intervals and paired tests."""
+"""Score predictions with intervals, and compare two systems with paired tests."""

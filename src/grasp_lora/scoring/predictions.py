@@ -1,4 +1,4 @@
-"""Prediction files: JSON lines -> rows to score; every fault is named by file and line."""
+"""Read prediction files (JSON lines) into rows to score; every error has file and line."""
 
 import json
 import math
@@ -15,15 +15,15 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a prediction file holds."""
+    """The content of a prediction file."""
 
     path: Path
     rows: tuple[Row, ...]
-    """At least one; where there are several sets, their ids read "set/id"."""
+    """At least one row; with several sets, the ids have the form "set/id"."""
     sets: tuple[str, ...]
-    """Values of the key `set`, in the order met."""
+    """Distinct values of the key `set`, in file order."""
     grouped: bool
-    """Whether the rows name their groups."""
+    """Whether the rows have groups."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ def read_predictions(path: Path) -> Predictions:
     """Read a prediction file, see `grasp_lora.scoring.files.read_rows`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, holds no row, or a row is wrong.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8, has no row, or a row is wrong.
     """
     lines: list[_Line] = []
     places: dict[tuple[str | None, str], str] = {}
-    # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+    # splitlines() would also split at U+2028 and similar characters inside a JSON text.
     for number, text in enumerate(_text_of(path).split("\n"), start=1):
         if not text.strip():
             continue
@@ -52,24 +52,26 @@ def read_predictions(path: Path) -> Predictions:
         if first != line.where:
             raise ValueError(
                 f"{line.where}: the id {line.row.id!r} was used at {first}; "
-                "give each row an id of its own"
+                "give each row a different id"
             )
         if lines and line.grouped != lines[0].grouped:
             lacking = line if lines[0].grouped else lines[0]
             raise ValueError(
                 f'{lacking.where}: no "group", but other rows have one; '
-                "give it to every row or to none"
+                "give every row a group, or none"
             )
         lines.append(line)
     if not lines:
-        raise ValueError(f"{path} holds no row; it needs at least one, a JSON object a line")
+        raise ValueError(f"{path} has no row; write at least one, one JSON object per line")
     sets = tuple(dict.fromkeys(line.set for line in lines if line.set is not None))
     rows = (line.row if len(sets) < 2 else _named_by_set(line) for line in lines)
     return Predictions(path, tuple(rows), sets, lines[0].grouped)
 
 
-def matched(a: Predictions, b: Predictions) -> tuple[list[Row], list[Row]]:
-    """Return the rows of both systems in the order of A, in the groups that a file names.
+def matched_rows(a: Predictions, b: Predictions) -> tuple[list[Row], list[Row]]:
+    """Return the rows of A and of B, both in the order of A.
+
+    If only B has groups, the rows of A get the groups of B.
 
     Raises:
         ValueError: ids, references or groups differ.
@@ -83,12 +85,12 @@ def matched(a: Predictions, b: Predictions) -> tuple[list[Row], list[Row]]:
         if one.references != other.references:
             raise ValueError(
                 f"the id {one.id!r} has the references {_short(one.references)} in {a.path}, but "
-                f"{_short(other.references)} in {b.path}; score both systems by the same references"
+                f"{_short(other.references)} in {b.path}; use the same references for both systems"
             )
         if a.grouped and b.grouped and one.group != other.group:
             raise ValueError(
                 f"the id {one.id!r} is of group {one.group!r} in {a.path}, but of {other.group!r} "
-                f"in {b.path}; group the rows alike in both, or in one of the files only"
+                f"in {b.path}; give both files the same groups, or only one file groups"
             )
     if a.grouped or not b.grouped:
         return [one for one, _ in pairs], [other for _, other in pairs]
@@ -99,8 +101,7 @@ def _refuse_lone(path: Path, other: Path, ids: list[str]) -> None:
     if ids:
         named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if ids[3:] else "")
         raise ValueError(
-            f"{other} has no row for the id {named} of {path}; "
-            "compare predictions for the same rows"
+            f"{other} has no row for the id {named} of {path}; compare predictions for the same ids"
         )
 
 
@@ -111,7 +112,7 @@ def _named_by_set(line: _Line) -> Row:
 
 def _text_of(path: Path) -> str:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file of predictions, JSON lines")
+        raise ValueError(f"{path} is a folder; give a file of predictions in JSON lines")
     if not path.is_file():
         raise FileNotFoundError(f"no prediction file at {path}; give the path of a .jsonl file")
     content = path.read_bytes()
@@ -132,11 +133,11 @@ def _line(text: str, where: str) -> _Line:
         values = json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"{where}: not JSON ({error}) in {_short(text)}; write one JSON object a line"
+            f"{where}: not JSON ({error}) in {_short(text)}; write one JSON object per line"
         ) from None
     if not isinstance(values, dict):
         raise ValueError(
-            f"{where}: {_short(values)} is no JSON object; write one with {_NEEDED} a line"
+            f"{where}: {_short(values)} is no JSON object; write one with {_NEEDED} per line"
         )
     for key in ("id", "prediction"):
         if key not in values:
@@ -158,25 +159,24 @@ def _group_key(values: Mapping[str, Any]) -> str:
 
 
 def _name(values: Mapping[str, Any], key: str, where: str, needed: bool = False) -> str | None:
-    """A text or whole number as text; None where it is absent or null and not needed."""
+    """Return a text or integer as text; None if it is absent or null and not needed."""
     value = values.get(key)
     if value is None and not needed:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise ValueError(
-            f"{where}: {key} {_short(value)}; "
-            "it must be a text that is not empty, or a whole number"
+            f"{where}: {key} is {_short(value)}; it must be a non-empty text or an integer"
         )
-    return _whole(str(value), key, where)
+    return _without_half_surrogates(str(value), key, where)
 
 
 def _prediction(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: prediction {_short(value)}; it must be a text, "
-            'write "" where a system said nothing'
+            f"{where}: prediction is {_short(value)}; it must be a text; "
+            'write "" for an empty answer'
         )
-    return _whole(value, "prediction", where)
+    return _without_half_surrogates(value, "prediction", where)
 
 
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -190,22 +190,20 @@ def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     given = values["references"] if "references" in values else [values["reference"]]
     if not isinstance(given, list) or not given:
         raise ValueError(
-            f"{where}: references {_short(given)}; it must be a list of at least one text"
+            f"{where}: references is {_short(given)}; it must be a list of at least one text"
         )
     for text in given:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{where}: reference {_short(text)}; it must be a text that is not empty"
-            )
-    return tuple(_whole(text, "reference", where) for text in given)
+            raise ValueError(f"{where}: reference is {_short(text)}; it must be a non-empty text")
+    return tuple(_without_half_surrogates(text, "reference", where) for text in given)
 
 
-def _whole(text: str, key: str, where: str) -> str:
-    # JSON can spell half of a surrogate pair, which no tokenizer and no file takes.
+def _without_half_surrogates(text: str, key: str, where: str) -> str:
+    # JSON can hold half of a surrogate pair, which no tokenizer and no file accepts.
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(
             f"{where}: {key} {_short(text)} holds half of a surrogate pair, which is no character; "
-            "write the file anew from the system's text"
+            "write the file again from the system's text"
         )
     return text
 
@@ -216,8 +214,8 @@ def _loss(value: Any, where: str) -> float | None:
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or not math.isfinite(value) or value < 0:
         raise ValueError(
-            f"{where}: loss {_short(value)}; it must be a finite number of at least 0 "
-            "(nats per token), leave it out where there is none"
+            f"{where}: loss is {_short(value)}; it must be a finite number of at least 0 "
+            "(nats per token); leave out the key if there is no loss"
         )
     return float(value)
 
@@ -227,8 +225,8 @@ def _tokens(value: Any, where: str) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
-            f"{where}: tokens {_short(value)}; it must be a whole number of at least 1, "
-            "leave it out where there is none"
+            f"{where}: tokens is {_short(value)}; it must be an integer of at least 1; "
+            "leave out the key if there is no loss"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""Predictions of a test set -> scores with intervals, and two systems side by side."""
+"""Score the test sets of a run with intervals, and compare two evaluations of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from rich.table import Table
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
-from grasp_lora.scoring.files import resampling
+from grasp_lora.scoring.files import resampling_settings
 from grasp_lora.tasks.base import task_named
 
-# Left out of the pairing of systems within a run: its encoder would have to read all texts again.
+# Left out of comparisons within a run, because its encoder would have to read all texts again.
 _SLOW = ("bertscore_f1",)
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
-    """Return the scores a run computes: those asked for, else the task's own."""
+    """Return the metrics of a run: those of the settings, else those of the task."""
     if config.evaluate.metrics is not None:
         return config.evaluate.metrics
     asked = ("bertscore_f1",) if config.evaluate.bertscore_model else ()
@@ -27,7 +27,7 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
 def metric_options(
     config: RunConfig, language: str, tokenizer: str | None = None, device: str = "cpu"
 ) -> Options:
-    """Return what the scores of a test set in `language` depend on besides its rows."""
+    """Return the scoring options of a test set in `language`."""
     given = config.evaluate
     return Options(
         task=config.data.task,
@@ -36,9 +36,6 @@ def metric_options(
         rouge=given.rouge,
         tokenizer=tokenizer,
         bertscore_model=given.bertscore_model,
-        bertscore_layer=given.bertscore_layer,
-        bertscore_rescale=given.bertscore_rescale,
-        bertscore_max_length=given.bertscore_max_length,
         device=device,
         resamples=given.resamples,
         seed=config.seed,
@@ -46,7 +43,7 @@ def metric_options(
 
 
 def missing_metrics(config: RunConfig) -> list[str]:
-    """Return a fault for every score that cannot be computed here, before any work is done."""
+    """Return one message per metric and language that cannot be computed here."""
     names = metric_names(config)
     languages = dict.fromkeys(
         [config.data.target.language, *(s.language for s in config.data.tests.values())]
@@ -65,17 +62,17 @@ def score_sets(
     tokenizer: str,
     device: str,
 ) -> tuple[dict[str, Any], dict[str, dict[str, tuple[float, ...]]]]:
-    """Score every test set; with several, their mean and the worst of them.
+    """Return the scores of every test set; with several sets, also their mean and the worst set.
 
     Args:
         config: the run's settings.
-        sets: name -> (role, split), as `RunData.test_sets` gives them.
-        predictions: set name -> what was predicted.
-        tokenizer: name of the tokenizer behind the losses.
-        device: where an encoder may run.
+        sets: name -> (role, split), as in `RunData.test_sets`.
+        predictions: set name -> rows of predictions.
+        tokenizer: name of the tokenizer of the losses.
+        device: device for an encoder.
 
     Returns:
-        A `scores.json`, and set name -> metric -> each row's own score.
+        The content of `scores.json`, and set name -> metric -> score per row.
     """
     names = metric_names(config)
     scored: dict[str, Any] = {}
@@ -84,7 +81,7 @@ def score_sets(
         language = section_of(config, role, split).language
         options = metric_options(config, language, tokenizer, device)
         found = score(predictions[name], names, options)
-        how = resampling(predictions[name], (), options)
+        how = resampling_settings(predictions[name], (), options)
         scored[name] = {
             "language": language,
             "n": len(predictions[name]),
@@ -113,16 +110,16 @@ def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
 
 def empty_answers(rows: Sequence[Row]) -> int:
-    """Return how many predictions say nothing: every score of text counts them as 0."""
+    """Return the number of empty predictions, which every text score counts as 0."""
     return sum(not row.prediction.strip() for row in rows)
 
 
 def evaluation_tables(folder: Path) -> list[Table]:
-    """Return the scores of one evaluation as tables for the terminal, one per test set."""
+    """Return the scores of an evaluation as tables for the terminal: one per set, then the mean."""
     scores = read_json(folder / "scores.json")
     tables: list[Table] = []
     for name, one in scores["sets"].items():
-        empty = f", {one['empty']} of them answered with nothing" if one.get("empty") else ""
+        empty = f", {one['empty']} empty answers" if one.get("empty") else ""
         table = Table(title=f"{name}: {one['language']}, {one['n']} rows{empty}")
         for title in ("score", "value", "95 % interval"):
             table.add_column(title, justify="left" if title == "score" else "right")
@@ -142,7 +139,7 @@ def evaluation_tables(folder: Path) -> list[Table]:
 
 
 def rows_by_set(folder: Path) -> dict[str, list[Row]]:
-    """Return set name -> the rows of an evaluation's `predictions.jsonl`."""
+    """Return set name -> rows of the `predictions.jsonl` of an evaluation."""
     found: dict[str, list[Row]] = {}
     for row in read_jsonl(folder / "predictions.jsonl"):
         found.setdefault(row["set"], []).append(
@@ -161,7 +158,7 @@ def rows_by_set(folder: Path) -> dict[str, list[Row]]:
 def compare_evaluations(
     config: RunConfig, one: Path, other: Path, sets: Mapping[str, tuple[str, str]], tokenizer: str
 ) -> dict[str, Any]:
-    """Return set name -> metric -> the paired test of two evaluations, `one` less `other`."""
+    """Return set name -> metric -> paired comparison of two evaluations, `one` less `other`."""
     ours, theirs = rows_by_set(one), rows_by_set(other)
     names = [name for name in metric_names(config) if name not in _SLOW]
     compared: dict[str, Any] = {}

@@ -1,7 +1,14 @@
-"""Stage `evaluate`: an adapter, or none -> predictions and scores on every test set."""
+"""Stage `evaluate`: an adapter, or none -> predictions and scores on every test set.
 
+The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Inputs called
+"trial 0", "trial 1", ... stand for the one of them with the lowest best dev loss. The folder holds
+`scores.json`, `predictions.jsonl` and `provenance.json`; with option `labelled` also `losses.json`,
+the losses of the micro-dev and dev examples.
+"""
+
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -9,110 +16,109 @@ from typing import Any
 
 from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
-from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import Row
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
-from grasp_lora.scoring.sets import missing_metrics, score_sets
+from grasp_lora.scoring.sets import score_sets
+from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
-from grasp_lora.workbench.context import Context, new_tokens, open_context
-from grasp_lora.workbench.folders import (
-    begin_stage,
-    finish_stage,
-    model_content,
-    stage_is_done,
-    stage_key,
+from grasp_lora.workbench.context import Context, new_tokens
+from grasp_lora.workbench.merged_folder import adapter_in, read_start
+from grasp_lora.workbench.processes import is_main
+
+JUDGING = ("micro_dev", "dev")
+"""Splits of the labelled examples that choices are made on."""
+NO_TEST_EXAMPLES = (
+    "there are no test rows: give data.target.rows.test, data.target.files.test or data.tests"
 )
-from grasp_lora.workbench.processes import is_main, join, wait_for_all
-from grasp_lora.workbench.reporter import Narrator
-from grasp_lora.workbench.rows import load_run_data
 
 
-def evaluate_adapter(
-    config: RunConfig,
-    adapter: Path | None,
-    out: Path,
-    overwrite: bool = False,
-    context: Context | None = None,
-    title: str = "evaluate",
-) -> Path:
-    """Answer the test rows and score the answers.
-
-    Args:
-        config: the run's settings.
-        adapter: a PEFT adapter folder; None scores the bare backbone.
-        out: receives `scores.json`, `predictions.jsonl` and `provenance.json`.
-        overwrite: replace a finished result made with other settings.
-        context: of the run this is part of.
-        title: what the progress bar says.
-
-    Returns:
-        `out`.
+def run(work: Work) -> Mapping[str, Any]:
+    """Answer the test examples and score the answers.
 
     Raises:
-        ValueError: there are no test rows, a score cannot be computed here, or the adapter is
-            none for this backbone.
+        ValueError: there are no test examples, or the adapter is none for this backbone.
     """
-    join(config)
-    if context is None:
-        faults = missing_metrics(config)
-        if faults:
-            raise ConfigError(faults)
-        data = load_run_data(config, Narrator(not is_main()).say, training=False)
-    else:
-        data = context.data
-    if not data.test_sets():
-        raise ValueError(
-            "there are no test rows: give data.target.rows.test, data.target.files.test or"
-            " data.tests"
-        )
-    key = stage_key(
-        config, data=data.digest(), adapter=adapter, base=model_content(config.model.name)
-    )
-    if stage_is_done(out, key, overwrite):
-        return out
-    context = context or open_context(config, data=data, training=False)
+    context, sets = work.context, work.context.data.test_sets()
+    if not sets:
+        raise ValueError(NO_TEST_EXAMPLES)
+    adapter = chosen_adapter(work.inputs)
     started, clock = time.perf_counter(), context.clock
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = model_with_adapter(context.backbone, adapter)
-        other = base_mismatch_line(adapter, config.model.name, context.backbone)
+        other = base_mismatch_line(adapter, work.config.model.name, context.backbone)
         if other is not None:
-            context.narrator.say(other)
+            context.reporter.say(other)
     with ExitStack() as stack:
         with clock.span("load"):
             model = stack.enter_context(attached)
         with clock.span("generate"):
             predictions = {
-                name: _answers(context, model, role, split, f"{title}, {name}")
-                for name, (role, split) in data.test_sets().items()
+                name: _answers(context, model, role, split, f"{work.title}, {name}")
+                for name, (role, split) in sets.items()
             }
     generated = time.perf_counter()
+    losses = _labelled_losses(context, adapter) if work.stage.option("labelled") else None
     if is_main():
-        begin_stage(out, key)
-        out.mkdir(parents=True, exist_ok=True)
-        name = context.backbone.public_name
-        with clock.span("score"):
-            scores, per_row = score_sets(
-                config, data.test_sets(), predictions, name, str(context.backbone.device)
-            )
-        with clock.span("write"):
-            write_jsonl(out / "predictions.jsonl", _records(predictions, per_row, name))
-            if data.leaks:
-                scores["leaks"] = [asdict(leak) for leak in data.leaks]
-            write_json(out / "scores.json", scores)
-            made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
-            made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
-            write_json(out / "provenance.json", provenance() | made)
-            seconds = {
-                "seconds": time.perf_counter() - started,
-                "seconds_answering": generated - started,
-                "seconds_scoring": time.perf_counter() - generated,
-            }
-            finish_stage(out, key, seconds)
-    wait_for_all()
-    return out
+        if losses is not None:
+            write_json(work.out / "losses.json", losses)
+        _write(work, predictions, adapter)
+    ended = time.perf_counter()
+    return {
+        "seconds": ended - started,
+        "seconds_answering": generated - started,
+        "seconds_scoring": ended - generated,
+    }
+
+
+def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
+    """Return the adapter that is scored; None for the bare backbone."""
+    trials = [folder for role, folder in inputs.items() if role.startswith("trial")]
+    if trials:
+        return min(trials, key=lambda folder: _finite(facts_of(folder)["best"]["loss"]))
+    return adapter_in(inputs["adapter"]) if "adapter" in inputs else None
+
+
+def _finite(loss: float | None) -> float:
+    return math.inf if loss is None or not math.isfinite(loss) else loss
+
+
+def _labelled_losses(context: Context, adapter: Path | None) -> dict[str, list[float]]:
+    """Return the losses of the micro-dev and dev examples, in nats."""
+
+    def read(model: Any) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for split in JUDGING:
+            rows = context.rows("target", [split])
+            count = len(rows.encoded)
+            found[split] = example_losses(model, rows.batches(range(count)), count) if count else []
+        return found
+
+    if adapter is None:
+        return read(context.backbone.model)
+    with context.live(read_start(adapter, context.backbone), "merged") as live:
+        live.model.eval()
+        return read(live.model)
+
+
+def _write(work: Work, predictions: dict[str, list[Row]], adapter: Path | None) -> None:
+    """Score the predictions and write them with their scores."""
+    context, config = work.context, work.config
+    data, name = context.data, context.backbone.public_name
+    with context.clock.span("score"):
+        device = str(context.backbone.device)
+        scores, per_row = score_sets(config, data.test_sets(), predictions, name, device)
+    with context.clock.span("write"):
+        write_jsonl(work.out / "predictions.jsonl", _records(predictions, per_row, name))
+        if data.leaks:
+            scores["leaks"] = [asdict(leak) for leak in data.leaks]
+        write_json(work.out / "scores.json", scores)
+        made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
+        made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
+        write_json(work.out / "provenance.json", provenance() | made)
 
 
 def _answers(context: Context, model: Any, role: str, split: str, title: str) -> list[Row]:
@@ -121,7 +127,7 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
     examples = context.examples(role, split)[:limit]
     encoded = context.encoded(role, split)[:limit]
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
-    with context.narrator.bar(title, len(encoded)) as done:
+    with context.reporter.bar(title, len(encoded)) as done:
         finished = 0
 
         def advance(count: int) -> None:
@@ -138,7 +144,7 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             beams=config.evaluate.beams,
             one_line=task.one_line,
         )
-        calls = {"advance": advance, "notice": context.narrator.say}
+        calls = {"advance": advance, "notice": context.reporter.say}
         if can_answer_in_one_pass(model, settings.beams):
             answered = answer_examples(model, backbone.tokenizer, encoded, settings, **calls)
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
@@ -184,3 +190,36 @@ def _records(
         for name, rows in predictions.items()
         for index, row in enumerate(rows)
     ]
+
+
+_NO_RESULT = ("baselines",)
+_OF_A_TEST = ("prompt", "language")
+
+
+def _settings(stage: Stage) -> tuple[str, ...]:
+    own = [f"evaluate.{n}" for n in type(stage.config.evaluate).model_fields if n not in _NO_RESULT]
+    # Of the examples the content counts, not the file or the columns it was read from.
+    tests = [f"data.tests.{n}.{key}" for n in stage.config.data.tests for key in _OF_A_TEST]
+    encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
+    return ("seed", "model", *own, *tests, *encoding, "data.target.language")
+
+
+def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
+    tests = tuple(one for one in known if one[0] == "tests" or one == ("target", "test"))
+    return tests + (_JUDGING if stage.option("labelled") else ())
+
+
+_JUDGING = tuple(("target", split) for split in JUDGING)
+
+
+def _cost(stage: Stage, sizes: Sizes) -> Cost:
+    tested = [(r, s) for r, s in sizes.count if r == "tests" or (r, s) == ("target", "test")]
+    answers = sum(
+        min(sizes.examples(one), stage.config.evaluate.limit or sizes.examples(one))
+        for one in tested
+    )
+    read = sizes.reading(1 if stage.option("labelled") else 0, *_JUDGING)
+    return Cost(0, round(answers * sizes.length(*tested)), 0, answers) + read
+
+
+EVALUATE = Kind(1, _settings, _examples, run, _cost)

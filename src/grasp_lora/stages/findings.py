@@ -10,7 +10,7 @@ from grasp_lora.base.files import read_json, write_json
 from grasp_lora.core.controller.rounds import ControllerConfig, RatioChoice, RoundRecord
 from grasp_lora.core.evidence import findings
 from grasp_lora.core.evidence.findings import Finding
-from grasp_lora.workbench.folders import STAGE_FILE
+from grasp_lora.stages.folder import STAGE_FILE
 
 
 def search_findings(
@@ -40,7 +40,7 @@ def search_findings(
         findings.coarse_reward(records),
     ]
     if 0 < micro_dev < pool:
-        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev), config))
+        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev)))
     return _shown(found)
 
 

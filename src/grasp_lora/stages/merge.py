@@ -1,68 +1,88 @@
-"""Stage `merge`: adapter folders -> one merged adapter folder."""
+"""Stage `merge`: two adapters -> one merged adapter.
+
+The inputs `source` and `target` are PEFT adapter folders. The input `weights`, where it is given,
+is the folder of a probe that learned the weights. The result is an ordinary PEFT folder, and beside
+it the factors of each source, which later stages mask apart. Option `rule` names a rule of
+`grasp_lora.stages.other_merges` in place of `config.merge`.
+"""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from grasp_lora.adapters.folder import check_fits, read_adapter
-from grasp_lora.config.run_config import RunConfig
+from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
+from grasp_lora.base.files import read_json
 from grasp_lora.core.lora import average_weights, merge
-from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.folders import finish_stage, stage_is_done, stage_key, write_merged
-from grasp_lora.workbench.given import say_other_bases
-from grasp_lora.workbench.processes import is_main, join, wait_for_all
+from grasp_lora.stages.other_merges import RULES, Merged, NotApplicable, lorahub_cost
+from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
+from grasp_lora.workbench.merged_folder import write_merged
+from grasp_lora.workbench.processes import is_main
+
+WEIGHTS_INPUT = "weights"
 
 
-def merge_adapters(
-    config: RunConfig,
-    folders: Sequence[Path],
-    out: Path,
-    overwrite: bool = False,
-    context: Context | None = None,
-) -> Path:
-    """Merge PEFT adapters of one backbone, as `config.merge` says.
-
-    Args:
-        config: the run's settings.
-        folders: adapter folders; the order is that of `merge.weights` and of the sources.
-        out: folder of the merged adapter: an ordinary PEFT folder, and beside it the factors of
-            each source, which `search` and `finetune` mask apart.
-        overwrite: replace a finished result made with other settings.
-        context: of the run this is part of.
-
-    Returns:
-        `out`.
+def run(work: Work) -> Mapping[str, Any]:
+    """Merge the adapters as `config.merge` says.
 
     Raises:
         FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
             adapters cannot be merged exactly; names the reason.
     """
-    join(config)
-    key = stage_key(config, **{f"adapter {i}": folder for i, folder in enumerate(folders)})
-    if stage_is_done(out, key, overwrite):
-        return out
     began = time.perf_counter()
+    context = work.context
+    folders = [folder for role, folder in work.inputs.items() if role != WEIGHTS_INPUT]
     loaded = [read_adapter(folder) for folder in folders]
-    if context is None:
-        context = open_context(config)
-        say_other_bases(context, folders)
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
-    given = config.merge.weights
+    rule = work.stage.option("rule")
+    merged, about = _configured(work, loaded) if rule is None else RULES[rule](work, loaded)
+    about |= {"sources": [str(folder) for folder in folders]}
+    if is_main():
+        with context.clock.span("write"):
+            write_merged(work.out, merged, context.backbone, about)
+    return {"seconds": time.perf_counter() - began} | about
+
+
+def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge as `config.merge` says."""
+    section, weights = work.config.merge, _weights(work, len(loaded))
+    try:
+        merged = merge(section.kind, [one.adapter for one in loaded], list(weights), section.rank)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
+    return merged, {"kind": section.kind, "weights": list(weights)}
+
+
+def _weights(work: Work, count: int) -> tuple[float, ...]:
+    if WEIGHTS_INPUT in work.inputs:
+        return tuple(read_json(work.inputs[WEIGHTS_INPUT] / "weights.json")["weights"])
+    given = work.config.merge.weights
     if given == "auto":
         raise ValueError(
             "merge.weights: auto is learned by a run (or found by grasp-lora precheck); give the "
             "weights to merge by"
         )
-    weights = given or average_weights(len(folders))
-    merged = merge(
-        config.merge.kind, [one.adapter for one in loaded], list(weights), config.merge.rank
-    )
-    if is_main():
-        about = {"kind": config.merge.kind, "weights": list(weights)}
-        about |= {"sources": [str(folder) for folder in folders]}
-        with context.clock.span("write"):
-            write_merged(out, merged, context.backbone, about)
-            finish_stage(out, key, {"seconds": time.perf_counter() - began} | about)
-    wait_for_all()
-    return out
+    return given or average_weights(count)
+
+
+def _settings(stage: Stage) -> tuple[str, ...]:
+    if stage.option("rule") is not None:
+        encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
+        return ("model", "seed", *(("evaluate.batch_size", *encoding) if _reads(stage) else ()))
+    learned = WEIGHTS_INPUT in stage.inputs
+    return ("model.name", "merge.kind", "merge.rank", *(() if learned else ("merge.weights",)))
+
+
+def _reads(stage: Stage) -> bool:
+    return stage.option("rule") == "lorahub"
+
+
+def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
+    return (("target", "train"),) if _reads(stage) else ()
+
+
+def _cost(stage: Stage, sizes: Sizes) -> Cost:
+    return lorahub_cost(stage, sizes) if _reads(stage) else Cost()
+
+
+MERGE = Kind(1, _settings, _examples, run, _cost)

@@ -1,12 +1,23 @@
-"""Stage `search`: merged adapter -> the prune ratio learned while fine-tuning it."""
+"""Stage `search`: merged adapter -> the prune ratio learned while fine-tuning it.
 
-from collections.abc import Mapping
+The input `merged` is a merged adapter (any PEFT adapter folder will do). Option `untrained` is for
+a post-hoc merge: nothing is trained, and the same rounds probe the adapter as it is.
+
+The folder holds `ratio.json`, `rounds.jsonl`, and `adapter/`, the adapter with nothing pruned as
+the search left it. With `finetune.mode: continue` the final run goes on from there; `adapter/` is
+that of the best dev loss with nothing pruned, step 0 and the end of every epoch taking part: a few
+examples are soon overfitted, and a final run could not undo that.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grasp_lora.base.files import write_json, write_jsonl
-from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import (
     ControllerState,
     RatioChoice,
@@ -15,9 +26,12 @@ from grasp_lora.core.controller.rounds import (
     planned_rounds,
 )
 from grasp_lora.core.lora import MergedModule, Part
-from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.stages.costs import steps_cost, training_cost
 from grasp_lora.stages.findings import search_findings
+from grasp_lora.stages.probe import pool_of
 from grasp_lora.stages.spread import spread_ratio
+from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.training.checkpoint import (
     complete_checkpoints,
     read_state,
@@ -27,24 +41,18 @@ from grasp_lora.training.checkpoint import (
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import processes, steps_per_epoch
-from grasp_lora.workbench.context import Context, open_context, open_data
-from grasp_lora.workbench.fit import FitResult, Spent, fit, run_steps
-from grasp_lora.workbench.folders import (
-    begin_stage,
-    finish_stage,
-    read_start,
-    stage_is_done,
-    stage_key,
-    work_folder,
-    write_merged,
+from grasp_lora.workbench.context import POOLS, Context
+from grasp_lora.workbench.fit import (
+    NOTHING_TRAINED,
+    FitOptions,
+    FitResult,
+    Stopwatch,
+    fit,
+    run_steps,
 )
-from grasp_lora.workbench.objective import cost_of, reward_faults
-from grasp_lora.workbench.processes import is_main, join, wait_for_all
-
-POOLS: dict[str, tuple[str, ...]] = {
-    "micro-dev": ("micro_dev",),
-    "micro-dev+dev": ("micro_dev", "dev"),
-}
+from grasp_lora.workbench.merged_folder import read_start, write_merged
+from grasp_lora.workbench.objective import objective_of
+from grasp_lora.workbench.processes import is_main, wait_for_all
 
 
 def check_search(context: Context) -> int:
@@ -54,107 +62,38 @@ def check_search(context: Context) -> int:
         ValueError: it is too short for one round.
     """
     config = context.config
-    steps = run_steps(context, config.search, "target")
+    steps = run_steps(context, config.training("search"), "target")
     count = planned_rounds(steps, config.controller)
     if count == 0:
         wanted = config.controller.interval or (config.controller.rounds or 0) + 1
         raise ValueError(
             f"the search has {steps} optimizer steps, fewer than the {wanted} that one round"
-            " needs: raise search.epochs, lower search.batch_size or search.accumulation, or lower"
-            " controller.interval (controller.rounds)"
+            " needs: raise train.search.epochs, lower train.search.batch_size or"
+            " train.search.accumulation, or lower controller.interval (controller.rounds)"
         )
     return count
 
 
-def search_ratio(
-    config: RunConfig,
-    merged: Path,
-    out: Path,
-    overwrite: bool = False,
-    context: Context | None = None,
-) -> Path:
-    """Fine-tune the merged adapter while the controller learns the prune ratio.
-
-    With `merge.when: after` nothing is trained: the same rounds probe the adapter as it is, which
-    is then what will be pruned and used.
-
-    Args:
-        config: the run's settings.
-        merged: folder of the merged adapter (any PEFT adapter folder will do).
-        out: receives `ratio.json`, `rounds.jsonl` and `adapter/`, the adapter with nothing pruned
-            as the search left it. With `finetune.mode: continue`, which goes on from there, it is
-            that of the best dev loss with nothing pruned, step 0 and the end of every epoch taking
-            part: few rows are soon overfitted, and a final run could not undo that.
-        overwrite: replace a finished result made with other settings.
-        context: of the run this is part of.
-
-    Returns:
-        `out`.
+def run(work: Work) -> Mapping[str, Any]:
+    """Search the ratio.
 
     Raises:
-        ValueError: the run is too short for one round; the micro-dev set is empty or overlaps.
+        ValueError: the run is too short for one round.
         Diverged: the training loss became NaN.
     """
-    join(config)
-    faults = reward_faults(config)
-    if faults:
-        raise ConfigError(faults)
-    data = open_data(config, context)
-    key = stage_key(config, data=data.digest(), merged=merged)
-    if stage_is_done(out, key, overwrite):
-        return out
-    context = context or open_context(config, data=data)
-    planned = check_search(context)
-    spent = Spent()
-    clock = context.clock
-    with clock.span("load"):
-        start = read_start(merged, context.backbone)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def record(state: ControllerState, _last: RoundRecord) -> None:
-        if is_main():
-            with clock.span("write"):
-                write_rounds(out, state, ids)
-
+    config, context = work.config, work.context
+    planned, stopwatch = check_search(context), Stopwatch()
+    with context.clock.span("load"):
+        start = read_start(work.inputs["merged"], context.backbone)
     splits = POOLS[config.controller.probe_rows]
     with context.live(start, config.mask_unit) as live:
-        rows, norms = context.rows("target", splits), context.norms(live, config.importance)
-        ids = [e.id for e in rows.encoded]
-        searcher = SearchCallback(
-            live,
-            ProbePool(rows, fresh=config.controller.probe_rows != "micro-dev"),
-            SearchSettings(
-                config.controller,
-                IMPORTANCE[config.importance],
-                norms,
-                seed=config.seed,
-                total_steps=run_steps(context, config.search, "target"),
-                planned_rounds=planned,
-            ),
-            on_round=record,
-            clock=clock,
-            objective=cost_of(context, splits),
-        )
-        if config.merge.when == "after":
-            begin_stage(out, key)
-            _rounds_alone(searcher, spent, planned, work_folder(out))
-            result = FitResult((), (), None, (), 0)
+        norms = context.norms(live, config.importance)
+        searcher, write = _searcher(work, live, norms, planned)
+        if not work.stage.option("untrained", False):
+            result = _fit(work, live, searcher, stopwatch, write)
         else:
-            result = fit(
-                context,
-                live,
-                config.search,
-                out,
-                key,
-                "search",
-                extra=[searcher],
-                stateful=[searcher, spent],
-                choose_best=config.finetune.mode == "continue",
-                measure_whole=True,
-                on_resume=lambda: (
-                    write_rounds(out, searcher.controller, ids) if is_main() else None
-                ),
-            )
+            _rounds_alone(searcher, stopwatch, planned, work.checkpoints)
+            result = NOTHING_TRAINED
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
         choice = choose_ratio(searcher.controller, config.controller)
@@ -162,47 +101,105 @@ def search_ratio(
         if config.scope != "global":
             spread = spread_ratio(context, live, norms, choice.ratio, splits)
     if is_main():
-        with clock.span("write"):
+        with context.clock.span("write"):
             kept = result.steps if result.best is None else result.best.step
             about = {"kind": "search", "epochs": _epochs(context, kept)}
-            write_merged(out / "adapter", ended, context.backbone, about)
-            write_rounds(out, searcher.controller, ids)
-            shown = search_findings(
-                config.controller,
-                choice,
-                searcher.controller.records,
-                searcher.flipped,
-                entries,
-                len(context.encoded("target", "micro_dev")),
-                len(ids),
-            )
-            facts = ratio_facts(config, choice, searcher) | {"entries": entries, "findings": shown}
+            write_merged(work.out / "adapter", ended, context.backbone, about)
+            write()
+            facts = ratio_facts(config, choice, searcher) | {"entries": entries}
+            facts["findings"] = _findings(work, choice, searcher, entries)
             if spread is not None:
                 facts["probe_forwards"] += spread["forwards"]
                 facts |= {"scope": config.scope, "spread": spread}
-            write_json(out / "ratio.json", facts)
-            facts = {"seconds": spent.seconds} | result.facts()
-            finish_stage(out, key, facts)
-    wait_for_all()
-    return out
+            write_json(work.out / "ratio.json", facts)
+    return {"seconds": stopwatch.seconds} | result.facts()
 
 
-def _rounds_alone(searcher: SearchCallback, spent: Spent, planned: int, work: Path) -> None:
+def _searcher(
+    work: Work, live: LiveAdapter, norms: Mapping[str, Tensor] | None, planned: int
+) -> tuple[SearchCallback, Callable[[], None]]:
+    """Return the callback that searches, and a function that writes its rounds so far."""
+    config, context = work.config, work.context
+    splits = POOLS[config.controller.probe_rows]
+    pool = context.rows("target", splits)
+    ids = [example.id for example in pool.encoded]
+
+    def record(state: ControllerState, _last: RoundRecord | None = None) -> None:
+        if is_main():
+            with context.clock.span("write"):
+                write_rounds(work.out, state, ids)
+
+    searcher = SearchCallback(
+        live,
+        ProbePool(pool, fresh=config.controller.probe_rows != "micro-dev"),
+        SearchSettings(
+            config.controller,
+            IMPORTANCE[config.importance],
+            norms,
+            seed=config.seed,
+            total_steps=run_steps(context, config.training("search"), "target"),
+            planned_rounds=planned,
+        ),
+        on_round=record,
+        clock=context.clock,
+        objective=objective_of(context, splits),
+    )
+    return searcher, lambda: write_rounds(work.out, searcher.controller, ids)
+
+
+def _fit(
+    work: Work,
+    live: LiveAdapter,
+    searcher: SearchCallback,
+    stopwatch: Stopwatch,
+    write: Callable[[], None],
+) -> FitResult:
+    options = FitOptions(
+        work.config.training("search"),
+        "search",
+        extra=(searcher,),
+        stateful=(searcher, stopwatch),
+        choose_best=work.config.finetune.mode == "continue",
+        measure_whole=True,
+        on_resume=lambda: write() if is_main() else None,
+    )
+    return fit(work.context, live, options, work.checkpoints)
+
+
+def _findings(
+    work: Work, choice: RatioChoice, searcher: SearchCallback, entries: int
+) -> list[dict[str, Any]]:
+    context = work.context
+    pool = context.rows("target", POOLS[work.config.controller.probe_rows])
+    return search_findings(
+        work.config.controller,
+        choice,
+        searcher.controller.records,
+        searcher.flipped,
+        entries,
+        len(context.encoded("target", "micro_dev")),
+        len(pool.encoded),
+    )
+
+
+def _rounds_alone(
+    searcher: SearchCallback, stopwatch: Stopwatch, planned: int, checkpoints: Path
+) -> None:
     """Run rounds on an adapter that nothing trains, from the last one that was kept."""
     if is_main():
-        remove_incomplete(work)
+        remove_incomplete(checkpoints)
     wait_for_all()
-    for last in complete_checkpoints(work)[:1]:
-        read_state(last, [searcher, spent])
+    for last in complete_checkpoints(checkpoints)[:1]:
+        read_state(last, [searcher, stopwatch])
     for number in range(len(searcher.controller.records) + 1, planned + 1):
         searcher.run_untrained_round(number)
         if is_main():
-            write_state(work / f"checkpoint-{number}", [searcher, spent])
+            write_state(checkpoints / f"checkpoint-{number}", [searcher, stopwatch])
 
 
 def _epochs(context: Context, steps: int) -> float:
-    section, rows = context.config.search, len(context.examples("target", "train"))
-    return steps / steps_per_epoch(rows, section.batch_size, section.accumulation, processes())
+    training, count = context.config.training("search"), len(context.examples("target", "train"))
+    return steps / steps_per_epoch(count, training.batch_size, training.accumulation, processes())
 
 
 def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
@@ -251,3 +248,42 @@ def _as_merged(live: LiveAdapter, start: Mapping[str, MergedModule]) -> dict[str
         name: MergedModule(start[name].kind if len(parts) > 1 else "cat", tuple(parts))
         for name, parts in ended.items()
     }
+
+
+_ANSWERING = ("max_new_tokens", "min_new_tokens", "metric_rules", "rouge", "bertscore_model")
+
+
+def _settings(stage: Stage) -> tuple[str, ...]:
+    encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
+    own = ("importance", "mask_unit", "structure", "scope", "controller", "evaluate.batch_size")
+    trained = ("train.search", "finetune.mode") if not stage.option("untrained", False) else ()
+    answers: tuple[str, ...] = ()
+    if stage.config.controller.reward != "loss":
+        answers = tuple(f"evaluate.{name}" for name in _ANSWERING)
+    # Without training the schedule of rounds still follows from the steps a search would have.
+    return ("seed", "model", *own, *encoding, *(trained or ("train.search",)), *answers)
+
+
+def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
+    # The target train examples give the input norms, and the number of steps.
+    dev = [("target", "dev")] if stage.config.finetune.mode == "continue" else []
+    return tuple(dict.fromkeys([("target", "train"), *pool_of(stage), *dev]))
+
+
+def _cost(stage: Stage, sizes: Sizes) -> Cost:
+    config, train, pool = stage.config, ("target", "train"), pool_of(stage)
+    training, controller = config.training("search"), config.controller
+    steps = steps_cost(training, sizes, train)
+    trained = Cost()
+    if not stage.option("untrained", False):
+        continues = config.finetune.mode == "continue"
+        trained = training_cost(training, sizes, train, ("target", "dev")) if continues else steps
+    tried = controller.candidates + (1 if controller.baseline else 0)
+    probes = min(controller.rows, sizes.examples(*pool))
+    forwards = planned_rounds(steps.steps, controller) * tried * probes
+    probing = Cost(0, round(forwards * sizes.length(*pool)), forwards)
+    norms = sizes.reading(1 if config.importance in NEEDS_NORMS else 0, train)
+    return trained + probing + norms
+
+
+SEARCH = Kind(1, _settings, _examples, run, _cost)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_lora.core.controller.rounds import draw_rows
-from grasp_lora.core.evidence.crossfit import halves, pooled
-from grasp_lora.core.pruning.group_ratios import combined, trials
+from grasp_lora.core.controller.rounds import draw_examples
+from grasp_lora.core.evidence.crossfit import pooled_gain, split_halves
+from grasp_lora.core.pruning.group_ratios import combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.training.groups import group_sizes, ratio_by_group
@@ -42,7 +42,7 @@ def spread_ratio(
     scope, rule = context.config.scope, IMPORTANCE[context.config.importance]
     rows = context.rows("target", splits)
     generator = torch.Generator().manual_seed(context.config.seed)
-    drawn = draw_rows([e.group for e in rows.encoded], ROWS, generator)
+    drawn = draw_examples([e.group for e in rows.encoded], ROWS, generator)
     if not 0.0 < ratio < 1.0 or len(drawn) < 4:
         return nothing
     batches, sizes = rows.batches(drawn), group_sizes(live, scope)
@@ -56,16 +56,16 @@ def spread_ratio(
             return example_losses(live.model, batches, len(drawn))
 
     base = losses(dict.fromkeys(sizes, ratio))
-    found = {trial: losses(ratios) for trial, ratios in trials(ratio, sizes).items()}
+    found = {trial: losses(ratios) for trial, ratios in group_trials(ratio, sizes).items()}
     tested: list[list[float]] = []
-    splits_of_rows = halves(range(len(drawn)))
+    splits_of_rows = split_halves(range(len(drawn)))
     for chosen_on, tested_on in (next(splits_of_rows), next(splits_of_rows)):
-        values = losses(combined(ratio, found, base, chosen_on, sizes))
+        values = losses(combined_ratios(ratio, found, base, chosen_on, sizes))
         tested.append([base[row] - values[row] for row in sorted(tested_on)])
-    gain = pooled(tested)
+    gain = pooled_gain(tested)
     assert gain is not None, "two halves were tested"
-    chosen = combined(ratio, found, base, range(len(drawn)), sizes)
-    context.narrator.say(
+    chosen = combined_ratios(ratio, found, base, range(len(drawn)), sizes)
+    context.reporter.say(
         f"scope {scope}: {'a ratio for each group' if gain.shown else 'one ratio for all'},"
         f" gain {gain.gain:.4f} nats (standard error {gain.error:.4f})"
     )

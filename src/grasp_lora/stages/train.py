@@ -1,84 +1,124 @@
-"""Stage `train`: rows of one language -> a LoRA adapter for it."""
+"""Stage `train`: examples of one language -> a LoRA adapter for it.
+
+The folder is an ordinary PEFT adapter. The checkpoint with the best dev loss is kept.
+
+Options:
+    role: whose examples, "source" or "target".
+    adalora: train PEFT's AdaLoRA and keep the result as plain LoRA.
+    folds, fold: train on all labelled target examples but those of one fold, and measure that fold.
+        Folds hold whole contexts. `folds` without `fold` trains on all labelled target examples,
+        for the epochs at which the inputs "fold 0", "fold 1", ... have the lowest mean loss.
+"""
 
 import math
-from pathlib import Path
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import Training
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.models.modules import linear_shape, resolve_targets
-from grasp_lora.workbench.context import Context, open_context, open_data
-from grasp_lora.workbench.fit import Spent, fit
-from grasp_lora.workbench.folders import (
-    finish_stage,
-    save_plain,
-    stage_is_done,
-    stage_key,
-)
-from grasp_lora.workbench.processes import is_main, join, wait_for_all
+from grasp_lora.stages.adalora import train_adalora
+from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.other_merges import NotApplicable
+from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
+from grasp_lora.tasks.base import Example
+from grasp_lora.workbench.context import LABELLED, Context
+from grasp_lora.workbench.fit import FitOptions, Stopwatch, fit
+from grasp_lora.workbench.merged_folder import save_plain
+from grasp_lora.workbench.processes import is_main
 
 
-def train_adapter(
-    config: RunConfig,
-    role: str,
-    out: Path,
-    overwrite: bool = False,
-    context: Context | None = None,
-) -> Path:
-    """Train a fresh adapter on the `role` rows; the checkpoint with the best dev loss is kept.
-
-    Args:
-        config: the run's settings; `lora` gives the adapter's shape, `train` the training.
-        role: "source" or "target".
-        out: folder of the adapter, an ordinary PEFT folder.
-        overwrite: replace a finished result made with other settings.
-        context: of the run this is part of.
-
-    Returns:
-        `out`.
+def run(work: Work) -> Mapping[str, Any]:
+    """Train a fresh adapter.
 
     Raises:
-        ValueError: there are no rows for the role, or no layer matches `lora.target_modules`.
+        ValueError: there are no examples of the role, or no layer matches `lora.target_modules`.
+        NotApplicable: there are fewer contexts than folds need, or AdaLoRA cannot run here.
+        Diverged: the training loss became NaN.
     """
-    join(config)
-    data = open_data(config, context)
-    key = stage_key(config, data=data.digest(), role=role)
-    if stage_is_done(out, key, overwrite):
-        return out
-    context = context or open_context(config, data=data)
+    config, role = work.config, work.stage.options["role"]
+    context, training, about = _examples_and_training(work)
     if not context.examples(role, "train"):
         raise ValueError(f"there are no {role} rows to train on: give data.{role}.files and rows")
-    spent = Spent()
-    scaling = lora_scaling(config.lora.r, config.lora.alpha, config.lora.use_rslora)
-    fresh = fresh_adapter(context.backbone.model, config)
-    with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
-        result = fit(
-            context,
-            live,
-            config.train,
-            out,
-            key,
-            f"train {role} adapter",
-            role=role,
-            stateful=[spent],
-            patience=config.train.patience,
-        )
-        plain = live.plain_factors()
+    stopwatch = Stopwatch()
+    options = FitOptions(training, f"train {role} adapter", role=role, stateful=(stopwatch,))
+    if work.stage.option("adalora"):
+        result, plain, scaling = train_adalora(context, options, work.checkpoints)
+    else:
+        scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
+        fresh = fresh_adapter(context.backbone.model, config)
+        with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
+            result = fit(context, live, options, work.checkpoints)
+            plain = live.plain_factors()
     if is_main():
         with context.clock.span("write"):
-            save_plain(out, plain, context.backbone, scaling)
-            facts = {"seconds": spent.seconds} | result.facts()
-            finish_stage(out, key, facts)
-    wait_for_all()
-    return out
+            save_plain(work.out, plain, context.backbone, scaling)
+    return {"seconds": stopwatch.seconds} | result.facts() | about
+
+
+def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any]]:
+    """Return what is trained on, how, and facts about both."""
+    stage, context = work.stage, work.context
+    training = work.config.training(stage.options["role"])
+    number, count = stage.option("fold"), stage.option("folds")
+    if count is None:
+        return context, training, {}
+    rows = [e for split in LABELLED for e in context.examples("target", split)]
+    folds = folds_of(rows, count)
+    if len(folds) < 2:
+        raise NotApplicable("cross-validation needs labelled rows from at least 2 contexts")
+    training = training.model_copy(update={"patience": None})
+    if number is None:
+        epochs, judged = _cross_validated(work, folds)
+        training = training.model_copy(update={"epochs": epochs})
+        whole = context.on_target({"train": tuple(rows)})
+        return (
+            whole,
+            training,
+            {"epochs": epochs, "cross_validated": judged, "rows_trained": len(rows)},
+        )
+    if number >= len(folds):
+        raise NotApplicable(f"there are contexts for {len(folds)} folds only, not for {count}")
+    kept = [e for fold in folds if fold is not folds[number] for e in fold]
+    parts = {"train": tuple(kept), "dev": tuple(folds[number])}
+    return context.on_target(parts), training, {}
+
+
+def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[int, float]:
+    """Return the epochs of the lowest mean loss over all folds, and the mean loss of the dev and
+    micro-dev examples there, each by the fold that was not trained on it."""
+    curves: dict[str, list[float]] = {}
+    for number, held in enumerate(folds):
+        by_example = zip(*facts_of(work.inputs[f"fold {number}"])["rows"], strict=True)
+        curves |= {e.id: list(curve) for e, curve in zip(held, by_example, strict=True)}
+    means = [statistics.fmean(losses) for losses in zip(*curves.values(), strict=True)]
+    epochs = min(range(1, len(means)), key=lambda epoch: means[epoch])
+    context = work.context
+    judges = [e.id for split in ("micro_dev", "dev") for e in context.examples("target", split)]
+    return epochs, statistics.fmean(curves[name][epochs] for name in judges)
+
+
+def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
+    """Return examples in folds of similar size, whole contexts only; at most a fold a context."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    folds: list[list[Example]] = [[] for _ in range(min(count, len(groups)))]
+    for group in sorted(groups, key=lambda name: (-len(groups[name]), name)):
+        min(folds, key=len).extend(groups[group])
+    return folds
 
 
 def fresh_adapter(model: torch.nn.Module, config: RunConfig) -> dict[str, MergedModule]:
     """Return untrained factors as PEFT initialises them: A Kaiming-uniform, B zero.
 
-    Drawn from a generator of our own, in the order of the module names, so that an adapter depends
-    on the seed alone.
+    The factors are drawn from a generator of our own, in the order of the module names, so that an
+    adapter depends on the seed alone.
     """
     generator = torch.Generator().manual_seed(config.seed)
     modules = dict(model.named_modules())
@@ -92,3 +132,29 @@ def fresh_adapter(model: torch.nn.Module, config: RunConfig) -> dict[str, Merged
         b = torch.zeros(outputs, config.lora.r)
         fresh[name] = MergedModule("cat", (Part(0, a, b),))
     return fresh
+
+
+def _settings(stage: Stage) -> tuple[str, ...]:
+    role = stage.options["role"]
+    encoding = ("data.task", "data.max_length", "data.chat", f"data.{role}.prompt")
+    return ("seed", "model", "lora", f"train.{role}", "evaluate.batch_size", *encoding)
+
+
+def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
+    splits = LABELLED if stage.option("folds") else ("train", "dev")
+    return tuple((stage.options["role"], split) for split in splits)
+
+
+def _cost(stage: Stage, sizes: Sizes) -> Cost:
+    role, count = stage.options["role"], stage.option("folds")
+    training = stage.config.training(role)
+    if count is None:
+        return training_cost(training, sizes, (role, "train"), (role, "dev"))
+    whole = tuple((role, split) for split in LABELLED)
+    steps = steps_cost(training, sizes, *whole)
+    if stage.option("fold") is None:
+        return steps
+    return steps.scaled(1 - 1 / count) + sizes.reading((1 + training.epochs) / count, *whole)
+
+
+TRAIN = Kind(1, _settings, _examples, run, _cost)

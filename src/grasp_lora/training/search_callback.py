@@ -19,13 +19,7 @@ from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.training.live import (
-    Block,
-    BlockImportance,
-    ImportanceRule,
-    LiveAdapter,
-    block_importance,
-)
+from grasp_lora.training.live import ImportanceRule, LiveAdapter, block_importance
 
 
 class MaskCallback(TrainerCallback):
@@ -128,7 +122,6 @@ class SearchCallback(TrainerCallback):
         self._config = config = settings.config
         self._pool = pool
         self._importance = block_importance(settings.rule, settings.norms)
-        self._first = None if config.refresh_importance else _FirstImportance(self._importance)
         self._on_round = on_round
         self._clock = clock or Clock()
         self._generator = torch.Generator().manual_seed(settings.seed)
@@ -153,7 +146,7 @@ class SearchCallback(TrainerCallback):
         examples = self._pool.examples
         if self._pool.fresh:
             groups = [e.group for e in examples.encoded]
-            drawn = rounds.next_rows(self.controller, groups, self._config, self._generator)
+            drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
             return drawn, examples.batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(examples.encoded))))
         if self._fixed is None:
@@ -169,7 +162,7 @@ class SearchCallback(TrainerCallback):
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
-        live, clock, importance = self._live, self._clock, self._first or self._importance
+        live, clock, importance = self._live, self._clock, self._importance
         drawn, batches = self._draw_examples()
         candidates = rounds.propose(self.controller, self._config, self._generator)
         baseline = None
@@ -204,10 +197,8 @@ class SearchCallback(TrainerCallback):
         self._on_round(self.controller, record)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return random state, importance of the first round if it is reused, and the history."""
+        """Return the random state and the history of the rounds."""
         tensors = {"generator": self._generator.get_state()}
-        if self._first is not None:
-            tensors |= {f"scores.{n}": held.cpu() for n, held in self._first.held.items()}
         values = {
             "controller": rounds.state_to_json(self.controller),
             "flipped": self.flipped,
@@ -218,27 +209,6 @@ class SearchCallback(TrainerCallback):
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Load a state and drop the rounds after it."""
         self._generator.set_state(tensors["generator"])
-        if self._first is not None:
-            device = next(iter(self._live.params.values())).device
-            self._first.held = {
-                n.removeprefix("scores."): t.to(device)
-                for n, t in tensors.items()
-                if n.startswith("scores.")
-            }
         self.controller = rounds.state_from_json(values["controller"])
         self.flipped = list(values["flipped"])
         self.forwards = int(values["forwards"])
-
-
-class _FirstImportance:
-    """Importance of each block as it was at the first call (`refresh_importance: false`)."""
-
-    def __init__(self, importance: BlockImportance):
-        self._importance = importance
-        self.held: dict[str, Tensor] = {}
-
-    def __call__(self, block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        names = [f"{block.module}.{side}.{block.source}" for side in "AB"]
-        if names[0] not in self.held:
-            self.held |= zip(names, self._importance(block, a, b), strict=True)
-        return self.held[names[0]], self.held[names[1]]

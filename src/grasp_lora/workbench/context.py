@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.config.run_config import RunConfig, section_of
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
 from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
 from grasp_lora.models.backbones import (
@@ -26,7 +27,7 @@ from grasp_lora.tasks.prompts import template_for
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.workbench.processes import is_main, join
-from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
 
@@ -39,7 +40,7 @@ class Context:
         data: examples per role and split.
         backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
         task: the task of the data.
-        narrator: prints for the user.
+        reporter: prints for the user.
         clock: says where the time goes.
         on_saved: called after every checkpoint.
     """
@@ -48,7 +49,7 @@ class Context:
     data: RunData
     backbone: Backbone
     task: Task
-    narrator: Narrator
+    reporter: Reporter
     clock: Clock = field(default_factory=Clock)
     on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
@@ -86,23 +87,31 @@ class Context:
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
             if report.truncated:
-                self.narrator.say(f"{role} {split}: {cut_line(report, self.longest)}")
+                self.reporter.say(f"{role} {split}: {cut_line(report, self.longest)}")
             if _is_test(role, split):
                 answered = rows[: self.config.evaluate.limit]
                 capped = capped_line(answered, new_tokens(self.config, role, split))
                 if capped:
-                    self.narrator.say(f"{role} {split}: {capped}")
+                    self.reporter.say(f"{role} {split}: {capped}")
         return self._encoded[role, split]
 
     def on_all_labels(self) -> "Context":
-        """Return a context whose target train rows are all labelled ones; no dev row is left."""
+        """Return a context that trains on all labelled target examples; none is left for dev."""
         parts = self.data.parts["target"]
-        train = tuple(row for split in LABELLED for row in parts.get(split, ()))
+        train = tuple(example for split in LABELLED for example in parts.get(split, ()))
+        return self.on_target({"train": train})
+
+    def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
+        """Return a context with other labelled examples of the target; its test examples stay.
+
+        Args:
+            labelled: "train", "dev" and "micro_dev" -> examples; a split that is left out is empty.
+        """
+        parts = self.data.parts["target"]
         kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
-        target = kept | {"train": train}
-        data = replace(self.data, parts=self.data.parts | {"target": target})
+        data = replace(self.data, parts=self.data.parts | {"target": kept | dict(labelled)})
         return Context(
-            self.config, data, self.backbone, self.task, self.narrator, self.clock, self.on_saved
+            self.config, data, self.backbone, self.task, self.reporter, self.clock, self.on_saved
         )
 
     def end_id(self, role: str, split: str) -> int:
@@ -157,7 +166,7 @@ class Context:
     def _norms(self, live: LiveAdapter) -> dict[str, Tensor]:
         blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
         if blank:
-            self.narrator.say(
+            self.reporter.say(
                 f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
                 f" {blank[0].module}); the activation rule is blind there, magnitude is used"
             )
@@ -172,13 +181,18 @@ class Context:
         norms = self._norms_known[digest]
         unread = [name for name in live.layers if name not in norms]
         if unread:
-            self.narrator.say(
+            self.reporter.say(
                 f"{len(unread)} of {len(live.layers)} adapted modules read nothing of the train"
                 f" rows (first: {unread[0]}); magnitude is used there"
             )
         return norms
 
 
+POOLS: dict[str, tuple[str, ...]] = {
+    "micro-dev": ("micro_dev",),
+    "micro-dev+dev": ("micro_dev", "dev"),
+}
+"""`controller.probe_rows` -> the splits of the target examples that probes are drawn from."""
 LABELLED = ("train", "dev", "micro_dev")
 """Splits of the target rows that have labels to train on; test rows are for the end."""
 _POSITIONS = "max_position_embeddings"
@@ -268,11 +282,10 @@ _WITHOUT = {
 def planned_memory(config: RunConfig) -> MemoryPlan:
     """Return the memory the widest training stage is planned to take; loads no weights."""
     rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
-    stages = (config.train, config.search, config.finetune)
     return plan_memory(
         model_spec(config),
         rank=rank,
-        batch_size=max(stage.batch_size for stage in stages),
+        batch_size=max(config.training(name).batch_size for name in get_args(TrainingName)),
         length=max_length(config),
     )
 
@@ -281,7 +294,7 @@ def open_data(config: RunConfig, context: Context | None) -> RunData:
     """Return the rows of `context`, or read them: a stage's key depends on them."""
     if context is not None:
         return context.data
-    return load_run_data(config, Narrator(not is_main()).say)
+    return load_run_data(config, Reporter(not is_main()).say)
 
 
 def open_context(
@@ -304,20 +317,20 @@ def open_context(
         ValueError: the data or the backbone cannot be used, with what to do.
     """
     join(config)
-    narrator, clock = Narrator(quiet or not is_main()), clock or Clock()
+    reporter, clock = Reporter(quiet or not is_main()), clock or Clock()
     with clock.span("load"):
-        data = data or load_run_data(config, narrator.say, training=training)
+        data = data or load_run_data(config, reporter.say, training=training)
         for notice in prompt_notices(config, data):
-            narrator.say(notice)
+            reporter.say(notice)
         if training:
-            narrator.say(f"memory planned: {planned_memory(config)}")
-        backbone = load_backbone(model_spec(config), narrator.say)
+            reporter.say(f"memory planned: {planned_memory(config)}")
+        backbone = load_backbone(model_spec(config), reporter.say)
     missing = [
         a for a in ("logits_to_keep", "position_ids") if not forward_accepts(backbone.model, a)
     ]
     for argument in missing:
-        narrator.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
-    return Context(config, data, backbone, task_named(config.data.task), narrator, clock)
+        reporter.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
+    return Context(config, data, backbone, task_named(config.data.task), reporter, clock)
 
 
 def prompt_notices(config: RunConfig, data: RunData) -> list[str]:

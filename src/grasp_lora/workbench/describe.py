@@ -16,7 +16,7 @@ from grasp_lora.workbench.context import (
     model_spec,
     prompt_notices,
 )
-from grasp_lora.workbench.reporter import Narrator
+from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
 SHOWN_EXAMPLES = 3
@@ -54,7 +54,7 @@ def describe_data(
     )
     data = load_run_data(told, notes.append, training=False)
     notes += prompt_notices(config, data)
-    tokenizer, name = load_tokenizer(model_spec(config), Narrator(quiet).say)
+    tokenizer, name = load_tokenizer(model_spec(config), Reporter(quiet).say)
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""One training run on a live adapter: the call that every stage and every baseline goes through."""
+"""One training run on a live adapter: the call that every stage which trains goes through."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
-from grasp_lora.config.run_config import RunConfig
-from grasp_lora.config.sections import TrainSettings
+from grasp_lora.config.sections import Training
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.models.preserve import preserved
@@ -41,15 +40,14 @@ from grasp_lora.training.trainer import (
     steps_per_epoch,
 )
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.folders import begin_stage, work_folder
 from grasp_lora.workbench.processes import is_main, wait_for_all
 from grasp_lora.workbench.reporter import BarCallback
 
 COPIES_PER_CHECKPOINT = 8
 
 
-class Spent:
-    """Seconds that a stage has taken, those up to the checkpoint it went on from among them."""
+class Stopwatch:
+    """The seconds of a stage, kept in its checkpoints: a resumed stage counts all of them."""
 
     name = "spent"
 
@@ -58,7 +56,8 @@ class Spent:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far; what a killed process did after its last checkpoint is not counted."""
+        """Seconds so far. The work that a killed process did after its last checkpoint is left
+        out."""
         return self._before + time.perf_counter() - self._began
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -66,7 +65,7 @@ class Spent:
         return {}, {"seconds": self.seconds}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Count on from a state; what this process did up to now that one did as well."""
+        """Resume from a checkpoint; its seconds include the work of the process that wrote it."""
         del tensors
         self._before, self._began = values["seconds"], time.perf_counter()
 
@@ -76,10 +75,10 @@ class FitResult:
     """How a training run went.
 
     Attributes:
-        evaluations: dev losses, step 0 first; empty where the run has no dev rows.
-        rows: loss of each dev row, in nats, at each evaluation.
+        evaluations: dev losses, step 0 first; empty where the run has no dev examples.
+        rows: loss of each dev example, in nats, at each evaluation.
         best: the evaluation whose weights were kept, None where there was nothing to choose by.
-        log: the Trainer's log: training loss, learning rate and gradient norm per step.
+        log: the Trainer's log: training loss, learning rate and gradient norm of each step.
         steps: optimizer steps done.
     """
 
@@ -91,7 +90,7 @@ class FitResult:
 
     @property
     def best_rows(self) -> tuple[float, ...]:
-        """Loss of each dev row at the best evaluation; empty without dev rows."""
+        """Loss of each dev example at the best evaluation; empty without dev examples."""
         return self.rows[self.evaluations.index(self.best)] if self.best is not None else ()
 
     def facts(self) -> dict[str, Any]:
@@ -106,131 +105,162 @@ class FitResult:
         }
 
 
-def run_steps(context: Context, section: TrainSettings, role: str) -> int:
-    """Return the optimizer steps that `section` plans on the rows of `role`."""
-    rows = len(context.examples(role, "train"))
+NOTHING_TRAINED = FitResult((), (), None, (), 0)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What one training differs in from another.
+
+    Attributes:
+        training: settings of the training.
+        title: what the progress bar says.
+        role: whose examples are trained on and measured.
+        extra: callbacks that run before the best checkpoint is chosen.
+        stateful: objects whose state the checkpoints keep.
+        choose_best: measure the dev examples and end with the best adapter (step 0 included).
+        measure_whole: measure them with nothing pruned.
+        reprune: cuts the masks anew, every `reprune_every` steps.
+        reprune_every: steps between two cuts.
+        start_epoch: epochs trained before, for the learning-rate schedule.
+        on_resume: called after a resumed run has its state back.
+    """
+
+    training: Training
+    title: str
+    role: str = "target"
+    extra: tuple[TrainerCallback, ...] = ()
+    stateful: tuple[Stateful, ...] = ()
+    choose_best: bool = True
+    measure_whole: bool = False
+    reprune: Callable[[Any], None] | None = None
+    reprune_every: int = 1
+    start_epoch: float = 0.0
+    on_resume: Callable[[], None] = lambda: None
+
+
+def run_steps(context: Context, training: Training, role: str) -> int:
+    """Return the optimizer steps that a training plans on the examples of `role`."""
+    count = len(context.examples(role, "train"))
     return planned_steps(
-        rows, section.epochs, section.batch_size, section.accumulation, section.max_steps
+        count, training.epochs, training.batch_size, training.accumulation, training.max_steps
     )
 
 
-def fit(
-    context: Context,
-    live: LiveAdapter,
-    section: TrainSettings,
-    out: Path,
-    key: Mapping[str, Any],
-    title: str,
-    *,
-    role: str = "target",
-    extra: Sequence[TrainerCallback] = (),
-    stateful: Sequence[Stateful] = (),
-    choose_best: bool = True,
-    measure_whole: bool = False,
-    patience: int | None = None,
-    reprune: Callable[[Any], None] | None = None,
-    reprune_every: int = 1,
-    start_epoch: float = 0.0,
-    on_resume: Callable[[], None] = lambda: None,
-) -> FitResult:
+def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: Path) -> FitResult:
     """Train the live adapter; resume from the newest complete checkpoint if there is one.
 
     Args:
-        context: data and backbone.
+        context: examples and backbone.
         live: the adapter, its masks as they are to be held.
-        section: training settings.
-        out: result folder of the stage; checkpoints are kept beside it until the stage is done.
-        key: of the stage, kept with the checkpoints.
-        title: what the progress bar says.
-        role: whose rows are trained on and measured.
-        extra: callbacks that run before the best checkpoint is chosen.
-        stateful: their state, for the checkpoints.
-        choose_best: measure the dev rows and end with the best adapter (step 0 included).
-        measure_whole: measure them with nothing pruned.
-        patience: stop after so many epochs without a better dev loss.
-        reprune: cuts the masks anew, every `reprune_every` steps.
-        start_epoch: epochs trained before, for the learning-rate schedule.
-        on_resume: called after a resumed run has its state back.
+        options: how it is trained.
+        checkpoints: folder for the checkpoints.
 
     Raises:
         Diverged: the training loss is not finite; names the last good checkpoint.
         ValueError: no disk space for the checkpoints.
     """
-    work = work_folder(out)
-    rows = context.encoded(role, "train")
-    config: RunConfig = context.config
-    per_epoch = steps_per_epoch(len(rows), section.batch_size, section.accumulation, processes())
-    total = run_steps(context, section, role)
-    clock, masks = context.clock, MaskCallback(live, reprune, reprune_every)
-    parts: list[Stateful] = [LiveAdapterState(live), *stateful]
-    callbacks: list[TrainerCallback] = [StepClock(clock), masks, *extra]
-    best: BestCallback | None = None
-    dev = context.rows(role, ["dev"])
-    if choose_best and dev.encoded:
-        best = BestCallback(
-            live, dev, per_epoch, patience, lambda _e: None, clock, unpruned=measure_whole
-        )
-        callbacks.append(best)
-        parts.append(best)
-    if choose_best and not dev.encoded:
-        context.narrator.say(f"{title}: no {role} dev rows, so the last step is kept")
-    check_disk(work.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
-    begin_stage(out, key)
-    with context.narrator.bar(title, total) as done:
-        trainer = build_trainer(
-            live.model,
-            rows,
-            _timed(context.collator, clock),
-            [
-                CheckpointCallback(parts, on_resume, clock),
-                *callbacks,
-                BarCallback(done),
-                SaveClock(clock, context.on_saved),
-            ],
-            work,
-            TrainerSettings(
-                seed=config.seed,
-                epochs=section.epochs,
-                max_steps=section.max_steps,
-                batch_size=section.batch_size,
-                accumulation=section.accumulation,
-                learning_rate=section.learning_rate,
-                lr_decay=section.lr_decay,
-                weight_decay=section.weight_decay,
-                max_grad_norm=section.max_grad_norm,
-                save_every=section.save_every or per_epoch,
-                start_epoch=start_epoch,
-                order=section.order,
-                report_to=config.report_to,
-                on_cpu=context.backbone.device.type == "cpu",
-            ),
-        )
-        checkpoint = _agreed_checkpoint(work)
+    best = _best_callback(context, live, options)
+    parts: list[Stateful] = [LiveAdapterState(live), *options.stateful, *([best] if best else [])]
+    check_disk(checkpoints.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
+    total = run_steps(context, options.training, options.role)
+    with context.reporter.bar(options.title, total) as done:
+        trainer = _trainer(context, live, options, checkpoints, (parts, best, done))
+        checkpoint = _agreed_checkpoint(checkpoints)
         if checkpoint is not None:
-            context.narrator.say(f"{title}: resuming from {checkpoint.name}")
-        device, say = context.backbone.device, context.narrator.say
+            context.reporter.say(f"{options.title}: resuming from {checkpoint.name}")
         try:
             if checkpoint is not None and best is not None and _ran_out(checkpoint, best):
                 read_state(checkpoint, parts)
-                on_resume()
+                options.on_resume()
                 trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             else:
-                with repeatable_attention(
-                    device, lambda: _one_gradient(context, live, rows[0]), say
-                ):
+                first = context.encoded(options.role, "train")[0]
+                device, say = context.backbone.device, context.reporter.say
+                with repeatable_attention(device, lambda: _one_gradient(context, live, first), say):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
-            step = trainer.state.global_step
-            raise Diverged(f"{title}, step {step + 1}: {error}; {_last_good(work, step)}") from None
-    kept_best = best.restore() if best is not None else None
-    evaluations = tuple(best.evaluations) if best is not None else ()
-    rows_then = tuple(tuple(one) for one in best.example_losses) if best is not None else ()
-    log = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
-    return FitResult(evaluations, rows_then, kept_best, log, trainer.state.global_step)
+            step, title = trainer.state.global_step, options.title
+            last = _last_good(checkpoints, step)
+            raise Diverged(f"{title}, step {step + 1}: {error}; {last}") from None
+    kept = best.restore() if best is not None else None
+    return FitResult(
+        tuple(best.evaluations) if best is not None else (),
+        tuple(tuple(one) for one in best.example_losses) if best is not None else (),
+        kept,
+        tuple(entry for entry in trainer.state.log_history if "loss" in entry),
+        trainer.state.global_step,
+    )
+
+
+def _per_epoch(context: Context, options: FitOptions) -> int:
+    count, training = len(context.encoded(options.role, "train")), options.training
+    return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+
+
+def _best_callback(context: Context, live: LiveAdapter, options: FitOptions) -> BestCallback | None:
+    if not options.choose_best:
+        return None
+    dev = context.rows(options.role, ["dev"])
+    if not dev.encoded:
+        context.reporter.say(
+            f"{options.title}: no {options.role} dev examples, so the last step is kept"
+        )
+        return None
+    return BestCallback(
+        live,
+        dev,
+        _per_epoch(context, options),
+        options.training.patience,
+        lambda _evaluation: None,
+        context.clock,
+        unpruned=options.measure_whole,
+    )
+
+
+def _trainer(
+    context: Context,
+    live: LiveAdapter,
+    options: FitOptions,
+    checkpoints: Path,
+    watched: tuple[Sequence[Stateful], BestCallback | None, Callable[[int], None]],
+) -> Trainer:
+    """Return the configured Trainer; `watched` is stateful parts, best callback, progress."""
+    parts, best, done = watched
+    clock, training = context.clock, options.training
+    masks = MaskCallback(live, options.reprune, options.reprune_every)
+    return build_trainer(
+        live.model,
+        context.encoded(options.role, "train"),
+        _timed(context.collator, clock),
+        [
+            CheckpointCallback(parts, options.on_resume, clock),
+            *(StepClock(clock), masks, *options.extra),
+            *([best] if best is not None else []),
+            *(BarCallback(done), SaveClock(clock, context.on_saved)),
+        ],
+        checkpoints,
+        TrainerSettings(
+            seed=context.config.seed,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+            batch_size=training.batch_size,
+            accumulation=training.accumulation,
+            learning_rate=training.learning_rate,
+            lr_decay=training.lr_decay,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            save_every=training.save_every or _per_epoch(context, options),
+            start_epoch=options.start_epoch,
+            order=training.order,
+            report_to=context.config.report_to,
+            on_cpu=context.backbone.device.type == "cpu",
+        ),
+    )
 
 
 def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
-    """Do what a training step does with one row, but for its update."""
+    """Do what a training step does with one example, but for its update."""
     with preserved(live.model, live.params):
         live.model.train()
         batch = {k: v.to(context.backbone.device) for k, v in context.collator([row]).items()}
@@ -239,10 +269,10 @@ def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
 
 
 def measured(context: Context, live: LiveAdapter) -> FitResult:
-    """Return what `fit` would say of an adapter that is kept as it is: its dev loss, at step 0."""
+    """Return the result for an adapter that is kept as it is: its dev loss, at step 0."""
     dev = context.rows("target", ["dev"])
     if not dev.encoded:
-        return FitResult((), (), None, (), 0)
+        return NOTHING_TRAINED
     with context.clock.span("dev"), preserved(live.model, live.params):
         live.model.eval()
         losses = example_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
@@ -267,23 +297,23 @@ def checkpoint_bytes(entries: int) -> int:
     return 3 * entries * 4 * COPIES_PER_CHECKPOINT
 
 
-def _agreed_checkpoint(work: Path) -> Path | None:
+def _agreed_checkpoint(checkpoints: Path) -> Path | None:
     # The main process tidies first, so that every process then sees the same folders.
     if is_main():
-        remove_incomplete(work)
+        remove_incomplete(checkpoints)
     wait_for_all()
-    return next(iter(complete_checkpoints(work)), None)
+    return next(iter(complete_checkpoints(checkpoints)), None)
 
 
 def _ran_out(checkpoint: Path, best: BestCallback) -> bool:
-    # The Trainer asks whether to stop after a step only, so it would do one too many.
+    # The Trainer asks whether to stop only after a step, so it would do one step too many.
     read_state(checkpoint, [best])
     return best.out_of_patience()
 
 
-def _last_good(work: Path, step: int) -> str:
+def _last_good(checkpoints: Path, step: int) -> str:
     # The checkpoint of this very step, if there is one, holds the weights that gave the bad loss.
-    before = [p for p in complete_checkpoints(work) if checkpoint_step(p) < step]
+    before = [p for p in complete_checkpoints(checkpoints) if checkpoint_step(p) < step]
     return (
         f"the last good checkpoint is {before[0]}" if before else "no good checkpoint was written"
     )

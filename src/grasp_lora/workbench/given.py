@@ -31,4 +31,4 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
 def say_other_bases(context: Context, folders: Sequence[Path]) -> None:
     """Say which adapters name another base model than the backbone, or than one another."""
     for line in base_mismatch_lines(folders, context.config.model.name, context.backbone):
-        context.narrator.say(line)
+        context.reporter.say(line)

@@ -25,7 +25,7 @@ UserReward = Callable[[list[str], list[tuple[str, ...]]], Sequence[float]]
 """(predictions, references of each) -> a score of each, higher is better."""
 
 
-def reward_faults(config: RunConfig) -> list[str]:
+def objective_faults(config: RunConfig) -> list[str]:
     """Return what is wrong with `controller.reward`, before any work is done."""
     name = config.controller.reward
     if name == LOSS:
@@ -48,7 +48,7 @@ def reward_faults(config: RunConfig) -> list[str]:
     return [f"controller.reward {n}: {why}" for n, why in missing([name], options).items()]
 
 
-def cost_of(context: Context, splits: Sequence[str]) -> Objective | None:
+def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
     """Return what the rows of the splits cost under `controller.reward`; None for the loss.
 
     The cost of a row is its score of 0 to 100 with the sign changed and divided by 100, so that a
@@ -103,7 +103,7 @@ def answers_of(
                 stop_ids=sorted({*backbone.stop_ids, *stops}),
                 one_line=task.one_line,
             ),
-            notice=context.narrator.say,
+            notice=context.reporter.say,
         )
         return [
             context.prediction("target", homes[i], t) for i, t in zip(drawn, texts, strict=True)

@@ -1,11 +1,14 @@
 """Several processes as one job: one of them decides about files and writes them."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from grasp_lora.base.files import cpu_name
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import choose_device
 from grasp_lora.training.trainer import refuse_unsupported_launch
@@ -23,6 +26,17 @@ def join(config: RunConfig) -> None:
     on_cpu = choose_device(config.model.device).type == "cpu"
     refuse_unsupported_launch(on_cpu)
     PartialState(cpu=on_cpu)
+
+
+def machine() -> dict[str, Any]:
+    """Return what this process runs on: processor, cores, threads of torch, GPU (None without)."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
 
 
 def is_main() -> bool:

@@ -34,7 +34,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Narrator:
+class Reporter:
     """Prints for the user; silent where `quiet` (other processes, tests, library use).
 
     Args:

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.config.data_sections import HubData, LanguageData, Rows, TestSet
+from grasp_lora.config.data_sections import ExampleSource, HubData, LanguageData, TestSet
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
 from grasp_lora.data.hub import (
     ALL,
-    PRESETS,
+    PUBLISHED_SETS,
     HubExamples,
     Source,
     load_hub,
@@ -68,16 +68,27 @@ class RunData:
         content = hashlib.sha256()
         for role, parts in self.parts.items():
             for split, rows in parts.items():
-                content.update(f"{role}/{split}\0".encode())
-                for e in rows:
-                    record = [e.id, e.group, e.language, dict(e.fields), e.references]
-                    content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
+                _feed(content, role, split, rows)
+        return content.hexdigest()[:16]
+
+    def digest_of(self, role: str, split: str) -> str:
+        """Return 16 hex digits over the examples of one set; those of an empty set where there is
+        none."""
+        content = hashlib.sha256()
+        _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
         return content.hexdigest()[:16]
 
     def test_sets(self) -> dict[str, tuple[str, str]]:
         """Return name -> (role, split) of every test set that has rows, the target's own first."""
         found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
         return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
+
+
+def _feed(content: Any, role: str, split: str, rows: Iterable[Example]) -> None:
+    content.update(f"{role}/{split}\0".encode())
+    for e in rows:
+        record = [e.id, e.group, e.language, dict(e.fields), e.references]
+        content.update(json.dumps(record, ensure_ascii=False).encode() + b"\0")
 
 
 def load_run_data(
@@ -97,7 +108,7 @@ def load_run_data(
             rows and `data.allow_leakage` is not set.
     """
     _check_given(config, given or {})
-    reader = _Reader(config, task_named(config.data.task), say, given or {})
+    reader = _Reader(config, task_named(config.data.task), say, given or {}, training)
     target = reader.language("target", config.data.target)
     parts: dict[str, Parts] = {"target": target}
     if config.data.source is not None:
@@ -178,6 +189,7 @@ class _Reader:
     task: Task
     say: Say
     given: Given
+    training: bool = True
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
 
@@ -206,8 +218,9 @@ class _Reader:
         if "" not in read:
             return read
         rows = self._unused(role, read[""], used)
-        if section.labels == "auto":
-            return self._note(role, *_auto(rows, section.rows.get("test", 0), self.seed))
+        if section.divided_automatically:
+            test = section.rows.get("test", 0)
+            return self._note(role, *_auto(rows, test, self.seed, self.training))
         split = split_by_group(rows, section.rows, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
@@ -238,7 +251,7 @@ class _Reader:
         if isinstance(section.files, HubData):
             sizes = section.rows or dict.fromkeys(section.files.splits, ALL)
         else:
-            sizes = section.rows or PRESETS[str(section.files)].sizes[role]
+            sizes = section.rows or PUBLISHED_SETS[str(section.files)].sizes[role]
             self.say(f"{role}: {section.files} {section.language} from {found.used}")
         self.sources[role] = found.record()
         if used is not None:
@@ -246,7 +259,7 @@ class _Reader:
         split = split_published(found, sizes, self.seed)
         return self._note(role, dict(split.parts), dict(split.dropped))
 
-    def _found(self, files: Any, section: Rows, role: str) -> HubExamples:
+    def _found(self, files: Any, section: ExampleSource, role: str) -> HubExamples:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
         if isinstance(files, HubData):
             found = load_hub(
@@ -262,7 +275,7 @@ class _Reader:
             found = load_preset(
                 str(files),
                 section.language,
-                self.config.data.protocol,
+                self.config.protocol,
                 role=role,
                 max_faulty=self.config.data.max_faulty,
             )
@@ -271,7 +284,7 @@ class _Reader:
                 self.say(f"{found.used} {split}: {published.report.line()}")
         return found
 
-    def _load(self, source: Any, section: Rows, name: str) -> tuple[Example, ...]:
+    def _load(self, source: Any, section: ExampleSource, name: str) -> tuple[Example, ...]:
         examples, report = load_examples(
             source,
             self.task,
@@ -307,10 +320,22 @@ class _Reader:
         return parts
 
 
-def _auto(rows: tuple[Example, ...], test: int, seed: int) -> tuple[Parts, dict[str, int]]:
+def _auto(
+    rows: tuple[Example, ...], test: int, seed: int, training: bool
+) -> tuple[Parts, dict[str, int]]:
+    """Return the test part, and the other examples divided into train, dev and micro_dev.
+
+    Without `training` too few others are no fault: they are left out.
+    """
     held = split_by_group(rows, {"test": test}, seed)
     taken = {e.group for e in held.parts["test"]}
-    labelled = split_auto([e for e in rows if e.group not in taken], seed)
+    others = [e for e in rows if e.group not in taken]
+    try:
+        labelled = split_auto(others, seed)
+    except ValueError:
+        if training:
+            raise
+        return dict(held.parts), dict(held.dropped)
     return dict(labelled.parts) | dict(held.parts), dict(labelled.dropped) | dict(held.dropped)
 
 

@@ -1,7 +1,5 @@
 """The times of a run: measured below its stages, kept in its folder, carried over a resume."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from grasp_lora.models.devices import choose_device
 from grasp_lora.report.pictures import plot_profile
 from grasp_lora.report.time_words import profile_markdown
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.folders import STAGE_FILE
 from grasp_lora.workbench.processes import is_main
 
 TIMES_FILE = "timing.json"
@@ -46,24 +43,6 @@ def keep_times(context: Context) -> dict[str, Any]:
     if is_main():
         write_json(context.config.output / TIMES_FILE, times)
     return times
-
-
-@contextmanager
-def timed_stage(context: Context, folder: Path) -> Iterator[Path]:
-    """Charge the body to the stage that writes `folder`, which is yielded; keep the times.
-
-    A stage that was done before is not timed again.
-    """
-    name = folder.relative_to(context.config.output).as_posix()
-    if (folder / STAGE_FILE).exists():
-        context.clock.skip(name)
-        yield folder
-        return
-    try:
-        with context.clock.stage(name):
-            yield folder
-    finally:
-        keep_times(context)
 
 
 def write_profile(out: Path, times: dict[str, Any]) -> None:

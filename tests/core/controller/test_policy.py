@@ -1,4 +1,4 @@
-"""The two update rules and the ways candidates are drawn, against numbers worked out by hand."""
+"""Test the two update rules and the ways to draw candidates, against hand-computed numbers."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 
 from grasp_lora.core.controller.policy import (
     Policy,
-    confirming_candidates,
-    coverage_candidates,
+    confirmation_candidates,
     initial_policy,
     round_kind,
     sampled_candidates,
+    stratified_candidates,
     updated_policy,
 )
 from grasp_lora.core.controller.settings import ControllerConfig
@@ -97,14 +97,14 @@ def test_standard_candidates_come_in_antithetic_pairs(count):
     assert len(set(drawn)) == count
 
 
-def test_coverage_is_even_in_a_round_and_shifts_between_rounds():
+def test_stratified_candidates_are_even_in_a_round_and_shift_between_rounds():
     config = ControllerConfig(low=0.1, high=0.7)
-    assert coverage_candidates(0, config) == pytest.approx((0.1, 0.3, 0.5))
-    assert coverage_candidates(1, config) == pytest.approx((0.2236, 0.4236, 0.6236))
-    assert coverage_candidates(2, config) == pytest.approx((0.1472, 0.3472, 0.5472))
+    assert stratified_candidates(0, config) == pytest.approx((0.1, 0.3, 0.5))
+    assert stratified_candidates(1, config) == pytest.approx((0.2236, 0.4236, 0.6236))
+    assert stratified_candidates(2, config) == pytest.approx((0.1472, 0.3472, 0.5472))
 
 
-def test_coverage_comes_first_and_at_every_fifth_round_and_confirmation_last():
+def test_stratified_rounds_come_first_and_every_fifth_and_confirmations_last():
     def kinds(horizon, config=STANDARD):
         letters = {"coverage": "c", "policy": "p", "confirmation": "="}
         return "".join(letters[round_kind(t, horizon, config)] for t in range(horizon))
@@ -113,15 +113,15 @@ def test_coverage_comes_first_and_at_every_fifth_round_and_confirmation_last():
     assert kinds(18) == "cccccppppcppppc==="
     assert kinds(50)[-7:] == "p======"
     assert [kinds(n) for n in (1, 3, 4, 5)] == ["c", "ccc", "ccc=", "ccc=="]
-    assert kinds(8, ControllerConfig(candidates=1)) == "cccpcppp", "one ratio confirms nothing"
+    assert kinds(8, ControllerConfig(candidates=1)) == "cccpcppp", "one candidate confirms nothing"
     assert kinds(8, PAPER) == "p" * 8
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 4])
-def test_confirmation_measures_the_lowest_ratio_beside_the_favourite(candidates):
-    config = ControllerConfig(low=0.1, start=0.1, candidates=candidates)
+def test_confirmation_measures_the_lowest_ratio_beside_the_incumbent(candidates):
+    config = ControllerConfig(low=0.1, candidates=candidates)
     generator = torch.Generator().manual_seed(0)
-    found = [confirming_candidates(Policy(0.5, 0.1), config, generator, 0.37) for _ in range(200)]
+    found = [confirmation_candidates(Policy(0.5, 0.1), config, generator, 0.37) for _ in range(200)]
     assert all(one[:2] == (0.1, 0.37) and len(one) == candidates for one in found)
     rest = torch.tensor([one[2:] for one in found])
     if candidates > 2:

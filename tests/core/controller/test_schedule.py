@@ -1,11 +1,11 @@
-"""When rounds fall due and which rows they probe."""
+"""Test when rounds are due and which examples they probe."""
 
 from collections import Counter
 
 import pytest
 import torch
 
-from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
+from grasp_lora.core.controller.schedule import draw_examples, is_due, planned_rounds
 from grasp_lora.core.controller.settings import ControllerConfig
 
 
@@ -42,61 +42,61 @@ def test_a_run_too_short_for_a_round_is_known_beforehand():
     assert planned_rounds(9, ControllerConfig(preset="paper")) == 0
 
 
-def test_no_group_gives_two_rows_while_another_has_given_none():
+def test_no_group_gives_two_examples_while_another_has_given_none():
     groups = ["a"] * 10 + ["b"] * 3 + ["c"]
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
-        assert set(Counter(groups[i] for i in draw_rows(groups, 3, generator)).values()) == {1}
-        assert Counter(groups[i] for i in draw_rows(groups, 7, generator)) == {
+        assert set(Counter(groups[i] for i in draw_examples(groups, 3, generator)).values()) == {1}
+        assert Counter(groups[i] for i in draw_examples(groups, 7, generator)) == {
             "a": 3,
             "b": 3,
             "c": 1,
         }
 
 
-def test_drawn_rows_are_sorted_distinct_and_set_by_the_generator():
+def test_drawn_examples_are_sorted_distinct_and_set_by_the_generator():
     groups = [str(i) for i in range(66)]
-    draws = {draw_rows(groups, 16, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)}
+    draws = {draw_examples(groups, 16, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)}
     assert len(draws) == 2
     assert all(rows == tuple(sorted(set(rows))) and len(rows) == 16 for rows in draws)
 
 
-def test_every_row_gets_its_turn():
+def test_every_example_is_drawn_some_time():
     groups = ["a", "a", "a", "b", "b"]
     generator = torch.Generator().manual_seed(0)
-    assert {i for _ in range(60) for i in draw_rows(groups, 2, generator)} == {0, 1, 2, 3, 4}
+    assert {i for _ in range(60) for i in draw_examples(groups, 2, generator)} == {0, 1, 2, 3, 4}
 
 
-def test_all_rows_are_drawn_when_there_are_too_few():
-    assert draw_rows(["a", "a", "b"], 16, torch.Generator().manual_seed(0)) == (0, 1, 2)
+def test_all_examples_are_drawn_when_there_are_too_few():
+    assert draw_examples(["a", "a", "b"], 16, torch.Generator().manual_seed(0)) == (0, 1, 2)
 
 
 def test_drawing_nothing_is_refused():
     generator = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="at least 1 row, got 0"):
-        draw_rows(["a"], 0, generator)
-    with pytest.raises(ValueError, match="no row to probe"):
-        draw_rows([], 3, generator)
+    with pytest.raises(ValueError, match="at least 1 example, got 0"):
+        draw_examples(["a"], 0, generator)
+    with pytest.raises(ValueError, match="no example to probe"):
+        draw_examples([], 3, generator)
 
 
-def test_rows_probed_less_come_first_within_their_group():
+def test_examples_probed_less_come_first_within_their_group():
     groups = ["a"] * 3 + ["b"] * 3
     probed = {0: 1, 1: 1, 3: 2, 5: 1}
     for seed in range(20):
-        assert draw_rows(groups, 2, torch.Generator().manual_seed(seed), probed) == (2, 4)
+        assert draw_examples(groups, 2, torch.Generator().manual_seed(seed), probed) == (2, 4)
 
 
-def test_a_small_group_is_not_asked_again_while_others_have_fresh_rows():
+def test_a_small_group_is_not_drawn_again_while_others_have_fresh_examples():
     groups = ["a", "b", "b", "c", "c"]
     for seed in range(20):
-        drawn = draw_rows(groups, 2, torch.Generator().manual_seed(seed), {0: 1, 1: 1})
+        drawn = draw_examples(groups, 2, torch.Generator().manual_seed(seed), {0: 1, 1: 1})
         assert 0 not in drawn
         assert {groups[row] for row in drawn} == {"b", "c"}
 
 
-def test_dealing_without_any_history_is_a_plain_draw():
+def test_drawing_without_any_history_is_a_plain_draw():
     groups = [str(i % 7) for i in range(30)]
-    plain, dealt = (
-        draw_rows(groups, 9, torch.Generator().manual_seed(4), probed) for probed in (None, {})
+    plain, drawn = (
+        draw_examples(groups, 9, torch.Generator().manual_seed(4), probed) for probed in (None, {})
     )
-    assert plain == dealt
+    assert plain == drawn

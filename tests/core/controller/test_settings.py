@@ -32,7 +32,10 @@ def test_the_standard_preset_starts_unpruned_with_eight_rounds():
 
 def test_values_that_follow_from_the_range_follow_a_changed_range():
     assert ControllerConfig(low=0.2).start == 0.2
+    assert ControllerConfig(low=0.2).sigma == 0.1
     assert ControllerConfig(preset="paper", low=0.3).sigma == pytest.approx(0.5 / 6)
+    assert ControllerConfig(preset="paper", low=0.5).start == 0.5
+    assert ControllerConfig(preset="paper", high=0.3).start == 0.3
 
 
 def test_a_schedule_of_ones_own_replaces_that_of_the_preset():
@@ -48,17 +51,16 @@ def test_a_schedule_of_ones_own_replaces_that_of_the_preset():
         ({"low": 0.5, "high": 0.5}, "0 <= low < high < 1"),
         ({"high": 1.0}, "got low=0.0, high=1.0"),
         ({"low": float("nan")}, "0 <= low < high < 1"),
-        ({"start": 0.9}, r"start must lie in \[low, high\] = \[0.0, 0.8\], got 0.9"),
         ({"rounds": 8, "interval": 10}, "exactly one of rounds and interval"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"rows": 0}, "rows must be at least 1"),
-        ({"sigma": 0.0}, "sigma must be a finite number above 0"),
+        ({"lr": 0.0}, "lr must be a finite number above 0"),
         ({"lr": float("inf")}, "lr must be a finite number above 0"),
         ({"anchor": -1.0}, "anchor must be a finite number of at least 0"),
         ({"max_step": 0.0}, r"max_step must lie in \(0, 1\]"),
-        ({"commit": "best"}, "commit must be one of"),
+        ({"when_flat": "best"}, "when_flat must be one of"),
         ({"probe_rows": "train"}, "probe_rows must be one of"),
     ],
 )
@@ -69,9 +71,9 @@ def test_a_bad_setting_is_refused_with_its_value(settings, message):
 
 def test_all_faults_are_named_at_once():
     with pytest.raises(ValueError, match="max_step") as caught:
-        ControllerConfig(rows=0, sigma=-1.0, max_step=2.0)
+        ControllerConfig(rows=0, lr=-1.0, max_step=2.0)
     assert "rows must" in str(caught.value)
-    assert "sigma must" in str(caught.value)
+    assert "lr must" in str(caught.value)
 
 
 def test_settings_survive_json_and_a_pydantic_field():

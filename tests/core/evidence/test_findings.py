@@ -1,4 +1,4 @@
-"""Findings on constructed cases: each fires where it should, and stays away where it should not."""
+"""Test that each finding appears where it should, and only there, on constructed cases."""
 
 import dataclasses
 import statistics
@@ -21,7 +21,7 @@ def normal(seed, count, mean=0.0, deviation=1.0):
 def test_a_search_without_a_round_never_fired():
     found = findings.never_fired("never-fired")
     assert found.name == "never-fired"
-    assert "raise search.epochs" in found.says
+    assert "raise train.search.epochs" in found.says
     assert findings.never_fired("flat") is None
 
 
@@ -38,7 +38,7 @@ def test_a_search_without_a_round_never_fired():
     ],
 )
 def test_a_learned_ratio_at_an_end_of_the_range_is_at_bound(ratio, verdict, low, said):
-    found = findings.at_bound(ratio, verdict, ControllerConfig(low=low, start=low))
+    found = findings.at_bound(ratio, verdict, ControllerConfig(low=low))
     assert (found is None) == (said is None)
     if found is not None:
         assert said in found.says
@@ -46,7 +46,7 @@ def test_a_learned_ratio_at_an_end_of_the_range_is_at_bound(ratio, verdict, low,
 
 
 def rounds_at(mask_ratios, committed=None):
-    """Return records with these masks in force."""
+    """Return one record per mask ratio, with that mask in force."""
     state, _ = conclude(
         begin(CONFIG), CONFIG, (0.0, 0.4), None, [[1.0, 1.0], [1.0, 1.0]], [0, 1], 1
     )
@@ -122,7 +122,7 @@ def test_equal_adapters_are_called_over_pruned_once_in_twenty():
     assert 0.02 * 400 <= fired <= 0.08 * 400
 
 
-def test_losses_of_other_rows_are_refused_and_infinite_ones_no_evidence():
+def test_losses_of_different_examples_are_refused_and_infinite_ones_no_evidence():
     with pytest.raises(ValueError, match="got 3 and 2"):
         findings.over_pruned([1.0, 1.0, 1.0], [1.0, 1.0])
     assert findings.over_pruned([1.0, float("inf")], [0.0, 0.0]) is None
@@ -130,7 +130,7 @@ def test_losses_of_other_rows_are_refused_and_infinite_ones_no_evidence():
     assert findings.over_pruned([], []) is None
 
 
-def test_the_best_single_adapter_is_named_where_the_merge_is_not_worth_having():
+def test_the_best_single_adapter_is_named_where_the_merge_does_not_pay():
     final = normal(0, 50, 2.0)
     better = {
         "target adapter": [x - 0.1 for x in final],
@@ -145,7 +145,7 @@ def test_the_best_single_adapter_is_named_where_the_merge_is_not_worth_having():
 
 
 def searched(micro_gain, dev_gain, seed, micro=16, dev=50, rounds=6):
-    """Return rounds at 0, 0.4 and 0.7 on 12 random rows each, whose rows gain so much at 0.4."""
+    """Return rounds at 0, 0.4 and 0.7 on 12 random examples, with these mean gains at 0.4."""
     generator = torch.Generator().manual_seed(seed)
     own = 0.3 * torch.randn(micro + dev, generator=generator).double()
     config = ControllerConfig(rounds=rounds)
@@ -159,7 +159,7 @@ def searched(micro_gain, dev_gain, seed, micro=16, dev=50, rounds=6):
 
 
 def test_a_micro_dev_set_that_sees_another_ratio_is_unrepresentative():
-    found = findings.unrepresentative(searched(-0.6, 0.4, 0), 0.4, range(16), CONFIG)
+    found = findings.unrepresentative(searched(-0.6, 0.4, 0), 0.4, range(16))
     assert found.evidence["difference"] == pytest.approx(-1.0, abs=0.35)
     seen = found.evidence["seen_four_times_in_five_from"]
     assert seen == pytest.approx(2.8 * found.evidence["standard_error"])
@@ -167,28 +167,27 @@ def test_a_micro_dev_set_that_sees_another_ratio_is_unrepresentative():
 
 def test_a_representative_micro_dev_set_seldom_fires():
     fired = sum(
-        findings.unrepresentative(searched(0.4, 0.4, seed), 0.4, range(16), CONFIG) is not None
+        findings.unrepresentative(searched(0.4, 0.4, seed), 0.4, range(16)) is not None
         for seed in range(200)
     )
     assert fired <= 0.08 * 200
 
 
 def test_its_power_is_what_its_documentation_says():
-    # 0.8 standard deviations (0.3) of the rows are seen about four times in five.
+    # A difference of 0.8 standard deviations (0.3) is found about four times in five.
     fired = statistics.fmean(
-        findings.unrepresentative(searched(0.64, 0.4, seed, rounds=11), 0.4, range(16), CONFIG)
-        is not None
+        findings.unrepresentative(searched(0.64, 0.4, seed, rounds=11), 0.4, range(16)) is not None
         for seed in range(150)
     )
     assert 0.65 < fired < 0.92
 
 
-def test_without_rows_of_both_kinds_there_is_no_finding():
+def test_without_examples_of_both_kinds_there_is_no_finding():
     records = searched(-5.0, 0.4, 0)
-    assert findings.unrepresentative(records, 0.4, range(66), CONFIG) is None
-    assert findings.unrepresentative(records, 0.4, (), CONFIG) is None
-    assert findings.unrepresentative((), 0.4, range(16), CONFIG) is None
-    assert findings.unrepresentative(records, 0.99, range(16), CONFIG) is None, "no trial near it"
+    assert findings.unrepresentative(records, 0.4, range(66)) is None
+    assert findings.unrepresentative(records, 0.4, ()) is None
+    assert findings.unrepresentative((), 0.4, range(16)) is None
+    assert findings.unrepresentative(records, 0.99, range(16)) is None, "no trial near it"
 
 
 def test_systems_that_often_answer_with_nothing_are_named_worst_first():

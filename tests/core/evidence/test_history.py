@@ -1,4 +1,4 @@
-"""The curve over the history, against references written out."""
+"""Test the loss curve over the history against references written out."""
 
 import math
 import statistics
@@ -10,10 +10,10 @@ from grasp_lora.core.controller.rounds import ControllerConfig, begin, conclude
 from grasp_lora.core.evidence.history import (
     Observation,
     compressed,
+    curve_minimum,
     fit_curve,
-    gaps_of,
-    lowest,
     observations,
+    observations_by_round,
     restricted,
     winsorised,
 )
@@ -37,7 +37,7 @@ def random_observations(rounds=3, candidates=3, rows=8, seed=0):
 def test_gaps_compare_candidates_row_by_row_within_the_round():
     losses = [[1.0, 11.0], [2.0, 13.0], [3.0, math.nan]]
     state, _ = conclude(begin(CONFIG), CONFIG, (0.1, 0.2, 0.3), [0, 0], losses, [7, 9], 1)
-    (seen,) = gaps_of(state.records)
+    (seen,) = observations_by_round(state.records)
     assert [o.ratio for o in seen] == [0.1, 0.2]
     assert seen[0].gaps == {7: -0.5, 9: -1.0}
     assert seen[1].gaps == {7: 0.5, 9: 1.0}
@@ -49,13 +49,13 @@ def test_a_round_with_one_finite_trial_says_nothing():
     assert observations(state.records) == ()
 
 
-def test_winsorising_pulls_in_outliers_only():
+def test_winsorising_clips_outliers_only():
     values = [0.0, 1.0, 2.0, 3.0, 100.0]
     assert winsorised(values) == [0.0, 1.0, 2.0, 3.0, pytest.approx(2 + 4 * 1.4826)]
     assert winsorised([1.0, 1.0, 1.0, 50.0]) == [1.0, 1.0, 1.0, 50.0]
 
 
-def test_one_wild_row_is_pulled_in_before_it_is_averaged():
+def test_one_outlier_example_is_clipped_before_it_is_averaged():
     rows = 9
     losses = [[0.1 * e for e in range(rows)], [0.11 * e for e in range(rows)]]
     losses[1][4] += 100.0
@@ -78,7 +78,7 @@ def test_steep_losses_count_as_logarithms_of_their_distance_to_the_best_of_their
     first = [0.0, *moved[:2]]
     assert [o.mean - seen[0].mean for o in seen[:3]] == pytest.approx(first)
     assert seen[3].mean - seen[4].mean == pytest.approx(moved[2])
-    # Rows come along in proportion: these were 3.0 -+ 0.1 above those of the best.
+    # Gaps of examples move in proportion: they were 3.0 -+ 0.1 above those of the best trial.
     apart = [seen[2].gaps[row] - seen[0].gaps[row] for row in (5, 8)]
     assert apart == pytest.approx([moved[1] * 2.9 / 3.0, moved[1] * 3.1 / 3.0])
     for some in (seen[:3], seen[3:]):
@@ -105,7 +105,7 @@ def test_compressing_does_not_depend_on_the_unit_and_infinity_leaves_all_as_it_i
 
 
 def test_a_cliff_does_not_hide_a_dip_before_it():
-    # 0.04 nats of gain at 0.2, then 5 nats of loss; losses of rounds at different places.
+    # A gain of 0.04 nats at 0.2, then a loss of 5 nats; each round tries other ratios.
     def loss(ratio):
         return 0.04 * ((ratio - 0.2) / 0.2) ** 2 if ratio < 0.2 else 5 * ((ratio - 0.2) / 0.6) ** 2
 
@@ -113,7 +113,7 @@ def test_a_cliff_does_not_hide_a_dip_before_it():
     for number, ratios in enumerate([(0.05, 0.4, 0.75), (0.15, 0.45, 0.7), (0.2, 0.3, 0.8)]):
         losses = [[loss(r) + 0.001 * ((7 * e + number) % 5) for e in range(8)] for r in ratios]
         state, _ = conclude(state, CONFIG, ratios, [0.0] * 8, losses, range(8), number + 1)
-    assert lowest(observations(state.records), 3, CONFIG) == pytest.approx(0.2, abs=0.05)
+    assert curve_minimum(observations(state.records), 3, CONFIG) == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_curve_is_the_gaussian_process_posterior_mean():
@@ -142,12 +142,12 @@ def test_the_curve_is_the_gaussian_process_posterior_mean():
 def test_the_lowest_point_does_not_depend_on_the_unit_of_the_loss():
     seen = random_observations()
     scaled = [Observation(o.ratio, o.round, {k: 1e-4 * v for k, v in o.gaps.items()}) for o in seen]
-    assert lowest(scaled, 8, CONFIG) == lowest(seen, 8, CONFIG)
+    assert curve_minimum(scaled, 8, CONFIG) == curve_minimum(seen, 8, CONFIG)
 
 
 def test_all_gaps_zero_have_their_lowest_point_at_low():
     seen = [Observation(r, 0, {0: 0.0, 1: 0.0}) for r in (0.1, 0.4, 0.7)]
-    assert lowest(seen, 8, CONFIG) == CONFIG.low
+    assert curve_minimum(seen, 8, CONFIG) == CONFIG.low
 
 
 def test_restricting_drops_observations_with_fewer_than_two_rows_left():

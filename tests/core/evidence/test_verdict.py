@@ -1,4 +1,4 @@
-"""How the final ratio is picked, and what counts as learned."""
+"""Test the choice of the final ratio, and the verdict on its gain."""
 
 import dataclasses
 import statistics
@@ -21,7 +21,7 @@ RATIOS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 def records_with(curve, mus=(), ratios=RATIOS):
-    """Return a noiseless coverage round over the ratios, then policy rounds with these centres."""
+    """Return a noiseless stratified round, then policy rounds with the centres `mus`."""
     losses = [[curve(ratio)] * 4 for ratio in ratios]
     state, _ = conclude(begin(CONFIG), CONFIG, ratios, [2.0] * 4, losses, range(4), 1)
     first = state.records[0]
@@ -52,7 +52,7 @@ def test_equal_losses_are_flat():
 
 
 def verdicts_of(curve, spread, seeds):
-    """Return the verdicts of whole simulated searches of 6 rounds on 16 of 48 rows each."""
+    """Return the verdicts of simulated searches of 6 rounds on 16 of 48 examples each."""
     config = ControllerConfig(rounds=6)
     said = []
     for seed in seeds:
@@ -72,7 +72,7 @@ def verdicts_of(curve, spread, seeds):
 
 
 def test_a_plateau_before_a_cliff_is_not_called_learned():
-    # Ratio 0 is tried in the first round and seldom again: forgetting must not make it look bad.
+    # Ratio 0 is seldom tried after the first round; the decay of old rounds must not harm it.
     def cliff(ratio):
         return 0.1 * ratio + 30 * max(0.0, ratio - 0.3) ** 2
 
@@ -103,11 +103,11 @@ def test_the_gain_and_its_error_match_the_truth_over_repetitions():
     gains = [found.gain for found in evidence]
     errors = [found.error for found in evidence]
     assert statistics.fmean(gains) == pytest.approx(0.5, abs=0.04)
-    # Halves are averaged as if half correlated, which makes the error up to sqrt(1.5) too big.
+    # Halves count as correlated, which makes the error up to sqrt(1.5) too large.
     assert 0.85 < statistics.fmean(errors) / statistics.stdev(gains) < 1.6
 
 
-def test_without_two_rows_for_each_half_there_is_no_evidence():
+def test_without_two_examples_for_each_half_there_is_no_evidence():
     assert cross_fitted_gain((), CONFIG) is None
     assert cross_fitted_gain(one_round(0, rows=3), CONFIG) is None
     assert cross_fitted_gain(one_round(0, rows=4), CONFIG) is not None
@@ -145,7 +145,7 @@ def test_trials_at_like_ratios_in_several_rounds_are_tested_together():
     alone, rows_alone = one.error, one.rows
     joined, rows_joined = all_of_them.error, all_of_them.rows
     assert (rows_alone, rows_joined) == (4, 16)
-    assert joined == pytest.approx(alone / 2, rel=0.5)  # four times the rows
+    assert joined == pytest.approx(alone / 2, rel=0.5)  # four times the examples
     apart = [
         dataclasses.replace(r, candidates=(0.0, 0.2 + 0.15 * i, 0.8))
         for i, r in enumerate(rounds_[:2])
@@ -153,7 +153,7 @@ def test_trials_at_like_ratios_in_several_rounds_are_tested_together():
     assert cross_fitted_gain(apart, CONFIG).rows < 8
 
 
-def test_a_gain_on_the_halves_matches_a_plain_mean_where_there_is_no_choice_to_make():
+def test_a_gain_on_the_halves_matches_a_plain_mean_with_a_single_candidate():
     (record,) = one_round(3)
     record = dataclasses.replace(
         record,
@@ -164,13 +164,14 @@ def test_a_gain_on_the_halves_matches_a_plain_mean_where_there_is_no_choice_to_m
     gaps = winsorised([a - b for a, b in zip(*record.per_row, strict=True)])
     found = cross_fitted_gain([record], CONFIG)
     gain, error = found.gain, found.error
-    assert gain == pytest.approx(statistics.fmean(gaps))  # every split has the whole in its halves
-    own = statistics.stdev(gaps) / 4  # of 16 rows; a half has sqrt(2) of it, both halves sqrt(1.25)
+    assert gain == pytest.approx(statistics.fmean(gaps))  # the halves of a split hold all examples
+    # A half has sqrt(2) times the error of all 16 examples; both halves have sqrt(1.25) times it.
+    own = statistics.stdev(gaps) / 4
     assert error == pytest.approx(1.25**0.5 * own, rel=0.05)
 
 
 def searched(curve, seed, spread=0.1, rows=40, config=CONFIG, noise=0.0):
-    """Return how a simulated search ends whose rows have slopes of their own."""
+    """Return the choice of a simulated search whose examples have random slopes."""
     generator = torch.Generator().manual_seed(seed)
     slopes = spread * torch.randn(rows, generator=generator, dtype=torch.float64)
     state = begin(config, 8)
@@ -191,7 +192,7 @@ def searched(curve, seed, spread=0.1, rows=40, config=CONFIG, noise=0.0):
     return choose_ratio(state, config)
 
 
-def test_the_interval_holds_the_ratio_and_grows_with_the_rows_disagreement():
+def test_the_interval_holds_the_ratio_and_grows_as_examples_disagree():
     narrow = searched(parabola, 0, spread=0.05)
     wide = searched(parabola, 0, spread=1.5)
     for choice in (narrow, wide):

@@ -1,4 +1,4 @@
-"""Importance scores against autograd."""
+"""Test importance scores against autograd."""
 
 import pytest
 import torch

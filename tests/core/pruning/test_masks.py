@@ -1,4 +1,4 @@
-"""Exact counts, ties and nesting of the masks."""
+"""Test exact counts, ties and nesting of the masks."""
 
 import math
 
@@ -17,7 +17,7 @@ from grasp_lora.core.pruning.masks import (
 
 
 def keep_by_sorting(scores, ratio):
-    """Reference: prune from the end of the list sorted by (score down, position up)."""
+    """Return the reference mask: prune from the end of the list by falling score, then position."""
     flat = scores.flatten().tolist()
     order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))
     pruned = set(order[len(flat) - int(ratio * len(flat) + 0.5) :])
@@ -101,7 +101,7 @@ def test_nan_scores_are_refused():
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (16, 16)])
-def test_a_packed_mask_gives_back_what_it_was_made_of(shape):
+def test_a_packed_mask_unpacks_to_its_original(shape):
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.4
     packed = Mask.of(keep)
     assert packed.bits.dtype == torch.uint8
@@ -130,7 +130,7 @@ def test_zero_fraction_counts_over_all_tensors():
     assert zero_fraction(iter([])) == 0.0
 
 
-def test_components_go_whole_the_least_worth_first():
+def test_components_are_pruned_whole_the_least_important_first():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(5, 7, generator=generator), torch.rand(3, 5, generator=generator)
     worth = [float(a[i].sum() + b[:, i].sum()) for i in range(5)]
@@ -154,7 +154,7 @@ def test_entries_are_cut_in_each_tensor_by_itself():
 def test_dead_components_are_dropped_and_the_product_stays(dead):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
-    for n, i in enumerate(dead):  # dead in A, or in B
+    for n, i in enumerate(dead):  # alternately zero in B and in A
         if n % 2:
             a[i] = 0
         else:

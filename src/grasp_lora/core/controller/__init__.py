@@ -1,1 +1,1 @@
-"""How the ratio is searched: settings, schedule, policy, rounds."""
+"""Search the prune ratio: settings, schedule, policy, rounds."""

@@ -1,19 +1,20 @@
-"""The Gaussian over the prune ratio: how candidates are drawn and how rewards move it.
+"""Draw candidate ratios from a Gaussian policy, and update the policy from their rewards.
 
-The published controller is called GRPO; what runs is simpler: REINFORCE on one number, with the
-mean reward of a round as the baseline. There is no clipped importance ratio, and the "KL" term is
-a pull towards the current ratio.
+The published controller is called GRPO, but the published code runs a simpler method: REINFORCE on
+one number, with the mean reward of a round as the baseline. It has no clipped importance ratio, and
+its "KL" term is a pull towards the current ratio.
 
-Two rules, one per preset:
+There are two rules, one per preset:
 
-- `paper`: arXiv 2601.06702 exactly as published. Known properties, kept on purpose: gradients
-  use the clipped sample; for reward spans under about 0.3 nats the entropy bonus dominates and
-  sigma grows until the policy is uniform random search.
-- `standard`, our departure: the first rounds and every fifth cover the range evenly instead of
-  sampling, the last ones measure the lowest ratio beside the best; samples come in antithetic
-  pairs, and the odd one out is the ratio that the history finds best, so that it is measured again
-  on other rows; advantages are divided by their standard
-  deviation, so the step does not depend on the scale of the loss; steps are natural and bounded.
+- `paper`: arXiv 2601.06702 exactly as published. Two known properties are kept on purpose. The
+  gradients use the clipped sample. For reward spans under about 0.3 nats the entropy bonus
+  dominates, and sigma grows until the policy is uniform random search.
+- `standard`, our departure. The first rounds and every fifth round are stratified: they spread the
+  candidates evenly over the range. The last rounds are confirmations: they measure the lowest ratio
+  beside the incumbent. All other rounds sample antithetic pairs. If the number of candidates is
+  odd, the last candidate is the incumbent, the best ratio of the history, so that it is measured
+  again on other examples. Advantages are divided by their standard deviation, so that the step does
+  not depend on the scale of the loss. The steps follow the natural gradient and are bounded.
 """
 
 # torch leaves these results untyped.
@@ -36,11 +37,11 @@ _SIGMA_RANGE = (0.04, 0.2)
 _MAX_MU_STEP = 0.1
 _SAME_REWARDS = 1e-12
 _GOLDEN = 0.618
-_COVERAGE_EVERY = 5
-_CONFIRMATIONS = 3
+_STRATIFIED_EVERY = 5
+_LEAST_CONFIRMATIONS = 3
 _MOST_CONFIRMATIONS = 6
 PRIOR_RATIO = 0.4
-"""Where `standard` looks as long as the rewards say nothing."""
+"""Centre of the `standard` policy until rewards move it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Policy:
     """A Gaussian over the prune ratio.
 
     Attributes:
-        mu: Centre, a ratio.
+        mu: Centre, a ratio in [0, 1).
         sigma: Standard deviation, in units of ratio.
     """
 
@@ -63,37 +64,39 @@ def initial_policy(config: ControllerConfig) -> Policy:
     return Policy(clip(PRIOR_RATIO, config.low, config.high), config.sigma)
 
 
-def initial_coverage(horizon: int) -> int:
-    """Return how many rounds of `standard` cover the range before the policy takes over."""
+def initial_stratified_rounds(horizon: int) -> int:
+    """Return the number of stratified rounds of `standard` before its first policy round."""
     return max(3, math.ceil(horizon / 4))
 
 
-def last_confirmations(horizon: int) -> int:
-    """Return how many of the last rounds of `standard` measure the lowest ratio beside the best.
+def final_confirmation_rounds(horizon: int) -> int:
+    """Return how many of the last rounds of `standard` are confirmation rounds.
 
-    So that what the verdict tests was seen on as many rows as the budget gives. They replace policy
-    rounds and cost no more.
+    A confirmation round measures the lowest ratio beside the incumbent, the comparison that the
+    verdict tests, on as many examples as the budget allows. It replaces a policy round and costs no
+    more.
     """
-    wanted = min(_MOST_CONFIRMATIONS, max(_CONFIRMATIONS, horizon // 8))
-    return min(wanted, max(0, horizon - initial_coverage(horizon)))
+    wanted = min(_MOST_CONFIRMATIONS, max(_LEAST_CONFIRMATIONS, horizon // 8))
+    return min(wanted, max(0, horizon - initial_stratified_rounds(horizon)))
 
 
 def round_kind(index: int, horizon: int, config: ControllerConfig) -> RoundKind:
-    """Return what round `index` (from 0) of `horizon` is for.
+    """Return the kind of round `index` (from 0) of `horizon`.
 
-    `coverage` spreads the ratios over the range, `policy` samples them, `confirmation` measures the
-    lowest ratio beside the best so far.
+    `coverage` is the recorded name of a stratified round, which spreads the ratios evenly over the
+    range. `policy` samples the ratios. `confirmation` measures the lowest ratio beside the
+    incumbent.
     """
     if config.preset == "paper":
         return "policy"
-    if config.candidates > 1 and horizon - last_confirmations(horizon) <= index < horizon:
+    if config.candidates > 1 and horizon - final_confirmation_rounds(horizon) <= index < horizon:
         return "confirmation"
-    repeated = index % _COVERAGE_EVERY == _COVERAGE_EVERY - 1
-    return "coverage" if index < initial_coverage(horizon) or repeated else "policy"
+    repeated = index % _STRATIFIED_EVERY == _STRATIFIED_EVERY - 1
+    return "coverage" if index < initial_stratified_rounds(horizon) or repeated else "policy"
 
 
-def coverage_candidates(index: int, config: ControllerConfig) -> tuple[float, ...]:
-    """Return evenly spaced ratios, shifted from round to round by the golden section."""
+def stratified_candidates(index: int, config: ControllerConfig) -> tuple[float, ...]:
+    """Return evenly spaced ratios in [low, high), shifted by the golden section in each round."""
     count, span = config.candidates, config.high - config.low
     shift = math.fmod(_GOLDEN * index, 1.0)
     return tuple(config.low + span * math.fmod(j + shift, count) / count for j in range(count))
@@ -103,29 +106,30 @@ def sampled_candidates(
     policy: Policy,
     config: ControllerConfig,
     generator: torch.Generator,
-    favourite: float | None = None,
+    incumbent: float | None = None,
 ) -> tuple[float, ...]:
     """Return candidates drawn from the policy, clipped to [low, high].
 
-    With `standard` and an odd number of candidates the last is the `favourite`, where there is one.
+    With `standard` and an odd number of candidates, the last candidate is the `incumbent`, unless
+    it is None.
     """
     draw = _independent if config.preset == "paper" else _antithetic
     drawn = tuple(
         clip(policy.mu + policy.sigma * z, config.low, config.high)
         for z in draw(config.candidates, generator)
     )
-    if favourite is None or config.preset == "paper" or config.candidates % 2 == 0:
+    if incumbent is None or config.preset == "paper" or config.candidates % 2 == 0:
         return drawn
-    return (*drawn[:-1], favourite)
+    return (*drawn[:-1], incumbent)
 
 
-def confirming_candidates(
-    policy: Policy, config: ControllerConfig, generator: torch.Generator, favourite: float
+def confirmation_candidates(
+    policy: Policy, config: ControllerConfig, generator: torch.Generator, incumbent: float
 ) -> tuple[float, ...]:
-    """Return the lowest ratio, the favourite, and samples of the policy for the rest."""
+    """Return `low`, the incumbent, and policy samples for the remaining candidates."""
     draws = _antithetic(config.candidates, generator)[: config.candidates - 2]
     drawn = (clip(policy.mu + policy.sigma * z, config.low, config.high) for z in draws)
-    return (config.low, favourite, *drawn)
+    return (config.low, incumbent, *drawn)
 
 
 def updated_policy(
@@ -138,17 +142,17 @@ def updated_policy(
     """Return the policy after one round.
 
     Args:
-        policy: The policy the candidates were drawn from.
-        candidates: The ratios tried whose trials gave a finite reward, at least one.
-        rewards: Their rewards, loss of the reference - loss of the trial.
-        ratio: Current ratio before this round's commit; the anchor.
+        policy: The policy that the candidates were drawn from.
+        candidates: Ratios of the trials with a finite reward, at least one.
+        rewards: Reward of each trial in nats, loss of the reference - loss of the trial.
+        ratio: Current ratio before this round's commit; the anchor pulls mu towards it.
         config: Settings of the controller.
     """
     return _UPDATES[config.preset](policy, candidates, rewards, ratio, config)
 
 
 def clip(value: float, low: float, high: float) -> float:
-    """Return the number of [low, high] nearest to the value."""
+    """Return the value clipped to [low, high]."""
     return min(max(value, low), high)
 
 
@@ -159,7 +163,7 @@ def _paper_update(
     ratio: float,
     config: ControllerConfig,
 ) -> Policy:
-    """Move mu and sigma by the score function, both from the old values."""
+    """Move mu and sigma by the score function, both gradients taken at the old values."""
     mu, sigma = policy.mu, policy.sigma
     variance = max(sigma**2, _MIN_PAPER_VARIANCE)
     advantages = _centred(rewards)
@@ -180,7 +184,7 @@ def _standard_update(
     ratio: float,
     config: ControllerConfig,
 ) -> Policy:
-    """Take one bounded natural-gradient step in mu and log sigma; none if all rewards agree."""
+    """Take one bounded natural-gradient step in mu and log sigma; none if all rewards are equal."""
     centred = _centred(rewards)
     spread = math.sqrt(_mean([a**2 for a in centred]))
     if spread <= _SAME_REWARDS:
@@ -210,7 +214,7 @@ def _independent(count: int, generator: torch.Generator) -> list[float]:
 
 
 def _antithetic(count: int, generator: torch.Generator) -> list[float]:
-    """Return pairs (q, -q), and one draw of its own if the count is odd."""
+    """Return pairs (q, -q), and one unpaired draw at the end if the count is odd."""
     draws = _independent(count // 2 + count % 2, generator)
     paired = [sign * q for q in draws[: count // 2] for sign in (1.0, -1.0)]
     return paired + draws[count // 2 :]

@@ -1,20 +1,27 @@
-"""The controller as an ask-and-tell loop: state and losses in, new state and a record out.
+"""Run the controller as an ask-and-tell loop: state and losses in, new state and a record out.
 
-`begin` once; then for each round that `is_due`: `propose` ratios, measure their losses on the rows
-of `next_rows` (and those of the model as it is, if `needs_baseline`), `conclude`, and apply a mask
-at `record.mask_ratio` if `record.committed`; `choose_ratio` at the end. Nothing here knows a model,
-and the state survives a JSON round trip.
+Call `begin` once. For each round that `is_due`, do these steps:
 
-A commit moves the current ratio towards the best candidate by at most `max_step` and cuts the mask
-at the ratio it records. Departure from the published code, which cuts the mask at the candidate's
-ratio; `commit="candidate"` does that for comparison.
+1. `propose` the candidate ratios.
+2. Measure their losses on the examples of `next_examples`. If `needs_baseline`, also measure the
+   model as it is.
+3. `conclude` the round.
+4. If `record.committed`, apply a mask at `record.mask_ratio`.
 
-Without a baseline the rewards of a round compare with the lowest ratio it tried: their differences,
-which are all that the policy and the history use, are the same, and a quarter of the forwards is
-saved. The best of the round is then never negative, so every round with a finite trial commits.
+At the end, call `choose_ratio`. This module knows nothing about models, and the state survives a
+JSON round trip.
 
-A trial whose loss is not finite loses, and nothing else: it takes no part in means, in the policy
-update or in the choice of the best.
+A commit moves the current ratio towards the best candidate by at most `max_step`, and prunes at the
+ratio that it records. Our departure from the published code, which prunes at the candidate's ratio;
+`benchmarks.controllers` does that for comparison.
+
+Without a baseline, the rewards of a round compare with the lowest ratio of the round. The policy
+and the history use only differences of rewards, which stay the same, and a quarter of the forward
+passes is saved. The best reward of a round is then never negative, so every round with a finite
+trial commits.
+
+A trial whose loss is not finite is lost: it is left out of means, of the policy update and of the
+choice of the best candidate. It has no other effect.
 """
 
 import json
@@ -30,17 +37,22 @@ from grasp_lora.core.controller.policy import (
     PRIOR_RATIO,
     Policy,
     clip,
-    confirming_candidates,
-    coverage_candidates,
-    initial_coverage,
+    confirmation_candidates,
     initial_policy,
+    initial_stratified_rounds,
     round_kind,
     sampled_candidates,
+    stratified_candidates,
     updated_policy,
 )
-from grasp_lora.core.controller.schedule import draw_rows, is_due, planned_rounds
-from grasp_lora.core.controller.settings import PRESETS, ControllerConfig
-from grasp_lora.core.evidence.history import RoundRecord, lowest, lowest_near, observations
+from grasp_lora.core.controller.schedule import draw_examples, is_due, planned_rounds
+from grasp_lora.core.controller.settings import CONTROLLER_PRESETS, ControllerConfig
+from grasp_lora.core.evidence.history import (
+    RoundRecord,
+    curve_minimum,
+    curve_minimum_near,
+    observations,
+)
 from grasp_lora.core.evidence.verdict import RatioChoice, ratio_choice
 
 __all__ = [
@@ -51,10 +63,10 @@ __all__ = [
     "begin",
     "choose_ratio",
     "conclude",
-    "draw_rows",
+    "draw_examples",
     "is_due",
     "needs_baseline",
-    "next_rows",
+    "next_examples",
     "planned_rounds",
     "propose",
     "state_from_json",
@@ -67,15 +79,16 @@ _COMMITTED = "committed"
 
 @dataclass(frozen=True)
 class ControllerState:
-    """Where the controller stands between two rounds.
+    """The state of the controller between two rounds.
 
     Attributes:
         mu: Centre of the policy, a ratio.
         sigma: Standard deviation of the policy, in units of ratio.
         ratio: Current ratio.
         mask_ratio: Ratio of the mask in force; 0 before the first commit.
-        horizon: Rounds the run is planned for; sets the share of coverage and the memory's length.
-        records: The rounds so far.
+        horizon: Planned number of rounds. It sets the number of stratified rounds and how fast old
+            rounds lose weight in the loss curve.
+        records: The records of the rounds so far, in order.
     """
 
     mu: float
@@ -87,7 +100,7 @@ class ControllerState:
 
     @property
     def round(self) -> int:
-        """Return the number of the next round, from 0."""
+        """Return the index of the next round, from 0."""
         return len(self.records)
 
 
@@ -96,54 +109,54 @@ def begin(config: ControllerConfig, planned: int | None = None) -> ControllerSta
 
     Args:
         config: Settings of the controller.
-        planned: What `planned_rounds` says of this run; default is the number in the settings.
+        planned: Result of `planned_rounds` for this run; default is `rounds` of the settings.
     """
     policy = initial_policy(config)
-    horizon = planned or config.rounds or cast(int, PRESETS["standard"]["rounds"])
+    horizon = planned or config.rounds or cast(int, CONTROLLER_PRESETS["standard"]["rounds"])
     return ControllerState(policy.mu, policy.sigma, config.start, 0.0, horizon, ())
 
 
 def propose(
     state: ControllerState, config: ControllerConfig, generator: torch.Generator
 ) -> tuple[float, ...]:
-    """Return the ratios to try in the next round, each in [low, high]."""
+    """Return the candidate ratios of the next round, each in [low, high]."""
     kind = round_kind(state.round, state.horizon, config)
     if kind == "coverage":
-        return coverage_candidates(state.round, config)
+        return stratified_candidates(state.round, config)
     seen = () if config.preset == "paper" else observations(state.records)
-    favourite = lowest(seen, state.horizon, config) if seen else None
-    if kind == "confirmation" and favourite is not None:
+    incumbent = curve_minimum(seen, state.horizon, config) if seen else None
+    if kind == "confirmation" and incumbent is not None:
         policy = Policy(state.mu, state.sigma)
-        return confirming_candidates(policy, config, generator, favourite)
-    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, favourite)
+        return confirmation_candidates(policy, config, generator, incumbent)
+    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, incumbent)
 
 
 def needs_baseline(config: ControllerConfig) -> bool:
-    """Return whether a round must also measure the model as it is, on the rows of the round."""
+    """Return whether a round must also measure the model as it is, on the same examples."""
     return config.baseline
 
 
-def next_rows(
+def next_examples(
     state: ControllerState,
     groups: Sequence[str],
     config: ControllerConfig,
     generator: torch.Generator,
 ) -> tuple[int, ...]:
-    """Return the row positions of the next round; rows that earlier rounds probed less come first.
+    """Return the positions of the examples of the next round, those probed least often first.
 
-    So that `rounds` x `rows` probes see as many different rows as they can.
+    So the `rounds` x `rows` probes of a search see as many different examples as possible.
 
     Args:
-        state: The state before the round; its records name the rows by these positions.
-        groups: Group of each row, as in `draw_rows`.
+        state: The state before the round; `rows` of its records holds such positions.
+        groups: Group of each example, as in `draw_examples`.
         config: Settings of the controller.
         generator: Source of the randomness.
 
     Raises:
-        ValueError: If there is no row.
+        ValueError: If there is no example.
     """
-    probed = Counter(row for record in state.records for row in record.rows)
-    return draw_rows(groups, config.rows, generator, probed)
+    probed = Counter(example for record in state.records for example in record.rows)
+    return draw_examples(groups, config.rows, generator, probed)
 
 
 def conclude(
@@ -155,30 +168,30 @@ def conclude(
     rows: Sequence[int],
     step: int,
 ) -> tuple[ControllerState, RoundRecord]:
-    """Return the state after a round and the record of it.
+    """Return the state after a round and the record of the round.
 
     Args:
-        state: The state `propose` was asked with.
+        state: The state that `propose` got.
         config: Settings of the controller.
         candidates: The ratios tried, [candidates].
-        baseline: Loss of each row under the model as it is, in nats, [rows]; None if it was not
-            measured. If it was it is used, whatever the settings ask for.
-        losses: Loss of each row under each candidate's mask, [candidates][rows].
-        rows: Id of each row; the same row has the same id in every round.
-        step: Optimizer step the round followed.
+        baseline: Loss of each example under the model as it is, in nats, [examples]; None if it was
+            not measured. A measured baseline is used even if the settings do not ask for one.
+        losses: Loss of each example under each candidate's mask, in nats, [candidates][examples].
+        rows: Id of each example; an example has the same id in every round.
+        step: Optimizer step that the round followed.
 
     Raises:
-        ValueError: If the lengths do not agree, a row id occurs twice, or the settings ask for a
+        ValueError: If the lengths do not agree, an id occurs twice, or the settings ask for a
             baseline and there is none.
     """
     if baseline is None and config.baseline:
         raise ValueError(
-            "controller.baseline is on, but the round came without the losses of the model as it "
-            "is; measure them or turn the setting off"
+            "controller.baseline is on, but the round has no losses of the model as it is; measure "
+            "them or turn the setting off"
         )
     _check_lengths(candidates, baseline, losses, rows)
     base = None if baseline is None else _mean_or_none(baseline)
-    means = tuple(_mean_or_none(row_losses) for row_losses in losses)
+    means = tuple(_mean_or_none(trial_losses) for trial_losses in losses)
     reference = _lowest_trial(candidates, means) if baseline is None else base
     rewards = tuple(
         None if reference is None or mean is None else reference - mean for mean in means
@@ -201,20 +214,20 @@ def conclude(
         mu=policy.mu,
         sigma=policy.sigma,
         rows=tuple(rows),
-        per_row=tuple(tuple(_or_none(loss) for loss in row_losses) for row_losses in losses),
+        per_row=tuple(tuple(_or_none(loss) for loss in trial_losses) for trial_losses in losses),
         baseline_rows=tuple(_or_none(loss) for loss in baseline or ()),
         reason=reason,
     )
-    return _recentred(state, config, record)
+    return _state_after(state, config, record)
 
 
 def choose_ratio(state: ControllerState, config: ControllerConfig) -> RatioChoice:
-    """Return the ratio the search ends with and the evidence for it; see `ratio_choice`."""
+    """Return the final ratio of the search and the evidence for it; see `ratio_choice`."""
     return ratio_choice(state.records, state.ratio, state.horizon, config)
 
 
 def state_to_json(state: ControllerState) -> str:
-    """Return the state as JSON text; `state_from_json` gives back exactly the same state."""
+    """Return the state as JSON text; `state_from_json` returns exactly the same state."""
     return json.dumps(asdict(state), allow_nan=False)
 
 
@@ -222,7 +235,7 @@ def state_from_json(text: str) -> ControllerState:
     """Return the state that `state_to_json` wrote.
 
     Raises:
-        ValueError: If the text is not such a state.
+        ValueError: If the text is not a saved state.
     """
     try:
         loaded = json.loads(text)
@@ -230,10 +243,10 @@ def state_from_json(text: str) -> ControllerState:
         raise ValueError(
             f"a saved controller state must be JSON, but {error}; start the search again"
         ) from error
-    values = _keyed(loaded, ControllerState)
+    values = _checked_fields(loaded, ControllerState)
     records = tuple(
-        RoundRecord(**{name: _tuples(value) for name, value in _keyed(item, RoundRecord).items()})
-        for item in values.pop("records")
+        RoundRecord(**{name: _lists_to_tuples(value) for name, value in fields_of.items()})
+        for fields_of in (_checked_fields(item, RoundRecord) for item in values.pop("records"))
     )
     return ControllerState(records=records, **values)
 
@@ -245,7 +258,7 @@ def _commit(
     rewards: Sequence[float | None],
     means: Sequence[float | None],
 ) -> tuple[float, float, float | None, str]:
-    """Return (ratio, mask ratio, best candidate, reason) after the round."""
+    """Return (current ratio, mask ratio, best candidate, reason) after the round."""
     finite = [(r, c) for r, c in zip(rewards, candidates, strict=True) if r is not None]
     if not finite:
         no_trial = all(mean is None for mean in means)
@@ -255,7 +268,7 @@ def _commit(
     if reward < 0:
         return state.ratio, state.mask_ratio, best, "best reward below 0"
     ratio = state.ratio + clip(best - state.ratio, -config.max_step, config.max_step)
-    return ratio, (best if config.commit == "candidate" else ratio), best, _COMMITTED
+    return ratio, ratio, best, _COMMITTED
 
 
 def _lowest_trial(candidates: Sequence[float], means: Sequence[float | None]) -> float | None:
@@ -270,7 +283,7 @@ def _policy_after(
     candidates: Sequence[float],
     rewards: Sequence[float | None],
 ) -> Policy:
-    """Return the updated policy; a coverage round does not move it, its ratios are no samples."""
+    """Return the updated policy; only a policy round moves it, as only its ratios are samples."""
     policy = Policy(state.mu, state.sigma)
     finite = [(c, r) for c, r in zip(candidates, rewards, strict=True) if r is not None]
     if not finite or round_kind(state.round, state.horizon, config) != "policy":
@@ -279,16 +292,19 @@ def _policy_after(
     return updated_policy(policy, tried, gained, state.ratio, config)
 
 
-def _recentred(
+def _state_after(
     state: ControllerState, config: ControllerConfig, record: RoundRecord
 ) -> tuple[ControllerState, RoundRecord]:
-    """Return the next state; the last round of the initial coverage hands its finding to mu."""
+    """Return the next state and the record; the last initial stratified round also sets mu.
+
+    With `standard`, mu then becomes the minimum of the loss curve near the prior ratio.
+    """
     records = (*state.records, record)
-    if config.preset == "standard" and len(records) == initial_coverage(state.horizon):
+    if config.preset == "standard" and len(records) == initial_stratified_rounds(state.horizon):
         seen = observations(records)
         if seen:
             centre = clip(PRIOR_RATIO, config.low, config.high)
-            record = replace(record, mu=lowest_near(seen, state.horizon, config, centre))
+            record = replace(record, mu=curve_minimum_near(seen, state.horizon, config, centre))
             records = (*state.records, record)
     after = ControllerState(
         record.mu, record.sigma, record.ratio, record.mask_ratio, state.horizon, records
@@ -308,18 +324,20 @@ def _check_lengths(
             f"{len(candidates)} candidates; measure every candidate once"
         )
     measured = losses if baseline is None else (baseline, *losses)
-    lengths = [len(row_losses) for row_losses in measured]
+    lengths = [len(example_losses) for example_losses in measured]
     if not rows or any(length != len(rows) for length in lengths):
         raise ValueError(
-            f"a round needs one loss per row for every candidate and the baseline, got {lengths} "
-            f"losses for {len(rows)} rows; use the same rows throughout a round"
+            f"a round needs one loss per example for every candidate and the baseline, got "
+            f"{lengths} losses for {len(rows)} examples; use the same examples throughout a round"
         )
     if len(set(rows)) != len(rows):
-        raise ValueError(f"row ids must differ within a round, got {list(rows)}; draw rows once")
+        raise ValueError(
+            f"example ids must differ within a round, got {list(rows)}; draw each example once"
+        )
 
 
 def _mean_or_none(values: Sequence[float]) -> float | None:
-    """Return the mean, or None if any value (or their sum) is not finite."""
+    """Return the mean, or None if any value is not finite."""
     if not all(math.isfinite(value) for value in values):
         return None
     return math.fsum(values) / len(values)
@@ -329,19 +347,19 @@ def _or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _keyed(value: Any, kind: type) -> dict[str, Any]:
-    """Return a JSON object whose keys are exactly the fields of a dataclass."""
+def _checked_fields(value: Any, kind: type) -> dict[str, Any]:
+    """Return a JSON object as a dict, once its keys are exactly the fields of a dataclass."""
     names = {field.name for field in fields(kind)}
     if not isinstance(value, Mapping) or set(cast(Mapping[str, Any], value)) != names:
         raise ValueError(
             f"this is not a saved {kind.__name__}: its keys must be {sorted(names)}; "
-            "the file is damaged or of another version, so start the search again"
+            "the file is damaged or from another version, so start the search again"
         )
     return dict(cast(Mapping[str, Any], value))
 
 
-def _tuples(value: Any) -> Any:
-    """Return JSON lists as tuples, at every depth."""
+def _lists_to_tuples(value: Any) -> Any:
+    """Return the value with all lists turned into tuples, at every depth."""
     if isinstance(value, list):
-        return tuple(_tuples(item) for item in cast(list[Any], value))
+        return tuple(_lists_to_tuples(item) for item in cast(list[Any], value))
     return value

@@ -8,16 +8,13 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 Preset: TypeAlias = Literal["standard", "paper"]
 ProbeRows: TypeAlias = Literal["micro-dev", "micro-dev+dev"]
-CommitRule: TypeAlias = Literal["bounded", "candidate"]
 WhenFlat: TypeAlias = Literal["minimum", "largest"]
 
-PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+CONTROLLER_PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "standard": {
             "low": 0.0,
             "high": 0.8,
-            "start": None,
-            "sigma": 0.1,
             "rounds": 8,
             "interval": None,
             "rows": 12,
@@ -30,8 +27,6 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "paper": {
             "low": 0.10,
             "high": 0.80,
-            "start": 0.40,
-            "sigma": None,
             "rounds": None,
             "interval": 10,
             "rows": 16,
@@ -43,11 +38,10 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         },
     }
 )
-"""Preset -> the settings that differ by preset; `paper` holds those of arXiv 2601.06702.
+"""Preset -> the settings that differ by preset; `paper` holds those of arXiv 2601.06702."""
 
-Two values follow from others: `start` None is `low` (nothing pruned before the first commit),
-`sigma` None is `(high - low) / 6`.
-"""
+_PAPER_START = 0.40
+_STANDARD_SIGMA = 0.1
 
 _BY_PRESET: Final[Any] = None  # typed Any so that readers of the settings never meet an Optional
 
@@ -71,10 +65,6 @@ class ControllerConfig:
     """Smallest ratio that may be tried, in [0, 1)."""
     high: float = _BY_PRESET
     """Largest ratio that may be tried, above `low` and below 1."""
-    start: float = _BY_PRESET
-    """Current ratio before the first commit, in [low, high]. No mask is applied before it."""
-    sigma: float = _BY_PRESET
-    """Standard deviation of the candidates around the policy's centre, in units of ratio."""
     rounds: int | None = _BY_PRESET
     """Rounds spread evenly over the run; larger costs more probes. None when `interval` is used."""
     interval: int | None = _BY_PRESET
@@ -99,22 +89,32 @@ class ControllerConfig:
     """Widening per round: added to sigma (`paper`) or to log sigma (`standard`)."""
     max_step: float = 0.10
     """Largest change of the current ratio in one commit, in (0, 1]."""
-    commit: CommitRule = "bounded"
-    """Ratio of the mask applied at a commit. `candidate` is the published fault: it applies the
-    best candidate's mask although the bounded ratio is recorded."""
     when_flat: WhenFlat = "minimum"
     """Ratio to take where no gain was shown (`standard`): the lowest point all the same, or the
     largest ratio that is not worse by more than one standard error, for the smallest adapter."""
     clear_moments: bool = True
     """Whether a commit forgets the optimizer's moments of the entries it prunes."""
-    refresh_importance: bool = True
-    """Whether importance is computed anew each round. False is the published fault: the scores of
-    round one serve for ever."""
+
+    @property
+    def start(self) -> float:
+        """Current ratio before the first commit, in [low, high]. No mask is applied before it.
+
+        `paper` starts at the published 0.4, `standard` at `low`.
+        """
+        if self.preset == "paper":
+            return min(max(_PAPER_START, self.low), self.high)
+        return self.low
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the first candidates around the centre, in units of ratio."""
+        return (self.high - self.low) / 6 if self.preset == "paper" else _STANDARD_SIGMA
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if self.preset not in CONTROLLER_PRESETS:
             raise ValueError(
-                f"unknown controller preset {self.preset!r}; choose one of {sorted(PRESETS)}"
+                f"unknown controller preset {self.preset!r}; "
+                f"choose one of {sorted(CONTROLLER_PRESETS)}"
             )
         self._fill_from_preset()
         faults = [message for broken, message in self._rules() if broken]
@@ -122,16 +122,12 @@ class ControllerConfig:
             raise ValueError("controller settings: " + "; ".join(faults))
 
     def _fill_from_preset(self) -> None:
-        values = dict(PRESETS[self.preset])
+        values = dict(CONTROLLER_PRESETS[self.preset])
         if self.rounds is not None or self.interval is not None:
             # A schedule of the user's own replaces the preset's, whichever of the two it is.
             values["rounds"] = values["interval"] = None
         # The setter goes past the freeze: nobody sees the object before construction ends.
         for name, value in values.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        derived = {"start": self.low, "sigma": (self.high - self.low) / 6}
-        for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
@@ -144,24 +140,18 @@ class ControllerConfig:
                 f"high={self.high}: give ratios as fractions, 40 % as 0.4",
             ),
             (
-                not self.low <= self.start <= self.high,
-                f"start must lie in [low, high] = [{self.low}, {self.high}], got {self.start}: "
-                "set start or widen the range",
-            ),
-            (
                 (self.rounds is None) == (self.interval is None),
                 f"exactly one of rounds and interval is used, got rounds={self.rounds}, "
                 f"interval={self.interval}: leave one out",
             ),
             *(_at_least_one(self, name) for name in ("rounds", "interval", "candidates", "rows")),
-            *(_positive(self, name) for name in ("sigma", "lr")),
+            _positive(self, "lr"),
             *(_not_negative(self, name) for name in ("anchor", "entropy")),
             (
                 not 0.0 < self.max_step <= 1.0,
                 f"max_step must lie in (0, 1], got {self.max_step}: 0.1 moves the ratio by at "
                 "most 10 points per round",
             ),
-            _one_of(self, "commit", ("bounded", "candidate")),
             _one_of(self, "probe_rows", ("micro-dev", "micro-dev+dev")),
             _one_of(self, "when_flat", ("minimum", "largest")),
         )

@@ -1,1 +1,1 @@
-"""What the numbers of a search and of a run show: curves, tests, verdict, findings."""
+"""Draw conclusions from a search and a run: loss curve, tests, verdict, findings."""

@@ -1,7 +1,7 @@
-"""What a run's own numbers say against it: each finding with its evidence and what to do.
+"""Find problems in a run from its own numbers; each finding has its evidence and a remedy.
 
-Departure from arXiv 2601.06702, which reports the ratio alone. Everything here is computed from
-what a run has measured anyway; where it did not measure enough there is no finding.
+Our departure from arXiv 2601.06702, which reports the ratio alone. Every finding is computed from
+what a run measures anyway. If the measurements are too few, there is no finding.
 """
 
 import math
@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Literal, TypeAlias
 
 from grasp_lora.core.controller.settings import ControllerConfig
-from grasp_lora.core.evidence.crossfit import critical, standard_error
+from grasp_lora.core.evidence.crossfit import critical_value, standard_error
 from grasp_lora.core.evidence.history import RoundRecord, winsorised
 from grasp_lora.core.evidence.verdict import Verdict
 
@@ -30,25 +30,25 @@ FindingName: TypeAlias = Literal[
 ]
 
 NEAR_BOUND = 0.02
-"""Ratios this close to a bound are at it."""
+"""A ratio this close to a bound counts as at the bound."""
 THRASHING = 0.1
-"""Share of entries that a commit may exchange beyond what the change of the ratio needs."""
+"""Mean fraction of entries that commits may exchange beyond the change of the ratio."""
 COARSE = 1 / 3
-"""Share of tied pairs of trials from which a reward is too coarse to rank ratios by."""
+"""Fraction of tied pairs of trials above which a reward is too coarse to rank ratios."""
 MANY_EMPTY = 0.05
-"""Share of empty answers from which they are spoken of."""
-_POWER = 0.84  # 80 % of a standard normal lie below
-_TWO_SIDED = 1.96
+"""Fraction of empty answers from which a system is named."""
+_POWER = 0.84  # 80 % quantile of a standard normal
+_TWO_SIDED = 1.96  # two-sided 5 % level of a standard normal
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something the user should know.
+    """A problem of a run that the user should know.
 
     Attributes:
-        name: one word for it.
-        says: what was seen, and what to do.
-        evidence: the numbers behind it.
+        name: name of the problem.
+        says: message with the problem and what to do.
+        evidence: name -> number behind the message.
     """
 
     name: FindingName
@@ -62,14 +62,14 @@ def never_fired(verdict: Verdict) -> Finding | None:
         return None
     return Finding(
         "never-fired",
-        "the search was too short for one round, so no ratio was learned: raise search.epochs or "
-        "lower controller.rounds",
+        "the search was too short for one round, so no ratio was learned: raise "
+        "train.search.epochs or lower controller.rounds",
         {"rounds": 0},
     )
 
 
 def at_bound(ratio: float, verdict: Verdict, config: ControllerConfig) -> Finding | None:
-    """Return a finding if a learned ratio lies at an end of the range; 0 is no end to widen."""
+    """Return a finding if a learned ratio lies at an end of the range; a `low` of 0 is no end."""
     if verdict != "learned":
         return None
     evidence = {"ratio": ratio, "low": config.low, "high": config.high}
@@ -93,12 +93,12 @@ def at_bound(ratio: float, verdict: Verdict, config: ControllerConfig) -> Findin
 def thrashing(
     records: Sequence[RoundRecord], flipped: Sequence[int], entries: int
 ) -> Finding | None:
-    """Return a finding if commits exchange more entries than the change of ratio asks for.
+    """Return a finding if commits exchange more entries than the change of the ratio requires.
 
     Args:
-        records: all rounds.
-        flipped: entries that changed side at each round, in the same order.
-        entries: of the adapter.
+        records: all rounds, in order.
+        flipped: number of entries that each round changed between kept and pruned, in order.
+        entries: number of entries of the adapter.
     """
     before = 0.0
     excess: list[float] = []
@@ -106,28 +106,30 @@ def thrashing(
         if record.committed:
             excess.append(count / entries - abs(record.mask_ratio - before))
         before = record.mask_ratio
-    later = excess[1:]  # the first mask exchanges nothing
+    later = excess[1:]  # the first mask exchanges no entries
     if len(later) < 2 or statistics.fmean(later) <= THRASHING:
         return None
     mean = statistics.fmean(later)
     return Finding(
         "thrashing",
         f"each commit exchanged {mean:.0%} of the entries beyond the change of the ratio, so the "
-        "ratio was learned under masks that do not last: try importance: magnitude, or a lower "
-        "search.learning_rate",
+        "ratio was learned under masks that do not last: set importance: magnitude, or lower "
+        "train.search.learning_rate",
         {"mean_excess_share": mean, "largest_excess_share": max(later), "commits": len(excess)},
     )
 
 
 def coarse_reward(records: Sequence[RoundRecord]) -> Finding | None:
-    """Return a finding if many trials of a round cost exactly the same, as a score of few rows may.
+    """Return a finding if many trials of a round have exactly equal losses.
+
+    A task score of few examples often takes few distinct values.
 
     Args:
         records: all rounds.
     """
     pairs = tied = 0
     for record in records:
-        # Of a ratio tried twice in a round the losses are equal by right.
+        # Two trials of one ratio in a round have equal losses, so a ratio counts once.
         means = dict(zip(record.candidates, record.losses, strict=True))
         known = [mean for mean in means.values() if mean is not None]
         for one, other in combinations(known, 2):
@@ -137,36 +139,38 @@ def coarse_reward(records: Sequence[RoundRecord]) -> Finding | None:
         return None
     return Finding(
         "coarse-reward",
-        f"{tied} of {pairs} pairs of ratios had exactly the same reward, so their order was luck: "
+        f"{tied} of {pairs} pairs of ratios had exactly the same reward, so their order is random: "
         "use controller.reward: loss, a finer score (chrf), or more controller.rows",
         {"tied_pairs": tied, "pairs": pairs},
     )
 
 
 def overfitting(best_step: int, steps: int) -> Finding | None:
-    """Return a finding if no step of training improved on the pruned merge.
+    """Return a finding if no training step improved on the pruned merge.
 
     Args:
-        best_step: optimizer step that was kept, of the final run and the search it went on from.
-        steps: steps of both.
+        best_step: optimizer step that was kept, counted over the final run and the search that it
+            continues.
+        steps: number of optimizer steps of both together.
     """
     if best_step != 0 or steps == 0:
         return None
     return Finding(
         "overfitting",
-        "the dev loss was lowest before the first step of training, so training only harmed "
-        "and the pruned merge was kept untrained: lower finetune.learning_rate, or add target rows",
+        "the dev loss was lowest before the first training step, so training only raised it and "
+        "the pruned merge was kept untrained: lower "
+        "train.finetune.learning_rate, or add target examples",
         {"best_step": best_step, "steps": steps},
     )
 
 
 def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | None:
-    """Return a finding if a fine-tuning was still getting better when its epochs were over.
+    """Return a finding if the dev loss of a fine-tuning run was still falling at its last epoch.
 
-    What such a run could have become is not known, so neither is what is better than it.
+    More epochs may improve such a run, so comparisons with it are not final.
 
     Args:
-        runs: name -> loss of each dev row at every evaluation of the run, in nats, in their order.
+        runs: name -> loss of each dev example at every evaluation of the run, in nats, in order.
     """
     falling: dict[str, tuple[float, float]] = {}
     for name, rows in runs.items():
@@ -174,7 +178,7 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
         earlier = [mean for mean in means[:-1] if math.isfinite(mean)]
         if not earlier or min(earlier) <= means[-1]:
             continue
-        if (found := _worse(rows[-2], rows[-1])) is not None:
+        if (found := _significant_gap(rows[-2], rows[-1])) is not None:
             falling[name] = found
     if not falling:
         return None
@@ -183,10 +187,10 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
     listed = "; ".join(names)
     return Finding(
         "undertrained",
-        f"still getting better when its epochs were over: {listed} (dev loss of the "
-        f"{names[0]} down by {mean:.3f} nats in the last, standard error {error:.3f}), so it may "
-        "be better than it looks here: give it more epochs or a larger learning_rate (section "
-        "train of a target adapter, finetune of all else)",
+        f"the dev loss was still falling in the last epoch: {listed} (that of the {names[0]} fell "
+        f"by {mean:.3f} nats in the last epoch, standard error {error:.3f}), so longer training "
+        "may improve it: set more epochs or a larger learning_rate (in section train for a target "
+        "adapter, in section finetune for all else)",
         {
             "runs": listed,
             "loss_less": mean,
@@ -197,13 +201,14 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
 
 
 def empty_answers(systems: Mapping[str, tuple[int, int]]) -> Finding | None:
-    """Return a finding if a system often ends its answer before it has begun.
+    """Return a finding if a system often gives an empty answer.
 
-    Nothing is often the single most likely answer of a weak model, though each longer one together
-    is far more likely; the loss, which is told the answer's first token, does not see it.
+    The empty answer is often the single most likely answer of a weak model, although all longer
+    answers together are far more likely. The loss does not show this, because it is given the first
+    token of the answer.
 
     Args:
-        systems: name -> (answers that are empty, answers), over all test sets.
+        systems: name -> (number of empty answers, number of answers), over all test sets.
     """
     many = {name: n for name, n in systems.items() if n[0] and n[0] >= MANY_EMPTY * n[1]}
     if not many:
@@ -212,9 +217,9 @@ def empty_answers(systems: Mapping[str, tuple[int, int]]) -> Finding | None:
     listed = "; ".join(f"{name} {many[name][0]} of {many[name][1]}" for name in names)
     return Finding(
         "empty-answers",
-        f"answered with nothing: {listed}. Every score of text counts these as 0, and the loss "
-        "does not see them, so the systems differ in how often they answer at all: set "
-        "evaluate.min_new_tokens: 1 to ask every one for a token, here and where it is used",
+        f"empty answers: {listed}. Every text score counts them as 0, and the loss does not show "
+        "them, so the systems differ in how often they answer at all: set "
+        "evaluate.min_new_tokens: 1 to make every system answer, here and wherever it is used",
         {"systems": listed},
     )
 
@@ -223,10 +228,11 @@ def over_pruned(pruned: Sequence[float], whole: Sequence[float]) -> Finding | No
     """Return a finding if the final adapter is worse on dev than the same run unpruned.
 
     Args:
-        pruned: loss of each dev row under the final adapter, in nats.
-        whole: likewise under the merge fine-tuned unpruned, both at their best epoch.
+        pruned: loss of each dev example under the final adapter, in nats.
+        whole: loss of each dev example under the merge fine-tuned unpruned, in nats. Both adapters
+            are taken at their best epoch.
     """
-    found = _worse(pruned, whole)
+    found = _significant_gap(pruned, whole)
     if found is None:
         return None
     mean, error = found
@@ -241,16 +247,17 @@ def over_pruned(pruned: Sequence[float], whole: Sequence[float]) -> Finding | No
 def not_worth_merging(
     final: Sequence[float], alone: Mapping[str, Sequence[float]]
 ) -> Finding | None:
-    """Return a finding if an adapter that was not merged is better on dev than the final one.
+    """Return a finding if an unmerged adapter is better on dev than the final adapter.
 
     Args:
-        final: loss of each dev row under the final adapter, in nats.
-        alone: name -> likewise under a single adapter, fine-tuned on the target rows.
+        final: loss of each dev example under the final adapter, in nats.
+        alone: name -> loss of each dev example under a single adapter, fine-tuned on the target
+            examples, in nats.
     """
     worse = {
         name: found
         for name, losses in alone.items()
-        if (found := _worse(final, losses)) is not None
+        if (found := _significant_gap(final, losses)) is not None
     }
     if not worse:
         return None
@@ -259,7 +266,7 @@ def not_worth_merging(
     return Finding(
         "not-worth-merging",
         f"on dev the {name} is better than the result by {mean:.3f} nats (standard error "
-        f"{error:.3f}): use it, the merge is not worth having",
+        f"{error:.3f}): use the {name}, because the merge does not pay",
         {"better": name, "loss_more": mean, "standard_error": error, "rows": len(final)},
     )
 
@@ -268,22 +275,21 @@ def unrepresentative(
     records: Sequence[RoundRecord],
     ratio: float,
     micro_dev: Collection[int],
-    config: ControllerConfig,
     window: float = 0.15,
 ) -> Finding | None:
-    """Return a finding if micro-dev rows and dev rows see the ratio differently.
+    """Return a finding if micro-dev examples and dev examples gain differently near the ratio.
 
-    What is compared is what each row gains near the ratio against the lowest trial of its round, by
-    Welch's test at the two-sided 5 % level. It rarely fires: with 16 and 50 rows it sees four in
-    five differences only from 0.8 of the rows' standard deviation on, and its evidence names the
-    smallest difference that it would have seen so often.
+    The gain of an example is the loss of the lowest ratio of a round less the loss near the chosen
+    ratio. Welch's test compares the gains at the two-sided 5 % level. The finding is rare: with 16
+    and 50 examples the test has a power of 80 % only from a difference of 0.8 standard deviations
+    of the examples' gains. The evidence names the smallest difference that it would find with a
+    power of 80 %.
 
     Args:
-        records: all rounds, on rows of both kinds.
-        ratio: the ratio found.
-        micro_dev: ids of the micro-dev rows; all others are dev rows.
-        config: settings of the controller.
-        window: trials this near to the ratio stand for it.
+        records: all rounds, on examples of both kinds.
+        ratio: the chosen ratio.
+        micro_dev: ids of the micro-dev examples; all others are dev examples.
+        window: trials at most this far from the ratio count as trials of it.
     """
     gains: dict[int, list[float]] = {}
     for record in records:
@@ -293,12 +299,12 @@ def unrepresentative(
             if abs(tried - ratio) > window or tried - low < 0.05:
                 continue
             pairs = zip(record.rows, reference, losses, strict=True)
-            kept = [(row, a - b) for row, a, b in pairs if a is not None and b is not None]
+            kept = [(example, a - b) for example, a, b in pairs if a is not None and b is not None]
             values = winsorised([gap for _, gap in kept]) if kept else []
-            for (row, _), gap in zip(kept, values, strict=True):
-                gains.setdefault(row, []).append(gap)
+            for (example, _), gap in zip(kept, values, strict=True):
+                gains.setdefault(example, []).append(gap)
     kinds = [
-        [statistics.fmean(gaps) for row, gaps in gains.items() if (row in micro_dev) is micro]
+        [statistics.fmean(own) for example, own in gains.items() if (example in micro_dev) is micro]
         for micro in (True, False)
     ]
     if any(len(kind) < 4 for kind in kinds):
@@ -306,13 +312,16 @@ def unrepresentative(
     errors = [standard_error(kind) for kind in kinds]
     error = math.hypot(*errors)
     difference = statistics.fmean(kinds[0]) - statistics.fmean(kinds[1])
-    if error == 0 or abs(difference) <= _welch(errors, [len(kind) for kind in kinds]) * error:
+    if (
+        error == 0
+        or abs(difference) <= _welch_critical_value(errors, [len(kind) for kind in kinds]) * error
+    ):
         return None
     return Finding(
         "unrepresentative",
-        f"near the ratio the micro-dev rows gain {difference:+.3f} nats more than the dev rows "
-        f"(standard error {error:.3f}): draw another micro-dev set, or probe on both "
-        "(controller.probe_rows)",
+        f"near the ratio the micro-dev examples gain {difference:+.3f} nats more than the dev "
+        f"examples (standard error {error:.3f}): draw another micro-dev set, or probe on both "
+        "(controller.probe_rows: micro-dev+dev)",
         {
             "difference": difference,
             "standard_error": error,
@@ -323,22 +332,28 @@ def unrepresentative(
     )
 
 
-def _welch(errors: Sequence[float], counts: Sequence[int]) -> float:
-    """Return the two-sided 5 % level of Welch's test."""
+def _welch_critical_value(errors: Sequence[float], counts: Sequence[int]) -> float:
+    """Return the two-sided 5 % critical value of Welch's test."""
     total = sum(error**2 for error in errors)
     freedom = total**2 / sum(e**4 / (n - 1) for e, n in zip(errors, counts, strict=True))
-    return critical(math.floor(freedom) + 1, _TWO_SIDED)
+    return critical_value(math.floor(freedom) + 1, _TWO_SIDED)
 
 
-def _worse(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
-    """Return (mean, standard error) of how much worse the losses are, if that is beyond chance."""
+def _significant_gap(
+    losses: Sequence[float], reference: Sequence[float]
+) -> tuple[float, float] | None:
+    """Return (mean, standard error) of the losses less the reference, if significantly above 0.
+
+    The test is one-sided at the 5 % level. Returns None if it fails, with fewer than two examples,
+    or if a difference is not finite.
+    """
     if len(losses) != len(reference):
         raise ValueError(
-            f"losses are compared row by row, got {len(losses)} and {len(reference)}; measure both "
-            "on the same rows"
+            f"losses are compared example by example, got {len(losses)} and {len(reference)}; "
+            "measure both on the same examples"
         )
     gaps = [a - b for a, b in zip(losses, reference, strict=True)]
     if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
         return None
     mean, error = statistics.fmean(gaps), standard_error(gaps)
-    return (mean, error) if mean > max(1e-9, critical(len(gaps)) * error) else None
+    return (mean, error) if mean > max(1e-9, critical_value(len(gaps)) * error) else None

@@ -1,10 +1,10 @@
-"""What the rounds saw, and the curve of loss over ratio that it supports.
+"""Record the rounds of a search, and fit the curve of loss over ratio to their observations.
 
-A round's losses are compared within the round only: the model moves between rounds, and rows
-differ in how hard they are. So each row's loss under a candidate is centred on that row's mean
-over the candidates, and the centred values of all rounds are joined by a Gaussian process. The
-process has one scale; before it is fitted, the trials far above the best of their round are drawn
-nearer, or a cliff of several nats would be the only thing that it sees. This is our departure from
+A round's losses are compared within the round only, because the model changes between rounds and
+examples differ in difficulty. So each example's loss under a candidate is centred on that example's
+mean over the candidates. A Gaussian process joins the centred values of all rounds. The process has
+one scale, so a cliff of several nats would hide all smaller differences. Before the fit, trials far
+above the best trial of their round are therefore compressed. This is our departure from
 arXiv 2601.06702, which keeps the single best reward difference.
 """
 
@@ -24,41 +24,42 @@ from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.crossfit import variance
 
 GRID_POINTS = 161
-_LENGTH = 0.25  # ratios this far apart are seen as related
-_ROUND_FACTOR = 10.0  # variance of a round's shared term over that of the curve
+_LENGTH = 0.25  # length scale of the kernel, in units of ratio
+_ROUND_FACTOR = 10.0  # variance of the shared term of a round / variance of the curve
 _OUTLIER = 4 * 1.4826  # 4 standard deviations, in median absolute deviations of a normal
-_STEEP = 4.0  # median distances to the best of a round, above which losses count as logarithms
-_LEAST_NOISE = 1e-3  # of the curve's variance: the probing rows are never the whole truth
-_LEAST_SIGNAL = 0.1  # of the spread of the observations
+_STEEP = 4.0  # in median distances to the best of a round; larger distances count logarithmically
+_LEAST_NOISE = 1e-3  # fraction of the curve's variance: probing examples are only a sample
+_LEAST_SIGNAL = 0.1  # fraction of the spread of the observations
 _TINY = 1e-18
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """All that one round saw and decided; only numbers, strings and None, so it is JSON-able.
+    """The measurements and decisions of one round; numbers, strings and None only, so JSON-able.
 
     Losses and rewards are in nats; None stands for a value that was not finite.
 
     Attributes:
-        round: Number of the round, from 0.
-        step: Optimizer step it followed.
-        kind: `coverage` (evenly spaced candidates), `policy` (sampled ones) or `confirmation` (the
-            lowest ratio beside the best so far).
+        round: Index of the round, from 0.
+        step: Optimizer step that the round followed.
+        kind: `coverage` (a stratified round, evenly spaced candidates), `policy` (sampled
+            candidates) or `confirmation` (the lowest ratio beside the incumbent).
         candidates: Ratios tried.
-        rewards: Baseline loss - trial loss of each candidate; without a baseline, loss of the
-            lowest ratio whose trial was finite - trial loss.
-        baseline: Mean loss of the model as it was; None if it was not measured.
+        rewards: Baseline loss - trial loss of each candidate. Without a baseline: loss of the
+            lowest ratio with a finite trial - trial loss.
+        baseline: Mean loss of the model before the round; None if it was not measured.
         losses: Mean loss of each candidate.
-        committed: Whether the current ratio was moved and a mask applied.
+        committed: Whether the round moved the current ratio and applied a mask.
         ratio_before: Current ratio before the round.
-        ratio: Current ratio after it.
-        mask_ratio: Ratio of the mask in force after it; 0 before any commit.
+        ratio: Current ratio after the round.
+        mask_ratio: Ratio of the mask in force after the round; 0 before any commit.
         best: Candidate with the largest reward.
         mu: Centre of the policy after the round.
         sigma: Standard deviation of the policy after the round.
-        rows: Ids of the probing rows.
-        per_row: For each candidate the loss of each row.
-        baseline_rows: Loss of each row of the model as it was; empty if it was not measured.
+        rows: Ids of the probing examples.
+        per_row: Loss of each example under each candidate, [candidates][examples].
+        baseline_rows: Loss of each example under the model before the round; empty if it was not
+            measured.
         reason: Why the round did or did not commit, in a few words.
     """
 
@@ -84,13 +85,13 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class Observation:
-    """One trial: how much worse (> 0) or better (< 0) it was than its round's trials on average.
+    """One trial: how much worse (> 0) or better (< 0) it was than the average trial of its round.
 
     Attributes:
         ratio: The ratio tried.
-        round: Number of the round.
-        gaps: Row id -> the row's winsorised loss difference, in nats; of a trial far above the best
-            of its round, in compressed nats.
+        round: Index of the round.
+        gaps: Example id -> winsorised loss difference of the example, in nats. The differences of a
+            trial far above the best of its round are compressed.
     """
 
     ratio: float
@@ -99,22 +100,22 @@ class Observation:
 
     @property
     def mean(self) -> float:
-        """Return the mean gap over the rows."""
+        """Return the mean gap over the examples, in nats."""
         return math.fsum(self.gaps.values()) / len(self.gaps)
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Posterior of the loss curve at the latest round; up to a constant, only differences count.
+    """Posterior of the loss curve at the latest round, known up to a constant.
 
     Attributes:
-        ratios: Ratios of the observations, [n], float64.
-        rounds: Their rounds, [n], float64.
-        means: Their mean gaps, [n], float64.
+        ratios: Ratio of each observation, [n], float64.
+        rounds: Round of each observation, [n], float64.
+        means: Mean gap of each observation in nats, [n], float64.
         covariance: Prior covariance of the observations, noise included, [n, n].
-        variance: Prior variance of the curve.
-        horizon: Rounds after which a memory has faded to 1/e.
-        latest: Round the curve is drawn for.
+        variance: Prior variance of the curve, in nats squared.
+        horizon: Age in rounds at which the correlation has fallen to 1/e.
+        latest: Round that the curve describes.
     """
 
     ratios: Tensor
@@ -126,7 +127,7 @@ class Curve:
     latest: int
 
     def weights(self, at: Tensor) -> Tensor:
-        """Return [m, n] weights: the curve at `at` [m] is `weights @ means`."""
+        """Return the weights W [m, n] such that the curve at the ratios `at` [m] is `W @ means`."""
         ages = (self.latest - self.rounds).abs()
         cross = _kernel(at[:, None] - self.ratios, ages[None, :], self.variance, self.horizon)
         return torch.linalg.solve(self.covariance, cross.T).T
@@ -137,12 +138,12 @@ class Curve:
 
 
 def observations(records: Sequence[RoundRecord]) -> tuple[Observation, ...]:
-    """Return the trials of all rounds that had at least two finite ones, steep ones compressed."""
-    return compressed(gaps_of(records))
+    """Return the finite trials of all rounds with at least two; steep trials are compressed."""
+    return compressed(observations_by_round(records))
 
 
-def gaps_of(records: Sequence[RoundRecord]) -> list[list[Observation]]:
-    """Return the trials of each round that had at least two finite ones to compare."""
+def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observation]]:
+    """Return the finite trials of each round; rounds with fewer than two are left out."""
     rounds: list[list[Observation]] = []
     for record in records:
         trials = [
@@ -168,22 +169,23 @@ def gaps_of(records: Sequence[RoundRecord]) -> list[list[Observation]]:
 def compressed(
     rounds: Sequence[Sequence[Observation]], multiple: float = _STEEP
 ) -> tuple[Observation, ...]:
-    """Return the observations of all rounds with those far above the best of theirs drawn nearer.
+    """Return the observations of all rounds, with large distances to the best trial compressed.
 
-    One whose mean is d above the least of its round moves to `s log(1 + d / s)` above it, its rows
-    in proportion, and the round is centred again; s is `multiple` times the median d of all but the
-    least. The order within a round stays, and a d much smaller than s hardly changes.
+    Let d be the distance of a trial's mean to the lowest mean of its round. The trial moves to the
+    distance `s log(1 + d / s)`, and the gaps of its examples move in proportion. Each round is then
+    centred again. s is `multiple` times the median of all positive d. The order within a round does
+    not change, and a d much smaller than s hardly changes.
 
     Args:
-        rounds: The observations of each round; those of a round are on the same rows.
-        multiple: Over 0; infinity leaves everything as it is.
+        rounds: The observations of each round; within a round all are on the same examples.
+        multiple: Above 0; infinity changes nothing.
     """
     least = [min(one, key=lambda o: o.mean) for one in rounds]
     above = [o.mean - low.mean for one, low in zip(rounds, least, strict=True) for o in one]
     scale = multiple * statistics.median([d for d in above if d > 0] or [1.0])
     found: list[Observation] = []
     for one, low in zip(rounds, least, strict=True):
-        drawn = [_drawn_to(low, o, scale) for o in one]
+        drawn = [_compressed_gaps(low, o, scale) for o in one]
         centres = {row: statistics.fmean(own[row] for own in drawn) for row in low.gaps}
         for observation, own in zip(one, drawn, strict=True):
             gaps = {row: gap - centres[row] for row, gap in own.items()}
@@ -191,7 +193,7 @@ def compressed(
     return tuple(found)
 
 
-def _drawn_to(low: Observation, other: Observation, scale: float) -> dict[int, float]:
+def _compressed_gaps(low: Observation, other: Observation, scale: float) -> dict[int, float]:
     distance = other.mean - low.mean
     if distance <= 0 or math.isinf(scale):
         return other.gaps
@@ -200,9 +202,9 @@ def _drawn_to(low: Observation, other: Observation, scale: float) -> dict[int, f
 
 
 def winsorised(values: Sequence[float]) -> list[float]:
-    """Return the values with outliers pulled in to 4 robust standard deviations.
+    """Return the values with outliers clipped to 4 robust standard deviations from the median.
 
-    If more than half of the values are equal, no scale can be told and nothing is changed.
+    If more than half of the values are equal, the robust scale is 0 and nothing is changed.
     """
     middle = statistics.median(values)
     reach = _OUTLIER * statistics.median(abs(value - middle) for value in values)
@@ -212,7 +214,7 @@ def winsorised(values: Sequence[float]) -> list[float]:
 
 
 def restricted(seen: Sequence[Observation], rows: Collection[int]) -> tuple[Observation, ...]:
-    """Return the observations on these rows only; one with fewer than two of them is left out."""
+    """Return the observations on these examples only, without those left with fewer than two."""
     cut = (
         Observation(o.ratio, o.round, {row: gap for row, gap in o.gaps.items() if row in rows})
         for o in seen
@@ -221,11 +223,12 @@ def restricted(seen: Sequence[Observation], rows: Collection[int]) -> tuple[Obse
 
 
 def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
-    """Return the posterior over the loss curve at the latest round seen.
+    """Return the posterior of the loss curve at the latest round observed.
 
-    Kernel `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25` (Matern 3/2,
-    for a plateau may end in a cliff), plus a term shared by the trials of a round, plus noise: the
-    variance over rows / number of rows. `u^2` is the spread of the observations less their noise.
+    The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25`. It is a
+    Matern 3/2 kernel, because a plateau may end in a cliff. Two terms are added: one shared by the
+    trials of a round, and the noise, which is the variance over examples / number of examples.
+    `u^2` is the spread of the observations less their noise.
 
     Args:
         seen: At least one observation.
@@ -248,22 +251,23 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
 
 
 def grid(config: ControllerConfig) -> Tensor:
-    """Return the ratios at which curves are compared, from `low` to `high`, float64."""
+    """Return the ratios at which curves are evaluated, `low` to `high`, [GRID_POINTS], float64."""
     return torch.linspace(config.low, config.high, GRID_POINTS, dtype=torch.float64)
 
 
-def lowest(seen: Sequence[Observation], horizon: int, config: ControllerConfig) -> float:
-    """Return the ratio where the curve of the observations is lowest; the smaller of equal ones."""
+def curve_minimum(seen: Sequence[Observation], horizon: int, config: ControllerConfig) -> float:
+    """Return the ratio of `grid` with the lowest fitted loss; of equal ones the smaller."""
     at = grid(config)
     return float(at[int(fit_curve(seen, horizon).values(at).argmin())])
 
 
-def lowest_near(
+def curve_minimum_near(
     seen: Sequence[Observation], horizon: int, config: ControllerConfig, centre: float
 ) -> float:
-    """Return the lowest point of the curve plus a weak pull to `centre`, which settles flat ones.
+    """Return the ratio where the loss curve plus a weak pull to `centre` is lowest.
 
-    The pull is a quarter of the curve's prior standard deviation at a distance of 1.
+    The pull decides where the curve is flat. It is a quarter of the curve's prior standard
+    deviation at a distance of 1.
     """
     at = grid(config)
     curve = fit_curve(seen, horizon)
@@ -274,30 +278,30 @@ def lowest_near(
 def resampled_curves(
     seen: Sequence[Observation], horizon: int, config: ControllerConfig, count: int, seed: int = 0
 ) -> Tensor:
-    """Return the curve over `grid` as it would be had other rows been drawn, [count, GRID_POINTS].
+    """Return bootstrap resamples of the loss curve over `grid`, in nats, [count, GRID_POINTS].
 
-    The rows are drawn with replacement, together with all their losses; how observations are
-    weighed against each other stays that of the rows there were. A trial none of whose rows is
-    drawn keeps its own mean.
+    Examples are drawn with replacement, each with all of its losses. The weights of the
+    observations stay those of the original examples. A trial keeps its own mean if none of its
+    examples is drawn.
 
     Args:
         seen: at least one observation.
         horizon: number of rounds of the run.
         config: settings of the controller.
-        count: how many draws.
-        seed: of the draws.
+        count: number of resamples.
+        seed: seed of the draws.
     """
-    rows = sorted({row for observation in seen for row in observation.gaps})
-    place = {row: i for i, row in enumerate(rows)}
-    gaps = torch.zeros(len(rows), len(seen), dtype=torch.float64)
+    examples = sorted({example for observation in seen for example in observation.gaps})
+    place = {example: i for i, example in enumerate(examples)}
+    gaps = torch.zeros(len(examples), len(seen), dtype=torch.float64)
     measured = torch.zeros_like(gaps)
     for column, observation in enumerate(seen):
-        for row, gap in observation.gaps.items():
-            gaps[place[row], column] = gap
-            measured[place[row], column] = 1
+        for example, gap in observation.gaps.items():
+            gaps[place[example], column] = gap
+            measured[place[example], column] = 1
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(rows), (count, len(rows)), generator=generator)
-    times = torch.zeros(count, len(rows), dtype=torch.float64)
+    drawn = torch.randint(len(examples), (count, len(examples)), generator=generator)
+    times = torch.zeros(count, len(examples), dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     curve = fit_curve(seen, horizon)
     counted = times @ measured
@@ -311,9 +315,10 @@ def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Ten
 
 
 def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:
-    """Return the variance of each mean gap; a trial on one row gets the spread, for want of more.
+    """Return the variance of each mean gap, [n]; a trial on one example gets `spread` instead.
 
-    Half of it is pooled over the trials, because a variance of few rows is itself uncertain.
+    Each result is half its own variance and half the mean over the trials, because a variance of
+    few examples is itself uncertain.
     """
     own = torch.tensor(
         [variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread for o in seen],

@@ -1,4 +1,4 @@
-"""The ratio a search ends with, and whether its gain over the lowest ratio is more than luck."""
+"""Choose the final ratio of a search, and test its gain over the lowest ratio."""
 
 # torch leaves these results untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from grasp_lora.core.controller.settings import ControllerConfig
-from grasp_lora.core.evidence.crossfit import Gain, halves, pooled, standard_error
+from grasp_lora.core.evidence.crossfit import Gain, pooled_gain, split_halves, standard_error
 from grasp_lora.core.evidence.history import (
     RoundRecord,
+    curve_minimum,
     grid,
-    lowest,
     observations,
     resampled_curves,
     winsorised,
@@ -25,7 +25,8 @@ from grasp_lora.core.evidence.history import (
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 
-_NEAR = 0.07  # a trial this close to `low` stands for it, and trials this close are tested together
+# A trial at most this far above `low` counts as a trial at `low`; trials this close are pooled.
+_NEAR_RATIO = 0.07
 _LATE_ROUNDS = 3
 _RESAMPLES = 400
 
@@ -35,19 +36,20 @@ class RatioChoice:
     """The outcome of a search.
 
     Attributes:
-        ratio: The ratio to prune at; given whatever the verdict is.
+        ratio: The ratio to prune at, whatever the verdict is.
         verdict: `learned` if a gain over `low` was shown, `flat` if not, `never-fired` if the run
             had no round.
         gain: Cross-fitted loss at `low` - loss at the chosen ratio, in nats; None without evidence.
-        gain_error: Standard error of the gain; None without evidence.
-        z: gain / gain_error; None without evidence or without spread over the rows.
-        rule: How the ratio was picked, in a few words.
-        history_minimum: Lowest point of the curve over all rounds; None without evidence.
-        late_mu: Mean centre of the last policy rounds; None if there were none. For the reader, it
-            does not move the ratio.
-        interval: Where 95 % of the lowest points lie that other draws of the same rows give, (low,
-            high); None without evidence. The curve's smoothing is the same in all of them, so it
-            holds the true optimum less often (`benchmarks.controller` says how often).
+        gain_error: Standard error of the gain, in nats; None without evidence.
+        z: gain / gain_error; None without evidence or if the error is 0.
+        rule: How the ratio was chosen, in a few words.
+        history_minimum: Ratio where the curve over all rounds is lowest; None without evidence.
+        late_mu: Mean centre of the last policy rounds; None if there were none. It informs the
+            reader and does not change the ratio.
+        interval: (low, high), which holds the ratio of lowest loss for 95 % of the bootstrap
+            resamples of the examples; None without evidence. All resamples share the smoothing of
+            the curve, so the interval holds the true optimum less often (`benchmarks.controller`
+            measures how often).
     """
 
     ratio: float
@@ -66,23 +68,25 @@ def ratio_choice(
 ) -> RatioChoice:
     """Return the final ratio and the evidence for it.
 
-    Preset `paper` takes the candidate with the largest reward of all rounds, as published. Its
-    reward is a difference to its own round's baseline, so this finds the round with the worst
-    baseline as much as the best ratio, and the largest of many noisy numbers flatters itself
-    (winner's curse). Preset `standard` takes the lowest point of the curve over all rounds; where
-    nothing is shown and `when_flat` is `largest`, the largest ratio that is not worse by more than
-    one standard error over resampled rows, for the smallest adapter.
+    Preset `paper` takes the candidate with the largest reward of all rounds, as published. A reward
+    is a difference to the baseline of its own round, so this rule favours the round with the worst
+    baseline as much as the best ratio. The largest of many noisy numbers also overstates its gain
+    (winner's curse).
+
+    Preset `standard` takes the ratio where the curve over all rounds is lowest. If no gain was
+    shown and `when_flat` is `largest`, it takes the largest ratio that is not worse by more than
+    one standard error over resampled examples, which gives the smallest adapter.
 
     Args:
         records: All rounds, in order.
-        current: Current ratio, the answer if nothing else is known.
-        horizon: Rounds the run was planned for.
+        current: Current ratio; the result if there is no evidence.
+        horizon: Planned number of rounds.
         config: Settings of the controller.
     """
     late = [record.mu for record in records if record.kind == "policy"][-_LATE_ROUNDS:]
     late_mu = math.fsum(late) / len(late) if late else None
     seen = observations(records)
-    minimum = lowest(seen, horizon, config) if seen else None
+    minimum = curve_minimum(seen, horizon, config) if seen else None
     curves = resampled_curves(seen, horizon, config, _RESAMPLES) if seen else None
     interval = None if curves is None else _interval(curves, config)
     found = cross_fitted_gain(records, config)
@@ -115,7 +119,7 @@ def _interval(curves: Tensor, config: ControllerConfig) -> tuple[float, float]:
 
 
 def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
-    """Return the largest ratio whose loss is within one standard error of the lowest point's."""
+    """Return the largest ratio whose loss is within one standard error of the lowest loss."""
     best = int(curves.mean(dim=0).argmin())
     behind = curves - curves[:, best : best + 1]
     as_good = behind.mean(dim=0) <= behind.std(dim=0)
@@ -123,49 +127,54 @@ def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
 
 
 def cross_fitted_gain(records: Sequence[RoundRecord], config: ControllerConfig) -> Gain | None:
-    """Return the gain over `low` of choosing a ratio, tested on rows that it was not chosen on.
+    """Return the gain of the chosen ratio over `low`, tested on other examples than the choice.
 
-    The ratio is chosen on one half of the rows, by its gain less one standard error, and its gain
-    measured on the other, then the halves swap. A ratio's gain is that of all trials near it, in
-    all rounds.
+    The ratio is chosen on one half of the examples, by its gain less one standard error. Its gain
+    is measured on the other half; then the halves swap. The gain of a ratio pools all trials near
+    the ratio, over all rounds.
 
     Returns:
-        None if no round had a ratio near `low` beside a higher one, or too few rows for two halves.
+        The gain; None if no round had a ratio near `low` beside a higher one, or if there are too
+        few examples for two halves.
     """
     contrasts = _contrasts(records, config)
     ratios = sorted({contrast.ratio for contrast in contrasts})
-    rows = sorted({row for contrast in contrasts for row in contrast.gaps})
+    examples = sorted({example for contrast in contrasts for example in contrast.gaps})
     tested: list[list[float]] = []
-    for chosen_on, tested_on in halves(rows):
+    for chosen_on, tested_on in split_halves(examples):
         sides = [
-            (_near(contrasts, ratio, chosen_on), _near(contrasts, ratio, tested_on))
+            (_gaps_near(contrasts, ratio, chosen_on), _gaps_near(contrasts, ratio, tested_on))
             for ratio in ratios
         ]
         whole = [(a, b) for a, b in sides if len(a) > 1 and len(b) > 1]
         if whole:
-            tested.append(max(whole, key=lambda side: _at_least(side[0]))[1])
-    return pooled(tested)
+            tested.append(max(whole, key=lambda side: _gain_less_one_error(side[0]))[1])
+    return pooled_gain(tested)
 
 
-def _at_least(gains: Sequence[float]) -> float:
+def _gain_less_one_error(gains: Sequence[float]) -> float:
     return statistics.fmean(gains) - standard_error(gains)
 
 
 @dataclass(frozen=True)
 class _Contrast:
-    """A trial beside which `low` was measured: row -> loss at `low` less the trial's."""
+    """A trial of a round that also measured `low`.
+
+    Attributes:
+        ratio: The ratio tried.
+        gaps: Example id -> winsorised loss at `low` - loss of the trial, in nats.
+    """
 
     ratio: float
     gaps: dict[int, float]
 
 
 def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list[_Contrast]:
-    """Return the contrast of every trial with the lowest ratio of its round, where that is near
-    `low`.
+    """Return the contrasts of all trials in rounds whose lowest ratio is near `low`.
 
-    Within one round alone, where rows and weights are the same. The curve over all rounds is no
-    measure for this: a trial beyond a cliff shifts its whole round, and however flat the plateau
-    before the cliff is, the curve's errors there are a share of the cliff.
+    A contrast compares a trial with the lowest ratio of the same round, where examples and weights
+    are the same. The curve over all rounds cannot serve here: a trial beyond a cliff shifts its
+    whole round, so the curve's errors on the plateau before the cliff grow with the cliff.
     """
     found: list[_Contrast] = []
     in_force = 0.0  # nothing is pruned before the first commit
@@ -174,28 +183,28 @@ def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list
         measured = [(in_force, record.baseline_rows)] if record.baseline_rows else []
         in_force = record.mask_ratio
         lowest_ratio, reference = min((*trials, *measured), key=lambda trial: trial[0])
-        if lowest_ratio > config.low + _NEAR:
+        if lowest_ratio > config.low + _NEAR_RATIO:
             continue
         for ratio, losses in trials:
             gaps = {
-                row: low - high
-                for row, low, high in zip(record.rows, reference, losses, strict=True)
+                example: low - high
+                for example, low, high in zip(record.rows, reference, losses, strict=True)
                 if low is not None and high is not None
             }
-            if gaps and ratio > lowest_ratio + _NEAR:
+            if gaps and ratio > lowest_ratio + _NEAR_RATIO:
                 values = winsorised(list(gaps.values()))
                 found.append(_Contrast(ratio, dict(zip(gaps, values, strict=True))))
     return found
 
 
-def _near(contrasts: Sequence[_Contrast], ratio: float, rows: set[int]) -> list[float]:
-    """Return the mean gap of each of the rows over the contrasts near the ratio that have it."""
+def _gaps_near(contrasts: Sequence[_Contrast], ratio: float, examples: set[int]) -> list[float]:
+    """Return the mean gap of each example over the contrasts near the ratio that measured it."""
     gaps: dict[int, list[float]] = {}
     for contrast in contrasts:
-        if abs(contrast.ratio - ratio) <= _NEAR:
-            for row in rows & contrast.gaps.keys():
-                gaps.setdefault(row, []).append(contrast.gaps[row])
-    return [statistics.fmean(gaps[row]) for row in sorted(gaps)]
+        if abs(contrast.ratio - ratio) <= _NEAR_RATIO:
+            for example in examples & contrast.gaps.keys():
+                gaps.setdefault(example, []).append(contrast.gaps[example])
+    return [statistics.fmean(gaps[example]) for example in sorted(gaps)]
 
 
 def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[float, str]:

@@ -1,1 +1,1 @@
-"""Which entries a ratio removes: importance, masks, ratios of groups."""
+"""Choose the entries to prune: importance scores, keep masks, ratios per group."""

@@ -1,28 +1,30 @@
-"""One ratio for each group of tensors, around one overall ratio.
+"""Choose one prune ratio per group of tensors, at a given overall ratio.
 
-Every group is tried a little above and a little below the overall ratio, the others making up for
-it, and what lowers the loss is put together as if the effects added up. What is put together is
-measured itself, on rows it was not chosen on, before it is believed.
+Each group is tried slightly above and slightly below the overall ratio. The other groups compensate
+for the difference. The shifts that lower the loss are then combined, as if their effects added up.
+The caller measures the combination on examples that it was not chosen on.
 
-Our departure from arXiv 2601.06702, which knows one ratio.
+Our departure from arXiv 2601.06702, which uses one ratio.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 
 SHIFT = 0.15
-"""How far a group's ratio is tried from the overall one."""
+"""Difference between the tried ratio of a group and the overall ratio."""
 _HALVINGS = 60
 
 
-def trials(ratio: float, sizes: Mapping[str, int]) -> dict[tuple[str, float], dict[str, float]]:
-    """Return (group, shift) -> the ratio of every group, two for each group.
+def group_trials(
+    ratio: float, sizes: Mapping[str, int]
+) -> dict[tuple[str, float], dict[str, float]]:
+    """Return (group, shift) -> group -> ratio; two trials per group, at `-SHIFT` and `+SHIFT`.
 
-    Of two groups only the first is moved: the other mirrors it.
+    With two groups, only the first is shifted, because the second compensates for it.
 
     Args:
         ratio: overall fraction removed, in (0, 1).
-        sizes: group -> its entries.
+        sizes: group -> number of entries.
 
     Raises:
         ValueError: there are fewer than two groups.
@@ -30,29 +32,30 @@ def trials(ratio: float, sizes: Mapping[str, int]) -> dict[tuple[str, float], di
     groups = list(sizes)
     if len(groups) < 2:
         raise ValueError(
-            f"ratios of groups need at least two groups, got {groups}; set scope: global"
+            f"one ratio per group needs at least two groups, got {groups}; set scope: global"
         )
     moved = groups[:1] if len(groups) == 2 else groups
     return {
-        (group, shift): balanced(ratio, {group: shift}, sizes, fixed=group)
+        (group, shift): balanced_ratios(ratio, {group: shift}, sizes, fixed=group)
         for group in moved
         for shift in (-SHIFT, SHIFT)
     }
 
 
-def balanced(
+def balanced_ratios(
     ratio: float, shifts: Mapping[str, float], sizes: Mapping[str, int], fixed: str | None = None
 ) -> dict[str, float]:
-    """Return the ratio of every group so that the overall fraction removed is `ratio`.
+    """Return group -> ratio so that the overall fraction removed is `ratio`.
 
-    A group's ratio is `ratio` + its shift + what all others are moved by to make up for it, cut to
-    [0, 1].
+    A group's ratio is `ratio` + its shift + a common offset, clipped to [0, 1]. The offset is the
+    same for all groups and keeps the overall fraction.
 
     Args:
-        ratio: overall fraction, in [0, 1].
-        shifts: group -> shift; 0 where left out.
-        sizes: group -> its entries.
-        fixed: a group that does not make up for itself; as far as the others can make up for it.
+        ratio: overall fraction removed, in [0, 1].
+        shifts: group -> shift; 0 for a group left out.
+        sizes: group -> number of entries.
+        fixed: a group that gets no offset. Its ratio changes only where the other groups reach
+            their bounds and cannot compensate.
     """
     total = sum(sizes.values())
     wanted = {group: ratio + shifts.get(group, 0.0) for group in sizes}
@@ -76,26 +79,26 @@ def balanced(
             high = middle
     found = moved(high)
     gap = ratio - overall(high)
-    if fixed is not None and abs(gap) > 1e-9:  # the others are at their bounds already
+    if fixed is not None and abs(gap) > 1e-9:  # the other groups are at their bounds
         found[fixed] += gap * total / sizes[fixed]
     return found
 
 
-def combined(
+def combined_ratios(
     ratio: float,
     losses: Mapping[tuple[str, float], Sequence[float]],
     base: Sequence[float],
     rows: Collection[int],
     sizes: Mapping[str, int],
 ) -> dict[str, float]:
-    """Return the ratios of the groups that the trials speak for on some of the rows.
+    """Return group -> ratio: each group takes the shift that lowers the loss most, if any does.
 
     Args:
-        ratio: overall fraction, in (0, 1).
-        losses: (group, shift) -> loss of each row, in nats.
-        base: losses with one ratio for all.
-        rows: positions of the rows to choose on.
-        sizes: group -> its entries.
+        ratio: overall fraction removed, in (0, 1).
+        losses: (group, shift) -> loss of each example, in nats.
+        base: loss of each example with one ratio for all groups, in nats.
+        rows: positions of the examples to choose on.
+        sizes: group -> number of entries.
     """
     shifts: dict[str, float] = {}
     best: dict[str, float] = {}
@@ -103,4 +106,4 @@ def combined(
         saved = math.fsum(base[row] - values[row] for row in rows)
         if saved > best.get(group, 0.0):
             best[group], shifts[group] = saved, shift
-    return balanced(ratio, shifts, sizes)
+    return balanced_ratios(ratio, shifts, sizes)

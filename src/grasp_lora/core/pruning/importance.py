@@ -1,7 +1,8 @@
-"""How much each entry of a LoRA module matters: weights (and input norms) -> one score per entry.
+"""Score the importance of each entry of a LoRA module from its weights (and input norms).
 
-One choice serves the search and the final run. The published code searched with magnitudes and
-pruned the final run by the activation rule, so its ratio was learned for another mask.
+The search and the final run use the same rule. Our departure from the published code: it searched
+with magnitudes and pruned the final run by the activation rule, so it learned its ratio for a
+different mask.
 """
 
 from collections.abc import Callable
@@ -10,23 +11,24 @@ import torch
 from torch import Tensor
 
 CHUNK_ENTRIES = 1 << 22
-"""Most entries of `B @ A` held at once by `activation` (16 MiB in float32)."""
+"""Largest number of entries of `B @ A` that `activation` holds at once (16 MiB in float32)."""
 
 
 def magnitude(A: Tensor, B: Tensor, input_norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return |A| [rank, in] and |B| [out, rank]; the input norms are not looked at."""
+    """Return |A| [rank, in] and |B| [out, rank]; the input norms are ignored."""
     return A.detach().abs(), B.detach().abs()
 
 
 def activation(A: Tensor, B: Tensor, input_norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return how fast the activated weight mass changes with each entry of A and B.
+    """Return the scores of A [rank, in] and of B [out, rank]: how fast the activated mass changes.
 
-    With `S = sum_ij |B A|_ij n_j` the scores are `|dS/dA| = |B^T sgn(BA) diag(n)|` and
-    `|dS/dB| = |sgn(BA) diag(n) A^T|` (the Wanda-like rule used by arXiv 2601.06702 for its final
-    run). `B @ A` is computed in chunks of rows and never held whole.
+    The activated mass is `S = sum_ij |B A|_ij n_j` with input norms n. The scores are
+    `|dS/dA| = |B^T sgn(BA) diag(n)|` and `|dS/dB| = |sgn(BA) diag(n) A^T|`. This is the Wanda-like
+    rule that arXiv 2601.06702 uses for its final run. `B @ A` is computed in chunks of rows and
+    never held whole.
 
-    A blank factor (`is_blank`) makes every score of the other one equal to 0, which says nothing
-    about its entries; `magnitude` is used then.
+    If one factor is all zero (`is_blank`), every score of the other factor would be 0 and would not
+    rank its entries. `magnitude` is used in that case.
 
     Args:
         A: Down projection, [rank, in].
@@ -34,7 +36,7 @@ def activation(A: Tensor, B: Tensor, input_norms: Tensor | None) -> tuple[Tensor
         input_norms: L2 norm of each input feature over the data, [in], at least 0.
 
     Raises:
-        ValueError: If the input norms are missing, of another size, negative or not finite.
+        ValueError: If the input norms are missing, of the wrong size, negative or not finite.
     """
     norms = _checked_norms(A, input_norms)
     if is_blank(A) or is_blank(B):
@@ -52,7 +54,7 @@ def activation(A: Tensor, B: Tensor, input_norms: Tensor | None) -> tuple[Tensor
 
 
 def is_blank(factor: Tensor) -> bool:
-    """Return whether a factor is all zero, like the B of a fresh adapter."""
+    """Return whether a factor is all zero, like B of an untrained adapter."""
     return not bool(factor.any())
 
 
@@ -60,17 +62,17 @@ IMPORTANCE: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Te
     "magnitude": magnitude,
     "activation": activation,
 }
-"""Name -> (A [rank, in], B [out, rank], input norms [in] or None) -> (scores of A, scores of B)."""
+"""Rule -> function(A [rank, in], B [out, rank], input norms [in] or None) -> scores of A and B."""
 
 NEEDS_NORMS = frozenset({"activation"})
-"""The rules that look at the input norms."""
+"""The rules that need the input norms."""
 
 
 def _checked_norms(A: Tensor, input_norms: Tensor | None) -> Tensor:
     if input_norms is None:
         raise ValueError(
             "importance 'activation' needs the input norms, got None; measure them on the training "
-            "rows or use importance 'magnitude'"
+            "examples or use importance 'magnitude'"
         )
     if input_norms.shape != A.shape[1:]:
         raise ValueError(

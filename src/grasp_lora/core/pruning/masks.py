@@ -1,9 +1,9 @@
-"""From importance scores and ratios to keep masks with exact counts, one bit an entry.
+"""Turn importance scores and ratios into keep masks with exact counts, and pack them into bits.
 
-All candidate ratios of a tensor are cut in one pass over its scores (`keep_masks`): what separates
-kept from pruned is the k-th smallest score, and of the entries that tie with it the later ones go.
-Departure from the published code, whose `scores <= k-th value` prunes every entry tied with the
-k-th: there an all-zero tensor loses all of its entries at any ratio.
+`keep_masks` makes the masks of all candidate ratios in one pass over a tensor's scores. The k-th
+smallest score separates pruned from kept entries; of the entries that tie with it, the later ones
+are pruned. Our departure from the published code: its `scores <= k-th value` prunes every entry
+that ties with the k-th, so an all-zero tensor loses all of its entries at any ratio.
 """
 
 # torch leaves these results untyped.
@@ -22,11 +22,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A keep mask at rest, an eighth of a bool tensor's size.
+    """A keep mask in storage: one bit per entry, an eighth of the size of a bool tensor.
 
     Attributes:
-        bits: uint8 [ceil(entries / 8)]; entry i is bit i % 8 of byte i // 8, set when it is kept.
-        shape: shape of the tensor the mask is for.
+        bits: uint8 [ceil(entries / 8)]; entry i is bit i % 8 of byte i // 8, set where it is kept.
+        shape: shape of the tensor that the mask belongs to.
     """
 
     bits: Tensor
@@ -34,49 +34,49 @@ class Mask:
 
     @classmethod
     def of(cls, keep: Tensor, place: Tensor | None = None) -> "Mask":
-        """Return the mask that holds a bool tensor, True = kept.
+        """Return the packed mask of a bool tensor, True = kept.
 
         Args:
-            keep: the tensor.
-            place: uint8 [packed_size(entries)] to write the bits to; None makes a tensor.
+            keep: the bool tensor.
+            place: uint8 [packed_size(entries)] that receives the bits; None makes a new tensor.
         """
         flat = keep.reshape(-1)
         size = packed_size(flat.numel())
         if flat.numel() < 8 * size:
             flat = torch.cat([flat, flat.new_zeros(8 * size - flat.numel())])
         bits = flat.new_empty(size, dtype=torch.uint8) if place is None else place
-        # Eight bools are the bytes of one integer; the product moves byte i to bit 56 + i.
-        bits.copy_((flat.view(torch.int64) * _GATHER) >> 56)
+        # Eight bools are the bytes of one integer. The product moves byte i to bit 56 + i.
+        bits.copy_((flat.view(torch.int64) * _GATHER_BITS) >> 56)
         return cls(bits, keep.shape)
 
     def keep(self) -> Tensor:
         """Return the bool tensor, True = kept."""
-        spread = torch.index_select(_spread(self.bits.device), 0, self.bits.int())
+        spread = torch.index_select(_bytes_of_bits(self.bits.device), 0, self.bits.int())
         return spread.view(torch.bool)[: self.shape.numel()].view(self.shape)
 
 
-_GATHER = 0x0102040810204080
+_GATHER_BITS = 0x0102040810204080
 
 
 def packed_size(entries: int) -> int:
-    """Return the bytes of a mask's bits."""
+    """Return the number of bytes that hold one bit per entry."""
     return -(-entries // 8)
 
 
 @cache
-def _spread(device: torch.device) -> Tensor:
-    """Return int64 [256]: byte -> eight bytes, each one of its bits."""
+def _bytes_of_bits(device: torch.device) -> Tensor:
+    """Return int64 [256]: byte -> its eight bits, each stored as one byte."""
     values = torch.arange(256, device=device).unsqueeze(1)
     bits = (values >> torch.arange(8, device=device)) & 1
     return bits.to(torch.uint8).view(torch.int64).view(-1)
 
 
 def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
-    """Return for each ratio the keep mask (bool, True = kept) that prunes the least important.
+    """Return one keep mask per ratio (bool, True = kept); it prunes the least important entries.
 
-    Exactly `pruned_count` entries go. Of two equal scores the earlier entry is the more important
-    one, so that equal scores never change a count, and the masks are nested: an entry kept at some
-    ratio is kept at every lower one.
+    Each mask prunes exactly `pruned_count` entries. Of two equal scores, the earlier entry counts
+    as more important, so ties never change a count. The masks are nested: an entry kept at one
+    ratio is kept at every lower ratio.
 
     Args:
         scores: importance of each entry, any shape.
@@ -93,11 +93,11 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
         )
     counts = [pruned_count(flat.numel(), ratio) for ratio in ratios]
     inner = sorted({count for count in counts if 0 < count < flat.numel()})
-    borders = dict(zip(inner, _smallest(flat, inner), strict=True))
+    borders = dict(zip(inner, _kth_smallest(flat, inner), strict=True))
     cut: list[Tensor] = []
     for count in counts:
         if count in borders:
-            cut.append(_above(flat, borders[count], count).view(scores.shape))
+            cut.append(_keep_above(flat, borders[count], count).view(scores.shape))
         else:
             full = torch.full(scores.shape, count == 0, dtype=torch.bool, device=scores.device)
             cut.append(full)
@@ -107,35 +107,36 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
 def keep_entries(
     score_a: Tensor, score_b: Tensor, ratios: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return for each ratio the keep masks of A [r, in] and B [out, r], each cut by itself."""
+    """Return (keep of A, keep of B) per ratio; A [r, in] and B [out, r] are pruned separately."""
     return list(zip(keep_masks(score_a, ratios), keep_masks(score_b, ratios), strict=True))
 
 
 def keep_components(
     score_a: Tensor, score_b: Tensor, ratios: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return for each ratio the keep masks that remove whole components.
+    """Return (keep of A, keep of B) per ratio; the masks prune whole components.
 
-    A component is a row of A with its column of B, worth the sum of its entries' importance.
-    `pruned_count(r, ratio)` components go, so a module of rank r knows r + 1 ratios. Our departure
-    from arXiv 2601.06702, which prunes single entries.
+    A component is a row of A and the matching column of B. Its importance is the sum over its
+    entries. `pruned_count(r, ratio)` components are pruned, so a module of rank r has r + 1
+    distinct masks. Our departure from arXiv 2601.06702, which prunes single entries.
 
     Args:
         score_a: importance, [r, in].
         score_b: importance, [out, r].
         ratios: fractions removed, each in [0, 1].
     """
-    worth = score_a.float().sum(dim=1) + score_b.float().sum(dim=0)
+    importance = score_a.float().sum(dim=1) + score_b.float().sum(dim=0)
     return [
         (keep[:, None].expand_as(score_a), keep[None, :].expand_as(score_b))
-        for keep in keep_masks(worth, ratios)
+        for keep in keep_masks(importance, ratios)
     ]
 
 
 def without_dead_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A [k, in] and B [out, k] without the components that add nothing; `B @ A` is the same.
+    """Return A [k, in] and B [out, k] without components whose row of A or column of B is zero.
 
-    One is kept where all are dead: a LoRA layer has a rank of at least 1.
+    `B @ A` does not change. If every component is zero, one stays, because a LoRA layer has a rank
+    of at least 1.
     """
     alive = (a != 0).any(dim=1) & (b != 0).any(dim=0)
     if not bool(alive.any()):
@@ -144,14 +145,16 @@ def without_dead_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 STRUCTURES = {"entries": keep_entries, "rank": keep_components}
-"""What is removed -> (scores of A, scores of B, ratios) -> keep masks of both for each ratio."""
+"""Unit of pruning -> function(scores of A, scores of B, ratios) -> (keep of A, keep of B) per
+ratio."""
 
 
-def _smallest(flat: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Return the count-th smallest score for each count, 0-d tensors.
+def _kth_smallest(flat: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Return the count-th smallest score for each count, as 0-d tensors.
 
-    A CPU selects them all in one call, in linear time (numpy's vectorised partition takes about a
-    third of the time of three `torch.kthvalue`, and a tenth of a sort's); other devices sort once.
+    On a CPU, numpy's vectorised partition selects all of them in one call, in linear time. It takes
+    about a third of the time of three `torch.kthvalue`, and a tenth of the time of a sort. Other
+    devices sort once.
     """
     places = [count - 1 for count in counts]
     if flat.device.type == "cpu" and places:
@@ -165,7 +168,7 @@ def _as_numpy(flat: Tensor) -> Any:
     return exact.numpy()
 
 
-def _above(flat: Tensor, border: Tensor, count: int) -> Tensor:
+def _keep_above(flat: Tensor, border: Tensor, count: int) -> Tensor:
     keep = flat > border
     missing = flat.numel() - count - int(keep.sum())
     if missing > 0:
@@ -175,7 +178,7 @@ def _above(flat: Tensor, border: Tensor, count: int) -> Tensor:
 
 
 def pruned_count(entries: int, ratio: float) -> int:
-    """Return how many of the entries a ratio removes: floor(ratio * entries + 0.5).
+    """Return how many entries a ratio removes: floor(ratio * entries + 0.5).
 
     Raises:
         ValueError: If the ratio is not in [0, 1].
@@ -188,7 +191,7 @@ def pruned_count(entries: int, ratio: float) -> int:
 
 
 def zero_fraction(tensors: Iterable[Tensor]) -> float:
-    """Return the share of exact zeros among all entries of the tensors, in [0, 1]; 0 for none."""
+    """Return the fraction of exact zeros over all entries, in [0, 1]; 0 without any entry."""
     entries = zeros = 0
     for tensor in tensors:
         entries += tensor.numel()

@@ -1,0 +1,317 @@
+"""A plan worked off by several processes, each doing one stage.
+
+How a process is started is a row of `LAUNCHERS`: three functions, start, poll and stop. Another
+engine that runs `python -m grasp_lora.plans.worker FOLDER STAGE` where the folder is seen can be
+added as a row.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from grasp_lora.base.files import holds_something
+from grasp_lora.plans.executor import (
+    LOG_FILE,
+    Options,
+    Outcome,
+    check,
+    state_of,
+    without_result,
+    work_off,
+)
+from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.stored import PLAN_FILE, read_plan_file, write_plan
+from grasp_lora.plans.worker import NOT_APPLICABLE
+from grasp_lora.stages.folder import work_folder
+from grasp_lora.stages.stage import Cost, Sizes
+from grasp_lora.workbench.reporter import Reporter, duration
+
+_PAUSE = 0.2
+"""Seconds between two looks at the running processes."""
+
+
+class Process(Protocol):
+    """A started process."""
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while the process runs."""
+        ...
+
+    def stop(self) -> None:
+        """End the process and wait for its end."""
+        ...
+
+
+Start = Callable[[Path, str, Path, Mapping[str, str], tuple[str, ...]], Process]
+"""(plan's folder, stage, log, environment that differs, flags of the worker) -> process."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The processes that stages are done in.
+
+    Attributes:
+        jobs: processes at once; 0 does all stages in this process, where the loaded backbone stays.
+            On a machine with several GPUs each process gets one of them in turn.
+        threads: of each process; None is the machine's cores over `jobs`. The choice of the first
+            start is kept for the folder: sums in another number of threads differ in their last
+            digits, and training carries that on.
+        on: row of `LAUNCHERS`.
+    """
+
+    jobs: int = 0
+    threads: int | None = None
+    on: str = "local"
+
+
+HERE = Pool()
+
+
+@dataclass(frozen=True)
+class _LocalProcess:
+    process: subprocess.Popen[bytes]
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def start_locally(
+    place: Path, stage: str, log: Path, environment: Mapping[str, str], flags: tuple[str, ...]
+) -> Process:
+    """Start a process on this machine."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        command = [sys.executable, "-m", "grasp_lora.plans.worker", str(place), stage, *flags]
+        return _LocalProcess(
+            subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | dict(environment),
+            )
+        )
+
+
+LAUNCHERS: Mapping[str, Start] = {"local": start_locally}
+"""Name -> how a stage's process is started."""
+
+
+def work_off_many(
+    plan: Plan,
+    place: Path,
+    session: Session,
+    sizes: Sizes,
+    pool: Pool = HERE,
+    overwrite: bool = False,
+) -> dict[str, Outcome]:
+    """Do every stage of a plan that is not done; a stage that fails does not stop the others.
+
+    Args:
+        plan: the stages.
+        place: the folder of their results.
+        session: examples, and the backbone for stages that are done in this process.
+        sizes: of all sets of examples, for the progress in tokens.
+        pool: the processes.
+        overwrite: replace results that other inputs made; where there are none, do all again.
+
+    Returns:
+        Stage -> outcome, in the order of the plan.
+
+    Raises:
+        ValueError: the folder holds something else; raised before any work.
+    """
+    threads = _checked(place, pool)
+    again = check(plan, place, session, overwrite)
+    reporter = Reporter(session.quiet)
+    done = {n for n, one in plan.stages.items() if state_of(one, place, session).state == "done"}
+    waiting = [name for name in plan.stages if again or name not in done]
+    write_plan(place, plan, threads)
+    progress = _Progress(plan.cost(sizes), waiting, reporter, max(1, pool.jobs))
+    with reporter.long_bar(f"{len(waiting)} stages", progress.total) as show:
+        options = Options(overwrite, keep_going=True, ended=progress.noting(place, show))
+        if pool.jobs == 0:
+            return work_off(plan, place, session, options)
+        return _processes(plan, place, session, options, (pool, threads, again))
+
+
+def _checked(place: Path, pool: Pool) -> int | None:
+    """Return the threads of each process, once folder and pool are found to be right."""
+    if pool.jobs < 0:
+        raise ValueError(f"jobs must be at least 0, got {pool.jobs}; 0 is this process alone")
+    if pool.threads is not None and pool.threads < 1:
+        raise ValueError(f"threads must be at least 1, got {pool.threads}")
+    if pool.on not in LAUNCHERS:
+        raise ValueError(f"no launcher {pool.on!r}; choose from {', '.join(LAUNCHERS)}")
+    there = (place / PLAN_FILE).exists()
+    if place.exists() and not there and (not place.is_dir() or holds_something(place)):
+        raise ValueError(
+            f"'{place}' is not empty and holds no stages of this command (it has no {PLAN_FILE}); "
+            "choose another folder, or empty it yourself"
+        )
+    kept = read_plan_file(place)["threads"] if there else None
+    if pool.jobs == 0:
+        return kept
+    if kept is not None and pool.threads not in (None, kept):
+        raise ValueError(
+            f"'{place}' was begun with {kept} threads a process, and {pool.threads} would change "
+            "the last digits of what is left; leave --threads out, or choose another folder"
+        )
+    return kept or pool.threads or max(1, (os.cpu_count() or 1) // pool.jobs)
+
+
+class _Progress:
+    """What is left of a plan, in tokens, and the time that takes at the pace so far."""
+
+    def __init__(
+        self, costs: Mapping[str, Cost], waiting: Sequence[str], reporter: Reporter, jobs: int
+    ):
+        # A stage that reads nothing, such as a merge, still takes a moment.
+        self._tokens = {name: costs[name].tokens + 1 for name in waiting}
+        self._left, self._count, self._reporter = dict(self._tokens), len(waiting), reporter
+        self._began, self._jobs = time.perf_counter(), jobs
+        self.total = float(sum(self._tokens.values()))
+
+    def noting(self, place: Path, show: Callable[[float], None]) -> Callable[[str, Outcome], None]:
+        """Return a function that takes note of every stage that has ended."""
+
+        def ended(name: str, outcome: Outcome) -> None:
+            if self._left.pop(name, None) is None:
+                return
+            self._say(name, outcome)
+            show(self.total - sum(self._left.values()))
+            log = work_folder(outcome.folder) / LOG_FILE
+            if outcome.error is not None and outcome.refused is None and log.exists():
+                self._reporter.say(_tail(log))
+
+        return ended
+
+    def _say(self, name: str, outcome: Outcome) -> None:
+        left = sum(self._left.values())
+        pace = (time.perf_counter() - self._began) / max(1.0, self.total - left)
+        rest = f", about {duration(pace * left)} left" if self._left else ""
+        ended = self._count - len(self._left)
+        state = outcome.error or "done"
+        self._reporter.say(f"{name}: {state} ({ended} of {self._count} stages{rest})")
+
+
+def _tail(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-3:])
+
+
+def _processes(
+    plan: Plan,
+    place: Path,
+    session: Session,
+    options: Options,
+    how: tuple[Pool, int | None, bool],
+) -> dict[str, Outcome]:
+    """Start a process for every stage as soon as its inputs are there."""
+    pool, threads, again = how
+    outcomes: dict[str, Outcome] = {}
+    waiting = dict(plan.stages)
+    running: dict[int, tuple[str, Process]] = {}
+
+    def end(name: str, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        options.ended(name, outcome)
+
+    with _ending_with_this_process(running):
+        while waiting or running:
+            for name, stage in list(waiting.items()):
+                lost = without_result(stage, place, outcomes)
+                ready = all(need in outcomes for need in stage.needs())
+                if lost is not None:
+                    del waiting[name]
+                    end(name, lost)
+                elif ready and not again and state_of(stage, place, session).state == "done":
+                    del waiting[name]
+                    end(name, Outcome(place / name))
+                elif ready and len(running) < pool.jobs:
+                    del waiting[name]
+                    slot = min(set(range(pool.jobs)) - running.keys())
+                    process = _started(place, name, pool, (threads, slot), options.overwrite)
+                    running[slot] = (name, process)
+            time.sleep(_PAUSE if running else 0)
+            for slot, (name, process) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[slot]
+                    end(name, _ended(place / name, code))
+    return {name: outcomes[name] for name in plan.stages}
+
+
+def _started(
+    place: Path, name: str, pool: Pool, slot: tuple[int | None, int], again: bool
+) -> Process:
+    threads, number = slot
+    count = str(threads)
+    environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"} | gpu_of(number, _gpus())
+    flags = ("--again",) if again else ()
+    return LAUNCHERS[pool.on](place, name, _log_of(place / name), environment, flags)
+
+
+def _log_of(out: Path) -> Path:
+    """Where the output of a stage's process goes: outside the folder that a new start removes."""
+    return out.with_name(f"{out.name}.{LOG_FILE}")
+
+
+def _ended(out: Path, code: int) -> Outcome:
+    log = _log_of(out)
+    if code == 0:
+        log.unlink(missing_ok=True)
+        return Outcome(out)
+    if code == NOT_APPLICABLE:
+        why = log.read_text(errors="replace").splitlines()[-1]
+        return Outcome(out, f"not applicable ({why})", why)
+    return Outcome(out, f"failed (exit code {code}), see {log}")
+
+
+def gpu_of(place: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Return the environment that gives a process its GPU.
+
+    Args:
+        place: of the process, from 0.
+        gpus: names of the machine's GPUs as CUDA knows them.
+    """
+    return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return named.split(",")
+    return [str(n) for n in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _ending_with_this_process(running: Mapping[int, tuple[str, Process]]) -> Iterator[None]:
+    """Stop the running processes when the body is left; let SIGTERM leave it as Ctrl-C does."""
+    before: Any = None
+    # Only the main thread may say what signals do.
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for _, process in list(running.values()):
+            process.stop()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,114 @@
+"""Pieces that several plans are built of: each adds stages and returns the name of the last."""
+
+from collections.abc import Mapping
+
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.plans.plan import PlanBuilder
+from grasp_lora.stages.stage import Input, Stage
+
+ROLES = ("source", "target")
+
+
+def add_adapters(plan: PlanBuilder, config: RunConfig, below: str = "adapters") -> dict[str, Input]:
+    """Add the training of each adapter that the user does not give; return role -> adapter."""
+    found: dict[str, Input] = {}
+    for role in ROLES:
+        given = getattr(config.adapters, role)
+        trained = Stage(f"{below}/{role}", "train", config, options={"role": role})
+        found[role] = given if given is not None else plan.add(trained)
+    return found
+
+
+def add_merge(
+    plan: PlanBuilder,
+    config: RunConfig,
+    pair: Mapping[str, Input],
+    name: str = "merged",
+    weights: str = "weights",
+) -> tuple[str, str | None]:
+    """Add a merge, and before it the probe of its weights where the settings ask for that.
+
+    Args:
+        plan: receives the stages.
+        config: `merge` says how.
+        pair: "source" and "target" -> adapter.
+        name: of the merge.
+        weights: of the probe.
+
+    Returns:
+        The names of the merge and of its probe; None for a probe that is not needed.
+    """
+    post_hoc, given = config.merge.when == "after", config.merge.weights
+    probe = None
+    if given == "auto" or (post_hoc and given is None):
+        choice = {"choice": "shares" if post_hoc else "weights"}
+        probe = plan.add(Stage(weights, "probe", config, pair, choice))
+    learned = {} if probe is None else {"weights": probe}
+    return plan.add(Stage(name, "merge", config, dict(pair) | learned)), probe
+
+
+def add_search(plan: PlanBuilder, config: RunConfig, merged: Input, name: str = "search") -> str:
+    """Add the search of the ratio; for a post-hoc merge the search trains nothing."""
+    options = {"untrained": config.merge.when == "after"}
+    return plan.add(Stage(name, "search", config, {"merged": merged}, options))
+
+
+def add_final(
+    plan: PlanBuilder,
+    config: RunConfig,
+    merged: Input,
+    search: str,
+    name: str = "final",
+    retrained: Input | None = None,
+) -> str:
+    """Add the final run of a search: pruned at its ratio, fine-tuned as the settings say.
+
+    With `finetune.rows: labelled` the run on the train examples is added first, as `<name>-judged`.
+
+    Args:
+        plan: receives the stages.
+        config: the settings.
+        merged: what the search began with.
+        search: the search.
+        name: of the result.
+        retrained: for a post-hoc merge, the same merge with its source adapter trained on all
+            labelled examples.
+    """
+    post_hoc, labelled = config.merge.when == "after", config.finetune.rows == "labelled"
+    start = search if config.finetune.mode == "continue" and not post_hoc else merged
+    options, title = {"untrained": post_hoc}, "final fine-tuning"
+    inputs: dict[str, Input] = {"start": start, "ratio": search}
+    first = name if not labelled else f"{name}-judged"
+    judged = plan.add(Stage(first, "prune", config, inputs, options, title))
+    if not labelled:
+        return judged
+    inputs = {"start": merged if retrained is None else retrained, "ratio": search}
+    inputs["judged"] = judged
+    if start != merged:
+        inputs["cut_from"] = start
+    return plan.add(Stage(name, "prune", config, inputs, options, title))
+
+
+def add_unpruned(
+    plan: PlanBuilder, config: RunConfig, start: Input, name: str, title: str
+) -> tuple[str, str]:
+    """Add the fine-tuning of an adapter without pruning.
+
+    Returns:
+        The name of the result, and that of the run which judges it: with `finetune.rows: labelled`
+        the run on the train examples alone, otherwise the result itself.
+    """
+    if config.finetune.rows == "train":
+        only = plan.add(Stage(name, "prune", config, {"start": start}, title=title))
+        return only, only
+    judged = plan.add(Stage(f"{name}-judged", "prune", config, {"start": start}, title=title))
+    inputs = {"start": start, "judged": judged}
+    return plan.add(Stage(name, "prune", config, inputs, title=title)), judged
+
+
+def as_long_alone(config: RunConfig) -> RunConfig:
+    """Return settings that give one fine-tuning run the epochs the result has had in all."""
+    if config.finetune.mode == "restart":
+        return config
+    epochs = config.training("search").epochs + config.training("finetune").epochs
+    return config.with_training("finetune", epochs=epochs)

@@ -1,0 +1,82 @@
+"""A plan: stages in the order they are done, each naming its inputs.
+
+Plans are built by functions (`grasp_lora.plans.run`, `compare`, `ablate`, `single`) and worked off
+by one executor (`grasp_lora.plans.executor`). Building a plan reads no weights and writes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from grasp_lora.stages.keys import used_settings
+from grasp_lora.stages.stage import Cost, Sizes, Stage
+from grasp_lora.stages.table import KINDS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages, each after those that it needs.
+
+    Attributes:
+        stages: name -> stage.
+    """
+
+    stages: Mapping[str, Stage]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for name, stage in self.stages.items():
+            missing = [need for need in stage.needs() if need not in seen]
+            assert not missing, f"{name} needs {missing}, which are no earlier stages"
+            assert stage.name == name, f"{stage.name} is listed as {name}"
+            seen.add(name)
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost]:
+        """Return name -> what the stage does at most."""
+        return {name: KINDS[one.kind].cost(one, sizes) for name, one in self.stages.items()}
+
+
+class PlanBuilder:
+    """Collects the stages of a plan; a stage that is there already is not listed twice."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Stage] = {}
+        self._known: dict[object, str] = {}
+
+    def add(self, stage: Stage) -> str:
+        """Add a stage and return the name it goes by.
+
+        Args:
+            stage: what is to be done. Where an earlier stage does the same from the same inputs,
+                that one is taken, whatever its name.
+        """
+        identity = _identity(stage)
+        if identity in self._known:
+            return self._known[identity]
+        assert stage.name not in self._stages, f"two stages are called {stage.name}"
+        self._stages[stage.name] = stage
+        self._known[identity] = stage.name
+        return stage.name
+
+    def built(self, name: str) -> Stage:
+        """Return a stage that was added."""
+        return self._stages[name]
+
+    def build(self) -> Plan:
+        """Return the plan."""
+        return Plan(dict(self._stages))
+
+
+def part_of(plan: Plan, wanted: tuple[str, ...]) -> Plan:
+    """Return the plan of the named stages and all that they need."""
+    kept = set(wanted)
+    for name in reversed(list(plan.stages)):
+        if name in kept:
+            kept |= set(plan.stages[name].needs())
+    return replace(plan, stages={n: s for n, s in plan.stages.items() if n in kept})
+
+
+def _identity(stage: Stage) -> tuple[str, str]:
+    used = used_settings(stage, KINDS[stage.kind])
+    inputs = {role: (isinstance(one, str), str(one)) for role, one in stage.inputs.items()}
+    options = {k: v for k, v in stage.options.items() if v is not None and v is not False}
+    return stage.kind, repr((sorted(used.items()), sorted(inputs.items()), sorted(options.items())))

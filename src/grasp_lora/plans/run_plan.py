@@ -1,0 +1,125 @@
+"""The plan of a run: from two adapters, given or trained here, to the scores of the result.
+
+This is the published flow: adapters, merge, search, final run, evaluation. `merge.when: after`
+turns it round: the source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.plans.parts import (
+    add_adapters,
+    add_final,
+    add_merge,
+    add_search,
+    add_unpruned,
+    as_long_alone,
+)
+from grasp_lora.plans.plan import Plan, PlanBuilder
+from grasp_lora.stages.stage import Input, Stage
+
+TUNED = "baselines/source-finetuned"
+UNPRUNED = "baselines/merged-finetuned"
+_TITLES = {TUNED: "source fine-tuned on target", UNPRUNED: "merged fine-tuned unpruned"}
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the result table.
+
+    Attributes:
+        name: what the table calls it.
+        slug: folder name of its evaluation.
+        adapter: its adapter, None for the bare backbone.
+    """
+
+    name: str
+    slug: str
+    adapter: Input | None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The stages of a run, and where the parts of its result are.
+
+    Attributes:
+        plan: the stages.
+        adapters: "source" and "target" -> adapter.
+        search: the stage that learned the ratio.
+        final: the stage that made the result.
+        systems: rows of the result table, the result last; empty where there is nothing to test on.
+    """
+
+    plan: Plan
+    adapters: Mapping[str, Input]
+    search: str
+    final: str
+    systems: tuple[System, ...]
+
+
+def run_plan(config: RunConfig, scored: bool) -> RunPlan:
+    """Return the plan of a run.
+
+    Args:
+        config: the run's settings.
+        scored: whether there are test examples.
+    """
+    plan, post_hoc = PlanBuilder(), config.merge.when == "after"
+    adapters = add_adapters(plan, config)
+    pair, tuned = dict(adapters), None
+    if post_hoc:
+        # What dev examples choose must not have been trained on them: the judged run is merged.
+        tuned, pair["source"] = _tuned(plan, config, adapters)
+    merged, probe = add_merge(plan, config, pair)
+    search = add_search(plan, config, merged)
+    retrained = None
+    if post_hoc and config.finetune.rows == "labelled" and tuned is not None:
+        inputs: dict[str, Input] = {"source": tuned, "target": pair["target"]}
+        inputs |= {} if probe is None else {"weights": probe}
+        retrained = plan.add(Stage("merged-labelled", "merge", config, inputs))
+    final = add_final(plan, config, merged, search, retrained=retrained)
+    systems: list[System] = []
+    if scored and config.evaluate.baselines:
+        systems = _baselines(plan, config, adapters, merged)
+    if scored:
+        systems.append(System("final", "final", final))
+    for system in systems:
+        inputs = {} if system.adapter is None else {"adapter": system.adapter}
+        name, title = f"evaluations/{system.slug}", f"evaluate {system.name}"
+        plan.add(Stage(name, "evaluate", config, inputs, title=title))
+    return RunPlan(plan.build(), adapters, search, final, tuple(systems))
+
+
+def _tuned(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> tuple[str, str]:
+    """Add the source adapter fine-tuned alone: a baseline, and half of a post-hoc merge."""
+    alone = as_long_alone(config)
+    return add_unpruned(plan, alone, adapters["source"], TUNED, _TITLES[TUNED])
+
+
+def _baselines(
+    plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input], merged: str
+) -> list[System]:
+    """Add the runs that the result is held against; return their rows of the table."""
+    post_hoc = config.merge.when == "after"
+    tuned, _ = _tuned(plan, config, adapters)
+    first = _merged_first(plan, config, adapters) if post_hoc else merged
+    alone = as_long_alone(config)
+    unpruned, _ = add_unpruned(plan, alone, first, UNPRUNED, _TITLES[UNPRUNED])
+    whole = "fine-tuned source merged with target" if post_hoc else "merged, untrained"
+    return [
+        System("zero-shot", "zero-shot", None),
+        System("source adapter", "source", adapters["source"]),
+        System("source adapter, fine-tuned on target", "source-finetuned", tuned),
+        System("target adapter", "target", adapters["target"]),
+        System(whole, "merged", merged),
+        System("merged, fine-tuned unpruned", "merged-finetuned", unpruned),
+    ]
+
+
+def _merged_first(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> str:
+    """Add the merge before any fine-tuning, by the weights configured or the average."""
+    given = None if config.merge.weights == "auto" else config.merge.weights
+    first = config.merge.model_copy(update={"when": "before", "weights": given})
+    config = config.model_copy(update={"merge": first})
+    return plan.add(Stage("baselines/merged-first", "merge", config, adapters))

@@ -1,0 +1,218 @@
+"""Plans of one stage, for the stage commands and for Python: settings and folders in, a folder out.
+
+Each function returns its folder `out` and raises ValueError where `out` holds a result that other
+inputs made and `overwrite` is not set.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.plans.executor import Options, work_off
+from grasp_lora.plans.plan import PlanBuilder
+from grasp_lora.plans.run import NO_DEV_EXAMPLES
+from grasp_lora.plans.session import Session
+from grasp_lora.scoring.sets import missing_metrics
+from grasp_lora.stages.evaluate import NO_TEST_EXAMPLES
+from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.workbench.context import Context
+from grasp_lora.workbench.given import say_other_bases
+from grasp_lora.workbench.merged_folder import epochs_trained
+from grasp_lora.workbench.objective import objective_faults
+from grasp_lora.workbench.processes import is_main, join
+from grasp_lora.workbench.reporter import Reporter
+from grasp_lora.workbench.rows import load_run_data
+
+
+def train_adapter(
+    config: RunConfig,
+    role: str,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Train a fresh adapter on the examples of `role`; the checkpoint with the best dev loss is
+    kept.
+
+    Args:
+        config: `lora` gives the adapter's shape, `train` the training.
+        role: "source" or "target".
+        out: folder of the adapter, an ordinary PEFT folder.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+
+    Raises:
+        ValueError: there are no examples of the role, or no layer matches `lora.target_modules`.
+    """
+    stage = Stage(out.name, "train", config, options={"role": role})
+    return _done(out, [stage], overwrite, context)
+
+
+def merge_adapters(
+    config: RunConfig,
+    folders: Sequence[Path],
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Merge PEFT adapters of one backbone, as `config.merge` says.
+
+    Args:
+        config: the settings.
+        folders: adapter folders; the order is that of `merge.weights` and of the sources.
+        out: folder of the merged adapter: an ordinary PEFT folder, and beside it the factors of
+            each source, which `search` and `finetune` mask apart.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
+            adapters cannot be merged exactly; names the reason.
+    """
+    for folder in folders:
+        read_adapter(folder)
+    roles = ("source", "target", *(f"adapter {n}" for n in range(2, len(folders))))
+    inputs: dict[str, Input] = dict(zip(roles, folders, strict=False))
+    stage = Stage(out.name, "merge", config, inputs)
+    return _done(out, [stage], overwrite, context, named=folders)
+
+
+def search_ratio(
+    config: RunConfig,
+    merged: Path,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Fine-tune the merged adapter while the controller learns the prune ratio.
+
+    With `merge.when: after` nothing is trained: the same rounds probe the adapter as it is.
+
+    Args:
+        config: the settings.
+        merged: folder of the merged adapter (any PEFT adapter folder will do).
+        out: receives `ratio.json`, `rounds.jsonl` and `adapter/`.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+
+    Raises:
+        ValueError: the run is too short for one round; the micro-dev set is empty or overlaps.
+        Diverged: the training loss became NaN.
+    """
+    faults = objective_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    options = {"untrained": config.merge.when == "after"}
+    stage = Stage(out.name, "search", config, {"merged": merged}, options)
+    return _done(out, [stage], overwrite, context)
+
+
+def prune_adapter(
+    config: RunConfig,
+    start: Path,
+    ratio: float,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Prune an adapter at a fixed ratio, fine-tune it on the target examples, keep the best.
+
+    With `finetune.rows: labelled` that run is kept beside the result, in `<out>-judged`, and the
+    result is retrained on all labelled examples.
+
+    Args:
+        config: the settings.
+        start: a merged folder, a search's `adapter/`, or any PEFT adapter folder.
+        ratio: fraction of entries set to zero in every mask unit's tensors, in [0, 1].
+        out: folder of the final adapter, an ordinary PEFT folder.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+        options: `spread`, `random_masks` and `untrained`, as `grasp_lora.stages.prune` has them.
+
+    Raises:
+        ValueError: the ratio is outside [0, 1], `start` is no adapter for this backbone, or all
+            labelled examples are to be trained on without dev examples to choose the epochs by, or
+            from where a search ended.
+        Diverged: the training loss became NaN.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"the ratio must be in [0, 1], got {ratio}; it is the fraction removed")
+    options = {"ratio": ratio} | dict(options or {})
+    inputs: dict[str, Input] = {"start": start}
+    title = "final fine-tuning"
+    if config.finetune.rows != "labelled" or options.get("untrained"):
+        stage = Stage(out.name, "prune", config, inputs, options, title)
+        return _done(out, [stage], overwrite, context)
+    if config.finetune.mode == "continue" and epochs_trained(start):
+        raise ValueError(
+            f"finetune.rows: labelled trains from where the search began, and '{start}' is where it"
+            " ended: give the merged adapter as the start with finetune.mode: restart"
+        )
+    judged = Stage(f"{out.name}-judged", "prune", config, inputs, options, title)
+    whole = Stage(out.name, "prune", config, inputs | {"judged": judged.name}, options, title)
+    return _done(out, [judged, whole], overwrite, context)
+
+
+def evaluate_adapter(
+    config: RunConfig,
+    adapter: Path | None,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+    title: str = "evaluate",
+) -> Path:
+    """Answer the test examples and score the answers.
+
+    Args:
+        config: the settings.
+        adapter: a PEFT adapter folder; None scores the bare backbone.
+        out: receives `scores.json`, `predictions.jsonl` and `provenance.json`.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+        title: what the progress bar says.
+
+    Raises:
+        ValueError: there are no test examples, a score cannot be computed here, or the adapter is
+            none for this backbone.
+    """
+    inputs: dict[str, Input] = {} if adapter is None else {"adapter": adapter}
+    stage = Stage(out.name, "evaluate", config, inputs, title=title)
+    return _done(out, [stage], overwrite, context)
+
+
+def _done(
+    out: Path,
+    stages: Sequence[Stage],
+    overwrite: bool,
+    context: Context | None,
+    named: Sequence[Path] = (),
+) -> Path:
+    """Work off a plan of these stages in the folder above `out`; say which of the `named` adapters
+    name other base models."""
+    config, kind = stages[-1].config, stages[-1].kind
+    join(config)
+    evaluates = kind == "evaluate"
+    if context is None:
+        faults = missing_metrics(config) if evaluates else []
+        if faults:
+            raise ConfigError(faults)
+        say = Reporter(not is_main()).say
+        data = load_run_data(config, say, training=not evaluates)
+    else:
+        data = context.data
+    if evaluates and not data.test_sets():
+        raise ValueError(NO_TEST_EXAMPLES)
+    labelled = config.finetune.rows == "labelled" and len(stages) > 1
+    if labelled and not data.parts["target"].get("dev"):
+        raise ValueError(NO_DEV_EXAMPLES)
+    plan = PlanBuilder()
+    for stage in stages:
+        plan.add(stage)
+    session = Session(config, data, context, training=not evaluates)
+    if context is None and named and not (out / "stage.json").exists():
+        say_other_bases(session.context, named)
+    work_off(plan.build(), out.parent, session, Options(overwrite=overwrite))
+    return out

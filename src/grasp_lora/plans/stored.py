@@ -1,0 +1,95 @@
+"""A plan as a file, so that another process, or another machine, can do a stage of it.
+
+Stages name each other. A given folder that lies in the plan's folder is written relative to it, so
+the plan's folder may be moved.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.base.files import jsonable, read_json, write_json
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.plans.plan import Plan
+from grasp_lora.stages.stage import Input, Stage
+
+PLAN_FILE = "plan.json"
+_FORMAT = "grasp-lora plan"
+
+
+def write_plan(place: Path, plan: Plan, threads: int | None = None) -> None:
+    """Write a plan into its folder.
+
+    Args:
+        place: the folder of the stages' results.
+        plan: the stages.
+        threads: of each process that does a stage, kept for later starts.
+    """
+    stages = [_to_json(stage, place) for stage in plan.stages.values()]
+    write_json(place / PLAN_FILE, {"format": _FORMAT, "threads": threads, "stages": stages})
+
+
+def read_stage(place: Path, name: str) -> Stage:
+    """Return a stage of the plan in a folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no plan.
+        ValueError: the file is no plan, or has no such stage.
+    """
+    stored = read_plan_file(place)
+    for one in stored["stages"]:
+        if one["name"] == name:
+            return _from_json(one, place)
+    raise ValueError(f"the plan in '{place}' has no stage {name!r}")
+
+
+def read_plan_file(place: Path) -> dict[str, Any]:
+    """Return what the plan's file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file was not written by grasp-lora.
+    """
+    stored = read_json(place / PLAN_FILE)
+    if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
+        raise ValueError(
+            f"'{place / PLAN_FILE}' was not written by grasp-lora; choose another folder"
+        )
+    return stored
+
+
+def _to_json(stage: Stage, place: Path) -> dict[str, Any]:
+    inputs: dict[str, dict[str, str]] = {}
+    for role, one in stage.inputs.items():
+        if isinstance(one, str):
+            inputs[role] = {"stage": one}
+        else:
+            inputs[role] = {"folder": _relative(one, place)}
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "title": stage.title,
+        "options": jsonable(stage.options),
+        "inputs": inputs,
+        "config": {k: v for k, v in stage.config.to_dict().items() if k != "output"},
+    }
+
+
+def _from_json(stored: dict[str, Any], place: Path) -> Stage:
+    inputs: dict[str, Input] = {
+        role: one["stage"] if "stage" in one else place / one["folder"]
+        for role, one in stored["inputs"].items()
+    }
+    return Stage(
+        stored["name"],
+        stored["kind"],
+        RunConfig(**stored["config"]),
+        inputs,
+        stored["options"],
+        stored["title"],
+    )
+
+
+def _relative(folder: Path, place: Path) -> str:
+    whole, root = folder.absolute(), place.absolute()
+    return os.path.relpath(whole, root) if whole.is_relative_to(root) else str(whole)

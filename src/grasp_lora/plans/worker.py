@@ -1,0 +1,50 @@
+"""One stage of a plan, as a process of its own: `python -m grasp_lora.plans.worker FOLDER STAGE`.
+
+The folder's `plan.json` says what the stage is. Everything the stage needs is in the folders that
+the plan names, so any machine that sees them can do it.
+"""
+
+import sys
+from pathlib import Path
+
+from grasp_lora.plans.executor import PLAIN, do
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.stored import read_stage
+from grasp_lora.stages.other_merges import NotApplicable
+from grasp_lora.workbench.processes import join
+from grasp_lora.workbench.reporter import Reporter
+from grasp_lora.workbench.rows import load_run_data
+
+NOT_APPLICABLE = 3
+"""Exit code of a stage that cannot run on these adapters or on this machine; the reason is the last
+line of standard output."""
+
+
+def work(place: Path, name: str, again: bool = False) -> None:
+    """Do a stage of the plan in a folder, unless it is done.
+
+    Args:
+        place: the plan's folder.
+        name: of the stage.
+        again: replace a result that is there.
+    """
+    stage = read_stage(place, name)
+    join(stage.config)
+    data = load_run_data(stage.config, Reporter().say)
+    options = PLAIN if not again else PLAIN.replacing()
+    do(stage, place, Session(stage.config, data), options, again)
+
+
+def main(arguments: list[str]) -> int:
+    """Do the stage that the command line names; return the exit code."""
+    place, name, *flags = arguments
+    try:
+        work(Path(place), name, "--again" in flags)
+    except NotApplicable as error:
+        print(error)
+        return NOT_APPLICABLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

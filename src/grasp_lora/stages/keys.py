@@ -1,0 +1,198 @@
+"""The key of a stage: all that its result depends on, and nothing else.
+
+A key is a dictionary, so that a difference can be told setting by setting. Two keys are equal where
+every entry is; an entry that one of them lacks counts as the default of that setting.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.base.files import jsonable, read_json
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.stages.stage import Kind, Split, Stage
+from grasp_lora.workbench.merged_folder import adapter_in
+from grasp_lora.workbench.rows import RunData
+
+Key = dict[str, Any]
+_READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json")
+
+
+def key_of(
+    stage: Stage, kind: Kind, data: RunData, base: str | None, inputs: Mapping[str, str]
+) -> Key:
+    """Return the key of a stage.
+
+    Args:
+        stage: what is to be done.
+        kind: its row of the table.
+        data: the examples; of those that the stage reads the content counts.
+        base: what tells the base model's weights from others (`models.content.base_content`);
+            None where only the model's name is known.
+        inputs: role -> digest of the folder's content, see `folder_content`.
+    """
+    settings = used_settings(stage, kind)
+    if base is not None:
+        settings.pop("model.name", None)
+    sets = kind.examples(stage, splits_of(data))
+    return {
+        "kind": stage.kind,
+        "format": kind.format,
+        "base": base,
+        "settings": settings,
+        "options": _given(stage.options),
+        "examples": {f"{role}/{split}": data.digest_of(role, split) for role, split in sets},
+        "inputs": dict(inputs),
+    }
+
+
+def used_settings(stage: Stage, kind: Kind) -> dict[str, Any]:
+    """Return dotted setting -> value, JSON-able, of the settings that the kind names."""
+    values = flat_settings(stage.config)
+    return {
+        name: values[name]
+        for name in values
+        if any(name == one or name.startswith(f"{one}.") for one in kind.settings(stage))
+    }
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Return dotted setting -> value; those of a training are the values that hold for it."""
+    whole = config.to_dict()
+    whole["train"] = {name: config.training(name).model_dump(mode="json") for name in TRAININGS}
+    return flat(whole)
+
+
+TRAININGS = ("source", "target", "search", "finetune")
+"""The trainings of a run, as `RunConfig.training` names them."""
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            found |= flat(item, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = item
+    return found
+
+
+def hash_of(key: Key) -> str:
+    """Return 16 hex digits of a key; entries that are defaults do not count."""
+    whole = key | {"settings": _without_defaults(key["settings"])}
+    return hashlib.sha256(json.dumps(jsonable(whole), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(stored: Key, wanted: Key) -> list[str]:
+    """Return one line for each entry in which two keys differ: its name, the old value, the new.
+
+    Args:
+        stored: the key of the result that is there.
+        wanted: the key of the result that is asked for. Input folders that are not made yet may be
+            left out of it.
+    """
+    found: list[str] = []
+    if stored.get("kind") != wanted["kind"]:
+        return [f"it is the result of a stage {stored.get('kind')}, not {wanted['kind']}"]
+    if stored.get("format") != wanted["format"]:
+        found.append(
+            f"its format is {stored.get('format')}, this version writes {wanted['format']}"
+        )
+    if stored.get("base") != wanted["base"]:
+        found.append("the weights of the base model are others")
+    old, new = jsonable(stored.get("settings", {})), jsonable(wanted["settings"])
+    defaults = default_settings() if old.keys() != new.keys() else {}
+    for name in sorted(old.keys() | new.keys()):
+        was, now = (one.get(name, defaults.get(name)) for one in (old, new))
+        if was != now:
+            found.append(f"{name} was {_shown(was)}, is {_shown(now)}")
+    old, new = _given(stored.get("options", {})), _given(wanted["options"])
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            found.append(f"{name} was {_shown(old.get(name))}, is {_shown(new.get(name))}")
+    old, new = stored.get("examples", {}), wanted["examples"]
+    found += [
+        f"the examples of {name} have changed"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    old, new = stored.get("inputs", {}), wanted["inputs"]
+    found += [
+        f"the folder given as {name} has another content"
+        for name in sorted(new)
+        if old.get(name) != new[name]
+    ]
+    return found
+
+
+@functools.cache
+def default_settings() -> dict[str, Any]:
+    """Return dotted setting -> default, JSON-able; settings without a default are left out."""
+    least = RunConfig.model_validate({"model": "none", "data": {"target": {"language": "en"}}})
+    found = jsonable(flat_settings(least))
+    return {name: value for name, value in found.items() if name not in ("model.name",)}
+
+
+def splits_of(data: RunData) -> tuple[Split, ...]:
+    """Return all sets of examples that there are."""
+    return tuple((role, split) for role, parts in data.parts.items() for split in parts)
+
+
+def input_content(role: str, folder: Path) -> str:
+    """Return 16 hex digits of what a stage reads of an input folder.
+
+    The content counts, not the place: a run may be moved, and a folder may be written anew.
+
+    Args:
+        role: of the input; of a search that gives the ratio, the ratio alone is read.
+        folder: the input.
+    """
+    digest = hashlib.sha256()
+    if role == "ratio":
+        found = read_json(folder / "ratio.json")
+        spread = (found.get("spread") or {}).get("ratios")
+        digest.update(json.dumps([found.get("ratio"), spread], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+    place = adapter_in(folder)
+    for file in sorted(file for pattern in _READ for file in place.glob(pattern)):
+        content = file.read_bytes()
+        if file.name == "merge.json":  # it names places, which do not count
+            content = json.dumps(_without_places(json.loads(content)), sort_keys=True).encode()
+        digest.update(file.name.encode() + b"\0" + content)
+    facts = _FACTS.get(role.split()[0], ())
+    if facts:
+        marker = read_json(folder / "stage.json")
+        digest.update(json.dumps([marker.get(name) for name in facts], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+_FACTS: Mapping[str, tuple[str, ...]] = {
+    "judged": ("best",),
+    "fold": ("rows",),
+    "trial": ("ratio", "best"),
+}
+"""First word of an input's role -> facts of the input's marker that a stage reads."""
+
+
+def _without_places(merge: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in merge.items() if name != "sources"}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say something."""
+    return {k: jsonable(v) for k, v in options.items() if v is not None and v is not False}
+
+
+def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    defaults, values = default_settings(), jsonable(settings)
+    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,136 @@
+"""Merges of other authors, for comparisons: TIES and DARE as PEFT has them, and LoRAHub.
+
+They are rules of the stage `merge` (`grasp_lora.stages.merge`). A rule that does not suit the
+adapters raises `NotApplicable` with the reason.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grasp_lora.adapters.folder import LoadedAdapter
+from grasp_lora.adapters.peft_merges import peft_merge
+from grasp_lora.base.files import write_json
+from grasp_lora.core.lora import LoraFactors, MergedModule, Part, average_weights, merge
+from grasp_lora.models.example_losses import example_losses
+from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
+
+BUDGET = 40
+"""Weights that LoRAHub tries, as published."""
+BOUND = 1.5
+L1 = 0.05
+"""Price of the sum of the weights' sizes over their number, in nats, as published."""
+
+Merged = tuple[Mapping[str, MergedModule], dict[str, Any]]
+"""Module name -> merged factors, and facts about the merge."""
+
+
+class NotApplicable(ValueError):
+    """A stage cannot run on these adapters or on this machine; says why."""
+
+
+def by_peft(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge by PEFT's rule `options["kind"]` at `options["density"]`.
+
+    Raises:
+        NotApplicable: the rule does not suit the adapters, such as TIES on different ranks.
+    """
+    kind, density = work.stage.options["kind"], work.stage.options["density"]
+    alone = [merge("cat", [one.adapter], [1.0]) for one in loaded]
+    weights = average_weights(len(alone))
+    try:
+        merged = peft_merge(
+            work.context.backbone.model, alone, kind, weights, density, work.config.seed
+        )
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
+    return merged, {"kind": kind, "weights": weights}
+
+
+def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge by the weights that nevergrad finds, by the train examples' loss and an L1 price.
+
+    As LoRAHub (arXiv 2307.13269) does it, with the answers' loss of a causal model: the factors are
+    summed, not the deltas, so products of two adapters' factors are in the result. All weights that
+    were tried are written to `tried.json`.
+
+    Raises:
+        NotApplicable: nevergrad is not installed, or the adapters differ in shape.
+    """
+    try:
+        import nevergrad
+    except ImportError:
+        raise NotApplicable("LoRAHub needs nevergrad; run: pip install nevergrad") from None
+    context, adapters = work.context, [one.adapter for one in loaded]
+    cost, read = _price_of(work, adapters)
+    wanted = nevergrad.p.Array(init=[0.0] * len(loaded)).set_bounds(-BOUND, BOUND)
+    wanted.random_state.seed(work.config.seed)
+    optimizer = nevergrad.optimizers.NGOpt(parametrization=wanted, budget=BUDGET)
+    tried: list[tuple[float, list[float]]] = []
+    with context.reporter.bar("weights", BUDGET) as done, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the optimizer's own settings
+        for number in range(BUDGET):
+            candidate = optimizer.ask()
+            weights = [float(value) for value in candidate.value]
+            tried.append((cost(weights), weights))
+            optimizer.tell(candidate, tried[-1][0])
+            done(number + 1)
+    best = [float(value) for value in optimizer.provide_recommendation().value]
+    write_json(work.out / "tried.json", {"weights": best, "tried": tried})
+    about = {"kind": "lorahub", "weights": best, "forwards": BUDGET * read}
+    return summed(adapters, best), about
+
+
+def _price_of(
+    work: Work, adapters: Sequence[Mapping[str, LoraFactors]]
+) -> tuple[Callable[[Sequence[float]], float], int]:
+    """Return what a merge by given weights costs in nats, and how many examples that reads."""
+    context = work.context
+    train = context.rows("target", ["train"])
+    count = len(train.encoded)
+    batches = train.batches(range(count))
+
+    def cost(weights: Sequence[float]) -> float:
+        with context.live(summed(adapters, weights), "merged") as live:
+            live.model.eval()
+            losses = example_losses(live.model, batches, count)
+        price = L1 * sum(abs(weight) for weight in weights) / len(weights)
+        return sum(losses) / len(losses) + price
+
+    return cost, count
+
+
+def summed(
+    adapters: Sequence[Mapping[str, LoraFactors]], weights: Sequence[float]
+) -> dict[str, MergedModule]:
+    """Return `(sum w_i B_i) (sum w_i A_i)` times the adapters' scaling, for every module.
+
+    Raises:
+        NotApplicable: the adapters differ in modules, shapes or scaling.
+    """
+    merged: dict[str, MergedModule] = {}
+    if any(one.keys() != adapters[0].keys() for one in adapters):
+        raise NotApplicable("LoRAHub needs adapters with the same modules")
+    for name in adapters[0]:
+        parts = [one[name] for one in adapters]
+        if len({(p.A.shape, p.B.shape, p.scaling) for p in parts}) > 1:
+            raise NotApplicable(
+                f"LoRAHub needs adapters of the same rank and scaling; in {name} the ranks are "
+                f"{[p.rank for p in parts]}, the scalings {[p.scaling for p in parts]}"
+            )
+        a = sum(w * p.A.float() for w, p in zip(weights, parts, strict=True))
+        b = sum(w * p.B.float() for w, p in zip(weights, parts, strict=True))
+        merged[name] = MergedModule("cat", (Part(None, a, b * parts[0].scaling),))  # type: ignore[arg-type]
+    return merged
+
+
+def lorahub_cost(_stage: Stage, sizes: Sizes) -> Cost:
+    """Return the cost of LoRAHub's search."""
+    return sizes.reading(BUDGET, ("target", "train"))
+
+
+RULES: Mapping[str, Callable[[Work, Sequence[LoadedAdapter]], Merged]] = {
+    "peft": by_peft,
+    "lorahub": by_lorahub,
+}
+"""Option `rule` of a merge -> how it merges."""

@@ -1,0 +1,313 @@
+"""Stage `prune`: an adapter and a prune ratio -> the final adapter.
+
+The adapter is pruned at a fixed ratio and fine-tuned on the target examples; the best is chosen by
+dev loss among step 0 (pruned, not trained) and the end of every epoch. In mode `continue` the
+learning rate goes on from the epochs that a search's `adapter/` has had.
+
+Inputs:
+    start: a merged folder, the folder of a search, or any PEFT adapter folder.
+    ratio: the folder of a search whose ratio is taken; without it option `ratio` is the fraction of
+        entries set to zero in every mask unit's tensors, in [0, 1].
+    judged: the same stage on the train examples alone. Where it is given the result is retrained on
+        train, dev and micro-dev examples for as many epochs as `judged` kept, a search's among them
+        (our departure: the paper trains on the train examples alone).
+    cut_from: what `judged` started from, where that is not `start`; the same entries are pruned.
+    trial 0, trial 1, ...: earlier trials of an Optuna search (option `sampler`).
+
+Options:
+    ratio: fraction removed, where no search gives it.
+    shift: added to the ratio of a search.
+    spread: group of `config.scope` -> a ratio of its own.
+    random_masks: prune entries drawn at random.
+    untrained: prune and measure only, for an adapter that was trained before it was merged.
+    sampler: "tpe", "gp" or "random"; Optuna chooses the ratio from the best dev losses of the
+        earlier trials, after `drawn` trials at random.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import Training
+from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
+from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.optuna_ratio import next_ratio
+from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
+from grasp_lora.training.groups import ratio_by_group
+from grasp_lora.training.live import (
+    Block,
+    BlockImportance,
+    BlockRatio,
+    LiveAdapter,
+    Masks,
+    block_importance,
+)
+from grasp_lora.training.trainer import processes, steps_per_epoch
+from grasp_lora.workbench.context import LABELLED, Context
+from grasp_lora.workbench.fit import (
+    NOTHING_TRAINED,
+    FitOptions,
+    FitResult,
+    Stopwatch,
+    fit,
+    measured,
+)
+from grasp_lora.workbench.merged_folder import (
+    adapter_in,
+    epochs_trained,
+    read_ratio,
+    read_start,
+    save_plain,
+)
+from grasp_lora.workbench.processes import is_main
+
+LARGEST_SHIFTED = 0.95
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How masks are cut.
+
+    Attributes:
+        ratio: fraction removed, of everything or group by group.
+        rule: the importance rule.
+        drawn: masks are drawn at random instead.
+        seed: of the draw.
+    """
+
+    ratio: float | BlockRatio
+    rule: str
+    drawn: bool
+    seed: int
+
+    @property
+    def some(self) -> bool:
+        """Whether anything is pruned."""
+        return self.ratio != 0
+
+
+def run(work: Work) -> Mapping[str, Any]:
+    """Prune and fine-tune.
+
+    Raises:
+        ValueError: the start is no adapter for this backbone.
+        Diverged: the training loss became NaN.
+    """
+    config, context = work.config, work.context
+    ratio, spread = ratio_of(work)
+    wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
+    cut = _Cut(wanted if ratio > 0 else 0.0, config.importance, _drawn(work), config.seed)
+    stopwatch, start = Stopwatch(), adapter_in(work.inputs["start"])
+    judged_masks = _judged_masks(work, cut)
+    with _loaded(context, start, config) as live:
+        result = _trained(work, live, (cut, judged_masks), stopwatch)
+        plain = live.plain_factors()
+        zeros, ranks = zeros_of(live), {"whole": _total_rank(plain)}
+    if config.structure == "rank" and ratio > 0:
+        plain = {name: without_dead_components(*pair) for name, pair in plain.items()}
+    ranks["exported"] = _total_rank(plain)
+    if is_main():
+        with context.clock.span("write"):
+            save_plain(work.out, plain, context.backbone)
+    facts = {"ratio": ratio, "importance": config.importance, "zeros": zeros, "ranks": ranks}
+    facts |= {"seconds": stopwatch.seconds} | result.facts()
+    if "judged" in work.inputs:
+        facts |= _as_judged(facts_of(work.inputs["judged"]), result, context)
+    return facts
+
+
+def ratio_of(work: Work) -> tuple[float, Mapping[str, float] | None]:
+    """Return the ratio, and the ratios of groups where a search or an option has them."""
+    stage = work.stage
+    if stage.option("sampler") is not None:
+        trials = [one for role, one in work.inputs.items() if role.startswith("trial")]
+        return next_ratio(stage, [facts_of(folder) for folder in trials]), None
+    if "ratio" not in work.inputs:
+        return float(stage.option("ratio", 0.0)), stage.option("spread")
+    ratio, spread = read_ratio(work.inputs["ratio"] / "ratio.json", work.config)
+    shift = stage.option("shift")
+    if shift is None:
+        return ratio, spread
+    return min(LARGEST_SHIFTED, max(0.0, ratio + shift)), None
+
+
+def _drawn(work: Work) -> bool:
+    return bool(work.stage.option("random_masks", False))
+
+
+def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
+    """Return the masks of the judged run, cut where it started, for a start that is another."""
+    if "cut_from" not in work.inputs or not cut.some:
+        return None
+    folder = adapter_in(work.inputs["cut_from"])
+    with _loaded(work.context, folder, work.config) as live:
+        return _cutter(work.context, live, cut)()
+
+
+def _trained(
+    work: Work, live: LiveAdapter, masks: tuple[_Cut, Masks | None], stopwatch: Stopwatch
+) -> FitResult:
+    """Prune the live adapter, train it, and leave its best state in place."""
+    (cut, judged_masks), context, finetune = masks, work.context, work.config.finetune
+    training, before = _training(work)
+    cutter = _cutter(context, live, cut)
+
+    def prune(optimizer: Any = None) -> None:
+        with context.clock.span("masks"):
+            live.commit(cutter(), optimizer)
+
+    if judged_masks is not None:
+        live.commit(judged_masks)
+    elif cut.some:
+        prune()
+    labelled = "judged" in work.inputs
+    # The start itself may be what the judged run kept: then all labels train for no step either.
+    if work.stage.option("untrained", False) or training.max_steps == 0:
+        return NOTHING_TRAINED if labelled else measured(context, live)
+    schedule = finetune.mask_schedule
+    options = FitOptions(
+        training,
+        f"{work.title}, all labels" if labelled else work.title,
+        stateful=(stopwatch,),
+        choose_best=not labelled,
+        reprune=prune if cut.some and schedule != "once" else None,
+        reprune_every=schedule if isinstance(schedule, int) else 1,
+        start_epoch=before,
+    )
+    examples = context.on_all_labels() if labelled else context
+    return fit(examples, live, options, work.checkpoints)
+
+
+def _training(work: Work) -> tuple[Training, float]:
+    """Return the settings of the training, and the epochs that the start was trained before."""
+    training = work.config.training("finetune")
+    first = work.inputs.get("cut_from", work.inputs["start"])
+    continues = work.config.finetune.mode == "continue"
+    before = epochs_trained(adapter_in(first)) if continues else 0.0
+    if "judged" not in work.inputs:
+        return training, before
+    judged = facts_of(work.inputs["judged"])
+    return _for_all_labels(work.context, training, before, judged), 0.0
+
+
+def _for_all_labels(
+    context: Context, training: Training, before: float, judged: Mapping[str, Any]
+) -> Training:
+    """Return settings that give all labelled examples the epochs that the judged run has kept."""
+
+    def per_epoch(one: Context) -> int:
+        count = len(one.examples("target", "train"))
+        return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+
+    epochs = before + judged["best"]["step"] / per_epoch(context)
+    steps = round(epochs * per_epoch(context.on_all_labels()))
+    return training.model_copy(update={"max_steps": steps, "patience": None})
+
+
+def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
+    """Return the facts of a result on all labels: dev losses and steps are the judged run's."""
+    taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
+    count = len(context.on_all_labels().examples("target", "train"))
+    return taken | {"labelled": {"rows": count, "steps": result.steps, "log": list(result.log)}}
+
+
+@contextmanager
+def _loaded(context: Context, folder: Path, config: RunConfig) -> Iterator[LiveAdapter]:
+    with context.clock.span("load"):
+        merged = read_start(folder, context.backbone)
+    with context.live(merged, config.mask_unit) as live:
+        yield live
+
+
+def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Masks]:
+    """Return what cuts masks of a live adapter as it then is; drawn ones are always the same."""
+    if cut.drawn:
+        return lambda: live.masks(random_score(cut.seed), [cut.ratio])[0]
+    norms = context.norms(live, cut.rule) if cut.some else None
+    score = block_importance(IMPORTANCE[cut.rule], norms)
+    return lambda: live.masks(score, [cut.ratio])[0]
+
+
+def random_score(seed: int) -> BlockImportance:
+    """Return scores that are drawn, for masks that know nothing of the entries."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def score(_block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = [torch.rand(factor.shape, generator=generator) for factor in (a, b)]
+        return drawn[0].to(a.device), drawn[1].to(b.device)
+
+    return score
+
+
+def _total_rank(plain: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    return sum(a.shape[0] for a, _ in plain.values())
+
+
+def zeros_of(live: LiveAdapter) -> dict[str, Any]:
+    """Return the zeros of the tensors as exported: all of them, and per source where kept apart.
+
+    Under `mask_unit: source` the sources' own zeros are the ratio; the exported tensors of a
+    `linear` merge, their sums, have fewer.
+    """
+    plain = live.plain_factors()
+    per_source: dict[str, list[Any]] = {}
+    for block in live.blocks:
+        if block.source is not None:
+            rows = block.rows
+            held = (live.params[block.a].detach()[rows], live.params[block.b].detach()[:, rows])
+            per_source.setdefault(str(block.source), []).extend(held)
+    return {
+        "exported": zero_fraction([t for pair in plain.values() for t in pair]),
+        "exported_A": zero_fraction([a for a, _ in plain.values()]),
+        "exported_B": zero_fraction([b for _, b in plain.values()]),
+        "per_source": {source: zero_fraction(held) for source, held in per_source.items()},
+    }
+
+
+def _settings(stage: Stage) -> tuple[str, ...]:
+    encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
+    own = ["mask_unit", "finetune.mode", "evaluate.batch_size"]
+    if not stage.option("untrained", False):
+        own.append("train.finetune")
+    if _may_prune(stage):
+        own += ["importance", "structure", "finetune.mask_schedule", "scope"]
+    if stage.option("sampler"):
+        own.append("controller.high")
+    return ("seed", "model", *own, *encoding)
+
+
+def _may_prune(stage: Stage) -> bool:
+    told = stage.option("ratio", 0.0) or stage.option("sampler")
+    return "ratio" in stage.inputs or bool(told)
+
+
+def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
+    whole = LABELLED if "judged" in stage.inputs else ("train", "dev")
+    return tuple(("target", split) for split in whole)
+
+
+def _cost(stage: Stage, sizes: Sizes) -> Cost:
+    config, train, dev = stage.config, ("target", "train"), ("target", "dev")
+    training = config.training("finetune")
+    pruned = _may_prune(stage) and config.importance in NEEDS_NORMS
+    norms = sizes.reading(1 if pruned and not stage.option("random_masks", False) else 0, train)
+    if stage.option("untrained", False):
+        return norms + sizes.reading(1, dev)
+    if "judged" not in stage.inputs:
+        return norms + training_cost(training, sizes, train, dev)
+    # As many epochs as the judged run may keep, a search's among them.
+    if config.finetune.mode == "continue" and "cut_from" in stage.inputs:
+        both = training.epochs + config.training("search").epochs
+        training = training.model_copy(update={"epochs": both})
+    return norms + steps_cost(training, sizes, *(("target", split) for split in LABELLED))
+
+
+PRUNE = Kind(1, _settings, _examples, run, _cost)

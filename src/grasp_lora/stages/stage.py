@@ -1,0 +1,163 @@
+"""What a stage is: explicit, frozen inputs; one folder as its result.
+
+A plan lists stages that name each other as inputs (`grasp_lora.plans.plan`). The table
+`grasp_lora.stages.table.KINDS` says for each kind of stage which settings it uses, which examples
+it reads, what it costs, and which function does its work.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.workbench.context import Context
+
+Input = str | Path
+"""An input folder: the name of an earlier stage of the plan, or the path of a folder given by the
+user."""
+Split = tuple[str, str]
+"""A set of examples: (role, split), such as ("target", "train")."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+        name: the folder of its result, relative to the plan's folder; other stages refer to it by
+            this name.
+        kind: a row of `KINDS`.
+        config: settings of the run; the kind says which of them the stage uses.
+        inputs: role of the folder (such as "start") -> where it comes from.
+        options: what the stage is told beside the settings, JSON values only. An option that is
+            None or False counts as absent.
+        title: what the progress bar says; changes no result.
+    """
+
+    name: str
+    kind: str
+    config: RunConfig
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """Return an option, or the default where it is not given."""
+        value = self.options.get(name)
+        return default if value is None else value
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of the stages that have to be done first."""
+        return tuple(value for value in self.inputs.values() if isinstance(value, str))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the function of a stage works with.
+
+    Attributes:
+        stage: what is to be done.
+        context: examples and backbone; its settings are those of the stage.
+        inputs: role -> folder, each there and complete.
+        out: the folder to write. It becomes the result as a whole once the function returns.
+        checkpoints: a folder that survives a crash, for the Trainer's checkpoints.
+    """
+
+    stage: Stage
+    context: Context
+    inputs: Mapping[str, Path]
+    out: Path
+    checkpoints: Path
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the stage."""
+        return self.stage.config
+
+    @property
+    def title(self) -> str:
+        """What the progress bar says."""
+        return self.stage.title or self.stage.name
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage does at most; early stopping makes it less.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: tokens read, with or without a gradient.
+        forwards: examples read without a gradient.
+        answers: examples answered.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    answers: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.steps + other.steps,
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+            self.answers + other.answers,
+        )
+
+    def scaled(self, share: float) -> "Cost":
+        """Return a share of the cost."""
+        counts = (self.steps, self.tokens, self.forwards, self.answers)
+        return Cost(*(round(share * count) for count in counts))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The size of every set of examples, which costs are computed from.
+
+    Attributes:
+        count: set -> number of examples.
+        tokens: set -> mean tokens of an example.
+    """
+
+    count: Mapping[Split, int]
+    tokens: Mapping[Split, float]
+
+    def examples(self, *splits: Split) -> int:
+        """Return how many examples the sets hold together."""
+        return sum(self.count.get(split, 0) for split in splits)
+
+    def length(self, *splits: Split) -> float:
+        """Return the mean tokens of an example of the sets; 0 where they are empty."""
+        whole = self.examples(*splits)
+        total = sum(self.count.get(s, 0) * self.tokens.get(s, 0.0) for s in splits)
+        return total / whole if whole else 0.0
+
+    def reading(self, times: float, *splits: Split) -> Cost:
+        """Return the cost of reading all examples of the sets so many times."""
+        forwards = round(times * self.examples(*splits))
+        return Cost(0, round(forwards * self.length(*splits)), forwards)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table of stages.
+
+    Attributes:
+        format: number of the layout of the result's folder; a new one makes old results unusable.
+        settings: the dotted settings, or whole sections, that can change the result.
+        examples: the sets of examples that the stage reads, from all there are.
+        run: does the work; returns the facts that the result's marker holds.
+        cost: what the stage does at most.
+    """
+
+    format: int
+    settings: Callable[[Stage], tuple[str, ...]]
+    examples: Callable[[Stage, tuple[Split, ...]], tuple[Split, ...]]
+    run: Callable[[Work], Mapping[str, Any]]
+    cost: Callable[[Stage, Sizes], Cost]

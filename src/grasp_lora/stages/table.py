@@ -1,0 +1,21 @@
+"""The table of stages: name of a kind -> what it uses, costs and does."""
+
+from collections.abc import Mapping
+
+from grasp_lora.stages.evaluate import EVALUATE
+from grasp_lora.stages.merge import MERGE
+from grasp_lora.stages.probe import PROBE
+from grasp_lora.stages.prune import PRUNE
+from grasp_lora.stages.search import SEARCH
+from grasp_lora.stages.stage import Kind
+from grasp_lora.stages.train import TRAIN
+
+KINDS: Mapping[str, Kind] = {
+    "train": TRAIN,
+    "merge": MERGE,
+    "probe": PROBE,
+    "search": SEARCH,
+    "prune": PRUNE,
+    "evaluate": EVALUATE,
+}
+"""Name -> kind. A new kind of stage is a row here and a file of its own."""

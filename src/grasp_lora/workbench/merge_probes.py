@@ -1,0 +1,163 @@
+"""Losses of merges that nothing has trained: other weights, other strengths, pruned, or none.
+
+A precheck and the probe stage read the same few examples under each of them. Nothing is trained, so
+they do not see what training would make of a merge.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp_lora.adapters.folder import check_fits, read_adapter
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core.controller.rounds import draw_examples
+from grasp_lora.core.lora import MergedModule, average_weights, merge
+from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.models.example_losses import example_losses
+from grasp_lora.training.live import LiveAdapter, block_importance
+from grasp_lora.workbench.context import POOLS, Context
+
+EXAMPLES = 16
+MERGE = "merge"
+"""Name of the merge as configured."""
+
+
+@dataclass(frozen=True)
+class UntrainedMerge:
+    """One merge that is measured.
+
+    Attributes:
+        group: `single` (one adapter or none), `merge` (as configured), `weights` (other weights or
+            strengths), `pruned`.
+        weights: of source and target adapter; None for those of the configuration.
+        factor: on what the merge adds to the backbone.
+        ratio: fraction removed.
+    """
+
+    group: str
+    weights: tuple[float, float] | None = None
+    factor: float = 1.0
+    ratio: float = 0.0
+
+
+UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
+    MERGE: UntrainedMerge("merge"),
+    "source alone": UntrainedMerge("single", (1.0, 0.0)),
+    "target alone": UntrainedMerge("single", (0.0, 1.0)),
+    "no adapter": UntrainedMerge("single", factor=0.0),
+    "source alone, x 0.75": UntrainedMerge("single", (1.0, 0.0), 0.75),
+    "source alone, x 0.5": UntrainedMerge("single", (1.0, 0.0), 0.5),
+    "weights 0.75 + 0.25": UntrainedMerge("weights", (0.75, 0.25)),
+    "weights 0.5 + 0.5": UntrainedMerge("weights", (0.5, 0.5)),
+    "weights 0.25 + 0.75": UntrainedMerge("weights", (0.25, 0.75)),
+    "weights 0.75 + 0.25, x 0.75": UntrainedMerge("weights", (0.75, 0.25), 0.75),
+    "weights 0.25 + 0.75, x 0.75": UntrainedMerge("weights", (0.25, 0.75), 0.75),
+    **{
+        f"merge x {factor:g}": UntrainedMerge("weights", None, factor)
+        for factor in (0.25, 0.5, 0.75, 0.9, 1.25)
+    },
+    **{f"ratio {n / 10:g}": UntrainedMerge("pruned", ratio=n / 10) for n in range(1, 9)},
+}
+"""Name -> variant; 24 with the merge itself."""
+
+
+def usual_weights(config: RunConfig) -> tuple[float, ...]:
+    """Return the weights of the merge as configured; where they are to be learned, the average."""
+    given = config.merge.weights
+    return average_weights(2) if given is None or given == "auto" else tuple(given)
+
+
+def measure(
+    context: Context, folders: tuple[Path, Path], variants: Mapping[str, UntrainedMerge], rows: int
+) -> tuple[list[str], dict[str, list[float]]]:
+    """Return the ids of the rows that were drawn, and each variant's losses on them, in nats.
+
+    Args:
+        context: data and backbone.
+        folders: of the source and of the target adapter.
+        variants: name -> what is measured.
+        rows: how many are drawn from what the controller probes, or all if there are fewer.
+
+    Raises:
+        ValueError: an adapter does not fit, or there are fewer than 4 rows.
+    """
+    config = context.config
+    loaded = [read_adapter(folder) for folder in folders]
+    for folder, adapter in zip(folders, loaded, strict=True):
+        check_fits(adapter, context.backbone.model, str(folder))
+    pool = context.rows("target", POOLS[config.controller.probe_rows])
+    if len(pool.encoded) < 4:
+        raise ValueError(
+            f"comparing merges needs at least 4 micro-dev or dev rows, got {len(pool.encoded)}; "
+            "raise data.target.rows.micro_dev"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
+    batches = pool.batches(drawn)
+    kind, rank = config.merge.kind, config.merge.rank
+    losses: dict[str, list[float]] = {}
+    with context.reporter.bar("untrained merges", len(variants)) as done:
+        for weights, alike in _by_weights(variants, usual_weights(config)).items():
+            kept = [i for i, weight in enumerate(weights) if weight != 0]
+            both = len(kept) > 1
+            merged = merge(
+                kind if both else "cat",
+                [loaded[i].adapter for i in kept],
+                [weights[i] for i in kept],
+                rank if both else None,
+            )
+            losses |= _measure(context, merged, alike, batches, len(drawn))
+            done(len(losses))
+    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in variants}
+
+
+def _by_weights(
+    variants: Mapping[str, UntrainedMerge], usual: tuple[float, ...]
+) -> dict[tuple[float, ...], dict[str, UntrainedMerge]]:
+    grouped: dict[tuple[float, ...], dict[str, UntrainedMerge]] = {}
+    for name, variant in variants.items():
+        grouped.setdefault(variant.weights or usual, {})[name] = variant
+    return grouped
+
+
+def _measure(
+    context: Context,
+    merged: Mapping[str, MergedModule],
+    variants: Mapping[str, UntrainedMerge],
+    batches: Any,
+    count: int,
+) -> dict[str, list[float]]:
+    """Return name -> loss of each row, for the variants of one merge."""
+    found: dict[str, list[float]] = {}
+    config = context.config
+    unit = config.mask_unit if any(len(m.parts) > 1 for m in merged.values()) else "merged"
+    with context.live(merged, unit) as live:
+        for name, variant in variants.items():
+            if variant.ratio == 0:
+                with live.scaled(variant.factor):
+                    found[name] = example_losses(live.model, batches, count)
+        pruned = {name: one.ratio for name, one in variants.items() if one.ratio > 0}
+        if pruned:
+            found |= _pruned(context, live, pruned, batches, count)
+    return found
+
+
+def _pruned(
+    context: Context, live: LiveAdapter, ratios: Mapping[str, float], batches: Any, count: int
+) -> dict[str, list[float]]:
+    rule = context.config.importance
+    score = block_importance(IMPORTANCE[rule], context.norms(live, rule))
+    found: dict[str, list[float]] = {}
+    for name, masks in zip(ratios, live.masks(score, list(ratios.values())), strict=True):
+        with live.trial(masks):
+            found[name] = example_losses(live.model, batches, count)
+    return found
+
+
+def weights_of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the merge weights that a variant without pruning stands for."""
+    variant = UNTRAINED_MERGES[name]
+    return tuple(round(weight * variant.factor, 4) for weight in variant.weights or usual)

@@ -1,0 +1,125 @@
+"""Adapter folders between stages: a merged adapter with its sources kept apart, and a ratio."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from grasp_lora.adapters.folder import check_fits, read_adapter, write_adapter
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core.lora import MergedModule, Part, merge
+from grasp_lora.models.backbones import Backbone
+
+MERGE_FILE = "merge.json"
+PARTS_FILE = "parts.safetensors"
+
+
+def write_merged(
+    folder: Path,
+    merged: Mapping[str, MergedModule],
+    backbone: Backbone,
+    about: Mapping[str, Any],
+) -> None:
+    """Write a merged adapter: a plain PEFT folder, and beside it the factors of each source.
+
+    Args:
+        folder: where to.
+        merged: module name -> merged factors.
+        backbone: the model it belongs to.
+        about: JSON-able facts about the merge (kind, weights, sources).
+    """
+    plain = {name: (m.A, m.B) for name, m in merged.items()}
+    save_plain(folder, plain, backbone)
+    tensors = {
+        f"{name}|{i}|{side}": tensor.contiguous()
+        for name, module in merged.items()
+        for i, part in enumerate(module.parts)
+        for side, tensor in (("A", part.A), ("B", part.B))
+    }
+    save_file(tensors, folder / PARTS_FILE)
+    layout = {
+        name: {"kind": m.kind, "sources": [p.source for p in m.parts]} for name, m in merged.items()
+    }
+    write_json(folder / MERGE_FILE, dict(about) | {"layout": layout})
+
+
+def save_plain(
+    folder: Path,
+    plain: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    backbone: Backbone,
+    scaling: float = 1.0,
+) -> None:
+    """Write module -> (A, B) as an ordinary PEFT adapter folder."""
+    write_adapter(
+        folder,
+        plain,
+        model=backbone.model,
+        scaling=scaling,
+        base_name=backbone.public_name,
+        fingerprint=backbone.fingerprint,
+    )
+
+
+def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
+    """Read a merged folder, or any plain PEFT adapter folder as a merge of one.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no adapter, or not one for this backbone.
+    """
+    loaded = read_adapter(folder)
+    check_fits(loaded, backbone.model, str(folder))
+    if not (folder / MERGE_FILE).exists():
+        return merge("cat", [loaded.adapter], [1.0])
+    layout = read_json(folder / MERGE_FILE)["layout"]
+    try:
+        tensors = load_file(folder / PARTS_FILE)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder / PARTS_FILE} cannot be read ({error}); merge the adapters again"
+        ) from None
+    return {
+        name: MergedModule(
+            about["kind"],
+            tuple(
+                Part(source, tensors[f"{name}|{i}|A"], tensors[f"{name}|{i}|B"])
+                for i, source in enumerate(about["sources"])
+            ),
+        )
+        for name, about in layout.items()
+    }
+
+
+def adapter_in(folder: Path) -> Path:
+    """Return the adapter of a stage's folder: that of a search lies in `adapter/`."""
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
+def epochs_trained(folder: Path) -> float:
+    """Return the epochs of the search that wrote an adapter folder; 0 for any other folder."""
+    if not (folder / MERGE_FILE).exists():
+        return 0.0
+    return float(read_json(folder / MERGE_FILE).get("epochs", 0.0))
+
+
+def read_ratio(file: Path, config: RunConfig) -> tuple[float, dict[str, float] | None]:
+    """Return the ratio in a `ratio.json`, and the ratios of groups where it has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no ratio, or those of another `scope` than the settings name.
+    """
+    stored = read_json(file)
+    ratio = stored.get("ratio") if isinstance(stored, dict) else None
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise ValueError(f"'{file}' holds no ratio in [0, 1]; give the ratio.json of a search")
+    spread = (stored.get("spread") or {}).get("ratios")
+    if spread is not None and stored["scope"] != config.scope:
+        raise ValueError(
+            f"'{file}' holds ratios of scope {stored['scope']}, but scope is {config.scope}; set "
+            f"scope: {stored['scope']}"
+        )
+    return float(ratio), spread

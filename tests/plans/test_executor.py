@@ -1,0 +1,311 @@
+"""The executor: what is done, what is not done again, what is refused, what a failure stops."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.config.run_config import RunConfig, make_config
+from grasp_lora.plans import executor
+from grasp_lora.plans.executor import PLAIN, Options, work_off
+from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.single import evaluate_adapter, prune_adapter, train_adapter
+from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.stages.table import KINDS
+from grasp_lora.workbench.context import Context, open_context
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> SimpleNamespace:
+    """Return settings, an open context, and two adapters."""
+    folder = tmp_path_factory.mktemp("executor")
+    tiny_backbone_folder(folder / "base")
+    pair = [tiny_adapter_folder(folder / f"{n}", tiny_model(), seed=n) for n in (1, 2)]
+    context = open_context(settings(folder), quiet=True)
+    return SimpleNamespace(folder=folder, config=context.config, context=context, pair=pair)
+
+
+def settings(folder: Path, **changes) -> RunConfig:
+    return make_config(job(folder, **changes))
+
+
+def session_of(context: Context) -> Session:
+    return Session(context.config, context.data, context)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Return a list that receives the name of every stage whose work is done."""
+    found: list[str] = []
+
+    def noting(kind):
+        return replace(kind, run=lambda work: found.append(work.stage.name) or kind.run(work))
+
+    counted = {name: noting(kind) for name, kind in KINDS.items()}
+    monkeypatch.setattr(executor, "KINDS", counted)
+    return found
+
+
+def plan_of(config: RunConfig, pair: list[Path], *ratios: float) -> Plan:
+    """Return a plan: merge two adapters, prune the merge at each ratio without training it."""
+    plan = PlanBuilder()
+    inputs: dict[str, Input] = dict(zip(("source", "target"), pair, strict=True))
+    merged = plan.add(Stage("merged", "merge", config, inputs))
+    for ratio in ratios:
+        options = {"ratio": ratio, "untrained": True}
+        plan.add(Stage(f"pruned-{ratio:g}", "prune", config, {"start": merged}, options))
+    return plan.build()
+
+
+def same(one: Path, other: Path) -> bool:
+    return (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+
+
+def test_an_untrained_adapter_is_not_returned_for_a_trained_one(given, tmp_path):
+    out, start = tmp_path / "out", given.pair[0]
+
+    def pruned(**more) -> Path:
+        return prune_adapter(given.config, start, 0.5, out, context=given.context, **more)
+
+    pruned(options={"untrained": True})
+    untrained = (out / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match=r"made with other inputs: .*untrained was true, is none"):
+        pruned()
+    assert (out / WEIGHTS).read_bytes() == untrained
+    pruned(overwrite=True)
+    assert read_json(out / "stage.json")["steps"] > 0
+    assert (out / WEIGHTS).read_bytes() != untrained
+    with pytest.raises(ValueError, match=r"untrained was none, is true"):
+        pruned(options={"untrained": True})
+
+
+def test_random_masks_are_not_returned_for_those_of_the_rule(given, tmp_path):
+    out, start = tmp_path / "out", given.pair[0]
+
+    def pruned(drawn: bool, **more) -> dict[str, torch.Tensor]:
+        options = {"untrained": True, "random_masks": drawn}
+        prune_adapter(given.config, start, 0.5, out, context=given.context, options=options, **more)
+        return load_file(out / WEIGHTS)
+
+    drawn = pruned(True)
+    with pytest.raises(ValueError, match=r"random_masks was true, is none\."):
+        pruned(False)
+    chosen = pruned(False, overwrite=True)
+    assert any(not torch.equal(drawn[name] == 0, t == 0) for name, t in chosen.items())
+
+
+def test_other_weights_at_the_place_of_the_base_model_are_noticed(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    out, config = tmp_path / "out", settings(tmp_path, train={"epochs": 1, "max_steps": 1})
+    train_adapter(config, "target", out)
+    before = (out / WEIGHTS).read_bytes()
+    train_adapter(config, "target", out)
+    assert (out / WEIGHTS).read_bytes() == before
+    tiny_backbone_folder(tmp_path / "base", seed=5)
+    with pytest.raises(ValueError, match="the weights of the base model are others"):
+        train_adapter(config, "target", out)
+    assert (out / WEIGHTS).read_bytes() == before
+    train_adapter(config, "target", out, overwrite=True)
+    assert (out / WEIGHTS).read_bytes() != before
+
+
+def test_what_was_trained_stays_when_the_evaluation_changes(given, tmp_path, ran):
+    context = given.context
+    for beams in (1, 2):
+        evaluate = {"max_new_tokens": 2, "baselines": False, "beams": beams}
+        config = settings(given.folder, evaluate=evaluate, output=str(tmp_path / "elsewhere"))
+        final = prune_adapter(config, given.pair[0], 0.5, tmp_path / "final", context=context)
+        evaluate_adapter(config, final, tmp_path / f"scores-{beams}", context=context)
+    assert ran == ["final", "scores-1", "scores-2"]
+    with pytest.raises(ValueError, match=r"inputs: evaluate\.beams was 1, is 2\."):
+        evaluate_adapter(config, final, tmp_path / "scores-1", context=context)
+
+
+def test_a_plan_is_done_once_also_where_its_folder_was_moved(given, tmp_path, ran):
+    plan, session = plan_of(given.config, given.pair, 0.2, 0.5), session_of(given.context)
+    outcomes = work_off(plan, tmp_path / "here", session)
+    assert ran == list(outcomes) == ["merged", "pruned-0.2", "pruned-0.5"]
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    pair = [shutil.copytree(one, tmp_path / f"copy-{one.name}") for one in given.pair]
+    elsewhere = given.config.model_copy(update={"output": tmp_path / "other"})
+    again = work_off(plan_of(elsewhere, pair, 0.2, 0.5), moved, session)
+    assert len(ran) == 3, "places do not count, of the folder as little as of what was given"
+    assert again["merged"].folder == moved / "merged"
+
+
+def test_the_same_stage_of_two_plans_is_done_once(given, tmp_path, ran):
+    session = session_of(given.context)
+    work_off(plan_of(given.config, given.pair, 0.2), tmp_path, session)
+    work_off(plan_of(given.config, given.pair, 0.2, 0.5), tmp_path, session)
+    assert ran == ["merged", "pruned-0.2", "pruned-0.5"]
+
+
+def test_a_plan_lists_the_same_work_once_whatever_it_is_called(given):
+    plan, config = PlanBuilder(), given.config
+    inputs: dict[str, Input] = dict(zip(("source", "target"), given.pair, strict=True))
+    first = plan.add(Stage("merged", "merge", config, inputs))
+    reseeded = config.model_copy(update={"seed": 7})
+    assert plan.add(Stage("again", "merge", reseeded, inputs, title="another")) == first
+    half = Stage("half", "prune", config, {"start": first}, {"ratio": 0.5, "untrained": False})
+    assert plan.add(half) == "half"
+    assert plan.add(replace(half, name="same", options={"ratio": 0.5})) == "half"
+    assert plan.add(replace(half, name="drawn", options={"ratio": 0.5, "random_masks": True}))
+    assert plan.add(replace(half, name="other", config=reseeded)) == "other"
+    assert plan.add(replace(half, name="trained", inputs={"start": given.pair[0]})) == "trained"
+    built = plan.build()
+    assert list(built.stages) == ["merged", "half", "drawn", "other", "trained"]
+    assert list(part_of(built, ("drawn",)).stages) == ["merged", "drawn"]
+    assert list(part_of(built, ("trained",)).stages) == ["trained"]
+
+
+def test_a_plan_refuses_before_any_work(given, tmp_path, ran):
+    session, plan = session_of(given.context), plan_of(given.config, given.pair, 0.2, 0.5)
+    work_off(plan_of(given.config, given.pair, 0.2), tmp_path, session)
+    (tmp_path / "pruned-0.2").rename(tmp_path / "pruned-0.5")
+    shutil.rmtree(tmp_path / "merged")
+    ran.clear()
+
+    def refused(said: str, options: Options) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=said):
+            work_off(plan, tmp_path, session, options)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert ran == [], "neither the merge nor the other pruning, which come first"
+
+    for options in (PLAIN, Options(keep_going=True)):
+        refused(r"pruned-0\.5' holds a finished .*ratio was 0\.2, is 0\.5", options)
+    (tmp_path / "pruned-0.5" / "stage.json").unlink()
+    refused("no result of grasp-lora", Options(overwrite=True))
+
+
+def test_overwriting_replaces_what_differs_or_else_all(given, tmp_path, ran):
+    session, overwrite = session_of(given.context), Options(overwrite=True)
+    work_off(plan_of(given.config, given.pair, 0.2, 0.5), tmp_path, session)
+    first = (tmp_path / "pruned-0.2" / WEIGHTS).read_bytes()
+    ran.clear()
+    changed = given.config.model_copy(update={"importance": "magnitude"})
+    one, two = (plan_of(config, given.pair, 0.2) for config in (changed, given.config))
+    work_off(one, tmp_path, session, overwrite)
+    assert ran == ["pruned-0.2"], "the merge is the same"
+    work_off(two, tmp_path, session, overwrite)
+    assert ran == ["pruned-0.2"] * 2
+    assert (tmp_path / "pruned-0.2" / WEIGHTS).read_bytes() == first
+    work_off(two, tmp_path, session, overwrite)
+    assert ran == ["pruned-0.2"] * 2 + ["merged", "pruned-0.2"], "nothing differed: all again"
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".work", ".old")]
+
+
+def test_what_is_made_of_another_input_is_made_anew(given, tmp_path, ran):
+    session = session_of(given.context)
+    plan = plan_of(given.config, given.pair, 0.2)
+    work_off(plan, tmp_path, session)
+    reversed_pair = plan_of(given.config, given.pair[::-1], 0.2)
+    with pytest.raises(ValueError, match="folder given as source has another content; the folder"):
+        work_off(reversed_pair, tmp_path, session)
+    ran.clear()
+    work_off(reversed_pair, tmp_path, session, Options(overwrite=True))
+    assert ran == ["merged", "pruned-0.2"]
+
+
+def test_a_stage_that_fails_keeps_its_log_and_the_others_go_on(given, tmp_path, ran, monkeypatch):
+    prune = executor.KINDS["prune"]
+
+    def failing(work):
+        if work.stage.option("ratio") == 0.2:
+            raise RuntimeError("told to fail")
+        return prune.run(work)
+
+    broken = dict(executor.KINDS) | {"prune": replace(prune, run=failing)}
+    plan = PlanBuilder()
+    for stage in plan_of(given.config, given.pair, 0.2, 0.5).stages.values():
+        plan.add(stage)
+    options = {"ratio": 0.7, "untrained": True}
+    plan.add(Stage("onward", "prune", given.config, {"start": "pruned-0.2"}, options))
+    session, ended = session_of(given.context), []
+    keep = Options(keep_going=True, ended=lambda name, _outcome: ended.append(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "KINDS", broken)
+        with pytest.raises(RuntimeError, match="told to fail"):
+            work_off(plan.build(), tmp_path, session)
+        outcomes = work_off(plan.build(), tmp_path, session, keep)
+    log = tmp_path / "pruned-0.2.work" / "log.txt"
+    assert ended == list(outcomes) == ["merged", "pruned-0.2", "pruned-0.5", "onward"]
+    assert [one.error for one in outcomes.values()] == [
+        None,
+        f"failed (told to fail), see {log}",
+        None,
+        "not done, pruned-0.2 has no result",
+    ]
+    assert "RuntimeError: told to fail" in log.read_text()
+    assert not (tmp_path / "pruned-0.2").exists()
+    ran.clear()
+    assert not [
+        one for one in work_off(plan.build(), tmp_path, session, keep).values() if one.error
+    ]
+    assert ran == ["pruned-0.2", "onward"], "what was done is not done again"
+    assert not log.exists()
+
+
+def test_a_fault_of_the_start_leaves_nothing_that_refuses_the_right_one(given, tmp_path):
+    out = tmp_path / "out"
+    options = {"untrained": True}
+    with pytest.raises(FileNotFoundError):
+        prune_adapter(
+            given.config, tmp_path / "nowhere", 0.5, out, context=given.context, options=options
+        )
+    assert not out.exists()
+    prune_adapter(given.config, given.pair[0], 0.5, out, context=given.context, options=options)
+    assert (out / WEIGHTS).exists()
+
+
+def test_a_killed_replacement_goes_on_and_ends_as_if_it_had_not_been(given, tmp_path, capsys):
+    context = open_context(given.config, data=given.context.data)
+    slow = {"epochs": 2, "batch_size": 2, "save_every": 1}
+    config = settings(given.folder, train=slow)
+    whole = train_adapter(config, "target", tmp_path / "whole", context=context)
+    out, saves = train_adapter(given.config, "target", tmp_path / "out", context=context), []
+    before = (out / WEIGHTS).read_bytes()
+
+    def killed() -> None:
+        saves.append(1)
+        if len(saves) >= 3:
+            raise KeyboardInterrupt
+
+    context.on_saved = killed
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(config, "target", out, overwrite=True, context=context)
+    context.on_saved = lambda: None
+    assert (out / WEIGHTS).read_bytes() == before, "the old one stays until the new one is whole"
+    capsys.readouterr()
+    train_adapter(config, "target", out, overwrite=True, context=context)
+    assert "resuming from checkpoint-" in capsys.readouterr().err
+    assert same(out, whole)
+    facts = [read_json(folder / "stage.json") for folder in (whole, out)]
+    for name in ("key", "best", "evaluations", "log", "steps"):
+        assert facts[0][name] == facts[1][name]
+
+
+def test_a_setting_that_came_in_since_does_not_undo_what_was_done(given, tmp_path, ran):
+    plan, session = plan_of(given.config, given.pair, 0.5), session_of(given.context)
+    work_off(plan, tmp_path, session)
+    ran.clear()
+    file = tmp_path / "pruned-0.5" / "stage.json"
+    stored = read_json(file)
+    assert stored["key"]["settings"].pop("structure") == "entries"
+    write_json(file, stored)
+    work_off(plan, tmp_path, session, PLAIN)
+    assert ran == []
+    stored["key"]["settings"]["old.switch"] = "on"
+    write_json(file, stored)
+    with pytest.raises(ValueError, match=r'old\.switch was "on", is none\.'):
+        work_off(plan, tmp_path, session, PLAIN)
