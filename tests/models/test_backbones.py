@@ -136,6 +136,23 @@ def test_names_that_lead_nowhere_give_one_clear_message(
         load_backbone(ModelSpec(name="owner/model/d.gguf", device="cpu"))
 
 
+def test_a_gguf_file_of_the_hub_is_named_by_repository_and_file(tmp_path, monkeypatch):
+    asked = []
+    file = tmp_path / "small.gguf"
+    file.write_bytes(b"weights")
+
+    def cached(repository, name, revision):
+        asked.append((repository, name, revision))
+        return str(file)
+
+    monkeypatch.setattr(backbones, "cached_file", cached)
+    source = backbones.gguf_source_of(ModelSpec(name="owner/model/q4/small.gguf", revision="v1"))
+    assert asked == [("owner/model", "q4/small.gguf", "v1")]
+    assert source.public_name == "owner/model/q4/small.gguf"
+    assert (source.label, source.assemble(tmp_path)) == ("small", file)
+    assert source.digest == gguf_source(file).digest
+
+
 def without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 

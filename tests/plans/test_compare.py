@@ -2,35 +2,38 @@
 
 import csv
 import io
-import json
 import statistics
 
 import numpy as np
 import pytest
 import torch
-from grasp_lora.plans.projection import Amount, amount_of, projected
-from grasp_lora.plans.queue import keys_of
-from grasp_lora.plans.starts import NotApplicable, started, summed
-from grasp_lora.workbench.folders import read_start
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.peft_merges import peft_merge
-from grasp_lora.base.files import machines_of, read_json, read_jsonl
+from grasp_lora.base.files import machines_of, read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
-from grasp_lora.plans.compare import (
+from grasp_lora.plans.compare import compare_methods, plan_of, stages_of
+from grasp_lora.plans.executor import work_off
+from grasp_lora.plans.launch import Pool
+from grasp_lora.plans.methods import (
     GRID,
     METHODS,
+    TRIALS,
+    Case,
     changed_settings,
-    compare_methods,
+    fixed,
     job_name,
-    jobs_of,
-    with_needs,
+    method_of,
 )
-from grasp_lora.plans.methods import TRIALS, folds_of, ratio_in
+from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.show import sizes_of
+from grasp_lora.plans.single import train_adapter
+from grasp_lora.plans.stored import read_stage, write_plan
 from grasp_lora.report.comparison import (
     comparison_csv,
     comparison_markdown,
@@ -38,11 +41,18 @@ from grasp_lora.report.comparison import (
     several_machines,
 )
 from grasp_lora.report.pictures import plot_comparison
-from grasp_lora.stages.train import train_adapter
+from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.keys import hash_of, key_of
+from grasp_lora.stages.other_merges import NotApplicable, summed
+from grasp_lora.stages.prune import ratio_of
+from grasp_lora.stages.stage import Cost, Stage, Work
+from grasp_lora.stages.table import KINDS
+from grasp_lora.stages.train import folds_of
 from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.merged_folder import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import TRAIN, job, write_job
+from jobs import job, write_job
 
 METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
 ONLY = (
@@ -63,7 +73,7 @@ def settings(tmp_path_factory):
         "target": str(tiny_adapter_folder(folder / "target", tiny_model(), r=2, seed=2)),
     }
     steps = {"epochs": 1, "batch_size": 2}
-    changes = {"train": dict.fromkeys(TRAIN, steps), "adapters": adapters}
+    changes = {"search": steps, "finetune": steps, "train": steps, "adapters": adapters}
     changes["controller"] = {"rounds": 2, "rows": 4}
     return write_job(folder / "run.yaml", job(folder, **changes))
 
@@ -71,9 +81,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(settings):
     out = settings.parent / "comparison"
-    found = compare_methods(
-        load_config(settings), out, ONLY, (1, 2), workers=0, threads=1, quiet=True
-    )
+    found = compare_methods(load_config(settings), out, ONLY, (1, 2), quiet=True)
     return found, out
 
 
@@ -138,11 +146,12 @@ def test_a_target_adapter_is_trained_anew_with_each_seed_as_the_training_command
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_optuna_has_a_model_before_its_runs_are_over(sampler):
+def test_optuna_has_a_model_before_its_runs_are_over(settings, sampler):
     """By default its samplers draw ten trials at random, more than there are."""
     import optuna  # noqa: PLC0415 (optional)
 
-    inputs = METHODS[f"optuna-{sampler}"].inputs
+    plan, _ = plan_of(load_config(settings), (1,))
+    inputs = plan.stages[f"optuna-{sampler}-s1/trial-0"].options
     assert inputs["sampler"] == sampler
     assert 1 <= inputs["drawn"] < TRIALS - 2
     found = {}
@@ -159,12 +168,13 @@ def test_optuna_has_a_model_before_its_runs_are_over(sampler):
     assert statistics.fmean(ours) < statistics.fmean(drawn)
 
 
-def test_the_trials_of_an_optuna_search_are_those_of_its_sampler(done):
+def test_the_trials_of_an_optuna_search_are_those_of_its_sampler(done, settings):
     import optuna  # noqa: PLC0415 (optional)
 
     _, out = done
+    plan, _ = plan_of(load_config(settings), (1,))
     sampler = optuna.samplers.TPESampler(
-        seed=1, n_startup_trials=METHODS["optuna-tpe"].inputs["drawn"]
+        seed=1, n_startup_trials=plan.stages["optuna-tpe-s1/trial-0"].options["drawn"]
     )
     study = optuna.create_study(sampler=sampler)
     for number in range(TRIALS):
@@ -220,7 +230,8 @@ def test_a_ratio_of_a_late_merge_is_learned_without_training(done):
         stage = read_json(folder / "final" / "stage.json")
         assert stage["steps"] == 0
         assert [e["step"] for e in stage["evaluations"]] == [0]
-        merged = read_adapter(folder / "merged").adapter
+        assert not (folder / "merged").exists(), "the merge of late-merge is the same"
+        merged = read_adapter(out / f"late-merge-s{row['seed']}" / "merged").adapter
         final = read_adapter(folder / "final").adapter
         zeros = total = 0
         for name, module in merged.items():
@@ -300,7 +311,7 @@ def test_prices_count_what_was_done(done, settings):
 def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
     alike = tiny_adapter_folder(tmp_path / "alike", tiny_model(), r=4, seed=3)
     config = load_config(settings, [f"adapters.target={alike}"])
-    found = compare_methods(config, tmp_path / "out", ("lorahub",), (1,), 0, 1, quiet=True)
+    found = compare_methods(config, tmp_path / "out", ("lorahub",), (1,), quiet=True)
     (row,) = of(found, "lorahub")
     assert (row["runs"], row["steps"], row["forwards"]) == (0, 0, 40 * 8)
     context = open_context(config, quiet=True)
@@ -310,16 +321,17 @@ def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
     assert row["seconds"] > 0
 
 
-def test_what_is_projected_is_what_was_done(done, settings):
+def test_what_is_planned_is_what_was_done(done, settings):
     found, out = done
     config = load_config(settings)
-    data = open_context(config, quiet=True).data
-    jobs = {job.name: job for job in jobs_of(config, data, with_needs(ONLY), (1, 2))}
+    context = open_context(config, quiet=True)
+    plan, built = plan_of(config, (1, 2))
+    costs = plan.cost(sizes_of(config, context.data))
 
     def repeated(row):
         """Return the rows that equal candidates of a round did not need to read again."""
-        file = out / row["job"] / "search" / "rounds.jsonl"
-        rounds = read_jsonl(file) if file.exists() else []
+        search = built[row["job"]].search
+        rounds = read_jsonl(out / search / "rounds.jsonl") if search else []
         return sum(
             len(r["rows"]) * (len(r["candidates"]) - len({*r["candidates"]})) for r in rounds
         )
@@ -328,45 +340,52 @@ def test_what_is_projected_is_what_was_done(done, settings):
     judged, train = 8, 8
     for row in found["rows"]:
         if row["method"] in ("grid", "ratio-nearest"):
-            assert amount_of(jobs[f"{row['method']}-s{row['seed']}"], data) == Amount()
+            job = f"{row['method']}-s{row['seed']}"
+            assert built[job].scores is None
+            assert not [name for name in plan.stages if name.startswith(f"{job}/")]
             continue
-        amount = amount_of(jobs[row["job"]], data)
+        one = built[row["job"]]
+        planned = sum((costs[name] for name in (*one.paid, one.scores)), Cost())
         reads = train * row["method"].startswith(("grid-0", "ratio-higher", "recut"))
         reads += 2 * train * row["method"].startswith("grasp")
         reads += 8 * train * (row["method"] == "optuna-tpe")
         if row["method"].endswith("labelled"):
             # Of the epochs planned those are trained that dev rows keep.
-            assert amount.steps >= _own_steps(found, row)
+            assert planned.steps >= row["steps"]
         elif row["method"] == "target-all-labels":
-            judged_here = 0
-            assert amount.steps == 5 * 7 + 8, "13 of 16 rows by twos, then all"
+            assert planned.steps == 5 * 7 + 8, "13 of 16 rows by twos, then all"
+            assert planned.forwards >= row["forwards"]
         elif row["method"] == "grasp-adapters":
             # What scope adds depends on the ratio found, and is not planned for.
-            assert amount.forwards <= row["forwards"] + judged + reads + repeated(row)
+            assert planned.forwards <= row["forwards"] + judged + reads + repeated(row)
         else:
-            judged_here, own = judged, dict(row)
-            if row["method"] in ("late-merge", "grasp-late"):
-                # Its price has that of the run that it goes on from, which is a job of its own.
-                (tuned,) = (r for r in of(found, "source-finetuned") if r["seed"] == row["seed"])
-                own = {name: row[name] - tuned[name] for name in ("steps", "forwards")}
-            assert amount.steps == own["steps"], row["method"]
-            done_in_all = own["forwards"] + judged_here + reads + repeated(row)
-            assert amount.forwards == done_in_all, row["method"]
-        assert amount.answers == 4
-    rates = read_json(out / "measured" / "result.json")["result"]
-    assert all(rates[name] > 0 for name in ("load", "step", "forward", "answer"))
-    assert not list((out / "measured").glob("*steps*")), "nothing is kept of the measured steps"
-    expected = projected(list(jobs.values()), data, rates)
-    assert expected["grid-s1"] == 0
-    parts = [rates["load"], 8 * rates["step"], (32 + 8 + 16) * rates["forward"]]
-    assert expected["grasp-restart-s1"] == pytest.approx(sum(parts) + 4 * rates["answer"])
+            assert planned.steps == row["steps"], row["method"]
+            done_in_all = row["forwards"] + judged + reads + repeated(row)
+            assert planned.forwards == done_in_all, row["method"]
+        assert planned.answers == 4
+        assert planned.tokens > planned.answers
+    plain = costs["source-finetuned-s1/final"]
+    lengths = {
+        split: statistics.fmean(len(one.input_ids) for one in context.encoded("target", split))
+        for split in ("train", "dev")
+    }
+    # 4 steps of 2 rows; 4 dev rows before and after
+    parts = [round(4 * 2 * lengths["train"]), round(8 * lengths["dev"])]
+    assert plain == Cost(steps=4, tokens=sum(parts), forwards=8)
 
 
-def _own_steps(found, row):
-    shared = {"source-finetuned-labelled": "source-finetuned"}
-    shared["late-merge-labelled"] = "source-finetuned-labelled"
-    others = of(found, shared.get(row["method"], ""))
-    return row["steps"] - sum(r["steps"] for r in others if r["seed"] == row["seed"])
+def test_early_stopping_makes_less_of_what_is_planned(settings, tmp_path):
+    changes = ["train.finetune.epochs=6", "train.finetune.patience=1"]
+    changes += ["train.finetune.learning_rate=1.0"]
+    config = load_config(settings, changes)
+    found = compare_methods(config, tmp_path, ("source-finetuned",), (1,), quiet=True)
+    (row,) = of(found, "source-finetuned")
+    plan, _ = plan_of(config, (1,))
+    planned = plan.cost(sizes_of(config, open_context(config, quiet=True).data))
+    whole = planned["source-finetuned-s1/final"]
+    assert (whole.steps, whole.forwards) == (24, 28)
+    assert row["steps"] < whole.steps
+    assert row["forwards"] < whole.forwards
 
 
 def test_what_all_labelled_rows_train_is_made_anew_and_judged_before(done):
@@ -402,31 +421,37 @@ def test_what_all_labelled_rows_train_is_made_anew_and_judged_before(done):
         assert row["dev_loss"] is None
 
 
-def test_the_time_is_projected_before_anything_long_is_done(settings, tmp_path):
+def test_the_time_left_is_said_after_every_stage(settings, tmp_path):
     command = ["compare", str(settings), "--out", str(tmp_path / "out"), "--jobs", "0"]
     command += ["--seeds", "1", "--only", "source-finetuned", "--threads", "1"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    lines = result.stderr.splitlines()
-    said = next(i for i, line in enumerate(lines) if line.startswith("2 runs to do: about"))
-    assert "a step" in " ".join(lines[said : said + 3])
-    ended = [i for i, line in enumerate(lines) if line.startswith("source-finetuned-s1: done in")]
-    assert ended
-    assert said < ended[0]
-    assert "(2 of 2 runs)" in lines[ended[0]]
+    lines = [line for line in result.stderr.splitlines() if " stages" in line]
+    first, last = (f"source-finetuned-s1/{name}: done" for name in ("final", "scores"))
+    assert lines[0].startswith(f"{first} (1 of 2 stages, about ")
+    assert lines[0].endswith(" left)")
+    assert lines[1] == f"{last} (2 of 2 stages)"
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0
-    assert "runs to do" not in again.stderr, "nothing is left to measure for"
+    assert " stages" not in again.stderr, "nothing is left to do"
 
 
-def test_variations_take_the_ratio_of_the_search(done):
+def test_variations_take_the_ratio_of_the_search(done, settings, tmp_path):
     found, _ = done
     ratio = next(row["ratio"] for row in of(found, "grasp-restart") if row["seed"] == 1)
     assert of(found, "random-masks")[0]["ratio"] == ratio
     assert of(found, "ratio-higher")[0]["ratio"] == pytest.approx(ratio + 0.05)
-    assert ratio_in({"of": "m", "shift": -0.05}, {"adapters": {}, "m": {"ratio": 0.02}}) == 0.0
-    assert ratio_in({"of": "m", "shift": 0.05}, {"m": {"ratio": 0.93}}) == 0.95
-    assert ratio_in(0.4, {}) == 0.4
+    assert taken(settings, tmp_path, {"shift": -0.05}, 0.02) == 0.0
+    assert taken(settings, tmp_path, {"shift": 0.05}, 0.93) == 0.95
+    assert taken(settings, tmp_path, {"ratio": 0.4}) == 0.4
+
+
+def taken(settings, folder, options, found=None):
+    """Return the ratio that a stage prunes at, after a search with this ratio if there is one."""
+    inputs = {} if found is None else {"ratio": folder}
+    write_json(folder / "ratio.json", {"ratio": found})
+    stage = Stage("final", "prune", load_config(settings), inputs, options)
+    return ratio_of(Work(stage, None, inputs, folder, folder))[0]
 
 
 def test_the_reference_is_the_baseline_with_the_lowest_dev_loss(done):
@@ -484,12 +509,18 @@ def test_the_documents_hold_the_numbers(done):
 
 def test_the_command_does_nothing_twice(done, settings):
     _, out = done
-    times = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
+
+    def results():
+        return {*out.glob("*/result.json"), *out.glob("**/stage.json")} - {*out.glob("**/*.work/*")}
+
+    markers = results()
+    times = {p: p.stat().st_mtime_ns for p in markers}
     arguments = ["compare", str(settings), "--out", str(out), "--seeds", "1,2", "--jobs", "0"]
     arguments += [text for name in ONLY for text in ("--only", name)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")} == times
+    assert {p: p.stat().st_mtime_ns for p in markers} == times
+    assert results() == markers
     before = read_json(out / "comparison.json")
     for seeds in ("1,2", "2"):
         fewer = [*arguments[:5], seeds, "--jobs", "0", "--only", "zero-shot"]
@@ -500,15 +531,20 @@ def test_the_command_does_nothing_twice(done, settings):
 
 
 def test_processes_give_the_same_as_this_one(done, settings, tmp_path):
-    found, _ = done
+    found, out = done
     names = ("source-finetuned", "grasp-restart", "random-masks")
     again = compare_methods(
-        load_config(settings), tmp_path / "two", names, (1,), workers=2, threads=1, quiet=True
+        load_config(settings), tmp_path / "two", names, (1,), Pool(2, threads=1), quiet=True
     )
     for row in again["rows"]:
         (before,) = (r for r in of(found, row["method"]) if r["seed"] == row["seed"])
         for name in ("ratio", "scores", "dev_loss", "forwards", "tokens"):
             assert row[name] == before[name], (row["method"], name)
+        final, files = f"{row['method']}-s1/final", ("adapter_model.safetensors",)
+        for file in files:
+            assert (tmp_path / "two" / final / file).read_bytes() == (
+                out / final / file
+            ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -527,44 +563,63 @@ def test_bad_options_are_refused_before_any_work(settings, tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
-def test_jobs_of_all_methods_are_a_queue_and_main_methods_get_every_seed(settings):
+def test_stages_of_all_methods_are_a_plan_and_main_methods_get_every_seed(settings, tmp_path):
     config = load_config(settings)
-    jobs = jobs_of(config, open_context(config, quiet=True).data, with_needs(METHODS), (1, 2, 3))
-    keys = keys_of(jobs)
-    assert len(keys) == len(jobs) == len({job.name for job in jobs})
-    names = {job.name for job in jobs}
+    plan, built = plan_of(config, (1, 2, 3))
     for method, about in METHODS.items():
         count = 3 if about.seeds == "all" else 1
-        assert sum(job_name(method, seed) in names for seed in (1, 2, 3)) == (
+        assert sum(job_name(method, seed) in built for seed in (1, 2, 3)) == (
             3 if about.seeds == "none" else count
         )
-        assert set(about.needs) <= set(METHODS)
-    assert json.dumps([dict(job.inputs) for job in jobs], default=str)
+    assert {method_of(job) for job in built} == set(METHODS)
+    data = open_context(config, quiet=True).data
+
+    def keys(stages):
+        return {
+            name: hash_of(key_of(one, KINDS[one.kind], data, None, {}))
+            for name, one in stages.items()
+        }
+
     moved = config.model_copy(update={"output": settings.parent / "elsewhere"})
-    again = jobs_of(moved, open_context(config, quiet=True).data, with_needs(METHODS), (1, 2, 3))
-    assert keys_of(again) == keys
+    again, _ = plan_of(moved, (1, 2, 3))
+    assert keys(again.stages) == keys(plan.stages)
+    write_plan(tmp_path, plan)
+    some = {name: read_stage(tmp_path, name) for name in list(plan.stages)[::25]}
+    assert keys(some) == {name: keys(plan.stages)[name] for name in some}
 
 
-def epochs_of(config):
-    return tuple(config.training(name).epochs for name in ("search", "finetune"))
+def test_what_is_asked_for_changes_no_stage(settings):
+    config = load_config(settings)
+    plan, built = plan_of(config, (1, 2))
+    for name in ("grasp-late", "grasp-labelled", "random-masks"):
+        part = part_of(plan, tuple(stages_of(built, [f"{name}-s1"])))
+        assert len(part.stages) < 10
+        assert all(plan.stages[other] is one for other, one in part.stages.items())
 
 
 def test_one_run_and_two_have_the_epochs_that_make_them_comparable(settings):
+    def epochs(config):
+        return tuple(config.training(name).epochs for name in ("search", "finetune"))
+
     config = load_config(settings, ["train.search.epochs=10", "train.finetune.epochs=10"])
-    restart = changed_settings(config, {"finetune.mode": "restart"})
-    assert epochs_of(restart) == (10, 10)
-    continued = changed_settings(config, {"finetune.mode": "continue"})
-    assert epochs_of(continued) == (5, 5)
-    epochs = ["train.search.epochs=4", "train.finetune.epochs=3"]
-    config = load_config(settings, ["finetune.mode=continue", *epochs])
-    assert changed_settings(config, {}).training("finetune").epochs == 7
-    odd = changed_settings(config, {"finetune.mode": "continue"})
-    assert epochs_of(odd) == (4, 3)
+    assert epochs(changed_settings(config, {"finetune.mode": "restart"})) == (10, 10)
+    assert epochs(changed_settings(config, {"finetune.mode": "continue"})) == (5, 5)
+    names = ["finetune.mode=continue", "train.search.epochs=4", "train.finetune.epochs=3"]
+    config = load_config(settings, names)
+    assert epochs(changed_settings(config, {}))[1] == 7
+    assert epochs(changed_settings(config, {"finetune.mode": "continue"})) == (4, 3)
 
 
-def test_needs_are_run_as_well():
-    assert with_needs(["random-masks"]) == ["grasp-restart", "random-masks"]
-    assert with_needs(["grid"]) == [*(f"grid-{ratio}" for ratio in GRID), "grid"]
+def test_needs_are_run_as_well(settings):
+    plan, built = plan_of(load_config(settings), (1,))
+
+    def run_for(job):
+        return list(part_of(plan, tuple(stages_of(built, [job]))).stages)
+
+    own = [f"random-masks-s1/{name}" for name in ("final", "scores")]
+    assert run_for("random-masks-s1") == ["adapters/merged", "grasp-restart-s1/search", *own]
+    points = [f"grid-{ratio}-s1/{name}" for ratio in GRID for name in ("final", "scores")]
+    assert run_for("grid-s1") == ["adapters/merged", *points]
 
 
 def test_folds_hold_whole_groups_and_every_row_once():
@@ -657,24 +712,33 @@ def test_lorahub_sums_factors(pairs):
         summed([pairs[0], {}], [1.0, 1.0])
 
 
+def pair_of(folder):
+    for role, seed in (("source", 1), ("target", 2)):
+        tiny_adapter_folder(folder / role, tiny_model(), r=4, seed=seed)
+    return {role: folder / role for role in ("source", "target")}
+
+
 def test_lorahub_finds_weights_that_lower_its_price(settings, tmp_path):
     pytest.importorskip("nevergrad")
-    context = open_context(load_config(settings), quiet=True)
-    for seed in (1, 2):
-        tiny_adapter_folder(tmp_path / str(seed), tiny_model(), r=4, seed=seed)
-    adapters = {"source": tmp_path / "1", "target": tmp_path / "2"}
-    start = started(context, {"lorahub": True}, adapters, tmp_path / "a")
-    folder = start.adapter
-    assert folder is not None
-    assert start.forwards == 40 * 8
-    assert start.seconds > 0
-    assert started(context, {"lorahub": True}, adapters, tmp_path / "a") == start
+    config = load_config(settings)
+    context = open_context(config, quiet=True)
+    adapters = pair_of(tmp_path)
+    stage = Stage("start", "merge", config, adapters, {"rule": "lorahub"})
+    session = Session(config, context.data, context)
+    plan = Plan({"start": stage})
+    work_off(plan, tmp_path / "a", session)
+    folder = tmp_path / "a" / "start"
+    facts = facts_of(folder)
+    assert facts["forwards"] == 40 * 8
+    assert facts["seconds"] > 0
+    work_off(plan, tmp_path / "a", session)
+    assert facts_of(folder) == facts
     tried = read_json(folder / "tried.json")
     assert len(tried["tried"]) == 40
     assert tried["tried"][0][1] == [0.0, 0.0], "starts at the bare backbone"
     assert all(abs(w) <= 1.5 for _, weights in tried["tried"] for w in weights)
-    started(context, {"lorahub": True}, adapters, tmp_path / "b")
-    assert read_json(tmp_path / "b" / folder.name / "tried.json") == tried
+    work_off(plan, tmp_path / "b", session)
+    assert read_json(tmp_path / "b" / "start" / "tried.json") == tried
     # the folder is the merge of those weights
     loaded = [read_adapter(path).adapter for path in adapters.values()]
     expected = summed(loaded, tried["weights"])
@@ -685,17 +749,21 @@ def test_lorahub_finds_weights_that_lower_its_price(settings, tmp_path):
 
 @pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
 def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
-    context = open_context(load_config(settings), quiet=True)
-    for seed in (1, 2):
-        tiny_adapter_folder(tmp_path / str(seed), tiny_model(), r=4, seed=seed)
-    adapters = {"source": tmp_path / "1", "target": tmp_path / "2"}
-    asked = {"merge": {"kind": kind, "weights": [1.0, 1.0]}}  # a list, as a job's file has it
-    start = started(context, asked, adapters, tmp_path / "out")
-    folder = start.adapter
-    assert folder is not None
-    assert start.forwards == 0
-    assert start.seconds > 0
-    assert started(context, asked, adapters, tmp_path / "out") == start, "it is there already"
+    config = load_config(settings)
+    context = open_context(config, quiet=True)
+    adapters, builder = pair_of(tmp_path), PlanBuilder()
+    asked = fixed({"kind": kind, "weights": [1.0, 1.0]})  # a list, as a plan's file has it
+    built = asked(Case(builder, config, "one", adapters, None, METHODS.__getitem__))
+    assert built.paid == ("one/start",)
+    plan = part_of(builder.build(), ("one/start",))
+    session = Session(config, context.data, context)
+    work_off(plan, tmp_path, session)
+    folder = tmp_path / "one" / "start"
+    facts = facts_of(folder)
+    assert facts.get("forwards", 0) == 0
+    assert facts["seconds"] > 0
+    work_off(plan, tmp_path, session)
+    assert facts_of(folder) == facts, "it is there already"
     loaded = [read_adapter(path).adapter for path in adapters.values()]
     expected = merge(kind, loaded, [1.0, 1.0])
     got = read_start(folder, context.backbone)

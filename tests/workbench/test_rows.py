@@ -212,6 +212,17 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
     assert data.test_sets() == {"test": ("target", "test")}
 
 
+def test_one_file_is_divided_automatically_and_an_evaluation_needs_its_test_rows_alone(tmp_path):
+    whole = target(tmp_path, rows={})
+    data, _ = loaded({"target": whole})
+    sizes = {name: len(rows) for name, rows in data.parts["target"].items()}
+    assert sizes == {"train": 14, "dev": 12, "micro_dev": 4, "test": 0}
+    tested, _ = loaded({"target": whole | {"rows": {"test": 26}}}, training=False)
+    assert {name: len(rows) for name, rows in tested.parts["target"].items()} == {"test": 26}
+    with pytest.raises(ValueError, match="rows"):
+        loaded({"target": whole | {"rows": {"test": 26}}})
+
+
 def test_nearly_equal_texts_of_one_file_do_not_stand_in_two_splits(tmp_path):
     stories = [" ".join(f"s{n}w{i}" for i in range(40)) for n in range(10)]
     rows = [

@@ -200,6 +200,17 @@ def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Mo
         yield model.eval()
 
 
+def check_openable(folder: str | Path) -> None:
+    """Refuse an adapter that `adapted` would refuse on any backbone; loads no model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `adapted`.
+    """
+    folder = Path(folder).expanduser()
+    _peft_config(folder)
+    _check_values(read_tensors(folder), folder)
+
+
 def _peft_config(folder: Path) -> PeftConfig:
     content = read_config_file(folder)
     kind, task = content.get("peft_type"), content.get("task_type")

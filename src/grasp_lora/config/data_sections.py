@@ -1,4 +1,4 @@
-"""The sections of a configuration that say which rows a run sees."""
+"""The sections of a configuration that say which examples a run reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import (
 from grasp_lora.config.languages import language_code
 from grasp_lora.config.sections import LocalPath, Section
 
-if TYPE_CHECKING:  # to readers of a configuration these keys are plain text
+if TYPE_CHECKING:  # code that reads a configuration treats these keys as plain text
     PartName: TypeAlias = str
 else:
     PartName = Literal["train", "dev", "micro_dev", "test"]
@@ -55,7 +55,7 @@ Files: TypeAlias = Annotated[
 
 
 class ExampleSource(Section):
-    """What every set of rows has: a language, a place, and how its columns are called."""
+    """What every set of examples has: a language, a prompt, and the names of its columns."""
 
     language: Annotated[str, AfterValidator(language_code)] = Field(
         description="language code such as en or ar: picks prompt and metric rules"
@@ -72,8 +72,8 @@ class ExampleSource(Section):
 class LanguageData(ExampleSource):
     files: Files = Field(
         default="builtin",
-        description="builtin; a preset of the hub (xlsum, mlqa, xquad); {hub: owner/name, splits: "
-        "{...}}; one labelled file (divided by `rows`); or a file for each part",
+        description="builtin; a published set (xlsum, mlqa, xquad); {hub: owner/name, splits: "
+        "{...}}; one labelled file, divided as `rows` says; or a file for each part",
     )
     rows: dict[PartName, NonNegativeInt] = Field(
         default={},
@@ -90,7 +90,7 @@ class LanguageData(ExampleSource):
     def _rows_and_columns_fit_files(self) -> "LanguageData":
         if self.columns and isinstance(self.files, str):
             raise ValueError(
-                f"columns has no effect on files: {self.files}, whose columns are known; remove it"
+                f"columns has no effect on files: {self.files}; its columns are known, so remove it"
             )
         if self.rows and isinstance(self.files, Mapping):
             raise ValueError(
@@ -106,7 +106,7 @@ class LanguageData(ExampleSource):
         return self
 
     def paths(self) -> dict[str, Path]:
-        """The files named, by their key below `files` ("" for a single file)."""
+        """Return the paths of the files by their key below `files`; a single file has key ""."""
         if isinstance(self.files, Mapping):
             return dict(self.files)
         return {"": self.files} if isinstance(self.files, Path) else {}
@@ -120,9 +120,10 @@ class TestSet(ExampleSource):
         | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
         | Annotated[HubData, Tag("<hub>")],
         Discriminator(_files_kind),
-    ] = Field(description="one file, a preset, or {hub: owner/name, splits: {test: NAME}}")
+    ] = Field(description="one file, a published set, or {hub: owner/name, splits: {test: NAME}}")
     rows: PositiveInt | None = Field(
-        default=None, description="this many rows, drawn by the run's seed; default: all"
+        default=None,
+        description="number of examples, drawn with the seed of the splits; default: all",
     )
 
     @model_validator(mode="after")
@@ -130,12 +131,12 @@ class TestSet(ExampleSource):
         if isinstance(self.files, HubData) and set(self.files.splits) != {"test"}:
             raise ValueError(
                 f"files.splits names {', '.join(self.files.splits)}, but a test set is one "
-                "published split: write splits: {test: NAME}"
+                "published split; write splits: {test: NAME}"
             )
         return self
 
     def paths(self) -> dict[str, Path]:
-        """The file named, if it is one."""
+        """Return the path of the file under the key "", or nothing if `files` names no file."""
         return {"": self.files} if isinstance(self.files, Path) else {}
 
 
@@ -151,25 +152,25 @@ class DataSettings(Section):
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         default=None,
         description="seed of the splits; default: the run's seed. Set it to compare several seeds "
-        "on the same rows",
+        "on the same examples",
     )
     chat: bool = Field(default=False, description="put prompts into the tokenizer's chat template")
     max_faulty: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1,
-        description="share of a file's rows that may be left out or have an answer outside their "
-        "context",
+        description="fraction of a file's rows that may be faulty: left out, or with an answer "
+        "that is not in its context",
     )
     allow_leakage: bool = Field(
-        default=False, description="go on, and record it, where a split shares rows with another"
+        default=False, description="go on if two splits share examples; the leak is recorded"
     )
     near_duplicates: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.8, description="Jaccard similarity from which two texts are near-duplicates"
     )
-    source: LanguageData | None = Field(default=None, description="rows of the source language")
-    target: LanguageData = Field(description="rows of the target language")
+    source: LanguageData | None = Field(default=None, description="examples of the source language")
+    target: LanguageData = Field(description="examples of the target language")
     tests: dict[str, TestSet] = Field(
         default={},
-        description="more test sets by name, such as rows of another domain: {NAME: {language, "
+        description="more test sets by name, such as another domain: {NAME: {language, "
         "files, prompt, columns, rows}}",
     )
 
@@ -178,7 +179,7 @@ class DataSettings(Section):
         bad = [name for name in self.tests if name in ("test", "mean", "worst") or "/" in name]
         if bad:
             raise ValueError(
-                f"a test set cannot be called {bad[0]!r}: test, mean and worst mean something else "
-                "in the scores, and a name holds no '/'; choose another name"
+                f"a test set cannot be called {bad[0]!r}: the scores use test, mean and worst for "
+                "other things, and a name must not contain '/'; choose another name"
             )
         return self

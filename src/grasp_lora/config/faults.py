@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: all faults at once, with near misses."""
+"""Error messages for configurations: all faults at once, with the nearest valid keys."""
 
 import dataclasses
 import difflib
@@ -38,7 +38,7 @@ OLD_KEYS: Mapping[str, str] = {
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists every fault, one a line."""
+    """A configuration cannot be used; the message lists every fault, one a line."""
 
     def __init__(self, faults: Sequence[str], where: str = "configuration") -> None:
         self.faults = tuple(faults)
@@ -47,11 +47,11 @@ class ConfigError(ValueError):
 
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> list[str]:
-    """Turn pydantic's report into one message per faulty key, in the order of the report.
+    """Return one message for each faulty key, in the order of pydantic's report.
 
     Args:
-        error: what validation raised.
-        schema: the model validated against; near misses are looked for among its keys.
+        error: the error that validation raised.
+        schema: the model that was validated against; the nearest keys are taken from it.
     """
     given: dict[str, str] = {}
     rules: dict[str, list[str]] = {}
@@ -106,13 +106,13 @@ def _lowered(message: str) -> str:
 
 
 def _dotted(loc: Sequence[Any]) -> str:
-    """The key as written in YAML: pydantic adds a part for the member of a union it tried."""
+    """Return the key as written in YAML, without the parts pydantic adds for union members."""
     added = [part for part in loc if str(part).startswith(("<", "[", "literal[", "tuple["))]
     return ".".join(str(p) for p in loc if p not in added and p != "constrained-int")
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:
-    """`; did you mean ...?` from keys of the same section, else from the same word elsewhere."""
+    """Return a hint: a similar key of the same section, else the same word in another section."""
     section, _, word = key.rpartition(".")
     keys = list(_all_keys(schema))
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
@@ -125,7 +125,7 @@ def _nearest(key: str, schema: type[BaseModel]) -> str:
 
 
 def _all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys below a section, dataclass or mapping of parts; sections themselves too."""
+    """Yield all dotted keys below a section, dataclass or mapping of parts, sections included."""
     fields: dict[str, Any] = {}
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         fields = {name: field.annotation for name, field in kind.model_fields.items()}

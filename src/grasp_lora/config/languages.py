@@ -1,11 +1,11 @@
-"""Language codes as users write them -> the codes that prompts, tokenizers and rules go by."""
+"""Language codes and names as users write them -> the codes that prompts and metrics use."""
 
 import re
 
 _CODE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]{2,8})*", re.IGNORECASE)
 
-# Three letters (ISO 639-3, and its macrolanguages' members that are meant most often) or English
-# names of the languages with a prompt or a rule of their own here.
+# Other spellings of the languages that have a prompt or a metric rule here: three-letter codes
+# (ISO 639-3, with the most common member of a macrolanguage) and English names.
 _SAME = {
     "am": ("amh", "amharic"),
     "ar": ("ara", "arb", "arabic"),
@@ -41,12 +41,13 @@ _BY_NAME = {name: code for code, names in _SAME.items() for name in names}
 
 
 def language_code(text: str) -> str:
-    """Return a language's code, two letters where there are two: "zho" and "Chinese" are "zh".
+    """Return the code of a language, with two letters if there is such a code.
 
-    What follows a hyphen or underscore ("pt-BR") stays, behind a hyphen.
+    "zho" and "Chinese" become "zh". A part after a hyphen or underscore ("pt_BR") is kept after a
+    hyphen.
 
     Raises:
-        ValueError: if it is neither a code nor one of the names known here.
+        ValueError: the text is neither a code nor one of the names known here.
     """
     first, *rest = re.split("[-_]", text.strip())
     known = _BY_NAME.get(first.lower())

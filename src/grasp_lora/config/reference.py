@@ -1,4 +1,4 @@
-"""Every setting with its default and its meaning, read off the settings classes themselves."""
+"""The table of all settings with default and meaning, taken from the settings classes."""
 
 import ast
 import dataclasses
@@ -17,7 +17,7 @@ from grasp_lora.config.run_config import RunConfig, paper_settings
 from grasp_lora.config.sections import TRAINING_DEFAULTS, ModelSettings, Training
 from grasp_lora.core import ControllerConfig
 
-# Sections that a run must give have no default to walk into.
+# These sections have no default, so their classes cannot be found through it.
 _REQUIRED_SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSettings,
     "data.source": LanguageData,
@@ -27,7 +27,7 @@ _REQUIRED_SECTIONS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its dotted key, its default as text, what it does."""
+    """One setting: dotted key, default as text, meaning."""
 
     key: str
     default: str
@@ -114,7 +114,7 @@ def _of_controller(prefix: str) -> Iterator[Setting]:
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """Return field -> the string that stands under it in the class's source."""
+    """Return field -> the string below it in the source of the class."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}

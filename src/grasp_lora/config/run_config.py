@@ -59,27 +59,26 @@ class RunConfig(Section):
     adapters: AdapterFolders = Field(
         default=AdapterFolders(), description="adapters you have already"
     )
-    data: DataSettings = Field(description="task, rows and languages")
+    data: DataSettings = Field(description="task, examples and languages")
     lora: LoraSettings = Field(default=LoraSettings(), description="shape of adapters trained here")
     merge: MergeSettings = Field(default=MergeSettings(), description="how two adapters become one")
     importance: Literal["magnitude", "activation"] = Field(
         default="activation",
-        description="what makes an entry worth keeping, in search and in finetune",
+        description="score by which entries are kept or pruned",
     )
     mask_unit: Literal["source", "merged"] = Field(
         default="source",
-        description="prune each source's tensors by themselves, or the merged tensors",
+        description="prune the tensors of each source separately, or the merged tensors",
     )
     structure: Literal["entries", "rank"] = Field(
         default="entries",
-        description="what a ratio removes: single entries, or whole components, which makes the "
+        description="what is pruned: single entries, or whole rank components, which makes the "
         "adapter smaller (experimental)",
     )
     scope: Literal["global", "module-type", "layer", "adapter"] = Field(
         default="global",
-        description="tensors that share a ratio: all, or (experimental) those of a kind of layer, "
-        "of a layer, of a source adapter; spread around the learned ratio where that is shown to "
-        "help",
+        description="tensors that share a ratio: all, or (experimental) those of a module type, a "
+        "layer or a source adapter; the ratios differ only if probes show that this helps",
     )
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="how the prune ratio is searched"
@@ -129,12 +128,12 @@ class RunConfig(Section):
         return self.model_copy(update={"train": train})
 
     def faults(self) -> list[str]:
-        """Rules between sections that this configuration breaks, one message each."""
+        """Return one message for each rule between sections that this configuration breaks."""
         found: list[str] = []
         if self.data.source is None and self.adapters.source is None:
             found.append(
                 "data.source: not given, and there is no adapters.source; "
-                "give rows to train a source adapter or the folder of one"
+                "give examples to train a source adapter, or the folder of an adapter"
             )
         if self.merge.kind == "svd" and self.mask_unit == "source":
             found.append(
@@ -159,7 +158,7 @@ class RunConfig(Section):
         return found
 
     def missing_files(self) -> list[str]:
-        """Files and folders this configuration names that do not exist, one message each."""
+        """Return one message for each file or folder named here that does not exist."""
         named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
         sections = {"source": self.data.source, "target": self.data.target}
         sections |= {f"tests.{name}": section for name, section in self.data.tests.items()}
@@ -177,7 +176,7 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
     def config_hash(self) -> str:
-        """First 16 hex digits of a SHA-256 over all that can change a number in the results."""
+        """Return 16 hex digits of a SHA-256 over all settings that can change the results."""
         inert = {"output", "report_to"}
         content = {key: value for key, value in self.to_dict().items() if key not in inert}
         # Where a training's value was written makes no difference.
@@ -195,12 +194,12 @@ def section_of(config: RunConfig, role: str, split: str) -> ExampleSource:
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), training: bool = True
 ) -> RunConfig:
-    """Read a YAML configuration.
+    """Return the configuration in a YAML file, checked.
 
     Args:
         path: YAML file. Paths inside it are relative to the current folder; `~` is the home folder.
         overrides: `dotted.key=value`, applied in order on top of the file; a value is YAML.
-        training: False asks only for what an evaluation needs.
+        training: False leaves out the checks that only training needs.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -224,13 +223,13 @@ def make_config(
     where: str = "configuration",
     training: bool = True,
 ) -> RunConfig:
-    """Check a configuration given as nested dictionaries.
+    """Return the configuration that nested dictionaries describe, checked.
 
     Args:
         data: sections and settings; overrides are written into it.
         overrides: `dotted.key=value`, applied in order.
-        where: what messages call the configuration.
-        training: False asks only for what an evaluation needs.
+        where: name of the configuration in messages.
+        training: False leaves out the checks that only training needs.
 
     Raises:
         ConfigError: With every fault found.
@@ -247,7 +246,7 @@ def make_config(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would keep the last silently."""
+    """SafeLoader that refuses a key written twice; YAML itself would silently keep the last."""
 
 
 def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -266,7 +265,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
 
 
 def _parsed(text: str) -> Any:
-    """Return what a YAML text says: plain values only, as by `yaml.safe_load`, no key twice."""
+    """Return the plain values of a YAML text, like `yaml.safe_load`; no key may occur twice."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
@@ -319,7 +318,7 @@ def _layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Write `a.b=value` texts into `data`; returns the faults of those that cannot be read."""
+    """Write `a.b=value` texts into `data`; return a fault for each text that cannot be read."""
     faults: list[str] = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -344,7 +343,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str
 
 
 def _part_faults(key: str, data: LanguageData, needed: Sequence[str]) -> list[str]:
-    """Parts a stage cannot do without, left out or given no rows."""
+    """Return one message for each needed part that is missing or has no examples."""
     if data.divided_automatically or (isinstance(data.files, str) and not data.rows):
         return []
     if isinstance(data.files, HubData):

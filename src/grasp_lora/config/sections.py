@@ -22,8 +22,8 @@ from pydantic import (
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-# No shell has read what stands in a YAML file. An unknown ~user stays as it is: it is told as
-# missing then.
+# No shell expands `~` in a YAML file. An unknown ~user stays as written, and the path is then
+# reported as missing.
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 
@@ -60,10 +60,10 @@ class ModelSettings(Section):
 
 class AdapterFolders(Section):
     source: LocalPath | None = Field(
-        default=None, description="existing PEFT adapter: no source training"
+        default=None, description="folder of an existing PEFT adapter; none is trained then"
     )
     target: LocalPath | None = Field(
-        default=None, description="existing PEFT adapter: no target training"
+        default=None, description="folder of an existing PEFT adapter; none is trained then"
     )
 
 
@@ -88,15 +88,15 @@ class MergeSettings(Section):
     )
     weights: tuple[float, ...] | Literal["auto"] | None = Field(
         default=None,
-        description="weights of source and target; default: their average; auto: those that "
-        "probes of the untrained merge show to be better",
+        description="weights of source and target; default: their average; auto: chosen by "
+        "probes of the untrained merge",
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
     when: Literal["before", "after"] = Field(
         default="before",
-        description="before: the merge is fine-tuned on the target rows, as published; after: the "
-        "source adapter is, and then merged with the target adapter; weights and ratio come from "
-        "probes, nothing is trained any more",
+        description="before: merge, then fine-tune the merge on the target examples, as published; "
+        "after: fine-tune the source adapter, then merge it with the target adapter; probes give "
+        "weights and ratio, and nothing is trained after the merge",
     )
 
     @model_validator(mode="after")
@@ -118,7 +118,9 @@ class MergeSettings(Section):
 class Training(Section):
     """The values of one training; in `train.<training>` only those that differ are given."""
 
-    epochs: PositiveInt = Field(default=10, description="passes over the training rows, at most")
+    epochs: PositiveInt = Field(
+        default=10, description="passes over the training examples, at most"
+    )
     learning_rate: Positive = Field(default=1e-4, description="AdamW step size of the first epoch")
     weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay")
     lr_decay: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -213,10 +215,12 @@ class TrainSettings(Training):
 class FinetuneSettings(Section):
     mode: Literal["restart", "continue"] = Field(
         default="restart",
-        description="start from the merge again, or go on from the search's best epoch",
+        description="restart: train the merge again from the start; continue: go on from the best "
+        "epoch of the search",
     )
     mask_schedule: Literal["once", "every-step"] | PositiveInt = Field(
-        default="once", description="choose the mask once, after every step, or every N steps"
+        default="once",
+        description="when to choose the mask: once, after every step, or every N steps",
     )
     rows: Literal["train", "labelled"] = Field(
         default="train",
@@ -238,7 +242,7 @@ class EvaluateSettings(Section):
         default=1, description="1 is greedy; more is beam search, that many times the memory"
     )
     baselines: bool = Field(
-        default=True, description="score the adapters and the unpruned merge as well"
+        default=True, description="also score the adapters and the unpruned merge"
     )
     metrics: tuple[str, ...] | None = Field(
         default=None,
@@ -247,19 +251,20 @@ class EvaluateSettings(Section):
     )
     metric_rules: Literal["squad", "mlqa", "mlqa-fixed"] = Field(
         default="squad",
-        description="answer normalisation: English SQuAD for all, MLQA per language, or MLQA with "
-        "its Arabic article rule mended",
+        description="how answers are normalised: the English SQuAD rules for all languages, the "
+        "MLQA rules of each language, or MLQA with a corrected rule for the Arabic article",
     )
     rouge: Literal["unicode", "xlsum"] = Field(
         default="unicode",
-        description="words for ROUGE: any script, no stemming; or as XL-Sum's authors do",
+        description="how ROUGE finds words: unicode, any script without stemming; or xlsum, as the "
+        "authors of XL-Sum do",
     )
     bertscore_model: str | None = Field(
         default=None, description="encoder for bertscore_f1: folder or hub id; default: by language"
     )
     resamples: Annotated[int, Field(ge=100)] = Field(
-        default=1000, description="bootstrap resamples behind every interval"
+        default=1000, description="bootstrap resamples for each interval"
     )
     limit: PositiveInt | None = Field(
-        default=None, description="score only the first N rows of each test set"
+        default=None, description="score only the first N examples of each test set"
     )

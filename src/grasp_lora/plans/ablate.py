@@ -17,7 +17,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.plans.compare import checked_data, finished_stages
 from grasp_lora.plans.launch import HERE, Pool, work_off_many
-from grasp_lora.plans.methods import Built, Case, searched, with_split_seed
+from grasp_lora.plans.methods import SHARED_MERGE, Built, Case, searched, with_split_seed
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
 from grasp_lora.plans.results import MethodOutcome, method_outcomes
@@ -169,7 +169,7 @@ def _plan_of(
     """Return a plan with a search and a final run for every variant and seed, from one merge."""
     config, plan = with_split_seed(config), PlanBuilder()
     adapters = add_adapters(plan, config)
-    merged, probe = add_merge(plan, config, adapters)
+    merged, probe = add_merge(plan, config, adapters, *SHARED_MERGE)
     adapters["merged"] = merged
     built: dict[str, Built] = {}
     for seed in seeds:

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.adapters.opening import check_openable
 from grasp_lora.base.files import (
     jsonable,
     machine_name,
@@ -16,7 +18,13 @@ from grasp_lora.base.files import (
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.core.evidence.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
-from grasp_lora.plans.executor import Outcome, state_of
+from grasp_lora.plans.executor import (
+    REFUSED_FILE,
+    Outcome,
+    refused_outcome,
+    state_of,
+    without_result,
+)
 from grasp_lora.plans.launch import HERE, Pool, work_off_many
 from grasp_lora.plans.methods import (
     METHODS,
@@ -32,11 +40,13 @@ from grasp_lora.plans.show import sizes_of
 from grasp_lora.report.comparison import comparison_csv, comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.scoring.sets import metric_options, missing_metrics
+from grasp_lora.stages.folder import work_folder
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
 SEEDS = (42, 1337, 9001)
 RESULT_FILE = "result.json"
+COMPARISON_FILE = "comparison.json"
 NOT_PAIRED = {"bleu", "perplexity"}
 """Scores whose rows' own values mean little."""
 
@@ -74,22 +84,24 @@ def compare_methods(
             "there are no test rows to compare on: give data.target.rows.test, "
             "data.target.files.test or data.tests"
         )
-    plan, built = _plan_of(config, tuple(seeds))
+    plan, built = plan_of(config, tuple(seeds))
     wanted = [job for job in built if not only or method_of(job) in only]
-    asked = part_of(plan, tuple(_stages_of(built, wanted)))
+    asked = part_of(plan, tuple(stages_of(built, wanted)))
     session = Session(with_split_seed(config), data, quiet=quiet)
     sizes = sizes_of(config, data)
     stages = work_off_many(asked, out, session, sizes, pool, overwrite)
-    outcomes = method_outcomes(built, plan, out, stages, sizes)
+    asked_for = {method_of(job) for job in wanted} | _refused_before(out)
+    outcomes = method_outcomes(_of_interest(built, asked_for, out), plan, out, stages, sizes)
     # What an earlier start with other names or seeds left there belongs in the tables as well.
     for seed in _seeds_in(out) or list(seeds):
-        other_plan, others = _plan_of(config, (seed,))
+        other_plan, others = plan_of(config, (seed,))
         there = finished_stages(other_plan, out, session)
+        others = _of_interest(others, asked_for, out)
         outcomes = method_outcomes(others, other_plan, out, there, sizes) | outcomes
     outcomes = _in_order(outcomes)
     _keep_results(outcomes, out)
     found = summary(config, outcomes)
-    write_json(out / "comparison.json", found)
+    write_json(out / COMPARISON_FILE, found)
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
     write_text(out / "comparison.md", comparison_markdown(found))
@@ -107,8 +119,8 @@ def checked_data(
     """Return the examples of many runs, once all that can be checked before any work is right.
 
     Raises:
-        ValueError: a name is unknown, seeds are none or twice the same, or the settings or the
-            data cannot work.
+        ValueError: a name is unknown, seeds are none or twice the same, or the settings, the data
+            or a given adapter cannot work.
     """
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -118,39 +130,73 @@ def checked_data(
     faults = config.faults() + config.missing_files() + missing_metrics(config)
     if faults:
         raise ConfigError(faults)
+    for _, folder in config.adapters:
+        if folder is not None:
+            read_adapter(folder)
+            check_openable(folder)
     return load_run_data(config, Reporter(quiet).say)
 
 
-def _plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
+def plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
     """Return the plan of all methods, whichever are asked for: so names never depend on that."""
     builder = PlanBuilder()
     built = build_methods(builder, config, seeds)
     return builder.build(), built
 
 
-def _stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
+def _refused_before(out: Path) -> set[str]:
+    """Return the methods that an earlier start in the folder found not to be applicable."""
+    file = out / COMPARISON_FILE
+    return set(read_json(file)["not_applicable"]) if file.exists() else set()
+
+
+def _of_interest(
+    built: Mapping[str, Built], asked_for: Collection[str], out: Path
+) -> dict[str, Built]:
+    """Return the methods but for those that nobody asked for, now or in an earlier start, and that
+    would be in the tables for nothing: they choose among others, or these settings rule them out.
+    """
+
+    def wanted(job: str) -> bool:
+        if built[job].refusal is None and not built[job].others:
+            return True
+        return method_of(job) in asked_for or (out / job / RESULT_FILE).exists()
+
+    return {job: one for job, one in built.items() if wanted(job)}
+
+
+def stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
     """Return the stages that methods are read from, those they choose among included."""
     found: list[str] = []
     for job in jobs:
         one = built[job]
         nearest = one.chooses.get("nearest")
         others = [*one.others, *([nearest] if nearest else [])]
-        found += _stages_of(built, others)
+        found += stages_of(built, others)
         found += [one.scores] if one.scores else []
     return list(dict.fromkeys(found))
 
 
 def finished_stages(plan: Plan, place: Path, session: Session) -> dict[str, Outcome]:
-    """Return the stages that have a result in a folder, made from the inputs of the plan."""
+    """Return the stages that have a result in a folder, made from the inputs of the plan, and those
+    that were found not to be applicable."""
     found: dict[str, Outcome] = {}
     for name, stage in plan.stages.items():
-        if all(need in found for need in stage.needs()):
-            try:
-                state = state_of(stage, place, session).state
-            except ValueError:
-                continue
-            if state == "done":
-                found[name] = Outcome(place / name)
+        if not all(need in found for need in stage.needs()):
+            continue
+        lost = without_result(stage, place, found)
+        if lost is not None:
+            found[name] = lost
+            continue
+        try:
+            state = state_of(stage, place, session).state
+        except ValueError:
+            continue
+        refused = work_folder(place / name) / REFUSED_FILE
+        if state == "done":
+            found[name] = Outcome(place / name)
+        elif state == "begun" and refused.exists():
+            found[name] = refused_outcome(place / name, refused.read_text(encoding="utf-8"))
     return found
 
 
@@ -231,6 +277,7 @@ def _row(config: RunConfig, job: str, outcome: MethodOutcome) -> dict[str, Any]:
     return {
         "method": name,
         "job": result.get("chosen", job),
+        "left_out": result.get("left_out", []),
         "seed": config.seed if METHODS[name].seeds == "none" else int(job.rpartition("-s")[2]),
         "ratio": result["ratio"],
         "verdict": result.get("verdict"),

@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import peak_memory_bytes
+from grasp_lora.base.files import peak_memory_bytes, write_text
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
-from grasp_lora.stages.folder import Found, begin, look, publish, refusal, tidy, work_folder
+from grasp_lora.stages.folder import Found, alone, begin, look, publish, refusal, tidy
 from grasp_lora.stages.keys import Key, input_content, key_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
 
-LOG_FILE = "log.txt"
+REFUSED_FILE = "not-applicable.txt"
+"""In the work folder of a stage: why it could not run when it was last tried."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def work_off(
         else:
             do(stage, place, session, options, again)
             outcomes[name] = Outcome(place / name)
+        if outcomes[name].error is None:
+            log_of(place / name).unlink(missing_ok=True)
         options.ended(name, outcomes[name])
     return outcomes
 
@@ -115,10 +118,15 @@ def attempted(work: Callable[[], None], out: Path) -> Outcome:
     try:
         work()
     except NotApplicable as error:
-        return Outcome(out, f"not applicable ({error})", str(error))
+        return refused_outcome(out, str(error))
     except Exception as error:
         return Outcome(out, _logged(out, error))
     return Outcome(out)
+
+
+def refused_outcome(out: Path, why: str) -> Outcome:
+    """Return the outcome of a stage that cannot run on these adapters or on this machine."""
+    return Outcome(out, f"not applicable ({why})", why)
 
 
 def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
@@ -164,7 +172,12 @@ def _key(stage: Stage, session: Session, folders: Mapping[str, Path]) -> Key:
 
 
 def do(stage: Stage, place: Path, session: Session, options: Options, again: bool) -> None:
-    """Do one stage unless it is done."""
+    """Do one stage unless it is done; a second process waits for the first."""
+    with alone(place / stage.name) if is_main() else nullcontext():
+        _do(stage, place, session, options, again)
+
+
+def _do(stage: Stage, place: Path, session: Session, options: Options, again: bool) -> None:
     out, folders = place / stage.name, _folders(stage, place)
 
     def prepared() -> tuple[Key, bool]:
@@ -188,7 +201,7 @@ def do(stage: Stage, place: Path, session: Session, options: Options, again: boo
     try:
         with spot:
             result, work = decided_by_main(lambda: begin(out, key, again))
-            facts = dict(KINDS[stage.kind].run(Work(stage, context, folders, result, work)))
+            facts = _facts(Work(stage, context, folders, result, work))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
             if is_main():
                 with session.clock.span("write"):
@@ -198,9 +211,27 @@ def do(stage: Stage, place: Path, session: Session, options: Options, again: boo
         context.on_saved()
 
 
+def _facts(work: Work) -> dict[str, Any]:
+    """Do the work; where that is refused, leave the reason for the tables of later starts."""
+    refused = work.checkpoints / REFUSED_FILE
+    if is_main():
+        refused.unlink(missing_ok=True)
+    try:
+        return dict(KINDS[work.stage.kind].run(work))
+    except NotApplicable as error:
+        if is_main():
+            write_text(refused, str(error))
+        raise
+
+
+def log_of(out: Path) -> Path:
+    """Return the log of a stage: outside the folder that a new start may remove."""
+    return out.with_name(f"{out.name}.log.txt")
+
+
 def _logged(out: Path, error: Exception) -> str:
     """Keep the traceback of a failed stage; return what is said of it."""
-    log = work_folder(out) / LOG_FILE
+    log = log_of(out)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)

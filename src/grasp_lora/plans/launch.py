@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 from grasp_lora.base.files import holds_something
 from grasp_lora.plans.executor import (
-    LOG_FILE,
     Options,
     Outcome,
     check,
+    log_of,
+    refused_outcome,
     state_of,
     without_result,
     work_off,
@@ -30,8 +31,7 @@ from grasp_lora.plans.executor import (
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.stored import PLAN_FILE, read_plan_file, write_plan
-from grasp_lora.plans.worker import NOT_APPLICABLE
-from grasp_lora.stages.folder import work_folder
+from grasp_lora.plans.worker import AGAIN, NOT_APPLICABLE, OVERWRITE
 from grasp_lora.stages.stage import Cost, Sizes
 from grasp_lora.workbench.reporter import Reporter, duration
 
@@ -193,7 +193,7 @@ class _Progress:
                 return
             self._say(name, outcome)
             show(self.total - sum(self._left.values()))
-            log = work_folder(outcome.folder) / LOG_FILE
+            log = log_of(outcome.folder)
             if outcome.error is not None and outcome.refused is None and log.exists():
                 self._reporter.say(_tail(log))
 
@@ -222,6 +222,7 @@ def _processes(
 ) -> dict[str, Outcome]:
     """Start a process for every stage as soon as its inputs are there."""
     pool, threads, again = how
+    flags = (*([OVERWRITE] if options.overwrite else []), *([AGAIN] if again else []))
     outcomes: dict[str, Outcome] = {}
     waiting = dict(plan.stages)
     running: dict[int, tuple[str, Process]] = {}
@@ -238,13 +239,13 @@ def _processes(
                 if lost is not None:
                     del waiting[name]
                     end(name, lost)
-                elif ready and not again and state_of(stage, place, session).state == "done":
-                    del waiting[name]
-                    end(name, Outcome(place / name))
                 elif ready and len(running) < pool.jobs:
                     del waiting[name]
+                    if not again and state_of(stage, place, session).state == "done":
+                        end(name, Outcome(place / name))
+                        continue
                     slot = min(set(range(pool.jobs)) - running.keys())
-                    process = _started(place, name, pool, (threads, slot), options.overwrite)
+                    process = _started(place, name, pool, (threads, slot), flags)
                     running[slot] = (name, process)
             time.sleep(_PAUSE if running else 0)
             for slot, (name, process) in list(running.items()):
@@ -256,29 +257,23 @@ def _processes(
 
 
 def _started(
-    place: Path, name: str, pool: Pool, slot: tuple[int | None, int], again: bool
+    place: Path, name: str, pool: Pool, slot: tuple[int | None, int], flags: tuple[str, ...]
 ) -> Process:
     threads, number = slot
     count = str(threads)
     environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     environment |= {"TOKENIZERS_PARALLELISM": "false"} | gpu_of(number, _gpus())
-    flags = ("--again",) if again else ()
-    return LAUNCHERS[pool.on](place, name, _log_of(place / name), environment, flags)
-
-
-def _log_of(out: Path) -> Path:
-    """Where the output of a stage's process goes: outside the folder that a new start removes."""
-    return out.with_name(f"{out.name}.{LOG_FILE}")
+    return LAUNCHERS[pool.on](place, name, log_of(place / name), environment, flags)
 
 
 def _ended(out: Path, code: int) -> Outcome:
-    log = _log_of(out)
+    log = log_of(out)
     if code == 0:
         log.unlink(missing_ok=True)
         return Outcome(out)
     if code == NOT_APPLICABLE:
         why = log.read_text(errors="replace").splitlines()[-1]
-        return Outcome(out, f"not applicable ({why})", why)
+        return refused_outcome(out, why)
     return Outcome(out, f"failed (exit code {code}), see {log}")
 
 

@@ -26,6 +26,8 @@ FOLDS = 5
 TRIALS = 8
 DRAWN = 3
 """Trials of an Optuna search, of `TRIALS`, before its model has a say."""
+SHARED_MERGE = ("adapters/merged", "adapters/weights")
+"""Folders of the configured merge and of the probe of its weights, beside the adapters."""
 PEFT_DENSITY = 0.5
 SHIFT = 0.05
 
@@ -85,8 +87,9 @@ class Case:
         """The two adapters."""
         return {role: self.adapters[role] for role in ("source", "target")}
 
-    def add(self, name: str, kind: str, inputs: Mapping[str, Input], **options: Any) -> str:
-        """Add a stage in the method's folder; return the name it goes by."""
+    def add(self, name: str, kind: str, inputs: Mapping[str, Input], /, **options: Any) -> str:
+        """Add a stage in the method's folder; return the name it goes by. An option may well be
+        called `kind`."""
         return self.plan.add(Stage(f"{self.job}/{name}", kind, self.config, inputs, options))
 
     def scored(self, final: Input | None, labelled: bool = True, **parts: Any) -> Built:
@@ -161,7 +164,7 @@ def _start(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
     return merged, (merged, *([probe] if probe else []))
 
 
-def _fixed(start: Any) -> Build:
+def fixed(start: Any) -> Build:
     """Score a start without training."""
 
     def build(case: Case) -> Built:
@@ -182,9 +185,9 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
             final, judged = add_unpruned(case.plan, case.config, adapter, name, title)
             paid = (*made, judged, final)
             return case.scored(final, labelled=False, paid=paid, ratio_from=final)
-        final = case.add(
-            "final", "prune", {"start": adapter}, ratio=ratio, random_masks=random_masks
-        )
+        # Ratio 0 is left out, as other methods leave it out that fine-tune the same start unpruned.
+        options = {"ratio": ratio or None, "random_masks": random_masks}
+        final = case.add("final", "prune", {"start": adapter}, **options)
         return case.scored(final, paid=(*made, final), ratio_from=final)
 
     return build
@@ -339,9 +342,9 @@ _GRID_NAMES = tuple(f"grid-{ratio}" for ratio in GRID)
 _ADAPTIVE_NAMES = tuple(f"adaptive-{ratio}" for ratio in GRID)
 
 METHODS: Mapping[str, Method] = {
-    "zero-shot": Method("backbone alone", _fixed(None), seeds="none"),
-    "source": Method("source adapter", _fixed("source"), seeds="none"),
-    "target": Method("target adapter", _fixed("target"), seeds="none"),
+    "zero-shot": Method("backbone alone", fixed(None), seeds="none"),
+    "source": Method("source adapter", fixed("source"), seeds="none"),
+    "target": Method("target adapter", fixed("target"), seeds="none"),
     "target-trained": Method("target adapter retrained with each seed", _trained(), seeds="all"),
     "source-finetuned": Method(
         "source adapter fine-tuned on the target rows",
@@ -374,7 +377,7 @@ METHODS: Mapping[str, Method] = {
         _trained(adalora=True),
         {"train.target.learning_rate": Times(10.0)},
     ),
-    "average": Method("average of the deltas, untrained", _fixed(AVERAGE), seeds="none"),
+    "average": Method("average of the deltas, untrained", fixed(AVERAGE), seeds="none"),
     "average-finetuned": Method(
         "average of the deltas, fine-tuned unpruned",
         _finetuned(AVERAGE),
@@ -408,14 +411,14 @@ METHODS: Mapping[str, Method] = {
         _finetuned(AVERAGE),
         {"train.finetune.weight_decay": 30.0},
     ),
-    "sum": Method("sum of the deltas, untrained", _fixed(SUM), seeds="none"),
+    "sum": Method("sum of the deltas, untrained", fixed(SUM), seeds="none"),
     "sum-finetuned": Method("sum of the deltas, fine-tuned unpruned", _finetuned(SUM)),
-    "linear": Method("the published merge, untrained", _fixed(PUBLISHED), seeds="none"),
+    "linear": Method("the published merge, untrained", fixed(PUBLISHED), seeds="none"),
     "linear-finetuned": Method(
         "the published merge, fine-tuned unpruned (Adaptive LoRA Merge without pruning)",
         _finetuned(PUBLISHED),
     ),
-    "svd": Method("low-rank average of the deltas, untrained", _fixed(SVD), seeds="none"),
+    "svd": Method("low-rank average of the deltas, untrained", fixed(SVD), seeds="none"),
     "svd-finetuned": Method(
         "low-rank average, fine-tuned unpruned", _finetuned(SVD), {"mask_unit": "merged"}
     ),
@@ -429,7 +432,7 @@ METHODS: Mapping[str, Method] = {
         )
         for kind in ("ties", "ties_svd", "dare_linear", "dare_linear_svd")
     },
-    "lorahub": Method("LoRAHub: weights by nevergrad, untrained", _fixed({"rule": "lorahub"})),
+    "lorahub": Method("LoRAHub: weights by nevergrad, untrained", fixed({"rule": "lorahub"})),
     **{
         f"grid-{ratio}": Method(f"pruned at {ratio}", _finetuned("merged", ratio), seeds="all")
         for ratio in GRID
@@ -611,7 +614,7 @@ def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) 
     config = with_split_seed(config)
     plain = changed_settings(config, {})
     adapters: dict[str, Input] = add_adapters(plan, plain)
-    merged, probe = add_merge(plan, plain, adapters)
+    merged, probe = add_merge(plan, plain, adapters, *SHARED_MERGE)
     adapters["merged"] = merged
     built: dict[str, Built] = {}
 

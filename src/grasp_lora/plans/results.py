@@ -101,9 +101,11 @@ def _result(
     inputs = {r: place / one if isinstance(one, str) else one for r, one in stage.inputs.items()}
     adapter = chosen_adapter(inputs)
     about = {} if adapter is None else facts_of(adapter)
-    ratio = about.get("ratio", 0.0)
+    ratio = 0.0  # an adapter that the user gives may have been pruned: that is no ratio of ours
     if built.ratio_from is not None:
         ratio = facts[built.ratio_from]["ratio"]
+    elif "trials" in built.chooses:
+        ratio = about["ratio"]
     found = _scores(scores)
     found |= {
         "adapter": None if adapter is None else str(adapter),
@@ -115,7 +117,7 @@ def _result(
         "price": price_of([(plan.stages[name], facts[name]) for name in built.paid], sizes),
     }
     for name in ("epochs", "cross_validated"):
-        if name in about:
+        if name in about and isinstance(built.final, str):
             found[name] = about[name]
     if built.search is not None:
         found |= _searched(place / built.search)
@@ -245,7 +247,8 @@ def _batch(stage: Stage, facts: Mapping[str, Any], sizes: Sizes) -> int:
 def _chosen(built: Built, found: Mapping[str, MethodOutcome], nearest: str | None) -> MethodOutcome:
     """Return the outcome of a method that chooses among other runs.
 
-    A run without a result, such as one whose training diverged, is left out and named.
+    A run without a result, such as one whose training diverged, and one whose loss is not finite
+    are left out and named.
     """
     wanted = None
     if nearest is not None:
@@ -262,11 +265,15 @@ def _chosen(built: Built, found: Mapping[str, MethodOutcome], nearest: str | Non
         return MethodOutcome(None, error=f"not done, {built.others[0]} has no result")
     if wanted is not None:
         result = nearest_of(whole, wanted)
-        paid = [result["chosen"]]
+        paid, left_out = [result["chosen"]], [job for job in results if job not in whole]
     else:
-        result = best_of(whole, built.chooses["judged"])
-        paid = list(whole)
-    result["left_out"] = [job for job in results if job not in whole]
+        judged = built.chooses["judged"]
+        finite = [job for job, one in whole.items() if math.isfinite(judged_loss(one, judged))]
+        if not finite:
+            return MethodOutcome(None, error="no run has a finite loss on the labelled examples")
+        result = best_of(whole, judged)
+        paid, left_out = list(whole), [job for job in results if job not in finite]
+    result["left_out"] = left_out
     peaks = [found[job].peak_memory_bytes or 0 for job in paid]
     machines = tuple(machine for job in paid for machine in found[job].machines)
     return MethodOutcome(result, max(peaks) or None, machines=machines)
@@ -279,14 +286,16 @@ def best_of(results: Mapping[str, Mapping[str, Any]], judged: Sequence[str]) -> 
         results: job -> result. One with a loss that is not finite is never chosen.
         judged: the splits that choose.
     """
-    losses = {
-        job: mean_loss([x for split in judged for x in result["losses"][split]])
-        for job, result in results.items()
-    }
+    losses = {job: judged_loss(result, judged) for job, result in results.items()}
     chosen = min(losses, key=lambda job: losses[job])
     prices = [result["price"] for result in results.values()]
     price = {name: sum(one[name] for one in prices) for name in prices[0]}
     return dict(results[chosen]) | {"chosen": chosen, "price": price}
+
+
+def judged_loss(result: Mapping[str, Any], judged: Sequence[str]) -> float:
+    """Return the mean loss of a result on the examples of these splits."""
+    return mean_loss([x for split in judged for x in result["losses"][split]])
 
 
 def mean_loss(losses: Sequence[float | None]) -> float:

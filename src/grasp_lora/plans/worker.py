@@ -20,18 +20,23 @@ NOT_APPLICABLE = 3
 line of standard output."""
 
 
-def work(place: Path, name: str, again: bool = False) -> None:
+OVERWRITE, AGAIN = "--overwrite", "--again"
+"""Flags: replace a result that other inputs made; do the stage again, whatever is there."""
+
+
+def work(place: Path, name: str, overwrite: bool = False, again: bool = False) -> None:
     """Do a stage of the plan in a folder, unless it is done.
 
     Args:
         place: the plan's folder.
         name: of the stage.
-        again: replace a result that is there.
+        overwrite: replace a result that other inputs made.
+        again: do the stage even if it is done.
     """
     stage = read_stage(place, name)
     join(stage.config)
     data = load_run_data(stage.config, Reporter().say)
-    options = PLAIN if not again else PLAIN.replacing()
+    options = PLAIN.replacing() if overwrite else PLAIN
     do(stage, place, Session(stage.config, data), options, again)
 
 
@@ -39,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """Do the stage that the command line names; return the exit code."""
     place, name, *flags = arguments
     try:
-        work(Path(place), name, "--again" in flags)
+        work(Path(place), name, OVERWRITE in flags, AGAIN in flags)
     except NotApplicable as error:
         print(error)
         return NOT_APPLICABLE

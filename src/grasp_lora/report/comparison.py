@@ -79,10 +79,20 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
     for title, names in (
         ("Not applicable here", found["not_applicable"]),
         ("Without a result", found["failed"]),
+        ("Chosen among fewer runs, without those that have no finite loss", _fewer(found)),
     ):
         if names:
             lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
     return "\n".join(lines)
+
+
+def _fewer(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return method and seed -> the runs that its choice had to do without."""
+    return {
+        f"{row['method']}-s{row['seed']}": ", ".join(row["left_out"])
+        for row in found["rows"]
+        if row.get("left_out")
+    }
 
 
 def empty_answers(found: Mapping[str, Any], test: str) -> list[str]:

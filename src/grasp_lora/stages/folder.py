@@ -5,16 +5,18 @@ While a stage works, `<result>.work` holds its key (`stage.json`), the Trainer's
 last, and is then renamed into its place. So a folder that is there is complete.
 """
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from grasp_lora.base.files import holds_something, read_json, write_json
+from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 from grasp_lora.stages.keys import Key, differences
 
-STAGE_FILE = "stage.json"
 State = Literal["absent", "begun", "done", "differs"]
 
 
@@ -72,6 +74,35 @@ def refusal(out: Path, found: Found) -> str:
         f"'{out}' holds {state} result made with other inputs: {'; '.join(found.why)}. Choose "
         "another folder, or pass --overwrite to replace it"
     )
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of a result's place for the body; the system frees it when a process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing keeps two starts in one folder apart there
+        yield
+        return
+    place = out.with_name(f"{out.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(place, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_still(place, file.fileno()):
+                continue  # who held the lock before has removed the file: this one locks nothing
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _is_still(place: Path, opened: int) -> bool:
+    try:
+        return place.stat().st_ino == os.fstat(opened).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:

@@ -18,6 +18,8 @@ from grasp_lora.workbench.merged_folder import adapter_in
 from grasp_lora.workbench.rows import RunData
 
 Key = dict[str, Any]
+STAGE_FILE = "stage.json"
+"""The marker of a finished stage: its key and facts about it."""
 _READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json")
 
 
@@ -51,12 +53,9 @@ def key_of(
 
 def used_settings(stage: Stage, kind: Kind) -> dict[str, Any]:
     """Return dotted setting -> value, JSON-able, of the settings that the kind names."""
-    values = flat_settings(stage.config)
-    return {
-        name: values[name]
-        for name in values
-        if any(name == one or name.startswith(f"{one}.") for one in kind.settings(stage))
-    }
+    values, wanted = flat_settings(stage.config), kind.settings(stage)
+    sections = tuple(f"{name}." for name in wanted)
+    return {n: value for n, value in values.items() if n in wanted or n.startswith(sections)}
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -151,22 +150,41 @@ def input_content(role: str, folder: Path) -> str:
         role: of the input; of a search that gives the ratio, the ratio alone is read.
         folder: the input.
     """
-    digest = hashlib.sha256()
-    if role == "ratio":
-        found = read_json(folder / "ratio.json")
+    kind = role.split()[0]
+    if kind == "ratio":
+        files = [folder / "ratio.json"]
+    else:
+        place = adapter_in(folder)
+        files = sorted(file for pattern in _READ for file in place.glob(pattern))
+        files += [folder / STAGE_FILE] if kind in _FACTS else []
+    return _content(kind, tuple((file, *_stamp(file)) for file in files))
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)
+def _content(kind: str, stamped: tuple[tuple[Any, ...], ...]) -> str:
+    """Return the digest of an input of which every file is named with its stamp: one start looks at
+    the same folders again and again, and reads each once."""
+    digest, files = hashlib.sha256(), [file for file, *_ in stamped]
+    if kind == "ratio":
+        found = read_json(files[0])
         spread = (found.get("spread") or {}).get("ratios")
         digest.update(json.dumps([found.get("ratio"), spread], sort_keys=True).encode())
         return digest.hexdigest()[:16]
-    place = adapter_in(folder)
-    for file in sorted(file for pattern in _READ for file in place.glob(pattern)):
+    for file in files:
+        if file.name == STAGE_FILE:
+            marker = read_json(file)
+            facts = [marker.get(name) for name in _FACTS[kind]]
+            digest.update(json.dumps(facts, sort_keys=True).encode())
+            continue
         content = file.read_bytes()
         if file.name == "merge.json":  # it names places, which do not count
             content = json.dumps(_without_places(json.loads(content)), sort_keys=True).encode()
         digest.update(file.name.encode() + b"\0" + content)
-    facts = _FACTS.get(role.split()[0], ())
-    if facts:
-        marker = read_json(folder / "stage.json")
-        digest.update(json.dumps([marker.get(name) for name in facts], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

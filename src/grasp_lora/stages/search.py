@@ -97,9 +97,10 @@ def run(work: Work) -> Mapping[str, Any]:
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
         choice = choose_ratio(searcher.controller, config.controller)
-        spread = None
+        spread, forwards = None, searcher.forwards
         if config.scope != "global":
             spread = spread_ratio(context, live, norms, choice.ratio, splits)
+            forwards += spread["forwards"]
     if is_main():
         with context.clock.span("write"):
             kept = result.steps if result.best is None else result.best.step
@@ -108,11 +109,11 @@ def run(work: Work) -> Mapping[str, Any]:
             write()
             facts = ratio_facts(config, choice, searcher) | {"entries": entries}
             facts["findings"] = _findings(work, choice, searcher, entries)
+            facts["probe_forwards"] = forwards
             if spread is not None:
-                facts["probe_forwards"] += spread["forwards"]
                 facts |= {"scope": config.scope, "spread": spread}
             write_json(work.out / "ratio.json", facts)
-    return {"seconds": stopwatch.seconds} | result.facts()
+    return {"seconds": stopwatch.seconds, "probe_forwards": forwards} | result.facts()
 
 
 def _searcher(

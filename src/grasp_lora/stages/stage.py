@@ -110,11 +110,6 @@ class Cost:
             self.answers + other.answers,
         )
 
-    def scaled(self, share: float) -> "Cost":
-        """Return a share of the cost."""
-        counts = (self.steps, self.tokens, self.forwards, self.answers)
-        return Cost(*(round(share * count) for count in counts))
-
 
 @dataclass(frozen=True)
 class Sizes:

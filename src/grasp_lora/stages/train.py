@@ -86,7 +86,7 @@ def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any
         raise NotApplicable(f"there are contexts for {len(folds)} folds only, not for {count}")
     kept = [e for fold in folds if fold is not folds[number] for e in fold]
     parts = {"train": tuple(kept), "dev": tuple(folds[number])}
-    return context.on_target(parts), training, {}
+    return context.on_target(parts), training, {"rows_trained": len(kept)}
 
 
 def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[int, float]:
@@ -151,10 +151,14 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     if count is None:
         return training_cost(training, sizes, (role, "train"), (role, "dev"))
     whole = tuple((role, split) for split in LABELLED)
-    steps = steps_cost(training, sizes, *whole)
     if stage.option("fold") is None:
-        return steps
-    return steps.scaled(1 - 1 / count) + sizes.reading((1 + training.epochs) / count, *whole)
+        return steps_cost(training, sizes, *whole)
+    # The smallest fold is held back from the training, the largest one is measured.
+    examples, length = sizes.examples(*whole), sizes.length(*whole)
+    kept, held = examples - examples // count, -(-examples // count)
+    fold, others = ("fold", "dev"), ("fold", "train")
+    parts = Sizes({others: kept, fold: held}, {others: length, fold: length})
+    return training_cost(training, parts, others, fold)
 
 
 TRAIN = Kind(1, _settings, _examples, run, _cost)

@@ -46,6 +46,9 @@ class RunData:
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
+    _digests: dict[tuple[str, str], str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def manifest(self) -> dict[str, Any]:
         """Return the ids of every split with hashes of ids and of whole rows, JSON-able."""
@@ -74,9 +77,11 @@ class RunData:
     def digest_of(self, role: str, split: str) -> str:
         """Return 16 hex digits over the examples of one set; those of an empty set where there is
         none."""
-        content = hashlib.sha256()
-        _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
-        return content.hexdigest()[:16]
+        if (role, split) not in self._digests:
+            content = hashlib.sha256()
+            _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
+            self._digests[role, split] = content.hexdigest()[:16]
+        return self._digests[role, split]
 
     def test_sets(self) -> dict[str, tuple[str, str]]:
         """Return name -> (role, split) of every test set that has rows, the target's own first."""

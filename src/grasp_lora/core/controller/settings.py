@@ -60,7 +60,7 @@ class ControllerConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     preset: Preset = "standard"
-    """Which rule moves the policy, and the source of the values left out."""
+    """Rule that moves the policy, and the source of the values left out."""
     low: float = _BY_PRESET
     """Smallest ratio that may be tried, in [0, 1)."""
     high: float = _BY_PRESET
@@ -75,12 +75,12 @@ class ControllerConfig:
     """Probing rows per round; the same rows for all candidates of a round."""
     baseline: bool = _BY_PRESET
     """Whether a round also measures the model as it is, the published reference of the rewards;
-    costs one evaluation more. Without it they compare with the lowest ratio tried."""
+    costs one more evaluation. Without it the reference is the lowest ratio tried."""
     probe_rows: ProbeRows = _BY_PRESET
-    """Where they come from: a fixed micro-dev set, or a fresh draw from micro-dev and dev."""
+    """Source of the probing rows: a fixed micro-dev set, or a new draw from micro-dev and dev."""
     reward: str = "loss"
-    """What a trial is judged by: `loss`, a score of generated answers (chrf, token_f1,
-    exact_match, rougeL, ...), or `module:function` of your own. Scores of few rows are coarse."""
+    """Measure of a trial: `loss`, a metric of generated answers (chrf, token_f1, exact_match,
+    rougeL, ...), or your own `module:function`. Metrics of few rows are coarse."""
     lr: float = _BY_PRESET
     """Step size of the policy update; for `standard` 1 is the full natural step."""
     anchor: float = _BY_PRESET
@@ -90,8 +90,8 @@ class ControllerConfig:
     max_step: float = 0.10
     """Largest change of the current ratio in one commit, in (0, 1]."""
     when_flat: WhenFlat = "minimum"
-    """Ratio to take where no gain was shown (`standard`): the lowest point all the same, or the
-    largest ratio that is not worse by more than one standard error, for the smallest adapter."""
+    """Ratio to take if no gain was shown (`standard`): the minimum of the curve, or the largest
+    ratio that is worse by at most one standard error, for the smallest adapter."""
     clear_moments: bool = True
     """Whether a commit forgets the optimizer's moments of the entries it prunes."""
 
