@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.generate import encoded_rows, parsed
 from grasp_lora.generation.answer import answer_examples
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import METRICS, Options, Row, score
 from grasp_lora.tasks.base import task_named
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     backbone = common.open_backbone(options)
     task = task_named("qa")
     examples, encoded = encoded_rows(backbone, options)
-    rule: dict[str, Any] = {
-        "max_new_tokens": options.new_tokens,
-        "batch_size": options.batch_size,
-        "pad_id": backbone.pad_id,
-        "stop_ids": backbone.stop_ids,
-    }
+    rule = GenerationSettings(
+        max_new_tokens=options.new_tokens,
+        batch_size=options.batch_size,
+        pad_id=backbone.pad_id,
+        stop_ids=backbone.stop_ids,
+    )
     order = sorted(range(len(encoded)), key=lambda i: -encoded[i].prompt_length)
     seconds = {"generation": 0.0, "answers and losses": 0.0}
     answered: dict[int, tuple[str, float]] = {}
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             began = time.perf_counter()
             if name == "generation":
                 prompts = [row.input_ids[: row.prompt_length] for row in rows]
-                generate_texts(backbone.model, backbone.tokenizer, prompts, **rule)
+                generate_texts(backbone.model, backbone.tokenizer, prompts, rule)
             else:
-                found = answer_examples(backbone.model, backbone.tokenizer, rows, **rule)
+                found = answer_examples(backbone.model, backbone.tokenizer, rows, rule)
                 answered |= dict(zip(chunk, found, strict=True))
             seconds[name] += time.perf_counter() - began
     began = time.perf_counter()

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from benchmarks import common
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.data.files import load_examples
-from grasp_lora.generation.generate import StopAtNewline, generate_texts
+from grasp_lora.generation.generate import GenerationSettings, StopAtNewline, generate_texts
 from grasp_lora.models.backbones import Backbone
 from grasp_lora.tasks.base import Example, task_named
 from grasp_lora.tasks.encoding import EncodedExample, encode_examples
@@ -43,10 +43,12 @@ def in_batches(backbone: Backbone, options: argparse.Namespace) -> Way:
             backbone.model,
             backbone.tokenizer,
             prompts,
-            max_new_tokens=options.new_tokens,
-            batch_size=options.batch_size,
-            pad_id=backbone.pad_id,
-            stop_ids=backbone.stop_ids,
+            GenerationSettings(
+                max_new_tokens=options.new_tokens,
+                batch_size=options.batch_size,
+                pad_id=backbone.pad_id,
+                stop_ids=backbone.stop_ids,
+            ),
         )
 
     return answer

@@ -40,8 +40,13 @@ from grasp_lora.models.modules import bare_model
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
-from grasp_lora.training.search_callback import MaskCallback, ProbePool, SearchCallback
-from grasp_lora.training.trainer import build_trainer, planned_steps
+from grasp_lora.training.search_callback import (
+    MaskCallback,
+    ProbePool,
+    SearchCallback,
+    SearchSettings,
+)
+from grasp_lora.training.trainer import TrainerSettings, build_trainer, planned_steps
 
 PARTS = ("baseline", "probe", "masks")
 TARGETS = ("q_proj", "v_proj")
@@ -167,16 +172,18 @@ def search_side(
     config = sizes.controller
     searcher = SearchCallback(
         live,
-        config,
         ProbePool(
             EncodedExamples(pool, common.collator(backbone), sizes.probe_batch),
             fresh=config.probe_rows != "micro-dev",
         ),
-        IMPORTANCE[sizes.importance],
-        _norms(live, rows, backbone, sizes),
-        seed=0,
-        total_steps=sizes.steps,
-        planned=planned_rounds(sizes.steps, config),
+        SearchSettings(
+            config,
+            IMPORTANCE[sizes.importance],
+            _norms(live, rows, backbone, sizes),
+            seed=0,
+            total_steps=sizes.steps,
+            planned_rounds=planned_rounds(sizes.steps, config),
+        ),
         on_round=lambda _state, _record: None,
         clock=clock,
     )
@@ -215,17 +222,19 @@ def _trainer(
         common.collator(backbone),
         callbacks,
         out,
-        seed=0,
-        epochs=sizes.epochs,
-        max_steps=None,
-        batch_size=sizes.batch_size,
-        accumulation=1,
-        learning_rate=1e-4,
-        lr_decay=0.85,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        save_every=sizes.steps + 1,  # checkpoints cost both sides the same
-        on_cpu=backbone.device.type == "cpu",
+        TrainerSettings(
+            seed=0,
+            epochs=sizes.epochs,
+            max_steps=None,
+            batch_size=sizes.batch_size,
+            accumulation=1,
+            learning_rate=1e-4,
+            lr_decay=0.85,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            save_every=sizes.steps + 1,  # checkpoints cost both sides the same
+            on_cpu=backbone.device.type == "cpu",
+        ),
     )
 
 

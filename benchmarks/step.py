@@ -51,7 +51,7 @@ from grasp_lora.models.modules import linear_modules, output_embeddings
 from grasp_lora.models.norms import use_fused_norms
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter, block_importance
-from grasp_lora.training.trainer import build_trainer
+from grasp_lora.training.trainer import TrainerSettings, build_trainer
 
 TARGETS = ("q_proj", "v_proj")
 RANK = 8
@@ -151,11 +151,25 @@ def our_steps(
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            live.model, rows, collate, [times], Path(folder),
-            seed=0, epochs=1, max_steps=STEPS, batch_size=size, accumulation=1,
-            learning_rate=1e-4, lr_decay=1.0, weight_decay=0.0, max_grad_norm=1.0, save_every=1000,
-            on_cpu=next(live.model.parameters()).device.type == "cpu",
-        )  # fmt: skip
+            live.model,
+            rows,
+            collate,
+            [times],
+            Path(folder),
+            TrainerSettings(
+                seed=0,
+                epochs=1,
+                max_steps=STEPS,
+                batch_size=size,
+                accumulation=1,
+                learning_rate=1e-4,
+                lr_decay=1.0,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                save_every=1000,
+                on_cpu=next(live.model.parameters()).device.type == "cpu",
+            ),
+        )
         trainer.train()
     return times.seconds
 

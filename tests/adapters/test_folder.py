@@ -1,4 +1,4 @@
-"""Adapter folders: what is read, what is refused, what plain PEFT makes of what is written."""
+"""Adapter folders: reading, refusals, and loading written folders with plain PEFT."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ Deltas = Mapping[str, Tensor]
 
 
 def with_deltas(model: PreTrainedModel, deltas: Deltas) -> PreTrainedModel:
-    """Reference: the model in float64 whose weights are W + delta ([out, in]), without PEFT."""
+    """Return the reference: a float64 model with weights W + delta ([out, in]), without PEFT."""
     changed = copy.deepcopy(model).double()
     for name, module in changed.named_modules():
         if name in deltas:
@@ -51,7 +51,7 @@ def delta(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def assert_same_logits(first: torch.nn.Module, second: torch.nn.Module, atol: float = 1e-6) -> None:
-    """Compare in float64: what is left is the rounding of the factors themselves."""
+    """Compare in float64, so that only the rounding of the factors remains."""
     ids = random_ids()
     expected = logits_of(copy.deepcopy(second).double(), ids)
     actual = logits_of(copy.deepcopy(first).double(), ids)
@@ -59,7 +59,7 @@ def assert_same_logits(first: torch.nn.Module, second: torch.nn.Module, atol: fl
 
 
 def pairs_of(adapter: Mapping[str, LoraFactors]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B with the scaling folded into B."""
+    """Return A and B times the scaling."""
     return {name: (f.A, f.scaling * f.B) for name, f in adapter.items()}
 
 
@@ -299,7 +299,7 @@ def test_an_adapter_is_checked_and_written_while_its_base_carries_lora(tmp_path:
 def test_an_adapter_is_not_attached_twice() -> None:
     model = tiny_model()
     modules = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 16), torch.ones(16, 2))}
-    with pytest.raises(ValueError, match="carries LoRA layers already"):
+    with pytest.raises(ValueError, match="already has LoRA layers"):
         attach_adapter(attach_adapter(model, modules).get_base_model(), modules)
 
 
@@ -390,7 +390,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 8}, r"gives 'model\.layers\.0.*' the rank 8, its tensors have rank 4"),
+        ({"r": 8}, r"gives 'model\.layers\.0.*' the rank 8, but its tensors have rank 4"),
         ({"rank_pattern": {r"layers\.1.*v_proj": 2}}, r"'model\.layers\.1.*v_proj' the rank 2"),
     ],
 )
@@ -413,9 +413,9 @@ def test_a_config_of_another_rank_is_refused_as_peft_refuses_it(
         (_drop("v_proj.lora_B"), r"lora_B of 'model\.layers\.0.*v_proj' is missing"),
         (_set(f"{Q0}.lora_A.weight", torch.ones(3, 16)), r"ranks of .*\[3, 16\].*\[16, 4\]"),
         (_set(f"{Q0}.lora_A.weight", torch.ones(0, 16)), "non-empty"),
-        (_set(f"{Q0}.lora_A.weight", torch.ones(4)), r"\[4\], a LoRA factor"),
+        (_set(f"{Q0}.lora_A.weight", torch.ones(4)), r"\[4\], but a LoRA factor"),
         (_set(f"{Q0}.lora_A.weight", torch.ones(4, 16, dtype=torch.int8)), "torch.int8"),
-        (_set(f"{Q0}.lora_C.weight", torch.ones(4, 16)), "lora_C.weight' is not understood"),
+        (_set(f"{Q0}.lora_C.weight", torch.ones(4, 16)), "lora_C.weight' has an unknown name"),
         (_set("base_model.model.lm_head.lora_A.weight", torch.ones(4, 16)), "the output layer"),
         (_set(f"{Q0}.base_layer.weight", torch.ones(1)), "a base weight saved"),
         (dict.clear, "holds no tensors"),
@@ -432,7 +432,7 @@ def test_tensors_that_do_not_make_an_adapter_are_refused(
 def test_missing_and_damaged_files_are_each_named(tmp_path: Path) -> None:
     folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         read_adapter(tmp_path / "nowhere")
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"safetensors is damaged or cut short"):
@@ -482,5 +482,5 @@ def test_a_recorded_base_is_recognised_in_any_precision_and_no_other_passes(
     check_fits(loaded, tiny_model().to(torch.bfloat16), "source")
     with pytest.raises(ValueError, match="other base weights"):
         check_fits(loaded, tiny_model(seed=1), "source")
-    with pytest.raises(ValueError, match="vocabulary of 272 tokens, this model has 280"):
+    with pytest.raises(ValueError, match="vocabulary of 272 tokens, but this model has 280"):
         check_fits(loaded, tiny_model(vocab=280), "source")

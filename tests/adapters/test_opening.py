@@ -1,4 +1,4 @@
-"""Adapters of every type, loaded as PEFT saved them, scored in batches, and taken off again."""
+"""Adapters of every type are loaded as PEFT saved them, scored in batches, and removed."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ from grasp_lora.adapters.opening import (
     named_base_model,
     open_model,
 )
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import GgufSource
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
@@ -84,12 +84,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(base_folder: Path) -> Backbone:
-    """Return one backbone for all tests: each must leave it bare."""
+    """Return one backbone for all tests; each test must remove its adapters."""
     return load_backbone(ModelSpec(str(base_folder), dtype="float32", device="cpu"))
 
 
 def trained(model: Any, chosen: PeftConfig) -> PeftModel:
-    """Return a PEFT model whose adapter weights all differ from their start."""
+    """Return a PEFT model whose adapter weights all differ from their initial values."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
@@ -108,7 +108,7 @@ def saved(adapter: PeftModel, folder: Path, **settings: Any) -> Path:
 
 
 class Numbers:
-    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+    """Decodes tokens to their ids, because different invalid bytes give the same text."""
 
     def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -116,8 +116,8 @@ class Numbers:
 
 
 def texts(model: nn.Module, batch_size: int) -> list[str]:
-    settings = {"max_new_tokens": 6, "pad_id": PAD_ID, "stop_ids": [EOS_ID]}
-    return generate_texts(model, Numbers(), PROMPTS, batch_size=batch_size, **settings)
+    settings = GenerationSettings(6, batch_size, PAD_ID, [EOS_ID])
+    return generate_texts(model, Numbers(), PROMPTS, settings)
 
 
 def losses(model: nn.Module, batch_size: int) -> Tensor:
@@ -134,7 +134,7 @@ def losses(model: nn.Module, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def by_peft(model: nn.Module) -> tuple[Tensor, list[str]]:
-    """Reference: PEFT's own forward on one row without padding; no cache, no position ids."""
+    """Return the reference: PEFT's forward on one example, without padding, cache and positions."""
 
     def logits(ids: Sequence[int]) -> Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
@@ -298,7 +298,7 @@ def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:
 
 def test_a_base_model_for_a_model_is_refused(base_folder: Path) -> None:
     with (
-        pytest.raises(ValueError, match="is a model and no adapter"),
+        pytest.raises(ValueError, match="is a model, not an adapter"),
         open_model(base_folder, ModelSpec("smollm2")),
     ):
         pass
@@ -354,7 +354,7 @@ def test_other_base_weights_are_refused(backbone: Backbone, tmp_path: Path) -> N
         pass
     folder = ours(tmp_path / "wrong", tiny_model("llama", seed=1))
     with (
-        pytest.raises(ValueError, match="made on other base weights"),
+        pytest.raises(ValueError, match="trained on other base weights"),
         model_with_adapter(backbone, folder),
     ):
         pass
@@ -432,7 +432,7 @@ def test_pickled_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None
     folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with (
-        pytest.raises(ValueError, match="adapter_model.bin only, a pickle"),
+        pytest.raises(ValueError, match="only adapter_model.bin, a pickle"),
         model_with_adapter(backbone, folder),
     ):
         pass

@@ -24,7 +24,7 @@ FACTS = {
 
 
 def sentences(example: Example) -> set[str]:
-    """The context's sentences; each tells one fact, whoever is asked about."""
+    """Return the sentences of the context; each states one fact."""
     found = re.split(r"(?<=[.。])\s*", example.fields["context"])
     return {sentence for sentence in found if sentence}
 

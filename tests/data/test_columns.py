@@ -1,4 +1,4 @@
-"""Which column is taken for what, seen through the loading of rows."""
+"""The choice of columns, tested by loading examples."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_a_template_names_the_inputs_of_a_task_without_fields() -> None:
     ("row", "settings", "message"),
     [
         (ROW, {"columns": {"passage": "context"}},
-         "columns has no 'passage'.*are id, context, question, answers, group"),
+         "columns does not know the name 'passage'.*map id, context, question, answers, group"),
         (ROW, {"columns": {"context": "passage"}},
          "rows: there is no column 'passage' for context; its columns are 'id', 'context'"),
         ({"text": "x", "gold": "y"}, {}, "no column for context or passage or paragraph, question"
@@ -81,7 +81,7 @@ def test_columns_that_do_not_fit_are_named(row: dict, settings: dict, message: s
     ("template", "message"),
     [
         ("no input", "names no column"),
-        ("{completion}", "names {completion}, which holds the row's completion"),
+        ("{completion}", "names {completion}, which is the row's completion"),
         ("{prompt} {id}", "names {id}"),
         ("{other}", "no column for other; its columns are 'prompt', 'completion'"),
     ],

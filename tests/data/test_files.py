@@ -248,7 +248,7 @@ def test_the_share_of_faulty_rows_is_bounded_from_above_inclusively(tmp_path: Pa
     message = (
         r"a\.jsonl: 2 of 19 rows \(10\.5%\) are faulty \(empty question: 1, answer outside its "
         r"context: 1\), at most 10% may be; the first are .*a\.jsonl:1 \(empty question\); "
-        r".*a\.jsonl:2 \(answer outside its context\); .*set data\.max_faulty higher"
+        r".*a\.jsonl:2 \(answer outside its context\); .*raise data\.max_faulty"
     )
     with pytest.raises(ValueError, match=message):
         read(path)

@@ -12,7 +12,14 @@ import pytest
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from grasp_lora.data.hub import PUBLISHED_SETS, HubExamples, load_hub, load_preset, split_published
+from grasp_lora.data.hub import (
+    PUBLISHED_SETS,
+    HubExamples,
+    Source,
+    load_hub,
+    load_preset,
+    split_published,
+)
 from grasp_lora.data.leaks import check_disjoint, drop_parallel
 from grasp_lora.tasks.base import TASKS
 from hub_server import serve
@@ -23,7 +30,7 @@ Row = Mapping[str, Any]
 
 
 def questions(split: str, contexts: int, each: int = 5, language: str = "ar") -> list[Row]:
-    """Rows as MLQA and XQuAD have them; the same ids in every language, other words."""
+    """Return rows like in MLQA and XQuAD: the same ids in every language, with other words."""
     return [
         {
             "id": f"{split}-{c}-{q}",
@@ -44,7 +51,7 @@ def articles(split: str, count: int) -> list[Row]:
 
 
 class Hub:
-    """A load function over rows by (repository, config, revision) and split."""
+    """A load function that returns given rows by (repository, config, revision) and split."""
 
     def __init__(self, places: Mapping[Any, Any]) -> None:
         self.places = places
@@ -57,7 +64,6 @@ class Hub:
         *,
         split: str,
         revision: str | None,
-        cache_dir: object,
     ) -> Dataset:
         self.asked.append((repo, config, revision, split))
         place = self.places.get((repo, config, revision))
@@ -132,7 +138,7 @@ def test_places_are_tried_in_order_and_every_failure_is_kept(tmp_path: Path) -> 
 
 def test_no_place_gives_one_error_with_every_reason_and_the_way_out() -> None:
     places = {("google/xtreme", "MLQA.ar.ar", None): {"validation": questions("v", 3)}}
-    with pytest.raises(ValueError, match="no rows of mlqa ar could be had") as caught:
+    with pytest.raises(ValueError, match="no rows of mlqa ar could be loaded") as caught:
         load_preset("mlqa", "ar", load=Hub(places))
     text = str(caught.value)
     assert text.count("DatasetNotFoundError: Dataset 'facebook/mlqa' doesn't exist") == 3
@@ -229,7 +235,7 @@ def test_xquad_has_room_for_a_source_that_shares_no_question_with_the_target() -
     for seed in range(5):
         parts = split_published(target, PUBLISHED_SETS["xquad"].sizes["target"], seed).parts
         used = [example for part in parts.values() for example in part]
-        left = english.without(lambda rows, used=used: drop_parallel(rows, used)[0])
+        left = english.filtered(lambda rows, used=used: drop_parallel(rows, used)[0])
         source = split_published(left, PUBLISHED_SETS["xquad"].sizes["source"], seed).parts
         assert [len(part) for part in source.values()] == [700, 100, 100]
         both = {f"t/{k}": v for k, v in parts.items()} | {f"s/{k}": v for k, v in source.items()}
@@ -238,7 +244,7 @@ def test_xquad_has_room_for_a_source_that_shares_no_question_with_the_target() -
 
 def hub_rows(count: int, **parts: str) -> HubExamples:
     hub = Hub({("a/b", None, None): {name: articles(name, count) for name in set(parts.values())}})
-    return load_hub("a/b", None, None, parts, TASKS["summarization"], "en", load=hub)
+    return load_hub(Source("a/b"), parts, TASKS["summarization"], "en", load=hub)
 
 
 def test_a_part_may_take_all_that_others_leave() -> None:
@@ -273,7 +279,7 @@ def test_any_data_set_is_read_with_its_own_columns_and_recorded() -> None:
     hub = Hub({("me/mine", "small", "v1"): {"train[:4]": rows}})
     columns = {"id": "key", "question": "q", "answers": "gold"}
     found = load_hub(
-        "me/mine", "small", "v1", {"test": "train[:4]"}, TASKS["qa"], "en",
+        Source("me/mine", "small", "v1"), {"test": "train[:4]"}, TASKS["qa"], "en",
         columns=columns, max_faulty=0.3, load=hub,
     )  # fmt: skip
     assert [e.id for e in found.examples["train[:4]"]] == ["0", "1", "2"]
@@ -296,7 +302,7 @@ def test_any_data_set_is_read_with_its_own_columns_and_recorded() -> None:
 def test_a_data_set_with_a_script_is_refused_with_the_branch_to_take() -> None:
     error = RuntimeError("Dataset scripts are no longer supported, but found b.py")
     with pytest.raises(ValueError, match=f"tried a/b .RuntimeError.*set revision: {EXPORT}"):
-        load_hub("a/b", None, None, {"test": "test"}, TASKS["qa"], "en",
+        load_hub(Source("a/b"), {"test": "test"}, TASKS["qa"], "en",
                  load=Hub({("a/b", None, None): error}))  # fmt: skip
 
 
@@ -308,7 +314,7 @@ def put(folder: Path, name: str, rows: Sequence[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def hub_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a script repository that has a Parquet copy, and one with Parquet files."""
+    """Serve a repository with a script and a Parquet copy, and one with Parquet files."""
     root = tmp_path_factory.mktemp("hub")
     main = root / "csebuetnlp__xlsum" / "main"
     main.mkdir(parents=True)
@@ -332,7 +338,7 @@ def hub_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 LOAD = """
 import json
-from grasp_lora.data.hub import load_hub, load_preset
+from grasp_lora.data.hub import Source, load_hub, load_preset
 from grasp_lora.tasks.base import TASKS
 def told(load, *given, **named):
     try:
@@ -342,7 +348,7 @@ def told(load, *given, **named):
     ids = {name: [e.id for e in rows] for name, rows in found.examples.items()}
     return found.record() | {"ids": ids}
 summaries = TASKS["summarization"]
-copy = ("csebuetnlp/xlsum", None, "refs/convert/parquet", {"test": "test"}, summaries, "en")
+copy = Source("csebuetnlp/xlsum", None, "refs/convert/parquet"), {"test": "test"}, summaries, "en"
 print(json.dumps([
     told(load_preset, "xlsum", "ar"), told(load_preset, "xlsum", "en", role="source"),
     told(load_preset, "xquad", "ar"), told(load_hub, *copy), told(load_preset, "mlqa", "ar"),
@@ -393,8 +399,8 @@ def test_splits_that_number_their_rows_alike_get_ids_of_their_own() -> None:
         )
 
     parts = {"train": "train", "test": "test"}
-    found = load_hub("a/b", None, None, parts, TASKS["summarization"], "en", load=load)
+    found = load_hub(Source("a/b"), parts, TASKS["summarization"], "en", load=load)
     assert [e.id for e in found.examples["train"]] == [f"train/{n}" for n in range(4)]
     assert not check_disjoint(found.examples)
-    apart = load_hub("a/b", None, None, {"test": "test"}, TASKS["summarization"], "en", load=load)
+    apart = load_hub(Source("a/b"), {"test": "test"}, TASKS["summarization"], "en", load=load)
     assert [e.id for e in apart.examples["test"]] == ["0", "1", "2", "3"]

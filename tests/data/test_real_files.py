@@ -1,4 +1,4 @@
-"""The published files load as they are; each count is taken a second time by other means."""
+"""The published files load unchanged; every count is verified by other means."""
 
 import csv
 import json

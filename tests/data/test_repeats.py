@@ -31,7 +31,7 @@ def test_a_repeated_text_stays_with_the_split_that_measures() -> None:
 
 @pytest.mark.parametrize("first", ["dev", "micro_dev"])
 def test_a_chain_of_repeats_loses_no_more_than_it_must(first: str) -> None:
-    """The text between two others leaves; then the outer two do not touch."""
+    """The text between two others is removed, and then the outer two are not similar."""
     words = [f"word{n}" for n in range(60)]
     one, two, three = (" ".join(words[n : n + 40]) for n in (0, 5, 10))
     parts = {"test": [row("1", one)], "train": [row("2", two)], first: [row("3", three)]}

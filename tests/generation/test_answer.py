@@ -1,19 +1,20 @@
-"""Text and loss from one reading of the prompt, against the two readings they replace."""
+"""Text and loss from one reading of the prompt equal those from two readings."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from helpers import tiny_bloom_model, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-RULE = {"max_new_tokens": 9, "batch_size": 3, "pad_id": 0, "stop_ids": (2,)}
+RULE = GenerationSettings(max_new_tokens=9, batch_size=3, pad_id=0, stop_ids=(2,))
 
 
 def rows(count: int = 7, longest: int = 30) -> list[EncodedExample]:
@@ -31,9 +32,9 @@ def rows(count: int = 7, longest: int = 30) -> list[EncodedExample]:
 def test_texts_and_losses_are_those_of_two_readings(arch, one_line):
     model, encoded = tiny_model(arch), rows()
     assert can_answer_in_one_pass(model)
-    found = answer_examples(model, TOKENIZER, encoded, one_line=one_line, **RULE)
+    found = answer_examples(model, TOKENIZER, encoded, replace(RULE, one_line=one_line))
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
-    texts = generate_texts(model, TOKENIZER, prompts, one_line=one_line, **RULE)
+    texts = generate_texts(model, TOKENIZER, prompts, replace(RULE, one_line=one_line))
     batches = EncodedExamples(encoded, Collator(0), 3).batches(range(len(encoded)))
     losses = example_losses(model.eval(), batches, len(encoded))
     assert [text for text, _ in found] == texts
@@ -45,15 +46,15 @@ def test_a_full_sliding_window_costs_a_second_reading_and_no_error():
     assert model.config.sliding_window == 64
     encoded = rows(longest=120)
     assert max(e.prompt_length for e in encoded) > 70
-    found = answer_examples(model, TOKENIZER, encoded, **RULE)
+    found = answer_examples(model, TOKENIZER, encoded, RULE)
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
-    assert [text for text, _ in found] == generate_texts(model, TOKENIZER, prompts, **RULE)
+    assert [text for text, _ in found] == generate_texts(model, TOKENIZER, prompts, RULE)
 
 
 def test_order_of_rows_and_size_of_batches_do_not_matter():
     model, encoded = tiny_model("llama"), rows()
-    one = answer_examples(model, TOKENIZER, encoded, **{**RULE, "batch_size": 1})
-    other = answer_examples(model, TOKENIZER, encoded[::-1], **RULE)[::-1]
+    one = answer_examples(model, TOKENIZER, encoded, replace(RULE, batch_size=1))
+    other = answer_examples(model, TOKENIZER, encoded[::-1], RULE)[::-1]
     assert [text for text, _ in one] == [text for text, _ in other]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], abs=1e-5)
 
@@ -64,7 +65,7 @@ def test_the_prompt_is_read_once():
     model.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    answer_examples(model, TOKENIZER, encoded, **RULE)
+    answer_examples(model, TOKENIZER, encoded, RULE)
     assert read[0] == max(e.prompt_length for e in encoded) + max(e.label_tokens for e in encoded)
     assert set(read[1:]) == {1}
 
@@ -80,7 +81,7 @@ def test_models_and_searches_it_is_not_for_are_named():
 
 def test_modes_are_left_as_they_were():
     model = tiny_model("llama").train()
-    answer_examples(model, TOKENIZER, rows(count=2), **RULE)
+    answer_examples(model, TOKENIZER, rows(count=2), RULE)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()
@@ -93,11 +94,11 @@ def test_the_least_tokens_of_an_answer_are_the_rule_here_too():
         firsts = {int(model(torch.tensor([p])).logits[0, -1].argmax()) for p in prompts}
         weight = model.get_output_embeddings().weight
         weight[2] = 2.0 * weight[sorted(firsts)].sum(0)
-    free = answer_examples(model, TOKENIZER, encoded, **RULE)
+    free = answer_examples(model, TOKENIZER, encoded, RULE)
     ended = TOKENIZER.decode([2])
     assert ended in [text for text, _ in free], "a model that is to end at once somewhere"
-    found = answer_examples(model, TOKENIZER, encoded, min_new_tokens=2, **RULE)
+    found = answer_examples(model, TOKENIZER, encoded, replace(RULE, min_new_tokens=2))
     texts = [text for text, _ in found]
-    assert texts == generate_texts(model, TOKENIZER, prompts, min_new_tokens=2, **RULE)
+    assert texts == generate_texts(model, TOKENIZER, prompts, replace(RULE, min_new_tokens=2))
     assert ended not in texts
     assert [loss for _, loss in found] == [loss for _, loss in free]

@@ -1,4 +1,4 @@
-"""Batched generation equals one row at a time, and one row at a time equals plain argmax."""
+"""Batched generation equals generation of one text at a time, which equals plain argmax."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from grasp_lora.generation.generate import StopAtNewline, generate_texts
+from grasp_lora.generation.generate import GenerationSettings, StopAtNewline, generate_texts
 from helpers import EOS_ID, PAD_ID, packaged_tokenizer, tiny_model, tiny_peft_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -19,7 +19,7 @@ NEWLINE = TOKENIZER.encode("\n")[0]
 
 
 class Numbers:
-    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+    """Decodes tokens to their ids, because different invalid bytes give the same text."""
 
     def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -31,13 +31,15 @@ def spelled(ids: Sequence[int]) -> str:
 
 
 def texts(model: nn.Module, prompts: Any = PROMPTS, tokenizer: Any = None, **changes: Any):
-    settings: dict[str, Any] = {
+    calls = {name: changes.pop(name) for name in ("advance", "notice") if name in changes}
+    defaults: dict[str, Any] = {
         "max_new_tokens": 6,
         "batch_size": 4,
         "pad_id": PAD_ID,
         "stop_ids": [EOS_ID],
     }
-    return generate_texts(model, tokenizer or Numbers(), prompts, **(settings | changes))
+    settings = GenerationSettings(**(defaults | changes))
+    return generate_texts(model, tokenizer or Numbers(), prompts, settings, **calls)
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def by_hand(model: nn.Module, prompt: Sequence[int], count: int = 6) -> list[int
 
 @torch.no_grad()
 def beams_by_hand(model: nn.Module, prompt: Sequence[int], beams: int, count: int) -> list[int]:
-    """Textbook beam search: the best mean log probability among the first `beams` ended ones."""
+    """Return a textbook beam search: the best mean log probability of the first `beams` ended."""
     alive: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[tuple[float, list[int]]] = []
     for step in range(1, count + 1):
@@ -97,7 +99,7 @@ def test_beam_search_equals_the_textbook_without_batch_or_cache(arch, seed):
 
 
 def raise_logit(model: Any, token: int, factor: float) -> None:
-    """Make a token likely: its output weights become a mean of those that are chosen anyway."""
+    """Make a token likely: set its output weights to the mean of often chosen tokens."""
     with torch.no_grad():
         weight = model.get_output_embeddings().weight
         chosen = sorted({i for prompt in PROMPTS for i in by_hand(model, prompt)} - {EOS_ID})
@@ -234,11 +236,11 @@ def test_batches_that_do_not_fit_are_halved_and_no_row_is_lost():
     assert found == expected
     assert sizes == [5, 2, 2, 2, 1]
     assert done == [2, 2, 2, 1]
-    assert notices == ["out of memory with 5 rows a batch: going on with 2"]
+    assert notices == ["out of memory with a batch size of 5; continuing with 2"]
 
 
 class Scripted(nn.Module):
-    """Writes given tokens, one script a prompt; the prompt's first token says which."""
+    """Generates given tokens; the first token of a prompt selects the script."""
 
     def __init__(self, scripts: Sequence[Sequence[int]]):
         super().__init__()
@@ -304,7 +306,7 @@ def test_only_rows_at_a_line_break_are_decoded():
 
 
 def byte_bpe() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges take line breaks into longer tokens."""
+    """Return a byte-level BPE with merges that put line breaks into longer tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -319,7 +321,7 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def sentence_pieces() -> PreTrainedTokenizerFast:
-    """Pieces with byte fallback, as SentencePiece models have them."""
+    """Return a tokenizer of pieces with byte fallback, as in SentencePiece models."""
     words = ["\u2581", "\u2581red", "blue", "\n", "\n\n", ".\n", "\t", "\u3000", "\u2581\u2581"]
     pieces = ["<unk>", "<end>", *[f"<0x{i:02X}>" for i in range(256)], *words]
     tokenizer = Tokenizer(

@@ -1,4 +1,4 @@
-"""Attention by products equals the textbook and transformers' own, and is used where it may be."""
+"""Product attention equals the textbook's and transformers', and is used where it applies."""
 
 import math
 
@@ -23,7 +23,7 @@ def drawn(*shape, seed=0, dtype=torch.float64):
 
 
 def textbook(query, key, value, visible, scale):
-    """One head and one row at a time."""
+    """Return attention computed for one head and one query at a time."""
     examples, heads, length, _ = query.shape
     shared = heads // key.shape[1]
     out = torch.zeros(examples, length, heads, value.shape[-1], dtype=query.dtype)
@@ -50,7 +50,7 @@ def bias_of(visible):
 @pytest.mark.parametrize("span", [1, 2, 3, 100])
 def test_products_equal_the_textbook(heads, key_heads, cached, span, monkeypatch):
     monkeypatch.setattr(attention, "_CACHED_SCORES", cached)
-    monkeypatch.setattr(attention, "_SPAN", span)
+    monkeypatch.setattr(attention, "_QUERIES_PER_SPAN", span)
     query, key = drawn(2, heads, 5, 4, seed=1), drawn(2, key_heads, 5, 4, seed=2)
     value = drawn(2, key_heads, 5, 3, seed=3)
     visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
@@ -61,7 +61,7 @@ def test_products_equal_the_textbook(heads, key_heads, cached, span, monkeypatch
 
 
 def test_queries_that_see_later_keys_are_not_cut(monkeypatch):
-    monkeypatch.setattr(attention, "_SPAN", 2)
+    monkeypatch.setattr(attention, "_QUERIES_PER_SPAN", 2)
     query, key, value = drawn(1, 2, 6, 4, seed=1), drawn(1, 2, 6, 4, seed=2), drawn(1, 2, 6, 4)
     visible = torch.ones(1, 6, 6, dtype=torch.bool).tril()
     visible[0, 1, 5] = True
@@ -71,7 +71,7 @@ def test_queries_that_see_later_keys_are_not_cut(monkeypatch):
 
 @pytest.mark.parametrize("span", [1, 2, 100])
 def test_the_gradients_are_those_of_finite_differences(span, monkeypatch):
-    monkeypatch.setattr(attention, "_SPAN", span)
+    monkeypatch.setattr(attention, "_QUERIES_PER_SPAN", span)
     inputs = [
         drawn(2, 4, 4, 3, seed=1).requires_grad_(),
         drawn(2, 2, 4, 3, seed=2).requires_grad_(),

@@ -1,4 +1,4 @@
-"""Backbones: found, loaded frozen, refused in words; and what is read off a model."""
+"""Backbones: locating, loading, error messages, and looking up parts of a model."""
 
 import copy
 import gc
@@ -92,7 +92,7 @@ def test_a_padding_token_beyond_the_models_vocabulary_gives_way_to_the_end_token
     notices: list[str] = []
     backbone = load_backbone(spec_of(folder, dtype="float32"), notices.append)
     assert backbone.pad_id == backbone.tokenizer.pad_token_id == EOS_ID
-    assert "'[PAD]', number 272) is beyond the model's vocabulary of 272 tokens" in notices[-1]
+    assert "'[PAD]', id 272) is beyond the model's vocabulary of 272 tokens" in notices[-1]
     batch = backbone.tokenizer(["a", "longer"], padding=True, return_tensors="pt")
     assert backbone.model(**batch).logits.isfinite().all()
 
@@ -124,13 +124,13 @@ def test_names_that_lead_nowhere_give_one_clear_message(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'smolm2' cannot be loaded.*did you mean 'smollm2'\?"):
         load_backbone(ModelSpec(name="smolm2", device="cpu"))
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_backbone(spec_of(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"a\.gguf is no file"):
+    with pytest.raises(FileNotFoundError, match=r"a\.gguf is not a file"):
         load_backbone(spec_of(tmp_path / "a.gguf"))
-    with pytest.raises(FileNotFoundError, match=r"b\.gguf is no file"):
+    with pytest.raises(FileNotFoundError, match=r"b\.gguf is not a file"):
         load_backbone(spec_of(tmp_path / "none" / "b.gguf"))
-    with pytest.raises(FileNotFoundError, match=r"c\.gguf is no file"):
+    with pytest.raises(FileNotFoundError, match=r"c\.gguf is not a file"):
         load_backbone(ModelSpec(name="c.gguf", device="cpu"))
     with pytest.raises(ValueError, match=r"'owner/model/d\.gguf' cannot be loaded"):
         load_backbone(ModelSpec(name="owner/model/d.gguf", device="cpu"))
@@ -146,7 +146,7 @@ def test_a_gguf_file_of_the_hub_is_named_by_repository_and_file(tmp_path, monkey
         return str(file)
 
     monkeypatch.setattr(backbones, "cached_file", cached)
-    source = backbones._source(ModelSpec(name="owner/model/q4/small.gguf", revision="v1"))
+    source = backbones.gguf_source_of(ModelSpec(name="owner/model/q4/small.gguf", revision="v1"))
     assert asked == [("owner/model", "q4/small.gguf", "v1")]
     assert source.public_name == "owner/model/q4/small.gguf"
     assert (source.label, source.assemble(tmp_path)) == ("small", file)
@@ -173,7 +173,7 @@ def quantized_for_a_missing_package(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_weights, r"the folder is there, but no whole model in it \(.*no file named model"),
+        (without_weights, r"the folder does not hold a complete model \(.*no file named model"),
         (with_half_the_weights, r"weights file of .* is damaged or cut short .*download it again"),
         (quantized_for_a_missing_package, r"packages installed here \(.*bitsandbytes.*pip install"),
     ],
@@ -401,7 +401,7 @@ def test_targets_are_modules_that_read_text(patterns: list[str] | str) -> None:
 
 
 def deepseek_model() -> PreTrainedModel:
-    """Return a mixture whose experts are one tensor, beside a dense layer and shared experts."""
+    """Return a model with fused experts, a dense layer and shared experts."""
     config = DeepseekV3Config(
         vocab_size=TINY_VOCAB,
         hidden_size=16,
@@ -428,14 +428,16 @@ def deepseek_model() -> PreTrainedModel:
     "patterns", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["o_proj", "up_proj"]]
 )
 def test_targets_that_peft_takes_for_fused_experts_are_refused(patterns: list[str] | str) -> None:
-    said = r"experts of this model \(deepseek_v3\) are fused .*up_proj.* only: .*o_proj, q_a_proj"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        r"experts of this model \(deepseek_v3\) are fused .*up_proj.* modules: .*o_proj, q_a_proj"
+    )
+    with pytest.raises(ValueError, match=message):
         resolve_targets(deepseek_model(), patterns)
 
 
 def test_an_adapter_of_modules_that_peft_takes_for_fused_experts_is_refused() -> None:
     model, pair = deepseek_model(), (torch.zeros(2, 16), torch.zeros(16, 2))
-    with pytest.raises(ValueError, match="PEFT takes up_proj for them"):
+    with pytest.raises(ValueError, match="PEFT applies up_proj to them"):
         attach_adapter(model, {"model.layers.0.mlp.up_proj": pair})
     attach_adapter(model, {"model.layers.0.self_attn.o_proj": pair}, dropout=0.1)
 

@@ -1,4 +1,4 @@
-"""Orders of an epoch keep a plain shuffle's steps; the cuts of `size_forwards` are the best ones."""
+"""Epoch orders keep a plain shuffle's steps; the forward passes of `size_forwards` are optimal."""
 
 import itertools
 
@@ -77,20 +77,20 @@ def cost(lengths, cuts, forward_tokens):
     return sum(len(c) * max(lengths[i] for i in c) + forward_tokens for c in cuts)
 
 
-@pytest.mark.parametrize("most_rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_examples", [1, 2, 3, 8])
 @pytest.mark.parametrize("forward_tokens", [0, 7, 1000])
 @pytest.mark.parametrize("seed", range(4))
-def test_right_sized_cuts_cost_no_more_than_any_other(most_rows, forward_tokens, seed):
+def test_no_other_cuts_take_less_time(max_examples, forward_tokens, seed):
     lengths = lengths_of(7, seed)
-    cuts = size_forwards(lengths, most_rows, forward_tokens)
+    cuts = size_forwards(lengths, max_examples, forward_tokens)
     assert sorted(i for c in cuts for i in c) == list(range(7))
-    assert all(len(c) <= most_rows for c in cuts)
+    assert all(len(c) <= max_examples for c in cuts)
     ordered = sorted(range(7), key=lambda i: -lengths[i])
     others = []
     for marks in itertools.product([False, True], repeat=6):
         edges = [0, *(i + 1 for i, cut in enumerate(marks) if cut), 7]
         parts = [ordered[a:b] for a, b in itertools.pairwise(edges)]
-        if all(len(p) <= most_rows for p in parts):
+        if all(len(p) <= max_examples for p in parts):
             others.append(cost(lengths, parts, forward_tokens))
     assert cost(lengths, cuts, forward_tokens) == min(others)
 
@@ -101,7 +101,7 @@ def test_no_rows_need_no_forward_and_one_row_needs_one():
 
 
 def families(seed, families=4, most=6):
-    """Rows (ids, prompt length) of a few texts with questions behind them, shuffled."""
+    """Return shuffled examples (ids, prompt length): a few texts, each with several questions."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -117,21 +117,21 @@ def families(seed, families=4, most=6):
     return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
 
 
-@pytest.mark.parametrize("most_rows", [1, 3, 8])
+@pytest.mark.parametrize("max_examples", [1, 3, 8])
 @pytest.mark.parametrize("forward_tokens", [0, 30, 10_000])
 @pytest.mark.parametrize("seed", range(5))
 def test_shared_beginnings_are_common_worth_it_and_leave_no_row_out(
-    most_rows, forward_tokens, seed
+    max_examples, forward_tokens, seed
 ):
     rows = families(seed)
-    shared, alone = group_by_prefix(rows, most_rows, forward_tokens)
+    shared, alone = group_by_prefix(rows, max_examples, forward_tokens)
     assert sorted([i for members, _ in shared for i in members] + alone) == list(range(len(rows)))
     for members, common in shared:
-        assert 2 <= len(members) <= most_rows
+        assert 2 <= len(members) <= max_examples
         assert len({rows[i][0][:common] for i in members}) == 1
         assert all(common <= rows[i][1] for i in members)
         assert common * (len(members) - 1) > forward_tokens
-    if most_rows == 1 or forward_tokens == 10_000:
+    if max_examples == 1 or forward_tokens == 10_000:
         assert shared == []
 
 

@@ -1,11 +1,11 @@
-"""A batch of 8 rows of unlike length equals 8 batches of 1: losses, and generated answers."""
+"""A batch of 8 examples of different length equals 8 batches of 1: losses and answers."""
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from grasp_lora.data.builtin import builtin_examples
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import forward_accepts
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.tasks.base import TASKS
@@ -22,7 +22,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 class Numbers:
-    """Spells tokens as their ids: texts of unlike invalid bytes would look the same."""
+    """Decodes tokens to their ids, because different invalid bytes give the same text."""
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -30,7 +30,7 @@ class Numbers:
 
 
 def rows() -> list[EncodedExample]:
-    """Return 8 question rows, the longest more than twice the shortest, all over 64 tokens."""
+    """Return 8 questions of over 64 tokens, the longest more than twice the shortest."""
     examples = builtin_examples("en", count=8, seed=3)
     encoded = [
         encode_examples([example], TASKS["qa"], TOKENIZER, 120 + 20 * i)[0][0]
@@ -52,7 +52,7 @@ def collator(model: PreTrainedModel) -> Collator:
 
 
 def largest_gap(model: PreTrainedModel, collate: Collator) -> float:
-    """Return the largest difference of a row's loss in a batch of 8 and in a batch of 1."""
+    """Return the largest difference of an example's loss in a batch of 8 and in a batch of 1."""
     encoded = rows()
     together, alone = (
         example_losses(model, EncodedExamples(encoded, collate, size).batches(range(8)), 8)
@@ -107,12 +107,14 @@ def test_answers_do_not_depend_on_the_batch(name: str, beams: int) -> None:
             model,
             Numbers(),
             prompts,
-            max_new_tokens=12,
-            batch_size=batch_size,
-            pad_id=PAD_ID,
-            stop_ids=[EOS_ID],
-            beams=beams,
-            one_line=False,
+            GenerationSettings(
+                max_new_tokens=12,
+                batch_size=batch_size,
+                pad_id=PAD_ID,
+                stop_ids=[EOS_ID],
+                beams=beams,
+                one_line=False,
+            ),
         )
 
     together = texts(8)

@@ -1,4 +1,4 @@
-"""Which device "auto" means, and what is kept off it."""
+"""The device that "auto" means, and the kernels that are used or disabled."""
 
 import math
 import os
@@ -74,7 +74,7 @@ def _warned_only() -> bool:
 
 
 def _unrepeatable() -> None:
-    """An operation that has no repeating kernel on any device."""
+    """Run an operation without a deterministic kernel on any device."""
     torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
 
 

@@ -69,7 +69,7 @@ def test_the_output_layer_of_a_frozen_backbone_is_not_multiplied_by_bmm(tmp_path
 
 
 def questions(contexts: int = 3, each: int = 4, length: int = 30) -> list[EncodedExample]:
-    """EncodedExamples that share their first `length` tokens by context, in an order that hides it."""
+    """Return examples that share their first `length` tokens by context, shuffled."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(count: int) -> tuple[int, ...]:

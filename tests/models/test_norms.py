@@ -1,4 +1,4 @@
-"""Fused norms equal the textbook and transformers' own, and are used where they are the same."""
+"""Fused norms equal the textbook's and transformers', and are used where they are equal."""
 
 import copy
 
@@ -22,13 +22,13 @@ def is_fused(module):
 
 
 def textbook(rows, weight, eps):
-    """In float64."""
+    """Return the textbook norm in float64."""
     rows = rows.double()
     return rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def drawn_model(arch):
-    """Weights of norms that are not 1."""
+    """Return a model whose norms have weights other than 1."""
     model = tiny_model(arch).to(torch.bfloat16).requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     for norm in norms_of(model):
@@ -90,7 +90,7 @@ def test_norms_that_scale_otherwise_stay_as_they_are(weight):
 
 
 class ShiftedRMSNorm(LlamaRMSNorm):
-    """Called and built like the others, but one weight counts twice."""
+    """A module built like the other norms in which one weight counts twice."""
 
     def forward(self, hidden_states):
         scale = torch.ones_like(self.weight)

@@ -140,7 +140,7 @@ def test_a_chat_model_that_answers_as_asked_scores_in_full(place, monkeypatch):
     )
     tokenizer.save_pretrained(place / "base")
 
-    def perfect(_model, tokenizer, rows, **_settings):
+    def perfect(_model, tokenizer, rows, *_settings, **_calls):
         answers = (row.input_ids[row.prompt_length :] for row in rows)
         return [(tokenizer.decode(list(ids), skip_special_tokens=True), 0.5) for ids in answers]
 

@@ -65,7 +65,7 @@ def conversation(prompt: Prompt, answer: str) -> list[dict[str, str]]:
 
 
 def rendered(tokenizer: Any, turns: list[dict[str, str]], **settings: Any) -> str:
-    """Return what the template writes on the day that it is always told."""
+    """Return the text that the template renders for the fixed date."""
     template = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template, **settings)
 
@@ -176,7 +176,7 @@ def test_of_two_special_tokens_at_one_place_the_longer_ends_the_answer() -> None
 )
 def test_a_template_that_does_not_show_a_text_as_it_is_is_refused(template: str) -> None:
     with pytest.raises(
-        ValueError, match=r"shows a text [02] times or changes it.*data.chat to false"
+        ValueError, match=r"contains a text [02] times or changes it.*data.chat to false"
     ):
         chat_frame(chat_tokenizer(template))
 
@@ -184,7 +184,7 @@ def test_a_template_that_does_not_show_a_text_as_it_is_is_refused(template: str)
 def test_a_tokenizer_without_chat_template_is_refused_with_what_to_do() -> None:
     examples = [Example("1", "g", "en", {"context": "c", "question": "q"}, ("a",))]
     with pytest.raises(
-        ValueError, match="no chat template; set data.chat to false, or take a model"
+        ValueError, match="no chat template; set data.chat to false, or use a model"
     ):
         encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 500, chat=True)
 
@@ -260,5 +260,7 @@ def test_rows_for_smollm2_are_what_its_own_template_writes() -> None:
 def test_a_template_that_fails_is_told_with_what_to_do() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(ValueError, match=r"fails on a question .*no system turn.* switch chat off"):
+    with pytest.raises(
+        ValueError, match=r"fails on a question .*no system turn.* set data.chat to false"
+    ):
         chat_frame(tokenizer)

@@ -27,7 +27,7 @@ PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
 
 @dataclass
 class WordTokenizer:
-    """A slow tokenizer: no offsets, one token for each run of three characters."""
+    """A slow tokenizer without offsets, with one token for every three characters."""
 
     eos_token_id: int | None = 1
     is_fast: bool = False
@@ -39,7 +39,7 @@ class WordTokenizer:
 
 
 def with_specials(single: str) -> Any:
-    """The byte tokenizer, set to put start and end tokens as `single` says."""
+    """Return the byte tokenizer with start and end tokens as in the template `single`."""
     tokenizer = tiny_tokenizer()
     marks = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Input norms against sums worked out by hand."""
+"""Input norms equal sums computed by hand."""
 
 import copy
 
@@ -18,7 +18,7 @@ ROWS = [EncodedExample(str(n), str(n), tuple(range(3, 3 + n)), n - 1, 0) for n i
 
 
 class Routed(nn.Module):
-    """A layer of two experts; each reads the tokens that are routed to it, in no batch's shape."""
+    """A layer of two experts, each reading the tokens routed to it, without the batch's shape."""
 
     def __init__(self, experts: list[nn.Module]):
         super().__init__()
@@ -71,7 +71,7 @@ def live(model=None, names=(NAME,)):
 
 
 def norms_of_rows_alone(adapter):
-    """Return name -> norms over everything that comes in while each row is read alone."""
+    """Return name -> norms over all inputs when each example is read alone."""
     seen = {name: [] for name in adapter.layers}
     hooks = [
         layer.register_forward_pre_hook(

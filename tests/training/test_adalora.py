@@ -1,4 +1,4 @@
-"""AdaLoRA: what is exported adds the same, ranks are given up, and the orthogonality is PEFT's."""
+"""AdaLoRA: the plain export is equivalent, ranks are reduced, and the penalty is PEFT's."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class State:
 
 
 def trained(live, steps):
-    """A few steps of a plain loop, the callback where the Trainer calls it."""
+    """Run a few steps of a plain loop that calls the callback like the Trainer."""
     optimizer = torch.optim.AdamW(live.params.values(), lr=0.05)
     callback, state = AdaLoraCallback(live), State()
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""What the Trainer's events charge to a clock, by a clock turned by hand."""
+"""The clock callbacks, with a clock that the test advances."""
 
 import torch
 from torch import nn
@@ -6,13 +6,13 @@ from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock, SpanTotals
 from grasp_lora.training.clock_callbacks import SaveClock, StepClock
-from grasp_lora.training.trainer import build_trainer
+from grasp_lora.training.trainer import TrainerSettings, build_trainer
 from hands import Hands
 from helpers import tiny_model
 
 
 class Row(dict):
-    """A row as a dict, with the one attribute that its order is made from."""
+    """An example as a dict, with the attribute that determines the order."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -23,7 +23,7 @@ ROWS = [Row(input_ids=list(range(1, 9)), labels=[-100] * 4 + [5, 6, 7, 8])] * 6
 
 
 class Work(TrainerCallback):
-    """Takes a second of each step, and longer beside it."""
+    """Advances the clock by a second in each step, and by more outside steps."""
 
     def __init__(self, hands: Hands):
         self._hands = hands
@@ -51,16 +51,18 @@ def train(folder, clock: Clock, hands: Hands, on_saved) -> None:
         collate,
         [StepClock(clock), Work(hands), SaveClock(clock, on_saved)],
         folder,
-        seed=0,
-        epochs=2,
-        max_steps=None,
-        batch_size=1,
-        accumulation=2,
-        learning_rate=0.01,
-        lr_decay=1.0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        save_every=3,
+        TrainerSettings(
+            seed=0,
+            epochs=2,
+            max_steps=None,
+            batch_size=1,
+            accumulation=2,
+            learning_rate=0.01,
+            lr_decay=1.0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            save_every=3,
+        ),
     ).train()
 
 

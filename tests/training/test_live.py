@@ -1,4 +1,4 @@
-"""The live adapter: trials leave no trace, commits stash and revive, zeros stay zero."""
+"""The live adapter: trials restore everything, commits stash and revive, zeros stay zero."""
 
 import copy
 import random

@@ -1,9 +1,10 @@
-"""Rounds, best checkpoint and resume, inside the real Trainer on a tiny model."""
+"""Rounds, best checkpoint and resuming, in the real Trainer with a tiny model."""
 
 import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,15 +21,26 @@ from grasp_lora.training import best as best_module
 from grasp_lora.training import search_callback as callback
 from grasp_lora.training.best import BestCallback
 from grasp_lora.training.checkpoint import (
-    MARKER,
+    MARKER_FILE,
     CheckpointCallback,
     LiveAdapterState,
     complete_checkpoints,
     remove_incomplete,
 )
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
-from grasp_lora.training.search_callback import MaskCallback, ProbePool, SearchCallback
-from grasp_lora.training.trainer import Diverged, answer_loss, build_trainer, steps_per_epoch
+from grasp_lora.training.search_callback import (
+    MaskCallback,
+    ProbePool,
+    SearchCallback,
+    SearchSettings,
+)
+from grasp_lora.training.trainer import (
+    Diverged,
+    TrainerSettings,
+    answer_loss,
+    build_trainer,
+    steps_per_epoch,
+)
 from helpers import tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
@@ -90,14 +102,12 @@ def train(
     out: Path,
     *,
     crash_at: int | None = None,
-    search: bool = True,
-    discard: bool = False,
+    search: Literal["run", "discard", "none"] = "run",
     patience: int | None = None,
-    learning_rate: float = 0.02,
     epochs: int = 4,
-    save_every: int = 2,
     kind: str = "cat",
     config: ControllerConfig | None = None,
+    **settings: Any,
 ) -> Run:
     live = live_adapter(kind)
     train_rows, probe_rows = encoded_rows(10, 1), encoded_rows(8, 2)
@@ -106,19 +116,21 @@ def train(
     total = epochs * per_epoch
     searcher = SearchCallback(
         live,
-        config,
         ProbePool(EncodedExamples(probe_rows, COLLATE, 3), fresh=True),
-        IMPORTANCE["magnitude"],
-        None,
-        seed=5,
-        total_steps=total,
-        planned=rounds.planned_rounds(total, config),
+        SearchSettings(
+            config,
+            IMPORTANCE["magnitude"],
+            None,
+            seed=5,
+            total_steps=total,
+            planned_rounds=rounds.planned_rounds(total, config),
+            discard=search == "discard",
+        ),
         on_round=lambda _state, _record: None,
-        discard=discard,
     )
     dev = EncodedExamples(encoded_rows(5, 3), COLLATE, 2)
     best = BestCallback(live, dev, per_epoch, patience, lambda _e: None)
-    parts = [LiveAdapterState(live), best] + ([searcher] if search else [])
+    parts = [LiveAdapterState(live), best] + ([searcher] if search != "none" else [])
     trainer = build_trainer(
         live.model,
         train_rows,
@@ -126,26 +138,27 @@ def train(
         [
             CheckpointCallback(parts),
             MaskCallback(live),
-            *([searcher] if search else []),
+            *([searcher] if search != "none" else []),
             best,
             CrashAt(crash_at),
         ],
         out,
-        seed=3,
-        epochs=epochs,
-        max_steps=None,
-        batch_size=2,
-        accumulation=2,
-        learning_rate=learning_rate,
-        lr_decay=0.85,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        save_every=save_every,
+        TrainerSettings(
+            seed=3,
+            epochs=epochs,
+            max_steps=None,
+            batch_size=2,
+            accumulation=2,
+            lr_decay=0.85,
+            weight_decay=0.05,
+            max_grad_norm=1.0,
+            **({"learning_rate": 0.02, "save_every": 2} | settings),
+        ),
     )
     checkpoint = next(iter(complete_checkpoints(out)), None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = [e for e in trainer.state.log_history if "loss" in e]
-    return Run(live, searcher if search else None, best, log, trainer.state.global_step)
+    return Run(live, searcher if search != "none" else None, best, log, trainer.state.global_step)
 
 
 def same_weights(a: LiveAdapter, b: LiveAdapter) -> bool:
@@ -158,8 +171,8 @@ def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bi
     tmp_path, baseline
 ):
     config = ControllerConfig(rounds=4, rows=4, max_step=0.3, baseline=baseline)
-    probed = train(tmp_path / "a", discard=True, config=config)
-    plain = train(tmp_path / "b", search=False)
+    probed = train(tmp_path / "a", search="discard", config=config)
+    plain = train(tmp_path / "b", search="none")
     assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
@@ -245,7 +258,7 @@ def test_step_0_wins_when_training_only_makes_it_worse(tmp_path, monkeypatch):
     monkeypatch.setattr(
         best_module, "example_losses", lambda model, batches, count: [next(worse)] * count
     )
-    run = train(tmp_path, search=False, patience=1)
+    run = train(tmp_path, search="none", patience=1)
     start = live_adapter()
     assert not same_weights(run.live, start)
     assert run.best.restore().step == 0
@@ -272,7 +285,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):
         train(tmp_path, crash_at=5)
     newest = complete_checkpoints(tmp_path)[0]
     assert newest.name == "checkpoint-4"
-    (newest / MARKER).unlink()
+    (newest / MARKER_FILE).unlink()
     remove_incomplete(tmp_path)
     assert complete_checkpoints(tmp_path)[0].name == "checkpoint-2"
     assert not newest.exists()
@@ -280,14 +293,14 @@ def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):
 
 def test_at_least_two_complete_checkpoints_are_kept(tmp_path):
     train(tmp_path)
-    complete = [p for p in tmp_path.glob("checkpoint-*") if (p / MARKER).exists()]
+    complete = [p for p in tmp_path.glob("checkpoint-*") if (p / MARKER_FILE).exists()]
     assert len(complete) >= 2
 
 
 def test_resuming_from_a_folder_outside_the_run_fails_loudly(tmp_path):
     with pytest.raises(Crash):
         train(tmp_path / "a", crash_at=5)
-    (complete_checkpoints(tmp_path / "a")[0] / MARKER).rename(tmp_path / "marker")
+    (complete_checkpoints(tmp_path / "a")[0] / MARKER_FILE).rename(tmp_path / "marker")
     callback = CheckpointCallback([])
 
     class State:
@@ -310,16 +323,18 @@ def test_training_stops_at_a_nan_loss_before_the_optimizer_step(tmp_path):
         COLLATE,
         [],
         tmp_path,
-        seed=0,
-        epochs=1,
-        max_steps=None,
-        batch_size=2,
-        accumulation=1,
-        learning_rate=0.1,
-        lr_decay=1.0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        save_every=1,
+        TrainerSettings(
+            seed=0,
+            epochs=1,
+            max_steps=None,
+            batch_size=2,
+            accumulation=1,
+            learning_rate=0.1,
+            lr_decay=1.0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            save_every=1,
+        ),
     )
     with pytest.raises(Diverged, match="not finite"):
         trainer.train()
@@ -390,16 +405,18 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path):
             COLLATE,
             [],
             tmp_path / f"{batch_size}-{accumulation}",
-            seed=0,
-            epochs=2,
-            max_steps=None,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            learning_rate=0.01,
-            lr_decay=0.85,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            save_every=100,
+            TrainerSettings(
+                seed=0,
+                epochs=2,
+                max_steps=None,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                learning_rate=0.01,
+                lr_decay=0.85,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                save_every=100,
+            ),
         )
         trainer.train()
         return torch.cat([p.detach().flatten() for p in live.params.values()])
@@ -410,7 +427,7 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path):
 
 
 def test_the_learning_rate_falls_by_the_decay_after_each_epoch(tmp_path):
-    run = train(tmp_path, search=False, learning_rate=0.02)
+    run = train(tmp_path, search="none", learning_rate=0.02)
     rates = [e["learning_rate"] for e in run.log]
     per_epoch = steps_per_epoch(10, 2, 2)
     expected = [0.02 * 0.85 ** (step // per_epoch) for step in range(len(rates))]

@@ -1,4 +1,4 @@
-"""Steps are counted as the Trainer and accelerate count them."""
+"""Steps are counted like in the Trainer and accelerate."""
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard

@@ -48,7 +48,7 @@ def answered(monkeypatch, texts):
     """Let the model answer with these texts; return the prompts it is given."""
     asked = []
 
-    def generate(model, tokenizer, prompts, **settings):
+    def generate(model, tokenizer, prompts, *settings, **calls):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return list(texts)
 

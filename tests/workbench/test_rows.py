@@ -70,8 +70,8 @@ def test_files_that_number_their_rows_alike_are_told_how_to_keep_them(tmp_path):
     (line,) = (line for line in said if "left out" in line)
     assert line.startswith("source: 20 rows left out, as they or others of their context share an")
     assert line.endswith(
-        "if these ids only number the rows of each file, give one file ids of its own, or take its "
-        "id column away, and the rows are kept"
+        "if these ids only number the rows of each file, give one file other ids, or remove its "
+        "id column, and the rows are kept"
     )
     assert len(data.parts["source"]["train"]) == 10
 

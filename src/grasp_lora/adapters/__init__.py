@@ -1,1 +1,1 @@
-"""PEFT adapter folders: read, checked, attached, written."""
+"""PEFT adapters: read, check, attach, open and write them."""

@@ -1,4 +1,4 @@
-"""Factors -> a PEFT configuration that holds exactly them, and a trainable PeftModel."""
+"""Turn LoRA factors into a PEFT config and a trainable PeftModel."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ from grasp_lora.models.modules import (
 from grasp_lora.models.preserve import quiet_wrapping
 
 FactorPair: TypeAlias = tuple[Tensor, Tensor]
-"""A [rank, in] and B [out, rank] of one module."""
+"""(A [rank, in], B [out, rank]) of one module."""
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -33,22 +33,28 @@ def lora_config(
     scaling: float = 1.0,
     dropout: float = 0.0,
 ) -> LoraConfig:
-    """Return the config of an adapter with exactly these modules, ranks and this scaling.
+    """Return the PEFT config of an adapter with exactly these modules and ranks.
 
-    The rank is the most common one (the smaller on a draw); the others stand in `rank_pattern`, and
-    `alpha_pattern` mirrors it, since PEFT would divide the one alpha by each rank. Targets are full
-    module names.
+    `r` is the most common rank, the smaller one in a tie. Other ranks are in `rank_pattern`, with
+    their alphas in `alpha_pattern`, since PEFT divides alpha by each module's rank. Targets are
+    full module names.
+
+    Args:
+        modules: full module name -> factors.
+        model: the base model, with or without LoRA.
+        scaling: LoRA scaling of every module.
+        dropout: LoRA dropout.
     """
     ranks = {module: A.shape[0] for module, (A, _) in sorted(modules.items())}
     counts = Counter(ranks.values())
     common = min(counts, key=lambda rank: (-counts[rank], rank))
-    other = {module: rank for module, rank in ranks.items() if rank != common}
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != common}
     known = base_modules(model)
     return LoraConfig(
         r=common,
         lora_alpha=_alpha(scaling, common),  # type: ignore[arg-type]
-        rank_pattern=other,
-        alpha_pattern={module: _alpha(scaling, rank) for module, rank in other.items()},
+        rank_pattern=other_ranks,
+        alpha_pattern={module: _alpha(scaling, rank) for module, rank in other_ranks.items()},
         target_modules=list(ranks),
         fan_in_fan_out=any(isinstance(known[module], Conv1D) for module in ranks),
         lora_dropout=dropout,
@@ -68,18 +74,25 @@ def attach_adapter(
     dropout: float = 0.0,
     base_name: str | None = None,
 ) -> PeftModel:
-    """Wrap `model` (in place, as PEFT does) with trainable LoRA factors equal to `modules`.
+    """Add trainable LoRA factors to `model` in place and return the PeftModel.
 
-    The factors are float32 whatever the base is; the scaling is 1; the base is frozen. The global
-    random state is left as it was. `base_name` None keeps the name the model was loaded by, with
-    which PEFT can check a vocabulary when it saves; write the final folder with `write_adapter`.
+    The factors are in float32 for every dtype of the base model, and the scaling is 1. The base
+    model is frozen. The global random state does not change. Write the final folder with
+    `write_adapter`.
+
+    Args:
+        model: the base model without LoRA.
+        modules: full module name -> initial factors.
+        dropout: LoRA dropout.
+        base_name: base model name in the PEFT config. None keeps the name the model was loaded by,
+            which lets PEFT check the vocabulary when it saves.
 
     Raises:
         ValueError: `modules` is empty or does not fit the model, or the model has LoRA already.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError(
-            "the model carries LoRA layers already; load the bare base model (or unload() it)"
+            "the model already has LoRA layers; load the base model without them (or unload() it)"
         )
     check_modules(modules, model, "the adapter")
     config = lora_config(modules, model, dropout=dropout)
@@ -88,7 +101,7 @@ def attach_adapter(
     if base_name is not None:
         config.base_model_name_or_path = base_name
     layers = adapter_modules(peft_model)
-    assert layers.keys() == modules.keys(), "PEFT wrapped other modules than the config names"
+    assert layers.keys() == modules.keys(), "PEFT wrapped modules that the config does not name"
     with torch.no_grad():
         for module, (A, B) in modules.items():
             layer = layers[module]
@@ -98,17 +111,22 @@ def attach_adapter(
 
 
 def adapter_modules(peft_model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the LoRA layers by their full module name in the bare base model, in its order."""
+    """Return full module name in the base model -> LoRA layer, in the base model's order."""
     base = peft_model.get_base_model()
     return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
 
 
 def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str) -> None:
-    """Check that factors belong on linear modules of the base `model`, shapes included.
+    """Check that factors fit linear modules of the base model.
+
+    Args:
+        modules: full module name -> factors.
+        model: the base model, with or without LoRA.
+        name: name of the adapter; error messages begin with it.
 
     Raises:
-        ValueError: there are no modules, or one is missing, not linear, the output layer, of
-            another shape, or taken for an expert (`check_experts`).
+        ValueError: there are no modules, or a module is missing, not linear, the output layer, of
+            another shape, or refused by `check_experts`.
     """
     if not modules:
         raise ValueError(f"{name} has no modules; an adapter needs at least one")
@@ -116,7 +134,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
     output_layer = output_embeddings(model)
     for module, (A, B) in modules.items():
         if module not in known:
-            raise ValueError(f"{name} {_missing(module, list(known))}")
+            raise ValueError(f"{name} {_missing_module(module, list(known))}")
         target = known[module]
         if target is output_layer:
             raise ValueError(
@@ -126,8 +144,8 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
         shape = linear_shape(target)
         if shape is None:
             raise ValueError(
-                f"{name} has LoRA on {module!r}, a {type(target).__name__} here; only Linear and "
-                "Conv1D modules are supported"
+                f"{name} has LoRA on {module!r}, which is a {type(target).__name__} in this model; "
+                "only Linear and Conv1D modules are supported"
             )
         if (A.shape[1], B.shape[0]) != shape or A.shape[0] != B.shape[1]:
             raise ValueError(
@@ -138,7 +156,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
     check_experts(modules, model, name)
 
 
-def _missing(module: str, known: Sequence[str]) -> str:
+def _missing_module(module: str, known: Sequence[str]) -> str:
     layer, depth = _layer_of(module), _depth(known)
     if layer is not None and depth is not None and layer >= depth:
         return (
@@ -146,7 +164,7 @@ def _missing(module: str, known: Sequence[str]) -> str:
             "; load the base model the adapter was trained on"
         )
     near = similar_names(module, known)
-    hint = f" (near: {', '.join(near)})" if near else ""
+    hint = f" (similar: {', '.join(near)})" if near else ""
     return (
         f"names the module {module!r}, which this model does not have{hint}; load the base model "
         "the adapter was trained on"

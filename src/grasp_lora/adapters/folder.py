@@ -1,8 +1,8 @@
-"""PEFT LoRA folders, read with every refusal in words and written so that plain PEFT loads them.
+"""Read and check PEFT LoRA folders, and write folders that PEFT can load.
 
-PEFT itself loads an adapter of another model, of another vocabulary, or with missing tensors
-without an error. Everything is therefore taken from the tensors (never from the two patterns of
-the config), checked against the model, and the base weights are remembered by a fingerprint.
+PEFT loads an adapter of another model, of another vocabulary or with missing tensors without an
+error. Here modules and ranks are read from the tensors and checked against the model. Folders that
+are written here also hold a fingerprint of the base weights.
 """
 
 import json
@@ -49,16 +49,16 @@ _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB]
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter folder in memory.
+    """The content of an adapter folder.
 
     Attributes:
-        adapter: full module name in the bare base model -> factors in float32, on the CPU.
-        base_name: what the config calls the base model; proves nothing.
-        fingerprint: of the base weights (`base_fingerprint`); None if another tool wrote the folder
-            or the base was quantized.
-        config: `adapter_config.json` as it stands.
+        adapter: full module name in the base model -> factors in float32, on the CPU.
+        base_name: base model name in the config; it is not verified.
+        fingerprint: `base_fingerprint` of the base weights. None if another tool wrote the folder
+            or the base model has no fingerprint.
+        config: content of `adapter_config.json`.
         vocab_size: rows of the base's input embedding; None if another tool wrote the folder.
-        extra: what else `write_adapter` was told to remember.
+        extra: the other values in `grasp_lora.json`, given to `write_adapter` as `extra`.
     """
 
     adapter: dict[str, LoraFactors]
@@ -72,13 +72,13 @@ class LoadedAdapter:
 def read_adapter(folder: str | Path) -> LoadedAdapter:
     """Read a PEFT LoRA folder.
 
-    The scaling of a module is alpha / rank (alpha / sqrt(rank) with rsLoRA); alpha follows the
-    config's `alpha_pattern`, the rank is that of the tensors and of the config, which must agree.
+    A module's scaling is alpha / rank, or alpha / sqrt(rank) with rsLoRA. Alpha comes from the
+    config and its `alpha_pattern`. The rank of the tensors and of the config must agree.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: the adapter is not plain LoRA on linear modules, its files are damaged, a tensor
-            holds NaN or infinite values, or shapes, partners or ranks do not agree.
+            holds NaN or infinite values, a factor is missing, or shapes or ranks do not agree.
     """
     folder = Path(folder)
     config = read_config_file(folder)
@@ -100,20 +100,31 @@ def read_adapter(folder: str | Path) -> LoadedAdapter:
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        ValueError: the file is not a JSON object.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder; give the folder of a PEFT adapter (download it first if it "
+            f"{folder} is not a folder; give the folder of a PEFT adapter (download it first if it "
             "is on a hub)"
         )
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {ADAPTER_CONFIG_FILE}, so it is no PEFT adapter; give the folder that "
-            "save_pretrained wrote"
+            f"{folder} holds no {ADAPTER_CONFIG_FILE}, so it is no PEFT adapter; give the folder "
+            "that save_pretrained wrote"
         )
     return read_json_file(folder / ADAPTER_CONFIG_FILE)
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        ValueError: the file is not JSON, or not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -124,11 +135,17 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder by their names in the file.
+
+    Raises:
+        FileNotFoundError: the safetensors file is missing.
+        ValueError: the file is damaged or empty, or the folder holds only a pickle.
+    """
     path = folder / WEIGHTS_FILE
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise ValueError(
-            f"{folder} holds adapter_model.bin only, a pickle that can run code when loaded; load "
-            "it with PEFT where you trust it and save_pretrained(safe_serialization=True)"
+            f"{folder} holds only adapter_model.bin, a pickle that can run code when loaded; if "
+            "you trust it, load it with PEFT and save it with safe_serialization=True"
         )
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save the adapter again")
@@ -156,13 +173,13 @@ def _pair_factors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Fact
 def _checked(key: str, tensor: Tensor, folder: Path) -> Tensor:
     if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.numel() == 0:
         raise ValueError(
-            f"{folder}: tensor {key!r} is {tensor.dtype} {list(tensor.shape)}, a LoRA factor is a "
-            "non-empty floating-point matrix; save the adapter again (with all shards gathered)"
+            f"{folder}: tensor {key!r} is {tensor.dtype} {list(tensor.shape)}, but a LoRA factor "
+            "is a non-empty floating-point matrix; save the adapter again, with all shards gathered"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(
-            f"{folder}: tensor {key!r} holds NaN or infinite values, the training diverged; use an "
-            "earlier checkpoint or train again with a lower learning rate"
+            f"{folder}: tensor {key!r} holds NaN or infinite values, so the training diverged; use "
+            "an earlier checkpoint or train again with a lower learning rate"
         )
     return tensor.float()
 
@@ -171,8 +188,8 @@ def _checked_pair(module: str, sides: Mapping[str, Tensor], folder: Path) -> Fac
     for side in ("A", "B"):
         if side not in sides:
             raise ValueError(
-                f"{folder}: lora_{side} of {module!r} is missing while its partner is there; save "
-                "the adapter again"
+                f"{folder}: lora_{side} of {module!r} is missing, but its other factor is present; "
+                "save the adapter again"
             )
     A, B = sides["A"], sides["B"]
     if A.shape[0] != B.shape[1]:
@@ -187,40 +204,47 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
     key = get_pattern_key(list(alphas), module)
     ranks: Mapping[str, int] = config.get("rank_pattern") or {}
-    told = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
-    if told != rank:
+    config_rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+    if config_rank != rank:
         raise ValueError(
-            f"{folder}: {ADAPTER_CONFIG_FILE} gives {module!r} the rank {told}, its tensors have rank "
-            f"{rank}, so its scaling cannot be known; restore the file that belongs to the weights"
+            f"{folder}: {ADAPTER_CONFIG_FILE} gives {module!r} the rank {config_rank}, but its "
+            f"tensors have rank {rank}, so its scaling is unknown; restore the config file that "
+            "belongs to the weights"
         )
     alpha = alphas.get(key, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise ValueError(
-            f"{folder}: lora_alpha of {module!r} is {alpha!r}, it must be a number; correct "
+            f"{folder}: lora_alpha of {module!r} is {alpha!r}, but must be a number; correct "
             f"{ADAPTER_CONFIG_FILE}"
         )
     return lora_scaling(rank, alpha, bool(config.get("use_rslora")))
 
 
 def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
-    """Check that an adapter belongs to a base model; `name` stands for it in messages.
+    """Check that an adapter belongs to a base model.
+
+    Args:
+        loaded: the adapter.
+        model: the base model.
+        name: name of the adapter; error messages begin with it.
 
     Raises:
-        ValueError: a module is missing or has another shape, LoRA sits on the output layer, or the
-            vocabulary or the base weights recorded in the folder are not the model's.
+        ValueError: a module is missing or has another shape, LoRA is on the output layer, or the
+            folder records another vocabulary size or other base weights.
     """
-    rows = vocabulary_size(model)
-    if loaded.vocab_size is not None and loaded.vocab_size != rows:
+    vocabulary = vocabulary_size(model)
+    if loaded.vocab_size is not None and loaded.vocab_size != vocabulary:
         raise ValueError(
-            f"{name} was made for a vocabulary of {loaded.vocab_size} tokens, this model has "
-            f"{rows}; load the base model it was trained on ({loaded.base_name})"
+            f"{name} was trained with a vocabulary of {loaded.vocab_size} tokens, but this model "
+            f"has {vocabulary}; load the base model it was trained on ({loaded.base_name})"
         )
     factors = loaded.adapter
     check_modules({module: (f.A, f.B) for module, f in factors.items()}, model, name)
     actual = base_fingerprint(model) if loaded.fingerprint is not None else None
     if actual is not None and actual != loaded.fingerprint:
         raise ValueError(
-            f"{name} was made on other base weights (fingerprint {loaded.fingerprint[:12]}, this "  # type: ignore[index]
+            f"{name} was trained on other base weights (fingerprint "
+            f"{loaded.fingerprint[:12]}, this "  # type: ignore[index]
             f"model has {actual[:12]}); load the base model it was trained on ({loaded.base_name})"
         )
 
@@ -235,12 +259,20 @@ def write_adapter(
     extra: Mapping[str, Any] | None = None,
     scaling: float = 1.0,
 ) -> Path:
-    """Write `modules` (full name -> A, B) as a plain PEFT folder; return the folder.
+    """Write LoRA factors as a plain PEFT folder; return the folder.
 
-    Every module gets the same `scaling`. Beside PEFT's two files stands `grasp_lora.json` with the
-    base model's `fingerprint` and vocabulary and whatever `extra` says (JSON values). A new folder
-    appears whole or not at all; in a folder that exists each file is replaced whole, the config
-    last.
+    Besides PEFT's two files the folder has `grasp_lora.json`, with the fingerprint and vocabulary
+    size of the base model and the values of `extra`. A new folder is created atomically. In an
+    existing folder each file is replaced atomically, the config last.
+
+    Args:
+        folder: folder to write.
+        modules: full module name -> (A, B).
+        model: the base model.
+        base_name: base model name for the PEFT config.
+        fingerprint: `base_fingerprint` of the base model, or None.
+        extra: further JSON values for `grasp_lora.json`.
+        scaling: LoRA scaling of every module.
 
     Raises:
         ValueError: `modules` is empty, does not fit `model`, or holds NaN or infinite values.
@@ -255,11 +287,11 @@ def write_adapter(
     config = lora_config(modules, model, scaling=scaling)
     config.base_model_name_or_path = base_name
     config.inference_mode = True
-    config.target_modules = sorted(modules)  # PEFT keeps a set, whose order changes between runs
+    config.target_modules = sorted(modules)  # PEFT stores a set, whose order differs between runs
     notes = {**(extra or {}), "base_fingerprint": fingerprint, "vocab_size": vocabulary_size(model)}
 
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process with the same id may have left it
     staging.mkdir(parents=True)
     try:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -275,10 +307,10 @@ def write_adapter(
 def _finite(module: str, side: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise ValueError(
-            f"lora_{side} of {module!r} holds NaN or infinite values, nothing was written; go back "
-            "to an earlier checkpoint or lower the learning rate"
+            f"lora_{side} of {module!r} holds NaN or infinite values, so nothing was written; use "
+            "an earlier checkpoint or lower the learning rate"
         )
-    # A copy: safetensors refuses tensors that share memory, as slices of one merge do.
+    # safetensors refuses tensors that share memory, as slices of one merge do, so copy them.
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

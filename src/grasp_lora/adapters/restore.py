@@ -1,4 +1,4 @@
-"""Take any PEFT adapter off a model again, whatever its type did to the model."""
+"""Remove a PEFT adapter of any type from a model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 @contextmanager
 def restored_on_exit(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Give `model` back its modules, parameters, hooks and attributes on exit.
+    """Restore the modules, parameters, hooks and attributes of `model` on exit.
 
-    PEFT's own `unload` leaves modules that were trained in full in place, and some adapter types
-    have none. Values are not copied: name in `weights` what may be written to inside.
+    PEFT's `unload` does not remove fully trained modules, and some adapter types have no `unload`.
+
+    Args:
+        model: the model to restore. Its values are not copied.
+        weights: tensors whose values are restored, because the body may overwrite them.
     """
-    kept = [vars(module) for module in model.modules()]
-    inner = [value for entry in kept for value in entry.values() if isinstance(value, dict)]
-    structure = [(entry, dict(entry)) for entry in kept + inner]
+    attributes = [vars(module) for module in model.modules()]
+    nested = [value for entry in attributes for value in entry.values() if isinstance(value, dict)]
+    structure = [(entry, dict(entry)) for entry in attributes + nested]
     values = [weight.clone() for weight in weights]
     try:
         yield

@@ -1,18 +1,18 @@
-"""What an adapter folder may hold: plain LoRA on linear modules; all else is refused by name.
+"""Refuse adapter folders with anything but plain LoRA on linear modules.
 
-Features that change more than a weight's `scaling * B @ A` cannot be merged or pruned here. Loading
-them while dropping what is not understood would give another model without a word.
+Only adapters that add `scaling * B @ A` to weights can be merged and pruned. Ignoring other
+features would silently load another model.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Initialisations that move the base weights, so the factors belong to another base model.
+# Initialisations that change the base weights, so that the factors belong to another base model.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _RETRAIN = "train the adapter without it"
 
-# Settings of PEFT's LoraConfig: is it in use? -> what it is, and what to do.
+# Setting of PEFT's LoraConfig -> (whether a value means it is used, its meaning, the remedy).
 _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_dora": (bool, "DoRA (a learned magnitude beside A and B)", _RETRAIN),
     "lora_bias": (bool, "a bias inside the LoRA factors", _RETRAIN),
@@ -25,7 +25,7 @@ _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "target linear modules with target_modules",
     ),
     "layer_replication": (bool, "replicated layers", _RETRAIN),
-    "alora_invocation_tokens": (bool, "activated LoRA (on after an invocation only)", _RETRAIN),
+    "alora_invocation_tokens": (bool, "activated LoRA (active only after an invocation)", _RETRAIN),
     "use_qalora": (bool, "QALoRA (inputs pooled before A)", _RETRAIN),
     "use_bdlora": (bool, "block-diagonal LoRA", _RETRAIN),
     "velora_config": (bool, "VeLoRA", _RETRAIN),
@@ -39,7 +39,7 @@ _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
 }
 
-# Parts of tensor names -> what such a tensor is. The first that occurs is reported.
+# Part of a tensor name -> meaning of the tensor. The first part that occurs is reported.
 _REFUSED_TENSORS: dict[str, str] = {
     "lora_magnitude_vector": "a DoRA magnitude",
     "lora_embedding_": "LoRA on an embedding",
@@ -54,15 +54,19 @@ _REFUSED_TENSORS: dict[str, str] = {
     ".bias": "a trained bias",
 }
 
-# Names that output layers go by; LoRA on one is refused even before a model is at hand.
+# Usual names of output layers, to refuse LoRA on them before a model is loaded.
 _OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 
 def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
-    """Check `adapter_config.json` for features beyond plain LoRA.
+    """Refuse an adapter config that is not plain LoRA.
+
+    Args:
+        config: content of `adapter_config.json`.
+        folder: adapter folder, for messages.
 
     Raises:
-        ValueError: the adapter is no LoRA, or uses a setting that cannot be merged.
+        ValueError: the adapter is not LoRA, or uses a setting that cannot be merged.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -70,35 +74,35 @@ def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
             f"{folder}: peft_type is {kind!r}, only 'LORA' adapters can be merged and pruned; "
             "give a LoRA adapter"
         )
-    for setting, (in_use, what, remedy) in _REFUSED_SETTINGS.items():
+    for setting, (in_use, meaning, remedy) in _REFUSED_SETTINGS.items():
         value = config.get(setting)
         if in_use(value):
             raise ValueError(
-                f"{folder}: {setting}={value!r} means {what}, which plain LoRA factors cannot "
+                f"{folder}: {setting}={value!r} means {meaning}, which plain LoRA factors cannot "
                 f"carry; {remedy}"
             )
 
 
 def refuse_tensor(key: str, folder: object) -> None:
-    """Refuse a tensor that is no LoRA factor of a linear module, in words.
+    """Raise the error for a tensor that is not a LoRA factor of a linear module.
 
     Raises:
-        ValueError: always; call it for a key that was not understood.
+        ValueError: always; it says what the tensor is.
     """
-    for part, what in _REFUSED_TENSORS.items():
+    for part, meaning in _REFUSED_TENSORS.items():
         if part in key:
             raise ValueError(
-                f"{folder}: tensor {key!r} is {what}; only A and B of linear modules can be "
+                f"{folder}: tensor {key!r} is {meaning}; only A and B of linear modules can be "
                 f"merged and pruned: {_RETRAIN}"
             )
     raise ValueError(
-        f"{folder}: tensor {key!r} is not understood; expected names like "
+        f"{folder}: tensor {key!r} has an unknown name; expected names like "
         "'base_model.model.<module>.lora_A.weight' as PEFT's save_pretrained writes them"
     )
 
 
 def refuse_output_layer(module: str, folder: object) -> None:
-    """Refuse LoRA on the output layer, known by its usual names.
+    """Refuse LoRA on an output layer, recognised by its usual names.
 
     Raises:
         ValueError: `module` is an output layer.

@@ -1,9 +1,9 @@
-"""Prompt tuning and its kin, so that a row's result does not depend on the rows beside it.
+"""Prompt tuning in left-padded batches, where an example's result does not depend on its batch.
 
-PEFT puts the learned virtual tokens before the padding of a left-padded batch and drops the
-positions, so the distance between virtual tokens and text grows with the padding; and it leaves
-`logits_to_keep` as it is, although every position moves by the number of virtual tokens. Here they
-stand right before the text of each row, which is what PEFT does for a row without padding.
+PEFT puts the learned virtual tokens before the padding and drops the positions, so padding
+separates virtual tokens from text. PEFT also leaves `logits_to_keep` unchanged, although virtual
+tokens shift every position. Here the virtual tokens stand directly before the text of each example,
+as PEFT places them for an example without padding.
 """
 
 from typing import Any, cast
@@ -15,12 +15,14 @@ from torch import Tensor
 from grasp_lora.models.modules import forward_accepts
 
 VIRTUAL_TOKEN_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-"""The adapter types that put embeddings before the text. Prefix tuning does not: it fills the
-cache, where padding does no harm once positions are given."""
+"""Adapter types that put embeddings before the text.
+
+Prefix tuning fills the cache instead, where padding does no harm if positions are given.
+"""
 
 
 class VirtualTokenModel(PeftModelForCausalLM):
-    """A causal LM with prompt tuning whose batches may be padded on the left."""
+    """A causal LM with prompt tuning that accepts left-padded batches."""
 
     def forward(  # type: ignore[override]
         self,
@@ -30,14 +32,14 @@ class VirtualTokenModel(PeftModelForCausalLM):
         logits_to_keep: Tensor | int | None = None,
         **settings: Any,
     ) -> Any:
-        """Return the model's output for `input_ids` [B, L], with logits for these L positions.
+        """Return the model's output, with logits for the L positions of `input_ids` only.
 
         Args:
-            input_ids: padded on the left.
+            input_ids: [B, L], padded on the left.
             attention_mask: [B, L]; None means no padding.
-            position_ids: ignored, as the virtual tokens move them; made from the mask.
-            logits_to_keep: which of the L positions get logits; for models that know it.
-            settings: for the base model.
+            position_ids: ignored; positions with virtual tokens are computed from the mask.
+            logits_to_keep: which of the L positions get logits, for models with this argument.
+            settings: further arguments for the base model.
         """
         del position_ids
         embeddings, mask = self._extended(input_ids, attention_mask)
@@ -55,7 +57,7 @@ class VirtualTokenModel(PeftModelForCausalLM):
     def generate(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> Any:
-        """Return `input_ids` [B, L] and the new tokens, as transformers' `generate` does."""
+        """Return `input_ids` [B, L] followed by the new tokens, like transformers' `generate`."""
         embeddings, mask = self._extended(input_ids, attention_mask)
         return self.base_model.generate(  # type: ignore[operator]
             input_ids=input_ids, inputs_embeds=embeddings, attention_mask=mask, **settings
@@ -66,19 +68,21 @@ class VirtualTokenModel(PeftModelForCausalLM):
         return cast(PromptLearningConfig, self.active_peft_config).num_virtual_tokens  # type: ignore[return-value]
 
     def _extended(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return embeddings [B, L + V, width] and mask [B, L + V], V the virtual tokens."""
-        rows, length = ids.shape
+        """Return embeddings [B, L + V, width] and mask [B, L + V] for V virtual tokens."""
+        examples, length = ids.shape
         virtual = self._virtual_tokens
-        padding = torch.zeros(rows, 1, dtype=torch.long, device=ids.device)
+        padding = torch.zeros(examples, 1, dtype=torch.long, device=ids.device)
         if mask is not None:
             padding = length - mask.long().sum(1, keepdim=True)
             if not mask.bool().equal(torch.arange(length, device=ids.device) >= padding):
-                raise ValueError("pad the rows on the left: virtual tokens stand before the text")
-        # Counted from the first virtual token of the row; padding is negative.
+                raise ValueError(
+                    "the batch must be padded on the left: virtual tokens precede the text"
+                )
+        # Position relative to the example's first virtual token; negative in the padding.
         place = torch.arange(length + virtual, device=ids.device) - padding  # [B, L + V]
         source = torch.where(place < 0, place, place - virtual) + padding
         texts = self.word_embeddings(ids.gather(1, source.clamp(0, length - 1)))  # type: ignore[misc]
-        prompts = self.get_prompt(rows).to(texts.dtype)  # [B, V, width]
+        prompts = self.get_prompt(examples).to(texts.dtype)  # [B, V, width]
         index = place.clamp(0, virtual - 1).unsqueeze(2).expand(-1, -1, texts.shape[2])
         is_virtual = ((place >= 0) & (place < virtual)).unsqueeze(2)
         return torch.where(is_virtual, prompts.gather(1, index), texts), (place >= 0).long()

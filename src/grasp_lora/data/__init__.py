@@ -1,1 +1,1 @@
-"""Rows: reading them from files and the hub, dividing them, and checking the divisions."""
+"""Examples: read them from files and the hub, split them, and check the splits."""

@@ -1,8 +1,8 @@
-"""The embedded question set: plain facts, told in short passages in six languages.
+"""The built-in question set: simple facts in short passages in six languages.
 
-A block is two entities of one kind; its passages tell all their facts, each fact once in the
-whole set, and every sentence is asked for. As whole blocks go to one bucket, two
-buckets share no fact, not even one that only stands beside the answer.
+A block consists of two entities of one kind. Its passages state all facts about them, each fact
+once in the whole set, and there is a question for every sentence. A block belongs to one split as a
+whole. So two splits share no fact, not even one that is merely stated next to an answer.
 """
 
 import json
@@ -38,37 +38,37 @@ class _Block:
 
 
 def builtin_examples(language: str, count: int | None = None, seed: int = 0) -> list[Example]:
-    """Return the questions of a language, or `count` of them chosen by `seed`.
+    """Return the questions of a language, or `count` of them drawn with `seed`.
 
-    Ids are the same in all languages: one id is one fact. The order is that of the set.
+    The order is that of the set. An id stands for the same fact in all languages.
 
     Raises:
-        ValueError: for a language that is not embedded, or more rows than there are.
+        ValueError: the language is not built in, or `count` exceeds the number of questions.
     """
     _check_language(language)
-    rows = [row for block in _blocks() for row in _block_examples(block, language)]
+    examples = [e for block in _blocks() for e in _block_examples(block, language)]
     if count is None:
-        return rows
-    if not 0 <= count <= len(rows):
-        raise ValueError(f"count must be in 0..{len(rows)}, got {count}")
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
-    return [rows[index] for index in chosen]
+        return examples
+    if not 0 <= count <= len(examples):
+        raise ValueError(f"count must be in 0..{len(examples)}, got {count}")
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), count))
+    return [examples[index] for index in chosen]
 
 
 def fact_split(sizes: Mapping[str, int], seed: int) -> dict[str, tuple[int, ...]]:
-    """Return, for each bucket, the numbers of the blocks that together hold its questions.
+    """Return for each split the indices of the blocks with its questions.
 
     Args:
-        sizes: questions wanted by bucket, filled in this order.
-        seed: order in which blocks are dealt.
+        sizes: split -> number of questions; splits are filled in this order.
+        seed: seed of the random order of the blocks.
 
     Raises:
-        ValueError: if a size is negative or there are too few facts.
+        ValueError: a size is negative, or there are too few facts.
     """
     blocks = _blocks()
     waiting = list(range(len(blocks)))
     random.Random(seed).shuffle(waiting)
-    buckets: dict[str, tuple[int, ...]] = {}
+    block_indices: dict[str, tuple[int, ...]] = {}
     for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"the size of {name!r} must be 0 or more, got {size}")
@@ -78,11 +78,11 @@ def fact_split(sizes: Mapping[str, int], seed: int) -> dict[str, tuple[int, ...]
                 total = sum(block.questions for block in blocks)
                 raise ValueError(
                     f"too few embedded questions: {dict(sizes)} need {sum(sizes.values())} of "
-                    f"{total}, and no fact may serve two splits; ask for fewer rows or give files"
+                    f"{total}, and no fact may be in two splits; ask for fewer rows or give files"
                 )
             taken.append(waiting.pop())
-        buckets[name] = tuple(taken)
-    return buckets
+        block_indices[name] = tuple(taken)
+    return block_indices
 
 
 def builtin_splits(
@@ -91,17 +91,17 @@ def builtin_splits(
     sizes: Mapping[str, Mapping[str, int]] | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, tuple[Example, ...]], dict[str, tuple[Example, ...]]]:
-    """Return the splits of the source and of the target language; no two of them share a fact.
+    """Return (splits in the source language, splits in the target language) that share no fact.
 
     Args:
         source_language: one of `LANGUAGES`.
         target_language: one of `LANGUAGES`.
-        sizes: rows by split under "source" and "target", either may be left out; None takes
-            `DEFAULT_SIZES`.
-        seed: which facts go where; the same in all languages.
+        sizes: "source" or "target" -> split -> number of examples; either may be missing. None
+            means `DEFAULT_SIZES`.
+        seed: seed of the assignment of facts to splits; it has the same effect in all languages.
 
     Raises:
-        ValueError: for an unknown language or side, or too few facts.
+        ValueError: a language or a key of `sizes` is unknown, or there are too few facts.
     """
     wanted = DEFAULT_SIZES if sizes is None else sizes
     languages = {"source": source_language, "target": target_language}
@@ -111,16 +111,16 @@ def builtin_splits(
     for language in languages.values():
         _check_language(language)
     flat = {f"{side}.{name}": n for side, part in wanted.items() for name, n in part.items()}
-    buckets = fact_split(flat, seed)
+    block_indices = fact_split(flat, seed)
     blocks = _blocks()
 
-    def rows_of(side: str, name: str, size: int) -> tuple[Example, ...]:
-        numbers = buckets[f"{side}.{name}"]
-        rows = [r for i in numbers for r in _block_examples(blocks[i], languages[side])]
-        return tuple(rows[:size])
+    def examples_of(side: str, name: str, size: int) -> tuple[Example, ...]:
+        indices = block_indices[f"{side}.{name}"]
+        examples = [e for i in indices for e in _block_examples(blocks[i], languages[side])]
+        return tuple(examples[:size])
 
     source, target = (
-        {name: rows_of(side, name, size) for name, size in wanted.get(side, {}).items()}
+        {name: examples_of(side, name, size) for name, size in wanted.get(side, {}).items()}
         for side in ("source", "target")
     )
     return source, target
@@ -145,8 +145,8 @@ def _blocks() -> tuple[_Block, ...]:
     blocks: list[_Block] = []
     for kind in KINDS:
         entities = _facts(kind)["entities"]
-        # The files list like with like; partners from the two halves mostly differ in value, so
-        # that the passage has to be read for the right one.
+        # Similar entities are neighbours in the files. Pairs from the two halves mostly have
+        # different values, so that a question cannot be answered without reading the passage.
         half = len(entities) // 2
         pairs = zip(entities[:half], entities[half:], strict=True)
         blocks.extend(_Block(kind, pair) for pair in pairs)
@@ -162,11 +162,11 @@ def _block_examples(block: _Block, language: str) -> list[Example]:
 
 
 def _passage_examples(block: _Block, attributes: Sequence[str], language: str) -> list[Example]:
-    told = [(entity, attribute) for entity in block.entities for attribute in attributes]
-    # The seed is the passage itself, so that all languages tell it in the same order.
-    ids = [f"{block.kind}.{entity['id']}.{attribute}" for entity, attribute in told]
-    order = random.Random(" ".join(ids)).sample(range(len(told)), len(told))
-    sentences = [_fill(block.kind, *told[index], "sentence", language) for index in order]
+    facts = [(entity, attribute) for entity in block.entities for attribute in attributes]
+    # The seed is made from the facts, so that the order is the same in all languages.
+    ids = [f"{block.kind}.{entity['id']}.{attribute}" for entity, attribute in facts]
+    order = random.Random(" ".join(ids)).sample(range(len(facts)), len(facts))
+    sentences = [_fill(block.kind, *facts[index], "sentence", language) for index in order]
     context = ("" if language in _NO_SPACES else " ").join(sentences)
     return [
         Example(
@@ -175,16 +175,16 @@ def _passage_examples(block: _Block, attributes: Sequence[str], language: str) -
             language=language,
             fields={
                 "context": context,
-                "question": _fill(block.kind, *told[index], "question", language),
+                "question": _fill(block.kind, *facts[index], "question", language),
             },
-            references=(_value(block.kind, *told[index], language)[1],),
+            references=(_value(block.kind, *facts[index], language)[1],),
         )
         for index in order
     ]
 
 
 def _fill(kind: str, entity: Mapping[str, Any], attribute: str, part: str, language: str) -> str:
-    """Return a sentence or a question with the names of the language put in."""
+    """Return a sentence or question, filled in with the entity's name and value in a language."""
     template = _facts(kind)["attributes"][attribute][part][language]
     if isinstance(template, dict):
         template = template[entity["gender"]]
@@ -198,7 +198,7 @@ def _fill(kind: str, entity: Mapping[str, Any], attribute: str, part: str, langu
 
 
 def _value(kind: str, entity: Mapping[str, Any], attribute: str, language: str) -> tuple[str, str]:
-    """Return the article a value is told with ("" if none) and the value itself."""
+    """Return (article of a value or "", the value)."""
     table = _facts(kind)["attributes"][attribute].get("values")
     value = entity[attribute] if table is None else table[entity[attribute]]
     text = value if isinstance(value, str) else value[LANGUAGES.index(language)]

@@ -1,4 +1,4 @@
-"""Which column of a file holds what a task needs."""
+"""Find the columns of a file that hold the fields of a task."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,35 @@ ID, GROUP = "id", "group"
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one file, by what they hold."""
+    """The columns of one file, by their content."""
 
     fields: Mapping[str, str]
-    """Input of the task -> column; the input that may be shortened first."""
+    """Input of the task -> column; the first input may be shortened."""
     answer: str
+    """Column of the accepted answers."""
     id: str | None = None
-    """None: ids are made from the rows."""
+    """Column of ids; None means that ids are made from the texts."""
     group: str | None = None
-    """None: rows with the same first input are one group."""
+    """Column of groups; None means that equal first inputs make a group."""
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Every column that is read, each once."""
+        """All columns that are read, each once."""
         named = (self.id, *self.fields.values(), self.answer, self.group)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
 
 def input_names(task: Task, template: str | None, language: str) -> tuple[str, ...]:
-    """Return the inputs of a row: the task's own, or those its template names.
+    """Return the inputs of an example: the task's fields, or the names in its template.
 
     Args:
-        task: the row of the task table.
-        template: the prompt's template; None takes the task's own of the language. Only a task
-            without fields of its own looks at it.
-        language: code of the rows' language.
+        task: the task.
+        template: prompt template, used only by tasks without fields; None means the task's template
+            for the language.
+        language: language code of the examples.
 
     Raises:
-        ValueError: if the template names no column or one twice, or the answer, the id or the
+        ValueError: the template names no column, or one column twice, or the answer, the id or the
             group.
     """
     if task.fields:
@@ -48,8 +49,8 @@ def input_names(task: Task, template: str | None, language: str) -> tuple[str, .
     taken = [name for name in names if name in (task.answer, ID, GROUP)]
     if taken:
         raise ValueError(
-            f"the prompt template names {{{taken[0]}}}, which holds the row's {taken[0]}, not an "
-            f"input; write another name in the template, and its column in columns"
+            f"the prompt template names {{{taken[0]}}}, which is the row's {taken[0]}, not an "
+            f"input; use another name in the template, and map it to the column in columns"
         )
     return names
 
@@ -61,21 +62,21 @@ def match_columns(
     given: Mapping[str, str] | None,
     source: str,
 ) -> Columns:
-    """Return the column of each input, of the answer, and of the id and group if there are.
+    """Return the columns of the inputs and the answer, and those of id and group if there are any.
 
-    What `given` does not name is looked for under its own name, then under the task's aliases in
-    their order; a group is taken only where `given` names its column.
+    A name that `given` does not contain is searched among the columns, then the task's aliases for
+    it in their order. There is a group only if `given` names its column.
 
     Args:
         available: the columns of the file.
-        task: the row of the task table.
-        inputs: names of the inputs, as `input_names` returns them.
-        given: our name -> column.
-        source: names the file in messages.
+        task: the task.
+        inputs: names of the inputs, from `input_names`.
+        given: name of an input, the answer, "id" or "group" -> column.
+        source: name of the file, for messages.
 
     Raises:
-        ValueError: if `given` has an unknown name or an absent column, a column is missing, or
-            the answer's column is also an input.
+        ValueError: `given` has an unknown name or an absent column, a column is missing, or the
+            answer's column is also an input.
     """
     given = dict(given or {})
     names = (ID, *inputs, task.answer)
@@ -92,14 +93,14 @@ def match_columns(
             " or ".join((name, *task.aliases.get(name, ()))) for name in dict.fromkeys(missing)
         )
         raise ValueError(
-            f"{source}: no column for {wanted}; its columns are {_listed(available)}; say which "
-            f"one it is in columns, such as {{{missing[0]}: {available[-1]}}}"
+            f"{source}: no column for {wanted}; its columns are {_listed(available)}; name the "
+            f"right one in columns, such as {{{missing[0]}: {available[-1]}}}"
         )
     both = [name for name in inputs if found[name] == found[task.answer]]
     if both:
         raise ValueError(
             f"{source}: the column {found[task.answer]!r} is both {both[0]} and {task.answer}; "
-            "an answer that stands in the prompt teaches nothing, name another column in columns"
+            "the prompt would contain the answer; name another column in columns"
         )
     fields = {name: found[name] for name in inputs}
     return Columns(fields, found[task.answer], found.get(ID), found.get(GROUP))
@@ -111,7 +112,7 @@ def _check_given(
     unknown = [name for name in given if name not in valid]
     if unknown:
         raise ValueError(
-            f"columns has no {unknown[0]!r}; the names to give a column for are {', '.join(valid)}"
+            f"columns does not know the name {unknown[0]!r}; it can map {', '.join(valid)}"
         )
     absent = [(name, column) for name, column in given.items() if column not in available]
     if absent:

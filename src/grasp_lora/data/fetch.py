@@ -1,11 +1,11 @@
-"""One published split of a data set of the hub, fetched now or found where it was kept."""
+"""Load a published split of a data set from the Hugging Face hub or the local cache."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 EXPORT = "refs/convert/parquet"
-"""The branch on which the hub keeps its own Parquet copy of a data set, a folder a config."""
+"""Branch on which the hub stores its Parquet copy of a data set, with one folder per config."""
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -20,25 +20,32 @@ def load_published(
 ) -> Any:
     """Return a published split as a `datasets.Dataset`.
 
-    The hub's own Parquet copy ("refs/convert/parquet") names no configs: `datasets` finds none of
-    them there, and asked for none it gives the rows of all as one. So its files are fetched by
-    their names, those of the folder "default" without a config; that also lets them be found
-    again offline.
+    The hub's Parquet copy ("refs/convert/parquet") does not declare its configs. `datasets` finds
+    no config there, and without one it returns the rows of all configs together. So the files are
+    fetched by their names, from the folder "default" if no config is given. This also makes them
+    available offline later.
+
+    Args:
+        repo: id of the data set, owner/name.
+        config: configuration of the data set, or None.
+        split: published split, possibly a slice such as "train[:500]".
+        revision: branch, tag or commit; None means the main branch.
+        cache_dir: cache folder of `datasets`; None means its default.
 
     Raises:
-        FileNotFoundError: if the Parquet copy has no such split; and what `datasets` and
-            `huggingface_hub` raise.
+        FileNotFoundError: the Parquet copy has no such split.
+        Exception: any error of `datasets` and `huggingface_hub`; see `source_errors`.
     """
     from datasets import config as settings
     from datasets import load_dataset
 
-    kept = None if cache_dir is None else str(cache_dir)
+    cache = None if cache_dir is None else str(cache_dir)
     if revision != EXPORT:
-        return load_dataset(repo, config, split=split, revision=revision, cache_dir=kept)
+        return load_dataset(repo, config, split=split, revision=revision, cache_dir=cache)
     from huggingface_hub import snapshot_download
 
     whole, config = split.partition("[")[0], config or "default"
-    # A folder a split today, one file a split in older copies.
+    # Current copies have one folder per split; older ones have one file per split.
     patterns = [f"{config}/{whole}/*.parquet", f"{config}/*-{whole}.parquet"]
     folder = Path(
         snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
@@ -49,25 +56,25 @@ def load_published(
             f"no file of the split {whole} of {config} in the Parquet copy of {repo}; check config "
             "and split"
         )
-    # The commit is part of the path, as it is for other data sets of the hub.
-    kept = Path(kept or settings.HF_DATASETS_CACHE) / repo.replace("/", "___") / folder.name
+    # The path contains the commit, as for other data sets of the hub; `commit_of` reads it.
+    cache = Path(cache or settings.HF_DATASETS_CACHE) / repo.replace("/", "___") / folder.name
     files = {whole: paths}
-    return load_dataset("parquet", data_files=files, split=split, cache_dir=str(kept))
+    return load_dataset("parquet", data_files=files, split=split, cache_dir=str(cache))
 
 
 def commit_of(dataset: Any) -> str | None:
-    """Return the commit of the hub a data set was read at, None where it is not from the hub."""
-    # `datasets` keeps a data set of the hub in a folder called as its commit.
+    """Return the hub commit of a data set, or None if it is not from the hub."""
+    # `datasets` caches a data set of the hub in a folder named by its commit.
     folders = (name for file in dataset.cache_files for name in Path(file["filename"]).parts)
     return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
 def source_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that mean "not from this place"; a fault of our own is none of them."""
+    """Return the error types that mean that a source cannot provide a data set."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The hub's HTTP client raises errors of its own, and which client that is has changed; what
-    # stays is that the hub's own error is built on them.
+    # The hub's HTTP client has its own error types and differs between versions. In all versions
+    # they are the base classes of HfHubHTTPError.
     client: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     return (RuntimeError, OSError, ValueError, DatasetsError, *client)

@@ -1,4 +1,4 @@
-"""Examples of a task from a file in any usual form, or from rows at hand."""
+"""Read the examples of a task from a file in a common format, or from mappings."""
 
 import hashlib
 import json
@@ -15,32 +15,32 @@ from grasp_lora.tasks.records import Example, Task, normalize_text, one_line, te
 
 OUTSIDE = "answer outside its context"
 SHOWN = 3
-"""Places named where too many rows are faulty."""
+"""Number of faulty rows that an error message names."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was seen while reading examples."""
+    """Statistics of reading examples."""
 
     path: str
-    """The file, or "rows" for rows given as they are."""
+    """The file, or "rows" if the rows were given as mappings."""
     form: str
-    """One of "jsonl", "json", "squad", "csv", "tsv", "parquet", and "rows"."""
+    """Format: "jsonl", "json", "squad", "csv", "tsv", "parquet" or "rows"."""
     rows: int
-    """Examples that were kept."""
+    """Number of examples that were kept."""
     contexts: int
-    """Distinct groups among them."""
+    """Number of distinct groups among them."""
     answers_outside: int = 0
-    """Questions kept with an accepted answer that is not a substring of their context."""
+    """Kept questions with an accepted answer that is not a substring of their context."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Why rows were left out, such as "empty question" -> how many."""
+    """Reason, such as "empty question" -> number of rows left out."""
     duplicates: int = 0
-    """Rows dropped as they equal an earlier one; counted only where rows have no id."""
+    """Rows dropped because they equal an earlier one; only for rows without ids."""
     joined: int = 0
-    """Rows with an answer whose lines were joined, as answers of the task are of one line."""
+    """Rows with an answer whose lines were joined, because the task has one-line answers."""
 
     def line(self) -> str:
-        """Return one sentence on what was left out or is odd, "" where nothing is."""
+        """Return a sentence on rows that were left out or are unusual; "" if there are none."""
         parts: list[str] = []
         if self.answers_outside:
             parts.append(
@@ -73,25 +73,29 @@ def load_examples(
 ) -> tuple[list[Example], LoadReport]:
     """Read the examples of a task.
 
-    Texts are brought to Unicode NFC. Rows with an empty or broken input or answer, or without an
-    answer, are left out and counted; questions with an answer that is not in their context are
-    kept and counted. Rows without an id get one made from their texts, and then equal rows are
-    read once. The lines of an answer are joined by spaces if the task's answers are of one line.
+    Texts are converted to Unicode NFC. Rows without an answer, or with an empty or broken input or
+    answer, are left out and counted. Questions with an answer that is not in their context are kept
+    and counted. Both count as faulty. Rows without ids get ids made from their texts, and equal
+    rows are then read once. The lines of an answer are joined by spaces if the task has one-line
+    answers.
 
     Args:
-        source: a file (see `forms.open_records` for the forms), or rows such as a list of
-            mappings or a `datasets.Dataset`.
-        task: what a row holds.
-        language: code of the rows' language.
-        columns: our name (an input, the answer, "id" or "group") -> column of the file; what it
-            leaves out is found by its own name, then by the task's aliases.
-        template: the prompt's template, which names the inputs of a task without fields.
-        max_faulty: largest share of faulty rows, in [0, 1].
+        source: a file in a format of `forms.open_records`, or rows such as a list of mappings or a
+            `datasets.Dataset`.
+        task: task of the examples.
+        language: language code of the examples.
+        columns: name (an input, the answer, "id" or "group") -> column of the file. Other names are
+            searched among the columns, then by the task's aliases.
+        template: prompt template, which names the inputs of a task without fields.
+        max_faulty: largest allowed fraction of faulty rows, in [0, 1].
+
+    Returns:
+        The examples in the order of the rows, and statistics.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is in none of the forms, a column is missing, a value is of the
-            wrong type, an id is used twice, no row is left, or too many are faulty.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has an unknown format, a column is missing, a value has the wrong type,
+            an id is used twice, no row is left, or too many rows are faulty.
     """
     if not 0 <= max_faulty <= 1:
         raise ValueError(f"max_faulty is a share of rows in [0, 1], got {max_faulty}")
@@ -99,15 +103,15 @@ def load_examples(
     path, form, records = _records_of(source)
     available = list(dict.fromkeys(name for record in records for name in record.values))
     matched = match_columns(available, task, inputs, columns, path)
-    reading = _Reading(
+    rules = _ReadingRules(
         task, language, matched, packed=f".{form}" in DELIMITED and task.answer == "answers"
     )
-    kept, faults, duplicates = _sorted_out(records, reading)
+    kept, faults, duplicates = _examples_and_faults(records, rules)
     if len(faults) / len(records) > max_faulty:
         raise ValueError(_too_many(faults, len(records), max_faulty, path))
     if not kept:
         raise ValueError(
-            f"{path}: all {len(records)} rows are left out ({_counted(faults)}); mend them"
+            f"{path}: all {len(records)} rows are left out ({_counted(faults)}); correct them"
         )
     reasons = Counter(fault.reason for fault in faults)
     outside = reasons.pop(OUTSIDE, 0)
@@ -127,18 +131,20 @@ def load_examples(
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How the records of one source become examples."""
+class _ReadingRules:
+    """Rules for turning the records of one source into examples."""
 
     task: Task
     language: str
     columns: Columns
     packed: bool
-    """Whether a list of answers is spelled out in one text."""
+    """Whether one text may contain a list of answers, as in CSV."""
 
 
 @dataclass(frozen=True)
 class _Fault:
+    """A faulty row: its place in the source and the reason."""
+
     where: str
     reason: str
 
@@ -146,7 +152,7 @@ class _Fault:
 def _records_of(
     source: str | Path | Iterable[Mapping[str, Any]],
 ) -> tuple[str, str, list[Record]]:
-    """Return the name of a source, its form, and its records, at least one."""
+    """Return (name of a source, its format, its records), with at least one record."""
     if isinstance(source, str | Path):
         path, (form, read) = str(source), open_records(source)
     else:
@@ -157,31 +163,31 @@ def _records_of(
     return path, form, records
 
 
-def _sorted_out(
-    records: Sequence[Record], reading: _Reading
+def _examples_and_faults(
+    records: Sequence[Record], rules: _ReadingRules
 ) -> tuple[list[Example], list[_Fault], int]:
-    """Return the examples, the faults in the order of the rows, and the number of duplicates."""
+    """Return (examples, faults in the order of the rows, number of duplicates)."""
     kept: dict[str, Example] = {}
     faults: list[_Fault] = []
     duplicates = 0
-    for record, given_id in _with_ids(records, reading.columns):
-        example = _example(record, reading, given_id)
+    for record, given_id in _with_ids(records, rules.columns):
+        example = _example(record, rules, given_id)
         if isinstance(example, _Fault):
             faults.append(example)
         elif example.id in kept:
             duplicates += 1
         else:
             kept[example.id] = example
-            if _has_outside_answer(example, reading.task):
+            if _has_outside_answer(example, rules.task):
                 faults.append(_Fault(record.where, OUTSIDE))
     return list(kept.values()), faults, duplicates
 
 
 def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Record, str | None]]:
-    """Yield each record with its own id, or with None where there is no such column.
+    """Yield (record, its id); the id is None if there is no id column.
 
     Raises:
-        ValueError: if a record lacks a column, or its id is no id or another record's.
+        ValueError: a record lacks a column, or its id is not valid or not unique.
     """
     seen: dict[str, str] = {}
     for record in records:
@@ -204,28 +210,28 @@ def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Rec
         yield record, given
 
 
-def _example(record: Record, reading: _Reading, given_id: str | None) -> Example | _Fault:
-    """Return the example of a record, or why it is left out."""
-    values, where, columns = record.values, record.where, reading.columns
-    answer = reading.task.answer
+def _example(record: Record, rules: _ReadingRules, given_id: str | None) -> Example | _Fault:
+    """Return the example of a record, or the fault for which it is left out."""
+    values, where, columns = record.values, record.where, rules.columns
+    answer = rules.task.answer
     fields = {
         name: text_value(values[column], name, where) for name, column in columns.fields.items()
     }
-    references = answer_values(values[columns.answer], answer, where, packed=reading.packed)
+    references = answer_values(values[columns.answer], answer, where, packed=rules.packed)
     reason = _reason_to_leave_out(fields, references, answer.removesuffix("s"))
     if reason is not None:
         return _Fault(where, reason)
     if columns.group is None:
-        # A task without fields of its own may have an instruction first, the same in every row.
-        group = text_key("\n".join(list(fields.values())[: 1 if reading.task.fields else None]))
+        # The first input of a task without fields may be an instruction that all rows share.
+        group = text_key("\n".join(list(fields.values())[: 1 if rules.task.fields else None]))
     else:
         group = id_value(values[columns.group], "group", where)
     example_id = given_id or _content_id((*fields.values(), *references))
-    return Example(example_id, group, reading.language, fields, references)
+    return Example(example_id, group, rules.language, fields, references)
 
 
 def _joined(example: Example) -> Example:
-    """Return the example with each reference in one line; two that are then equal are one."""
+    """Return the example with each reference in one line, without duplicates."""
     references = tuple(dict.fromkeys(map(one_line, example.references)))
     return replace(example, references=references)
 
@@ -240,9 +246,9 @@ def _reason_to_leave_out(
 
 
 def _content_id(texts: Sequence[str]) -> str:
-    """Return an id that depends on nothing but the texts of a row, as they are compared."""
-    spelled = json.dumps([normalize_text(text) for text in texts])
-    return "row-" + hashlib.sha256(spelled.encode()).hexdigest()[:16]
+    """Return an id that depends only on the normalised texts of a row."""
+    normalized = json.dumps([normalize_text(text) for text in texts])
+    return "row-" + hashlib.sha256(normalized.encode()).hexdigest()[:16]
 
 
 def _has_outside_answer(example: Example, task: Task) -> bool:
@@ -257,7 +263,7 @@ def _too_many(faults: Sequence[_Fault], rows: int, max_faulty: float, path: str)
     return (
         f"{path}: {len(faults)} of {rows} rows ({100 * len(faults) / rows:.3g}%) are faulty "
         f"({_counted(faults)}), at most {100 * max_faulty:.3g}% may be; the first are {places}; "
-        "mend them, or set data.max_faulty higher if they are meant to be so"
+        "correct them, or raise data.max_faulty if they are intended"
     )
 
 

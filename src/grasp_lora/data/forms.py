@@ -1,4 +1,4 @@
-"""Files to records: JSON lines, JSON, SQuAD v1.1 JSON, CSV, TSV and Parquet, always UTF-8."""
+"""Read records from JSON lines, JSON, SQuAD v1.1 JSON, CSV, TSV and Parquet files, in UTF-8."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 OTHER_MARKS: Mapping[bytes, str] = MappingProxyType(
     {
-        # UTF-32 first: its mark begins with the one of UTF-16.
+        # UTF-32 first, because its mark begins with that of UTF-16.
         b"\xff\xfe\x00\x00": "UTF-32",
         b"\x00\x00\xfe\xff": "UTF-32",
         b"\xff\xfe": "UTF-16",
@@ -22,18 +22,18 @@ OTHER_MARKS: Mapping[bytes, str] = MappingProxyType(
     }
 )
 DELIMITED: Mapping[str, str] = MappingProxyType({".csv": ",", ".tsv": "\t"})
-"""Ending of the name -> what stands between two values."""
+"""File name suffix -> separator of values."""
 SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file as it stands there."""
+    """One row of a file, unchanged."""
 
     where: str
-    """Its place, for messages: the file with the line or the index."""
+    """Its place, for messages: the file with a line number or an index."""
     values: Mapping[str, Any]
-    """Column -> value."""
+    """Column name -> value."""
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
@@ -42,22 +42,22 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def open_records(path: str | Path) -> tuple[str, Iterator[Record]]:
-    """Return the form of a file and its rows in their order.
+    """Return the format of a file and its rows in their order.
 
-    CSV, TSV and Parquet are told by the ending of the name; all else is JSON, its form told by
-    what is in it: SQuAD v1.1 (`data` -> `paragraphs` -> `qas`, one record a question), a list of
-    objects (also below a key `data`), or one object a line.
+    CSV, TSV and Parquet files are recognised by their suffix. Other files must be JSON. Their
+    content decides between SQuAD v1.1 (`data` -> `paragraphs` -> `qas`, one record per question), a
+    list of objects (possibly below a key `data`), and one object per line.
 
     Args:
         path: a file in UTF-8, with or without a byte order mark; CSV and TSV with a header row.
 
     Returns:
-        One of "csv", "tsv", "parquet", "squad", "json" and "jsonl", and the records.
+        One of "csv", "tsv", "parquet", "squad", "json" and "jsonl", and an iterator of records. The
+        iterator raises a ValueError at a row that is not valid.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, not UTF-8, in none of the forms or broken; what is
-            wrong with a single row is raised when the iterator gets there.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, damaged, not UTF-8 or in an unknown format.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,16 +72,16 @@ def open_records(path: str | Path) -> tuple[str, Iterator[Record]]:
     if text.lstrip()[0] not in "{[":
         raise ValueError(
             f"{path} begins with {text.strip()[:20]!r}, which is not JSON; give a file of JSON "
-            f"objects, or let the name end in its form ({SUFFIXES})"
+            f"objects, or let the name end in its format ({SUFFIXES})"
         )
     return _json_records(path, text)
 
 
 def given_records(rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
-    """Yield rows that are at hand already, such as those of a `datasets.Dataset`.
+    """Yield records from mappings, such as the rows of a `datasets.Dataset`.
 
     Raises:
-        ValueError: if the rows are one mapping (of splits or columns), or a row is no mapping.
+        ValueError: `rows` is a single mapping (of splits or columns), or a row is not a mapping.
     """
     if isinstance(rows, Mapping):
         keys = ", ".join(map(str, list(rows)[:8]))
@@ -99,7 +99,7 @@ def _record(where: str, row: Any, needed: str = "a JSON object") -> Record:
 
 
 def _text_of(path: Path) -> str:
-    """Return the text of a file without its byte order mark."""
+    """Return the text of a UTF-8 file without its byte order mark."""
     data = path.read_bytes()
     if data.startswith(LFS_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
@@ -113,7 +113,7 @@ def _text_of(path: Path) -> str:
     if (zero := data.find(0)) >= 0:
         raise ValueError(
             f"{path} is not a UTF-8 text: it holds the byte 0x00 at offset {zero}, as UTF-16 "
-            "and packed files do; " + advice.format("UTF-16LE") + " or unpack it"
+            "and compressed files do; " + advice.format("UTF-16LE") + " or unpack it"
         )
     start = len(BOM) if data.startswith(BOM) else 0
     try:
@@ -124,7 +124,7 @@ def _text_of(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} (line {line}); "
             + advice.format("WINDOWS-1252")
-            + " (the name of its own encoding after -f)"
+            + " (with the file's own encoding after -f)"
         ) from None
     if not text.strip():
         raise ValueError(f"{path} is empty; it needs at least one row")
@@ -152,7 +152,7 @@ def _json_records(path: Path, text: str) -> tuple[str, Iterator[Record]]:
 
 
 def _has_json_line(text: str) -> bool:
-    """Return whether the first line that is not blank is an object by itself."""
+    """Return whether the first line that is not blank is a complete JSON object."""
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     try:
         return isinstance(json.loads(first), dict)
@@ -166,7 +166,7 @@ def _list_records(where: str, rows: list[Any]) -> Iterator[Record]:
 
 
 def _line_records(path: Path, text: str) -> Iterator[Record]:
-    # Not splitlines(): U+2028 and its like may stand inside a JSON text, line breaks may not.
+    # JSON texts may contain U+2028 and similar characters, at which splitlines() would split.
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if not line.strip():
             continue
@@ -199,7 +199,7 @@ def _list_at(parent: Any, key: str, where: str) -> list[Any]:
 
 
 def _delimited_records(path: Path, text: str, delimiter: str) -> Iterator[Record]:
-    lines = _cells(path, text, delimiter)
+    lines = _numbered_cells(path, text, delimiter)
     header = [name.strip() for name in lines[0][1]]
     if len(header) == 1 and any(other in header[0] for other in ",;|\t"):
         raise ValueError(
@@ -217,13 +217,13 @@ def _delimited_records(path: Path, text: str, delimiter: str) -> Iterator[Record
         yield Record(f"{path}:{number}", dict(zip(header, cells, strict=True)))
 
 
-def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Return the rows that are not blank as (number of the first line, cells)."""
-    # Strict: without it a stray quote swallows all rows up to the next one, and nobody is told.
+def _numbered_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Return (number of its first line, cells) of each row that is not blank."""
+    # Without strict, a stray quote would silently swallow all rows up to the next quote.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, list[str]]] = []
     start = 1
-    # The limit on a field's length belongs to the whole process, so it is put back.
+    # The limit on the length of a field applies to the whole process, so restore it.
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, len(text)))
     try:
@@ -250,7 +250,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}); write it anew") from None
+        raise ValueError(f"{path} is not a Parquet file ({error}); write it again") from None
     return _parquet_rows(path, file.iter_batches())
 
 

@@ -1,12 +1,11 @@
-"""Rows of the Hugging Face hub: the data sets known by name, and any other by its id.
+"""Load examples from the Hugging Face hub, from a data set known by name or by its id.
 
-Only data files are read, never a data set's own code: `datasets` refuses it from version 4 on.
+Only data files are read, since `datasets` 4 and later do not run a data set's own code.
 """
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from grasp_lora.data.fetch import EXPORT, commit_of, load_published, source_errors
@@ -27,43 +26,47 @@ __all__ = [
 ]
 
 MAX_ROWS = 50_000
-"""Rows read of a published split; only XL-Sum's largest (English, Hindi, ...) have more."""
+"""Most rows read of a preset's split; only XL-Sum's largest (English, Hindi, ...) have more."""
 ALL = -1
-"""The size of a part that takes all rows of its published split that no other part takes."""
+"""Size of a part that gets all examples of its published split that no other part gets."""
 
 _NO_SCRIPTS = "scripts are no longer supported"
 Load = Callable[..., Any]
 Read = Callable[[Any], tuple[list[Example], LoadReport]]
-Row = TypeVar("Row")
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was read of one published split."""
+    """Statistics of one published split."""
 
     rows: int
-    """Rows it has."""
+    """Number of rows in the split."""
     fingerprint: str
-    """The one `datasets` gives it."""
+    """Fingerprint of the data set in `datasets`."""
     commit: str | None
-    """Commit of the data set, None where the rows are not from the hub."""
+    """Commit of the data set, or None if the rows are not from the hub."""
     report: LoadReport
+    """Statistics of reading its examples."""
 
 
 @dataclass(frozen=True)
 class HubExamples:
-    """Rows by published split, and how they came about."""
+    """Examples by published split, and their origin."""
 
     examples: Mapping[str, tuple[Example, ...]]
+    """Published split -> examples."""
     drawn_from: Mapping[str, str]
-    """Part -> published split its rows are drawn from."""
+    """Part -> published split that its examples are drawn from."""
     used: Source
+    """The place that provided the examples."""
     published: Mapping[str, Published]
+    """Published split -> statistics."""
     tried: tuple[tuple[Source, str], ...] = ()
-    """Places that failed before, and why."""
+    """(place, reason) of each place that failed before."""
 
     def record(self) -> dict[str, Any]:
-        """Return where the rows came from, as plain JSON values."""
+        """Return the origin of the examples as plain JSON values."""
         splits = {
             name: {
                 "rows": split.rows,
@@ -86,7 +89,7 @@ class HubExamples:
         }
 
     def filtered(self, keep: Callable[[tuple[Example, ...]], Sequence[Example]]) -> "HubExamples":
-        """Return these with `keep` applied to the rows of every published split."""
+        """Return a copy with `keep` applied to the examples of every published split."""
         kept = {name: tuple(keep(rows)) for name, rows in self.examples.items()}
         return replace(self, examples=kept)
 
@@ -98,44 +101,41 @@ def load_preset(
     *,
     role: str = "target",
     max_faulty: float = 0.1,
-    cache_dir: str | Path | None = None,
     load: Load = load_published,
 ) -> HubExamples:
-    """Load what a role needs of a data set known by name, from the first place that gives it.
+    """Load the published splits that a role needs of a data set known by name.
 
-    Of a published split with more than 50,000 rows as many are read, the same each time. Without
-    a connection, or with `HF_HUB_OFFLINE=1`, only what `datasets` has in its cache is found.
+    The places of the data set are tried in order. If a published split has more than 50,000 rows,
+    a fixed random sample of 50,000 is read. Without a connection, or with `HF_HUB_OFFLINE=1`, only
+    data in the cache of `datasets` is found.
 
     Args:
         name: one of `PUBLISHED_SETS`.
-        language: one of the preset's codes.
-        protocol: "official" takes test rows of the published test split, where there is one;
-            "paper" draws from the splits the published script draws from.
+        language: one of the preset's language codes.
+        protocol: "official" takes test examples from the published test split, if there is one.
+            "paper" draws from the same splits as the script published with the paper.
         role: "source" or "target".
-        max_faulty: largest share of faulty rows, in [0, 1].
-        cache_dir: where `datasets` keeps its copy; None is its own place.
-        load: stands in for `fetch.load_published`.
+        max_faulty: largest allowed fraction of faulty rows, in [0, 1].
+        load: function with the signature of `fetch.load_published`.
 
     Raises:
-        ValueError: for an unknown name, language, protocol or role, or if no place gives the
-            rows; it says which were tried and why each failed.
+        ValueError: the name, language, protocol or role is unknown, or no place provides the rows;
+            the message lists the places and their errors.
     """
-    preset = _row(PUBLISHED_SETS, name, "preset")
-    called = _row(preset.languages, language, f"language of {name}")
-    drawn_from = _row(_row(preset.drawn_from, protocol, "protocol"), role, "role")
+    preset = _entry(PUBLISHED_SETS, name, "preset")
+    config_language = _entry(preset.languages, language, f"language of {name}")
+    drawn_from = _entry(_entry(preset.drawn_from, protocol, "protocol"), role, "role")
     task = task_named(preset.task)
 
     def read(dataset: Any) -> tuple[list[Example], LoadReport]:
         return load_examples(_at_most(dataset, MAX_ROWS), task, language, max_faulty=max_faulty)
 
-    places, what = preset.sources(called), f"{name} {language}"
-    return _first_of(places, drawn_from, read, what, cache_dir, load)
+    places = preset.sources(config_language)
+    return _load_first(places, drawn_from, read, f"{name} {language}", load)
 
 
 def load_hub(
-    repo: str,
-    config: str | None,
-    revision: str | None,
+    source: Source,
     splits: Mapping[str, str],
     task: Task,
     language: str,
@@ -143,28 +143,24 @@ def load_hub(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     max_faulty: float = 0.1,
-    cache_dir: str | Path | None = None,
     load: Load = load_published,
 ) -> HubExamples:
     """Load published splits of any data set of the hub.
 
     Args:
-        repo: id of the data set, owner/name.
-        config: its configuration, None for its only one.
-        revision: branch, tag or commit; None is the main branch. On the hub's own Parquet copy,
-            "refs/convert/parquet", the folder called as the config is read.
-        splits: part -> published split its rows are drawn from; a slice such as "train[:500]"
-            is one too.
-        task: what a row holds.
-        language: code of the rows' language.
-        columns: our name -> column, see `load_examples`.
-        template: the prompt's template, for a task without fields of its own.
-        max_faulty: largest share of faulty rows, in [0, 1].
-        cache_dir: where `datasets` keeps its copy; None is its own place.
-        load: stands in for `fetch.load_published`.
+        source: the data set. With the revision "refs/convert/parquet", the hub's Parquet copy, the
+            folder named like the config is read.
+        splits: part -> published split that its examples are drawn from, or a slice of one such as
+            "train[:500]".
+        task: task of the examples.
+        language: language code of the examples.
+        columns: name -> column; see `load_examples`.
+        template: prompt template, for a task without fields.
+        max_faulty: largest allowed fraction of faulty rows, in [0, 1].
+        load: function with the signature of `fetch.load_published`.
 
     Raises:
-        ValueError: if the rows cannot be had or are not those of the task; it says why.
+        ValueError: the rows cannot be loaded or do not fit the task; the message says why.
     """
 
     def read(dataset: Any) -> tuple[list[Example], LoadReport]:
@@ -172,38 +168,40 @@ def load_hub(
             dataset, task, language, columns=columns, template=template, max_faulty=max_faulty
         )
 
-    return _first_of((Source(repo, config, revision),), splits, read, repo, cache_dir, load)
+    return _load_first((source,), splits, read, source.repo, load)
 
 
 def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> Split:
-    """Draw parts of given sizes, each from its published split; no group is in two of them.
+    """Draw parts of given sizes from their published splits, so that no group is in two parts.
 
     Args:
-        found: the rows.
-        sizes: part -> rows; -1 takes all that no other part of the same published split takes.
-        seed: which groups go where.
+        found: the examples.
+        sizes: part -> number of examples. -1 means all examples that no other part of the same
+            published split gets.
+        seed: seed of the assignment of groups to parts.
 
     Raises:
-        ValueError: if a part has no published split, two parts want all of one, a size is
-            below -1, or there are too few rows.
+        ValueError: a part has no published split, two parts have the size -1 in the same one, a
+            size is below -1, or there are too few examples.
     """
     shared: dict[str, dict[str, int]] = {}
     for part, size in sizes.items():
-        shared.setdefault(_row(found.drawn_from, part, "part"), {})[part] = size
+        shared.setdefault(_entry(found.drawn_from, part, "part"), {})[part] = size
     parts: dict[str, tuple[Example, ...]] = {}
     dropped: dict[str, int] = {}
     for published, wanted in shared.items():
-        greedy = [part for part, size in wanted.items() if size == ALL]
-        if len(greedy) > 1:
+        unlimited = [part for part, size in wanted.items() if size == ALL]
+        if len(unlimited) > 1:
             raise ValueError(
-                f"{' and '.join(greedy)} are each to be all of the published split {published!r}; "
+                f"{' and '.join(unlimited)} are each to be all of the published split "
+                f"{published!r}; "
                 "give rows for each, or slices that do not overlap, such as "
                 f"'{published}[:50]' and '{published}[50:100]'"
             )
         counted = {part: size for part, size in wanted.items() if size != ALL}
         split = split_by_group(found.examples[published], counted, seed)
         parts, dropped = parts | split.parts, dropped | split.dropped
-        for part in greedy:
+        for part in unlimited:
             parts[part] = _rest(found.examples[published], split, part, published)
             dropped[part] = 0
     return Split({part: parts[part] for part in sizes}, {part: dropped[part] for part in sizes})
@@ -220,24 +218,23 @@ def _rest(rows: Sequence[Example], split: Split, part: str, published: str) -> t
     return rest
 
 
-def _row(table: Mapping[str, Row], key: str, what: str) -> Row:
+def _entry(table: Mapping[str, Entry], key: str, what: str) -> Entry:
     if key not in table:
         raise ValueError(f"unknown {what}: {key!r}; choose one of: {', '.join(table)}")
     return table[key]
 
 
-def _first_of(
+def _load_first(
     places: Sequence[Source],
     drawn_from: Mapping[str, str],
     read: Read,
     what: str,
-    cache_dir: str | Path | None,
     load: Load,
 ) -> HubExamples:
-    """Return the rows of the first place that gives them all."""
+    """Return the examples of the first place that provides all splits."""
     tried: list[tuple[Source, str]] = []
     for source in places:
-        rows: dict[str, tuple[Example, ...]] = {}
+        examples: dict[str, tuple[Example, ...]] = {}
         published: dict[str, Published] = {}
         try:
             for split in dict.fromkeys(drawn_from.values()):
@@ -246,29 +243,30 @@ def _first_of(
                     source.config,
                     split=source.splits.get(split, split),
                     revision=source.revision,
-                    cache_dir=cache_dir,
                 )
-                examples, report = read(dataset)
-                rows[split] = tuple(examples)
+                read_examples, report = read(dataset)
+                examples[split] = tuple(read_examples)
                 published[split] = Published(
                     len(dataset), dataset._fingerprint, commit_of(dataset), report
                 )
         except source_errors() as error:
             tried.append((source, _reason(error)))
             continue
-        rows = _distinct(rows)
-        return HubExamples(rows, dict(drawn_from), source, published, tuple(tried))
-    raise ValueError(_nowhere(what, tried, drawn_from))
+        examples = _with_distinct_ids(examples)
+        return HubExamples(examples, dict(drawn_from), source, published, tuple(tried))
+    raise ValueError(_none_found(what, tried, drawn_from))
 
 
-def _distinct(rows: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
-    """Return the rows with the split in every id, if two splits number their rows alike."""
-    ids = [example.id for examples in rows.values() for example in examples]
+def _with_distinct_ids(
+    by_split: dict[str, tuple[Example, ...]],
+) -> dict[str, tuple[Example, ...]]:
+    """Return the examples with the split added to every id, if two splits share an id."""
+    ids = [example.id for examples in by_split.values() for example in examples]
     if len(set(ids)) == len(ids):
-        return rows
+        return by_split
     return {
         split: tuple(replace(example, id=f"{split}/{example.id}") for example in examples)
-        for split, examples in rows.items()
+        for split, examples in by_split.items()
     }
 
 
@@ -283,14 +281,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
 
 
-def _nowhere(what: str, tried: Sequence[tuple[Source, str]], parts: Iterable[str]) -> str:
+def _none_found(what: str, tried: Sequence[tuple[Source, str]], parts: Iterable[str]) -> str:
     listed = "; ".join(f"{source} ({reason})" for source, reason in tried)
     files = ", ".join(f"{part}: FILE" for part in parts)
     script = any(_NO_SCRIPTS in reason for _, reason in tried)
     exported = any(source.revision == EXPORT for source, _ in tried)
     hint = f"set revision: {EXPORT} to read the hub's own Parquet copy, " if script else ""
     return (
-        f"no rows of {what} could be had, tried {listed}; {'' if exported else hint}check the "
-        "connection (without one, only what was loaded before is found), or give local files: "
+        f"no rows of {what} could be loaded, tried {listed}; {'' if exported else hint}check the "
+        "connection (without one, only data loaded before is found), or give local files: "
         f"files: {{{files}}} below data.source or data.target"
     )

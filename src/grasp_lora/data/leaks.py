@@ -1,7 +1,7 @@
-"""Leakage: the same or nearly the same rows in two splits, in one language or across languages.
+"""Leakage: equal or nearly equal examples in two splits, in one language or across languages.
 
-The text compared is what an answer is read from: the context or the article, or all inputs of a
-row that has neither. Near-duplicates are looked for among contexts and articles of one language.
+The texts compared are the context or the article, or all inputs of an example that has neither.
+Near-duplicates are searched among contexts and articles of the same language.
 """
 
 import re
@@ -23,32 +23,35 @@ KINDS: Mapping[Kind, str] = {
     "text": "the same text",
     "near": "nearly the same text",
 }
-"""What two rows share, the strongest first."""
+"""Kind of leak -> its description, the strongest kind first."""
 
 BODIES = ("context", "article")
-SHORTEST = {"words": 10, "characters": 20}
-"""Shorter texts are compared for equality only: one changed word leaves too little of them."""
+"""Inputs that count as an example's body."""
 
-# Han, kana, Thai, Lao, Burmese and Khmer put no space between words.
+SHORTEST = {"words": 10, "characters": 20}
+"""Least length for near-duplicates. Shorter texts are only compared for equality."""
+
+# Han, kana, Thai, Lao, Burmese and Khmer are written without spaces between words.
 _UNSEGMENTED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _PERMUTATIONS = 128
-_MISSED = 1e-4
+_MISS_PROBABILITY = 1e-4
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Two rows of different splits that should not both be there."""
+    """Two examples of different splits that are equal or nearly equal."""
 
     kind: Kind
     first: tuple[str, str]
-    """Split and id."""
+    """Split and id of the first example."""
     second: tuple[str, str]
+    """Split and id of the second example."""
     similarity: float = 1.0
-    """Jaccard similarity of the texts, in (0, 1]; 1 for every kind but "near"."""
+    """Jaccard similarity of the texts, in (0, 1]; 1 for all kinds except "near"."""
 
     def __str__(self) -> str:
         rows = " and ".join(f"{name!r} of {split}" for split, name in (self.first, self.second))
@@ -57,32 +60,33 @@ class Leak:
 
 
 def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
-    """Return the rows that two splits share, the strongest kind first, then in their order.
+    """Return the leaks between splits, the strongest kind first, then in the order of examples.
 
-    Every shared id is a leak. Two groups of rows (such as the questions on two contexts) are
-    reported once more only if no id of them is shared, by their first rows and under the strongest
-    kind: the same group, the same text after NFKC without case, punctuation and white space, or
-    texts of one language whose shingles have a Jaccard similarity of at least `threshold`.
+    Every shared id is a leak. Two groups (such as the questions on two contexts) without a shared
+    id are reported at most once, by their first examples and the strongest kind that applies. The
+    kinds are: the same group; the same text after NFKC without case, punctuation and white space;
+    and texts of one language whose shingles have a Jaccard similarity of at least `threshold`.
+
     Shingles are 3 words, or 5 characters in languages written without spaces. Candidates come from
-    MinHash, which misses a pair at the threshold (from 0.1 on) with probability below 1e-4; what is
-    reported is counted exactly. The same rows give the same leaks.
+    MinHash, which misses a pair at the threshold with a probability below 1e-4 if the threshold is
+    at least 0.1. Reported similarities are exact. The result is deterministic.
 
     Args:
-        parts: examples by split; compare roles and languages by giving all of them together.
-        threshold: in (0, 1].
+        parts: split -> examples; to compare roles and languages, pass all their splits together.
+        threshold: Jaccard similarity in (0, 1] from which texts are nearly the same.
 
     Raises:
-        ValueError: if the threshold is not in (0, 1].
+        ValueError: the threshold is not in (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a Jaccard similarity in (0, 1], got {threshold}")
     search = _Search(_units(parts))
-    _share_ids(parts, search)
-    search.share("group", lambda unit: unit.group)
-    search.share("text", lambda unit: unit.key)
+    _report_shared_ids(parts, search)
+    search.report_equal("group", lambda unit: unit.group)
+    search.report_equal("text", lambda unit: unit.key)
     for language in dict.fromkeys(unit.language for unit in search.units):
         units = [unit for unit in search.units if unit.language == language and unit.is_body]
-        for one, two, similarity in _near(units, threshold):
+        for one, two, similarity in _near_pairs(units, threshold):
             search.report("near", one, two, similarity)
     rank = list(KINDS)
     return sorted(search.leaks, key=lambda leak: rank.index(leak.kind))
@@ -91,10 +95,15 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
 def check_disjoint(
     parts: Parts, *, allow: bool = False, threshold: float = 0.8
 ) -> tuple[Leak, ...]:
-    """Return the leaks between splits, which only `allow` lets pass; see `find_leaks`.
+    """Return the leaks between splits, and raise an error for them unless `allow` is set.
+
+    Args:
+        parts: see `find_leaks`.
+        allow: return leaks instead of raising an error.
+        threshold: see `find_leaks`.
 
     Raises:
-        ValueError: if there is one and `allow` is False, or the threshold is not in (0, 1].
+        ValueError: there is a leak and `allow` is False, or the threshold is not in (0, 1].
     """
     leaks = tuple(find_leaks(parts, threshold=threshold))
     if leaks and not allow:
@@ -103,72 +112,74 @@ def check_disjoint(
 
 
 def refuse_leaks(leaks: Sequence[Leak]) -> NoReturn:
-    """Raise the error that says what leaks and what to do.
+    """Raise the error for leaks.
 
     Raises:
-        ValueError: always, with the count of each kind and the first leaks.
+        ValueError: always; it states the number of each kind, the first leaks and the remedy.
     """
     counts = Counter(leak.kind for leak in leaks)
     kinds = ", ".join(f"{KINDS[kind]}: {counts[kind]}" for kind in KINDS if counts[kind])
     shown = "; ".join(map(str, leaks[:_SHOWN]))
     more = "" if len(leaks) <= _SHOWN else f"; and {len(leaks) - _SHOWN} more"
-    ids = ", or rows that are not the same row different ids" if counts["id"] else ""
+    ids = ", or different rows different ids" if counts["id"] else ""
     raise ValueError(
         f"{len(leaks)} {'pair' if len(leaks) == 1 else 'pairs'} of rows in two splits ({kinds}): "
         f"{shown}{more}; "
-        f"give splits that do not overlap{ids}, or pass --allow-leakage to go on and have it "
-        "recorded"
+        f"give splits that do not overlap{ids}, or pass --allow-leakage to continue and record "
+        "the leakage"
     )
 
 
 def drop_parallel(
-    rows: Sequence[Example], used: Sequence[Example]
+    examples: Sequence[Example], used: Sequence[Example]
 ) -> tuple[tuple[Example, ...], int]:
-    """Return the rows whose group holds no id of `used`, and how many are dropped.
+    """Return (examples whose group shares no id with `used`, number of dropped examples).
 
-    Parallel data sets give a row the same id in every language. Whole groups go, because a
-    translated context is the same context, whichever of its questions is asked. Ids that are
-    numbers count like all others: parallel files may be numbered alike, and a translation that is
-    trained on spoils a result, while rows left out only make it smaller. `parallel_notice` says what
-    to do about files that are not parallel.
+    In parallel data sets an example has the same id in every language. Whole groups are dropped,
+    because a translated context is the same context for all its questions. Numeric ids count too,
+    since parallel files may number their examples alike. A translation in the training data would
+    invalidate a result; dropping too many examples only makes the split smaller. For files that are
+    not parallel, `parallel_notice` states the remedy.
 
     Args:
-        rows: rows of one language.
-        used: rows of another language that are taken.
+        examples: examples in one language.
+        used: examples in another language that are used.
     """
-    taken = {example.id for example in used}
-    gone = {example.group for example in rows if example.id in taken}
-    kept = tuple(example for example in rows if example.group not in gone)
-    return kept, len(rows) - len(kept)
+    used_ids = {example.id for example in used}
+    dropped = {example.group for example in examples if example.id in used_ids}
+    kept = tuple(example for example in examples if example.group not in dropped)
+    return kept, len(examples) - len(kept)
 
 
 def parallel_notice(
-    rows: Sequence[Example], used: Sequence[Example], dropped: int, taken: str
+    examples: Sequence[Example], used: Sequence[Example], dropped: int, used_name: str
 ) -> str:
-    """Say why `drop_parallel` dropped rows, and how to keep them where their ids are numbers.
+    """Return a message on examples that `drop_parallel` dropped, and how to keep them.
+
+    The remedy is named only if all shared ids are numbers.
 
     Args:
-        rows: as given to `drop_parallel`.
+        examples: as given to `drop_parallel`.
         used: as given to `drop_parallel`.
-        dropped: how many it dropped.
-        taken: what the used rows are called, such as "target".
+        dropped: number of dropped examples.
+        used_name: name of the used examples, such as "target".
     """
-    shared = {example.id for example in rows} & {example.id for example in used}
-    line = (
-        f"{dropped} rows left out, as they or others of their context share an id with a {taken} "
-        "row: one id in two languages means a translation"
+    shared = {example.id for example in examples} & {example.id for example in used}
+    message = (
+        f"{dropped} rows left out, as they or others of their context share an id with a "
+        f"{used_name} row: one id in two languages means a translation"
     )
-    if not all(row_id.isdecimal() for row_id in shared):
-        return line
+    if not all(example_id.isdecimal() for example_id in shared):
+        return message
     return (
-        f"{line}; if these ids only number the rows of each file, give one file ids of its own, or "
-        "take its id column away, and the rows are kept"
+        f"{message}; if these ids only number the rows of each file, give one file other ids, or "
+        "remove its id column, and the rows are kept"
     )
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A distinct text of a split, named by the first row that has it."""
+    """A distinct text of a split, with the id of the first example that contains it."""
 
     split: str
     id: str
@@ -177,29 +188,30 @@ class _Unit:
     text: str
     key: str
     is_body: bool
-    """Whether the text is a context or an article. Other rows may share an instruction."""
+    """Whether the text is a context or an article; other texts may be a shared instruction."""
 
     @property
     def place(self) -> tuple[str, str]:
+        """Split and group."""
         return self.split, self.group
 
 
 @dataclass
 class _Search:
-    """What is found so far."""
+    """The leaks found so far."""
 
     units: Sequence[_Unit]
     leaks: list[Leak] = field(default_factory=list)
     linked: set[tuple[tuple[str, str], tuple[str, str]]] = field(default_factory=set)
-    """Pairs of groups, each with its split, that are reported."""
+    """Pairs of groups, each with its split, that were reported."""
 
-    def share(self, kind: Kind, shared: Callable[[_Unit], str]) -> None:
-        """Report the units of different splits for which `shared` is equal."""
+    def report_equal(self, kind: Kind, key: Callable[[_Unit], str]) -> None:
+        """Report the units of different splits that have the same key."""
         alike: dict[str, list[_Unit]] = {}
         for unit in self.units:
-            alike.setdefault(shared(unit), []).append(unit)
+            alike.setdefault(key(unit), []).append(unit)
         for units in alike.values():
-            # One unit a group is enough, and keeps a large group from being paired with itself.
+            # One unit per group is enough, and avoids pairing all units of a large group.
             distinct: dict[tuple[str, str], _Unit] = {}
             for unit in units:
                 distinct.setdefault(unit.place, unit)
@@ -207,6 +219,7 @@ class _Search:
                 self.report(kind, one, two)
 
     def report(self, kind: Kind, one: _Unit, two: _Unit, similarity: float = 1.0) -> None:
+        """Add a leak, unless both units are in one split or their groups were reported."""
         if one.split == two.split or (one.place, two.place) in self.linked:
             return
         self.linked.add((one.place, two.place))
@@ -226,7 +239,7 @@ def _units(parts: Parts) -> list[_Unit]:
     return list(found.values())
 
 
-def _share_ids(parts: Parts, search: _Search) -> None:
+def _report_shared_ids(parts: Parts, search: _Search) -> None:
     seen: dict[str, dict[str, Example]] = {}
     for split, examples in parts.items():
         for example in examples:
@@ -244,7 +257,7 @@ def _body(example: Example) -> str:
 
 
 class _Table(dict[int, str | None]):
-    """Code point -> itself, or a substitute for punctuation, separators and controls."""
+    """Translation table that replaces punctuation, separators and controls by a substitute."""
 
     def __init__(self, substitute: str | None) -> None:
         super().__init__()
@@ -265,12 +278,12 @@ def _plain(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    """Return the form in which texts are the same; a text of punctuation alone keeps it."""
+    """Return the text for comparison; a text that is only punctuation keeps its punctuation."""
     return _plain(text).translate(_DROPPED) or normalize_text(text)
 
 
-def _near(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Unit, float]]:
-    """Yield the pairs of different splits whose shingles are alike, all of one language."""
+def _near_pairs(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Unit, float]]:
+    """Yield (unit, unit, similarity) for similar units of different splits, all in one language."""
     if len({unit.split for unit in units}) < 2:
         return
     from datasketch import MinHash, MinHashLSH
@@ -283,8 +296,8 @@ def _near(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Un
     waiting: list[tuple[int, Any]] = []
     for number, unit in enumerate(units):
         if waiting and units[waiting[0][0]].split != unit.split:
-            # Only earlier splits are in the index, so that rows of one split, which may be alike,
-            # are not compared at all.
+            # The index contains only earlier splits, so that similar texts within a split are not
+            # compared.
             for earlier, sketch in waiting:
                 index.insert(earlier, sketch)
             waiting = []
@@ -301,10 +314,10 @@ def _near(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Un
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-    """Return bands and rows of the index: as strict as they can be and miss next to nothing."""
+    """Return (bands, rows) of the index: the most rows that miss fewer than 1 pair in 10,000."""
     for rows in (32, 16, 8, 4, 2):
         bands = _PERMUTATIONS // rows
-        if (1 - threshold**rows) ** bands < _MISSED:
+        if (1 - threshold**rows) ** bands < _MISS_PROBABILITY:
             return bands, rows
     return _PERMUTATIONS, 1
 
@@ -323,7 +336,7 @@ def _character_shingles(unit: _Unit) -> set[str]:
 
 
 def _jaccard(one: set[str], two: set[str], threshold: float) -> float:
-    # Sets of very different size cannot reach it; counting what they share is the costly part.
+    # Sets of very different size cannot reach the threshold; intersecting them is slow.
     if min(len(one), len(two)) / max(len(one), len(two)) < threshold:
         return 0.0
     shared = len(one & two)

@@ -1,4 +1,4 @@
-"""The data sets of the hub that are known by name: where they are, and which rows are drawn."""
+"""Data sets of the hub that are known by name: their places and the splits to draw from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ from types import MappingProxyType
 from grasp_lora.data.fetch import EXPORT
 
 Sizes = Mapping[str, Mapping[str, int]]
+"""Role -> part -> number of examples."""
 Draws = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""Protocol -> role -> part -> published split it is drawn from."""
+"""Protocol -> role -> part -> published split that the part is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,13 @@ class Source:
     """One place on the hub that holds a data set."""
 
     repo: str
-    """The id, owner/name."""
+    """Id of the data set, owner/name."""
     config: str | None = None
+    """Configuration; None means the only one."""
     revision: str | None = None
-    """Branch, tag or commit; None is the main branch."""
+    """Branch, tag or commit; None means the main branch."""
     splits: Mapping[str, str] = field(default_factory=dict)
-    """Published split -> what this place calls it, where that is another name."""
+    """Published split -> its name at this place, if that differs."""
 
     def __str__(self) -> str:
         named = " ".join(filter(None, (self.repo, self.config)))
@@ -34,13 +36,13 @@ class Preset:
 
     name: str
     task: str
-    """A row of the task table."""
+    """Name of the task."""
     languages: Mapping[str, str]
-    """Language code -> how the data set's configs call the language."""
+    """Language code -> name of the language in the data set's configs."""
     sources: Callable[[str], tuple[Source, ...]]
-    """What the configs call a language -> the places to try, in this order."""
+    """Maps the configs' name of a language to the places to try, in order."""
     sizes: Sizes
-    """Role -> part -> rows, unless the configuration says otherwise."""
+    """Default sizes."""
     drawn_from: Draws
 
 
@@ -60,7 +62,7 @@ def _mlqa_sources(language: str) -> tuple[Source, ...]:
 def _xquad_sources(language: str) -> tuple[Source, ...]:
     config = f"xquad.{language}"
     places = (Source("google/xquad", config), Source("google/xquad", config, EXPORT))
-    if language == "ro":  # came to XQuAD after XTREME was made
+    if language == "ro":  # XQuAD added it after XTREME was published
         return places
     return (*places, Source("google/xtreme", f"XQuAD.{language}"))
 
@@ -128,7 +130,7 @@ _XLSUM_LANGUAGES = {
 }
 _MLQA_LANGUAGES = ("ar", "de", "en", "es", "hi", "vi", "zh")
 _XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
-# Table of the paper, arXiv 2601.06702.
+# Sizes in a table of the paper, arXiv 2601.06702.
 _TARGET_SIZES = {"train": 50, "dev": 50, "micro_dev": 16, "test": 100}
 
 _XLSUM = Preset(
@@ -157,8 +159,8 @@ _MLQA = Preset(
     sources=_mlqa_sources,
     sizes={"source": {"train": 3_030, "dev": 315, "test": 315}, "target": _TARGET_SIZES},
     drawn_from={
-        # No train split is published, and English validation (1,148) is short of the 3,660 rows
-        # of the source, so its rows are of the test split in both protocols.
+        # There is no published train split, and English validation has only 1,148 of the 3,660 rows
+        # that the source needs. So the source is drawn from the test split in both protocols.
         "official": {
             "source": _one_split("test")["source"],
             "target": {
@@ -179,7 +181,7 @@ _XQUAD = Preset(
     task="qa",
     languages={code: code for code in _XQUAD_LANGUAGES},
     sources=_xquad_sources,
-    # 1,190 rows in all, of which the target's contexts take some 230 from the source.
+    # There are 1,190 rows. The contexts of the target remove about 230 of them from the source.
     sizes={"source": {"train": 700, "dev": 100, "test": 100}, "target": _TARGET_SIZES},
     drawn_from={"official": _one_split("validation"), "paper": _one_split("validation")},
 )

@@ -1,4 +1,4 @@
-"""Taking repeated texts out of splits that were drawn from one pool."""
+"""Remove repeated texts from splits that were drawn from one pool."""
 
 from collections.abc import Sequence
 
@@ -7,38 +7,40 @@ from grasp_lora.data.splits import Parts
 from grasp_lora.tasks.records import Example
 
 KEPT_FIRST = ("test", "micro_dev", "dev", "train")
-"""Of two splits that share a text the one named first keeps it."""
+"""Of two splits that share a text, the one named first here keeps it."""
 
 
 def drop_repeated_texts(
     parts: Parts, *, threshold: float = 0.8
 ) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
-    """Return the splits without the groups that repeat, or nearly repeat, another split's text.
+    """Return the splits without groups whose text is the same or nearly the same in another split.
 
-    A file may hold one article twice with a few words changed; drawing whole groups does not keep
-    the two together. Rows go from the split that is less needed for measuring, so the splits may
-    come out a little smaller than asked for.
+    A file may contain an article twice with a few words changed. Such copies are different groups
+    and may be drawn into different splits. The group is removed from the split that comes later in
+    `KEPT_FIRST`, so splits can become slightly smaller than requested.
 
     Args:
-        parts: examples by split.
-        threshold: Jaccard similarity from which texts repeat each other, see `find_leaks`.
+        parts: split -> examples.
+        threshold: Jaccard similarity from which two texts count as repeated; see `find_leaks`.
 
     Returns:
-        The splits in the order given, and how many rows each has lost.
+        split -> kept examples, in the given order, and split -> number of removed examples.
     """
     groups = {
-        (split, example.id): example.group for split, rows in parts.items() for example in rows
+        (split, example.id): example.group
+        for split, examples in parts.items()
+        for example in examples
     }
     gone: set[tuple[str, str]] = set()
     for leak in find_leaks(parts, threshold=threshold):
-        if leak.kind == "id":  # of one pool: different rows that are called alike
+        if leak.kind == "id":  # within one pool equal ids do not mean equal texts
             continue
         places = [(split, groups[split, row]) for split, row in (leak.first, leak.second)]
         if gone.isdisjoint(places):
             gone.add(max(places, key=lambda place: _rank(place[0])))
     kept = {
-        split: tuple(example for example in rows if (split, example.group) not in gone)
-        for split, rows in parts.items()
+        split: tuple(example for example in examples if (split, example.group) not in gone)
+        for split, examples in parts.items()
     }
     return kept, {split: _lost(parts[split], kept[split]) for split in parts}
 

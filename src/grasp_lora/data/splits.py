@@ -1,4 +1,4 @@
-"""Splits that share no context: cutting rows into them, and recording them."""
+"""Divide examples into splits that share no group, and record the splits."""
 
 import hashlib
 import json
@@ -10,29 +10,37 @@ from typing import Any
 from grasp_lora.tasks.records import Example
 
 Parts = Mapping[str, Sequence[Example]]
+"""Split -> examples."""
 
 AUTO_SHARES: Mapping[str, int] = {"train": 50, "dev": 50, "micro_dev": 16}
-"""Shares of the published protocol (paper, arXiv 2601.06702)."""
+"""Proportions of the paper's split sizes (arXiv 2601.06702)."""
 AUTO_MINIMUM = 8
+"""Fewest examples that `auto_sizes` divides."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows by split name."""
+    """Examples by split, and the number of dropped examples."""
 
     parts: dict[str, tuple[Example, ...]]
+    """Split -> examples."""
     dropped: dict[str, int]
-    """Rows of a split's last group beyond its size; they are in no split."""
+    """Split -> examples of its last group beyond its size; they are in no split."""
 
 
 def split_by_group(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> Split:
-    """Cut rows into splits of exact sizes without a group in two of them.
+    """Divide examples into splits of exact sizes; no group is in two splits.
 
-    Groups are shuffled and splits filled in the order given. Rows that a split's last group has
-    too many are dropped, not handed on. The result depends on the rows, not on their groups' order.
+    Groups are shuffled, and splits are filled in the given order. Excess examples of a split's last
+    group are dropped. The result does not depend on the order of the groups in `examples`.
+
+    Args:
+        examples: the examples.
+        sizes: split -> number of examples.
+        seed: seed of the shuffle.
 
     Raises:
-        ValueError: if a size is negative or there are too few rows.
+        ValueError: a size is negative, or there are too few examples.
     """
     for name, size in sizes.items():
         if size < 0:
@@ -57,12 +65,12 @@ def split_by_group(examples: Sequence[Example], sizes: Mapping[str, int], seed: 
 
 
 def auto_sizes(n_rows: int) -> dict[str, int]:
-    """Return the sizes of train, dev and micro_dev that share `n_rows` as 50 : 50 : 16.
+    """Return sizes of train, dev and micro_dev that add up to `n_rows`, in the ratio 50 : 50 : 16.
 
-    Every split gets at least one row and the sizes add up to `n_rows`.
+    Every split gets at least one example.
 
     Raises:
-        ValueError: for fewer than 8 rows.
+        ValueError: `n_rows` is below 8.
     """
     if n_rows < AUTO_MINIMUM:
         raise ValueError(
@@ -76,12 +84,12 @@ def auto_sizes(n_rows: int) -> dict[str, int]:
 
 
 def split_auto(examples: Sequence[Example], seed: int) -> Split:
-    """Divide all rows over train, dev and micro_dev, near `auto_sizes`, whole groups only.
+    """Divide all examples into train, dev and micro_dev, with sizes close to `auto_sizes`.
 
-    Each group goes to the split that lacks most rows; no row is dropped.
+    Each group goes as a whole to the split that lacks most examples. No example is dropped.
 
     Raises:
-        ValueError: for fewer than 8 rows or fewer than 3 groups.
+        ValueError: there are fewer than 8 examples or fewer than 3 groups.
     """
     sizes = auto_sizes(len(examples))
     waiting = _shuffled_groups(examples, seed)
@@ -109,12 +117,12 @@ def _shuffled_groups(examples: Sequence[Example], seed: int) -> list[list[Exampl
 
 
 def manifest(parts: Parts) -> dict[str, Any]:
-    """Return the record of a split, as plain JSON values: ids by split and a SHA-256 over them."""
+    """Return the ids of each split and a SHA-256 (hex) of them, as plain JSON values."""
     ids = {name: [example.id for example in part] for name, part in parts.items()}
     text = json.dumps(ids, ensure_ascii=False, sort_keys=True)
     return {"splits": ids, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def label_budget(parts: Parts) -> dict[str, int]:
-    """Return how many labelled rows each split takes."""
+    """Return split -> number of labelled examples."""
     return {name: len(part) for name, part in parts.items()}

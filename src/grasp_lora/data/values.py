@@ -1,4 +1,4 @@
-"""Values of a record to texts: what counts as a text, an answer, an empty or broken one."""
+"""Turn the values of a record into texts, answers and ids, and detect unusable texts."""
 
 import ast
 import json
@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 INVISIBLE = ("Cc", "Cf")
-"""Unicode categories of controls and marks that show nothing, such as zero-width space."""
+"""Unicode categories of invisible characters, such as controls and the zero-width space."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def text_value(value: Any, name: str, where: str) -> str:
-    """Return a text in Unicode NFC; a missing value (None, NaN) is the empty text.
+    """Return a text in Unicode NFC; a missing value (None, NaN) gives the empty text.
 
     Args:
-        value: what stands in the column.
-        name: what it holds, for messages.
-        where: its place, for messages.
+        value: value in the column.
+        name: name of the field, for messages.
+        where: place of the record, for messages.
 
     Raises:
-        ValueError: if it is a number or anything else that is no text.
+        ValueError: the value is a number or anything else that is not a text.
     """
     if _is_missing(value):
         return ""
@@ -36,14 +36,14 @@ def answer_values(value: Any, name: str, where: str, *, packed: bool = False) ->
     """Return the distinct accepted answers in their order, in Unicode NFC.
 
     Args:
-        value: one text, a list of texts, SQuAD's list of `{"text": ...}`, or the columns
-            `{"text": [...]}` of the hub.
-        name: what it holds, for messages.
-        where: its place, for messages.
-        packed: whether a text that spells out a list (CSV can hold no other) is one.
+        value: a text, a list of texts, SQuAD's list of `{"text": ...}`, or the hub's
+            `{"text": [...]}`.
+        name: name of the field, for messages.
+        where: place of the record, for messages.
+        packed: parse a text that contains a list, as in CSV files, which hold only texts.
 
     Raises:
-        ValueError: if there is anything but texts.
+        ValueError: the value contains anything but texts.
     """
     if packed and isinstance(value, str):
         value = _unpacked(value)
@@ -68,8 +68,13 @@ def _inner_text(value: Any, name: str, where: str) -> Any:
 def id_value(value: Any, name: str, where: str) -> str:
     """Return an id or a group as a text.
 
+    Args:
+        value: value in the column.
+        name: name of the field, for messages.
+        where: place of the record, for messages.
+
     Raises:
-        ValueError: unless it is a text that is not blank, or a whole number.
+        ValueError: the value is neither a text that is not blank nor a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError(f"{where}: {name} must be a text or a whole number, got {value!r}")
@@ -77,9 +82,10 @@ def id_value(value: Any, name: str, where: str) -> str:
 
 
 def text_fault(text: str) -> str | None:
-    """Return "empty" for a text that shows nothing, "broken" for half a character, else None.
+    """Return "empty" for a text of invisible characters, "broken" for one that is cut, else None.
 
-    Half a surrogate pair comes from a text cut by UTF-16 units; no tokenizer takes it.
+    A broken text contains half of a surrogate pair, because it was cut between UTF-16 units. No
+    tokenizer accepts it.
     """
     if all(c.isspace() or unicodedata.category(c) in INVISIBLE for c in text):
         return "empty"
@@ -87,7 +93,7 @@ def text_fault(text: str) -> str | None:
 
 
 def _is_missing(value: Any) -> bool:
-    # pandas writes NaN, the one number that differs from itself, where a text is absent.
+    # pandas uses NaN, the only number unequal to itself, for an absent text.
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -97,7 +103,7 @@ def _shown(value: Any) -> str:
 
 
 def _unpacked(text: str) -> Any:
-    """Return the list or mapping a text spells out, in JSON or as Python prints it, or itself."""
+    """Return the list of texts that a text contains as JSON or as a Python literal, or the text."""
     if not text.lstrip().startswith(("[", "{")):
         return text
     for parse in (json.loads, ast.literal_eval):
@@ -107,7 +113,7 @@ def _unpacked(text: str) -> Any:
             continue
         if isinstance(value, Mapping) and isinstance(value.get("text"), list):
             value = value["text"]
-        # "[1]" is how a text quotes a source, so only what holds texts counts as a list.
+        # A list of numbers may be a citation such as "[1]", so only a list of texts counts.
         if isinstance(value, list) and all(_holds_text(entry) for entry in value):
             return value
     return text

@@ -1,1 +1,1 @@
-"""Answers of a model, and their losses, in batches."""
+"""Generate the answers of a model and compute their losses, in batches."""

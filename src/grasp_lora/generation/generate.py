@@ -1,4 +1,4 @@
-"""Batched generation with the KV cache: greedy, or a beam search."""
+"""Generate text in batches with the KV cache, greedily or by beam search."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from grasp_lora.models.example_losses import rank_and_size
 from grasp_lora.models.modules import bare_model
 
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 
 
 class StopAtNewline(StoppingCriteria):
-    """A row is finished once the text after its prompt has a line break behind its first word.
+    """Ends a text once it has a line break after its first word.
 
-    Only rows whose newest token holds a line break are decoded, so a text is read once or twice
-    and not once a token. Of the tokens' texts only "has a line break" is remembered.
+    A text is decoded only if its newest token contains a line break, so most texts are decoded once
+    or twice. For each token it is remembered whether its text contains a line break.
 
     Args:
-        tokenizer: decodes the rows.
-        prompt_length: padded prompt length of the batch.
-        breaks: token id -> whether its text holds a line break; filled as tokens come up. Give
-            the same dict to all batches of a tokenizer.
+        tokenizer: decodes the tokens.
+        prompt_length: padded prompt length of the batch, in tokens.
+        breaks: token id -> whether its text contains a line break. It is filled as tokens occur;
+            pass the same dict for all batches of a tokenizer.
     """
 
     def __init__(self, tokenizer: Any, prompt_length: int, breaks: dict[int, bool] | None = None):
@@ -35,240 +35,232 @@ class StopAtNewline(StoppingCriteria):
         self._breaks = {} if breaks is None else breaks
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Return [batch] booleans; a row that was finished before need not be True again."""
+        """Return [batch] booleans, True for texts that end now; ended ones may be True or False."""
         newest = input_ids[:, -1].tolist()
-        fresh = sorted(set(newest) - self._breaks.keys())
-        if fresh:
-            texts = self._decode(torch.tensor(fresh).unsqueeze(1))
-            self._breaks.update((t, "\n" in text) for t, text in zip(fresh, texts, strict=True))
+        unknown = sorted(set(newest) - self._breaks.keys())
+        if unknown:
+            texts = self._decode(torch.tensor(unknown).unsqueeze(1))
+            self._breaks.update((t, "\n" in text) for t, text in zip(unknown, texts, strict=True))
         done = [self._breaks[token] for token in newest]
-        rows = [row for row, candidate in enumerate(done) if candidate]
-        if rows:
-            texts = self._decode(input_ids[rows, self._prompt_length :])
-            for row, text in zip(rows, texts, strict=True):
-                done[row] = "\n" in text.lstrip()
+        candidates = [index for index, has_break in enumerate(done) if has_break]
+        if candidates:
+            texts = self._decode(input_ids[candidates, self._prompt_length :])
+            for index, text in zip(candidates, texts, strict=True):
+                done[index] = "\n" in text.lstrip()
         return torch.tensor(done, device=input_ids.device)
 
     def _decode(self, ids: Tensor) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Rules by which texts are generated.
+
+    Attributes:
+        max_new_tokens: most tokens of a text.
+        batch_size: texts per batch; it is halved, with a notice, whenever CUDA memory runs out.
+        pad_id: id of the padding token.
+        stop_ids: ids of tokens that end a text.
+        beams: width of the beam search; 1 is greedy.
+        min_new_tokens: number of tokens before a stop token may follow. The most likely answer of a
+            weak model is often empty.
+        one_line: end a text at the first line break after a word.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    pad_id: int
+    stop_ids: Sequence[int]
+    beams: int = 1
+    min_new_tokens: int = 0
+    one_line: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "beams", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be 0 to {self.max_new_tokens} (max_new_tokens), got "
+                f"{self.min_new_tokens}"
+            )
+
+
 class TextGenerator:
-    """What every batch of one call shares; `text_generator` makes one."""
+    """Generates batches of texts with one model and one set of rules.
 
-    model: nn.Module
-    tokenizer: Any
-    settings: GenerationConfig
-    device: torch.device
-    breaks: dict[int, bool] | None
-    """For `StopAtNewline`; None lets texts run over several lines."""
+    Args:
+        model: a causal LM with active adapters.
+        tokenizer: decodes the tokens.
+        settings: rules of generation.
+    """
 
-    @property
-    def pad_id(self) -> int:
-        """The padding token."""
-        return int(self.settings.pad_token_id)  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: GenerationSettings):
+        self.model = model
+        self.settings = settings
+        self.device = next(model.parameters()).device
+        self._tokenizer = tokenizer
+        self._config = _generation_config(settings)
+        self._breaks: dict[int, bool] = {}
 
     def texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return what the model writes after each prompt; the prompts make up one batch."""
+        """Return the text that the model generates after each prompt, in one batch."""
         length = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), length), self.pad_id)
+        ids = torch.full((len(prompts), length), self.settings.pad_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        return self.continued(ids.to(self.device), mask.to(self.device))
+        for index, prompt in enumerate(prompts):
+            ids[index, length - len(prompt) :] = torch.tensor(prompt)
+            mask[index, length - len(prompt) :] = 1
+        return self.texts_after(ids.to(self.device), mask.to(self.device))
 
-    def continued(self, ids: Tensor, mask: Tensor, cache: Any = None) -> list[str]:
-        """Return what the model writes after left-padded prompts [batch, length].
+    def texts_after(self, ids: Tensor, mask: Tensor, cache: Any = None) -> list[str]:
+        """Return the text that the model generates after each left-padded prompt.
 
         Args:
-            ids: the prompts.
-            mask: 0 on padding.
-            cache: keys and values of all positions but the last, if they are known.
+            ids: token ids of the prompts, [batch, length].
+            mask: [batch, length], 0 on padding.
+            cache: keys and values of all positions except the last, or None.
         """
         length = ids.shape[1]
         criteria = StoppingCriteriaList()
-        if self.breaks is not None:
-            criteria.append(StopAtNewline(self.tokenizer, length, self.breaks))
-        known = {} if cache is None else {"past_key_values": cache}
+        if self.settings.one_line and self.settings.beams == 1:
+            criteria.append(StopAtNewline(self._tokenizer, length, self._breaks))
+        cached = {} if cache is None else {"past_key_values": cache}
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            generation_config=self.settings,
+            generation_config=self._config,
             stopping_criteria=criteria,
-            **known,
+            **cached,
         )
-        return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        return self._tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
 def generate_texts(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-    pad_id: int,
-    stop_ids: Sequence[int],
-    beams: int = 1,
-    min_new_tokens: int = 0,
-    one_line: bool = True,
     advance: Callable[[int], None] = lambda _count: None,
     notice: Callable[[str], None] = lambda _message: None,
 ) -> list[str]:
-    """Return the text generated after each prompt, in the prompts' order.
+    """Return the text generated after each prompt, in the order of the prompts.
 
-    Special tokens are left out; all else stays as generated, so the caller cuts and trims. Prompts
-    of like length share a batch (longest first, padded on the left), and a batch runs until its
-    last row is finished. Each process generates its share of the batches; every process returns
-    all texts. Nothing is sampled, and what the model's own `generation_config` asks for
-    (temperature, repetition penalty, ...) is set aside: all models are decoded by the same rule.
+    Special tokens are removed. The texts are not trimmed or cut otherwise; that is the caller's
+    task. Prompts of similar length share a batch, longest first, padded on the left. A batch runs
+    until its last text has ended. Each process generates its part of the batches, and every process
+    returns all texts. Nothing is sampled. The model's own `generation_config` (temperature,
+    repetition penalty, ...) is ignored, so that all models are decoded by the same rules.
 
-    With `beams` the line break ends nothing: transformers asks a stopping rule about every
-    candidate continuation, and where all of a row's candidates hold a line break none is left to
-    go on with. A beam ends at a stop token or at the limit, its score being the mean log
-    probability of all its tokens (`length_penalty` 1), and a row ends with its first `beams`
-    finished ones. Cut such texts at the line break afterwards.
+    With beams a line break does not end a text, whatever `one_line` says. transformers applies a
+    stopping rule to every candidate continuation, and no candidate would be left if all of them
+    contain a line break. A beam ends at a stop token or at the limit. Its score is the mean log
+    probability of its tokens (`length_penalty` 1). The search for a text ends when `beams` beams
+    have ended. Cut such texts at the line break afterwards.
 
     Args:
-        model: a causal LM, adapters active; in eval mode meanwhile.
-        tokenizer: decodes.
-        prompts: token ids of each prompt, none empty.
-        max_new_tokens: limit per row.
-        batch_size: rows per batch; halved, with a notice, whenever CUDA memory runs out.
-        pad_id: padding token.
-        stop_ids: tokens that end a row.
-        beams: width of the beam search; 1 is greedy.
-        min_new_tokens: no stop token is chosen before so many tokens; a weak model's most likely
-            answer is often to say nothing.
-        one_line: end a row at the first line break behind a word.
-        advance: called with the number of rows just finished.
-        notice: takes a line for the user.
+        model: a causal LM with active adapters. It is in eval mode during the call.
+        tokenizer: decodes the tokens.
+        prompts: token ids of each prompt; none may be empty.
+        settings: rules of generation.
+        advance: called with the number of texts just finished.
+        notice: called with messages for the user.
 
     Raises:
-        ValueError: a number is out of its range, a prompt is empty, or the memory does not hold one
-            row.
+        ValueError: a prompt is empty, or a single prompt does not fit the GPU's memory.
     """
     if not all(prompts):
         raise ValueError("a prompt holds no tokens; give every prompt at least a start token")
-    made = text_generator(
-        model, tokenizer, max_new_tokens, pad_id, stop_ids, beams, one_line, min_new_tokens
-    )
-    return run_in_batches(prompts, made.texts, made, batch_size, advance, notice)
-
-
-def text_generator(
-    model: nn.Module,
-    tokenizer: Any,
-    max_new_tokens: int,
-    pad_id: int,
-    stop_ids: Sequence[int],
-    beams: int = 1,
-    one_line: bool = True,
-    min_new_tokens: int = 0,
-) -> TextGenerator:
-    """Return what generates batches by one rule; see `generate_texts` for the arguments."""
-    _check(max_new_tokens=max_new_tokens, beams=beams)
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens must be 0 to {max_new_tokens} (max_new_tokens), got {min_new_tokens}"
-        )
-    return TextGenerator(
-        model=model,
-        tokenizer=tokenizer,
-        settings=_settings(max_new_tokens, pad_id, stop_ids, beams, min_new_tokens),
-        device=next(model.parameters()).device,
-        breaks={} if one_line and beams == 1 else None,
-    )
+    generator = TextGenerator(model, tokenizer, settings)
+    return run_in_batches(prompts, generator.texts, generator, advance, notice)
 
 
 def run_in_batches(
-    rows: Sequence[Sequence[int]],
-    work: Callable[[list[Any]], list[Done]],
-    made: TextGenerator,
-    batch_size: int,
+    items: Sequence[Sequence[int]],
+    work: Callable[[list[Any]], list[Result]],
+    generator: TextGenerator,
     advance: Callable[[int], None],
     notice: Callable[[str], None],
-) -> list[Done]:
-    """Return `work` of every row, in the rows' order: longest first, by batches, in eval mode.
+) -> list[Result]:
+    """Return the result of `work` for every item, in the order of the items.
+
+    Items are processed in batches, longest first, with the model in eval mode.
 
     Args:
-        rows: token ids, or anything as long as its token ids.
-        work: batch of rows -> one result each.
-        made: the generator behind `work`.
-        batch_size: rows per batch; halved, with a notice, whenever CUDA memory runs out.
-        advance: called with the number of rows just finished.
-        notice: takes a line for the user.
+        items: token ids, or objects with the same length as their token ids.
+        work: maps a batch of items to one result for each.
+        generator: the generator that `work` uses.
+        advance: called with the number of items just finished.
+        notice: called with messages for the user.
 
     Raises:
-        ValueError: the batch size is below 1, or the memory does not hold one row.
+        ValueError: a single item does not fit the GPU's memory.
     """
-    _check(batch_size=batch_size)
+    batch_size = generator.settings.batch_size
     rank, size = rank_and_size()
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = [i for chunk in chunks[rank::size] for i in chunk]
-    found: dict[int, Done] = {}
-    with torch.no_grad(), _evaluating(made.model), _own_settings_aside(made.model):
-        while len(found) < len(mine):
-            chunk = mine[len(found) : len(found) + batch_size]
-            done = _within_memory(work, [rows[i] for i in chunk], made.device)
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    own = [i for batch in batches[rank::size] for i in batch]
+    results: dict[int, Result] = {}
+    with torch.no_grad(), _eval_mode(generator.model), _own_config_hidden(generator.model):
+        while len(results) < len(own):
+            batch = own[len(results) : len(results) + batch_size]
+            done = _within_memory(work, [items[i] for i in batch], generator.device)
             if done is None:
-                batch_size = len(chunk) // 2
-                notice(f"out of memory with {len(chunk)} rows a batch: going on with {batch_size}")
+                batch_size = len(batch) // 2
+                notice(
+                    f"out of memory with a batch size of {len(batch)}; continuing with {batch_size}"
+                )
                 continue
-            found |= dict(zip(chunk, done, strict=True))
-            advance(len(chunk))
+            results |= dict(zip(batch, done, strict=True))
+            advance(len(batch))
     if size > 1:
-        shares: list[Any] = [None] * size
-        dist.all_gather_object(shares, found)
-        found = {i: one for share in shares for i, one in share.items()}
-    return [found[i] for i in range(len(rows))]
+        gathered: list[Any] = [None] * size
+        dist.all_gather_object(gathered, results)
+        results = {i: result for part in gathered for i, result in part.items()}
+    return [results[i] for i in range(len(items))]
 
 
-def _check(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be 1 or more, got {number}")
-
-
-def _settings(
-    max_new_tokens: int, pad_id: int, stop_ids: Sequence[int], beams: int, min_new_tokens: int
-) -> GenerationConfig:
-    search = {"early_stopping": True, "length_penalty": 1.0} if beams > 1 else {}
+def _generation_config(settings: GenerationSettings) -> GenerationConfig:
+    search = {"early_stopping": True, "length_penalty": 1.0} if settings.beams > 1 else {}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens or None,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or None,
         do_sample=False,
-        num_beams=beams,
+        num_beams=settings.beams,
         use_cache=True,
-        pad_token_id=pad_id,
-        eos_token_id=list(stop_ids) or None,
+        pad_token_id=settings.pad_id,
+        eos_token_id=list(settings.stop_ids) or None,
         **search,
     )
 
 
 def _within_memory(
-    work: Callable[[list[Any]], list[Done]], rows: list[Any], device: torch.device
-) -> list[Done] | None:
-    """Return the results of one batch, None where CUDA has no memory for it."""
+    work: Callable[[list[Any]], list[Result]], items: list[Any], device: torch.device
+) -> list[Result] | None:
+    """Return the results of one batch, or None if CUDA has not enough memory for it."""
     try:
-        return work(rows)
+        return work(items)
     except torch.OutOfMemoryError as error:
-        if len(rows) == 1:
+        if len(items) == 1:
             raise ValueError(
-                f"a prompt of {len(rows[0])} tokens does not fit the memory of {device} even by "
-                "itself; shorten the prompts, take fewer beams or a smaller model"
+                f"a prompt of {len(items[0])} tokens does not fit the memory of {device} even by "
+                "itself; shorten the prompts, or use fewer beams or a smaller model"
             ) from error
-    # Behind the handler, as the error keeps the tensors of the failed batch alive.
+    # Outside the handler, because the error keeps the tensors of the failed batch alive.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -279,12 +271,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_settings_aside(model: nn.Module) -> Iterator[None]:
-    """Hide the model's `generation_config`, which fills in whatever a call leaves unset."""
+def _own_config_hidden(model: nn.Module) -> Iterator[None]:
+    """Hide the model's `generation_config`, which would fill in values that a call leaves unset."""
     base: Any = bare_model(model)
-    kept = base.generation_config
+    own_config = base.generation_config
     base.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        base.generation_config = kept
+        base.generation_config = own_config

@@ -1,1 +1,1 @@
-"""Backbones: found, loaded, placed, and read row by row."""
+"""Backbones: locating, loading and placing them, and the loss of each example."""

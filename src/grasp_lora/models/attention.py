@@ -1,12 +1,12 @@
-"""Attention by plain matrix attention_products, where that beats the fused kernel: bfloat16 on a CPU.
+"""Attention as plain matrix products: faster than the fused kernel in bfloat16 on a CPU.
 
-torch's fused attention for CPUs is slow in bfloat16, its backward pass above all. Below some
-hundred tokens the textbook form (scores, softmax, values), an example at a time so that the scores
-stay in the processor's cache, takes half the time. Everything else, long rows, decoding, other
-dtypes and devices, goes to transformers' own `sdpa` as before.
+torch's fused CPU attention is slow in bfloat16, above all in the backward pass. For sequences of a
+few hundred tokens the textbook form (scores, softmax, weighted values) takes half the time. It
+computes one example at a time, so that the scores stay in the processor's cache. Longer sequences,
+decoding, other dtypes and other devices use transformers' own `sdpa`.
 
-Scores are rounded to bfloat16 before the softmax, as in transformers' `eager` attention; the fused
-kernel keeps them in float32. The probabilities are kept for the backward pass: 2 bytes for each
+Scores are rounded to bfloat16 before the softmax, as in transformers' `eager` attention. The fused
+kernel keeps them in float32. The probabilities are stored for the backward pass: 2 bytes for each
 head and pair of tokens.
 """
 
@@ -21,20 +21,20 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION_NAME = "sdpa_short_products"
 
 MAX_LENGTH = 512
-"""Tokens of a row up to which the products are used; both ways break even at about 700."""
+"""Longest sequence, in tokens, that uses products; the fused kernel is as fast at about 700."""
 
 _CACHED_SCORES = 2_500_000
-"""Scores computed at once, so that they stay in the cache."""
+"""Most scores computed at a time, so that they stay in the processor's cache."""
 
-_SPAN = 128
-"""Queries that are cut to the same keys."""
+_QUERIES_PER_SPAN = 128
+"""Number of neighbouring queries that are multiplied by the same range of keys."""
 
 
 def use_short_attention(model: PreTrainedModel) -> bool:
-    """Let a model use the products where they are faster; return whether that changed anything.
+    """Switch a model to product attention if it runs in bfloat16 on a CPU; return whether it did.
 
-    Only models that chose `sdpa` themselves and look their attention up in transformers' table are
-    changed: others name the kernels they know.
+    The model must use `sdpa` and look attention up in transformers' table of implementations.
+    Models without that table name the kernels they support themselves.
     """
     fits = (
         model.device.type == "cpu"
@@ -55,22 +55,25 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Return [batch, length, heads, width] attention, in the form transformers asks for.
+    """Return (attention output [batch, length, heads, width], None), as transformers expects it.
+
+    The parameters are those of transformers' attention interface.
 
     Args:
         module: the attention layer.
         query: [batch, heads, length, width].
         key: [batch, key heads, keys, width].
-        value: as `key`.
-        attention_mask: True where attention goes, [batch or 1, 1, length, keys]; None is causal.
-        dropout: of the probabilities.
-        scaling: factor of the scores; None is 1 / sqrt(width).
-        is_causal: what no mask means; None asks the layer.
-        settings: passed on to `sdpa`.
+        value: shaped like `key`.
+        attention_mask: [batch or 1, 1, length, keys], True where a query may see a key. None means
+            the mask that `is_causal` selects.
+        dropout: dropout probability of the attention probabilities.
+        scaling: factor of the scores; None means 1 / sqrt(width).
+        settings: further arguments for `sdpa`. `is_causal` says whether attention without a mask
+            is causal; None reads it from the layer.
     """
+    is_causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = settings.get("position_bias") is None and settings.get("cache") is None
     if plain and dropout == 0.0 and _is_short(query, key, attention_mask, causal):
@@ -85,7 +88,6 @@ def attention_forward(
         attention_mask,
         dropout=dropout,
         scaling=scaling,
-        is_causal=is_causal,
         **settings,
     )
     return output, None
@@ -94,13 +96,13 @@ def attention_forward(
 def attention_products(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
 ) -> Tensor:
-    """Return softmax(scale * query key^T + bias) value, [batch, length, heads, width].
+    """Return softmax(scale * query key^T + bias) value, as [batch, length, heads, width].
 
     Args:
         query: [batch, heads, length, width].
-        key: [batch, key heads, length, width]; the heads are a multiple of the key heads.
-        value: as `key`.
-        bias: added to the scores, [batch or 1, 1, length, length]; no gradient.
+        key: [batch, key heads, length, width]; heads must be a multiple of key heads.
+        value: shaped like `key`.
+        bias: [batch or 1, 1, length, length], added to the scores; it gets no gradient.
         scale: factor of the scores.
     """
     result: Tensor = _Products.apply(query, key, value, bias, scale)  # type: ignore[assignment]
@@ -121,7 +123,7 @@ def _is_short(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> 
 
 
 def _bias(mask: Tensor | None, query: Tensor) -> Tensor:
-    # The lowest number, not minus infinity: a row of padding that sees nothing stays finite.
+    # The lowest number instead of minus infinity keeps a padding query that sees no key finite.
     lowest = torch.finfo(query.dtype).min
     if mask is None:
         length = query.shape[2]
@@ -130,13 +132,13 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor:
 
 
 def _spans(bias: Tensor) -> list[tuple[slice, int]]:
-    """Return (queries, how many keys they can see at most), from the first query to the last.
+    """Return (range of queries, number of leading keys they are multiplied by) pairs in order.
 
-    Where attention is causal the first queries see the first keys alone, and what is left out
-    would have had no share.
+    With causal attention the first queries see only the first keys. The keys left out would have
+    had probability zero. Attention that is not causal gives one range with all keys.
     """
     length = bias.shape[-1]
-    parts = max(1, length // _SPAN)
+    parts = max(1, length // _QUERIES_PER_SPAN)
     edges = [length * part // parts for part in range(1, parts)]
     lowest = torch.finfo(bias.dtype).min
     if any(bool((bias[..., :edge, edge:] > lowest).any()) for edge in edges):
@@ -146,7 +148,7 @@ def _spans(bias: Tensor) -> list[tuple[slice, int]]:
 
 
 def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, slice, slice]]:
-    """Return (example, its heads, its key heads) of the parts computed at once."""
+    """Return (example, heads, key heads) for each block of scores that is computed at a time."""
     examples, heads, length, _ = query.shape
     groups = key.shape[1]
     shared = heads // groups
@@ -159,13 +161,13 @@ def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, slice, slice]]:
     ]
 
 
-def _folded(heads: Tensor, groups: int) -> Tensor:
-    """Return [heads, rows, width] as [groups, heads of a group x rows, width]."""
+def _grouped(heads: Tensor, groups: int) -> Tensor:
+    """Return [heads, rows, width] reshaped to [groups, heads per group * rows, width]."""
     return heads.reshape(groups, -1, heads.shape[-1])
 
 
 class _Products(torch.autograd.Function):
-    """The heads that share a key head are rows of one product, so that keys are never repeated."""
+    """Attention that computes all heads of one key head in one product, without copying keys."""
 
     @staticmethod
     def forward(
@@ -175,46 +177,60 @@ class _Products(torch.autograd.Function):
         groups, out_width = key.shape[1], value.shape[-1]
         output = query.new_empty(examples, length, heads, out_width)
         spans = _spans(bias)
-        shares: list[Tensor] = []
+        probs: list[Tensor] = []
         if any(ctx.needs_input_grad):
-            counts = [heads // groups * (rows.stop - rows.start) for rows, _ in spans]
-            shares = [
-                query.new_empty(examples, groups, count, seen)
-                for count, (_, seen) in zip(counts, spans, strict=True)
+            sizes = [heads // groups * (rows.stop - rows.start) for rows, _ in spans]
+            probs = [
+                query.new_empty(examples, groups, size, n_keys)
+                for size, (_, n_keys) in zip(sizes, spans, strict=True)
             ]
-        for b, of, at in _blocks(query, key):
-            added = bias[b if bias.shape[0] > 1 else 0]
-            for number, (rows, seen) in enumerate(spans):
-                asked = _folded(query[b, of, rows] * scale, at.stop - at.start)
-                scores = torch.bmm(asked, key[b, at, :seen].transpose(1, 2))
-                scores.view(-1, rows.stop - rows.start, seen).add_(added[:, rows, :seen])
-                share = shares[number][b, at] if shares else scores
-                torch.softmax(scores, -1, out=share)
-                found = torch.bmm(share, value[b, at, :seen])
-                found = found.view(-1, rows.stop - rows.start, out_width)
-                output[b, rows, of] = found.transpose(0, 1)
-        ctx.save_for_backward(query, key, value, *shares)
+        for example, head_range, key_range in _blocks(query, key):
+            mask_bias = bias[example if bias.shape[0] > 1 else 0]
+            for index, (rows, n_keys) in enumerate(spans):
+                queries = _grouped(
+                    query[example, head_range, rows] * scale, key_range.stop - key_range.start
+                )
+                scores = torch.bmm(queries, key[example, key_range, :n_keys].transpose(1, 2))
+                scores.view(-1, rows.stop - rows.start, n_keys).add_(mask_bias[:, rows, :n_keys])
+                part = probs[index][example, key_range] if probs else scores
+                torch.softmax(scores, -1, out=part)
+                weighted = torch.bmm(part, value[example, key_range, :n_keys])
+                weighted = weighted.view(-1, rows.stop - rows.start, out_width)
+                output[example, rows, head_range] = weighted.transpose(0, 1)
+        ctx.save_for_backward(query, key, value, *probs)
         ctx.spans, ctx.scale = spans, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        query, key, value, *shares = ctx.saved_tensors
-        of_query, of_key = torch.empty_like(query), torch.zeros_like(key)
-        of_value = torch.zeros_like(value)
-        for b, of, at in _blocks(query, key):
-            for share, (rows, seen) in zip(shares, ctx.spans, strict=True):
-                groups, share = at.stop - at.start, share[b, at]
-                arriving = _folded(gradient[b, rows, of].transpose(0, 1), groups)
-                of_share = torch.bmm(arriving, value[b, at, :seen].transpose(1, 2))
-                of_score = torch.ops.aten._softmax_backward_data(of_share, share, -1, share.dtype)
-                back = torch.bmm(of_score, key[b, at, :seen]).mul_(ctx.scale)
-                of_query[b, of, rows] = back.view(-1, rows.stop - rows.start, back.shape[-1])
-                asked = _folded(query[b, of, rows], groups)
-                of_key[b, at, :seen] += torch.bmm(of_score.transpose(1, 2), asked).mul_(ctx.scale)
-                of_value[b, at, :seen] += torch.bmm(share.transpose(1, 2), arriving)
-        return of_query, of_key, of_value, None, None
+        query, key, value, *probs = ctx.saved_tensors
+        query_grad, key_grad = torch.empty_like(query), torch.zeros_like(key)
+        value_grad = torch.zeros_like(value)
+        for example, head_range, key_range in _blocks(query, key):
+            for part, (rows, n_keys) in zip(probs, ctx.spans, strict=True):
+                groups, part = key_range.stop - key_range.start, part[example, key_range]
+                output_grad = _grouped(gradient[example, rows, head_range].transpose(0, 1), groups)
+                probs_grad = torch.bmm(
+                    output_grad, value[example, key_range, :n_keys].transpose(1, 2)
+                )
+                scores_grad = torch.ops.aten._softmax_backward_data(
+                    probs_grad, part, -1, part.dtype
+                )
+                query_part = torch.bmm(scores_grad, key[example, key_range, :n_keys]).mul_(
+                    ctx.scale
+                )
+                query_grad[example, head_range, rows] = query_part.view(
+                    -1, rows.stop - rows.start, query_part.shape[-1]
+                )
+                queries = _grouped(query[example, head_range, rows], groups)
+                key_grad[example, key_range, :n_keys] += torch.bmm(
+                    scores_grad.transpose(1, 2), queries
+                ).mul_(ctx.scale)
+                value_grad[example, key_range, :n_keys] += torch.bmm(
+                    part.transpose(1, 2), output_grad
+                )
+        return query_grad, key_grad, value_grad, None, None
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)

@@ -1,4 +1,4 @@
-"""Frozen base models: found by short name, folder, hub id or GGUF file, and loaded ready to use."""
+"""Load frozen base models by short name, folder, hub id or GGUF file."""
 
 import gc
 import importlib.util
@@ -73,40 +73,44 @@ _QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig | None]] = 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which base model to load and how.
+    """The base model to load and the settings it is loaded with.
 
     Raises:
-        ValueError: a setting has no meaning; the message names the choices.
+        ValueError: a setting has an unknown value; the message lists the allowed ones.
     """
 
     name: str
-    """A short name ("smollm2", "gemma3-270m"), a folder, a hub id, a .gguf file, or one on the hub:
-    "owner/name/file.gguf"."""
+    """A short name ("smollm2", "gemma3-270m"), a folder, a hub id, or a .gguf file.
+
+    The file may be local, or one on the hub: "owner/name/file.gguf".
+    """
 
     dtype: str = "auto"
-    """"auto" takes bfloat16 where the hardware multiplies it natively, else float32."""
+    """Number format; "auto" means bfloat16 if the hardware multiplies it natively, else float32."""
 
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Smaller frozen weights, on CUDA with bitsandbytes only; they cannot be fingerprinted."""
+    """Size of the frozen weights. Needs CUDA and bitsandbytes; gives a backbone no fingerprint."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: saves memory, takes about a third more time."""
 
     attn_implementation: str | None = None
-    """Passed to transformers ("sdpa", "eager", "flash_attention_2", ...); None lets it choose."""
+    """transformers' attention ("sdpa", "eager", "flash_attention_2", ...); None lets it choose."""
 
     trust_remote_code: bool = False
-    """Run the code that comes with a hub model. Only for models you trust."""
+    """Run the code that a hub model ships. Set it only for models you trust."""
 
     device: str = "auto"
-    """"auto" takes CUDA where there is any, else the CPU."""
+    """Device name; "auto" means CUDA if there is any, else the CPU."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError(f"model name is empty; give a folder, a hub id or one of {_names()}")
+            raise ValueError(
+                f"model name is empty; give a folder, a hub id or one of {_short_names()}"
+            )
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {self.dtype!r}")
         if self.quantization not in _QUANTIZATIONS:
@@ -117,14 +121,18 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A loaded base model, frozen and in eval mode, with what belongs to it.
+    """A loaded base model, frozen and in eval mode, with its tokenizer and token ids.
 
     Attributes:
-        public_name: what adapters should call their base model; no path of this machine for the
-            packaged backbones.
-        fingerprint: `base_fingerprint` of the weights; None if quantized or float16.
-        stop_ids: tokens that end a generation, in ascending order.
-        pad_id: token for padding; may equal a stop token, so never derive labels from it.
+        model: the base model.
+        tokenizer: its tokenizer.
+        public_name: the name that adapters record for their base model. For packaged backbones it
+            is the hub id, not a local path.
+        fingerprint: `base_fingerprint` of the weights; None if they are quantized or float16.
+        dtype: number format of the weights and activations.
+        device: device of the model.
+        stop_ids: ids of the tokens that end a generation, in ascending order.
+        pad_id: id of the padding token. It may equal a stop token, so do not derive labels from it.
     """
 
     model: PreTrainedModel
@@ -137,17 +145,21 @@ class Backbone:
     pad_id: int
 
 
-def _silent(message: str) -> None:
+def _ignore(message: str) -> None:
     del message
 
 
-def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
-    """Load a base model and its tokenizer, frozen; `notice` gets lines for the user.
+def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
+    """Load a base model, freeze it, and load its tokenizer.
+
+    Args:
+        spec: the model and its settings.
+        notice: called with messages for the user.
 
     Raises:
         FileNotFoundError: a folder or file that `spec` names is missing.
         ValueError: the model cannot be found or read, its package is not installed, or the
-            hardware cannot do what `spec` asks for.
+            hardware does not support a setting of `spec`.
     """
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
@@ -163,7 +175,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     if model.generation_config is not None:
         model.generation_config.pad_token_id = pad_id
     if spec.gradient_checkpointing:
-        # Not re-entrant: that form would need inputs that carry gradients.
+        # The re-entrant form would need inputs that require gradients; a frozen model has none.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if output_embeddings(model) is not None:
         copy_output_layer_inputs(model)
@@ -182,11 +194,12 @@ def load_backbone(spec: ModelSpec, notice: Notice = _silent) -> Backbone:
     )
 
 
-def load_tokenizer(spec: ModelSpec, notice: Notice = _silent) -> tuple[Any, str]:
-    """Return the tokenizer of a base model and the model's public name; loads no weights.
+def load_tokenizer(spec: ModelSpec, notice: Notice = _ignore) -> tuple[Any, str]:
+    """Return (tokenizer, public name) of a base model without loading its weights.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_backbone`.
+        FileNotFoundError: see `load_backbone`.
+        ValueError: see `load_backbone`.
     """
     location, public_name = _locate(spec, notice)
     return _call_hub(AutoTokenizer.from_pretrained, spec, location), public_name
@@ -197,8 +210,8 @@ def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(
-            f"quantization={spec.quantization!r} needs a CUDA device, this run uses {device}; set "
-            "quantization='none'"
+            f"quantization={spec.quantization!r} needs a CUDA device, but this run uses {device}; "
+            "set quantization='none'"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -207,12 +220,12 @@ def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
         )
 
 
-def _names() -> str:
+def _short_names() -> str:
     return ", ".join(SHORT_NAMES)
 
 
 def gguf_source_of(spec: ModelSpec) -> GgufSource | None:
-    """Return the GGUF source that `spec` means, None if it means a folder or a hub id."""
+    """Return the GGUF source that `spec` names, or None if it names a folder or a hub id."""
     if spec.name in SHORT_NAMES:
         return SHORT_NAMES[spec.name]()
     if spec.name.endswith(".gguf"):
@@ -239,6 +252,7 @@ def _download(location: str, revision: str | None, trust_remote_code: bool) -> P
 
 
 def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
+    """Return (folder or hub id to load from, public name)."""
     source = gguf_source_of(spec)
     if source is not None:
         return str(converted_backbone(source, notice)), source.public_name
@@ -246,7 +260,7 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder} holds no config.json, so it is no transformers model; give the folder "
+                f"{folder} has no config.json, so it is not a transformers model; give a folder "
                 "that save_pretrained wrote"
             )
         return str(folder), spec.name
@@ -255,7 +269,7 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
 
 def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settings: Any) -> Any:
     try:
-        with progress_bars_hidden(), _collector_paused():
+        with progress_bars_hidden(), _garbage_collection_paused():
             return load(
                 location,
                 revision=spec.revision,
@@ -270,26 +284,26 @@ def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settin
     except ImportError as error:
         raise ValueError(
             f"the model {spec.name!r} cannot be loaded with the packages installed here "
-            f"({_first_line(error)}); install what it needs with pip install, or take the model "
-            "in a format without that need"
+            f"({_first_line(error)}); install the missing package with pip, or use the model in "
+            "another format"
         ) from error
     except OSError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded: {_not_found(spec, location, error)}"
+            f"the model {spec.name!r} cannot be loaded: {_load_problem(spec, location, error)}"
         ) from error
 
 
-def _not_found(spec: ModelSpec, location: str, error: OSError) -> str:
+def _load_problem(spec: ModelSpec, location: str, error: OSError) -> str:
     if Path(location).is_dir():
         return (
-            f"the folder is there, but no whole model in it ({_first_line(error)}). Give a folder "
-            "that save_pretrained wrote, with config, weights and tokenizer"
+            f"the folder does not hold a complete model ({_first_line(error)}). Give a folder that "
+            "save_pretrained wrote, with config, weights and tokenizer"
         )
     near = similar_names(spec.name, list(SHORT_NAMES))
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return (
-        f"it is no folder here, and the hub does not give it ({_first_line(error)}){hint} Check "
-        f"the name and the network, or use one of {_names()}"
+        f"there is no such folder, and the hub did not provide it ({_first_line(error)}){hint} "
+        f"Check the name and the network, or use one of {_short_names()}"
     )
 
 
@@ -298,9 +312,12 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector still: a large vocabulary is a million objects, none of them
-    garbage, and looking through them again and again takes 40 % of the time of reading it."""
+def _garbage_collection_paused() -> Iterator[None]:
+    """Switch garbage collection off for the body.
+
+    Reading a large vocabulary creates a million live objects. Scanning them again and again takes
+    40 % of the reading time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -326,21 +343,21 @@ def _load_model(
 def _ensure_padding(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str, notice: Notice
 ) -> int:
-    """Return the padding token's id, the end token's where the model has no row for it."""
+    """Set and return the padding token's id: the end token's if padding has no embedding row."""
     pad, end = (_id_within(vocabulary, i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id))
     if pad is not None:
         return pad
     if end is None:
         raise ValueError(
             f"the tokenizer of {name} has neither a padding nor an end token among the model's "
-            f"{vocabulary}; add one with tokenizer.add_special_tokens, resize the model's "
-            "embeddings to it and save both"
+            f"{vocabulary} tokens; add one with tokenizer.add_special_tokens, resize the model's "
+            "embeddings and save both"
         )
     if tokenizer.pad_token_id is not None:
         notice(
-            f"the padding token of {name} ({tokenizer.pad_token!r}, number "
+            f"the padding token of {name} ({tokenizer.pad_token!r}, id "
             f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
-            f"the end token ({tokenizer.eos_token!r}) pads instead"
+            f"the end token ({tokenizer.eos_token!r}) is used for padding"
         )
     tokenizer.pad_token = tokenizer.eos_token
     return end
@@ -364,17 +381,26 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tup
 
 def plan_memory(
     spec: ModelSpec,
-    notice: Notice = _silent,
+    notice: Notice = _ignore,
     *,
     rank: int = 16,
     batch_size: int = 1,
     length: int = 1024,
 ) -> MemoryPlan:
-    """Return a memory estimate for training LoRA on `spec`; reads the config, no weights.
+    """Return a memory estimate for training LoRA on `spec`, from the model's config alone.
+
+    Quantization without CUDA is accepted here, since the plan may be for another machine.
+
+    Args:
+        spec: the model and its settings.
+        notice: called with messages for the user.
+        rank: LoRA rank.
+        batch_size: examples per forward pass.
+        length: tokens per example.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_backbone`, but for quantization without CUDA: the
-            plan may be for another machine.
+        FileNotFoundError: see `load_backbone`.
+        ValueError: see `load_backbone`.
     """
     location, _ = _locate(spec, notice)
     config = _call_hub(AutoConfig.from_pretrained, spec, location)

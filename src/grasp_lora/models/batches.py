@@ -1,7 +1,8 @@
-"""Which rows share a forward: little padding, and the same optimizer steps as a plain shuffle.
+"""Choose the examples that share a forward pass, so that little of it is padding.
 
-A padded token costs as much as a real one. Rows of like length therefore share a forward, as far
-as the order that training asks for leaves a choice; where nothing is trained it leaves all.
+A padding token takes as much time as a real one, so examples of similar length share a forward
+pass. In training this happens within the limits of the training order: by default every optimizer
+step has the examples of a plain shuffle. Without training there is no such limit.
 """
 
 from collections.abc import Sequence
@@ -13,143 +14,153 @@ from torch.utils.data import Dataset
 ORDERS = ("by-step", "by-length")
 
 _JITTER = 0.1
-"""Share by which lengths are blurred before rows are ordered by them, so that epochs differ."""
+"""Relative noise on lengths before examples are sorted by them, so that epochs differ."""
 
-_EPOCHS = 1_000_003
-"""More epochs than any run has: keeps the seeds of one run's epochs apart from the next seed's."""
+_SEED_STRIDE = 1_000_003
+"""More than the epochs of any run, so that epochs under different run seeds never share a seed."""
 
 
 def epoch_order(
-    lengths: Sequence[int], epoch: int, seed: int, rows_per_step: int, order: str = "by-step"
+    lengths: Sequence[int], epoch: int, seed: int, examples_per_step: int, order: str = "by-step"
 ) -> list[int]:
-    """Return the order in which an epoch goes through the rows.
+    """Return the order in which an epoch reads the examples, as indices.
 
-    Every `rows_per_step` rows in a row make up an optimizer step; within it they go from long to
-    short, so that the forwards it is divided into hold rows of like length.
+    Each `examples_per_step` consecutive examples make up one optimizer step. Within a step they are
+    sorted from long to short, so that each of its forward passes has examples of similar length.
 
     Args:
-        lengths: tokens of each row.
-        epoch: number of the epoch; each has an order of its own.
-        seed: of the run.
-        rows_per_step: rows per optimizer step, over all forwards and processes.
-        order: `by-step` draws the rows of a step at random, as a plain shuffle does; `by-length`
-            draws them from rows of like length and shuffles the steps (our own variant).
+        lengths: tokens of each example.
+        epoch: number of the epoch; every epoch has its own order.
+        seed: seed of the run.
+        examples_per_step: examples per optimizer step, over all forward passes and processes.
+        order: `by-step` draws the examples of a step at random, like a plain shuffle. `by-length`
+            draws them from examples of similar length and shuffles the steps (our departure).
 
     Raises:
-        ValueError: `order` is neither.
+        ValueError: `order` is unknown.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {list(ORDERS)}, got {order!r}")
-    generator = torch.Generator().manual_seed(seed * _EPOCHS + epoch)
-    rows: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + epoch)
+    examples: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     if order == "by-length":
         noise = torch.rand(len(lengths), generator=generator).tolist()
-        rows.sort(key=lambda i: lengths[i] * (1 - _JITTER + 2 * _JITTER * noise[i]))
-        steps = _shuffled_steps(rows, rows_per_step, generator)
+        examples.sort(key=lambda i: lengths[i] * (1 - _JITTER + 2 * _JITTER * noise[i]))
+        steps = _shuffled_steps(examples, examples_per_step, generator)
     else:
-        steps = [rows[i : i + rows_per_step] for i in range(0, len(rows), rows_per_step)]
+        starts = range(0, len(examples), examples_per_step)
+        steps = [examples[i : i + examples_per_step] for i in starts]
     return [i for step in steps for i in sorted(step, key=lambda i: -lengths[i])]
 
 
 def _shuffled_steps(
-    rows: list[int], rows_per_step: int, generator: torch.Generator
+    examples: list[int], per_step: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Cut sorted rows into steps in random order; the short step comes last, of random length."""
-    whole, left = divmod(len(rows), rows_per_step)
-    short_at = int(torch.randint(whole + 1, (1,), generator=generator)) * rows_per_step
-    short = rows[short_at : short_at + left]
-    rest = rows[:short_at] + rows[short_at + left :]
-    steps = [rest[i * rows_per_step : (i + 1) * rows_per_step] for i in range(whole)]
-    shuffled = [steps[i] for i in torch.randperm(whole, generator=generator).tolist()]
-    return [*shuffled, short] if short else shuffled
+    """Cut sorted examples into steps in random order.
+
+    If the examples do not fill the steps, the incomplete step comes last. Its examples are taken
+    from a random place among the sorted ones.
+    """
+    complete, left = divmod(len(examples), per_step)
+    start = int(torch.randint(complete + 1, (1,), generator=generator)) * per_step
+    incomplete = examples[start : start + left]
+    rest = examples[:start] + examples[start + left :]
+    steps = [rest[i * per_step : (i + 1) * per_step] for i in range(complete)]
+    shuffled = [steps[i] for i in torch.randperm(complete, generator=generator).tolist()]
+    return [*shuffled, incomplete] if incomplete else shuffled
 
 
 class EpochExamples(Dataset[Any]):
-    """Encoded rows in the order of the epoch that accelerate's loader announces.
+    """Encoded examples in the order of the current epoch, which accelerate's loader sets.
 
-    To be read in sequence: the order is here and not in a sampler of the Trainer's, whose own
-    grouping by length draws from the global generator, so that a run killed within an epoch would
-    not go on with the rows it had before.
+    Read it in sequence. The Trainer's own length-grouped sampler draws from the global random
+    generator. A run killed within an epoch and resumed would then read other examples.
 
     Args:
-        rows: encoded rows, each with `input_ids`.
-        seed: of the run.
-        rows_per_step: as `epoch_order`.
-        order: as `epoch_order`.
+        examples: encoded examples, each with `input_ids`.
+        seed: seed of the run.
+        examples_per_step: see `epoch_order`.
+        order: see `epoch_order`.
     """
 
-    def __init__(self, rows: Sequence[Any], seed: int, rows_per_step: int, order: str = "by-step"):
-        self._rows = rows
-        self._lengths = [len(row.input_ids) for row in rows]
-        self._settings = (seed, rows_per_step, order)
+    def __init__(
+        self, examples: Sequence[Any], seed: int, examples_per_step: int, order: str = "by-step"
+    ):
+        self._examples = examples
+        self._lengths = [len(example.input_ids) for example in examples]
+        self._settings = (seed, examples_per_step, order)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch."""
+        """Switch to the order of an epoch."""
         self._order = epoch_order(self._lengths, epoch, *self._settings)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[self._order[index]]
+        return self._examples[self._order[index]]
 
 
-def size_forwards(lengths: Sequence[int], most_rows: int, forward_tokens: int) -> list[list[int]]:
-    """Return the rows of each forward, so that padding and forwards together cost least.
+def size_forwards(
+    lengths: Sequence[int], max_examples: int, forward_tokens: int
+) -> list[list[int]]:
+    """Return the examples of each forward pass, chosen to minimise the total time.
 
-    Rows go from long to short; where to cut is the optimum for a cost of one for each token,
-    padding included, and `forward_tokens` for each forward (dynamic programming).
+    Examples are sorted from long to short and cut into forward passes. The cuts are optimal
+    (dynamic programming) if the time is 1 for each token, padding included, plus `forward_tokens`
+    for each forward pass.
 
     Args:
-        lengths: tokens of each row.
-        most_rows: rows a forward may hold, at least 1.
-        forward_tokens: tokens that cost as much as one more forward does by itself.
+        lengths: tokens of each example.
+        max_examples: most examples per forward pass, at least 1.
+        forward_tokens: fixed time of a forward pass, in the time of one token.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best: list[tuple[float, int]] = [(0.0, 0)]  # (cost of the first rows, where the last cut is)
+    best: list[tuple[float, int]] = [(0.0, 0)]  # best[n]: (time of n examples, last cut)
     for end in range(1, len(order) + 1):
-        starts = range(max(0, end - most_rows), end)
-        costs = ((best[s][0] + lengths[order[s]] * (end - s) + forward_tokens, s) for s in starts)
-        best.append(min(costs))
-    cuts: list[list[int]] = []
+        starts = range(max(0, end - max_examples), end)
+        times = ((best[s][0] + lengths[order[s]] * (end - s) + forward_tokens, s) for s in starts)
+        best.append(min(times))
+    forwards: list[list[int]] = []
     end = len(order)
     while end > 0:
         start = best[end][1]
-        cuts.append(order[start:end])
+        forwards.append(order[start:end])
         end = start
-    return cuts[::-1]
+    return forwards[::-1]
 
 
 def group_by_prefix(
-    rows: Sequence[tuple[Sequence[int], int]], most_rows: int, forward_tokens: int
+    examples: Sequence[tuple[Sequence[int], int]], max_examples: int, forward_tokens: int
 ) -> tuple[list[tuple[list[int], int]], list[int]]:
-    """Return rows that begin alike, whose common beginning is better read once, and the others.
+    """Return groups of examples whose common prefix should be read once, and the other examples.
 
-    Questions about one text begin with that text. Reading it once takes a forward of its own; it
-    is worth that where the tokens saved outweigh it, at the prices of `size_forwards`.
+    Questions about the same text share that text as a prefix. Reading it once takes an additional
+    forward pass. A group is formed if it saves more time than that, measured as in `size_forwards`.
 
     Args:
-        rows: (token ids, how many of them at the beginning may be shared).
-        most_rows: rows a forward may hold, at least 1.
-        forward_tokens: tokens that cost as much as one more forward does by itself.
+        examples: (token ids, number of leading tokens that may be shared) of each example.
+        max_examples: most examples per forward pass, at least 1.
+        forward_tokens: fixed time of a forward pass, in the time of one token.
 
     Returns:
-        [(rows that share a forward, their common tokens)], [rows that stand alone].
+        [(indices of a group, number of common leading tokens)], [indices of the other examples].
     """
-    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i][0]))
+    order = sorted(range(len(examples)), key=lambda i: tuple(examples[i][0]))
     shared: list[tuple[list[int], int]] = []
     alone: list[int] = []
     while order:
-        members, common = [order[0]], rows[order[0]][1]
-        for i in order[1:most_rows]:
-            with_it = min(_common(rows[members[0]][0], rows[i][0]), common, rows[i][1])
-            # Less than half a row in common: its own neighbours are the better company.
-            saved = with_it * len(members) - common * (len(members) - 1)
-            if saved <= 0 or 2 * with_it < len(rows[i][0]):
+        members, common = [order[0]], examples[order[0]][1]
+        for i in order[1:max_examples]:
+            ids, shareable = examples[i]
+            new_common = min(_common_length(examples[members[0]][0], ids), common, shareable)
+            # An example that shares less than half its tokens fits its next neighbours better.
+            saved = new_common * len(members) - common * (len(members) - 1)
+            if saved <= 0 or 2 * new_common < len(ids):
                 break
             members.append(i)
-            common = with_it
+            common = new_common
         order = order[len(members) :]
         if common * (len(members) - 1) > forward_tokens:
             shared.append((members, common))
@@ -158,6 +169,6 @@ def group_by_prefix(
     return shared, alone
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

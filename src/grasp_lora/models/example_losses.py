@@ -1,7 +1,7 @@
-"""Losses of rows: the one definition of loss behind every reward, early stop and table.
+"""Losses of examples: the definition of loss for all rewards, early stopping and tables.
 
-The loss of a row is the mean cross-entropy over its answer tokens; the loss of a set is the mean
-over its rows. It does not depend on how the rows are batched.
+The loss of an example is the mean cross-entropy over its answer tokens, in nats. The loss of a set
+is the mean over its examples. It does not depend on how the examples are batched.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,19 +19,24 @@ from grasp_lora.models.batches import group_by_prefix, size_forwards
 from grasp_lora.models.modules import bare_model, forward_accepts
 
 IGNORED = -100
+"""Label of a position without a loss."""
+
 SHARED_PREFIX = "shared_ids"
-"""Part of a batch: [1, tokens] that all its rows begin with and that the rest leaves out."""
+"""Key of a batch's common prefix: ids [1, tokens] that all its examples begin with.
+
+The batch's other tensors hold the examples without that prefix.
+"""
 
 Batch = Mapping[str, Tensor]
 
 
 def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 logits and the labels they predict, both cut to the answer positions.
+    """Return float32 logits of the K answer positions, and the labels they predict.
 
     Args:
-        logits: [batch, kept, vocab], where `kept` is either the number of answer positions (the
-            model honoured `logits_to_keep`) or the whole length (it has no such argument).
-        labels: [batch, length], answers at the right end, `IGNORED` elsewhere.
+        logits: [batch, kept, vocab]. `kept` is the number of answer positions if the model has the
+            argument `logits_to_keep`, else the whole length.
+        labels: [batch, length], with answers at the right end and `IGNORED` elsewhere.
 
     Returns:
         logits [batch, K, vocab], labels [batch, K].
@@ -44,7 +49,7 @@ def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def losses_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return [batch] mean cross-entropy over each row's answer tokens, in nats."""
+    """Return each example's mean cross-entropy over its answer tokens, in nats, as [batch]."""
     kept, targets = answer_logits(logits, labels)
     per_token = F.cross_entropy(
         kept.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
@@ -54,7 +59,7 @@ def losses_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return (rank, number of processes)."""
+    """Return (rank of this process, number of processes)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -62,15 +67,15 @@ def rank_and_size() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Encoded rows ready to be probed: what they are, and how they are collated.
+    """Encoded examples, and the settings by which they are collated into batches.
 
     Attributes:
-        encoded: the rows, each with `input_ids` and `group`.
-        collate: turns a list of rows into one batch of tensors.
-        batch_size: rows per forward, at most.
-        forward_tokens: tokens that cost as much as one more forward, see `size_forwards`.
-        share: batch rows that begin alike without their common beginning, which `example_losses` reads
-            once. Needs a model that `can_share_prefix` allows.
+        encoded: the examples, each with `input_ids` and `group`.
+        collate: turns a list of examples into one batch of tensors.
+        batch_size: most examples per forward pass.
+        forward_tokens: fixed time of a forward pass, in the time of one token; see `size_forwards`.
+        share_prefix: let `example_losses` read the common prefix of similar examples once. Needs a
+            model that `can_share_prefix` accepts.
     """
 
     encoded: Sequence[Any]
@@ -80,43 +85,47 @@ class EncodedExamples:
     share_prefix: bool = False
 
     def batches(self, indices: Sequence[int]) -> list[tuple[list[int], Batch]]:
-        """Return (positions within `indices`, batch) pairs, rows of like length together."""
-        rows = [self.encoded[i] for i in indices]
+        """Return (positions in `indices`, batch) pairs; a batch has examples of similar length."""
+        examples = [self.encoded[i] for i in indices]
         shared: list[tuple[list[int], int]] = []
-        alone = list(range(len(rows)))
+        alone = list(range(len(examples)))
         if self.share_prefix:
-            # The last token of a prompt is read with its answer: its logits are asked for.
-            parts = [(row.input_ids, row.prompt_length - 1) for row in rows]
+            # The last prompt token is not shared: its logits predict the first answer token.
+            parts = [(example.input_ids, example.prompt_length - 1) for example in examples]
             shared, alone = group_by_prefix(parts, self.batch_size, self.forward_tokens)
-        lengths = [len(rows[i].input_ids) for i in alone]
-        chunks = size_forwards(lengths, self.batch_size, self.forward_tokens)
-        places = [[alone[i] for i in chunk] for chunk in chunks]
-        batches = [(place, self.collate([rows[i] for i in place])) for place in places]
-        return batches + [(place, self._shared([rows[i] for i in place], n)) for place, n in shared]
-
-    def _shared(self, rows: Sequence[Any], count: int) -> Batch:
-        rests = [
-            replace(r, input_ids=r.input_ids[count:], prompt_length=r.prompt_length - count)
-            for r in rows
+        lengths = [len(examples[i].input_ids) for i in alone]
+        forwards = size_forwards(lengths, self.batch_size, self.forward_tokens)
+        places = [[alone[i] for i in forward] for forward in forwards]
+        batches = [(place, self.collate([examples[i] for i in place])) for place in places]
+        return batches + [
+            (place, self._collate_shared([examples[i] for i in place], count))
+            for place, count in shared
         ]
-        return {**self.collate(rests), SHARED_PREFIX: torch.tensor([rows[0].input_ids[:count]])}
+
+    def _collate_shared(self, examples: Sequence[Any], count: int) -> Batch:
+        """Return a batch of examples whose first `count` tokens are equal."""
+        rests = [
+            replace(e, input_ids=e.input_ids[count:], prompt_length=e.prompt_length - count)
+            for e in examples
+        ]
+        return {**self.collate(rests), SHARED_PREFIX: torch.tensor([examples[0].input_ids[:count]])}
 
 
 def can_share_prefix(model: nn.Module, longest: int) -> bool:
-    """Return whether rows may go on from the keys and values of a common beginning.
+    """Return whether examples can continue from the cached keys and values of a common prefix.
 
-    That takes attention layers whose cache holds every token by its position; a window must hold
-    the whole row, as padding stands between the beginning and the rest.
+    Every layer must be an attention layer whose cache holds each token by its position. A sliding
+    window must be as long as the longest example, since padding separates the prefix from the rest.
 
     Args:
         model: a causal LM.
-        longest: most tokens of a row.
+        longest: tokens of the longest example.
     """
     if not all(forward_accepts(model, name) for name in ("position_ids", "past_key_values")):
         return False
     try:
         layers = _empty_cache(model).layers
-    except (AttributeError, KeyError, ValueError):  # a config that names no layers we know
+    except (AttributeError, KeyError, ValueError):  # the config does not describe its layers
         return False
     return all(
         type(layer) is DynamicLayer
@@ -129,15 +138,15 @@ def can_share_prefix(model: nn.Module, longest: int) -> bool:
 def example_losses(
     model: nn.Module, batches: Sequence[tuple[list[int], Batch]], count: int
 ) -> list[float]:
-    """Return the loss of each of `count` rows, in the rows' own order.
+    """Return the loss of each of `count` examples, in nats, in the order of the examples.
 
-    Each process runs its share of the batches and the shares are summed, so every process returns
-    the same list. The caller puts the model in eval mode.
+    Each process runs its part of the batches, and every process returns all losses. The caller
+    must put the model in eval mode.
 
     Args:
-        model: called as `model(**batch)` without labels.
-        batches: (row positions, batch) pairs as `EncodedExamples.batches` gives them.
-        count: number of rows.
+        model: a causal LM, called as `model(**batch)` without labels.
+        batches: (positions, batch) pairs from `EncodedExamples.batches`.
+        count: number of examples.
     """
     device = next(model.parameters()).device
     rank, size = rank_and_size()
@@ -148,23 +157,23 @@ def example_losses(
         losses = losses_from_logits(_logits(model, moved), labels)
         total[positions] = losses.double().cpu()
     if size > 1:
-        shared = total.to(device if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(shared)
-        total = shared.cpu()
+        reduced = total.to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(reduced)
+        total = reduced.cpu()
     return total.tolist()
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if SHARED_PREFIX not in batch:
         return model(**batch, use_cache=False).logits
-    shared = batch.pop(SHARED_PREFIX)
+    prefix = batch.pop(SHARED_PREFIX)
     kept = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
     cache = _empty_cache(model)
-    model(input_ids=shared, past_key_values=cache, use_cache=True, **kept)
-    rows, count = batch["input_ids"].shape[0], shared.shape[1]
-    cache.batch_repeat_interleave(rows)
-    seen = batch["attention_mask"].new_ones(rows, count)
-    batch["attention_mask"] = torch.cat([seen, batch["attention_mask"]], dim=1)
+    model(input_ids=prefix, past_key_values=cache, use_cache=True, **kept)
+    examples, count = batch["input_ids"].shape[0], prefix.shape[1]
+    cache.batch_repeat_interleave(examples)
+    prefix_mask = batch["attention_mask"].new_ones(examples, count)
+    batch["attention_mask"] = torch.cat([prefix_mask, batch["attention_mask"]], dim=1)
     batch["position_ids"] = batch["position_ids"] + count
     return model(**batch, past_key_values=cache, use_cache=True).logits
 

@@ -1,4 +1,4 @@
-"""How much memory a training run needs, estimated from a model's config alone."""
+"""Estimate the memory of a training run from a model's config alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from grasp_lora.models.modules import linear_modules, linear_shape
 
-# Bytes of one quantized weight: 4-bit values and a float32 scale for each 64, or int8.
+# Bytes per quantized weight: 4-bit values with a float32 scale for each 64 of them, or int8.
 _QUANTIZED_BYTES: Mapping[str, float] = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 
-# float32: the factor, its gradient, two Adam moments, and the value kept while it is pruned.
+# Bytes per adapter entry, in float32: value, gradient, two Adam moments, and stashed value.
 _ADAPTER_BYTES = 5 * 4
 
 _GIB = 1 << 30
@@ -20,12 +20,12 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """An estimate in bytes; generation caches and the allocator's own loss are not in it.
+    """A memory estimate in bytes, without generation caches and allocator overhead.
 
     Attributes:
         weights: the frozen base model.
         adapter: LoRA factors with gradients and optimizer state.
-        activations: what the backward pass needs of one batch, with the logits.
+        activations: values of one batch that the backward pass needs, including the logits.
     """
 
     weights: int
@@ -55,12 +55,22 @@ def plan_config_memory(
     batch_size: int = 1,
     length: int = 1024,
 ) -> MemoryPlan:
-    """Return the plan for LoRA of `rank` on all linear modules, batches of `length` tokens.
+    """Return a memory estimate for LoRA of rank `rank` on all linear modules.
 
-    The model is built without memory (the meta device). Activations count the input and output of
-    every linear module per token (with checkpointing: those of one layer, and one hidden state a
-    layer), and float32 logits with their gradient at every position: an upper estimate, as the
-    logits of answers alone are computed in training.
+    The model is built on the meta device, which takes no memory. The activations are the input and
+    output of every linear module for each token. With gradient checkpointing they are those of one
+    layer, and one hidden state for each layer. Float32 logits and their gradient are counted at
+    every position. That is an upper bound, as training computes the logits of answers only.
+
+    Args:
+        config: the model's config.
+        dtype: number format of weights and activations.
+        quantization: "none", "8bit" or "4bit", for the weights of linear modules.
+        gradient_checkpointing: whether activations are recomputed.
+        trust_remote_code: run the model's own code.
+        rank: LoRA rank.
+        batch_size: examples per forward pass.
+        length: tokens per example.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""What a model is made of: its linear modules, their shapes, and what its forward accepts."""
+"""Look up parts of a model: its linear modules, their shapes, and its forward's arguments."""
 
 import difflib
 import hashlib
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-# Values read per weight by `base_fingerprint`: the two ends, and a walk over the whole tensor.
+# Values of a weight that `base_fingerprint` reads: at each end, and evenly spaced in between.
 _END_VALUES = 8
-_WALK_VALUES = 64
+_SPACED_VALUES = 64
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -25,7 +25,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (inputs, outputs) of a Linear (quantized ones too) or a Conv1D; None for the rest."""
+    """Return (inputs, outputs) of a Linear, quantized or not, or a Conv1D; else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
@@ -34,9 +34,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the base model by full name, as if it had never carried LoRA.
+    """Return full name -> module of the base model, with each LoRA layer replaced by its base.
 
-    PEFT wraps in place, so a model that was bare when it was loaded may carry LoRA layers now.
+    PEFT adds LoRA layers in place, so a model loaded without them may have them later.
     """
     return {
         name: module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -46,10 +46,10 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the Linear and Conv1D modules of the base by full name, the output layer left out.
+    """Return full name -> Linear or Conv1D module of the base model, without the output layer.
 
-    The output layer is no place for LoRA here: where it is tied to the input embedding, merging
-    the adapter changes both.
+    The output layer must not get LoRA: if it is tied to the input embedding, merging the adapter
+    changes both.
     """
     output_layer = output_embeddings(model)
     return {
@@ -60,7 +60,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer that turns hidden states into logits, None where the model names none."""
+    """Return the layer that maps hidden states to logits, or None if the model names none."""
     return bare_model(model).get_output_embeddings()  # type: ignore[operator]
 
 
@@ -70,15 +70,16 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str]:
-    """Return the full names of the modules that `patterns` means, in the model's order.
+    """Return the full names of the modules that match `patterns`, in the model's order.
 
-    A pattern is a full module name or the end of one after a dot (`q_proj`, `attn.c_attn`), as in
-    PEFT's list form of `target_modules`; "all-linear" means every linear module but the output
-    layer. Of a model that reads images or sound as well, only the text model's modules are meant:
-    the others would be given adapters that text never trains.
+    A pattern is a full module name or its end after a dot (`q_proj`, `attn.c_attn`), as in the list
+    form of PEFT's `target_modules`. "all-linear" matches every linear module except the output
+    layer. In a multimodal model only modules of the text model match, because text would not train
+    adapters elsewhere.
 
     Raises:
-        ValueError: a pattern matches no linear module, there is no pattern, or `check_experts`.
+        ValueError: there is no pattern, a pattern matches no linear module, or `check_experts`
+            refuses a module.
     """
     modules = _text_modules(model)
     if patterns == "all-linear":
@@ -98,23 +99,28 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
 def check_experts(targets: Iterable[str], model: nn.Module, name: str) -> None:
     """Check that PEFT will put LoRA on the linear modules `targets` and on nothing else.
 
-    In some mixtures of experts whose experts are one tensor, PEFT takes names like `up_proj` for
-    those experts, as an adapter of the model's earlier form would mean them, although a dense
-    layer or a shared expert has linear modules of that name. `name` stands first in messages.
+    Some mixture-of-experts models store all experts in one tensor. PEFT then applies names like
+    `up_proj` to the experts, as adapters of the model's earlier form require. A dense layer or a
+    shared expert may have linear modules with the same name.
+
+    Args:
+        targets: full or last names of linear modules.
+        model: the base model, with or without LoRA.
+        name: setting or adapter that is checked; error messages begin with it.
 
     Raises:
-        ValueError: it takes some of them for the experts.
+        ValueError: PEFT would apply some of `targets` to the experts.
     """
     bare: Any = bare_model(model)
-    taken = [end for end in _last_parts(targets) if _means_experts(end, bare)]
-    if taken:
-        others = [
+    refused = [end for end in _last_parts(targets) if _means_experts(end, bare)]
+    if refused:
+        allowed = [
             end for end in _last_parts(linear_modules(model)) if not _means_experts(end, bare)
         ]
         raise ValueError(
             f"{name}: the experts of this model ({bare.config.model_type}) are fused into one "
-            f"tensor, and PEFT takes {', '.join(taken)} for them, which plain LoRA factors cannot "
-            f"carry; target some of its other linear modules only: {', '.join(others)}"
+            f"tensor, and PEFT applies {', '.join(refused)} to them, which plain LoRA factors "
+            f"cannot represent; target only other linear modules: {', '.join(allowed)}"
         )
 
 
@@ -122,7 +128,7 @@ def _means_experts(ending: str, model: nn.Module) -> bool:
     config = LoraConfig(target_modules=[ending])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # half of a pair that is fused
+    except ValueError:  # it is one half of a fused pair
         return True
     return ending not in (config.target_modules or ())
 
@@ -132,20 +138,20 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 
 def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear modules within the text model of a multimodal one, else all of them."""
+    """Return the linear modules of a multimodal model's text model, or of the whole model."""
     bare: Any = bare_model(model)
     modules = linear_modules(model)
     if bare.config.get_text_config() is bare.config:
         return modules
     inside = set(base_modules(bare.get_decoder()).values())
-    # transformers looks the decoder up by name; the one that embeds tokens is the text model.
+    # transformers finds the decoder by name; it is the text model only if it embeds the tokens.
     if bare.get_input_embeddings() not in inside:
         return modules
     return {name: module for name, module in modules.items() if module in inside}
 
 
 def similar_names(name: str, modules: Sequence[str], count: int = 3) -> list[str]:
-    """Return up to `count` module names that look like `name`, the nearest first."""
+    """Return up to `count` of `modules` that are spelled like `name`, the most similar first."""
     return difflib.get_close_matches(name, modules, n=count, cutoff=0.5)
 
 
@@ -158,27 +164,27 @@ def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
     near = similar_names(pattern, endings) or similar_names(pattern, list(modules))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
-        f"target_modules: {pattern!r} matches no linear module{hint} The last parts of this "
-        f"model's linear modules are {', '.join(endings)}; 'all-linear' takes them all"
+        f"target_modules: {pattern!r} matches no linear module{hint} The names of this model's "
+        f"linear modules end in {', '.join(endings)}; 'all-linear' selects them all"
     )
 
 
 def forward_accepts(model: nn.Module, argument: str) -> bool:
-    """Return whether the forward of the (bare) model names `argument` in its signature.
+    """Return whether the base model's forward has a parameter named `argument`.
 
-    Models that take no `position_ids` or no `logits_to_keep` exist; a `**kwargs` does not count,
-    as it would swallow the argument.
+    Some models have no `position_ids` or no `logits_to_keep`. A `**kwargs` parameter does not
+    count, because the model may ignore what it receives there.
     """
     return argument in inspect.signature(bare_model(model).forward).parameters
 
 
 def copy_output_layer_inputs(model: nn.Module) -> RemovableHandle:
-    """Give the output layer a fresh copy of its input on every call; return the hook's handle.
+    """Copy the output layer's input on every call; return the hook's handle.
 
-    A model that slices its hidden states before a *frozen* output layer hands it a view whose
-    leading dimensions cannot be flattened; the product is then computed example by example, on a
-    copy of the whole weight for each. The copy of a few rows made here avoids that (bfloat16
-    generation on a CPU becomes many times faster); values are unchanged.
+    Models slice their hidden states before the output layer and pass it a view whose leading
+    dimensions cannot be flattened. If the layer is frozen, torch then computes the product example
+    by example, each with a copy of the whole weight. Copying the few hidden states avoids that and
+    makes bfloat16 generation on a CPU many times faster. The values are unchanged.
 
     Raises:
         ValueError: the model names no output layer.
@@ -187,22 +193,23 @@ def copy_output_layer_inputs(model: nn.Module) -> RemovableHandle:
     if layer is None:
         raise ValueError(
             f"{type(bare_model(model)).__name__} names no output layer (get_output_embeddings() "
-            "is None): call this for causal language models only"
+            "is None); only causal language models are supported"
         )
-    return layer.register_forward_pre_hook(_fresh_input)
+    return layer.register_forward_pre_hook(_copy_input)
 
 
-def _fresh_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _copy_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     del module
     return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
-    """Return a SHA-256 (hex) that names the base weights, without any LoRA, of a model.
+    """Return a SHA-256 (hex) of a model's base weights, ignoring LoRA; None if there is none.
 
-    Taken over the names, the shapes and a sample of each weight (both ends and an even walk),
-    rounded to bfloat16: float32 and bfloat16 loads of the same files agree. None where that does
-    not hold: quantized weights, and float16 (rounding twice is not rounding once).
+    It covers the name, the shape and a sample of each weight: both ends and evenly spaced values.
+    The sample is rounded to bfloat16, so that float32 and bfloat16 loads of the same files agree.
+    Quantized and float16 weights would not agree (rounding twice differs from rounding once), so
+    they have no fingerprint.
     """
     base = bare_model(model)
     if getattr(base, "is_quantized", False):
@@ -224,6 +231,6 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _sample(weight: Tensor) -> bytes:
     flat = weight.reshape(-1)
-    walk = flat[:: max(1, flat.numel() // _WALK_VALUES)][:_WALK_VALUES]
-    values = torch.cat([flat[:_END_VALUES], walk, flat[-_END_VALUES:]]).to(torch.bfloat16)
+    spaced = flat[:: max(1, flat.numel() // _SPACED_VALUES)][:_SPACED_VALUES]
+    values = torch.cat([flat[:_END_VALUES], spaced, flat[-_END_VALUES:]]).to(torch.bfloat16)
     return values.cpu().view(torch.int16).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Leave no trace: whatever a probe does to a model in training is undone."""
+"""Undo the side effects of a probe on a model in training."""
 
 import random
 import sys
@@ -13,14 +13,14 @@ from torch import nn
 
 @contextmanager
 def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Restore gradients, modes and random generators on exit; the body may not write weights.
+    """Restore gradients, modes and random generators on exit; the body must not write weights.
 
-    No copy of the weights is kept, which would cost as much memory as the adapter itself: a body
-    that writes them is found out by the tensors' version counters, after all else is restored.
+    No copy of the weights is kept, because it would take as much memory as the adapter. A body that
+    writes them is detected by the tensors' version counters, after everything else is restored.
 
     Args:
-        model: its modules' train or eval modes are restored.
-        params: name -> the tensors that are watched.
+        model: the model whose modules get their train or eval modes back.
+        params: name -> trainable tensor that the body must not write.
 
     Raises:
         RuntimeError: the body wrote to one of `params`.
@@ -30,7 +30,7 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
     modes = [(m, m.training) for m in model.modules()]
     generators = _generator_states()
     for param in params.values():
-        param.grad = None  # set aside, so that nothing inside can add to it
+        param.grad = None  # otherwise a backward pass in the body would add to it
     try:
         yield
     finally:
@@ -42,18 +42,18 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
         written = [n for n, p in params.items() if p._version != versions[n]]
         if written:
             raise RuntimeError(
-                f"what ran inside a probe wrote to the adapter weights ({written[0]} and "
-                f"{len(written) - 1} more), which are not restored: measure there, and take "
-                "optimizer steps outside"
+                f"a probe wrote to the adapter weights ({written[0]} and {len(written) - 1} more), "
+                "which are not restored; only measure inside a probe and take optimizer steps "
+                "outside"
             )
 
 
 @contextmanager
 def quiet_wrapping() -> Iterator[None]:
-    """Let PEFT wrap a model in the body; what it draws, and its warning, leave no trace."""
+    """Let PEFT wrap a model in the body without a warning and without changing random states."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        # PEFT asks for a name that transformers is about to drop; users can do nothing about it.
+        # PEFT reads a name that transformers has deprecated; users cannot change that.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         yield
 

@@ -1,6 +1,6 @@
 """Stage `evaluate`: an adapter, or none -> predictions and scores on every test set.
 
-The input `adapter` is a PEFT adapter folder; without it the bare backbone is block_importance. Inputs called
+The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Inputs called
 "trial 0", "trial 1", ... stand for the one of them with the lowest best dev loss. The folder holds
 `scores.json`, `predictions.jsonl` and `provenance.json`; with option `labelled` also `losses.json`,
 the losses of the micro-dev and dev examples.
@@ -17,7 +17,7 @@ from typing import Any
 from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import Row
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.scoring.sets import score_sets
@@ -75,7 +75,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
-    """Return the adapter that is block_importance; None for the bare backbone."""
+    """Return the adapter that is scored; None for the bare backbone."""
     trials = [folder for role, folder in inputs.items() if role.startswith("trial")]
     if trials:
         return min(trials, key=lambda folder: _finite(facts_of(folder)["best"]["loss"]))
@@ -135,23 +135,22 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             finished += count
             done(finished)
 
-        shared: dict[str, Any] = {
-            "max_new_tokens": new_tokens(config, role, split),
-            "min_new_tokens": config.evaluate.min_new_tokens,
-            "batch_size": config.evaluate.batch_size,
-            "pad_id": backbone.pad_id,
-            "stop_ids": sorted({*backbone.stop_ids, context.end_id(role, split)}),
-            "one_line": task.one_line,
-            "advance": advance,
-            "notice": context.reporter.say,
-        }
-        beams = config.evaluate.beams
-        if can_answer_in_one_pass(model, beams):
-            answered = answer_examples(model, backbone.tokenizer, encoded, **shared)
+        settings = GenerationSettings(
+            max_new_tokens=new_tokens(config, role, split),
+            min_new_tokens=config.evaluate.min_new_tokens,
+            batch_size=config.evaluate.batch_size,
+            pad_id=backbone.pad_id,
+            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            beams=config.evaluate.beams,
+            one_line=task.one_line,
+        )
+        calls = {"advance": advance, "notice": context.reporter.say}
+        if can_answer_in_one_pass(model, settings.beams):
+            answered = answer_examples(model, backbone.tokenizer, encoded, settings, **calls)
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
         else:
             losses = _losses(context, model, encoded)
-            texts = generate_texts(model, backbone.tokenizer, prompts, beams=beams, **shared)
+            texts = generate_texts(model, backbone.tokenizer, prompts, settings, **calls)
     return [
         Row(
             e.id,

@@ -39,7 +39,7 @@ from grasp_lora.training.checkpoint import (
     write_state,
 )
 from grasp_lora.training.live import LiveAdapter
-from grasp_lora.training.search_callback import ProbePool, SearchCallback
+from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import processes, steps_per_epoch
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.fit import (
@@ -132,13 +132,15 @@ def _searcher(
 
     searcher = SearchCallback(
         live,
-        config.controller,
         ProbePool(pool, fresh=config.controller.probe_rows != "micro-dev"),
-        IMPORTANCE[config.importance],
-        norms,
-        seed=config.seed,
-        total_steps=run_steps(context, config.training("search"), "target"),
-        planned=planned,
+        SearchSettings(
+            config.controller,
+            IMPORTANCE[config.importance],
+            norms,
+            seed=config.seed,
+            total_steps=run_steps(context, config.training("search"), "target"),
+            planned_rounds=planned,
+        ),
         on_round=record,
         clock=context.clock,
         objective=objective_of(context, splits),

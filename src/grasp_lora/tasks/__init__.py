@@ -1,1 +1,1 @@
-"""Tasks: what a row asks, its prompt in each language, and its token ids."""
+"""Tasks: the fields of an example, its prompt in each language, and its token ids."""

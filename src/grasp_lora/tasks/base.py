@@ -1,4 +1,4 @@
-"""The task table: one row per task; a new task is one row and its prompts."""
+"""The table of tasks. A new task needs an entry here and its prompts."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -39,7 +39,7 @@ _SUMMARIZATION = Task(
     prompts=SUMMARY_PROMPTS,
     metrics=(*_ROUGE, "bleu", "chrf", *_LIKELIHOOD),
     max_new_tokens=96,
-    # The published prompts take up to 2200 tokens (paper); the longest answer and its end follow.
+    # Prompts of 2200 tokens (arXiv 2601.06702), then the longest answer and its end token.
     max_length=2200 + 128 + 1,
     new_tokens_by_language={"ar": 128},
     aliases={
@@ -65,10 +65,10 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def task_named(name: str) -> Task:
-    """Return the row of the task table.
+    """Return the task with a name.
 
     Raises:
-        ValueError: if there is no such task.
+        ValueError: there is no such task.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""Examples to token ids, and token ids to left-padded batches."""
+"""Encode examples as token ids, and collate them to left-padded batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,60 +13,66 @@ from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
 IGNORED = -100
-"""Label of a position that has no loss."""
+"""Label of a position without a loss."""
 
 UNSEGMENTED = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
-"""Languages written without a space between words."""
+"""Codes of languages written without spaces between words."""
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One row as token ids: the prompt, then the answer and the end token."""
+    """One example as token ids: the prompt, then the answer and the end token."""
 
     id: str
     group: str
     input_ids: tuple[int, ...]
     prompt_length: int
-    """Tokens of the prompt; `input_ids[:prompt_length]` is what generation starts from."""
+    """Number of prompt tokens; generation continues `input_ids[:prompt_length]`."""
     cut_tokens: int
-    """Tokens the body (of a question: the context) was shortened by."""
+    """Tokens by which the body was shortened; the body of a question is its context."""
     body_length: int = 0
-    """Characters of the body that are left."""
+    """Characters left of the body."""
 
     @property
     def label_tokens(self) -> int:
-        """Tokens that carry the loss: the answer and the end token."""
+        """Number of tokens with a loss: the answer and the end token."""
         return len(self.input_ids) - self.prompt_length
 
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What encoding did to a list of rows; lengths in tokens."""
+    """Statistics of encoding a list of examples; lengths are in tokens."""
 
     rows: int
+    """Number of examples."""
     truncated: int
-    """Rows whose body was shortened."""
+    """Examples whose body was shortened."""
     cut_tokens_total: int
     cut_share: float
-    """Mean share of the body's tokens that those rows lost, in [0, 1]; 0 if there are none."""
+    """Mean fraction of their body's tokens that those examples lost, in [0, 1]; 0 if none did."""
     longest: int
+    """Tokens of the longest example."""
     label_tokens: int
+    """Tokens with a loss, over all examples."""
     answers_lost: int
-    """Rows with a reference in the whole body and none in what is left of it."""
+    """Examples whose whole body contains a reference, but whose shortened body contains none."""
     fertility: float | None
-    """Tokens per `fertility_unit` over the distinct whole bodies; None without any text."""
+    """Tokens per `fertility_unit` over the distinct whole bodies; None if there is no text."""
     fertility_unit: str
-    """"word" (between white space), or "character" (code points that are not white space) if the
-    rows are of a language that writes no space between words."""
+    """"word" (between white space), or "character" (code points that are not white space).
+
+    "character" is used if some examples are in a language written without spaces between words.
+    """
     end_id: int
-    """Last token of every answer: generation has to stop at it."""
+    """Id of the last token of every answer, which ends a generation."""
     end_text: str
-    """Text ahead of that token which is no part of an answer; "" if there is none."""
+    """Text before that token that is not part of the answer; "" if there is none."""
 
     def answer_in(self, text: str) -> str:
-        """Return a generated text up to where the answer ends.
+        """Return the part of a generated text before `end_text`.
 
-        The mark of a turn's end is decoded as text where the tokenizer does not call it special.
+        A token that marks the end of a turn is decoded as text if the tokenizer does not treat it
+        as special.
         """
         return text.partition(self.end_text)[0] if self.end_text else text
 
@@ -84,23 +90,23 @@ def encode(
 ) -> EncodedExample:
     """Tokenise a prompt and its answer into at most `max_length` tokens.
 
-    The prompt is tokenised as one text, with the tokenizer's own start token; where it is too
-    long, the end of its body is cut off. The answer is never cut: it is tokenised as what follows
-    the prompt, apart from it, and closed by the end token.
+    The prompt is tokenised as one text, with the tokenizer's start token. If it is too long, the
+    end of its body is cut off. The answer is never cut. It is tokenised separately, as a
+    continuation of the prompt, and followed by the end token.
 
     Args:
         prompt: the text before the answer.
-        completion: the answer; None encodes the prompt alone.
-        tokenizer: a Hugging Face tokenizer, fast or not.
-        max_length: most tokens in all, at least 1.
-        example_id: names the row in messages.
-        group: kept with the row.
-        reserve: tokens kept free after the prompt even if the answer is shorter, so that the
-            text a model sees does not depend on the length of the answer it is asked for.
-        frame: what stands around the prompt and the answer; None is plain text.
+        completion: the answer; None encodes only the prompt.
+        tokenizer: a Hugging Face tokenizer, fast or slow.
+        max_length: most tokens of prompt and answer, at least 1.
+        example_id: id of the example, also for messages.
+        group: group of the example.
+        reserve: least number of tokens left free after the prompt. With it, the text that the model
+            sees does not depend on the length of the reference.
+        frame: texts around the prompt and the answer; None means plain text.
 
     Raises:
-        ValueError: if the tokenizer has no end token, the prompt is empty, or it does not fit
+        ValueError: the tokenizer has no end token, the prompt is empty, or the prompt does not fit
             even without its body.
     """
     frame = frame or plain_frame(tokenizer)
@@ -116,9 +122,9 @@ def encode(
     if fit is None:
         least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
         raise ValueError(
-            f"row {example_id!r} does not fit: what may not be cut of its prompt takes {least} "
-            f"tokens and {kept_free} are kept for the answer, max_length is {max_length}; "
-            f"raise it to at least {least + kept_free}"
+            f"row {example_id!r} does not fit: the prompt without its body takes {least} tokens "
+            f"and {kept_free} are kept for the answer, but max_length is {max_length}; raise it to "
+            f"at least {least + kept_free}"
         )
     if not fit.ids:
         raise ValueError(f"row {example_id!r}: the prompt is empty")
@@ -137,22 +143,25 @@ def encode_examples(
     chat: bool = False,
     new_tokens: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
-    """Encode rows with their first reference as the answer.
+    """Encode examples with their first reference as the answer.
 
     Args:
-        examples: the rows.
-        task: how a row becomes a prompt.
+        examples: the examples.
+        task: task of the examples.
         tokenizer: a Hugging Face tokenizer.
         max_length: most tokens of prompt and answer together.
-        template: prompt template; None takes the one of each row's language.
-        for_training: False keeps room for `new_tokens` and the end token behind every prompt, so
-            that generation fits and a cut prompt says nothing about its answer.
+        template: prompt template; None means the task's template for each example's language.
+        for_training: False leaves room for `new_tokens` and the end token after every prompt. Then
+            generation fits, and the length of a cut prompt does not reveal that of its reference.
         chat: put the tokenizer's chat template around prompt and answer.
-        new_tokens: longest answer that is generated; None takes the task's for each language.
+        new_tokens: most tokens of a generated answer; None means the task's limit for the language.
+
+    Returns:
+        The encoded examples in their order, and statistics.
 
     Raises:
-        ValueError: if a row does not fit even without its body, or `chat` is asked of a tokenizer
-            without a usable chat template.
+        ValueError: an example does not fit even without its body, or `chat` is set and the
+            tokenizer has no usable chat template.
     """
     frame = chat_frame(tokenizer) if chat else plain_frame(tokenizer)
     encoded: list[EncodedExample] = []
@@ -160,7 +169,7 @@ def encode_examples(
     for example in examples:
         prompt = render(task, example, template)
         limit = task.new_tokens(example.language) if new_tokens is None else new_tokens
-        row = encode(
+        one = encode(
             prompt,
             example.references[0],
             tokenizer,
@@ -171,8 +180,8 @@ def encode_examples(
             frame=frame,
         )
         body = frame.wrap(prompt).body
-        encoded.append(row)
-        bodies.append((body, body[: row.body_length]))
+        encoded.append(one)
+        bodies.append((body, body[: one.body_length]))
     return encoded, _report(examples, encoded, bodies, tokenizer, frame)
 
 
@@ -183,12 +192,12 @@ def _report(
     tokenizer: Any,
     frame: Frame,
 ) -> EncodingReport:
-    """Sum up; `bodies` holds each row's body, whole and as far as it was kept."""
+    """Return the statistics; `bodies` holds (whole body, kept part) of each example."""
     tokens = {body: len(token_ids(tokenizer, body)) for body in dict.fromkeys(b for b, _ in bodies)}
     shares = [
-        min(1.0, row.cut_tokens / max(tokens[body], 1))
-        for row, (body, _) in zip(encoded, bodies, strict=True)
-        if row.cut_tokens > 0
+        min(1.0, one.cut_tokens / max(tokens[body], 1))
+        for one, (body, _) in zip(encoded, bodies, strict=True)
+        if one.cut_tokens > 0
     ]
     lost = [
         any(reference in body for reference in example.references)
@@ -200,10 +209,10 @@ def _report(
     return EncodingReport(
         rows=len(encoded),
         truncated=len(shares),
-        cut_tokens_total=sum(row.cut_tokens for row in encoded),
+        cut_tokens_total=sum(one.cut_tokens for one in encoded),
         cut_share=sum(shares) / len(shares) if shares else 0.0,
-        longest=max((len(row.input_ids) for row in encoded), default=0),
-        label_tokens=sum(row.label_tokens for row in encoded),
+        longest=max((len(one.input_ids) for one in encoded), default=0),
+        label_tokens=sum(one.label_tokens for one in encoded),
         answers_lost=sum(lost),
         fertility=sum(tokens.values()) / words if words else None,
         fertility_unit="character" if by_character else "word",
@@ -214,38 +223,38 @@ def _report(
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to one left-padded batch of int64 tensors."""
+    """Collates encoded examples to one left-padded batch of int64 tensors."""
 
     pad_id: int
-    """Fills the left side; it may equal the end token, labels do not depend on it."""
+    """Id of the padding token. It may equal the end token, since labels do not depend on it."""
     with_position_ids: bool = True
-    """False for models whose forward takes no `position_ids`."""
+    """False for models whose forward has no `position_ids`."""
     with_logits_to_keep: bool = True
-    """False for models whose forward takes no `logits_to_keep`: logits are then full length."""
+    """False for models whose forward has no `logits_to_keep`, which return all logits."""
 
-    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        """Return the batch of B rows padded to L tokens, with K the longest answer.
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """Return a batch of B examples padded to L tokens, where K is the longest answer's length.
 
-        `input_ids`, `attention_mask`, `position_ids` and `labels` are [B, L]; `logits_to_keep`
-        is [K], the positions whose logits predict the last K tokens. It is a tensor, as a number
-        would make the model slice a view that multiplies slowly.
+        `input_ids`, `attention_mask`, `position_ids` and `labels` are [B, L]. `logits_to_keep` is
+        [K], the positions whose logits predict the last K tokens. It is a tensor, because a number
+        would make the model slice a view that is slow to multiply.
 
         Raises:
-            ValueError: if there is no row, or a row has no answer.
+            ValueError: there is no example, or an example has no answer.
         """
-        unlabelled = [row.id for row in rows if row.label_tokens == 0]
+        unlabelled = [example.id for example in examples if example.label_tokens == 0]
         if unlabelled:
             raise ValueError(f"row {unlabelled[0]!r} has no answer, so it has no loss")
-        batch = self._padded([row.input_ids for row in rows])
+        batch = self._padded([example.input_ids for example in examples])
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)
-        for index, row in enumerate(rows):
-            labels[index, length - row.label_tokens :] = batch["input_ids"][
-                index, length - row.label_tokens :
+        for index, example in enumerate(examples):
+            labels[index, length - example.label_tokens :] = batch["input_ids"][
+                index, length - example.label_tokens :
             ]
         batch["labels"] = labels
         if self.with_logits_to_keep:
-            longest = max(row.label_tokens for row in rows)
+            longest = max(example.label_tokens for example in examples)
             batch["logits_to_keep"] = torch.arange(length - longest - 1, length - 1)
         return batch
 

@@ -1,4 +1,4 @@
-"""Texts to token ids, and prompts cut to a number of tokens."""
+"""Tokenise texts, and shorten prompts to a number of tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,31 +7,36 @@ from typing import Any
 
 from grasp_lora.tasks.records import Prompt
 
-_ANCHOR = 32
-"""Characters ahead of an answer that decide how its first token is written."""
+_ANCHOR_LENGTH = 32
+"""Characters before an answer that are enough to determine its first token."""
 
 
 @dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt that fits."""
+    """A prompt that fits into a number of tokens."""
 
     ids: list[int]
+    """Its token ids."""
     cut_tokens: int
-    """Tokens the prompt is shorter than the whole one."""
+    """Number of tokens removed from the whole prompt."""
     body_length: int
-    """Characters of its body that are left."""
+    """Characters left of its body."""
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text without the tokenizer's own start and end tokens."""
-    # verbose=False: a text over model_max_length is expected here, it is cut afterwards.
+    """Return the token ids of a text, without start and end tokens of the tokenizer."""
+    # verbose=False: texts may exceed model_max_length here; they are cut afterwards.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def prompt_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Return the ids of a prompt; with `special`, after the tokenizer's start token if it has one.
+    """Return the token ids of a prompt.
 
-    An end token that the tokenizer adds is left out, one that is in the text is kept.
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: the prompt.
+        special: put the tokenizer's start token first, if it has one. An end token that the
+            tokenizer adds is removed; one in the text is kept.
     """
     if not special:
         return token_ids(tokenizer, text)
@@ -43,13 +48,14 @@ def prompt_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
-    """Return the ids of `text` as it is written behind `before`.
+    """Return the token ids of `text` as a continuation of the text `before`.
 
-    Some tokenizers put a space ahead of every text, which would be one too many here. Where the
-    two texts share a token, `text` is tokenised by itself. A space that the first word would take
-    into its token is shared too: then `text` is written as behind a line break.
+    Some tokenizers put a space before every text, which would be one too many here. So the end of
+    `before` is tokenised with `text`, and its tokens are removed. If a token spans both texts,
+    `text` is tokenised by itself. If `before` ends in white space that would join the first word's
+    token, `text` is tokenised as if after a line break.
     """
-    anchors = [before[-_ANCHOR:], *(["\n"] if before[-1:].isspace() else [])]
+    anchors = [before[-_ANCHOR_LENGTH:], *(["\n"] if before[-1:].isspace() else [])]
     for anchor in anchors:
         start, both = token_ids(tokenizer, anchor), token_ids(tokenizer, anchor + text)
         if both[: len(start)] == start:
@@ -58,9 +64,9 @@ def continuation_ids(tokenizer: Any, before: str, text: str) -> list[int]:
 
 
 def fit_prompt(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> FittedPrompt | None:
-    """Return the prompt with as much of its body, from the start, as `budget` tokens hold.
+    """Return the prompt with the longest beginning of its body that fits into `budget` tokens.
 
-    None if it does not fit even without its body. `special` is as in `prompt_ids`.
+    Returns None if the prompt does not fit even without its body. For `special` see `prompt_ids`.
     """
     whole = prompt_ids(tokenizer, prompt.text, special)
     if len(whole) <= budget:
@@ -72,10 +78,10 @@ def fit_prompt(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> Fi
         return prompt_ids(tokenizer, text, special)
 
     ends = _cut_points(tokenizer, prompt.body)
-    # One point a token, so the points to drop are about the tokens that are too many.
+    # There is one cut point per token, so drop about as many points as there are excess tokens.
     guess = len(ends) - (len(whole) - budget)
     last = _last_true(lambda i: len(ids_up_to(ends[i])) <= budget, guess, len(ends))
-    # Token counts may fall a little as a text grows, so the last word is a count, not the search.
+    # A longer text may have fewer tokens, so the search can be wrong. Check its result.
     ids = ids_up_to(ends[last])
     if len(ids) > budget:
         return None
@@ -83,9 +89,10 @@ def fit_prompt(prompt: Prompt, tokenizer: Any, budget: int, special: bool) -> Fi
 
 
 def _last_true(holds: Callable[[int], bool], guess: int, count: int) -> int:
-    """Return the last of `count` indices that holds, if they hold up to some index; 0 if none does.
+    """Return the last index below `count` for which `holds`, or 0 if there is none.
 
-    Few are tried if the guess is near: the search walks away from it in growing steps.
+    It assumes that `holds` is true up to some index and false after it. The search starts at
+    `guess` and moves away in growing steps, so it is fast if the guess is close.
     """
     low, high, step = 0, count, 1
     probe = min(max(guess, 0), count - 1)
@@ -101,7 +108,7 @@ def _last_true(holds: Callable[[int], bool], guess: int, count: int) -> int:
 
 
 def _cut_points(tokenizer: Any, body: str) -> list[int]:
-    """Return where a body may end: 0 and its tokens' ends, or every character without offsets."""
+    """Return the positions where a body may be cut: token ends, or any character if unknown."""
     if not tokenizer.is_fast:
         return list(range(max(len(body), 1)))
     encoded = tokenizer(body, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

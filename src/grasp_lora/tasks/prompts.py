@@ -1,4 +1,4 @@
-"""Prompt templates of the tasks, one per language, and how a template becomes a prompt."""
+"""Prompt templates of the tasks, one per language, and their rendering."""
 
 import re
 from collections.abc import Mapping
@@ -70,13 +70,13 @@ SUMMARY_PROMPTS: Mapping[str, str] = MappingProxyType(
 )
 
 TEXT_PROMPTS: Mapping[str, str] = MappingProxyType({FALLBACK: "{prompt}"})
-"""Rows whose prompt is written out already: the same in every language."""
+"""Template for examples whose prompt is already complete; it serves every language."""
 
 
 def template_for(task: Task, language: str) -> tuple[str, str | None]:
-    """Return the task's template in a language, and a notice where English stands in.
+    """Return (task's template for a language, notice if English replaces it or None).
 
-    A code such as "pt-BR" takes the row of "pt" where it has none of its own. A task with one
+    A code such as "pt-BR" uses the template of "pt" if it has none of its own. A task with one
     template for all languages gives no notice.
     """
     found = in_language(task.prompts, language)
@@ -93,12 +93,12 @@ def template_for(task: Task, language: str) -> tuple[str, str | None]:
 
 
 def template_fields(task: Task, template: str) -> tuple[str, ...]:
-    """Return the inputs a template needs, the one that may be shortened first.
+    """Return the fields that a template needs; the first one may be shortened.
 
-    These are the task's fields; a task without takes every name in braces, in order.
+    They are the task's fields. For a task without fields they are the names in braces, in order.
 
     Raises:
-        ValueError: if a field does not stand in the template exactly once.
+        ValueError: a field does not occur exactly once in the template.
     """
     names = task.fields or tuple(dict.fromkeys(_NAME.findall(template)))
     if not names:
@@ -118,25 +118,30 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
 
 
 def check_template(task: Task, template: str) -> None:
-    """Check that a template can be rendered; see `template_fields` for what it raises."""
+    """Check that a template can be rendered.
+
+    Raises:
+        ValueError: see `template_fields`.
+    """
     template_fields(task, template)
 
 
 def render(task: Task, example: Example, template: str | None = None) -> Prompt:
-    """Return the prompt of a row: its body is the first field, all else is never shortened.
+    """Return the prompt of an example; its body is the first field, which may be shortened.
 
-    A task without fields of its own takes the longest column of the row for the body, and nothing
-    where the template is one column alone: a prompt written out may end in its instruction.
+    For a task without fields the body is the example's longest column. If the template consists of
+    one column only, the body is empty: a complete prompt may end in its instruction, which must not
+    be cut.
 
-    Other braces in the template, and placeholders inside the row's texts, are left as they are.
+    Other braces in the template, and placeholders in the example's texts, stay unchanged.
 
     Args:
-        task: which fields there are.
-        example: a row with those fields.
-        template: text with each field in braces; None takes the one of the row's language.
+        task: task of the example.
+        example: an example with the fields of the template.
+        template: text with each field in braces; None means the task's template for the language.
 
     Raises:
-        ValueError: if the template lacks or repeats a field, or the row lacks one.
+        ValueError: the template lacks or repeats a field, or the example lacks one.
     """
     chosen = template_for(task, example.language)[0] if template is None else template
     names = template_fields(task, chosen)
@@ -147,8 +152,8 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
             f"{', '.join(example.fields) or 'no field'}"
         )
     if not task.fields:
-        # What is written out whole has no part that may go; else the longest column is the text
-        # that the rest of the template speaks of.
+        # A complete prompt has no part that may be cut. Otherwise the longest column is most likely
+        # the text that the rest of the template refers to.
         if chosen.strip() == f"{{{names[0]}}}":
             return Prompt(prefix=_filled(chosen, example.fields, list(names)), body="", suffix="")
         names = tuple(sorted(names, key=lambda name: -len(example.fields[name])))
@@ -162,5 +167,5 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
 
 
 def _filled(text: str, fields: Mapping[str, str], names: list[str]) -> str:
-    # In one pass: a field's own text may look like the placeholder of another.
+    # One pass for all fields, since the text of one may contain the placeholder of another.
     return _NAME.sub(lambda found: fields[found[1]] if found[1] in names else found[0], text)

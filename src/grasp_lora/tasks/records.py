@@ -1,4 +1,4 @@
-"""The records every task speaks: an example, its prompt, and a row of the task table."""
+"""The records that all tasks use: an example, its prompt, and a task."""
 
 import hashlib
 import unicodedata
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled row."""
+    """One labelled example."""
 
     id: str
-    """Unique within its file; the same id in two languages means the same question."""
+    """Id, unique within its file; the same id in two languages means the same question."""
     group: str
-    """Rows of one group (for questions: one context) never go to different splits."""
+    """Group id; examples of one group (questions on one context) stay in the same split."""
     language: str
-    """Two-letter code, such as "en", or one with a region or script, such as "zh-TW"."""
+    """Language code, such as "en", or with a region or script, such as "zh-TW"."""
     fields: Mapping[str, str]
-    """The inputs by name; for questions "context" and "question"."""
+    """Name -> input text; for questions "context" and "question"."""
     references: tuple[str, ...]
-    """Accepted answers, at least one; the first is the one trained on."""
+    """Accepted answers, at least one; training uses the first."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Prompt:
 
 
 def first_line(text: str) -> str:
-    """Return the first line of generated text that holds more than white space, trimmed."""
+    """Return the first line of a text that is not blank, trimmed; "" if there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def one_line(text: str) -> str:
-    """Return a text with its lines joined by spaces; one without line breaks stays as it is."""
+    """Return a text with its lines trimmed and joined by spaces, if it has line breaks."""
     lines = text.splitlines()
     if lines == [text]:
         return text
@@ -54,52 +54,55 @@ def one_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the task table."""
+    """A task: fields, prompts, metrics and limits."""
 
     name: str
     fields: tuple[str, ...]
-    """Inputs of a row, the one that may be shortened first; empty: those the template names."""
+    """Input names, first the one that may be shortened; empty if the template names them."""
     answer: str
-    """Column of the accepted answers."""
+    """Name of the column with the accepted answers."""
     prompts: Mapping[str, str]
-    """Language -> template with every field in braces exactly once; "en" stands in for others."""
+    """Language -> template with each field once in braces; other languages use "en"."""
     metrics: tuple[str, ...]
-    """Names of the scores reported by default, keys of `grasp_lora.metrics.METRICS`."""
+    """Metrics reported by default, keys of `grasp_lora.metrics.METRICS`."""
     max_new_tokens: int
-    """Longest answer that is generated, in tokens."""
+    """Most tokens of a generated answer."""
     max_length: int = 512
-    """Tokens of prompt and answer together, unless a run says otherwise."""
+    """Default for the most tokens of prompt and answer together."""
     new_tokens_by_language: Mapping[str, int] = field(default_factory=dict)
-    """Languages with another limit."""
+    """Language -> its own limit instead of `max_new_tokens`."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Field, or the answer column -> column names that published files use instead."""
+    """Field or answer column -> other names of that column in published files."""
     clean: Callable[[str], str] = first_line
-    """Generated text -> the prediction that is scored."""
+    """Turns a generated text into the prediction that is scored."""
     one_line: bool = True
-    """Whether answers are of one line: generation may stop at the first line break behind a word,
-    and accepted answers of several lines are read as one."""
+    """Whether answers have one line.
+
+    Generation then stops at the first line break after a word, and the lines of accepted answers
+    are joined.
+    """
 
     def new_tokens(self, language: str) -> int:
-        """Return the longest answer generated in a language, in tokens."""
+        """Return the most tokens of a generated answer in a language."""
         found = in_language(self.new_tokens_by_language, language)
         return self.max_new_tokens if found is None else found
 
 
 def main_language(language: str) -> str:
-    """Return the part of a language code that names the language: "zh" of "zh-TW"."""
+    """Return the language of a code without region and script, such as "zh" for "zh-TW"."""
     return language.replace("_", "-").split("-")[0].lower()
 
 
 def in_language(table: Mapping[str, T], language: str) -> T | None:
-    """Return a table's row of a language: of its full code, else of the language it names."""
+    """Return a table's entry for a language code, else for its main language, else None."""
     return table.get(language, table.get(main_language(language)))
 
 
 def normalize_text(text: str) -> str:
-    """Return the form in which two texts are compared: NFKC, white space runs as one space."""
+    """Return a text for comparison: in NFKC, with each run of white space as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("\ufeff", " ").split())
 
 
 def text_key(text: str) -> str:
-    """Return 16 hex digits that are equal for texts equal after `normalize_text`."""
+    """Return a hash of 16 hex digits, equal for texts that `normalize_text` makes equal."""
     return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:16]

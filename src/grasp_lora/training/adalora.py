@@ -1,7 +1,8 @@
-"""AdaLoRA (arXiv 2303.10512) as PEFT has it, trained like every other adapter here: a baseline.
+"""AdaLoRA (arXiv 2303.10512), PEFT's implementation, as a baseline.
 
-PEFT adds the orthogonality of the factors to a loss that the model returns; ours is computed
-outside, so the term's gradient is added to the parameters' own, after clipping.
+PEFT adds the orthogonality penalty to the loss that the model returns. Here the loss is computed
+outside the model. The gradient of the penalty is therefore added to the parameters' gradients,
+after clipping.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from grasp_lora.models.preserve import quiet_wrapping
 from grasp_lora.training.live import LiveAdapter
 
 ORTHOGONALITY = 0.5
-"""Weight of the term, PEFT's default."""
+"""Weight of the orthogonality penalty; PEFT's default."""
 
 
 def attach_adalora(
@@ -30,19 +31,19 @@ def attach_adalora(
     steps: int,
     seed: int,
 ) -> LiveAdapter:
-    """Wrap a bare model with a fresh AdaLoRA adapter; return the handle that training needs.
+    """Add a new AdaLoRA adapter to a base model and return it as a `LiveAdapter`.
 
-    Ranks start at one and a half times `rank`, and are given up from a sixth to a half of the
-    steps until `rank` a module is left on average.
+    Ranks start at 1.5 times `rank`. Between one sixth and one half of the steps they are reduced,
+    until their mean over the modules is `rank`.
 
     Args:
-        model: the bare backbone; it stays frozen.
+        model: the base model without LoRA; it stays frozen.
         targets: full names of the modules.
-        rank: average rank at the end.
-        alpha: scaling is alpha over the starting rank.
-        dropout: of the adapter's input.
+        rank: mean rank at the end.
+        alpha: the scaling is alpha / initial rank.
+        dropout: LoRA dropout.
         steps: optimizer steps of the training.
-        seed: of the starting factors.
+        seed: seed of the initial factors.
 
     Raises:
         ValueError: there are too few steps for the schedule.
@@ -70,31 +71,31 @@ def attach_adalora(
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Adds the orthogonality's gradient and gives ranks up, after every optimizer step.
+    """Adds the gradient of the orthogonality penalty, and reduces ranks after optimizer steps.
 
     Args:
-        live: of `attach_adalora`.
+        live: adapter from `attach_adalora`.
     """
 
     def __init__(self, live: LiveAdapter):
         self._live = live
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the gradient of the orthogonality."""
+        """Add the gradient of the orthogonality penalty."""
         factors = [p for n, p in self._live.params.items() if "lora_A" in n or "lora_B" in n]
         with torch.enable_grad():
-            price = ORTHOGONALITY * orthogonality_penalty(self._live.params)
-            gradients = torch.autograd.grad(price, factors)
+            penalty = ORTHOGONALITY * orthogonality_penalty(self._live.params)
+            gradients = torch.autograd.grad(penalty, factors)
         for param, gradient in zip(factors, gradients, strict=True):
             param.grad = gradient if param.grad is None else param.grad + gradient
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score the components and give up those over the budget."""
+        """Score the components and remove those beyond the rank budget."""
         self._live.model.base_model.update_and_allocate(state.global_step + 1)  # type: ignore[operator, union-attr]
 
 
 def orthogonality_penalty(params: Any) -> Tensor:
-    """Return the mean Frobenius distance of A A^T and B^T B from the identity."""
+    """Return the mean Frobenius distance of A A^T and of B^T B from the identity, as a scalar."""
     distances: list[Tensor] = []
     for name, factor in params.items():
         if "lora_A" in name or "lora_B" in name:
@@ -105,7 +106,7 @@ def orthogonality_penalty(params: Any) -> Tensor:
 
 
 def plain_lora_of(live: LiveAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return module -> (A, B) of the plain LoRA adapter that adds the same, scaling 1."""
+    """Return module -> (A, B) of the equivalent plain LoRA adapter, with scaling 1."""
     plain: dict[str, tuple[Tensor, Tensor]] = {}
     base = live.model.get_base_model()  # type: ignore[operator]
     for name, module in base.named_modules():

@@ -1,4 +1,4 @@
-"""The best checkpoint by dev loss, step 0 included, and early stopping."""
+"""Keep the adapter with the lowest dev loss, step 0 included, and stop early."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from grasp_lora.training.live import LiveAdapter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dev loss at one step (nats; mean over rows of the mean over answer tokens)."""
+    """Dev loss at one step, in nats: mean over examples of the mean over answer tokens."""
 
     step: int
     loss: float
@@ -25,17 +25,17 @@ class Evaluation:
 class BestCallback(TrainerCallback):
     """Measures the dev loss before the first step and after every epoch; keeps the best adapter.
 
-    Step 0 takes part: a start that training only makes worse is what comes out. Training stops
-    after `patience` evaluations in a row without a new best.
+    Step 0 counts: if training only increases the dev loss, the initial adapter is the best one.
+    Training stops after `patience` consecutive evaluations without a new best.
 
     Args:
         live: the adapter.
-        rows: the dev rows.
-        every: optimizer steps of an epoch.
+        examples: the dev examples.
+        every: optimizer steps per epoch.
         patience: evaluations without a new best before training stops; None never stops.
         on_evaluation: called with every evaluation.
-        clock: charged with the evaluations, as `dev`.
-        whole: measure with nothing pruned, for masks that change from one evaluation to the next.
+        clock: measures the seconds of the evaluations, as `dev`.
+        unpruned: evaluate with nothing pruned, for masks that change between evaluations.
     """
 
     name = "best"
@@ -43,7 +43,7 @@ class BestCallback(TrainerCallback):
     def __init__(
         self,
         live: LiveAdapter,
-        rows: EncodedExamples,
+        examples: EncodedExamples,
         every: int,
         patience: int | None,
         on_evaluation: Callable[[Evaluation], None],
@@ -52,8 +52,8 @@ class BestCallback(TrainerCallback):
     ):
         self._live = live
         self._unpruned = unpruned
-        self._batches = rows.batches(range(len(rows.encoded)))
-        self._count = len(rows.encoded)
+        self._batches = examples.batches(range(len(examples.encoded)))
+        self._count = len(examples.encoded)
         self._every = every
         self._patience = patience
         self._on_evaluation = on_evaluation
@@ -61,19 +61,19 @@ class BestCallback(TrainerCallback):
         self._best: dict[str, Tensor] = {}
         self.evaluations: list[Evaluation] = []
         self.example_losses: list[list[float]] = []
-        """Losses of the dev rows at each evaluation."""
+        """For each evaluation, the loss of every dev example in nats."""
         self.best: Evaluation | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start, unless the run goes on from a checkpoint."""
+        """Evaluate the initial adapter, unless the run resumes from a checkpoint."""
         if state.global_step == 0:
             with self._clock.span("dev"):
                 self._evaluate(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure at the end of an epoch and of the run; stop when patience has run out."""
-        # Not in on_epoch_end: a checkpoint of an epoch's last step is written before that event,
-        # and a run resumed from it would never see the evaluation.
+        """Evaluate after each epoch and at the end of the run; stop when patience has run out."""
+        # on_epoch_end comes too late: the checkpoint of an epoch's last step is written before it,
+        # so a run resumed from that checkpoint would miss the evaluation.
         step = state.global_step
         if not self.out_of_patience() and (step % self._every == 0 or step == state.max_steps):
             with self._clock.span("dev"):
@@ -82,7 +82,7 @@ class BestCallback(TrainerCallback):
             control.should_training_stop = True
 
     def out_of_patience(self) -> bool:
-        """Return whether `patience` evaluations in a row have brought no new best."""
+        """Return whether the last `patience` evaluations gave no new best."""
         if self._patience is None or self.best is None:
             return False
         steps = [e.step for e in self.evaluations]
@@ -102,13 +102,13 @@ class BestCallback(TrainerCallback):
         self._on_evaluation(evaluation)
 
     def restore(self) -> Evaluation:
-        """Put the best adapter into the model and return its evaluation."""
+        """Load the best adapter into the model and return its evaluation."""
         assert self.best is not None
         self._live.load(self._best)
         return self.best
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the best adapter and all evaluations."""
+        """Return the best adapter's tensors, and all evaluations."""
         values: dict[str, Any] = {"evaluations": [asdict(e) for e in self.evaluations]}
         values["rows"] = self.example_losses
         if self.best is not None:
@@ -116,7 +116,7 @@ class BestCallback(TrainerCallback):
         return dict(self._best), values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a state, patience included (it is counted from the evaluations)."""
+        """Load a state. Patience follows from the evaluations in it."""
         self._best = dict(tensors)
         self.evaluations = [Evaluation(**e) for e in values["evaluations"]]
         self.best = Evaluation(**values["best"]) if "best" in values else None

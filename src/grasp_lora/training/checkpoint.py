@@ -1,7 +1,7 @@
-"""State that survives a crash: what the Trainer's own checkpoints do not hold.
+"""Save and load the state that the Trainer's own checkpoints do not hold.
 
-Our callbacks hold live references, so their state does not go through the Trainer's callback
-states (which rebuild such objects without them) but into two files of our own.
+The Trainer can save callback states, but it rebuilds the callbacks without references to other
+objects. Callbacks here need such references, so their state is in two additional files.
 """
 
 import json
@@ -19,12 +19,12 @@ from transformers import TrainerCallback
 from grasp_lora.base.clock import Clock
 from grasp_lora.training.live import LiveAdapter
 
-MARKER = "grasp.json"
-TENSORS = "grasp.safetensors"
+MARKER_FILE = "grasp.json"
+TENSORS_FILE = "grasp.safetensors"
 
 
 class Stateful(Protocol):
-    """Something whose state goes into every checkpoint."""
+    """An object whose state is part of every checkpoint."""
 
     name: str
 
@@ -33,12 +33,12 @@ class Stateful(Protocol):
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a state."""
+        """Load a state that `state` returned."""
         ...
 
 
 class LiveAdapterState:
-    """The live adapter's part of a checkpoint: weights, masks, stash."""
+    """The adapter's part of a checkpoint: weights, masks and stashed values."""
 
     name = "adapter"
 
@@ -50,23 +50,23 @@ class LiveAdapterState:
         return self._live.snapshot(), {}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a snapshot."""
+        """Load a snapshot."""
         del values
         self._live.load(tensors)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the parts' state into each of the Trainer's checkpoints, and reads it back.
+    """Writes the state of several objects into the Trainer's checkpoints, and reads it back.
 
-    The Trainer's own saving is not atomic. The marker file is written last, by rename: a folder
-    that has it is complete. Must be the first callback of the list, so that the others find their
-    state in place when training begins.
+    The Trainer does not save atomically. The marker file is written last, by a rename, so a folder
+    with a marker is complete. This must be the first callback, so that the others have their state
+    when training begins.
 
     Args:
-        parts: what goes into a checkpoint.
-        on_resume: called after a state was taken over.
-        clock: charged with taking over a state, as `checkpoint`. The Trainer's own reading comes
-            before any event and is idle time; writing is measured by `hf.clock.SaveClock`.
+        parts: the objects whose state is saved.
+        on_resume: called after a state was loaded.
+        clock: measures the seconds of loading, as `checkpoint`. The Trainer loads its own files
+            before any callback, which counts as idle time. `SaveClock` measures the writing.
     """
 
     def __init__(
@@ -80,49 +80,49 @@ class CheckpointCallback(TrainerCallback):
         self._clock = clock or Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over the state of the checkpoint that the Trainer resumed from."""
+        """Load the state of the checkpoint that the Trainer resumed from."""
         if state.global_step > 0:
             with self._clock.span("checkpoint"):
-                self._take_over(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self._on_resume()
 
-    def _take_over(self, folder: Path) -> None:
-        if not (folder / MARKER).exists():
+    def _load(self, folder: Path) -> None:
+        if not (folder / MARKER_FILE).exists():
             raise ValueError(
-                f"training resumed at step {checkpoint_step(folder)} but {folder} is not a complete"
-                " checkpoint of this run; resume from a folder inside the run's own output"
+                f"training resumed at step {checkpoint_step(folder)}, but {folder} is not a"
+                " complete checkpoint of this run; resume from a folder in the run's own output"
             )
         read_state(folder, self._parts)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
-        PartialState().wait_for_everyone()  # each process saves its own random generators
+        PartialState().wait_for_everyone()  # each process saves its own random states
         if not state.is_world_process_zero:
             return
         write_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._parts)
 
 
 def write_state(folder: Path, parts: Sequence[Stateful]) -> None:
-    """Write the parts' state into a checkpoint's folder; the marker, last, makes it complete."""
+    """Write the state of `parts` into a checkpoint folder, and the marker file last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for part in parts:
         own, values[part.name] = part.state()
         tensors |= {f"{part.name}/{n}": t.contiguous() for n, t in own.items()}
-    save_file(tensors, folder / TENSORS)
-    draft = folder / f"{MARKER}.tmp"
+    save_file(tensors, folder / TENSORS_FILE)
+    draft = folder / f"{MARKER_FILE}.tmp"
     with draft.open("w") as file:
         json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, folder / MARKER)
+    os.replace(draft, folder / MARKER_FILE)
 
 
 def read_state(folder: Path, parts: Sequence[Stateful]) -> None:
-    """Give the parts their state in a complete checkpoint back."""
-    tensors = load_file(folder / TENSORS)
-    values = json.loads((folder / MARKER).read_text())
+    """Load the state of `parts` from a complete checkpoint."""
+    tensors = load_file(folder / TENSORS_FILE)
+    values = json.loads((folder / MARKER_FILE).read_text())
     for part in parts:
         prefix = f"{part.name}/"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -130,14 +130,14 @@ def read_state(folder: Path, parts: Sequence[Stateful]) -> None:
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints, newest first."""
-    return [folder for folder in _checkpoints(output_dir) if (folder / MARKER).exists()]
+    """Return the folders of complete checkpoints, newest first."""
+    return [folder for folder in _checkpoints(output_dir) if (folder / MARKER_FILE).exists()]
 
 
 def remove_incomplete(output_dir: Path) -> None:
-    """Remove the checkpoints that a crash left incomplete."""
+    """Delete the checkpoints that a crash left incomplete."""
     for folder in _checkpoints(output_dir):
-        if not (folder / MARKER).exists():
+        if not (folder / MARKER_FILE).exists():
             shutil.rmtree(folder)
 
 

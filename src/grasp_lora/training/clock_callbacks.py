@@ -1,4 +1,4 @@
-"""Trainer callbacks that tell a clock when the Trainer steps and when it saves."""
+"""Trainer callbacks that measure the seconds of optimizer steps and of checkpoints."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,37 +9,37 @@ from grasp_lora.base.clock import Clock
 
 
 class StepClock(TrainerCallback):
-    """Charges each optimizer step as `step`: its forwards, backwards, clipping and the optimizer.
+    """Measures each optimizer step as `step`: forward and backward passes, clipping, optimizer.
 
-    Must come before every callback that works in `on_step_end`, so that their work is not charged
-    to the step. The batches of a step are drawn and collated before it begins, those of all its
-    accumulated forwards together, and are not in it.
+    It must precede every callback that works in `on_step_end`, so that their work is not part of
+    the step. The batches of all forward passes of a step are drawn and collated before the step
+    begins and are not part of it.
 
     Args:
-        clock: is charged.
+        clock: receives the seconds.
     """
 
     def __init__(self, clock: Clock):
         self._clock = clock
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to charge."""
+        """Start the step."""
         self._clock.start("step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Charge the step no longer."""
+        """Stop the step."""
         self._clock.stop("step")
 
 
 class SaveClock(TrainerCallback):
-    """Charges each checkpoint as `checkpoint`: the Trainer's files and ours.
+    """Measures each checkpoint as `checkpoint`: the Trainer's files and the additional ones.
 
-    The Trainer tells no callback that it begins to save. What lies between the end of a step and
-    the end of its checkpoint is charged, so the log entry of that step is in it too (with
-    `report_to`, what its loggers do). Must be the last callback of the list.
+    The Trainer has no event for the beginning of a save. The time from the end of a step to the end
+    of its checkpoint is measured, so it includes the step's log entry and, with `report_to`, the
+    work of the loggers. This must be the last callback.
 
     Args:
-        clock: is charged.
+        clock: receives the seconds.
         on_saved: called after every checkpoint.
     """
 
@@ -48,11 +48,11 @@ class SaveClock(TrainerCallback):
         self._on_saved = on_saved
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to charge where a checkpoint follows."""
+        """Start the checkpoint if one follows this step."""
         if control.should_save:
             self._clock.start("checkpoint")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Charge the checkpoint no longer: all callbacks have saved."""
+        """Stop the checkpoint, since all other callbacks have saved."""
         self._clock.stop("checkpoint")
         self._on_saved()

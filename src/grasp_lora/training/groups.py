@@ -1,4 +1,4 @@
-"""Groups of mask units that have a ratio of their own."""
+"""Groups of blocks that each have their own ratio."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,17 +10,17 @@ SCOPES: Mapping[str, Callable[[Block], str]] = {
     "layer": lambda block: _layer(block.module),
     "adapter": lambda block: f"adapter {block.source}",
 }
-"""Scope -> the name of a block's group."""
+"""Scope -> function from a block to the name of its group."""
 
 
 def _layer(module: str) -> str:
-    """Return the first number in a module's name; modules outside the layers are one group."""
+    """Return the group named by the first number in a module's name, or "outside"."""
     numbers = [part for part in module.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if numbers else "outside"
 
 
 def group_sizes(live: LiveAdapter, scope: str) -> dict[str, int]:
-    """Return group -> its entries, in the order of the adapter's blocks."""
+    """Return group -> number of entries, in the order of the adapter's blocks."""
     sizes: dict[str, int] = {}
     for block, a, b in live.effective_blocks():
         group = SCOPES[scope](block)
@@ -29,14 +29,13 @@ def group_sizes(live: LiveAdapter, scope: str) -> dict[str, int]:
 
 
 def ratio_by_group(scope: str, ratios: Mapping[str, float]) -> BlockRatio:
-    """Return what `LiveAdapter.masks` takes for a ratio that differs between groups.
+    """Return the function from a block to its group's ratio, for `LiveAdapter.masks`.
+
+    The returned function raises a ValueError for a block whose group has no ratio.
 
     Args:
         scope: a key of `SCOPES`.
         ratios: group -> fraction removed, in [0, 1].
-
-    Raises (when it is used):
-        ValueError: a block's group has no ratio.
     """
 
     def ratio_of(block: Block) -> float:

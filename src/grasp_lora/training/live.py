@@ -1,13 +1,14 @@
-"""The live adapter: the only place that writes the weights of a training LoRA adapter.
+"""The live adapter: a LoRA adapter in training, with masks that set pruned entries to zero.
 
-Every trainable LoRA tensor is cut into *blocks*, the tensors a prune ratio applies to (mask units):
-the whole tensor (`merged`), or the part of it that came from one source adapter (`source`). A
-pruned entry is exactly zero in the weights; its last value waits in a stash, so that it is scored
-by that value and can come back with it.
+Only this module writes pruning masks into the weights. Every trainable LoRA tensor is divided into
+*blocks* (mask units), to which a ratio applies. A block is a whole tensor (`merged`) or the part of
+a tensor that came from one source adapter (`source`). A pruned entry is exactly zero in the
+weights. Its last value is kept in the stash: it determines the entry's importance and is restored
+when the entry returns.
 
-Memory beside the weights: the stash (a value for each pruned entry) and masks of one bit an entry.
-A trial writes only the entries it changes and keeps only the values it takes away; every entry's
-value is held once in all.
+Besides the weights, memory holds the stash (one value for each pruned entry) and masks (one bit for
+each entry). A trial changes only the entries where its mask differs, and saves only the values that
+it removes. Each entry's value is held once.
 """
 
 import hashlib
@@ -28,20 +29,20 @@ from grasp_lora.core.pruning.masks import STRUCTURES, Mask, packed_size
 from grasp_lora.models.preserve import preserved
 
 Masks = Mapping[str, Mask]
-"""Name of a parameter -> its keep mask."""
+"""Name of a parameter -> keep mask."""
 
 ImportanceRule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""An entry of `core.importance.IMPORTANCE`."""
+"""(A, B, input norms) -> importance of both; an entry of `core.pruning.importance.IMPORTANCE`."""
 
 BlockImportance = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(block, its A [r, in], its B [out, r]) -> importance of their entries; see `block_importance`."""
+"""(block, its A [r, in], its B [out, r]) -> importance of both; see `block_importance`."""
 
 
 class SumOfSources(nn.Module):
-    """Presents factors that are trained apart as the one tensor a plain LoRA layer multiplies.
+    """Parametrisation of a LoRA tensor as the sum of factors that are trained separately.
 
     Args:
-        parts: the factors to start from; their sum is the layer's tensor.
+        parts: initial factors of the sources; their sum is the layer's tensor.
     """
 
     def __init__(self, parts: list[Tensor]):
@@ -53,19 +54,20 @@ class SumOfSources(nn.Module):
         return torch.stack(sources).sum(0)
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts to start from, on the device and in the dtype of `value`."""
+        """Return the initial factors, on the device and in the dtype of `value`."""
         return tuple(p.to(value) for p in self._parts)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One mask unit's pair of tensors: A and B of one module, of one source or of all.
+    """One mask unit: A and B of one module, either of one source adapter or merged.
 
     Attributes:
-        module: full name of the LoRA layer in the bare model.
-        source: index of the source adapter, None when the unit is the merged tensor.
-        a, b: names of the parameters (keys of `LiveAdapter.params`).
-        rows: which rows of `a` (and columns of `b`) belong to the block.
+        module: full name of the LoRA layer in the base model.
+        source: index of the source adapter; None for the merged tensors.
+        a: name of the parameter with A, a key of `LiveAdapter.params`.
+        b: name of the parameter with B.
+        rows: rows of A, and columns of B, that belong to the block.
     """
 
     module: str
@@ -76,18 +78,18 @@ class Block:
 
 
 BlockRatio = Callable[[Block], float]
-"""Block -> fraction of its entries that is removed."""
+"""Block -> fraction of its entries that is removed, in [0, 1]."""
 
 
 class LiveAdapter:
-    """Handles on the trainable tensors of one LoRA adapter, their masks and their stash.
+    """The trainable tensors of one LoRA adapter, with their masks and stashed values.
 
     Args:
         model: the PeftModel.
         params: name -> trainable tensor; A tensors are [rank, in], B tensors [out, rank].
-        blocks: the mask units that cover them.
-        layers: module name -> LoRA layer, for input norms.
-        structure: what a ratio removes, a key of `core.masks.STRUCTURES`.
+        blocks: the mask units, which together cover all of `params`.
+        layers: module name -> LoRA layer.
+        structure: unit of pruning, a key of `core.pruning.masks.STRUCTURES`.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class LiveAdapter:
         layers: Mapping[str, Any],
         structure: str = "entries",
     ):
-        self._cut_both = STRUCTURES[structure]
+        self._keep_masks = STRUCTURES[structure]
         self.model = model
         self.params = params
         self.blocks = blocks
@@ -109,8 +111,8 @@ class LiveAdapter:
             param.register_hook(self._gradient_filter(name))
 
     def _gradient_filter(self, name: str):
-        # Filtering as the gradient arrives, not after the backward pass, keeps pruned entries out
-        # of the norm that clipping divides by and out of Adam's moments.
+        # A gradient hook keeps pruned entries out of Adam's moments and out of the gradient norm
+        # used for clipping. Filtering after the backward pass would come too late.
         def keep_only(gradient: Tensor) -> Tensor | None:
             if not self.any_pruned(name):
                 return None
@@ -119,24 +121,24 @@ class LiveAdapter:
         return keep_only
 
     def any_pruned(self, name: str) -> bool:
-        """Return whether the tensor has a pruned entry."""
+        """Return whether a tensor has a pruned entry."""
         return name in self._keep
 
     def keep(self, name: str) -> Tensor:
-        """Return the tensor's keep mask, True = kept (a copy)."""
+        """Return a copy of a tensor's keep mask, True = kept."""
         if self.any_pruned(name):
             return self._keep[name].keep()
         return torch.ones_like(self.params[name], dtype=torch.bool)
 
     def effective(self, name: str) -> Tensor:
-        """Return the tensor with every pruned entry at its stashed value; read it only."""
+        """Return a tensor with pruned entries at their stashed values; do not write to it."""
         value = self.params[name].detach()
         if not self.any_pruned(name):
             return value
         return value.masked_scatter(~self.keep(name), self._stash[name])
 
     def effective_blocks(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
-        """Yield (block, A [r, in], B [out, r]) with stashed values in place; read them only."""
+        """Yield (block, A [r, in], B [out, r]) with stashed values; do not write to them."""
         for (name_a, name_b), blocks in groupby(self.blocks, key=lambda block: (block.a, block.b)):
             a, b = self.effective(name_a), self.effective(name_b)
             for block in blocks:
@@ -144,38 +146,40 @@ class LiveAdapter:
 
     def masks(
         self,
-        score: Callable[[Block, Tensor, Tensor], tuple[Tensor, Tensor]],
+        importance: BlockImportance,
         ratios: Sequence["float | BlockRatio"],
     ) -> list[Masks]:
-        """Return for each ratio the masks that prune it of every block's tensors.
+        """Return for each ratio the masks that remove that fraction of every block's tensors.
 
-        One pass over the adapter: importance is computed once for all ratios, and only one
-        module's is held at a time.
+        Importance is computed in one pass for all ratios, and only one module's importance is in
+        memory at a time.
 
         Args:
-            score: importance of a block's A [r, in] and B [out, r]; see `block_importance`.
-            ratios: fractions removed, in [0, 1]; a function gives each block its own.
+            importance: importance of a block's entries; see `block_importance`.
+            ratios: fractions removed, in [0, 1], or functions that return a block's ratio.
         """
-        cut: list[dict[str, Mask]] = [{} for _ in ratios]
-        places = self._places_for_bits(len(ratios))
-        scored_blocks = ((block, *score(block, a, b)) for block, a, b in self.effective_blocks())
+        found: list[dict[str, Mask]] = [{} for _ in ratios]
+        buffers = self._mask_buffers(len(ratios))
+        scored_blocks = (
+            (block, *importance(block, a, b)) for block, a, b in self.effective_blocks()
+        )
         for names, group in groupby(scored_blocks, key=lambda item: (item[0].a, item[0].b)):
             drafts = [
                 tuple(torch.empty_like(self.params[n], dtype=torch.bool) for n in names)
                 for _ in ratios
             ]
-            for block, score_a, score_b in group:
-                own = [ratio(block) if callable(ratio) else ratio for ratio in ratios]
-                found = self._cut_both(score_a, score_b, own)
-                for (keep_a, keep_b), (found_a, found_b) in zip(drafts, found, strict=True):
-                    keep_a[block.rows] = found_a
-                    keep_b[:, block.rows] = found_b
-            for masks, draft, place in zip(cut, drafts, places, strict=True):
-                masks |= {n: Mask.of(k, place[n]) for n, k in zip(names, draft, strict=True)}
-        return list(cut)
+            for block, importance_a, importance_b in group:
+                values = [ratio(block) if callable(ratio) else ratio for ratio in ratios]
+                pairs = self._keep_masks(importance_a, importance_b, values)
+                for (keep_a, keep_b), (block_a, block_b) in zip(drafts, pairs, strict=True):
+                    keep_a[block.rows] = block_a
+                    keep_b[:, block.rows] = block_b
+            for masks, draft, buffer in zip(found, drafts, buffers, strict=True):
+                masks |= {n: Mask.of(k, buffer[n]) for n, k in zip(names, draft, strict=True)}
+        return list(found)
 
-    def _places_for_bits(self, count: int) -> list[dict[str, Tensor]]:
-        """Return room for the bits of so many masks, one piece of memory each, as `_room`."""
+    def _mask_buffers(self, count: int) -> list[dict[str, Tensor]]:
+        """Return buffers for the bits of `count` masks, one allocation per mask; see `_buffers`."""
         sizes = [packed_size(p.numel()) for p in self.params.values()]
         device = next(iter(self.params.values())).device
         wholes = [torch.empty(sum(sizes), dtype=torch.uint8, device=device) for _ in range(count)]
@@ -183,32 +187,32 @@ class LiveAdapter:
 
     @contextmanager
     def trial(self, masks: Masks) -> Iterator[None]:
-        """Run the body under `masks` in eval mode, then put everything back as it was.
+        """Run the body with `masks` in force and the model in eval mode, then restore everything.
 
-        Put back, also after an exception: the entries that the masks changed, gradients, every
-        module's train or eval mode and every random generator. Entries that a mask keeps but that
-        are pruned now take part with their stashed value.
+        On exit, also after an exception, these are restored: the entries that the masks changed,
+        gradients, train or eval modes, and random generators. An entry that is pruned now and kept
+        by `masks` has its stashed value in the body.
 
         Raises:
-            RuntimeError: the body wrote to the weights, which it may not.
+            RuntimeError: the body wrote to the weights.
         """
         with torch.no_grad():
-            places = self._room({n: int(self._leaving(n, masks).sum()) for n in self.params})
+            buffers = self._buffers({n: int(self._leaving(n, masks).sum()) for n in self.params})
         applied: list[str] = []
         try:
             for name in self.params:
-                self._apply(name, masks, places[name])
+                self._apply(name, masks, buffers[name])
                 applied.append(name)
             with preserved(self.model, self.params):
                 self.model.eval()
                 yield
         finally:
             for name in applied:
-                self._undo(name, masks, places[name])
+                self._undo(name, masks, buffers[name])
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
-        """Run the body as a `trial` with nothing pruned, then put the masks back."""
+        """Run the body as a `trial` with nothing pruned, then restore the masks."""
         kept = {
             name: Mask.of(torch.ones_like(param, dtype=torch.bool))
             for name, param in self.params.items()
@@ -218,13 +222,12 @@ class LiveAdapter:
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
-        """Run the body in eval mode with the adapter's contribution multiplied, then restore.
+        """Run the body in eval mode with the adapter's contribution times `factor`, then restore.
 
-        A factor of 0 gives the bare backbone, one below 1 shrinks what the adapter adds. What is
-        put back is that of `trial`.
+        A factor of 0 gives the base model. The same state is restored as by `trial`.
 
         Raises:
-            RuntimeError: the body wrote to the weights, which it may not.
+            RuntimeError: the body wrote to the weights.
         """
         before = {name: layer.scaling["default"] for name, layer in self.layers.items()}
         try:
@@ -238,45 +241,50 @@ class LiveAdapter:
                 layer.scaling["default"] = before[name]
 
     def _leaving(self, name: str, masks: Masks) -> Tensor:
-        """Return which entries are in the weights now and go under `masks`."""
+        """Return True for the entries that are kept now and removed by `masks`."""
         wanted = masks[name].keep()
         return self.keep(name) & ~wanted if self.any_pruned(name) else ~wanted
 
-    def _room(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return room for so many values of each tensor, all in one piece of memory.
+    def _buffers(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return a buffer for `counts[name]` values of each tensor, all in one allocation.
 
-        What lives long and is made a piece at a time between large short-lived tensors scatters
-        over the heap, which then holds far more than is in use.
+        Many long-lived buffers allocated between large short-lived tensors would fragment the heap,
+        so that it takes far more memory than is in use.
         """
         param = next(iter(self.params.values()))
         whole = torch.empty(sum(counts.values()), dtype=param.dtype, device=param.device)
         return dict(zip(counts, whole.split(list(counts.values())), strict=True))
 
     @torch.no_grad()
-    def _apply(self, name: str, masks: Masks, place: Tensor) -> None:
-        """Put `masks` in force, mask and stash untouched; the values that go move to `place`."""
+    def _apply(self, name: str, masks: Masks, buffer: Tensor) -> None:
+        """Write `masks` into the weights; move removed values to `buffer`; keep mask and stash."""
         param, leaving = self.params[name], self._leaving(name, masks)
-        torch.masked_select(param, leaving, out=place)
+        torch.masked_select(param, leaving, out=buffer)
         if self.any_pruned(name):
             wanted, pruned = masks[name].keep(), ~self.keep(name)
-            back = torch.masked_select(self._stash[name], torch.masked_select(wanted, pruned))
-            param.masked_scatter_(wanted & pruned, back)
+            revived = torch.masked_select(self._stash[name], torch.masked_select(wanted, pruned))
+            param.masked_scatter_(wanted & pruned, revived)
         param.masked_fill_(leaving, 0.0)
 
     @torch.no_grad()
-    def _undo(self, name: str, masks: Masks, place: Tensor) -> None:
+    def _undo(self, name: str, masks: Masks, buffer: Tensor) -> None:
+        """Undo `_apply`."""
         param = self.params[name]
-        param.masked_scatter_(self._leaving(name, masks), place)
+        param.masked_scatter_(self._leaving(name, masks), buffer)
         if self.any_pruned(name):
             param.masked_fill_(~self.keep(name), 0.0)
 
     @torch.no_grad()
     def commit(self, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> int:
-        """Make `masks` the adapter's masks; return how many entries changed side.
+        """Make `masks` the adapter's masks; return the number of entries that they change.
 
-        Newly pruned entries are stashed and their moments cleared in every optimizer-state tensor
-        of the parameter's shape (never the shared step counter); revived ones return from the
-        stash.
+        Newly pruned entries are stashed. Their values in the optimizer's state are set to zero, in
+        every state tensor with the parameter's shape, so never in the step counter. Revived entries
+        get their stashed values.
+
+        Args:
+            masks: the new masks.
+            optimizer: optimizer whose state is cleared; None clears nothing.
         """
         flipped = 0
         for name, param in self.params.items():
@@ -284,24 +292,25 @@ class LiveAdapter:
             flipped += int((self.keep(name) ^ wanted).sum())
             if optimizer is not None:
                 _clear_moments(optimizer, param, self._leaving(name, masks))
-            if self.any_pruned(name):  # all values go back first: old and new stash never coexist
+            if self.any_pruned(name):  # so that old and new stash never coexist
                 param.masked_scatter_(~self.keep(name), self._stash[name])
         self._keep, self._stash = {}, {}
         counts = {n: int((~masks[n].keep()).sum()) for n in self.params}
-        for name, place in self._room({n: count for n, count in counts.items() if count}).items():
-            self._apply(name, masks, place)
-            self._keep[name], self._stash[name] = masks[name], place
+        wanted_counts = {n: count for n, count in counts.items() if count}
+        for name, buffer in self._buffers(wanted_counts).items():
+            self._apply(name, masks, buffer)
+            self._keep[name], self._stash[name] = masks[name], buffer
         return flipped
 
     @torch.no_grad()
     def zero_pruned(self) -> None:
-        """Set pruned entries to zero again (momentum and weight decay move them)."""
+        """Set pruned entries to zero again, after momentum and weight decay moved them."""
         for name, param in self.params.items():
             if self.any_pruned(name):
                 param.masked_fill_(~self.keep(name), 0.0)
 
     def digest(self) -> str:
-        """Return a SHA-256 (hex) of names and weights, zeros of pruned entries included."""
+        """Return a SHA-256 (hex) of names and weights, in which pruned entries are zero."""
         digest = hashlib.sha256()
         for name, param in self.params.items():
             digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode())
@@ -309,11 +318,11 @@ class LiveAdapter:
         return digest.hexdigest()
 
     def held_bytes(self) -> int:
-        """Return the memory of masks and stash, in bytes."""
+        """Return the memory of masks and stash in bytes."""
         return sum(self._keep[n].bits.nbytes + self._stash[n].nbytes for n in self._keep)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return copies of weights, masks (bits) and stash, on the CPU."""
+        """Return copies of weights, masks (packed bits) and stash, on the CPU."""
         out: dict[str, Tensor] = {}
         for name, param in self.params.items():
             out[f"weight.{name}"] = param.detach().cpu().clone()
@@ -324,7 +333,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def load(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Take over a `snapshot` of an adapter of the same layout."""
+        """Load a `snapshot` of an adapter with the same tensors and blocks."""
         self._keep.clear()
         self._stash.clear()
         for name, param in self.params.items():
@@ -334,7 +343,7 @@ class LiveAdapter:
                 self._stash[name] = snapshot[f"stash.{name}"].to(param.device)
 
     def plain_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return module -> (A, B) as a plain LoRA layer holds them, on the CPU."""
+        """Return module -> (A, B) of the equivalent plain LoRA adapter, on the CPU."""
         return {
             name: (
                 layer.lora_A["default"].weight.detach().cpu().clone(),  # type: ignore[union-attr]
@@ -351,22 +360,22 @@ def _clear_moments(optimizer: torch.optim.Optimizer, param: Tensor, entries: Ten
 
 
 def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:
-    """Return the scores of blocks by a rule, for `LiveAdapter.masks`.
+    """Return the importance of blocks by a rule, for `LiveAdapter.masks`.
 
     Args:
-        rule: an entry of `core.importance.IMPORTANCE`.
-        norms: module name -> input norms [in], or None for rules that need none. A module that
-            is not among them reads no text, so its inputs say nothing: magnitude is used there.
+        rule: an entry of `core.pruning.importance.IMPORTANCE`.
+        norms: module name -> input norms [in], or None for rules that need none. A module without
+            norms read no tokens, so its importance is the magnitude.
     """
 
-    def score(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def importance(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if norms is None:
             return rule(a, b, None)
         if block.module not in norms:
             return magnitude(a, b, None)
         return rule(a, b, norms[block.module].to(a.device))
 
-    return score
+    return importance
 
 
 def attach_live_adapter(
@@ -377,16 +386,16 @@ def attach_live_adapter(
     scaling: float = 1.0,
     structure: str = "entries",
 ) -> LiveAdapter:
-    """Attach a merged adapter to a bare model, trainable, and return the handles on it.
+    """Add a merged adapter to a base model as trainable LoRA, and return it as a `LiveAdapter`.
 
     Args:
-        model: the bare causal LM; its own weights stay frozen.
+        model: the base causal LM without LoRA; its own weights stay frozen.
         merged: module name -> merged factors.
-        mask_unit: `source` masks what came from each adapter for itself, `merged` masks the
-            merged tensors as one.
+        mask_unit: `source` prunes the part of each source adapter separately, `merged` prunes the
+            merged tensors as a whole.
         dropout: LoRA dropout.
-        scaling: the layers' LoRA scaling; 1 for merged factors, which carry theirs inside.
-        structure: what a ratio removes, a key of `core.masks.STRUCTURES`.
+        scaling: the layers' LoRA scaling; 1 for merged factors, which include their scaling.
+        structure: unit of pruning, a key of `core.pruning.masks.STRUCTURES`.
 
     Raises:
         ValueError: `mask_unit` is unknown, or is `source` for an `svd` merge, which mixes the
@@ -408,13 +417,14 @@ def attach_live_adapter(
     params: dict[str, nn.Parameter] = {}
     blocks: list[Block] = []
     for name, module in merged.items():
-        blocks += _cut(name, module, layers[name], mask_unit, params)
+        blocks += _blocks_of(name, module, layers[name], mask_unit, params)
     return LiveAdapter(peft_model, params, tuple(blocks), layers, structure)
 
 
-def _cut(
+def _blocks_of(
     name: str, module: MergedModule, layer: Any, mask_unit: str, params: dict[str, nn.Parameter]
 ) -> list[Block]:
+    """Return the blocks of a module and add its trainable tensors to `params`."""
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     if mask_unit == "source" and module.kind == "linear" and len(module.parts) > 1:
         parametrize.register_parametrization(a, "weight", SumOfSources([p.A for p in module.parts]))

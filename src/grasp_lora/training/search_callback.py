@@ -1,9 +1,9 @@
-"""Trainer callbacks of the method: rounds of the controller, and masks that hold.
+"""Trainer callbacks that run controller rounds and keep pruned entries at zero.
 
-The order of one optimizer step in transformers: clip -> `on_pre_optimizer_step` -> step ->
-`on_optimizer_step` (`global_step` not yet incremented) -> scheduler -> zero_grad ->
+The order of one optimizer step in transformers is: clip -> `on_pre_optimizer_step` -> step ->
+`on_optimizer_step` (before `global_step` is incremented) -> scheduler -> zero_grad ->
 `global_step += 1` -> `on_step_end` -> save -> `on_save`. Probes therefore run in `on_step_end`,
-when gradients are gone, and zeros are enforced in `on_optimizer_step`.
+when there are no gradients. Pruned entries are set to zero in `on_optimizer_step`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,12 @@ from grasp_lora.training.live import ImportanceRule, LiveAdapter, block_importan
 
 
 class MaskCallback(TrainerCallback):
-    """Keeps pruned entries at zero after every optimizer step; re-prunes at a fixed ratio if asked.
+    """Keeps pruned entries at zero after every optimizer step; optionally renews the masks.
 
     Args:
         live: the adapter.
-        reprune: called every `every` optimizer steps with the optimizer, or None for a fixed mask.
+        reprune: renews the masks at a fixed ratio; it is called with the optimizer. None keeps the
+            masks.
         every: optimizer steps between two calls of `reprune`.
     """
 
@@ -42,49 +43,66 @@ class MaskCallback(TrainerCallback):
         self._every = every
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Enforce the zeros."""
+        """Set pruned entries to zero."""
         self._live.zero_pruned()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the mask anew where the schedule says so."""
+        """Renew the masks every `every` steps."""
         if self._reprune is not None and state.global_step % self._every == 0:
             self._reprune(kwargs.get("optimizer"))
 
 
 @dataclass(frozen=True)
 class ProbePool:
-    """The rows that rounds draw from.
+    """The examples on which rounds measure candidates.
 
     Attributes:
-        rows: the encoded rows.
-        fresh: draw new rows each round; otherwise the first `config.rows` are used every time.
+        examples: the encoded examples.
+        fresh: draw new examples each round; otherwise every round uses the first `config.rows`.
     """
 
-    rows: EncodedExamples
+    examples: EncodedExamples
     fresh: bool
 
 
 Objective = Callable[[nn.Module, Sequence[int]], list[float]]
-"""(model in eval mode, positions in the pool) -> what each row costs, lower is better."""
+"""(model in eval mode, positions in the pool) -> objective of each example; lower is better."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Settings of the controller rounds of one run.
+
+    Attributes:
+        config: the controller's settings.
+        rule: importance rule.
+        norms: module name -> input norms for `rule`, or None.
+        seed: seed of the controller's own random generator.
+        total_steps: optimizer steps of the whole run.
+        planned_rounds: rounds of the whole run.
+        discard: measure, but never change masks or the controller. Probes have no side effects, and
+            this makes it possible to verify that.
+    """
+
+    config: ControllerConfig
+    rule: ImportanceRule
+    norms: Mapping[str, Tensor] | None
+    seed: int
+    total_steps: int
+    planned_rounds: int
+    discard: bool = False
 
 
 class SearchCallback(TrainerCallback):
-    """Runs a controller round at the steps the settings name.
+    """Runs a controller round at the steps that the settings name.
 
     Args:
         live: the adapter.
-        config: the controller's settings.
-        pool: rows to probe.
-        rule: importance rule.
-        norms: input norms of the rule, or None.
-        seed: seed of the controller's own generator.
-        total_steps: optimizer steps of the whole run.
-        planned: rounds of the whole run.
-        on_round: called with every round's record after it is closed.
-        discard: probe, but never commit and never move (the probes' side effects can then be
-            measured: there are none).
-        clock: charged with `baseline`, `probe` and `masks`.
-        objective: what takes the place of the rows' losses, such as a metric of generated answers.
+        pool: the examples to measure on.
+        settings: settings of the rounds.
+        on_round: called with the controller's state and the record of every completed round.
+        clock: measures the seconds of `baseline`, `probe` and `masks`.
+        objective: replaces the loss of the examples, for example by a metric of generated answers.
     """
 
     name = "search"
@@ -92,54 +110,51 @@ class SearchCallback(TrainerCallback):
     def __init__(
         self,
         live: LiveAdapter,
-        config: ControllerConfig,
         pool: ProbePool,
-        rule: ImportanceRule,
-        norms: Mapping[str, Tensor] | None,
-        seed: int,
-        total_steps: int,
-        planned: int,
+        settings: SearchSettings,
         on_round: Callable[[ControllerState, RoundRecord], None],
-        discard: bool = False,
         clock: Clock | None = None,
         objective: Objective | None = None,
     ):
         self._live = live
         self._objective = objective
-        self._config = config
+        self._settings = settings
+        self._config = config = settings.config
         self._pool = pool
-        self._score = block_importance(rule, norms)
-        self._total_steps = total_steps
+        self._importance = block_importance(settings.rule, settings.norms)
         self._on_round = on_round
-        self._discard = discard
         self._clock = clock or Clock()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(settings.seed)
         self._fixed: list[tuple[list[int], Any]] | None = None
-        self.controller = rounds.begin(config, planned)
+        self.controller = rounds.begin(config, settings.planned_rounds)
         self.flipped: list[int] = []
+        """For each round, the number of entries whose mask changed."""
         self.forwards = 0
+        """Examples read in forward passes so far."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open, run and close a round when one is due."""
-        if rounds.is_due(state.global_step, self._total_steps, self._config):
+        """Run a round if one is due."""
+        if rounds.is_due(state.global_step, self._settings.total_steps, self._config):
             self._round(state.global_step, kwargs.get("optimizer"))
 
     def run_untrained_round(self, number: int) -> None:
-        """Run a round on an adapter that is not trained, where no mask need be in force."""
+        """Run round `number` on an adapter that is not trained, without changing its masks."""
         self._round(number, None, masked=False)
 
-    def _rows(self) -> tuple[tuple[int, ...], list[tuple[list[int], Any]]]:
-        rows = self._pool.rows
+    def _draw_examples(self) -> tuple[tuple[int, ...], list[tuple[list[int], Any]]]:
+        """Return (positions in the pool, batches) of the examples of this round."""
+        examples = self._pool.examples
         if self._pool.fresh:
-            groups = [e.group for e in rows.encoded]
+            groups = [e.group for e in examples.encoded]
             drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
-            return drawn, rows.batches(drawn)
-        drawn = tuple(range(min(self._config.rows, len(rows.encoded))))
+            return drawn, examples.batches(drawn)
+        drawn = tuple(range(min(self._config.rows, len(examples.encoded))))
         if self._fixed is None:
-            self._fixed = rows.batches(drawn)
+            self._fixed = examples.batches(drawn)
         return drawn, self._fixed
 
-    def _costs(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
+    def _measure(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
+        """Return the objective of each drawn example under the current weights."""
         if self._objective is not None:
             return self._objective(self._live.model, drawn)
         return example_losses(self._live.model, batches, len(drawn))
@@ -147,25 +162,25 @@ class SearchCallback(TrainerCallback):
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
-        live, clock, score = self._live, self._clock, self._score
-        drawn, batches = self._rows()
+        live, clock, importance = self._live, self._clock, self._importance
+        drawn, batches = self._draw_examples()
         candidates = rounds.propose(self.controller, self._config, self._generator)
         baseline = None
         if rounds.needs_baseline(self._config):
             with clock.span("baseline"), preserved(live.model, live.params):
                 live.model.eval()
-                baseline = self._costs(drawn, batches)
-        # Near a bound several candidates are often that bound: what is equal is measured once.
-        different = list(dict.fromkeys(candidates))
+                baseline = self._measure(drawn, batches)
+        # Candidates near a bound are often clipped to it, so measure each distinct ratio once.
+        distinct = list(dict.fromkeys(candidates))
         measured: dict[float, list[float]] = {}
         with clock.span("masks"):
-            cut = dict(zip(different, live.masks(score, different), strict=True))
-            for ratio in different:
-                with live.trial(cut[ratio]), clock.span("probe"):
-                    measured[ratio] = self._costs(drawn, batches)
+            masks = dict(zip(distinct, live.masks(importance, distinct), strict=True))
+            for ratio in distinct:
+                with live.trial(masks[ratio]), clock.span("probe"):
+                    measured[ratio] = self._measure(drawn, batches)
         losses = [measured[ratio] for ratio in candidates]
-        self.forwards += len(drawn) * (len(different) + (baseline is not None))
-        if self._discard:
+        self.forwards += len(drawn) * (len(distinct) + (baseline is not None))
+        if self._settings.discard:
             return
         self.controller, record = rounds.conclude(
             self.controller, self._config, candidates, baseline, losses, drawn, step
@@ -173,16 +188,16 @@ class SearchCallback(TrainerCallback):
         flipped = 0
         if record.committed and masked:
             with clock.span("masks"):
-                wanted = cut.get(record.mask_ratio)
+                wanted = masks.get(record.mask_ratio)
                 if wanted is None:
-                    (wanted,) = live.masks(score, [record.mask_ratio])
+                    (wanted,) = live.masks(importance, [record.mask_ratio])
                 cleared = optimizer if self._config.clear_moments else None
                 flipped = live.commit(wanted, cleared)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the generator and the history of the rounds."""
+        """Return the random state and the history of the rounds."""
         tensors = {"generator": self._generator.get_state()}
         values = {
             "controller": rounds.state_to_json(self.controller),
@@ -192,7 +207,7 @@ class SearchCallback(TrainerCallback):
         return tensors, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a state; rounds after it are forgotten."""
+        """Load a state and drop the rounds after it."""
         self._generator.set_state(tensors["generator"])
         self.controller = rounds.state_from_json(values["controller"])
         self.flipped = list(values["flipped"])

@@ -1,8 +1,9 @@
-"""Plain settings -> a configured `transformers.Trainer` (no subclass)."""
+"""Build a `transformers.Trainer` from plain settings, without a subclass."""
 
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from grasp_lora.models.example_losses import IGNORED, answer_logits
 
 
 class Diverged(FloatingPointError):
-    """The training loss is NaN or infinite; raised before the optimizer step."""
+    """The training loss is NaN or infinite. It is raised before the optimizer step."""
 
 
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Return the cross-entropy summed over answer tokens, over the tokens of the whole step.
+    """Return a batch's summed cross-entropy divided by the answer tokens of the optimizer step.
 
-    Dividing by `num_items_in_batch` (answer tokens of all accumulated batches) is ours to do: the
-    Trainer does not divide by the accumulation steps when a loss function is given.
+    The Trainer does not divide by the number of accumulated batches if it is given a loss function.
+    Dividing by the answer tokens of all accumulated batches gives the mean over the step.
+
+    Args:
+        outputs: the model's outputs.
+        labels: [batch, length], with `IGNORED` outside the answers.
+        num_items_in_batch: answer tokens of all accumulated batches; None means of this batch.
 
     Raises:
         Diverged: the loss is not finite.
@@ -38,7 +44,8 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     if not torch.isfinite(loss):
         logits_finite = bool(torch.isfinite(logits).all())
         cause = (
-            "the logits are finite, so the labels are: a row without answer tokens?"
+            "the logits are finite, so the labels are wrong: check for an example without answer"
+            " tokens"
             if logits_finite
             else "the model's own logits are not finite: lower the learning rate, or use"
             " dtype float32 if this model overflows in half precision"
@@ -47,31 +54,41 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     return loss
 
 
-def steps_per_epoch(rows: int, batch_size: int, accumulation: int, processes: int = 1) -> int:
-    """Return the optimizer steps of one epoch, counted as the Trainer counts them."""
-    batches = math.ceil(math.ceil(rows / batch_size) / processes)
+def steps_per_epoch(examples: int, batch_size: int, accumulation: int, processes: int = 1) -> int:
+    """Return the optimizer steps of one epoch, counted like the Trainer.
+
+    Args:
+        examples: training examples.
+        batch_size: examples per forward pass and process.
+        accumulation: forward passes per optimizer step and process.
+        processes: number of processes.
+    """
+    batches = math.ceil(math.ceil(examples / batch_size) / processes)
     return max(batches // accumulation + int(batches % accumulation > 0), 1)
 
 
 def planned_steps(
-    rows: int, epochs: float, batch_size: int, accumulation: int, max_steps: int | None
+    examples: int, epochs: float, batch_size: int, accumulation: int, max_steps: int | None
 ) -> int:
-    """Return the optimizer steps of a whole run in this process group."""
+    """Return the optimizer steps of a whole run: `max_steps`, or those of `epochs` if it is None.
+
+    The other arguments are those of `steps_per_epoch`, for the processes of this launch.
+    """
     if max_steps is not None:
         return max_steps
-    return math.ceil(epochs * steps_per_epoch(rows, batch_size, accumulation, processes()))
+    return math.ceil(epochs * steps_per_epoch(examples, batch_size, accumulation, processes()))
 
 
 def processes() -> int:
-    """Return how many processes the launcher started."""
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_unsupported_launch(on_cpu: bool) -> None:
-    """Refuse FSDP, ZeRO and, unless the run keeps `on_cpu`, DataParallel.
+    """Refuse FSDP, DeepSpeed ZeRO and, unless the run is `on_cpu`, DataParallel.
 
     Raises:
-        ValueError: one of them is active, with what to use instead.
+        ValueError: one of them is active; the message names the alternative.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ValueError("FSDP is not supported yet: launch with plain DDP (torchrun)")
@@ -85,92 +102,84 @@ def refuse_unsupported_launch(on_cpu: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Settings of one training run.
+
+    Attributes:
+        seed: seed of dropout and of the order of examples.
+        epochs: epochs to train if `max_steps` is None.
+        max_steps: optimizer steps to train, or None.
+        batch_size: examples per forward pass and process.
+        accumulation: forward passes per optimizer step.
+        learning_rate: learning rate of the first epoch.
+        lr_decay: factor of the learning rate after each epoch.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: norm to which gradients are clipped.
+        save_every: optimizer steps between checkpoints.
+        start_epoch: epochs already trained elsewhere, for the learning rate schedule.
+        order: rule for the examples of a step; see `models.batches.epoch_order`.
+        report_to: the Trainer's loggers (`tensorboard`, `wandb`, ...).
+        on_cpu: train on the CPU even if there is an accelerator.
+    """
+
+    seed: int
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    lr_decay: float
+    weight_decay: float
+    max_grad_norm: float
+    save_every: int
+    start_epoch: float = 0.0
+    order: str = "by-step"
+    report_to: Sequence[str] = ()
+    on_cpu: bool = True
+
+
 def build_trainer(
     model: nn.Module,
-    rows: Sequence[Any],
+    examples: Sequence[Any],
     collate: Callable[[list[Any]], Any],
     callbacks: Sequence[TrainerCallback],
     output_dir: Path,
-    *,
-    seed: int,
-    epochs: float,
-    max_steps: int | None,
-    batch_size: int,
-    accumulation: int,
-    learning_rate: float,
-    lr_decay: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    save_every: int,
-    start_epoch: float = 0.0,
-    order: str = "by-step",
-    report_to: Sequence[str] = (),
-    on_cpu: bool = True,
+    settings: TrainerSettings,
 ) -> Trainer:
     """Return a Trainer for the trainable parameters of `model`.
 
-    AdamW with the published schedule: the learning rate is multiplied by `lr_decay` after each
-    epoch. Logging, saving and resuming are the Trainer's; progress bars are the caller's.
+    The optimizer is AdamW with the published schedule (arXiv 2601.06702): the learning rate is
+    multiplied by `lr_decay` after each epoch. The Trainer does logging, saving and resuming. Its
+    progress bars are removed, since the caller shows its own.
 
     Args:
         model: the model to train.
-        rows: encoded rows.
-        collate: list of rows -> batch.
-        callbacks: in calling order.
+        examples: encoded training examples.
+        collate: turns a list of examples into a batch.
+        callbacks: callbacks in calling order.
         output_dir: folder of checkpoints.
-        seed: seed of dropout and of the sample order.
-        epochs: epochs to train, unless `max_steps` is given.
-        max_steps: optimizer steps to train.
-        batch_size: rows per forward and process.
-        accumulation: forwards per optimizer step.
-        learning_rate: of the first epoch.
-        lr_decay: factor per epoch.
-        weight_decay: AdamW's.
-        max_grad_norm: gradient clipping norm.
-        save_every: optimizer steps between checkpoints.
-        start_epoch: epochs already trained elsewhere, for the schedule.
-        order: which rows share a step, see `hf.batches.epoch_order`.
-        report_to: loggers of the Trainer (`tensorboard`, `wandb`, ...).
-        on_cpu: keep off any accelerator.
+        settings: settings of the run.
+
+    Raises:
+        ValueError: the launch is not supported; see `refuse_unsupported_launch`.
     """
-    refuse_unsupported_launch(on_cpu)
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        max_steps=max_steps if max_steps is not None else -1,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        save_strategy="steps",
-        save_steps=save_every,
-        save_total_limit=3,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=seed,
-        data_seed=seed,
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",  # the rows come in the order of `EpochExamples`
-        label_names=["labels"],
-        dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to=list(report_to) or "none",
-        use_cpu=on_cpu,
-        bf16=False,
-        fp16=False,
-    )
+    refuse_unsupported_launch(settings.on_cpu)
+    arguments = _training_arguments(output_dir, settings)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
-    per_epoch = steps_per_epoch(len(rows), batch_size, accumulation, processes())
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_decay ** (start_epoch + step // per_epoch)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+    count, batch_size, accumulation = processes(), settings.batch_size, settings.accumulation
+    per_epoch = steps_per_epoch(len(examples), batch_size, accumulation, count)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: settings.lr_decay ** (settings.start_epoch + step // per_epoch)
+    )
+    per_step = batch_size * accumulation * count
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=EpochExamples(rows, seed, batch_size * accumulation * processes(), order),
+        train_dataset=EpochExamples(examples, settings.seed, per_step, settings.order),
         data_collator=collate,
         compute_loss_func=answer_loss,
         callbacks=list(callbacks),
@@ -179,3 +188,33 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _training_arguments(output_dir: Path, settings: TrainerSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps if settings.max_steps is not None else -1,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=3,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # `EpochExamples` orders the examples
+        label_names=["labels"],
+        dataloader_pin_memory=not settings.on_cpu,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=list(settings.report_to) or "none",
+        use_cpu=settings.on_cpu,
+        bf16=False,
+        fp16=False,
+    )

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.generation.generate import generate_texts
+from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
 from grasp_lora.scoring.sets import metric_options
 from grasp_lora.training.search_callback import Objective
@@ -95,12 +95,14 @@ def answers_of(
             model,
             backbone.tokenizer,
             [encoded[i].input_ids[: encoded[i].prompt_length] for i in drawn],
-            max_new_tokens=config.evaluate.max_new_tokens or task.new_tokens(language),
-            min_new_tokens=config.evaluate.min_new_tokens,
-            batch_size=config.evaluate.batch_size,
-            pad_id=backbone.pad_id,
-            stop_ids=sorted({*backbone.stop_ids, *stops}),
-            one_line=task.one_line,
+            GenerationSettings(
+                max_new_tokens=config.evaluate.max_new_tokens or task.new_tokens(language),
+                min_new_tokens=config.evaluate.min_new_tokens,
+                batch_size=config.evaluate.batch_size,
+                pad_id=backbone.pad_id,
+                stop_ids=sorted({*backbone.stop_ids, *stops}),
+                one_line=task.one_line,
+            ),
             notice=context.reporter.say,
         )
         return [

@@ -15,6 +15,7 @@ from grasp_lora.data.hub import (
     ALL,
     PUBLISHED_SETS,
     HubExamples,
+    Source,
     load_hub,
     load_preset,
     split_published,
@@ -267,9 +268,7 @@ class _Reader:
         """Return the published rows that `files`, a preset or a data set of the hub, means."""
         if isinstance(files, HubData):
             found = load_hub(
-                files.hub,
-                files.config,
-                files.revision,
+                Source(files.hub, files.config, files.revision),
                 dict(files.splits),
                 self.task,
                 section.language,
