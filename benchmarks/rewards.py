@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grasp_lora.workbench.folders import read_start
 
 from benchmarks import common
 from grasp_lora.base.files import read_jsonl, write_jsonl
