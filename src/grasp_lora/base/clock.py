@@ -15,16 +15,16 @@ OUTSIDE = "outside the stages"
 
 PARTS: Mapping[str, str] = {
     "step": "training: forward, backward and optimizer",
-    "baseline": "losses of the probing rows under the mask in force",
-    "probe": "losses of the probing rows under the candidates",
-    "masks": "importance, selection, cutting and committing",
-    "dev": "losses of the dev rows",
-    "generate": "answers to the test rows, with their losses",
+    "baseline": "losses of the probing examples under the mask in force",
+    "probe": "losses of the probing examples under the candidates",
+    "masks": "importance, selection, pruning and commits",
+    "dev": "losses of the dev examples",
+    "generate": "answers to the test examples, with their losses",
     "score": "scores, intervals and paired tests",
     "checkpoint": "checkpoints, written and read",
-    "load": "backbone, tokenizer, adapters, rows, encoding, batches",
+    "load": "backbone, tokenizer, adapters, examples, encoding, batches",
     "write": "adapters, records and pictures",
-    IDLE: "all the rest: setting up, progress bars, waiting for other processes",
+    IDLE: "everything else: setup, progress bars, waiting for other processes",
 }
 """Part -> description. `idle` is the time outside all spans, so no span can be idle."""
 
