@@ -21,7 +21,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "tasks": (set(), {"torch", "jinja2"}),
     "data": ({"tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
     "config": ({"core"}, {"pydantic", "pydantic_core", "yaml"}),
-    "models": (set(), {"torch", "transformers", "peft", "safetensors", "huggingface_hub"}),
+    "models": (set(), {"torch", "transformers", "peft", "safetensors"}),
     "adapters": ({"core", "models"}, {"torch", "transformers", "peft", "safetensors"}),
     "training": (
         {"adapters", "base", "core", "models"},

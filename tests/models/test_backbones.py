@@ -146,7 +146,7 @@ def test_a_gguf_file_of_the_hub_is_named_by_repository_and_file(tmp_path, monkey
         return str(file)
 
     monkeypatch.setattr(backbones, "cached_file", cached)
-    source = backbones._source(ModelSpec(name="owner/model/q4/small.gguf", revision="v1"))
+    source = backbones.gguf_source_of(ModelSpec(name="owner/model/q4/small.gguf", revision="v1"))
     assert asked == [("owner/model", "q4/small.gguf", "v1")]
     assert source.public_name == "owner/model/q4/small.gguf"
     assert (source.label, source.assemble(tmp_path)) == ("small", file)
