@@ -62,6 +62,8 @@ def result_of(tmp_path_factory):
         path = folder / f"{benchmark.__name__}.json"
         more = ["--picture", str(folder / "growth.png")] if benchmark is growth else []
         with drawing(), pytest.MonkeyPatch.context() as patch:
+            small = functools.partial(common.matmul_rate, size=256)
+            patch.setattr(common, "matmul_rate", small)
             if benchmark is loading:  # what a process of its own is, masks and search show
                 patch.setattr(common, "isolated", here)
             benchmark.main([*shared, "--json", str(path), *more])
