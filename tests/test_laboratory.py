@@ -536,8 +536,8 @@ def test_a_pair_without_settings_is_named():
 def in_this_process(monkeypatch):
     """Do the runs of a comparison here: a process each would only import all again."""
 
-    def compared(config, out, methods, seeds, _jobs, threads):
-        return compare_methods(config, out, methods, seeds, 0, threads)
+    def compared(config, out, methods, seeds, *_pool):
+        return compare_methods(config, out, methods, seeds)
 
     monkeypatch.setattr(recorded_runs, "compare_methods", compared)
 
