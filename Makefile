@@ -11,6 +11,9 @@ TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations=10
 FAST := $(addprefix tests/,base config core data metrics tasks)
 
+# A process each core: more threads would only wait for each other.
+test test-fast: export OMP_NUM_THREADS := 1
+
 .PHONY: demo test test-fast lint install
 
 demo: $(READY)
