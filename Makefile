@@ -1,18 +1,29 @@
-# make demo   the whole method on the CPU, a few minutes
-# make test   all tests
-# make lint   ruff and pyright
+# make demo        the whole method on the CPU, a few minutes
+# make test        all tests, on two cores unless TEST_WORKERS says how many (0: in one process)
+# make test-fast   those that train nothing
+# make lint        ruff and pyright
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TEST_WORKERS ?= 2
+# A file's tests stay together: they share what is slow to make.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations=10
+FAST := $(addprefix tests/,base config core data metrics tasks)
 
-.PHONY: demo test lint install
+# A process each core: more threads would only wait for each other.
+test test-fast: export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-fast lint install
 
 demo: $(READY)
 	$(BIN)/grasp-lora demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(TEST_WORKERS)
+
+test-fast: $(READY)
+	$(PYTEST) -n $(TEST_WORKERS) $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,12 +3,14 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -37,6 +39,17 @@ DEFAULT_TARGETS = {
     "gemma3_text": ("q_proj", "v_proj"),
     "qwen3": ("q_proj", "v_proj"),
 }
+
+
+_SAVE_FIGURE = Figure.savefig
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw pictures again, which the tests otherwise leave empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _SAVE_FIGURE)
+        yield
 
 
 def tiny_config(

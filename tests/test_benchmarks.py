@@ -1,6 +1,7 @@
 """Every benchmark's quick path on a tiny random model: its figures are there and are numbers."""
 
 import functools
+import importlib
 import json
 import math
 
@@ -22,7 +23,7 @@ from benchmarks import (
 from benchmarks.authors_schedule import Schedule
 
 from grasp_lora.base.clock import Clock
-from helpers import tiny_backbone_folder, tiny_model
+from helpers import drawing, tiny_backbone_folder, tiny_model
 
 FIGURES = {
     generate: ("generate_speedup",),
@@ -42,6 +43,13 @@ FIGURES = {
 }
 
 
+def here(function_name: str, args: dict) -> common.Isolated:
+    """Do in this process what `common.isolated` starts another for, seconds of imports each."""
+    module, _, function = function_name.partition(":")
+    value = getattr(importlib.import_module(module), function)(**args)
+    return common.Isolated(value, None)
+
+
 @pytest.fixture(scope="module")
 def result_of(tmp_path_factory):
     """Return a function that gives a benchmark's result, run once."""
@@ -53,7 +61,12 @@ def result_of(tmp_path_factory):
     def result(benchmark) -> dict:
         path = folder / f"{benchmark.__name__}.json"
         more = ["--picture", str(folder / "growth.png")] if benchmark is growth else []
-        benchmark.main([*shared, "--json", str(path), *more])
+        with drawing(), pytest.MonkeyPatch.context() as patch:
+            small = functools.partial(common.matmul_rate, size=256)
+            patch.setattr(common, "matmul_rate", small)
+            if benchmark is loading:  # what a process of its own is, masks and search show
+                patch.setattr(common, "isolated", here)
+            benchmark.main([*shared, "--json", str(path), *more])
         text = path.read_text()
         assert str(folder) not in text, "a folder of this machine"
         return json.loads(text) | {"folder": folder}

@@ -35,6 +35,7 @@ from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
+from grasp_lora.plans.compare import compare_methods
 from grasp_lora.plans.methods import METHODS, Choice
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, of_adapters, write_job
@@ -191,7 +192,7 @@ def test_the_figures_are_those_of_their_searches():
     assert by_effect[0.0]["searches"] == 4
 
 
-def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys):
+def test_the_laboratory_writes_and_draws_its_figures(tmp_path, capsys, drawing):
     table = recorded(tmp_path / "pair.parquet")
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
     names = ["paper", "standard", "grid"]
@@ -243,7 +244,7 @@ def test_a_way_whose_package_is_missing_is_named_and_left_out(monkeypatch, capsy
     assert "left out: TPE, which needs optuna" in capsys.readouterr().out
 
 
-def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys):
+def test_the_report_of_recordings_ranks_probes_against_final_runs(tmp_path, capsys, drawing):
     table = recorded(tmp_path / "pair.parquet")
     found = records.read_runs(table)["grid-0.6-s42"] | {"verdict": "flat", "ratio": 0.5}
     for seed in (42, 7):  # nothing else has seed 7
@@ -532,7 +533,17 @@ def test_a_pair_without_settings_is_named():
         recorded_runs.config_of("xx-yy")
 
 
-def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Do the runs of a comparison here: a process each would only import all again."""
+
+    def compared(config, out, methods, seeds, *_pool):
+        return compare_methods(config, out, methods, seeds)
+
+    monkeypatch.setattr(recorded_runs, "compare_methods", compared)
+
+
+def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch, in_this_process):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
     config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
@@ -550,7 +561,9 @@ def test_what_is_planned_is_run_kept_and_not_run_again(tmp_path, monkeypatch):
     recorded_runs.main([*command[:6], "--only", "source", "--minutes", "0"])  # no time is left
 
 
-def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(tmp_path, monkeypatch):
+def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(
+    tmp_path, monkeypatch, in_this_process
+):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
     config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))

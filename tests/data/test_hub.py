@@ -84,7 +84,7 @@ def mlqa(revision: str | None = None) -> dict[tuple[str, str | None, str | None]
     return {("facebook/mlqa", "mlqa.ar.ar", revision): MLQA}
 
 
-@pytest.mark.parametrize("preset", PUBLISHED_SETS.values(), ids=str)
+@pytest.mark.parametrize("preset", PUBLISHED_SETS.values(), ids=PUBLISHED_SETS)
 def test_every_part_of_every_role_has_a_size_and_a_published_split(preset) -> None:
     assert set(preset.drawn_from) == {"official", "paper"}
     for protocol in preset.drawn_from.values():

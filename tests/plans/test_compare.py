@@ -51,7 +51,7 @@ from grasp_lora.stages.train import folds_of
 from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
-from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from helpers import drawing, tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
 METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
@@ -81,7 +81,8 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(settings):
     out = settings.parent / "comparison"
-    found = compare_methods(load_config(settings), out, ONLY, (1, 2), quiet=True)
+    with drawing():
+        found = compare_methods(load_config(settings), out, ONLY, (1, 2), quiet=True)
     return found, out
 
 
@@ -771,7 +772,7 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
 
 
-def test_runs_of_several_machines_are_told_apart(done, tmp_path):
+def test_runs_of_several_machines_are_told_apart(done, tmp_path, drawing):
     found, _ = done
     assert len(machine_names(found["rows"])) == 1
     assert "machine" not in price_rows(found)[0]

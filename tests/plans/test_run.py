@@ -62,7 +62,7 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace):
+def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, drawing):
     out = run(settings(workplace), quiet=True)
     for name in ("ratio.json", "rounds.jsonl", "scores.json", "ratio.png", "report.md"):
         assert (out / name).stat().st_size > 0
@@ -398,7 +398,7 @@ def seconds(parts: dict) -> float:
     return sum(spent["seconds"] for spent in parts.values())
 
 
-def test_a_profile_accounts_for_all_of_the_wall_time(workplace):
+def test_a_profile_accounts_for_all_of_the_wall_time(workplace, drawing):
     out = run(settings(workplace, evaluate=QUICK), quiet=True, profile=True)
     profile = read_json(out / "profile.json")
     stages = profile["stages"]

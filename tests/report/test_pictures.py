@@ -32,7 +32,7 @@ def round_record(number: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+def drawn(monkeypatch: pytest.MonkeyPatch, drawing: None) -> list[Figure]:
     """Collect the figures that are saved."""
     figures: list[Figure] = []
     save = Figure.savefig
@@ -102,7 +102,7 @@ def test_a_mask_that_differs_from_the_ratio_has_its_own_line(tmp_path, drawn):
     ],
     ids=["no round", "all NaN", "flat", "one NaN", "one candidate"],
 )
-def test_any_search_can_be_drawn(tmp_path, rounds):
+def test_any_search_can_be_drawn(tmp_path, rounds, drawing):
     path = tmp_path / "ratio.png"
     plot_search(rounds, [], [], {"ratio": 0.0, "verdict": "never-fired"}, path)
     data = path.read_bytes()

@@ -1,6 +1,7 @@
 """Rounds, best checkpoint and resuming, in the real Trainer with a tiny model."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -216,10 +217,16 @@ def test_importance_is_computed_anew_in_every_round(tmp_path, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Return a function that gives the search of a kind of merge that was not stopped, run once."""
+    return functools.cache(lambda kind: train(tmp_path_factory.mktemp("whole"), kind=kind))
+
+
 @pytest.mark.parametrize("kind", ["cat", "linear"])
 @pytest.mark.parametrize("crash_at", [3, 5, 7, 11])
-def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, crash_at, kind):
-    whole = train(tmp_path / "whole", kind=kind)
+def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, uninterrupted, crash_at, kind):
+    whole = uninterrupted(kind)
     with pytest.raises(Crash):
         train(tmp_path / "parts", crash_at=crash_at, kind=kind)
     resumed = train(tmp_path / "parts", kind=kind)

@@ -4,6 +4,7 @@ Reading a GGUF file means undoing its quantization, which is many times slower t
 safetensors. The converted weights are stored in float32 and cast when they are loaded.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -161,7 +163,7 @@ def _convert(source: GgufSource, staging: Path) -> None:
     scratch.mkdir()
     file = source.assemble(scratch)
     try:
-        with progress_bars_hidden():
+        with progress_bars_hidden(), _one_map_of_names():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -178,6 +180,21 @@ def _convert(source: GgufSource, staging: Path) -> None:
             f"transformers cannot read {file} ({error}); use a GGUF file of a supported "
             "architecture, or the model's original folder"
         ) from error
+
+
+@contextmanager
+def _one_map_of_names() -> Iterator[None]:
+    """Let gguf make its map of tensor names once: transformers asks for it for every module.
+
+    That is a third of the time it takes to convert a model of 135M parameters.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    made = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(made)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = made
 
 
 def _remove_indentation(file: Path) -> None:
