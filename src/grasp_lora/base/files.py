@@ -234,7 +234,7 @@ def machine_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """Return the name of the GPU of a machine (`workbench.processes.machine`), else of its processor."""
+    """Return the name of a machine (`workbench.processes.machine`): its GPU, else its processor."""
     return str(machine.get("gpu") or machine.get("cpu"))
 
 
