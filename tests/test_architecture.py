@@ -93,6 +93,50 @@ def test_the_table_names_the_rooms_there_are_and_what_they_use():
         assert ours | others <= used[room], f"{room} needs less"
 
 
+MOST_LINES, MOST_PARAMETERS = 60, 8
+
+
+def functions_in(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    has_docstring = ast.get_docstring(function, clean=False) is not None
+    body = function.body[1:] if has_docstring else function.body
+    return 1 + (body[-1].end_lineno or 0) - body[0].lineno if body else 0
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return sum(one is not None and one.arg not in ("self", "cls") for one in named)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_are_short_and_take_few_parameters(path):
+    """No function body has more than 60 lines, and no function more than 8 parameters.
+
+    The docstring, `self` and `cls` are not counted. The commands in `cli/` may have more
+    parameters, because each of their options is one.
+    """
+    for function in functions_in(path):
+        where = f"{path.relative_to(PACKAGE)}: {function.name}"
+        assert body_lines(function) <= MOST_LINES, f"{where} is too long: split it"
+        command = room_of(path) == "cli" and not function.name.startswith("_")
+        if not command:
+            assert parameters(function) <= MOST_PARAMETERS, f"{where} has too many parameters"
+
+
+def test_long_functions_and_many_parameters_are_found(tmp_path):
+    lines = "\n".join(f"    x{n} = {n}" for n in range(61))
+    source = f'def long(self, a, /, b, *c, d, **e):\n    """Text."""\n{lines}\n'
+    (tmp_path / "one.py").write_text(source, encoding="utf-8")
+    (function,) = functions_in(tmp_path / "one.py")
+    assert (body_lines(function), parameters(function)) == (61, 5)
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

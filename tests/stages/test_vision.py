@@ -20,6 +20,8 @@ def test_given_adapters_of_the_vision_tower_are_pruned_by_magnitude_there(tmp_pa
     config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, adapters=adapters)))
     out = run(config)
     said = " ".join(capsys.readouterr().err.split())
-    assert "2 of 6 adapted modules read nothing of the train rows (first: model.vision_" in said
+    assert (
+        "2 of 6 adapted modules get no input from the train examples (first: model.vision_" in said
+    )
     assert "magnitude is used there" in said
     assert read_json(out / "final" / "stage.json")["ratio"] > 0

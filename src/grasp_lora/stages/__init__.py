@@ -1,1 +1,1 @@
-"""One stage a file: explicit inputs in, one folder out."""
+"""The stages of a run, one in a file. Inputs are explicit, and the result is a folder."""

@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv 2303.10512) as PEFT has it, trained like every other adapter here: a baseline."""
+"""A baseline: PEFT's AdaLoRA (arXiv 2303.10512), trained like every other adapter here."""
 
 import shutil
 from dataclasses import replace
@@ -16,9 +16,9 @@ from grasp_lora.workbench.fit import FitOptions, FitResult, fit, run_steps
 def train_adalora(
     context: Context, options: FitOptions, checkpoints: Path
 ) -> tuple[FitResult, dict[str, tuple[Tensor, Tensor]], float]:
-    """Train an AdaLoRA adapter; return how it went, module -> (A, B) as plain LoRA, and a scaling.
+    """Train an AdaLoRA adapter; return (training result, module -> (A, B) as plain LoRA, scaling).
 
-    A training that was killed starts again: PEFT's schedule of ranks is not part of a checkpoint.
+    An interrupted training starts again from step 0: checkpoints do not hold PEFT's rank schedule.
 
     Raises:
         NotApplicable: the backbone is quantized, or the training is too short for the schedule.

@@ -1,4 +1,4 @@
-"""What trainings and probes cost at most, from settings and the sizes of the sets of examples."""
+"""Upper bounds on the cost of a training, from its settings and the sizes of the sets."""
 
 from grasp_lora.config.sections import Training
 from grasp_lora.stages.stage import Cost, Sizes, Split
@@ -6,12 +6,13 @@ from grasp_lora.training.trainer import planned_steps
 
 
 def training_cost(training: Training, sizes: Sizes, train: Split, *dev: Split) -> Cost:
-    """Return the cost of a training without early stopping, its dev losses at step 0 and at the end
-    of every epoch included.
+    """Return the cost of a training without early stopping.
+
+    It includes the dev losses, measured at step 0 and at the end of every epoch.
 
     Args:
-        training: its settings.
-        sizes: of all sets of examples.
+        training: settings of the training.
+        sizes: the sizes of all sets of examples.
         train: the set that is trained on.
         dev: the sets that are measured.
     """
@@ -19,7 +20,7 @@ def training_cost(training: Training, sizes: Sizes, train: Split, *dev: Split) -
 
 
 def steps_cost(training: Training, sizes: Sizes, *train: Split) -> Cost:
-    """Return the cost of the optimizer steps alone, on all examples of the sets."""
+    """Return the cost of the optimizer steps alone, for a training on all examples of the sets."""
     count = sizes.examples(*train)
     if not count:
         return Cost()

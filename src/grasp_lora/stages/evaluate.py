@@ -1,9 +1,10 @@
 """Stage `evaluate`: an adapter, or none -> predictions and scores on every test set.
 
-The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Inputs called
-"trial 0", "trial 1", ... stand for the one of them with the lowest best dev loss. The folder holds
-`scores.json`, `predictions.jsonl` and `provenance.json`; with option `labelled` also `losses.json`,
-the losses of the micro-dev and dev examples.
+The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Where inputs
+are called "trial 0", "trial 1", ..., the one with the lowest best dev loss is scored.
+
+The folder holds `scores.json`, `predictions.jsonl` and `provenance.json`. With option `labelled` it
+also holds `losses.json`, the losses of the micro-dev and dev examples.
 """
 
 import math
@@ -29,7 +30,7 @@ from grasp_lora.workbench.merged_folder import adapter_in, read_start
 from grasp_lora.workbench.processes import is_main
 
 JUDGING = ("micro_dev", "dev")
-"""Splits of the labelled examples that choices are made on."""
+"""Splits of the labelled examples whose losses decide choices."""
 NO_TEST_EXAMPLES = (
     "there are no test rows: give data.target.rows.test, data.target.files.test or data.tests"
 )
@@ -39,7 +40,7 @@ def run(work: Work) -> Mapping[str, Any]:
     """Answer the test examples and score the answers.
 
     Raises:
-        ValueError: there are no test examples, or the adapter is none for this backbone.
+        ValueError: there are no test examples, or the adapter does not fit this backbone.
     """
     context, sets = work.context, work.context.data.test_sets()
     if not sets:
@@ -75,7 +76,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
-    """Return the adapter that is scored; None for the bare backbone."""
+    """Return the folder of the adapter to score; None for the bare backbone."""
     trials = [folder for role, folder in inputs.items() if role.startswith("trial")]
     if trials:
         return min(trials, key=lambda folder: _finite(facts_of(folder)["best"]["loss"]))
@@ -198,7 +199,7 @@ _OF_A_TEST = ("prompt", "language")
 
 def _settings(stage: Stage) -> tuple[str, ...]:
     own = [f"evaluate.{n}" for n in type(stage.config.evaluate).model_fields if n not in _NO_RESULT]
-    # Of the examples the content counts, not the file or the columns it was read from.
+    # The key holds the content of the examples, so their files and columns are left out.
     tests = [f"data.tests.{n}.{key}" for n in stage.config.data.tests for key in _OF_A_TEST]
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     return ("seed", "model", *own, *tests, *encoding, "data.target.language")

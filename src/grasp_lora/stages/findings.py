@@ -1,4 +1,4 @@
-"""What a run's numbers say against it, gathered from the stages' folders."""
+"""Warnings about a run, computed from the results of its stages."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,16 +22,16 @@ def search_findings(
     micro_dev: int,
     pool: int,
 ) -> list[dict[str, Any]]:
-    """Return what the search itself shows, JSON-able.
+    """Return the warnings about a search, JSON-able.
 
     Args:
         config: settings of the controller.
-        choice: how the search ended.
-        records: its rounds.
-        flipped: entries that changed side at each round.
-        entries: of the adapter.
-        micro_dev: how many of the pool's first rows are micro-dev.
-        pool: rows there are to probe.
+        choice: the ratio that the search chose, and its verdict.
+        records: the rounds of the search.
+        flipped: for each round, the entries that became pruned or were restored.
+        entries: the entries of the adapter.
+        micro_dev: the number of micro-dev examples; they come first in the pool.
+        pool: the number of examples that probes are drawn from.
     """
     found = [
         findings.never_fired(choice.verdict),
@@ -47,13 +47,13 @@ def search_findings(
 def add_run_findings(
     out: Path, final: Path, alone: dict[str, Path], systems: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Add to `ratio.json` what only the final run and the baselines show.
+    """Add to `ratio.json` the warnings that need the final run and the baselines.
 
     Args:
         out: the run's folder; its `ratio.json` and `baselines/` are read.
         final: folder of the final adapter.
-        alone: name -> folder of a single adapter that was chosen on the same dev rows.
-        systems: of `scores.json`.
+        alone: name -> folder of a single adapter that was chosen on the same dev examples.
+        systems: the evaluated systems, as `scores.json` lists them.
     """
     ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
     rows = stage.get("best_rows", [])
@@ -61,7 +61,7 @@ def add_run_findings(
     if stage["best"] is not None:
         kept, steps = stage["best"]["step"], stage["steps"]
         search = _stage(out / "search")
-        if search.get("best"):  # the final run went on from there
+        if search.get("best"):  # the final run continued from the best step of the search
             kept, steps = kept + search["best"]["step"], steps + search["steps"]
         found.append(findings.overfitting(kept, steps))
     unpruned = out / "baselines" / "merged-finetuned"
@@ -69,7 +69,7 @@ def add_run_findings(
     curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
     found.append(findings.undertrained(curves))
     whole = _best_rows(unpruned)
-    # Of a late merge, which nothing was trained on, that is another merge, not this one unpruned.
+    # A post-hoc merge is not trained: its baseline is another merge, not this one unpruned.
     if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
         found.append(findings.over_pruned(rows, whole))
     others = {name: _best_rows(folder) for name, folder in alone.items()}
@@ -84,7 +84,7 @@ def add_run_findings(
 
 
 def _empty(sets: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    # Scores that an earlier version wrote have no count.
+    # Scores written by an earlier version have no count of empty answers.
     counted = [one for one in sets.values() if "empty" in one]
     return sum(one["empty"] for one in counted), sum(one["n"] for one in counted)
 
@@ -94,7 +94,7 @@ def _best_rows(folder: Path) -> list[float]:
 
 
 def _curve(folder: Path) -> list[list[float]]:
-    """Return the dev rows' losses at every evaluation; JSON has none for those not finite."""
+    """Return the dev losses in nats, evaluation by evaluation; null in JSON becomes NaN."""
     rows = _stage(folder).get("rows", [])
     return [[math.nan if loss is None else loss for loss in losses] for losses in rows]
 

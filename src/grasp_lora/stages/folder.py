@@ -1,8 +1,8 @@
-"""The folder of a stage's result: looked at, worked on beside its place, published by one rename.
+"""The folder of a stage's result: it is written beside its place, then renamed into it.
 
 While a stage works, `<result>.work` holds its key (`stage.json`), the Trainer's checkpoints and
-`result/`, the folder that is being written. A finished result gets its own `stage.json`, written
-last, and is then renamed into its place. So a folder that is there is complete.
+`result/`, the folder that is being written. The result's own `stage.json` is written last. Then
+`result/` is renamed to `<result>`, so a result folder that exists is complete.
 """
 
 import os
@@ -25,7 +25,8 @@ class Found:
     """What is in the place of a result.
 
     Attributes:
-        state: "absent"; "begun" (interrupted, the same key); "done" (the same key); or "differs".
+        state: "absent"; "begun" (interrupted, with the same key); "done" (with the same key); or
+            "differs" (begun or done with another key).
         why: for "differs", one line for each difference.
     """
 
@@ -34,19 +35,19 @@ class Found:
 
 
 def work_folder(out: Path) -> Path:
-    """Return where a stage works until its result is published: beside the result."""
+    """Return the folder that a stage works in until its result is published."""
     return out.with_name(f"{out.name}.work")
 
 
 def look(out: Path, key: Key) -> Found:
-    """Return what is in the place of a result; changes nothing.
+    """Return what is in the place of a result; nothing is changed.
 
     Args:
-        out: the place.
-        key: of the result that is asked for.
+        out: the place of the result.
+        key: the key of the result that is wanted.
 
     Raises:
-        ValueError: something is there that no stage wrote.
+        ValueError: the place holds files that no stage wrote.
     """
     finished, begun = out / STAGE_FILE, work_folder(out) / STAGE_FILE
     if out.is_file() or (out.exists() and not finished.exists() and holds_something(out)):
@@ -61,14 +62,14 @@ def look(out: Path, key: Key) -> Found:
         why = differences(read_json(begun)["key"], key)
         if not why:
             return Found("begun")
-        # Without a checkpoint nothing would be lost that a user could want to keep.
+        # Without a checkpoint there is no work that a user could want to keep.
         if any(begun.parent.glob("checkpoint-*")):
             return Found("differs", tuple(why))
     return Found("absent")
 
 
 def refusal(out: Path, found: Found) -> str:
-    """Return the message for a result that other inputs made."""
+    """Return the error message for a result that was made from other inputs."""
     state = "a finished" if (out / STAGE_FILE).exists() else "an interrupted"
     return (
         f"'{out}' holds {state} result made with other inputs: {'; '.join(found.why)}. Choose "
@@ -78,10 +79,10 @@ def refusal(out: Path, found: Found) -> str:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the lock of a result's place for the body; the system frees it when a process dies."""
+    """Hold the lock of a result's place during the body; a process that dies frees it."""
     try:
         import fcntl
-    except ImportError:  # Windows: nothing keeps two starts in one folder apart there
+    except ImportError:  # Windows has no such lock: do not start twice in one folder there
         yield
         return
     place = out.with_name(f"{out.name}.lock")
@@ -90,7 +91,7 @@ def alone(out: Path) -> Iterator[None]:
         with open(place, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_still(place, file.fileno()):
-                continue  # who held the lock before has removed the file: this one locks nothing
+                continue  # the last holder has removed this file, so the lock protects nothing
             try:
                 yield
             finally:
@@ -106,15 +107,15 @@ def _is_still(place: Path, opened: int) -> bool:
 
 
 def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
-    """Prepare the work on a result; checkpoints of other inputs are removed.
+    """Prepare the work on a result; checkpoints made from other inputs are removed.
 
     Args:
         out: the place of the result.
-        key: its key.
-        again: remove checkpoints of the same inputs as well.
+        key: the key of the result.
+        again: also remove checkpoints made from the same inputs.
 
     Returns:
-        The folder to write the result to, empty, and the folder for checkpoints.
+        The empty folder to write the result to, and the folder for checkpoints.
     """
     work = work_folder(out)
     begun = work / STAGE_FILE
@@ -128,9 +129,9 @@ def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
 
 
 def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
-    """Write the marker into the finished folder and rename it into its place.
+    """Write the marker into the finished folder, and rename the folder into its place.
 
-    An older result is put aside first (`<result>.old`) and removed once the new one is there.
+    An older result is first renamed to `<result>.old`, and removed once the new one is in place.
     """
     result, old = work_folder(out) / "result", out.with_name(f"{out.name}.old")
     write_json(result / STAGE_FILE, {"key": key} | dict(facts))
@@ -138,19 +139,19 @@ def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     elif out.exists():
-        shutil.rmtree(out)  # `look` has found at most temporary files of a crash in it
+        shutil.rmtree(out)  # `look` made sure that it holds at most temporary files of a crash
     out.parent.mkdir(parents=True, exist_ok=True)
     result.rename(out)
     tidy(out)
 
 
 def tidy(out: Path) -> None:
-    """Remove what a finished stage needs no more: its checkpoints, and the result it replaced."""
+    """Remove the checkpoints of a finished stage, and the result that it replaced."""
     shutil.rmtree(work_folder(out), ignore_errors=True)
     shutil.rmtree(out.with_name(f"{out.name}.old"), ignore_errors=True)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Return what the marker of a finished stage says; nothing for any other folder."""
+    """Return the facts in the marker of a finished stage; an empty dictionary for other folders."""
     file = folder / STAGE_FILE
     return read_json(file) if file.exists() else {}

@@ -1,7 +1,7 @@
-"""The key of a stage: all that its result depends on, and nothing else.
+"""The key of a stage: everything that its result depends on, and nothing else.
 
-A key is a dictionary, so that a difference can be told setting by setting. Two keys are equal where
-every entry is; an entry that one of them lacks counts as the default of that setting.
+A key is a dictionary, so differences can be named setting by setting. Two keys are equal if all
+their entries are equal. A setting that one of them lacks counts as its default.
 """
 
 import functools
@@ -29,12 +29,12 @@ def key_of(
     """Return the key of a stage.
 
     Args:
-        stage: what is to be done.
-        kind: its row of the table.
-        data: the examples; of those that the stage reads the content counts.
-        base: what tells the base model's weights from others (`models.content.base_content`);
-            None where only the model's name is known.
-        inputs: role -> digest of the folder's content, see `folder_content`.
+        stage: the stage.
+        kind: the row of `KINDS` for the stage.
+        data: all examples; the key holds a hash of each set that the stage reads.
+        base: identifies the weights of the base model (`models.content.base_content`); None where
+            only the model's name is known.
+        inputs: role -> hash of the folder's content, see `input_content`.
     """
     settings = used_settings(stage, kind)
     if base is not None:
@@ -52,14 +52,14 @@ def key_of(
 
 
 def used_settings(stage: Stage, kind: Kind) -> dict[str, Any]:
-    """Return dotted setting -> value, JSON-able, of the settings that the kind names."""
+    """Return dotted setting -> value, JSON-able, for the settings that the kind of stage uses."""
     values, wanted = flat_settings(stage.config), kind.settings(stage)
     sections = tuple(f"{name}." for name in wanted)
     return {n: value for n, value in values.items() if n in wanted or n.startswith(sections)}
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Return dotted setting -> value; those of a training are the values that hold for it."""
+    """Return dotted setting -> value; for each training these are the values it really uses."""
     whole = config.to_dict()
     whole["train"] = {name: config.training(name).model_dump(mode="json") for name in TRAININGS}
     return flat(whole)
@@ -70,7 +70,7 @@ TRAININGS = ("source", "target", "search", "finetune")
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted names."""
+    """Return nested mappings as one mapping with dotted names."""
     found: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, Mapping):
@@ -81,18 +81,18 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hash_of(key: Key) -> str:
-    """Return 16 hex digits of a key; entries that are defaults do not count."""
+    """Return a hash of a key, 16 hex digits; settings at their defaults are left out of it."""
     whole = key | {"settings": _without_defaults(key["settings"])}
     return hashlib.sha256(json.dumps(jsonable(whole), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(stored: Key, wanted: Key) -> list[str]:
-    """Return one line for each entry in which two keys differ: its name, the old value, the new.
+    """Return one line for each entry in which two keys differ: its name, old value and new value.
 
     Args:
-        stored: the key of the result that is there.
-        wanted: the key of the result that is asked for. Input folders that are not made yet may be
-            left out of it.
+        stored: the key of the existing result.
+        wanted: the key of the wanted result. Input folders that do not exist yet may be left out of
+            it.
     """
     found: list[str] = []
     if stored.get("kind") != wanted["kind"]:
@@ -137,18 +137,18 @@ def default_settings() -> dict[str, Any]:
 
 
 def splits_of(data: RunData) -> tuple[Split, ...]:
-    """Return all sets of examples that there are."""
+    """Return all sets of examples in the data."""
     return tuple((role, split) for role, parts in data.parts.items() for split in parts)
 
 
 def input_content(role: str, folder: Path) -> str:
-    """Return 16 hex digits of what a stage reads of an input folder.
+    """Return a hash of the content that a stage reads from an input folder, 16 hex digits.
 
-    The content counts, not the place: a run may be moved, and a folder may be written anew.
+    The path does not matter: a run may be moved, and a folder may be written again.
 
     Args:
-        role: of the input; of a search that gives the ratio, the ratio alone is read.
-        folder: the input.
+        role: the role of the input. For role "ratio" only the ratio of the search counts.
+        folder: the input folder.
     """
     kind = role.split()[0]
     if kind == "ratio":
@@ -167,8 +167,11 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _content(kind: str, stamped: tuple[tuple[Any, ...], ...]) -> str:
-    """Return the digest of an input of which every file is named with its stamp: one start looks at
-    the same folders again and again, and reads each once."""
+    """Return the hash of an input.
+
+    Each file comes with its stamp, so that the cache holds: a process looks at the same folders
+    many times, and reads each file only once.
+    """
     digest, files = hashlib.sha256(), [file for file, *_ in stamped]
     if kind == "ratio":
         found = read_json(files[0])
@@ -182,7 +185,7 @@ def _content(kind: str, stamped: tuple[tuple[Any, ...], ...]) -> str:
             digest.update(json.dumps(facts, sort_keys=True).encode())
             continue
         content = file.read_bytes()
-        if file.name == "merge.json":  # it names places, which do not count
+        if file.name == "merge.json":  # the paths in it do not matter
             content = json.dumps(_without_places(json.loads(content)), sort_keys=True).encode()
         digest.update(file.name.encode() + b"\0" + content)
     return digest.hexdigest()[:16]
@@ -193,7 +196,7 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
     "fold": ("rows",),
     "trial": ("ratio", "best"),
 }
-"""First word of an input's role -> facts of the input's marker that a stage reads."""
+"""First word of an input's role -> the facts in its marker that a stage reads."""
 
 
 def _without_places(merge: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _without_places(merge: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that say something."""
+    """Return the options that are given: neither None nor False."""
     return {k: jsonable(v) for k, v in options.items() if v is not None and v is not False}
 
 

@@ -1,9 +1,10 @@
 """Stage `merge`: two adapters -> one merged adapter.
 
-The inputs `source` and `target` are PEFT adapter folders. The input `weights`, where it is given,
-is the folder of a probe that learned the weights. The result is an ordinary PEFT folder, and beside
-it the factors of each source, which later stages mask apart. Option `rule` names a rule of
-`grasp_lora.stages.other_merges` in place of `config.merge`.
+The inputs `source` and `target` are PEFT adapter folders; further adapters are called "adapter 2",
+"adapter 3", ... The optional input `weights` is the folder of a probe that learned the weights. The
+result is an ordinary PEFT folder. It also holds the factors of each source, because later stages
+mask the sources separately. Option `rule` names a rule of `grasp_lora.stages.other_merges` to use
+in place of `config.merge`.
 """
 
 import time
@@ -25,8 +26,8 @@ def run(work: Work) -> Mapping[str, Any]:
     """Merge the adapters as `config.merge` says.
 
     Raises:
-        FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
-            adapters cannot be merged exactly; names the reason.
+        FileNotFoundError, ValueError: a folder holds no adapter, an adapter does not fit this
+            backbone, or the adapters cannot be merged exactly; the message names the reason.
     """
     began = time.perf_counter()
     context = work.context

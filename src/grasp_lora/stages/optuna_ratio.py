@@ -1,4 +1,4 @@
-"""Optuna chooses the next ratio from full fine-tuning runs, each judged by its best dev loss."""
+"""A baseline: Optuna chooses ratios from the best dev losses of full fine-tuning runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ LOWEST = 0.1
 
 
 def next_ratio(stage: Stage, earlier: Sequence[Mapping[str, Any]]) -> float:
-    """Return the ratio of a trial.
+    """Return the ratio of an Optuna trial, in [0.1, `controller.high`].
 
     Args:
-        stage: the trial; options `sampler`, and `drawn`, how many trials are at ratios drawn at
-            random before the sampler has a model. Optuna's samplers would draw ten.
-        earlier: facts of the trials before it, in their order. A new study with the same seed is
-            told them, and asks for the same ratios again.
+        stage: the trial. Its option `sampler` names Optuna's sampler. Its option `drawn` is the
+            number of first trials whose ratios are drawn at random; Optuna's default is ten.
+        earlier: facts of the earlier trials, in their order. They are replayed in a new study with
+            the same seed, which then asks for the same ratios again.
 
     Raises:
-        NotApplicable: Optuna, or what its sampler needs, is not installed.
+        NotApplicable: Optuna, or a package that its sampler needs, is not installed.
     """
     try:
         import optuna

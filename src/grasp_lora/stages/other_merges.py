@@ -1,7 +1,7 @@
-"""Merges of other authors, for comparisons: TIES and DARE as PEFT has them, and LoRAHub.
+"""Merge rules of other authors, for comparisons: PEFT's TIES and DARE, and LoRAHub.
 
-They are rules of the stage `merge` (`grasp_lora.stages.merge`). A rule that does not suit the
-adapters raises `NotApplicable` with the reason.
+The stage `merge` (`grasp_lora.stages.merge`) uses them. A rule that cannot merge the given adapters
+raises `NotApplicable` with the reason.
 """
 
 import warnings
@@ -16,24 +16,24 @@ from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
 
 BUDGET = 40
-"""Weights that LoRAHub tries, as published."""
+"""Number of weight vectors that LoRAHub tries, as published."""
 BOUND = 1.5
 L1 = 0.05
-"""Price of the sum of the weights' sizes over their number, in nats, as published."""
+"""Penalty in nats on the mean absolute weight, as published."""
 
 Merged = tuple[Mapping[str, MergedModule], dict[str, Any]]
 """Module name -> merged factors, and facts about the merge."""
 
 
 class NotApplicable(ValueError):
-    """A stage cannot run on these adapters or on this machine; says why."""
+    """A stage cannot run on these adapters or on this machine; the message says why."""
 
 
 def by_peft(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge by PEFT's rule `options["kind"]` at `options["density"]`.
 
     Raises:
-        NotApplicable: the rule does not suit the adapters, such as TIES on different ranks.
+        NotApplicable: the rule cannot merge these adapters, such as TIES on different ranks.
     """
     kind, density = work.stage.options["kind"], work.stage.options["density"]
     alone = [merge("cat", [one.adapter], [1.0]) for one in loaded]
@@ -48,11 +48,11 @@ def by_peft(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
 
 
 def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
-    """Merge by the weights that nevergrad finds, by the train examples' loss and an L1 price.
+    """Merge by weights that nevergrad chooses by the loss of the train examples and an L1 penalty.
 
-    As LoRAHub (arXiv 2307.13269) does it, with the answers' loss of a causal model: the factors are
-    summed, not the deltas, so products of two adapters' factors are in the result. All weights that
-    were tried are written to `tried.json`.
+    This is LoRAHub (arXiv 2307.13269) with the loss of a causal model on the answers. It sums the
+    factors, not the deltas, so the result also holds products of the factors of two adapters. All
+    weights that were tried are written to `tried.json`.
 
     Raises:
         NotApplicable: nevergrad is not installed, or the adapters differ in shape.
@@ -68,7 +68,7 @@ def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     optimizer = nevergrad.optimizers.NGOpt(parametrization=wanted, budget=BUDGET)
     tried: list[tuple[float, list[float]]] = []
     with context.reporter.bar("weights", BUDGET) as done, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the optimizer's own settings
+        warnings.simplefilter("ignore")  # nevergrad warns about its own settings
         for number in range(BUDGET):
             candidate = optimizer.ask()
             weights = [float(value) for value in candidate.value]
@@ -84,7 +84,7 @@ def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
 def _price_of(
     work: Work, adapters: Sequence[Mapping[str, LoraFactors]]
 ) -> tuple[Callable[[Sequence[float]], float], int]:
-    """Return what a merge by given weights costs in nats, and how many examples that reads."""
+    """Return (weights -> loss plus penalty in nats, number of examples that a call reads)."""
     context = work.context
     train = context.rows("target", ["train"])
     count = len(train.encoded)
@@ -103,7 +103,7 @@ def _price_of(
 def summed(
     adapters: Sequence[Mapping[str, LoraFactors]], weights: Sequence[float]
 ) -> dict[str, MergedModule]:
-    """Return `(sum w_i B_i) (sum w_i A_i)` times the adapters' scaling, for every module.
+    """Return the merge whose delta is `(sum w_i B_i) (sum w_i A_i)` times the adapters' scaling.
 
     Raises:
         NotApplicable: the adapters differ in modules, shapes or scaling.
@@ -133,4 +133,4 @@ RULES: Mapping[str, Callable[[Work, Sequence[LoadedAdapter]], Merged]] = {
     "peft": by_peft,
     "lorahub": by_lorahub,
 }
-"""Option `rule` of a merge -> how it merges."""
+"""Option `rule` of the stage `merge` -> the function that merges."""

@@ -1,11 +1,11 @@
 """Stage `probe`: two adapters -> the weights to merge them by, from losses of untrained merges.
 
-This is our departure from arXiv 2601.06702, which adds the adapters up: a sum overshoots, and
-pruning then gets the credit of a smaller scale.
+This is our departure from arXiv 2601.06702, which adds the adapters up. A sum is too large, and
+pruning then seems to help only because it makes the merge smaller.
 
-Option `choice` is "weights" (weights and strengths of a merge that is trained afterwards) or
-"shares" (the target adapter's share in a post-hoc merge, which nothing trains afterwards). The
-folder holds `weights.json`: the weights, the losses behind them, and the evidence.
+Option `choice` is "weights" (the weights and the strength of a merge that is trained afterwards) or
+"shares" (the target adapter's share in a post-hoc merge, which is not trained). The folder holds
+`weights.json`: the weights, the losses they were chosen by, and the evidence.
 """
 
 import time
@@ -31,16 +31,16 @@ SHARES: Mapping[float, UntrainedMerge] = {
     share: UntrainedMerge("weights", (1 - share, share))
     for share in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 }
-"""Share of the target adapter in a post-hoc merge -> what is measured; the weights sum to 1."""
+"""Share of the target adapter in a post-hoc merge -> the merge; its weights sum to 1."""
 SHARE_EXAMPLES = 48
 _WEIGHTED = {n: one for n, one in UNTRAINED_MERGES.items() if one.group in ("merge", "weights")}
 
 
 def run(work: Work) -> Mapping[str, Any]:
-    """Choose the weights.
+    """Choose the weights, and write them.
 
     Raises:
-        ValueError: an adapter does not fit, or there are fewer than 4 examples to measure on.
+        ValueError: an adapter does not fit the backbone, or there are fewer than 4 examples.
     """
     began = time.perf_counter()
     choose = {"weights": _chosen_weights, "shares": _chosen_share}[work.stage.options["choice"]]
@@ -74,12 +74,12 @@ def _chosen_weights(work: Work) -> tuple[dict[str, Any], Gain | None]:
 
 
 def _chosen_share(work: Work) -> tuple[dict[str, Any], Gain | None]:
-    """Return the weights of a merge that nothing will be trained on, by the losses of `SHARES`.
+    """Return the weights of a post-hoc merge, chosen by the losses of `SHARES`.
 
-    The input `source` is the source adapter fine-tuned on the target examples. Of the shares that
-    are not worse than the best by more than one standard error, the one nearest to one half is
-    taken: the plain average, unless the examples say otherwise. The evidence is what the best share
-    saves over share 0 on examples that it was not chosen on.
+    The input `source` is the source adapter fine-tuned on the target examples. The candidates are
+    all shares that are at most one standard error worse than the best. The candidate nearest to one
+    half is taken, so the result is the plain average unless the losses speak against it. The
+    evidence is the gain of the best share over share 0, on examples it was not chosen on.
     """
     context = work.context
     variants = {f"share {share:g}": variant for share, variant in SHARES.items()}

@@ -1,22 +1,23 @@
 """Stage `prune`: an adapter and a prune ratio -> the final adapter.
 
-The adapter is pruned at a fixed ratio and fine-tuned on the target examples; the best is chosen by
-dev loss among step 0 (pruned, not trained) and the end of every epoch. In mode `continue` the
-learning rate goes on from the epochs that a search's `adapter/` has had.
+The adapter is pruned at a fixed ratio and fine-tuned on the target examples. The best state is
+chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch. In mode `continue`
+the learning-rate schedule resumes after the epochs that the search has trained its `adapter/`.
 
 Inputs:
     start: a merged folder, the folder of a search, or any PEFT adapter folder.
     ratio: the folder of a search whose ratio is taken; without it option `ratio` is the fraction of
         entries set to zero in every mask unit's tensors, in [0, 1].
-    judged: the same stage on the train examples alone. Where it is given the result is retrained on
-        train, dev and micro-dev examples for as many epochs as `judged` kept, a search's among them
-        (our departure: the paper trains on the train examples alone).
-    cut_from: what `judged` started from, where that is not `start`; the same entries are pruned.
+    judged: the same stage on the train examples alone. If it is given, the result is retrained on
+        train, dev and micro-dev examples, for as many epochs as the best state of `judged` had,
+        epochs of a search included (our departure: the paper trains on the train examples alone).
+    cut_from: the adapter that `judged` started from, if it is not `start`; the same entries are
+        pruned.
     trial 0, trial 1, ...: earlier trials of an Optuna search (option `sampler`).
 
 Options:
-    ratio: fraction removed, where no search gives it.
-    shift: added to the ratio of a search.
+    ratio: fraction removed, if no search gives it.
+    shift: added to the ratio of a search; the sum is held in [0, 0.95].
     spread: group of `config.scope` -> a ratio of its own.
     random_masks: prune entries drawn at random.
     untrained: prune and measure only, for an adapter that was trained before it was merged.
@@ -74,13 +75,13 @@ LARGEST_SHIFTED = 0.95
 
 @dataclass(frozen=True)
 class _Cut:
-    """How masks are cut.
+    """How masks are computed.
 
     Attributes:
-        ratio: fraction removed, of everything or group by group.
-        rule: the importance rule.
-        drawn: masks are drawn at random instead.
-        seed: of the draw.
+        ratio: fraction removed, the same for all mask units or one for each.
+        rule: name of the importance rule.
+        drawn: draw the masks at random instead.
+        seed: seed of the random masks.
     """
 
     ratio: float | BlockRatio
@@ -95,10 +96,10 @@ class _Cut:
 
 
 def run(work: Work) -> Mapping[str, Any]:
-    """Prune and fine-tune.
+    """Prune and fine-tune the adapter.
 
     Raises:
-        ValueError: the start is no adapter for this backbone.
+        ValueError: the start is no adapter, or does not fit this backbone.
         Diverged: the training loss became NaN.
     """
     config, context = work.config, work.context
@@ -125,7 +126,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def ratio_of(work: Work) -> tuple[float, Mapping[str, float] | None]:
-    """Return the ratio, and the ratios of groups where a search or an option has them."""
+    """Return the ratio, and group -> ratio if a search or an option gives ratios of groups."""
     stage = work.stage
     if stage.option("sampler") is not None:
         trials = [one for role, one in work.inputs.items() if role.startswith("trial")]
@@ -144,7 +145,7 @@ def _drawn(work: Work) -> bool:
 
 
 def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
-    """Return the masks of the judged run, cut where it started, for a start that is another."""
+    """Return the masks of the judged run if it started from another adapter; None otherwise."""
     if "cut_from" not in work.inputs or not cut.some:
         return None
     folder = adapter_in(work.inputs["cut_from"])
@@ -155,7 +156,7 @@ def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
 def _trained(
     work: Work, live: LiveAdapter, masks: tuple[_Cut, Masks | None], stopwatch: Stopwatch
 ) -> FitResult:
-    """Prune the live adapter, train it, and leave its best state in place."""
+    """Prune the live adapter and train it; afterwards it has its best state."""
     (cut, judged_masks), context, finetune = masks, work.context, work.config.finetune
     training, before = _training(work)
     cutter = _cutter(context, live, cut)
@@ -169,7 +170,7 @@ def _trained(
     elif cut.some:
         prune()
     labelled = "judged" in work.inputs
-    # The start itself may be what the judged run kept: then all labels train for no step either.
+    # The judged run may have kept step 0: then the training on all labels has no steps either.
     if work.stage.option("untrained", False) or training.max_steps == 0:
         return NOTHING_TRAINED if labelled else measured(context, live)
     schedule = finetune.mask_schedule
@@ -201,7 +202,7 @@ def _training(work: Work) -> tuple[Training, float]:
 def _for_all_labels(
     context: Context, training: Training, before: float, judged: Mapping[str, Any]
 ) -> Training:
-    """Return settings that give all labelled examples the epochs that the judged run has kept."""
+    """Return settings that train on all labelled examples for as long as the judged best."""
 
     def per_epoch(one: Context) -> int:
         count = len(one.examples("target", "train"))
@@ -213,7 +214,7 @@ def _for_all_labels(
 
 
 def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
-    """Return the facts of a result on all labels: dev losses and steps are the judged run's."""
+    """Return facts of a result on all labels; losses, log and steps are the judged run's."""
     taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
     count = len(context.on_all_labels().examples("target", "train"))
     return taken | {"labelled": {"rows": count, "steps": result.steps, "log": list(result.log)}}
@@ -228,7 +229,10 @@ def _loaded(context: Context, folder: Path, config: RunConfig) -> Iterator[LiveA
 
 
 def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Masks]:
-    """Return what cuts masks of a live adapter as it then is; drawn ones are always the same."""
+    """Return a function that computes masks for the live adapter's present weights.
+
+    Random masks are the same at every call.
+    """
     if cut.drawn:
         return lambda: live.masks(random_score(cut.seed), [cut.ratio])[0]
     norms = context.norms(live, cut.rule) if cut.some else None
@@ -237,7 +241,7 @@ def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Mask
 
 
 def random_score(seed: int) -> BlockImportance:
-    """Return scores that are drawn, for masks that know nothing of the entries."""
+    """Return a function that gives random scores in [0, 1), for masks at random."""
     generator = torch.Generator().manual_seed(seed)
 
     def score(_block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,10 +256,10 @@ def _total_rank(plain: Mapping[str, tuple[Tensor, Tensor]]) -> int:
 
 
 def zeros_of(live: LiveAdapter) -> dict[str, Any]:
-    """Return the zeros of the tensors as exported: all of them, and per source where kept apart.
+    """Return the fraction of zeros in the exported tensors, and per source where they are separate.
 
-    Under `mask_unit: source` the sources' own zeros are the ratio; the exported tensors of a
-    `linear` merge, their sums, have fewer.
+    Under `mask_unit: source` the fraction per source is the ratio. A `linear` merge exports sums of
+    the sources' tensors, which have fewer zeros.
     """
     plain = live.plain_factors()
     per_source: dict[str, list[Any]] = {}
@@ -303,7 +307,7 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
         return norms + sizes.reading(1, dev)
     if "judged" not in stage.inputs:
         return norms + training_cost(training, sizes, train, dev)
-    # As many epochs as the judged run may keep, a search's among them.
+    # The judged run may keep its last epoch, and epochs of a search count as well.
     if config.finetune.mode == "continue" and "cut_from" in stage.inputs:
         both = training.epochs + config.training("search").epochs
         training = training.model_copy(update={"epochs": both})

@@ -1,12 +1,12 @@
-"""Stage `search`: merged adapter -> the prune ratio learned while fine-tuning it.
+"""Stage `search`: a merged adapter -> the prune ratio, learned while the adapter is fine-tuned.
 
 The input `merged` is a merged adapter (any PEFT adapter folder will do). Option `untrained` is for
 a post-hoc merge: nothing is trained, and the same rounds probe the adapter as it is.
 
-The folder holds `ratio.json`, `rounds.jsonl`, and `adapter/`, the adapter with nothing pruned as
-the search left it. With `finetune.mode: continue` the final run goes on from there; `adapter/` is
-that of the best dev loss with nothing pruned, step 0 and the end of every epoch taking part: a few
-examples are soon overfitted, and a final run could not undo that.
+The folder holds `ratio.json`, `rounds.jsonl` and `adapter/`, the unpruned adapter at the end of the
+search. With `finetune.mode: continue` the final run starts from `adapter/`. It then holds the state
+with the lowest dev loss, measured unpruned at step 0 and at the end of every epoch: a few examples
+are soon overfitted, and the final run could not undo that.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,10 +56,10 @@ from grasp_lora.workbench.processes import is_main, wait_for_all
 
 
 def check_search(context: Context) -> int:
-    """Return how many rounds the planned search has.
+    """Return the number of rounds planned for the search.
 
     Raises:
-        ValueError: it is too short for one round.
+        ValueError: the search is too short for one round.
     """
     config = context.config
     steps = run_steps(context, config.training("search"), "target")
@@ -75,7 +75,7 @@ def check_search(context: Context) -> int:
 
 
 def run(work: Work) -> Mapping[str, Any]:
-    """Search the ratio.
+    """Search the ratio and write the result.
 
     Raises:
         ValueError: the run is too short for one round.
@@ -119,7 +119,7 @@ def run(work: Work) -> Mapping[str, Any]:
 def _searcher(
     work: Work, live: LiveAdapter, norms: Mapping[str, Tensor] | None, planned: int
 ) -> tuple[SearchCallback, Callable[[], None]]:
-    """Return the callback that searches, and a function that writes its rounds so far."""
+    """Return the callback that runs the search, and a function that writes its rounds so far."""
     config, context = work.config, work.context
     splits = POOLS[config.controller.probe_rows]
     pool = context.rows("target", splits)
@@ -186,7 +186,7 @@ def _findings(
 def _rounds_alone(
     searcher: SearchCallback, stopwatch: Stopwatch, planned: int, checkpoints: Path
 ) -> None:
-    """Run rounds on an adapter that nothing trains, from the last one that was kept."""
+    """Run the rounds on an adapter that is not trained; resume after the last checkpoint."""
     if is_main():
         remove_incomplete(checkpoints)
     wait_for_all()
@@ -204,7 +204,10 @@ def _epochs(context: Context, steps: int) -> float:
 
 
 def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
-    """Write all rounds so far: a resumed run's file holds no round newer than its checkpoint."""
+    """Write all rounds so far, with the ids of the probed examples, to `rounds.jsonl`.
+
+    The whole file is written each time, so after a resume no round is newer than the checkpoint.
+    """
     write_jsonl(
         out / "rounds.jsonl",
         [asdict(r) | {"rows": [ids[i] for i in r.rows]} for r in state.records],
@@ -212,7 +215,7 @@ def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
 
 
 def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback) -> dict[str, Any]:
-    """Return what `ratio.json` says of a search."""
+    """Return the facts about a search for `ratio.json`."""
     state = searcher.controller
     return {
         "ratio": choice.ratio,
@@ -241,7 +244,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
 
 
 def _as_merged(live: LiveAdapter, start: Mapping[str, MergedModule]) -> dict[str, MergedModule]:
-    """Return the live factors as a merge of the same layout, stashed values in place."""
+    """Return the live factors as a merge of the same layout, with nothing pruned."""
     ended: dict[str, list[Part]] = {name: [] for name in start}
     for block, a, b in live.effective_blocks():
         ended[block.module].append(Part(block.source, a.cpu().clone(), b.cpu().clone()))
@@ -261,12 +264,12 @@ def _settings(stage: Stage) -> tuple[str, ...]:
     answers: tuple[str, ...] = ()
     if stage.config.controller.reward != "loss":
         answers = tuple(f"evaluate.{name}" for name in _ANSWERING)
-    # Without training the schedule of rounds still follows from the steps a search would have.
+    # Without training, the number of rounds still depends on the steps a search would have.
     return ("seed", "model", *own, *encoding, *(trained or ("train.search",)), *answers)
 
 
 def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
-    # The target train examples give the input norms, and the number of steps.
+    # The target train examples determine the input norms and the number of steps.
     dev = [("target", "dev")] if stage.config.finetune.mode == "continue" else []
     return tuple(dict.fromkeys([("target", "train"), *pool_of(stage), *dev]))
 

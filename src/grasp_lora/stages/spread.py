@@ -1,4 +1,4 @@
-"""Part of the search: how the learned ratio is spread over groups of tensors."""
+"""Part of the search: a ratio for each group of tensors, probed around the learned ratio."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,18 +25,19 @@ def spread_ratio(
     ratio: float,
     splits: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Probe ratios that differ between groups; return those to take, with the evidence.
+    """Probe ratios that differ between groups, and return the ratios to use with the evidence.
 
     Args:
-        context: data and settings; `scope` names the groups.
-        live: the adapter as the search left it.
-        norms: input norms of the importance rule, or None.
-        ratio: what the search has learned.
-        splits: where the rows come from.
+        context: examples and settings; `scope` defines the groups.
+        live: the adapter at the end of the search.
+        norms: input norms for the importance rule; None if it needs none.
+        ratio: the learned ratio, a fraction in [0, 1].
+        splits: splits of the target examples that are probed.
 
     Returns:
-        `ratios`, group -> fraction removed, None where nothing better than one ratio was shown;
-        `evidence`, None where there was nothing to spread or too few rows; `forwards`.
+        `ratios`: group -> fraction removed; None if no better ratios than one for all were shown.
+        `evidence`: losses and gain; None if the ratio is 0 or 1, or if there are fewer than 4
+        examples. `forwards`: number of examples read.
     """
     nothing: dict[str, Any] = {"ratios": None, "evidence": None, "forwards": 0}
     scope, rule = context.config.scope, IMPORTANCE[context.config.importance]

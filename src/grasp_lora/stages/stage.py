@@ -1,4 +1,4 @@
-"""What a stage is: explicit, frozen inputs; one folder as its result.
+"""Definition of a stage: its inputs are explicit and frozen, its result is one folder.
 
 A plan lists stages that name each other as inputs (`grasp_lora.plans.plan`). The table
 `grasp_lora.stages.table.KINDS` says for each kind of stage which settings it uses, which examples
@@ -28,12 +28,12 @@ class Stage:
     Attributes:
         name: the folder of its result, relative to the plan's folder; other stages refer to it by
             this name.
-        kind: a row of `KINDS`.
+        kind: a key of `KINDS`.
         config: settings of the run; the kind says which of them the stage uses.
         inputs: role of the folder (such as "start") -> where it comes from.
-        options: what the stage is told beside the settings, JSON values only. An option that is
-            None or False counts as absent.
-        title: what the progress bar says; changes no result.
+        options: choices of the stage that are no settings of the run; JSON values only. An option
+            that is None or False counts as absent.
+        title: text of the progress bar; it changes no result.
     """
 
     name: str
@@ -48,24 +48,24 @@ class Stage:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def option(self, name: str, default: Any = None) -> Any:
-        """Return an option, or the default where it is not given."""
+        """Return an option, or the default if it is not given."""
         value = self.options.get(name)
         return default if value is None else value
 
     def needs(self) -> tuple[str, ...]:
-        """Return the names of the stages that have to be done first."""
+        """Return the names of the stages whose results this stage needs."""
         return tuple(value for value in self.inputs.values() if isinstance(value, str))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the function of a stage works with.
+    """What the function that does a stage receives.
 
     Attributes:
-        stage: what is to be done.
+        stage: the stage to do.
         context: examples and backbone; its settings are those of the stage.
-        inputs: role -> folder, each there and complete.
-        out: the folder to write. It becomes the result as a whole once the function returns.
+        inputs: role -> folder; all of them exist and are complete.
+        out: the folder to write. It becomes the result once the function returns.
         checkpoints: a folder that survives a crash, for the Trainer's checkpoints.
     """
 
@@ -82,13 +82,13 @@ class Work:
 
     @property
     def title(self) -> str:
-        """What the progress bar says."""
+        """Text of the progress bar: the title of the stage, or its name."""
         return self.stage.title or self.stage.name
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage does at most; early stopping makes it less.
+    """The cost of a stage without early stopping, an upper bound.
 
     Attributes:
         steps: optimizer steps.
@@ -113,7 +113,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The size of every set of examples, which costs are computed from.
+    """The sizes of all sets of examples; costs are computed from them.
 
     Attributes:
         count: set -> number of examples.
@@ -134,7 +134,7 @@ class Sizes:
         return total / whole if whole else 0.0
 
     def reading(self, times: float, *splits: Split) -> Cost:
-        """Return the cost of reading all examples of the sets so many times."""
+        """Return the cost of reading all examples of the sets `times` times."""
         forwards = round(times * self.examples(*splits))
         return Cost(0, round(forwards * self.length(*splits)), forwards)
 
@@ -144,11 +144,12 @@ class Kind:
     """A row of the table of stages.
 
     Attributes:
-        format: number of the layout of the result's folder; a new one makes old results unusable.
-        settings: the dotted settings, or whole sections, that can change the result.
-        examples: the sets of examples that the stage reads, from all there are.
-        run: does the work; returns the facts that the result's marker holds.
-        cost: what the stage does at most.
+        format: version of the layout of the result's folder. Results of another version are not
+            used.
+        settings: returns the dotted settings, or whole sections, that can change the result.
+        examples: returns the sets that the stage reads; gets the stage and all existing sets.
+        run: does the work; returns the facts for the marker of the result.
+        cost: returns the cost of the stage, an upper bound.
     """
 
     format: int

@@ -1,4 +1,4 @@
-"""The table of stages: name of a kind -> what it uses, costs and does."""
+"""The table of all kinds of stages."""
 
 from collections.abc import Mapping
 

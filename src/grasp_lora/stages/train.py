@@ -1,13 +1,14 @@
-"""Stage `train`: examples of one language -> a LoRA adapter for it.
+"""Stage `train`: examples of one role -> a LoRA adapter trained on them.
 
 The folder is an ordinary PEFT adapter. The checkpoint with the best dev loss is kept.
 
 Options:
-    role: whose examples, "source" or "target".
-    adalora: train PEFT's AdaLoRA and keep the result as plain LoRA.
-    folds, fold: train on all labelled target examples but those of one fold, and measure that fold.
-        Folds hold whole contexts. `folds` without `fold` trains on all labelled target examples,
-        for the epochs at which the inputs "fold 0", "fold 1", ... have the lowest mean loss.
+    role: "source" or "target": whose examples are trained on.
+    adalora: train PEFT's AdaLoRA, and keep the result as plain LoRA.
+    folds, fold: train on all labelled target examples except those of one fold, and measure that
+        fold. Examples of one context are in one fold. `folds` without `fold` trains on all labelled
+        target examples, for the number of epochs at which the inputs "fold 0", "fold 1", ... have
+        the lowest mean loss.
 """
 
 import math
@@ -62,7 +63,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any]]:
-    """Return what is trained on, how, and facts about both."""
+    """Return the context to train in, the training's settings, and facts about both."""
     stage, context = work.stage, work.context
     training = work.config.training(stage.options["role"])
     number, count = stage.option("fold"), stage.option("folds")
@@ -90,8 +91,11 @@ def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any
 
 
 def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[int, float]:
-    """Return the epochs of the lowest mean loss over all folds, and the mean loss of the dev and
-    micro-dev examples there, each by the fold that was not trained on it."""
+    """Return the epochs with the lowest mean loss, and the mean loss of dev and micro-dev then.
+
+    The loss of each example, in nats, is that of the training whose fold holds the example: it was
+    not trained on it.
+    """
     curves: dict[str, list[float]] = {}
     for number, held in enumerate(folds):
         by_example = zip(*facts_of(work.inputs[f"fold {number}"])["rows"], strict=True)
@@ -104,7 +108,10 @@ def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[in
 
 
 def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
-    """Return examples in folds of similar size, whole contexts only; at most a fold a context."""
+    """Return the examples in `count` folds of similar size, or one fold per context if fewer.
+
+    All examples of a context are in one fold.
+    """
     groups: dict[str, list[Example]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)

@@ -1,1 +1,1 @@
-"""What every stage works with: backbone, encoded examples, reporter, processes."""
+"""What all stages share: the backbone, encoded examples, the reporter, the processes."""

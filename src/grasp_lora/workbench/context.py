@@ -1,4 +1,4 @@
-"""What every stage works on: the settings, the data, the backbone, and how to show progress."""
+"""The context that all stages share: settings, examples, backbone, reporter and clock."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,16 +33,17 @@ from grasp_lora.workbench.rows import RunData, load_run_data
 
 @dataclass
 class Context:
-    """One process's working set. Built once, shared by the stages of a run.
+    """What one process has loaded. It is built once and shared by the stages of a run.
 
     Attributes:
         config: the run's settings.
-        data: examples per role and split.
+        data: the examples of each role and split.
         backbone: the bare model with its tokenizer; stages attach adapters to it and detach them.
-        task: the task of the data.
+        task: the task of the examples.
         reporter: prints for the user.
-        clock: says where the time goes.
+        clock: measures how much time each part of the work takes.
         on_saved: called after every checkpoint.
+        encoding_reports: "role/split" -> how the encoding of that set went.
     """
 
     config: RunConfig
@@ -58,7 +59,7 @@ class Context:
 
     @property
     def collator(self) -> Collator:
-        """The collator that fits the backbone's arguments."""
+        """The collator; it builds only arguments that the backbone accepts."""
         model = self.backbone.model
         return Collator(
             self.backbone.pad_id,
@@ -68,17 +69,24 @@ class Context:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row: `data.max_length` or the task's own, as far as the model goes."""
+        """The most tokens of an encoded example.
+
+        This is `data.max_length`, or the task's own limit, but never more than the model's number
+        of positions.
+        """
         reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
         wanted = max_length(self.config)
         return wanted if reach is None else min(wanted, int(reach))
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
-        """Return the examples of `role` ("source" or "target") in `split`; may be empty."""
+        """Return the examples of role "source", "target" or "tests" in `split`; may be empty."""
         return self.data.parts[role].get(split, ())
 
     def encoded(self, role: str, split: str) -> list[EncodedExample]:
-        """Return the encoded rows of a split, room for an answer kept in tests; encoded once."""
+        """Return the encoded examples of a split. Each split is encoded only once.
+
+        Test examples are cut so that an answer still fits.
+        """
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
                 rows, report = encode_part(
@@ -96,16 +104,16 @@ class Context:
         return self._encoded[role, split]
 
     def on_all_labels(self) -> "Context":
-        """Return a context that trains on all labelled target examples; none is left for dev."""
+        """Return a context whose target train set holds all labelled examples; dev is empty."""
         parts = self.data.parts["target"]
         train = tuple(example for split in LABELLED for example in parts.get(split, ()))
         return self.on_target({"train": train})
 
     def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
-        """Return a context with other labelled examples of the target; its test examples stay.
+        """Return a context with other labelled target examples; the test examples are the same.
 
         Args:
-            labelled: "train", "dev" and "micro_dev" -> examples; a split that is left out is empty.
+            labelled: "train", "dev" or "micro_dev" -> examples; a split that is missing is empty.
         """
         parts = self.data.parts["target"]
         kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
@@ -115,17 +123,17 @@ class Context:
         )
 
     def end_id(self, role: str, split: str) -> int:
-        """Return the token that ends the answers of a split; in a chat, that of a turn."""
+        """Return the id of the token that ends an answer of a split; in a chat it ends the turn."""
         self.encoded(role, split)
         return self.encoding_reports[f"{role}/{split}"].end_id
 
     def prediction(self, role: str, split: str, text: str) -> str:
-        """Return what is scored of a text generated for a row of a split."""
+        """Return the part of a generated text that is scored as the answer."""
         self.encoded(role, split)
         return self.task.clean(self.encoding_reports[f"{role}/{split}"].answer_in(text))
 
     def rows(self, role: str, splits: Sequence[str]) -> EncodedExamples:
-        """Return the rows of the splits, ready to be probed."""
+        """Return the encoded examples of the splits in a form that losses are measured on."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
         forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
         longest = max((len(row.input_ids) for row in encoded), default=0)
@@ -145,7 +153,14 @@ class Context:
         dropout: float = 0.0,
         scaling: float = 1.0,
     ) -> Iterator[LiveAdapter]:
-        """Attach `merged` to the backbone for the body, then leave the bare backbone again."""
+        """Attach an adapter to the backbone for the body of the `with`, and detach it afterwards.
+
+        Args:
+            merged: module name -> merged factors.
+            mask_unit: "source" masks the factors of each source apart, "merged" all together.
+            dropout: dropout of the adapter, a probability.
+            scaling: factor on what the adapter adds to the backbone.
+        """
         structure = self.config.structure
         with self.clock.span("load"):
             live = attach_live_adapter(
@@ -157,7 +172,12 @@ class Context:
             live.model.unload()  # type: ignore[operator]
 
     def norms(self, live: LiveAdapter, importance: str) -> dict[str, Tensor] | None:
-        """Return input norms over the target train rows, or None for a rule without need."""
+        """Return the input norms over the target train examples; None if the rule needs no norms.
+
+        Args:
+            live: the adapter, attached to the backbone.
+            importance: the importance rule.
+        """
         if importance not in NEEDS_NORMS:
             return None
         with self.clock.span("masks"):
@@ -170,8 +190,8 @@ class Context:
                 f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
                 f" {blank[0].module}); the activation rule is blind there, magnitude is used"
             )
-        # Search, final run and baselines of a run start from the same merge: one reading of the
-        # train rows serves them all.
+        # The search, the final run and the baselines start from the same merge, so the train
+        # examples are read once for all of them.
         digest = live.digest()
         if digest not in self._norms_known:
             train = replace(self.rows("target", ["train"]), share_prefix=False)
@@ -182,8 +202,8 @@ class Context:
         unread = [name for name in live.layers if name not in norms]
         if unread:
             self.reporter.say(
-                f"{len(unread)} of {len(live.layers)} adapted modules read nothing of the train"
-                f" rows (first: {unread[0]}); magnitude is used there"
+                f"{len(unread)} of {len(live.layers)} adapted modules get no input from the train"
+                f" examples (first: {unread[0]}); magnitude is used there"
             )
         return norms
 
@@ -194,27 +214,27 @@ POOLS: dict[str, tuple[str, ...]] = {
 }
 """`controller.probe_rows` -> the splits of the target examples that probes are drawn from."""
 LABELLED = ("train", "dev", "micro_dev")
-"""Splits of the target rows that have labels to train on; test rows are for the end."""
+"""Splits of the labelled target examples that may be trained on."""
 _POSITIONS = "max_position_embeddings"
 
 
 def max_length(config: RunConfig) -> int:
-    """Return the most tokens of prompt and answer together."""
+    """Return the most tokens that the prompt and the answer of an example have together."""
     return config.data.max_length or task_named(config.data.task).max_length
 
 
 def new_tokens(config: RunConfig, role: str, split: str) -> int:
-    """Return the most tokens that are generated for an answer to a row of a split.
+    """Return the most tokens that are generated as the answer to an example of a split.
 
     Raises:
-        ValueError: `evaluate.min_new_tokens` asks for more.
+        ValueError: `evaluate.min_new_tokens` is more than that.
     """
     language, given = section_of(config, role, split).language, config.evaluate
     most = given.max_new_tokens or task_named(config.data.task).new_tokens(language)
     if given.min_new_tokens > most:
         raise ValueError(
             f"evaluate.min_new_tokens: {given.min_new_tokens} is more than the {most} tokens an"
-            " answer may have (evaluate.max_new_tokens); lower it, or raise the other"
+            " answer may have (evaluate.max_new_tokens); lower the first or raise the second"
         )
     return most
 
@@ -231,7 +251,16 @@ def encode_part(
     split: str,
     longest: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
-    """Encode a split as the run does, in at most `longest` tokens a row if that is given."""
+    """Return the encoded examples of a split, as the run encodes them, and a report on it.
+
+    Args:
+        config: the run's settings.
+        data: the examples.
+        tokenizer: the backbone's tokenizer.
+        role: "source", "target" or "tests".
+        split: the split, or the name of a further test set.
+        longest: the most tokens of an example; None takes `max_length(config)`.
+    """
     task, section = task_named(config.data.task), section_of(config, role, split)
     return encode_examples(
         data.parts[role].get(split, ()),
@@ -246,7 +275,7 @@ def encode_part(
 
 
 def cut_line(report: EncodingReport, length: int) -> str:
-    """Say how many rows were shortened, by how much, and what was lost with it."""
+    """Return a line on how many contexts were cut, by how much, and how many answers were lost."""
     lost = f"; {report.answers_lost} answers were cut off with it" if report.answers_lost else ""
     return (
         f"{report.truncated} of {report.rows} contexts cut to fit {length} tokens"
@@ -255,7 +284,12 @@ def cut_line(report: EncodingReport, length: int) -> str:
 
 
 def capped_line(rows: Sequence[EncodedExample], limit: int) -> str | None:
-    """Say how many first references no answer of `limit` tokens can equal; None if none."""
+    """Return a line on how many first references are longer than an answer can be; None if none.
+
+    Args:
+        rows: the encoded test examples.
+        limit: the most tokens of an answer.
+    """
     # The end token need not be generated.
     lengths = [row.label_tokens - 1 for row in rows]
     longer = sum(length > limit for length in lengths)
@@ -280,7 +314,7 @@ _WITHOUT = {
 
 
 def planned_memory(config: RunConfig) -> MemoryPlan:
-    """Return the memory the widest training stage is planned to take; loads no weights."""
+    """Return the memory planned for the training stage that needs most; no weights are loaded."""
     rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
     return plan_memory(
         model_spec(config),
@@ -291,7 +325,7 @@ def planned_memory(config: RunConfig) -> MemoryPlan:
 
 
 def open_data(config: RunConfig, context: Context | None) -> RunData:
-    """Return the rows of `context`, or read them: a stage's key depends on them."""
+    """Return the examples of `context`, or read them from their files if it is None."""
     if context is not None:
         return context.data
     return load_run_data(config, Reporter(not is_main()).say)
@@ -304,17 +338,19 @@ def open_context(
     training: bool = True,
     clock: Clock | None = None,
 ) -> Context:
-    """Load data, then the backbone (data faults are found before a model is loaded).
+    """Read the examples, load the backbone, and return the context.
+
+    The examples are read first, so that faults in them are found before a model is loaded.
 
     Args:
         config: the run's settings.
         quiet: print nothing.
-        data: rows that are read already.
+        data: the examples, if they have been read already.
         training: False plans no memory for training.
-        clock: charged from here on; a new one without.
+        clock: measures the time from here on; None makes a new clock.
 
     Raises:
-        ValueError: the data or the backbone cannot be used, with what to do.
+        ValueError: the examples or the backbone cannot be used; the message says what to do.
     """
     join(config)
     reporter, clock = Reporter(quiet or not is_main()), clock or Clock()
@@ -334,7 +370,7 @@ def open_context(
 
 
 def prompt_notices(config: RunConfig, data: RunData) -> list[str]:
-    """Return a line for every language without a prompt of its own, where English stands in."""
+    """Return a line for every language that has no prompt of its own and gets the English one."""
     task = task_named(config.data.task)
     sections = [
         section_of(config, role, split) for role in data.parts for split in data.parts[role]

@@ -1,4 +1,4 @@
-"""What a configuration's rows look like to the model: sizes, cuts, tokens, examples, leakage."""
+"""A description of the examples as the model sees them: sizes, cuts, tokens, texts, leakage."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,21 +30,20 @@ _HEAD = (
 def describe_data(
     config: RunConfig, out: Path | None = None, quiet: bool = False, overwrite: bool = False
 ) -> str:
-    """Describe every split of a configuration; loads the tokenizer, no weights.
+    """Return a description of every split of a configuration, in Markdown.
 
-    Rows that two splits share do not stop it: they are the leakage verdict.
+    The tokenizer is loaded, the weights are not. Examples that two splits share raise no error
+    here: the description reports them as leakage.
 
     Args:
         config: the run's settings.
-        out: a Markdown file to write as well.
+        out: a Markdown file that receives the description; None writes no file.
         quiet: print no progress.
-        overwrite: replace `out`.
-
-    Returns:
-        The description in Markdown.
+        overwrite: replace `out` if it exists.
 
     Raises:
-        FileNotFoundError, ValueError: the rows or the tokenizer cannot be read, or `out` exists.
+        FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, or `out`
+            exists and `overwrite` is not set.
     """
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
@@ -126,8 +125,8 @@ def _footnote(config: RunConfig) -> str:
     return (
         f"Rows hold at most {max_length(config)} tokens; test rows keep room for an answer of "
         f"{kept}. Fertility: tokens of the tokenizer per word, or per character in scripts without "
-        "spaces between words; beyond 3 a word the model reads the language in splinters. Answers "
-        "cut off: rows whose answer stood in the part of the context that did not fit."
+        "spaces between words; above 3 per word, words are split into many small pieces. Answers "
+        "cut off: rows whose answer was in the part of the context that did not fit."
     )
 
 

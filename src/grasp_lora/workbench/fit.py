@@ -1,4 +1,4 @@
-"""One training run on a live adapter: the call that every stage which trains goes through."""
+"""One training run on a live adapter. Every stage that trains uses it."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ COPIES_PER_CHECKPOINT = 8
 
 
 class Stopwatch:
-    """The seconds of a stage, kept in its checkpoints: a resumed stage counts all of them."""
+    """Measures the seconds of a stage. Checkpoints keep them, so a resume counts all of them."""
 
     name = "spent"
 
@@ -56,12 +56,11 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far. The work that a killed process did after its last checkpoint is left
-        out."""
+        """Seconds so far, without the work a killed process did after its last checkpoint."""
         return self._before + time.perf_counter() - self._began
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the seconds."""
+        """Return no tensors, and the seconds so far."""
         return {}, {"seconds": self.seconds}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -77,7 +76,8 @@ class FitResult:
     Attributes:
         evaluations: dev losses, step 0 first; empty where the run has no dev examples.
         rows: loss of each dev example, in nats, at each evaluation.
-        best: the evaluation whose weights were kept, None where there was nothing to choose by.
+        best: the evaluation whose weights were kept; None where the run has no dev examples, or
+            does not choose.
         log: the Trainer's log: training loss, learning rate and gradient norm of each step.
         steps: optimizer steps done.
     """
@@ -110,18 +110,19 @@ NOTHING_TRAINED = FitResult((), (), None, (), 0)
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What one training differs in from another.
+    """The options in which one training differs from another.
 
     Attributes:
         training: settings of the training.
-        title: what the progress bar says.
-        role: whose examples are trained on and measured.
+        title: text of the progress bar.
+        role: "source" or "target": whose examples are trained on and measured.
         extra: callbacks that run before the best checkpoint is chosen.
         stateful: objects whose state the checkpoints keep.
         choose_best: measure the dev examples and end with the best adapter (step 0 included).
-        measure_whole: measure them with nothing pruned.
-        reprune: cuts the masks anew, every `reprune_every` steps.
-        reprune_every: steps between two cuts.
+        measure_whole: measure the dev examples with nothing pruned.
+        reprune: computes the masks again and applies them; gets the optimizer. None keeps the
+            masks.
+        reprune_every: steps between two calls of `reprune`.
         start_epoch: epochs trained before, for the learning-rate schedule.
         on_resume: called after a resumed run has its state back.
     """
@@ -140,7 +141,7 @@ class FitOptions:
 
 
 def run_steps(context: Context, training: Training, role: str) -> int:
-    """Return the optimizer steps that a training plans on the examples of `role`."""
+    """Return the number of optimizer steps planned for a training on the examples of `role`."""
     count = len(context.examples(role, "train"))
     return planned_steps(
         count, training.epochs, training.batch_size, training.accumulation, training.max_steps
@@ -152,13 +153,13 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
 
     Args:
         context: examples and backbone.
-        live: the adapter, its masks as they are to be held.
+        live: the adapter. Its masks are kept during the training, unless `options.reprune` is set.
         options: how it is trained.
         checkpoints: folder for the checkpoints.
 
     Raises:
-        Diverged: the training loss is not finite; names the last good checkpoint.
-        ValueError: no disk space for the checkpoints.
+        Diverged: the training loss is not finite; the message names the last good checkpoint.
+        ValueError: there is too little disk space for the checkpoints.
     """
     best = _best_callback(context, live, options)
     parts: list[Stateful] = [LiveAdapterState(live), *options.stateful, *([best] if best else [])]
@@ -225,7 +226,7 @@ def _trainer(
     checkpoints: Path,
     watched: tuple[Sequence[Stateful], BestCallback | None, Callable[[int], None]],
 ) -> Trainer:
-    """Return the configured Trainer; `watched` is stateful parts, best callback, progress."""
+    """Return the Trainer; `watched` is (stateful parts, callback of the best adapter, progress)."""
     parts, best, done = watched
     clock, training = context.clock, options.training
     masks = MaskCallback(live, options.reprune, options.reprune_every)
@@ -260,7 +261,7 @@ def _trainer(
 
 
 def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
-    """Do what a training step does with one example, but for its update."""
+    """Do the forward and backward pass of a training step on one example, without the update."""
     with preserved(live.model, live.params):
         live.model.train()
         batch = {k: v.to(context.backbone.device) for k, v in context.collator([row]).items()}
@@ -269,7 +270,7 @@ def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
 
 
 def measured(context: Context, live: LiveAdapter) -> FitResult:
-    """Return the result for an adapter that is kept as it is: its dev loss, at step 0."""
+    """Return the result of an adapter that is not trained: its dev loss, at step 0."""
     dev = context.rows("target", ["dev"])
     if not dev.encoded:
         return NOTHING_TRAINED
@@ -289,16 +290,16 @@ def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:
 
 
 def checkpoint_bytes(entries: int) -> int:
-    """Return the disk space of a stage's three checkpoints of an adapter with that many entries.
+    """Return the bytes on disk of a stage's three checkpoints, from the adapter's entries.
 
-    Each holds fp32 copies of the adapter: the Trainer's, our own, the best, two Adam moments, and
-    masks and stash.
+    Each checkpoint holds fp32 copies of the adapter: the Trainer's, our own, the best one, two Adam
+    moments, the masks, and the values that are masked out.
     """
     return 3 * entries * 4 * COPIES_PER_CHECKPOINT
 
 
 def _agreed_checkpoint(checkpoints: Path) -> Path | None:
-    # The main process tidies first, so that every process then sees the same folders.
+    # The main process removes incomplete checkpoints first, so all processes see the same folders.
     if is_main():
         remove_incomplete(checkpoints)
     wait_for_all()
@@ -306,13 +307,13 @@ def _agreed_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def _ran_out(checkpoint: Path, best: BestCallback) -> bool:
-    # The Trainer asks whether to stop only after a step, so it would do one step too many.
+    # The Trainer checks whether to stop only after a step, so it would do one step too many.
     read_state(checkpoint, [best])
     return best.out_of_patience()
 
 
 def _last_good(checkpoints: Path, step: int) -> str:
-    # The checkpoint of this very step, if there is one, holds the weights that gave the bad loss.
+    # A checkpoint of this step would hold the weights that gave the bad loss.
     before = [p for p in complete_checkpoints(checkpoints) if checkpoint_step(p) < step]
     return (
         f"the last good checkpoint is {before[0]}" if before else "no good checkpoint was written"

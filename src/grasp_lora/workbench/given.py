@@ -1,4 +1,4 @@
-"""Adapters that the user gives: checked before any work by all the code that will take them."""
+"""Checks of the adapters that the user gives, made before any other work."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from grasp_lora.workbench.context import Context
 
 
 def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter]:
-    """Return the adapters after merging and evaluation have both been found to take them.
+    """Return the adapters, once it is sure that they can be merged and evaluated.
 
-    Each is put on the backbone as PEFT loads it and taken off again: merging goes by the tensors
-    alone, so a config that does not belong to them would be found by the evaluation, after all
-    training. Says which of them name another base model.
+    PEFT loads each adapter onto the backbone and removes it again. A merge uses the tensors alone:
+    without this check, an `adapter_config.json` that does not fit them would stop the evaluation,
+    after all training. Adapters that name another base model are reported to the user.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, `check_fits` and `model_with_adapter`.
+        FileNotFoundError, ValueError: as in `read_adapter`, `check_fits` and `model_with_adapter`.
     """
     with context.clock.span("load"):
         loaded = [read_adapter(folder) for folder in folders]
@@ -29,6 +29,6 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
 
 
 def say_other_bases(context: Context, folders: Sequence[Path]) -> None:
-    """Say which adapters name another base model than the backbone, or than one another."""
+    """Print which adapters name a base model other than the backbone, or other than each other."""
     for line in base_mismatch_lines(folders, context.config.model.name, context.backbone):
         context.reporter.say(line)

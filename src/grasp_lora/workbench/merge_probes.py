@@ -1,7 +1,9 @@
-"""Losses of merges that nothing has trained: other weights, other strengths, pruned, or none.
+"""Losses of merges that are not trained after merging.
 
-A precheck and the probe stage read the same few examples under each of them. Nothing is trained, so
-they do not see what training would make of a merge.
+The merges differ in their weights, in their strength (a factor on the whole merge), or in the
+fraction that is pruned. Single adapters and the bare backbone are measured with them. The precheck
+and the stage `probe` measure all of them on the same few examples. These losses do not tell how
+good a merge would be after training.
 """
 
 from collections.abc import Mapping
@@ -32,9 +34,10 @@ class UntrainedMerge:
     Attributes:
         group: `single` (one adapter or none), `merge` (as configured), `weights` (other weights or
             strengths), `pruned`.
-        weights: of source and target adapter; None for those of the configuration.
-        factor: on what the merge adds to the backbone.
-        ratio: fraction removed.
+        weights: the merge weights of the source and the target adapter; None takes those of the
+            configuration.
+        factor: multiplies what the merge adds to the backbone.
+        ratio: fraction removed, in [0, 1].
     """
 
     group: str
@@ -61,11 +64,11 @@ UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
     },
     **{f"ratio {n / 10:g}": UntrainedMerge("pruned", ratio=n / 10) for n in range(1, 9)},
 }
-"""Name -> variant; 24 with the merge itself."""
+"""Name -> variant; 24 in all, the merge as configured among them."""
 
 
 def usual_weights(config: RunConfig) -> tuple[float, ...]:
-    """Return the weights of the merge as configured; where they are to be learned, the average."""
+    """Return the merge weights of the configuration; the average where they are to be learned."""
     given = config.merge.weights
     return average_weights(2) if given is None or given == "auto" else tuple(given)
 
@@ -73,16 +76,17 @@ def usual_weights(config: RunConfig) -> tuple[float, ...]:
 def measure(
     context: Context, folders: tuple[Path, Path], variants: Mapping[str, UntrainedMerge], rows: int
 ) -> tuple[list[str], dict[str, list[float]]]:
-    """Return the ids of the rows that were drawn, and each variant's losses on them, in nats.
+    """Return the ids of the examples drawn, and the losses of each variant on them, in nats.
 
     Args:
-        context: data and backbone.
-        folders: of the source and of the target adapter.
-        variants: name -> what is measured.
-        rows: how many are drawn from what the controller probes, or all if there are fewer.
+        context: examples and backbone.
+        folders: the folders of the source and of the target adapter.
+        variants: name -> the merge that is measured.
+        rows: how many examples are drawn from those that the controller probes; all are taken if
+            there are fewer.
 
     Raises:
-        ValueError: an adapter does not fit, or there are fewer than 4 rows.
+        ValueError: an adapter does not fit the backbone, or there are fewer than 4 examples.
     """
     config = context.config
     loaded = [read_adapter(folder) for folder in folders]
@@ -130,7 +134,7 @@ def _measure(
     batches: Any,
     count: int,
 ) -> dict[str, list[float]]:
-    """Return name -> loss of each row, for the variants of one merge."""
+    """Return name -> loss of each example in nats, for the variants of one merge."""
     found: dict[str, list[float]] = {}
     config = context.config
     unit = config.mask_unit if any(len(m.parts) > 1 for m in merged.values()) else "merged"
@@ -158,6 +162,11 @@ def _pruned(
 
 
 def weights_of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the merge weights that a variant without pruning stands for."""
+    """Return the merge weights that give a variant without pruning: its weights times its factor.
+
+    Args:
+        name: a key of `UNTRAINED_MERGES`.
+        usual: the weights of a variant that has none of its own.
+    """
     variant = UNTRAINED_MERGES[name]
     return tuple(round(weight * variant.factor, 4) for weight in variant.weights or usual)

@@ -1,4 +1,4 @@
-"""Adapter folders between stages: a merged adapter with its sources kept apart, and a ratio."""
+"""Adapter folders that stages exchange: merged adapters with the factors of each source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +27,9 @@ def write_merged(
     """Write a merged adapter: a plain PEFT folder, and beside it the factors of each source.
 
     Args:
-        folder: where to.
+        folder: the folder to write.
         merged: module name -> merged factors.
-        backbone: the model it belongs to.
+        backbone: the model that the adapter belongs to.
         about: JSON-able facts about the merge (kind, weights, sources).
     """
     plain = {name: (m.A, m.B) for name, m in merged.items()}
@@ -53,7 +53,14 @@ def save_plain(
     backbone: Backbone,
     scaling: float = 1.0,
 ) -> None:
-    """Write module -> (A, B) as an ordinary PEFT adapter folder."""
+    """Write an ordinary PEFT adapter folder.
+
+    Args:
+        folder: the folder to write.
+        plain: module name -> (A, B).
+        backbone: the model that the adapter belongs to.
+        scaling: factor on B A.
+    """
     write_adapter(
         folder,
         plain,
@@ -65,10 +72,13 @@ def save_plain(
 
 
 def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
-    """Read a merged folder, or any plain PEFT adapter folder as a merge of one.
+    """Return module name -> merged factors of a merged folder, or of any PEFT adapter folder.
+
+    An ordinary PEFT adapter is read as a merge of one source.
 
     Raises:
-        FileNotFoundError, ValueError: it is no adapter, or not one for this backbone.
+        FileNotFoundError, ValueError: the folder holds no adapter, or the adapter does not fit this
+            backbone.
     """
     loaded = read_adapter(folder)
     check_fits(loaded, backbone.model, str(folder))
@@ -94,23 +104,24 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
 
 
 def adapter_in(folder: Path) -> Path:
-    """Return the adapter of a stage's folder: that of a search lies in `adapter/`."""
+    """Return the adapter folder of a stage's result; the adapter of a search lies in `adapter/`."""
     return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
 def epochs_trained(folder: Path) -> float:
-    """Return the epochs of the search that wrote an adapter folder; 0 for any other folder."""
+    """Return the epochs trained by the search that wrote an adapter folder; 0 for other folders."""
     if not (folder / MERGE_FILE).exists():
         return 0.0
     return float(read_json(folder / MERGE_FILE).get("epochs", 0.0))
 
 
 def read_ratio(file: Path, config: RunConfig) -> tuple[float, dict[str, float] | None]:
-    """Return the ratio in a `ratio.json`, and the ratios of groups where it has them.
+    """Return the ratio in a `ratio.json`, and group -> ratio (None if the file has none).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no ratio, or those of another `scope` than the settings name.
+        FileNotFoundError: the file does not exist.
+        ValueError: it holds no ratio in [0, 1], or its ratios belong to another `scope` than that
+            of the settings.
     """
     stored = read_json(file)
     ratio = stored.get("ratio") if isinstance(stored, dict) else None

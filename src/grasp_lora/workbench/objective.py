@@ -1,4 +1,4 @@
-"""What the probes of a search are judged by, other than the loss: scores of generated answers."""
+"""Objectives of a search other than the loss: scores of generated answers."""
 
 import importlib
 import math
@@ -19,10 +19,10 @@ from grasp_lora.workbench.processes import decided_by_main
 
 LOSS = "loss"
 NOT_PER_ROW = ("bleu",)
-"""Scores of a whole set, whose rows' own values mean little."""
+"""Metrics of a whole set: their values for single examples mean little."""
 
 UserReward = Callable[[list[str], list[tuple[str, ...]]], Sequence[float]]
-"""(predictions, references of each) -> a score of each, higher is better."""
+"""(predictions, the references of each) -> the score of each prediction; higher is better."""
 
 
 def objective_faults(config: RunConfig) -> list[str]:
@@ -49,10 +49,19 @@ def objective_faults(config: RunConfig) -> list[str]:
 
 
 def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
-    """Return what the rows of the splits cost under `controller.reward`; None for the loss.
+    """Return the objective that `controller.reward` names; None for the loss.
 
-    The cost of a row is its score of 0 to 100 with the sign changed and divided by 100, so that a
-    point is 0.01; that of a function of the user's is its value with the sign changed.
+    The objective takes a model and positions of examples, and returns a value for each example;
+    lower is better. For a metric the value is -score / 100, in [-1, 0], so one point is 0.01. For a
+    function of the user it is the function's value times -1. A value that is not finite becomes
+    NaN.
+
+    Args:
+        context: examples and backbone.
+        splits: the splits of the target examples that positions count through.
+
+    Raises:
+        ValueError: the user's function cannot be loaded.
     """
     config = context.config
     name = config.controller.reward
@@ -66,7 +75,7 @@ def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
     def cost(model: nn.Module, drawn: Sequence[int]) -> list[float]:
         texts = answered(model, drawn)
         references = [examples[i].references for i in drawn]
-        # Once for all processes: a judge may answer differently to each, and they have to agree.
+        # All processes must use the same scores, and a user's function may vary between calls.
         scores = decided_by_main(lambda: list(judge(texts, references)))
         if len(scores) != len(texts):
             raise ValueError(
@@ -81,7 +90,7 @@ def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
 def answers_of(
     context: Context, splits: Sequence[str]
 ) -> Callable[[nn.Module, Sequence[int]], list[str]]:
-    """Return what gives a model's answers to rows of the splits, by their positions."""
+    """Return a function: (model, positions of examples in the splits) -> the model's answers."""
     config, task, backbone = context.config, context.task, context.backbone
     encoded = [e for split in splits for e in context.encoded("target", split)]
     homes = [split for split in splits for _ in context.encoded("target", split)]
@@ -130,7 +139,7 @@ def _function(name: str) -> UserReward:
     """Return the function that `module:function` names.
 
     Raises:
-        ValueError: there is no such module, or no such function in it.
+        ValueError: the module or the function does not exist, or it cannot be called.
     """
     module, _, function = name.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Several processes as one job: one of them decides about files and writes them."""
+"""Several processes that share one job: the main process decides about files and writes them."""
 
 import os
 from collections.abc import Callable
@@ -17,19 +17,20 @@ T = TypeVar("T")
 
 
 def join(config: RunConfig) -> None:
-    """Meet the other processes of the launch. Every recipe begins here.
+    """Connect this process with the others of the same launch. Every job calls this first.
 
     Raises:
-        ValueError: the launch is none that works here, with what to use instead.
+        ValueError: this kind of launch is not supported; the message says what to use instead.
     """
-    # Said outright where "auto" means the CPU: accelerate would take each process for a lone one.
+    # `cpu` must be passed where device "auto" means the CPU: without it accelerate treats every
+    # process as the only one.
     on_cpu = choose_device(config.model.device).type == "cpu"
     refuse_unsupported_launch(on_cpu)
     PartialState(cpu=on_cpu)
 
 
 def machine() -> dict[str, Any]:
-    """Return what this process runs on: processor, cores, threads of torch, GPU (None without)."""
+    """Return the machine's processor, cores, torch threads and GPU; "gpu" is None without one."""
     cuda = torch.cuda.is_available()
     return {
         "cpu": cpu_name(),
@@ -40,24 +41,24 @@ def machine() -> dict[str, Any]:
 
 
 def is_main() -> bool:
-    """Return whether this process writes files and prints."""
+    """Return whether this is the process that writes files and prints."""
     return PartialState().is_main_process
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this function."""
     PartialState().wait_for_everyone()
 
 
 def decided_by_main(decide: Callable[[], T]) -> T:
     """Run `decide` in the main process and return its result in every process.
 
-    For whatever looks at files: a slower process would see those that the faster one has written
-    since, and take another way. And for what need not give the same twice.
+    Use it for decisions that depend on files: a slower process could see files that a faster one
+    has just written, and decide differently. Use it also for functions whose result may vary.
 
     Raises:
-        ValueError, FileNotFoundError: `decide` did; raised in every process.
-        RuntimeError: `decide` raised something else in one of several processes.
+        ValueError, FileNotFoundError: `decide` raised it; every process then raises it.
+        RuntimeError: `decide` raised another exception, and there are several processes.
     """
     if PartialState().num_processes == 1:
         return decide()
@@ -66,7 +67,7 @@ def decided_by_main(decide: Callable[[], T]) -> T:
         try:
             outcome[0] = decide()
         except Exception as error:
-            # Not every exception can be sent, and the others must not wait for one that cannot.
+            # Some exceptions cannot be sent to other processes, which would then wait for ever.
             sendable = isinstance(error, ValueError | FileNotFoundError)
             outcome[1] = error if sendable else RuntimeError(f"{type(error).__name__}: {error}")
     broadcast_object_list(outcome)

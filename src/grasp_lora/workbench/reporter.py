@@ -1,4 +1,4 @@
-"""What the user sees while a stage runs: a line when it starts, a bar, a projected time."""
+"""What the user sees while a stage runs: lines of text, a progress bar, the time left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-WARM_UP = 3  # the first steps are slower; the projection counts from here
-QUIET_FRACTION = 0.25  # without a terminal: one line per quarter
+WARM_UP = 3  # steps before the projected time is printed: the first ones are slower
+QUIET_FRACTION = 0.25  # without a terminal, a line is printed per quarter
 
 
 def clock(seconds: float) -> str:
-    """Return minutes:seconds."""
+    """Return seconds as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -35,10 +35,10 @@ def duration(seconds: float) -> str:
 
 
 class Reporter:
-    """Prints for the user; silent where `quiet` (other processes, tests, library use).
+    """Prints for the user on standard error.
 
     Args:
-        quiet: print nothing.
+        quiet: print nothing, as in other processes, in tests and when used as a library.
     """
 
     def __init__(self, quiet: bool = False):
@@ -50,10 +50,10 @@ class Reporter:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar for the body; yields a function that sets how many are done.
+        """Show a progress bar during the body; yield a function that sets how many are done.
 
-        On a terminal the bar carries the time left. Elsewhere (a log file) a projected time is
-        printed after the first steps, and a line per quarter.
+        On a terminal the bar shows the time left. Elsewhere, as in a log file, a projected time is
+        printed after the first steps, and then a line per quarter.
         """
         start = time.perf_counter()
         state = {"first": 0, "since": start, "next": QUIET_FRACTION}
@@ -82,9 +82,9 @@ class Reporter:
 
     @contextmanager
     def long_bar(self, title: str, total: float) -> Iterator[Callable[[float], None]]:
-        """Show the projected seconds of a queue as a bar on a terminal, and nothing elsewhere.
+        """Show a progress bar in percent on a terminal, and nothing elsewhere.
 
-        Yields a function that sets how many of them are done.
+        Yields a function that sets how much of `total` is done.
         """
         progress = self._progress(TextColumn("{task.percentage:>3.0f}%"))
         task = progress.add_task(title, total=total)
@@ -92,7 +92,7 @@ class Reporter:
             yield lambda seconds: progress.update(task, completed=seconds)
 
     def _progress(self, count: ProgressColumn) -> Progress:
-        """Return a bar with this column between it and the times; none without a terminal."""
+        """Return a progress bar with the column `count`; it is disabled without a terminal."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -106,19 +106,19 @@ class Reporter:
 
 
 class BarCallback(TrainerCallback):
-    """Moves a bar with the Trainer's steps.
+    """Advances a progress bar with the Trainer's steps.
 
     Args:
-        done: sets how many steps are done.
+        done: function that sets how many steps are done.
     """
 
     def __init__(self, done: Callable[[int], None]):
         self._done = done
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start where a resumed run starts."""
+        """Set the bar to the step that the run starts or resumes at."""
         self._done(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move on by one step."""
+        """Set the bar to the number of steps done."""
         self._done(state.global_step)

@@ -1,4 +1,4 @@
-"""The rows of a run: which examples every role trains on, tunes on and is tested on."""
+"""The examples of a run: those that each role trains on, chooses by and is tested on."""
 
 import hashlib
 import json
@@ -28,18 +28,19 @@ from grasp_lora.tasks.base import Example, Task, task_named
 Parts = dict[str, tuple[Example, ...]]
 Say = Callable[[str], None]
 Given = Mapping[str, Mapping[str, Iterable[Mapping[str, Any]]]]
-"""Role ("source", "target", "tests") -> part -> rows, such as a `datasets.Dataset`."""
+"""Role ("source", "target", "tests") -> split -> rows, such as a `datasets.Dataset`."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples per role ("source", "target", "tests") and split, and how they came about.
+    """The examples of each role ("source", "target", "tests") and split, and their origin.
 
     Attributes:
-        parts: role -> split -> examples; below "tests" one entry for every further test set.
-        dropped: "role/split" -> rows left out because their context was shared out already.
-        sources: "role" -> where the rows came from.
-        leaks: rows that two splits share, where the run was told to go on all the same.
+        parts: role -> split -> examples; role "tests" has one entry for every further test set.
+        dropped: "role/split" -> number of examples left out because another split already has
+            their context.
+        sources: role, or "tests/<name>" -> where the examples came from.
+        leaks: pairs of examples that two splits share; filled only with `data.allow_leakage`.
     """
 
     parts: dict[str, Parts]
@@ -51,7 +52,7 @@ class RunData:
     )
 
     def manifest(self) -> dict[str, Any]:
-        """Return the ids of every split with hashes of ids and of whole rows, JSON-able."""
+        """Return the ids of every split, and hashes of ids and of whole examples; JSON-able."""
         record: dict[str, Any] = {
             role: manifest(parts) | {"from": self.sources.get(role, "")}
             for role, parts in self.parts.items()
@@ -67,7 +68,7 @@ class RunData:
         )
 
     def digest(self) -> str:
-        """Return 16 hex digits over every row: the same rows, the same digits."""
+        """Return a hash of all examples, 16 hex digits."""
         content = hashlib.sha256()
         for role, parts in self.parts.items():
             for split, rows in parts.items():
@@ -75,8 +76,7 @@ class RunData:
         return content.hexdigest()[:16]
 
     def digest_of(self, role: str, split: str) -> str:
-        """Return 16 hex digits over the examples of one set; those of an empty set where there is
-        none."""
+        """Return a hash of the examples of one set, 16 hex digits; no set counts as empty."""
         if (role, split) not in self._digests:
             content = hashlib.sha256()
             _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
@@ -84,7 +84,7 @@ class RunData:
         return self._digests[role, split]
 
     def test_sets(self) -> dict[str, tuple[str, str]]:
-        """Return name -> (role, split) of every test set that has rows, the target's own first."""
+        """Return name -> (role, split) of the test sets: the target's own first, if not empty."""
         found = {"test": ("target", "test")} if self.parts["target"].get("test") else {}
         return found | {name: ("tests", name) for name in self.parts.get("tests", {})}
 
@@ -99,18 +99,18 @@ def _feed(content: Any, role: str, split: str, rows: Iterable[Example]) -> None:
 def load_run_data(
     config: RunConfig, say: Say, *, given: Given | None = None, training: bool = True
 ) -> RunData:
-    """Read, split and check the rows of a run.
+    """Read the examples of a run, divide them into splits, check them, and return them.
 
     Args:
         config: the run's settings.
-        say: receives lines for the user.
-        given: rows from Python, in place of the files of their role.
-        training: False reads for evaluation alone, which needs no training rows.
+        say: called with lines for the user.
+        given: rows from Python; they replace the files of their role.
+        training: False reads for an evaluation, which needs no train examples.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is empty or malformed, there are too few rows, or two splits share
-            rows and `data.allow_leakage` is not set.
+        ValueError: a file is empty or malformed, there are too few examples, or two splits share
+            examples and `data.allow_leakage` is not set.
     """
     _check_given(config, given or {})
     reader = _Reader(config, task_named(config.data.task), say, given or {}, training)
@@ -140,7 +140,11 @@ def load_run_data(
 
 
 def _check_given(config: RunConfig, given: Given) -> None:
-    """Refuse rows from Python that no role or part of the run would take."""
+    """Check that the configuration has the roles and splits of the rows from Python.
+
+    Raises:
+        ValueError: it lacks one, or the rows of a role are no mapping.
+    """
     parts = {"train", "dev", "micro_dev", "test"}
     known = {"target": parts, "tests": set(config.data.tests)}
     known |= {"source": parts} if config.data.source is not None else {}
@@ -171,7 +175,7 @@ def _check_target(target: Parts) -> None:
 def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
     leaks = find_leaks(named, threshold=config.data.near_duplicates)
-    # Two test sets may share rows: nothing is learned from either.
+    # Two test sets may share examples: nothing is trained on either.
     counted = tuple(leak for leak in leaks if not _are_tests(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
@@ -188,7 +192,7 @@ def _are_tests(*splits: str) -> bool:
 
 @dataclass
 class _Reader:
-    """Reads the sections of one configuration; collects what the manifest says about them."""
+    """Reads the data sections of one configuration, and collects facts for the manifest."""
 
     config: RunConfig
     task: Task
@@ -200,14 +204,21 @@ class _Reader:
 
     @property
     def seed(self) -> int:
-        """The seed of every division."""
+        """The seed that divides examples into splits."""
         given = self.config.data.split_seed
         return self.config.seed if given is None else given
 
     def language(
         self, role: str, section: LanguageData, used: Iterable[Example] | None = None
     ) -> Parts:
-        """Return the parts of a role; rows parallel to `used` go from rows still to be divided."""
+        """Return split -> examples of a role.
+
+        Args:
+            role: "source" or "target".
+            section: the settings of the role.
+            used: examples of the other role. Their translations are left out of examples that are
+                still to be divided into splits.
+        """
         if role in self.given:
             self.sources[role] = "given in Python"
             rows = self.given[role].items()
@@ -232,7 +243,7 @@ class _Reader:
     def test_set(
         self, name: str, section: TestSet, trained: Sequence[Example]
     ) -> tuple[Example, ...]:
-        """Return the rows of a further test set, less the translations of rows trained on."""
+        """Return the examples of a further test set, without translations of `trained` examples."""
         if name in self.given.get("tests", {}):
             rows = self._load(self.given["tests"][name], section, name)
             self.sources[f"tests/{name}"] = "given in Python"
@@ -265,7 +276,7 @@ class _Reader:
         return self._note(role, dict(split.parts), dict(split.dropped))
 
     def _found(self, files: Any, section: ExampleSource, role: str) -> HubExamples:
-        """Return the published rows that `files`, a preset or a data set of the hub, means."""
+        """Return the published examples of `files`, a preset's name or a data set of the hub."""
         if isinstance(files, HubData):
             found = load_hub(
                 Source(files.hub, files.config, files.revision),
@@ -328,9 +339,10 @@ class _Reader:
 def _auto(
     rows: tuple[Example, ...], test: int, seed: int, training: bool
 ) -> tuple[Parts, dict[str, int]]:
-    """Return the test part, and the other examples divided into train, dev and micro_dev.
+    """Return (split -> examples, split -> number left out), with splits chosen automatically.
 
-    Without `training` too few others are no fault: they are left out.
+    The test split is drawn first. The other examples are divided into train, dev and micro_dev. If
+    they are too few for that and `training` is False, there is only the test split.
     """
     held = split_by_group(rows, {"test": test}, seed)
     taken = {e.group for e in held.parts["test"]}

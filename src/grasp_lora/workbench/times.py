@@ -1,4 +1,4 @@
-"""The times of a run: measured below its stages, kept in its folder, carried over a resume."""
+"""The times of a run: measured stage by stage, and kept in its folder across resumed starts."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ TIMES_FILE = "timing.json"
 
 
 def open_clock(config: RunConfig, profile: bool) -> Clock:
-    """Return the clock of a run; for a profile on a GPU one that waits for the device.
+    """Return the clock of a run. For a profile on a GPU the clock waits for the device.
 
     Raises:
-        ValueError: the device is unknown or not there.
+        ValueError: the device is unknown or not available.
     """
     if profile and choose_device(config.model.device).type != "cpu":
         return Clock(synchronize=torch.accelerator.synchronize)
@@ -29,7 +29,7 @@ def open_clock(config: RunConfig, profile: bool) -> Clock:
 
 
 def carry_times(context: Context) -> None:
-    """Add what earlier processes of this run had spent; keep the times now, and at checkpoints."""
+    """Add the times of earlier processes of this run; write them now and at checkpoints."""
     kept = context.config.output / TIMES_FILE
     if is_main() and kept.exists():
         context.clock.add(read_json(kept))
@@ -38,7 +38,7 @@ def carry_times(context: Context) -> None:
 
 
 def keep_times(context: Context) -> dict[str, Any]:
-    """Write the times so far into the run folder; return them, see `Clock.to_json`."""
+    """Write the times so far into the run folder, and return them (see `Clock.to_json`)."""
     times = context.clock.to_json()
     if is_main():
         write_json(context.config.output / TIMES_FILE, times)
@@ -50,7 +50,7 @@ def write_profile(out: Path, times: dict[str, Any]) -> None:
 
     Args:
         out: the run folder.
-        times: `Clock.to_json()` of the run's clock.
+        times: the result of `Clock.to_json()` for the run's clock.
     """
     profile = times | {"parts": dict(PARTS)}
     write_json(out / "profile.json", profile)
