@@ -1,8 +1,8 @@
-"""Command line: arguments -> settings -> one recipe; prints the folder that was written.
+"""The command line. A command builds settings from its arguments, does the work, prints the folder.
 
-torch and transformers are imported inside the commands, so that `--help` answers at once. Faults
-the user can mend are printed as `error: ...` with exit code 2; set GRASP_LORA_DEBUG=1 to see the
-traceback instead.
+torch and transformers are imported inside the commands, so that `--help` answers at once. Errors
+that the user can correct are printed as `error: ...` with exit code 2. Set GRASP_LORA_DEBUG=1 to
+see the traceback instead.
 """
 
 import typer
@@ -39,7 +39,7 @@ for command in (
     app.command()(command)
 app.command(name="settings")(stages.settings_list)
 
-data = typer.Typer(help="Look at the rows of a configuration.", no_args_is_help=True, **_LOOK)
+data = typer.Typer(help="Look at the examples of a configuration.", no_args_is_help=True, **_LOOK)
 data.command()(scores.describe)
 app.add_typer(data, name="data")
 

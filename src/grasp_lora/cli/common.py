@@ -1,4 +1,4 @@
-"""What the commands share: their options, how faults are told, how a result is announced."""
+"""Shared parts of the commands: options, error messages, the line on what was written."""
 
 import os
 import sys
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def at_home(given: Any) -> Any:
-    """Return the path, or paths, that a user gave, with the sign for the home folder resolved.
+    """Return the path or paths that a user gave, with `~` replaced by the home folder.
 
-    Quoted, or behind an equals sign, it reaches us as it is.
+    The shell does not replace `~` in quotes or after an equals sign. Other values are returned as
+    they are.
     """
     if isinstance(given, list):
         return [at_home(one) for one in given]
@@ -25,7 +26,7 @@ def at_home(given: Any) -> Any:
 
 
 AS_PATH: dict[str, Any] = {"callback": at_home}
-"""What every option and argument that is a path has."""
+"""Settings of every option and argument that is a path."""
 
 Config = Annotated[Path, typer.Argument(help="YAML configuration.", show_default=False, **AS_PATH)]
 Set = Annotated[
@@ -34,38 +35,42 @@ Set = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="Run folder, in place of the configuration's.", **AS_PATH),
+    typer.Option("--output", help="Run folder; replaces the configuration's.", **AS_PATH),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the configuration's.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed; replaces the configuration's.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there instead of resuming.")
+    bool, typer.Option("--overwrite", help="Replace an existing result instead of resuming.")
 ]
 Profile = Annotated[
     bool,
     typer.Option(
-        "--profile", help="Also write where the time went: profile.md, profile.png, profile.json."
+        "--profile",
+        help="Also write the times of all parts: profile.md, profile.png, profile.json.",
     ),
 ]
 AllowLeakage = Annotated[
     bool,
-    typer.Option("--allow-leakage", help="Go on, and record it, where two splits share rows."),
+    typer.Option("--allow-leakage", help="Continue if two splits share examples, and record it."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False, **AS_PATH)]
 Jobs = Annotated[
-    int, typer.Option("--jobs", help="Stages at once, each a process; 0 does all in this one.")
+    int,
+    typer.Option(
+        "--jobs", help="Stages done at once, each in a process; 0 uses this process alone."
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
-        help="Threads of each process; by default the cores over --jobs, kept for the folder.",
+        help="Threads of each process; default: cores / --jobs. Later starts keep the number.",
     ),
 ]
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a mendable fault without traceback and exit with 2; with 130 on Ctrl-C."""
+    """Print an error that the user can correct and exit with code 2, or with 130 on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
@@ -80,7 +85,7 @@ def user_errors() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """The commands, with mendable faults turned into messages before click sees them."""
+    """The group of commands; it prints errors that the user can correct before click sees them."""
 
     def invoke(self, ctx: Any) -> Any:
         with user_errors():
@@ -95,11 +100,11 @@ def load(
     allow_leakage: bool = False,
     training: bool = True,
 ) -> "RunConfig":
-    """Return the configuration in a file, the command's options on top of it."""
+    """Return the configuration in a file, with the settings changed by the command's options."""
     from grasp_lora.config.run_config import load_config
 
     options = overrides(settings, seed, allow_leakage)
-    # JSON text is YAML text: quoting keeps a folder called 1e3 or "no" a text.
+    # JSON is YAML too; its quotes keep a folder called 1e3 or "no" a string.
     if output is not None:
         import json
 
@@ -110,7 +115,7 @@ def load(
 def overrides(
     settings: list[str] | None, seed: int | None, allow_leakage: bool = False
 ) -> list[str]:
-    """Return the options that stand for settings as `key=value` texts."""
+    """Return the command's options that change settings, as `key=value` strings."""
     found = list(settings or [])
     if seed is not None:
         found.append(f"seed={seed}")
@@ -120,19 +125,21 @@ def overrides(
 
 
 def numbers_in(text: str) -> tuple[int, ...]:
-    """Return the whole numbers of a text like `42,1337`.
+    """Return the whole numbers in a string like `42,1337`.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the string holds anything else.
     """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--seeds {text}: give whole numbers, comma between, as 42,1337") from None
+        raise ValueError(
+            f"--seeds {text}: give whole numbers separated by commas, like 42,1337"
+        ) from None
 
 
 def report_failures(failed: Mapping[str, str]) -> None:
-    """Leave with exit code 1 where runs have no result, naming them."""
+    """Print the runs without a result, if any, and exit with code 1."""
     for name, why in failed.items():
         typer.echo(f"{name}: {why}", err=True)
     if failed:
@@ -140,6 +147,7 @@ def report_failures(failed: Mapping[str, str]) -> None:
 
 
 def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
+    """Do the work of a stage command, and print whether its folder was written or already done."""
     before = (out / "stage.json").exists() and not overwrite
     folder = work()
     if before and prints():
@@ -149,10 +157,11 @@ def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
 
 
 def wrote(folder: Path) -> None:
+    """Print that a folder was written."""
     if prints():
         typer.echo(f"wrote {folder}")
 
 
 def prints() -> bool:
-    """Whether this is the process that speaks: torchrun starts the command once per device."""
+    """Return whether this process prints; torchrun starts the command once per device."""
     return os.environ.get("RANK", "0") == "0"

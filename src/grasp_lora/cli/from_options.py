@@ -1,4 +1,4 @@
-"""Settings made from command-line options alone, for evaluating what no configuration describes."""
+"""Settings made from command-line options alone, for evaluations without a configuration."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ def evaluation_config(
     prompt: str | None = None,
     overrides: Sequence[str] = (),
 ) -> RunConfig:
-    """Return settings for evaluating any adapter or model on files of labelled rows.
+    """Return settings to evaluate any adapter or model on files of labelled examples.
 
     Args:
         adapter: a PEFT adapter folder, or a model.
         task: name of the task.
-        data: files; "NAME=FILE" names a test set, one may go without.
-        languages: language code of all the files, or of each.
-        model: base model; None takes the one the adapter names.
-        prompt: template in place of the languages' own.
+        data: files, each as "NAME=FILE" to name the test set; one may have no name.
+        languages: one language code for all files, or one for each file.
+        model: base model; None takes the base model that the adapter names.
+        prompt: prompt template; None takes that of each language.
         overrides: further settings as `key=value`.
 
     Raises:
-        ValueError: the languages do not fit the files, two sets have one name, or there is no
-            base model.
+        ValueError: the number of languages does not fit the files, two test sets have the same
+            name, no base model is known, or a base model is given for a bare model.
     """
     if adapter == "none" and model is None:
         raise ValueError("none stands for the bare model of --config or --model; give one of them")
@@ -64,7 +64,7 @@ def evaluation_config(
 
 
 def _named(text: str) -> tuple[str, str]:
-    """Return (name, file) of "NAME=FILE", a name of "" where there is none."""
+    """Return (name, file) of "NAME=FILE"; the name is "" if there is none."""
     name, equals, path = text.partition("=")
-    # A path may hold the sign as well; a name holds no separator.
+    # A path may contain "=" as well; a name contains no "/".
     return (name, path) if equals and "/" not in name else ("", text)

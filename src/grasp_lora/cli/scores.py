@@ -1,4 +1,4 @@
-"""Commands that look at rows and at scores: evaluate, score, data describe."""
+"""The commands evaluate, score and data describe."""
 
 import os
 from pathlib import Path
@@ -33,35 +33,39 @@ def evaluate(
     out: Out,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="Take model, task and test rows from this YAML.", **AS_PATH),
+        typer.Option(
+            "--config", help="Take model, task and test examples from this YAML.", **AS_PATH
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="[NAME=]FILE", help="Labelled rows; repeat for test sets."),
+        typer.Option(
+            "--data", metavar="[NAME=]FILE", help="Labelled examples; repeat for test sets."
+        ),
     ] = None,
     task: Annotated[str, typer.Option(help="qa, summarization or text-to-text.")] = "qa",
     language: Annotated[
         list[str] | None,
-        typer.Option(help="Language code of the rows: one, or one for every --data."),
+        typer.Option(help="Language code: once for all files, or once for every --data."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Base model, in place of the one the adapter names.")
+        str | None, typer.Option(help="Base model; replaces the one that the adapter names.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Prompt template, in place of the language's own.")
+        str | None, typer.Option(help="Prompt template; replaces that of the language.")
     ] = None,
     settings: Set = None,
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answer test rows with an adapter or a bare model and score the answers.
+    """Answer test examples with an adapter or a bare model, and score the answers.
 
-    Reads the adapter, and either --config or --data with --language. Writes scores.json (each score
-    with n, its interval and its settings; mean and worst over several test sets) and
-    predictions.jsonl.
+    Reads the adapter, and either --config or --data with --language. Writes predictions.jsonl and
+    scores.json: each score with n, its interval and its settings, and the mean and the worst over
+    several test sets.
     """
-    # Short names and hub ids are no paths, but a path may be given: see `at_home`.
+    # The argument may be a name, a hub id or a path; `at_home` takes paths only.
     adapter = os.path.expanduser(adapter)
     model = None if model is None else os.path.expanduser(model)
     if (config is None) == (data is None):
@@ -105,16 +109,18 @@ def describe(
     settings: Set = None,
     seed: Seed = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Markdown file to write as well.", **AS_PATH)
+        Path | None,
+        typer.Option("--out", help="Markdown file that receives the text too.", **AS_PATH),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of --out.")
+        bool, typer.Option("--overwrite", help="Replace the file that --out names.")
     ] = False,
 ) -> None:
-    """Show the rows of a configuration as the model sees them.
+    """Show the examples of a configuration as the model sees them.
 
-    Reads the rows and the tokenizer; loads no weights. Prints, per split: rows, lengths, cuts,
-    fertility, label tokens; examples with prompt and answer marked; the leakage verdict.
+    Reads the examples and the tokenizer, no weights. Prints for each split: number of examples,
+    lengths, cuts, fertility and label tokens. Also prints some examples with prompt and answer
+    marked, and whether splits share examples. Writes the file of --out, if given.
     """
     loaded = load(config, settings, None, seed, training=False)
     from grasp_lora.workbench.describe import describe_data
@@ -133,47 +139,52 @@ def score(
     ],
     language: Annotated[
         str | None,
-        typer.Option(help="Language code of the answers, like ar; default: as their script tells."),
+        typer.Option(help="Language code of the answers, like ar; default: guessed by script."),
     ] = None,
     task: Annotated[
         Literal["qa", "summarization", "text-to-text"],
-        typer.Option(help="Kind of the answers; recorded."),
+        typer.Option(help="Kind of task; it is recorded in the result."),
     ] = "qa",
     json: Annotated[Path | None, typer.Option("--json", help="File to write.", **AS_PATH)] = None,
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", help="The same rows answered by another system: paired test.", **AS_PATH
+            "--against",
+            help="The same rows answered by another system, for a paired test.",
+            **AS_PATH,
         ),
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Scores, parted by commas; default: all that can be had.")
+        str | None,
+        typer.Option(help="Metrics separated by commas; default: all that are installed."),
     ] = None,
     rules: Annotated[
         Literal["squad", "mlqa", "mlqa-fixed"], typer.Option(help="Rules of exact match and F1.")
     ] = "squad",
     rouge: Annotated[
-        Literal["unicode", "xlsum"], typer.Option(help="How ROUGE cuts a text into words.")
+        Literal["unicode", "xlsum"], typer.Option(help="How ROUGE splits a text into words.")
     ] = "unicode",
     bertscore_model: Annotated[
-        str | None, typer.Option(help="Encoder of BERTScore, folder or name.")
+        str | None, typer.Option(help="Encoder for BERTScore, a folder or a name.")
     ] = None,
-    bertscore_layer: Annotated[int | None, typer.Option(help="Layer of that encoder.")] = None,
+    bertscore_layer: Annotated[
+        int | None, typer.Option(help="Layer of the BERTScore encoder.")
+    ] = None,
     bertscore_rescale: Annotated[
         bool, typer.Option("--bertscore-rescale", help="Rescale BERTScore by its baseline.")
     ] = False,
     resamples: Annotated[
-        int, typer.Option(min=0, help="Resamples behind intervals and p-values; 0 for none.")
+        int, typer.Option(min=0, help="Resamples for intervals and p-values; 0 for none.")
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of --json.")
+        bool, typer.Option("--overwrite", help="Replace the file that --json names.")
     ] = False,
 ) -> None:
-    """Score the answers of any system, with intervals; or tell whether two systems differ.
+    """Score the answers of any system, with intervals, or test whether two systems differ.
 
     Reads the predictions; rows with the same "group" are resampled together. Prints a table, or
-    with --against a line for each score (A is FILE). Writes the file of --json.
+    with --against a line for each metric, where A is FILE. Writes the file of --json, if given.
     """
     from rich.console import Console
 

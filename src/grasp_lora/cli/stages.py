@@ -1,4 +1,4 @@
-"""Commands that run the job and its stages, and the list of settings."""
+"""Commands that do a whole run or one of its stages, compare runs, or list the settings."""
 
 from importlib import resources
 from pathlib import Path
@@ -40,11 +40,11 @@ def run(
     overwrite: Overwrite = False,
     profile: Profile = False,
 ) -> None:
-    """Do the whole job: adapters, merge, search, final fine-tuning, evaluation.
+    """Do the whole run: adapters, merge, search, final fine-tuning, evaluation.
 
-    Reads the configuration and the rows or adapters it names. Writes the run folder: final/ (the
-    adapter), ratio.json, rounds.jsonl, ratio.png, scores.json, report.md. The same command again
-    resumes an interrupted run.
+    Reads the configuration and the examples or adapters that it names. Writes the run folder:
+    final/ (the adapter), ratio.json, rounds.jsonl, ratio.png, scores.json, report.md. Run the same
+    command again to resume an interrupted run.
     """
     _run(load(config, settings, output, seed, allow_leakage), overwrite, profile)
 
@@ -56,9 +56,9 @@ def plan(
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
 ) -> None:
-    """Show the stages of a run, which of them are done, and what the others cost at most.
+    """Show the stages of a run, which of them are done, and the highest cost of the others.
 
-    Reads the configuration, the rows and the tokenizer, no weights. Writes nothing.
+    Reads the configuration, the examples and the tokenizer, no weights. Writes nothing.
     """
     loaded = load(config, settings, output, seed, allow_leakage)
     from rich.console import Console
@@ -95,7 +95,7 @@ def demo(
 def train(
     config: Config,
     role: Annotated[
-        Literal["source", "target"], typer.Option(help="Whose rows.", show_default=False)
+        Literal["source", "target"], typer.Option(help="Whose examples.", show_default=False)
     ],
     out: Out,
     settings: Set = None,
@@ -105,7 +105,7 @@ def train(
 ) -> None:
     """Train one adapter.
 
-    Reads the rows of data.source or data.target. Writes a PEFT adapter folder.
+    Reads the examples of data.source or data.target. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     from grasp_lora.plans.single import train_adapter
@@ -126,8 +126,8 @@ def merge(
 ) -> None:
     """Merge adapters of one backbone.
 
-    Reads the adapters given, or else adapters.source and adapters.target of the configuration.
-    Writes a PEFT adapter folder.
+    Reads the adapters of --adapter; without it, adapters.source and adapters.target of the
+    configuration. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed)
     named = (loaded.adapters.source, loaded.adapters.target)
@@ -154,7 +154,7 @@ def search(
 ) -> None:
     """Learn the prune ratio while fine-tuning a merged adapter.
 
-    Reads the merged adapter and the target rows. Writes ratio.json, rounds.jsonl and adapter/.
+    Reads the merged adapter and the target examples. Writes ratio.json, rounds.jsonl and adapter/.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     from grasp_lora.plans.single import search_ratio
@@ -172,7 +172,8 @@ def finetune(
     ],
     out: Out,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Train it, or prune and measure only.")
+        bool,
+        typer.Option("--train/--no-train", help="Train the adapter, or only prune and measure it."),
     ] = True,
     settings: Set = None,
     seed: Seed = None,
@@ -181,7 +182,7 @@ def finetune(
 ) -> None:
     """Prune an adapter at a ratio and fine-tune it.
 
-    Reads the adapter and the target rows. Writes a PEFT adapter folder.
+    Reads the adapter and the target examples. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     fraction, spread = _ratio(ratio, loaded)
@@ -205,17 +206,19 @@ def precheck(
     config: Config,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for precheck.json; none if left out.", **AS_PATH),
+        typer.Option(
+            "--out", help="Folder for precheck.json; without it no file is written.", **AS_PATH
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Micro-dev and dev rows to measure on.")] = 16,
+    rows: Annotated[int, typer.Option(help="Micro-dev and dev examples to measure on.")] = 16,
     settings: Set = None,
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
 ) -> None:
-    """Say from two trained adapters whether to merge them, with which weights, and to search.
+    """Advise whether to merge two trained adapters, by which weights, and whether to search.
 
-    Reads adapters.source, adapters.target and the micro-dev and dev rows; trains nothing. Writes
-    precheck.json where --out says.
+    Reads adapters.source, adapters.target and the micro-dev and dev examples; trains nothing.
+    Writes precheck.json into the folder of --out, if given.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
     from grasp_lora.plans.precheck import precheck as check
@@ -241,9 +244,9 @@ def ablate(
     config: Config,
     out: Out,
     only: Annotated[
-        list[str] | None, typer.Option(help="Variant to run; may be repeated. All without it.")
+        list[str] | None, typer.Option(help="Variant to run; may be repeated. Default: all.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of the runs, comma between.")] = "42",
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, separated by commas.")] = "42",
     jobs: Jobs = 0,
     threads: Threads = None,
     settings: Set = None,
@@ -252,8 +255,8 @@ def ablate(
 ) -> None:
     """Run the search and the final fine-tuning with each part of the controller left out.
 
-    Reads the configuration and the rows or adapters it names. Writes ablation.md, ablation.json
-    and a folder for each run; the same command again does what is missing.
+    Reads the configuration and the examples or adapters that it names. Writes ablation.md,
+    ablation.json and a folder for each run. Run the same command again to do what is missing.
     """
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
@@ -274,10 +277,10 @@ def compare(
     config: Config,
     out: Out,
     only: Annotated[
-        list[str] | None, typer.Option(help="Method to run; may be repeated. All without it.")
+        list[str] | None, typer.Option(help="Method to run; may be repeated. Default: all.")
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="Seeds of the main methods, comma between.")
+        str, typer.Option(help="Seeds of the main methods, separated by commas.")
     ] = "42,1337,9001",
     jobs: Jobs = 0,
     threads: Threads = None,
@@ -285,10 +288,10 @@ def compare(
     allow_leakage: AllowLeakage = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run every baseline beside the method on one's own model and data, and compare them.
+    """Run the method and all baselines on your own model and data, and compare them.
 
-    Reads the configuration and the rows or adapters it names. Writes comparison.md, .csv, .json,
-    pictures and a folder for each run; the same command again does what is missing.
+    Reads the configuration and the examples or adapters that it names. Writes comparison.md, .csv,
+    .json, pictures and a folder for each run. Run the same command again to do what is missing.
     """
     numbers = numbers_in(seeds)
     loaded = load(config, settings, None, None, allow_leakage)
@@ -310,9 +313,9 @@ def compare(
 
 
 def settings_list() -> None:
-    """List every setting with its default and what it does.
+    """List every setting with its default and its meaning.
 
-    Reads nothing and writes nothing.
+    Reads nothing. Writes nothing.
     """
     from grasp_lora.config.reference import settings_markdown
 
@@ -348,7 +351,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
 
 
 def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | None]:
-    """A fraction from `0.4`, or what is in a `ratio.json`."""
+    """Return the ratio in text like `0.4` or in a `ratio.json`, and its group -> ratio or None."""
     try:
         ratio = float(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Plans of stages, and the executor that works a plan off."""
+"""Plans of stages, and the executor that does the stages of a plan."""

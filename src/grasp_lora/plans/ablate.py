@@ -1,7 +1,8 @@
-"""What the parts of the controller are worth: one run for each part left out or changed.
+"""Ablation of the controller: one run for each part that is left out or changed.
 
-Every variant starts from the same merge and the same rows and differs from the configuration by
-settings of the controller alone; with several seeds they are compared seed by seed.
+All variants start from the same merge and use the same examples. A variant differs from the
+configuration in settings of the controller alone. With several seeds, variants are compared with
+the configuration seed by seed.
 """
 
 import dataclasses
@@ -35,9 +36,9 @@ class Change:
     """A change of the controller.
 
     Attributes:
-        about: what it asks, for the table.
+        about: description for the table.
         changes: settings of the controller that differ.
-        rounds: factor on how many rounds there are.
+        rounds: factor on the number of rounds.
     """
 
     about: str
@@ -45,10 +46,10 @@ class Change:
     rounds: float = 1.0
 
     def of(self, config: ControllerConfig) -> ControllerConfig:
-        """Return the changed settings.
+        """Return the controller's settings with this change.
 
         Raises:
-            ValueError: they break a rule.
+            ValueError: the changed settings break a rule.
         """
         changes = dict(self.changes)
         if config.interval is not None:
@@ -64,15 +65,17 @@ CHANGES: Mapping[str, Change] = {
     "entropy-on": Change("the published widening", {"entropy": 0.01}),
     "anchor-off": Change("no pull to the current ratio", {"anchor": 0.0}),
     "anchor-on": Change("the published pull to the current ratio", {"anchor": 0.05}),
-    "anchor-and-entropy-off": Change("neither", {"anchor": 0.0, "entropy": 0.0}),
-    "rows-4": Change("4 rows a round", {"rows": 4}),
-    "rows-8": Change("8 rows a round", {"rows": 8}),
-    "rows-16": Change("16 rows a round", {"rows": 16}),
-    "rows-32": Change("32 rows a round", {"rows": 32}),
-    "fixed-rows": Change("the same micro-dev rows every round", {"probe_rows": "micro-dev"}),
-    "fresh-rows": Change("other rows every round", {"probe_rows": "micro-dev+dev"}),
-    "half-the-rounds": Change("rounds half as often", rounds=0.5),
-    "twice-the-rounds": Change("rounds twice as often", rounds=2.0),
+    "anchor-and-entropy-off": Change(
+        "no widening and no pull to the current ratio", {"anchor": 0.0, "entropy": 0.0}
+    ),
+    "rows-4": Change("4 examples a round", {"rows": 4}),
+    "rows-8": Change("8 examples a round", {"rows": 8}),
+    "rows-16": Change("16 examples a round", {"rows": 16}),
+    "rows-32": Change("32 examples a round", {"rows": 32}),
+    "fixed-rows": Change("the same micro-dev examples every round", {"probe_rows": "micro-dev"}),
+    "fresh-rows": Change("other examples every round", {"probe_rows": "micro-dev+dev"}),
+    "half-the-rounds": Change("half as many rounds", rounds=0.5),
+    "twice-the-rounds": Change("twice as many rounds", rounds=2.0),
     "candidates-2": Change("2 candidates a round", {"candidates": 2}),
     "candidates-4": Change("4 candidates a round", {"candidates": 4}),
     "candidates-6": Change("6 candidates a round", {"candidates": 6}),
@@ -83,7 +86,7 @@ CHANGES: Mapping[str, Change] = {
     "baseline-on": Change("commits judged against the model as it is", {"baseline": True}),
     "baseline-off": Change("commits judged against the lowest ratio", {"baseline": False}),
 }
-"""Name -> change, in the order of the table."""
+"""Name of the variant -> change, in the order of the table."""
 
 
 def ablate(
@@ -98,19 +101,20 @@ def ablate(
     """Run every variant that differs from the configuration, with every seed, and compare them.
 
     Args:
-        config: the run's settings. Its own seed divides the rows and trains the adapters.
+        config: the run's settings. Its own seed divides the examples and trains the adapters.
         out: receives `ablation.json`, `ablation.md` and a folder for each run.
-        only: names of variants; none is all. The configuration itself is always among them.
-        seeds: of searches and final runs.
-        pool: processes to do stages in; by default this one does them all.
-        overwrite: replace results that other inputs made.
+        only: names of the variants to run; empty runs all. The configuration itself is always run.
+        seeds: seeds of the searches and final runs.
+        pool: the processes that do the stages; by default this process does all of them.
+        overwrite: replace results that were made from other inputs.
         quiet: print nothing.
 
     Returns:
-        What `ablation.json` holds; `failed` names runs without a result.
+        The content of `ablation.json`; `failed` names the runs without a result.
 
     Raises:
-        ValueError: a variant has no such name, or the settings or data cannot work.
+        ValueError: a name in `only` is unknown, the settings or the examples cannot work, or
+            `merge.when` is `after`.
     """
     if config.merge.when == "after":
         raise ValueError(
@@ -125,7 +129,7 @@ def ablate(
     asked = tuple(str(built[f"{name}-s{seed}"].scores) for name in chosen for seed in seeds)
     session, sizes = Session(with_split_seed(config), data, quiet=quiet), sizes_of(config, data)
     done = work_off_many(part_of(plan, asked), out, session, sizes, pool, overwrite)
-    # What an earlier start with other names left there belongs in the table as well.
+    # The table also has variants that an earlier start with other names has finished.
     done = finished_stages(plan, out, session) | done
     outcomes = method_outcomes(built, plan, out, done, sizes)
     there = {name for name in others if any(f"{name}-s{seed}" in outcomes for seed in seeds)}
@@ -143,7 +147,7 @@ def ablate(
 def _chosen(
     config: RunConfig, data: RunData, names: Sequence[str]
 ) -> tuple[dict[str, ControllerConfig], dict[str, str]]:
-    """Return (name -> settings of what is run, name -> why it is not)."""
+    """Return (variant -> its settings, variant that cannot be run -> reason)."""
     chosen: dict[str, ControllerConfig] = {}
     left_out: dict[str, str] = {}
     for name in names:
@@ -155,9 +159,9 @@ def _chosen(
         parts = data.parts["target"]
         pool = sum(len(parts.get(split, ())) for split in POOLS[changed.probe_rows])
         if name != AS_CONFIGURED and changed == config.controller:
-            left_out[name] = "the configuration is like that"
+            left_out[name] = "the configuration has these settings already"
         elif "rows" in CHANGES[name].changes and changed.rows > pool:
-            left_out[name] = f"there are {pool} rows to probe"
+            left_out[name] = f"there are only {pool} examples to probe"
         else:
             chosen[name] = changed
     return chosen, left_out
@@ -166,7 +170,7 @@ def _chosen(
 def _plan_of(
     config: RunConfig, chosen: Mapping[str, ControllerConfig], seeds: Sequence[int]
 ) -> tuple[Plan, dict[str, Built]]:
-    """Return a plan with a search and a final run for every variant and seed, from one merge."""
+    """Return a plan with a search and a final run for every variant and seed, and run -> stages."""
     config, plan = with_split_seed(config), PlanBuilder()
     adapters = add_adapters(plan, config)
     merged, probe = add_merge(plan, config, adapters, *SHARED_MERGE)
@@ -224,7 +228,7 @@ FACTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "dev_loss": lambda run: run["best"]["loss"],
     "forwards": lambda run: run["forwards"],
 }
-"""Name -> the number of a run; `flipped_per_commit` is a share of the adapter's entries."""
+"""Name -> a number of a run; `flipped_per_commit` is a fraction of the adapter's entries."""
 
 
 def _numbers(run: Mapping[str, Any]) -> dict[str, float | None]:
@@ -249,7 +253,7 @@ def _means(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | Non
 def _differences(
     runs: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float | None]]:
-    """Return number -> mean difference to the configuration over shared seeds, with its error."""
+    """Return number -> mean difference to the configuration over shared seeds, and its error."""
     pairs = [(_numbers(runs[s]), _numbers(reference[s])) for s in runs if s in reference]
     found: dict[str, dict[str, float | None]] = {}
     for name in pairs[0][0] if pairs else ():

@@ -1,4 +1,4 @@
-"""The comparison: every baseline beside the method, all of them stages of one plan."""
+"""The comparison of the method with all baselines. Their stages form one plan."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ SEEDS = (42, 1337, 9001)
 RESULT_FILE = "result.json"
 COMPARISON_FILE = "comparison.json"
 NOT_PAIRED = {"bleu", "perplexity"}
-"""Scores whose rows' own values mean little."""
+"""Metrics that are not tested in pairs: their values for single examples mean little."""
 
 
 def compare_methods(
@@ -60,23 +60,23 @@ def compare_methods(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run every method that has no result yet, and write tables and pictures.
+    """Run every method without a result, and write tables and pictures.
 
     Args:
-        config: the run's settings. Its own seed divides the rows and trains the adapters.
+        config: the run's settings. Its own seed divides the examples and trains the adapters.
         out: receives `comparison.md`, `.csv`, `.json`, pictures, and a folder for each run.
-        only: names of methods to run; none is all. What they need is run as well. The tables have
-            all methods with a result in the folder.
-        seeds: of searches and fine-tuning; methods that are run once take the first.
-        pool: processes to do stages in; by default this one does them all.
-        overwrite: replace results that other inputs made.
+        only: names of the methods to run; empty runs all. Runs that they need are done as well. The
+            tables have all methods with a result in the folder.
+        seeds: seeds of searches and fine-tuning; methods that are run once use the first.
+        pool: the processes that do the stages; by default this process does all of them.
+        overwrite: replace results that were made from other inputs.
         quiet: print nothing.
 
     Returns:
-        What `comparison.json` holds.
+        The content of `comparison.json`.
 
     Raises:
-        ValueError: a method has no such name, or the settings or data cannot work.
+        ValueError: a name in `only` is unknown, or the settings or the examples cannot work.
     """
     data = checked_data(config, "method", only, METHODS, seeds, quiet)
     if not data.test_sets():
@@ -92,7 +92,7 @@ def compare_methods(
     stages = work_off_many(asked, out, session, sizes, pool, overwrite)
     asked_for = {method_of(job) for job in wanted} | _refused_before(out)
     outcomes = method_outcomes(_of_interest(built, asked_for, out), plan, out, stages, sizes)
-    # What an earlier start with other names or seeds left there belongs in the tables as well.
+    # The tables also have what earlier starts with other names or seeds have finished.
     for seed in _seeds_in(out) or list(seeds):
         other_plan, others = plan_of(config, (seed,))
         there = finished_stages(other_plan, out, session)
@@ -116,11 +116,11 @@ def checked_data(
     seeds: Sequence[int],
     quiet: bool,
 ) -> RunData:
-    """Return the examples of many runs, once all that can be checked before any work is right.
+    """Check what can be checked before any work, and return the examples.
 
     Raises:
-        ValueError: a name is unknown, seeds are none or twice the same, or the settings, the data
-            or a given adapter cannot work.
+        ValueError: a name is unknown, there are no seeds or equal ones, or the settings, the
+            examples or a given adapter cannot work.
     """
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -138,14 +138,17 @@ def checked_data(
 
 
 def plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
-    """Return the plan of all methods, whichever are asked for: so names never depend on that."""
+    """Return the plan of all methods and run -> stages.
+
+    The plan has methods that are not asked for too, so the names of stages never depend on that.
+    """
     builder = PlanBuilder()
     built = build_methods(builder, config, seeds)
     return builder.build(), built
 
 
 def _refused_before(out: Path) -> set[str]:
-    """Return the methods that an earlier start in the folder found not to be applicable."""
+    """Return the methods that an earlier start in this folder recorded as not applicable."""
     file = out / COMPARISON_FILE
     return set(read_json(file)["not_applicable"]) if file.exists() else set()
 
@@ -153,8 +156,10 @@ def _refused_before(out: Path) -> set[str]:
 def _of_interest(
     built: Mapping[str, Built], asked_for: Collection[str], out: Path
 ) -> dict[str, Built]:
-    """Return the methods but for those that nobody asked for, now or in an earlier start, and that
-    would be in the tables for nothing: they choose among others, or these settings rule them out.
+    """Return the runs that belong in the tables.
+
+    A method that chooses among other runs, or that these settings rule out, belongs there only if
+    it is asked for, or if an earlier start wrote its result.
     """
 
     def wanted(job: str) -> bool:
@@ -166,7 +171,7 @@ def _of_interest(
 
 
 def stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
-    """Return the stages that methods are read from, those they choose among included."""
+    """Return the scoring stages of runs, and those of the runs that they choose among."""
     found: list[str] = []
     for job in jobs:
         one = built[job]
@@ -178,8 +183,10 @@ def stages_of(built: Mapping[str, Built], jobs: Sequence[str]) -> list[str]:
 
 
 def finished_stages(plan: Plan, place: Path, session: Session) -> dict[str, Outcome]:
-    """Return the stages that have a result in a folder, made from the inputs of the plan, and those
-    that were found not to be applicable."""
+    """Return stage -> outcome for the stages of a plan that are finished or not applicable.
+
+    A result counts as finished only if it was made from the inputs of the plan.
+    """
     found: dict[str, Outcome] = {}
     for name, stage in plan.stages.items():
         if not all(need in found for need in stage.needs()):
@@ -226,11 +233,11 @@ def _keep_results(outcomes: Mapping[str, MethodOutcome], out: Path) -> None:
 
 
 def summary(config: RunConfig, outcomes: Mapping[str, MethodOutcome]) -> dict[str, Any]:
-    """Return rows of all runs, the baseline that others are held against, and the paired tests.
+    """Return the content of `comparison.json`: rows of all runs, reference baseline, paired tests.
 
     Args:
-        config: names the pair and the task, and sets the intervals.
-        outcomes: of the runs, in the order of the tables.
+        config: names the languages and the task, and sets the intervals.
+        outcomes: run -> outcome, in the order of the tables.
     """
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -261,7 +268,7 @@ def summary(config: RunConfig, outcomes: Mapping[str, MethodOutcome]) -> dict[st
 
 
 def _still_falling(dev: Sequence[Sequence[float | None]]) -> bool:
-    """Return whether the last of a fine-tuning's (step, dev loss) is lower than all before it."""
+    """Return whether the last dev loss is lower than all before it; `dev` holds (step, loss)."""
     losses = [loss for _, loss in dev]
     known = [loss for loss in losses[:-1] if loss is not None]
     return bool(known) and losses[-1] is not None and losses[-1] < min(known)
@@ -297,13 +304,13 @@ def _row(config: RunConfig, job: str, outcome: MethodOutcome) -> dict[str, Any]:
 
 
 def _empty_shares(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return test set -> share of its rows that were answered with nothing, where it is known."""
+    """Return test set -> fraction of its examples with an empty answer, if it was counted."""
     counts = result.get("empty") or {}
     return {test: count / len(result["rows"][test]["ids"]) for test, count in counts.items()}
 
 
 def _often_empty(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return test set -> method -> mean share of empty answers, where that is much."""
+    """Return test set -> method -> mean fraction of empty answers, if at least `MANY_EMPTY`."""
     shares: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for test, share in row["empty"].items():
@@ -315,7 +322,7 @@ def _often_empty(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the baseline with the lowest mean loss on labelled rows, none of them trained on."""
+    """Return the baseline with the lowest mean loss on labelled examples it was not trained on."""
     losses: dict[str, list[float]] = {}
     for row in rows:
         if METHODS[row["method"]].role == "baseline" and row["dev_loss"] is not None:
@@ -329,14 +336,14 @@ def paired_with(
 ) -> dict[str, Any]:
     """Return method -> test set -> metric -> its paired test against the reference.
 
-    Runs of the same seed are paired, or the one run of either side with every seed of the other;
-    a context's rows of all seeds are drawn together. What is compared are means over rows, of
-    scores that are not (chrF) too.
+    Runs with the same seed are paired. A method with a single run is paired with every seed of the
+    other. The bootstrap draws whole contexts, with their examples of all seeds together. The means
+    over examples are compared, also for metrics that are no such means (chrF).
 
     Args:
         config: settings of the intervals.
-        results: method -> seed -> result of its job.
-        reference: one of the methods.
+        results: method -> seed -> result.
+        reference: the method that the others are compared with.
     """
     theirs = results[reference]
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""The executor: works a plan off, stage by stage.
+"""The executor: does the stages of a plan one after the other.
 
-A stage whose result is there, made from the same inputs, is not done again. A stage that was
-interrupted resumes from its checkpoints. Before any work all stages are held against what is in
-their places, so a folder of other results is refused at once.
+A stage is skipped if its result exists and was made from the same inputs. An interrupted stage
+resumes from its checkpoints. The places of all stages are checked before any work, so a folder with
+other results is refused at once.
 """
 
 import traceback
@@ -23,16 +23,16 @@ from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
 
 REFUSED_FILE = "not-applicable.txt"
-"""In the work folder of a stage: why it could not run when it was last tried."""
+"""File in the work folder of a stage: the reason why its last attempt could not run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage.
+    """The outcome of a stage.
 
     Attributes:
-        folder: its result.
-        error: why there is no result; None where there is one.
+        folder: the folder of its result.
+        error: why there is no result; None if there is one.
         refused: the reason why the stage cannot run on these adapters or on this machine.
     """
 
@@ -43,15 +43,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan is worked off.
+    """How the stages of a plan are done.
 
     Attributes:
-        overwrite: replace results that other inputs made. Where there are none, do all stages
-            again.
-        keep_going: a stage that fails keeps its log, and what does not need it goes on. False lets
-            the error out.
-        timed: charge each stage to the clock under its own name.
-        ended: called with name and outcome of every stage that has ended.
+        overwrite: replace results that were made from other inputs. If there are none, do all
+            stages again.
+        keep_going: after a stage fails, log the error and do the stages that do not need it. False
+            raises the error.
+        timed: measure the time of each stage under its own name.
+        ended: called with the name and the outcome of every stage that has ended.
     """
 
     overwrite: bool = False
@@ -60,7 +60,7 @@ class Options:
     ended: Callable[[str, Outcome], Any] = lambda _name, _outcome: None
 
     def replacing(self) -> "Options":
-        """Return the same with results of other inputs replaced."""
+        """Return the same options with `overwrite` set."""
         return replace(self, overwrite=True)
 
 
@@ -74,15 +74,15 @@ def work_off(
 
     Args:
         plan: the stages.
-        place: the folder that holds the results, each below its stage's name.
+        place: the folder of the results; each has the name of its stage.
         session: examples and backbone.
-        options: how.
+        options: how the stages are done.
 
     Returns:
         Stage name -> outcome, in the order of the plan.
 
     Raises:
-        ValueError: a place holds another result; raised before any work.
+        ValueError: a place holds a result made from other inputs; raised before any work.
     """
     again = decided_by_main(lambda: check(plan, place, session, options.overwrite))
     outcomes: dict[str, Outcome] = {}
@@ -104,7 +104,7 @@ def work_off(
 
 
 def without_result(stage: Stage, place: Path, outcomes: Mapping[str, Outcome]) -> Outcome | None:
-    """Return the outcome of a stage that needs a result which will not come; None for others."""
+    """Return the outcome of a stage if a stage that it needs has failed; None otherwise."""
     lost = [need for need in stage.needs() if need in outcomes and outcomes[need].error]
     if not lost:
         return None
@@ -114,7 +114,7 @@ def without_result(stage: Stage, place: Path, outcomes: Mapping[str, Outcome]) -
 
 
 def attempted(work: Callable[[], None], out: Path) -> Outcome:
-    """Return the outcome of a piece of work whose error must not stop the others."""
+    """Do the work of a stage and return its outcome; errors are logged, not raised."""
     try:
         work()
     except NotApplicable as error:
@@ -130,14 +130,15 @@ def refused_outcome(out: Path, why: str) -> Outcome:
 
 
 def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
-    """Hold all stages against what is in their places; changes nothing.
+    """Compare the places of all stages with what the plan would write; nothing is changed.
 
     Returns:
-        Whether all stages are to be done again: `overwrite`, and no place holds another result.
+        Whether all stages must be done again: if `overwrite` is set and no place holds a result
+        made from other inputs.
 
     Raises:
-        ValueError: a place holds another result and `overwrite` is not set, or holds something that
-            no stage wrote.
+        ValueError: a place holds a result made from other inputs and `overwrite` is not set, or a
+            place holds files that no stage wrote.
     """
     found = {name: state_of(stage, place, session) for name, stage in plan.stages.items()}
     differing = [name for name, one in found.items() if one.state == "differs"]
@@ -148,8 +149,7 @@ def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
 
 
 def state_of(stage: Stage, place: Path, session: Session) -> Found:
-    """Return what is in the place of a stage; input folders that are still to be made are left out
-    of the comparison."""
+    """Return what is in the place of a stage. Inputs that do not exist yet are not compared."""
     folders = _folders(stage, place)
     known = {role: folder for role, folder in folders.items() if _is_there(stage, role, folder)}
     key = _key(stage, session, known)
@@ -212,7 +212,7 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
 
 
 def _facts(work: Work) -> dict[str, Any]:
-    """Do the work; where that is refused, leave the reason for the tables of later starts."""
+    """Do the work and return its facts; a reason not to run is kept for later tables."""
     refused = work.checkpoints / REFUSED_FILE
     if is_main():
         refused.unlink(missing_ok=True)
@@ -225,12 +225,12 @@ def _facts(work: Work) -> dict[str, Any]:
 
 
 def log_of(out: Path) -> Path:
-    """Return the log of a stage: outside the folder that a new start may remove."""
+    """Return the log file of a stage; it lies outside the folder that a new start may remove."""
     return out.with_name(f"{out.name}.log.txt")
 
 
 def _logged(out: Path, error: Exception) -> str:
-    """Keep the traceback of a failed stage; return what is said of it."""
+    """Append the traceback of a failed stage to its log; return the message for the user."""
     log = log_of(out)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:

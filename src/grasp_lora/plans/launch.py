@@ -1,8 +1,7 @@
-"""A plan worked off by several processes, each doing one stage.
+"""Several processes do the stages of a plan; each process does one stage.
 
-How a process is started is a row of `LAUNCHERS`: three functions, start, poll and stop. Another
-engine that runs `python -m grasp_lora.plans.worker FOLDER STAGE` where the folder is seen can be
-added as a row.
+An entry of `LAUNCHERS` starts a process that can be polled and stopped. To use other machines, add
+an entry that runs `python -m grasp_lora.plans.worker FOLDER STAGE` where the folder is visible.
 """
 
 import os
@@ -52,7 +51,7 @@ class Process(Protocol):
 
 
 Start = Callable[[Path, str, Path, Mapping[str, str], tuple[str, ...]], Process]
-"""(plan's folder, stage, log, environment that differs, flags of the worker) -> process."""
+"""(plan's folder, stage, log, additional environment, flags of the worker) -> process."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def work_off_many(
 
 
 def _checked(place: Path, pool: Pool) -> int | None:
-    """Return the threads of each process, once folder and pool are found to be right."""
+    """Check the folder and the pool; return the threads of each process."""
     if pool.jobs < 0:
         raise ValueError(f"jobs must be at least 0, got {pool.jobs}; 0 is this process alone")
     if pool.threads is not None and pool.threads < 1:
@@ -186,7 +185,7 @@ class _Progress:
         self.total = float(sum(self._tokens.values()))
 
     def noting(self, place: Path, show: Callable[[float], None]) -> Callable[[str, Outcome], None]:
-        """Return a function that takes note of every stage that has ended."""
+        """Return a function that reports every stage that has ended."""
 
         def ended(name: str, outcome: Outcome) -> None:
             if self._left.pop(name, None) is None:
@@ -298,9 +297,9 @@ def _gpus() -> list[str]:
 
 @contextmanager
 def _ending_with_this_process(running: Mapping[int, tuple[str, Process]]) -> Iterator[None]:
-    """Stop the running processes when the body is left; let SIGTERM leave it as Ctrl-C does."""
+    """Stop the running processes when the body ends; SIGTERM ends the body as Ctrl-C does."""
     before: Any = None
-    # Only the main thread may say what signals do.
+    # Only the main thread may set what signals do.
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:

@@ -1,7 +1,7 @@
-"""The methods of a comparison: each a row of a table, each adding its stages to one plan.
+"""The methods of a comparison. Each is a row of `METHODS` and adds its stages to one plan.
 
-Methods start from the same two adapters and are scored on the same examples. Where two methods need
-the same stage, the plan has it once.
+All methods start from the same two adapters and are scored on the same examples. A stage that two
+methods need is in the plan once.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ GRID = tuple(round(RATIO_STEP * n, 1) for n in range(1, 9))
 FOLDS = 5
 TRIALS = 8
 DRAWN = 3
-"""Trials of an Optuna search, of `TRIALS`, before its model has a say."""
+"""Trials, out of `TRIALS`, that an Optuna search draws at random before its model chooses."""
 SHARED_MERGE = ("adapters/merged", "adapters/weights")
 """Folders of the configured merge and of the probe of its weights, beside the adapters."""
 PEFT_DENSITY = 0.5
@@ -34,14 +34,15 @@ SHIFT = 0.05
 
 @dataclass(frozen=True)
 class Built:
-    """The stages that a method's result is made of.
+    """The stages that make the result of a method.
 
     Attributes:
         job: name of the method's run.
         scores: the stage that scores the result; None for a method that chooses among others.
         final: the stage that made the result, or the folder of a given adapter; None for the bare
             backbone.
-        paid: stages whose cost is the method's. The two adapters are free: all methods have them.
+        paid: stages that count as the method's cost. The two adapters do not: all methods have
+            them.
         ratio_from: the stage whose facts hold the ratio; None for ratio 0.
         search: the search of a method that learns its ratio.
         probe: the probe of a method that learns merge weights.
@@ -64,13 +65,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """What a method builds on.
+    """What a method is built from.
 
     Attributes:
         plan: receives the stages.
         config: settings with the method's changes and seed.
         job: name of the method's run; its stages lie in this folder.
-        adapters: "source", "target", and "merged" as configured.
+        adapters: "source", "target" and "merged" (the configured merge) -> adapter.
         probe: the probe of the configured merge, if it has one.
         other: builds another method with the same seed and returns it.
     """
@@ -88,8 +89,8 @@ class Case:
         return {role: self.adapters[role] for role in ("source", "target")}
 
     def add(self, name: str, kind: str, inputs: Mapping[str, Input], /, **options: Any) -> str:
-        """Add a stage in the method's folder; return the name it goes by. An option may well be
-        called `kind`."""
+        """Add a stage in the method's folder and return its name in the plan."""
+        # The parameters are positional-only, because an option may be called `kind`.
         return self.plan.add(Stage(f"{self.job}/{name}", kind, self.config, inputs, options))
 
     def scored(self, final: Input | None, labelled: bool = True, **parts: Any) -> Built:
@@ -97,7 +98,7 @@ class Case:
 
         Args:
             final: the adapter; None for the bare backbone.
-            labelled: measure the losses of the labelled examples as well: not for an adapter that
+            labelled: also measure the losses of the labelled examples; False for an adapter that
                 was trained on them.
             parts: further fields of `Built`.
         """
@@ -111,12 +112,12 @@ Build = Callable[[Case], Built]
 
 @dataclass(frozen=True)
 class Times:
-    """A change of a setting that is a multiple of what is configured."""
+    """A change that multiplies the configured value of a setting by a factor."""
 
     factor: float
 
     def of(self, value: float) -> float:
-        """Return the multiple, without the digits that binary fractions add."""
+        """Return the multiple, rounded to 12 digits to remove errors of binary fractions."""
         return float(f"{self.factor * value:.12g}")
 
 
@@ -125,12 +126,12 @@ class Method:
     """A row of the comparison.
 
     Attributes:
-        about: what it is.
-        build: adds its stages to a plan.
-        changes: dotted settings that differ; `Times` is a multiple of the one that is configured.
-        seeds: `all`, `first` (one run), or `none` (nothing in it is drawn).
-        role: `baseline` (what a user would do without pruning: the best of them by dev loss is what
-            others are tested against), or `other`.
+        about: description for the tables.
+        build: adds the stages of the method to a plan.
+        changes: dotted setting -> value that differs; `Times` multiplies the configured value.
+        seeds: `all`, `first` (one run with the first seed), or `none` (one run; nothing is random).
+        role: `baseline` (what a user would do without pruning; the other methods are tested against
+            the best baseline by dev loss), or `other`.
     """
 
     about: str
@@ -141,10 +142,10 @@ class Method:
 
 
 def _start(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
-    """Return the adapter that a method begins with, and the stages that made it.
+    """Return the adapter that a method starts from, and the stages that make it.
 
     Args:
-        case: what the method builds on.
+        case: what the method is built from.
         start: "source", "target", "merged" (as configured), None (the bare backbone), settings of
             `merge` that differ, or the options of another rule to merge by.
     """
@@ -165,7 +166,7 @@ def _start(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
 
 
 def fixed(start: Any) -> Build:
-    """Score a start without training."""
+    """Return a build that scores a start without training."""
 
     def build(case: Case) -> Built:
         adapter, made = _start(case, start)
@@ -175,7 +176,7 @@ def fixed(start: Any) -> Build:
 
 
 def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Build:
-    """Fine-tune a start at a ratio; on all labelled examples where the settings say so."""
+    """Return a build that fine-tunes a start at a ratio, on all labelled examples if configured."""
 
     def build(case: Case) -> Built:
         adapter, made = _start(case, start)
@@ -185,7 +186,7 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
             final, judged = add_unpruned(case.plan, case.config, adapter, name, title)
             paid = (*made, judged, final)
             return case.scored(final, labelled=False, paid=paid, ratio_from=final)
-        # Ratio 0 is left out, as other methods leave it out that fine-tune the same start unpruned.
+        # An option None equals a missing one, so methods that do not prune share this stage.
         options = {"ratio": ratio or None, "random_masks": random_masks}
         final = case.add("final", "prune", {"start": adapter}, **options)
         return case.scored(final, paid=(*made, final), ratio_from=final)
@@ -194,7 +195,7 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
 
 
 def _at_ratio_of(method: str, shift: float | None, random_masks: bool = False) -> Build:
-    """Fine-tune the configured merge at the ratio that another method learned."""
+    """Return a build that fine-tunes the configured merge at a ratio learned by another method."""
 
     def build(case: Case) -> Built:
         search = case.other(method).search
@@ -209,7 +210,7 @@ def _at_ratio_of(method: str, shift: float | None, random_masks: bool = False) -
 
 
 def _grasp(start: Any = "merged") -> Build:
-    """Search the ratio and fine-tune at it."""
+    """Return a build that searches the ratio of a start and fine-tunes at that ratio."""
 
     def build(case: Case) -> Built:
         merged, made = _start(case, start)
@@ -226,7 +227,10 @@ def _grasp(start: Any = "merged") -> Build:
 
 
 def _post_hoc(prune: bool) -> Build:
-    """Merge the source adapter, fine-tuned alone, with the target adapter; prune it if asked."""
+    """Return a build of a post-hoc merge, optionally pruned at a learned ratio.
+
+    The source adapter is fine-tuned alone, then merged with the target adapter.
+    """
 
     def build(case: Case) -> Built:
         config, source = case.config, case.adapters["source"]
@@ -255,7 +259,7 @@ def _post_hoc(prune: bool) -> Build:
 
 
 def _optuna(sampler: str, drawn: int | None) -> Build:
-    """Let Optuna choose the ratio by full fine-tuning runs."""
+    """Return a build in which Optuna chooses the ratio by full fine-tuning runs."""
 
     def build(case: Case) -> Built:
         merged, made = _start(case, "merged")
@@ -273,7 +277,7 @@ def _optuna(sampler: str, drawn: int | None) -> Build:
 
 
 def _trained(adalora: bool = False) -> Build:
-    """Train a target adapter as a run without one does, whether or not one is given."""
+    """Return a build that trains a target adapter, even if the user gives one."""
 
     def build(case: Case) -> Built:
         options = {"role": "target", "adalora": adalora}
@@ -293,18 +297,19 @@ def _on_all_labels(case: Case) -> Built:
     }
     final = case.add("final", "train", folds, role="target", folds=FOLDS)
     paid = (*(str(one) for one in folds.values()), final)
-    # All its labelled examples are train examples: none is left that the adapter has not seen.
+    # The adapter was trained on all labelled examples, so their losses would mean nothing.
     return case.scored(final, labelled=False, paid=paid)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chooses among other runs with the same seed and does nothing itself; a `Build`.
+    """A method that chooses among other runs with the same seed and adds no stages; a `Build`.
 
     Attributes:
         among: the methods whose runs it chooses among.
-        judged: splits whose lowest loss decides, at the price of all runs; or
-        nearest: the method whose ratio the chosen run's is nearest to, at that run's own price.
+        judged: choose the run with the lowest loss on these splits. The cost is that of all runs.
+        nearest: instead choose the run whose ratio is nearest to the ratio of this method. The cost
+            is that of the chosen run.
     """
 
     among: tuple[str, ...]
@@ -312,7 +317,7 @@ class Choice:
     nearest: str | None = None
 
     def __call__(self, case: Case) -> Built:
-        """Return the method."""
+        """Return the method built for a case."""
         runs = [case.other(name) for name in self.among]
         wanted = None if self.nearest is None else case.other(self.nearest)
         paid = tuple(dict.fromkeys(stage for run in runs for stage in run.paid))
@@ -327,7 +332,7 @@ class Choice:
 
 
 searched: Build = _grasp()
-"""Search the ratio of the configured merge and fine-tune at it."""
+"""A build that searches the ratio of the configured merge and fine-tunes at that ratio."""
 
 AVERAGE: Mapping[str, Any] = {"kind": "cat", "weights": None}
 SUM: Mapping[str, Any] = {"kind": "cat", "weights": (1.0, 1.0)}
@@ -336,7 +341,7 @@ LEARNED: Mapping[str, Any] = {"kind": "cat", "weights": "auto"}
 SVD: Mapping[str, Any] = {"kind": "svd", "weights": None}
 LABELLED = {"finetune.rows": "labelled"}
 TRIPLE_STEP = {"train.finetune.learning_rate": Times(3.0)}
-"""Shows whether a rival looks as it does only because a run was stopped too soon."""
+"""Shows whether a baseline is worse only because its training was too short."""
 PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
 ADAPTIVE = {
     "finetune.mode": "restart",
@@ -524,7 +529,7 @@ METHODS: Mapping[str, Method] = {
     ),
     **{
         f"recut-{schedule}": Method(
-            f"pruned at 0.4, masks cut anew {about}",
+            f"pruned at 0.4, masks cut again {about}",
             _finetuned("merged", 0.4),
             {"finetune.mask_schedule": schedule},
         )
@@ -563,7 +568,7 @@ def method_of(job: str) -> str:
 
 
 def with_split_seed(config: RunConfig) -> RunConfig:
-    """Return settings whose rows are divided by the seed they have now, whatever seed they get."""
+    """Return settings that divide the examples by the present seed, even if `seed` changes."""
     if config.data.split_seed is not None:
         return config
     data = config.data.model_copy(update={"split_seed": config.seed})
@@ -571,11 +576,12 @@ def with_split_seed(config: RunConfig) -> RunConfig:
 
 
 def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """Return settings with dotted changes; a fine-tuning in one or two runs has the same epochs.
+    """Return settings with dotted changes, and with as many epochs as any other method has.
 
-    In mode `restart` search and final run each have all epochs of a fine-tuning run, in mode
-    `continue` they share them. Only the methods that say so train on all labelled examples: the
-    others are judged by them. Only the methods that say so merge after fine-tuning.
+    In mode `restart` the search and the final run each have all epochs of a fine-tuning run. In
+    mode `continue` they share these epochs. Unless `changes` says otherwise, a method trains on the
+    train examples alone, because the other labelled examples judge it, and it merges before
+    fine-tuning.
     """
     total = config.training("finetune").epochs
     if config.finetune.mode == "continue":
@@ -596,7 +602,7 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig
 
 
 def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
-    """Return settings with one value changed, which may lie in sections within sections."""
+    """Return settings with one value changed; `key` is dotted."""
 
     def changed(settings: Any, path: list[str]) -> Any:
         name, *below = path
@@ -611,12 +617,12 @@ def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
 
 
 def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) -> dict[str, Built]:
-    """Add the stages of all methods to a plan; return job -> method, in the order of the tables.
+    """Add the stages of all methods to a plan; return run -> method, in the order of the tables.
 
     Args:
-        plan: receives the adapters and their merge first.
-        config: the run's settings; its own seed divides the rows and trains the adapters.
-        seeds: of searches and fine-tuning; a method that is run once takes the first.
+        plan: receives the adapters and their merge first, then the stages of the methods.
+        config: the run's settings; its own seed divides the examples and trains the adapters.
+        seeds: seeds of searches and fine-tuning; a method that is run once uses the first.
     """
     config = with_split_seed(config)
     plain = changed_settings(config, {})
@@ -633,7 +639,7 @@ def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) 
             one = changed.model_copy(update={"seed": drawn})
             case = Case(plan, one, job, adapters, probe, lambda other: build(other, seed))
             broken = changed.faults()
-            # A rule between settings that this method breaks with these adapters or this merge.
+            # The method's changes may break a rule between settings, given this configuration.
             built[job] = Built(job, refusal="; ".join(broken)) if broken else method.build(case)
         return built[job]
 

@@ -1,4 +1,4 @@
-"""Pieces that several plans are built of: each adds stages and returns the name of the last."""
+"""Parts of plans: functions that add stages to a plan and return the names of their results."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ ROLES = ("source", "target")
 
 
 def add_adapters(plan: PlanBuilder, config: RunConfig, below: str = "adapters") -> dict[str, Input]:
-    """Add the training of each adapter that the user does not give; return role -> adapter."""
+    """Add a training for each adapter that the user does not give; return role -> adapter."""
     found: dict[str, Input] = {}
     for role in ROLES:
         given = getattr(config.adapters, role)
@@ -26,17 +26,17 @@ def add_merge(
     name: str = "merged",
     weights: str = "weights",
 ) -> tuple[str, str | None]:
-    """Add a merge, and before it the probe of its weights where the settings ask for that.
+    """Add a merge, and before it a probe if the settings want the weights to be learned.
 
     Args:
         plan: receives the stages.
-        config: `merge` says how.
+        config: the settings; `config.merge` defines the merge.
         pair: "source" and "target" -> adapter.
-        name: of the merge.
-        weights: of the probe.
+        name: name of the merge.
+        weights: name of the probe.
 
     Returns:
-        The names of the merge and of its probe; None for a probe that is not needed.
+        The names of the merge and of its probe; None instead of a probe that is not needed.
     """
     post_hoc, given = config.merge.when == "after", config.merge.weights
     probe = None
@@ -68,9 +68,9 @@ def add_final(
     Args:
         plan: receives the stages.
         config: the settings.
-        merged: what the search began with.
-        search: the search.
-        name: of the result.
+        merged: the adapter that the search started from.
+        search: name of the search.
+        name: name of the result.
         retrained: for a post-hoc merge, the same merge with its source adapter trained on all
             labelled examples.
     """
@@ -95,8 +95,8 @@ def add_unpruned(
     """Add the fine-tuning of an adapter without pruning.
 
     Returns:
-        The name of the result, and that of the run which judges it: with `finetune.rows: labelled`
-        the run on the train examples alone, otherwise the result itself.
+        The name of the result and the name of the run that judges it. With `finetune.rows:
+        labelled` the latter is the run on the train examples alone, otherwise the result itself.
     """
     if config.finetune.rows == "train":
         only = plan.add(Stage(name, "prune", config, {"start": start}, title=title))
@@ -107,7 +107,7 @@ def add_unpruned(
 
 
 def as_long_alone(config: RunConfig) -> RunConfig:
-    """Return settings that give one fine-tuning run the epochs the result has had in all."""
+    """Return settings that give one fine-tuning run as many epochs as the result has in all."""
     if config.finetune.mode == "restart":
         return config
     epochs = config.training("search").epochs + config.training("finetune").epochs

@@ -1,7 +1,8 @@
-"""A plan: stages in the order they are done, each naming its inputs.
+"""A plan: stages in the order in which they are done. Each stage names its inputs.
 
-Plans are built by functions (`grasp_lora.plans.run`, `compare`, `ablate`, `single`) and worked off
-by one executor (`grasp_lora.plans.executor`). Building a plan reads no weights and writes nothing.
+Functions build plans (`grasp_lora.plans.run_plan`, `compare`, `ablate`, `single`), and one executor
+does their stages (`grasp_lora.plans.executor`). Building a plan reads no weights and writes
+nothing.
 """
 
 from collections.abc import Mapping
@@ -31,23 +32,23 @@ class Plan:
             seen.add(name)
 
     def cost(self, sizes: Sizes) -> dict[str, Cost]:
-        """Return name -> what the stage does at most."""
+        """Return stage -> its cost, an upper bound."""
         return {name: KINDS[one.kind].cost(one, sizes) for name, one in self.stages.items()}
 
 
 class PlanBuilder:
-    """Collects the stages of a plan; a stage that is there already is not listed twice."""
+    """Collects the stages of a plan; equal stages are listed once."""
 
     def __init__(self) -> None:
         self._stages: dict[str, Stage] = {}
         self._known: dict[object, str] = {}
 
     def add(self, stage: Stage) -> str:
-        """Add a stage and return the name it goes by.
+        """Add a stage and return its name in the plan.
 
         Args:
-            stage: what is to be done. Where an earlier stage does the same from the same inputs,
-                that one is taken, whatever its name.
+            stage: the stage. If an earlier stage does the same work from the same inputs, the stage
+                is not added, and the name of the earlier one is returned.
         """
         identity = _identity(stage)
         if identity in self._known:
@@ -67,7 +68,7 @@ class PlanBuilder:
 
 
 def part_of(plan: Plan, wanted: tuple[str, ...]) -> Plan:
-    """Return the plan of the named stages and all that they need."""
+    """Return a plan of the named stages and all stages that they need."""
     kept = set(wanted)
     for name in reversed(list(plan.stages)):
         if name in kept:

@@ -1,6 +1,6 @@
-"""Before anything is trained: is a merge worth having, does it overshoot, is a ratio in sight?
+"""The precheck: tells before any training whether to merge, by which weights, and to search.
 
-A precheck trains nothing, so it does not see what training would make of each merge.
+It measures untrained merges, so it does not tell how good a merge would be after training.
 """
 
 import time
@@ -32,21 +32,21 @@ def precheck(
     rows: int = EXAMPLES,
     context: Context | None = None,
 ) -> dict[str, Any]:
-    """Measure every variant on the same rows and say what that advises.
+    """Measure all untrained merges on the same examples, and return advice.
 
     Args:
-        config: the run's settings; names both adapters.
+        config: the run's settings; they name both adapters.
         out: receives `precheck.json`; None writes nothing.
-        rows: how many micro-dev (and dev) rows are read, at least 4.
-        context: data and backbone, if they are open already.
+        rows: number of micro-dev (and dev) examples to measure on, at least 4.
+        context: examples and backbone, if they are open already.
 
     Returns:
-        What `precheck.json` holds: `advice` and `why`, the evidence of each comparison, and the
+        The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, and the
         losses of all variants.
 
     Raises:
-        ValueError: the configuration names no two adapters, they do not fit, or there are fewer
-            than 4 rows.
+        ValueError: the configuration does not name both adapters, an adapter does not fit the
+            backbone, or there are fewer than 4 examples.
     """
     join(config)
     source, target = config.adapters.source, config.adapters.target
@@ -77,18 +77,19 @@ def precheck(
 def conclusion(losses: Mapping[str, list[float]], usual: tuple[float, ...]) -> dict[str, Any]:
     """Return advice and evidence from the losses of all variants.
 
-    Three comparisons, each between the best of two groups, chosen on other rows than they are
-    compared on; the first that is shown gives the advice:
+    There are three comparisons, each between the best variants of two groups. The best variants are
+    chosen on other examples than they are compared on. The first comparison that shows a gain gives
+    the advice:
 
-    - a single adapter against every merge: `do-not-merge`;
-    - pruned merges against all that are not pruned: `search`;
+    - single adapters against all merges: `do-not-merge`;
+    - pruned merges against unpruned merges: `search`;
     - other weights and strengths against the merge as configured: `reweight`.
 
-    Otherwise `merge`: as configured, and nothing in sight that a search could find.
+    Otherwise the advice is `merge`: merge as configured; no gain by a search is in sight.
 
     Args:
-        losses: name in `UNTRAINED_MERGES` -> loss of each row, in nats.
-        usual: the weights of the merge as configured.
+        losses: name in `UNTRAINED_MERGES` -> loss of each example, in nats.
+        usual: the merge weights of the configuration.
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for name, values in losses.items():
@@ -151,7 +152,10 @@ def _why(
 
 
 def _share_of_run(context: Context, forwards: int) -> float:
-    """Return the cost as a share of search and final run, a forward being half a training row."""
+    """Return the cost as a fraction of that of search and final run.
+
+    A forward pass costs half as much as training on one example.
+    """
     config = context.config
     epochs = config.training("search").epochs + config.training("finetune").epochs
     return forwards / 2 / (epochs * max(1, len(context.examples("target", "train"))))

@@ -1,4 +1,4 @@
-"""What a method came to: its scores and its price, read from the folders of finished stages."""
+"""Results of methods: scores and cost, read from the folders of finished stages."""
 
 import math
 import statistics
@@ -20,13 +20,13 @@ PRICES = ("runs", "seconds", "forwards", "steps", "tokens")
 
 @dataclass(frozen=True)
 class MethodOutcome:
-    """What became of a method's run.
+    """The outcome of a method's run.
 
     Attributes:
-        result: scores, price and facts, JSON-able; None where it failed or was not run.
-        peak_memory_bytes: the largest of the processes that did the stages it pays for.
+        result: scores, price (cost) and facts, JSON-able; None if the run failed or was not done.
+        peak_memory_bytes: the largest memory of a process that did a stage the method pays for.
         error: why there is no result.
-        machines: what those stages ran on.
+        machines: the machines that did those stages.
     """
 
     result: Mapping[str, Any] | None
@@ -85,7 +85,7 @@ def _outcome(
 
 
 def _closure(plan: Plan, name: str) -> list[str]:
-    """Return the stages that a stage needs, itself last, in the order of the plan."""
+    """Return a stage and all stages that it needs, in the order of the plan."""
     kept = {name}
     for other in reversed(list(plan.stages)):
         if other in kept:
@@ -168,7 +168,7 @@ def rows_of(scores: Path, metrics: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _searched(folder: Path) -> dict[str, Any]:
-    """Return what tables say of a search."""
+    """Return the facts about a search for the tables."""
     found, log = read_json(folder / "ratio.json"), facts_of(folder)["log"]
     rounds = read_jsonl(folder / "rounds.jsonl")
     committed = [one["step"] for one in rounds if one["committed"]]
@@ -188,8 +188,8 @@ def _searched(folder: Path) -> dict[str, Any]:
 def loss_jump(log: list[dict[str, Any]], committed: list[int], window: int = 4) -> float | None:
     """Return the mean rise of the training loss over commits, in nats; None without a commit.
 
-    Each rise is the mean loss of `window` steps after the commit less that of as many up to it, so
-    the usual fall of a training loss is part of it.
+    A rise is the mean loss of `window` steps after the commit, minus the mean loss of `window`
+    steps up to it. It includes the usual fall of a training loss.
 
     Args:
         log: entries with `step` and `loss`.

@@ -1,4 +1,4 @@
-"""The whole job: two adapters in, one pruned adapter at a learned ratio out, with its report."""
+"""The whole run: from two adapters to one adapter pruned at a learned ratio, and a report."""
 
 import time
 from collections.abc import Mapping
@@ -74,19 +74,21 @@ def run(
     rows: Given | None = None,
     profile: bool = False,
 ) -> Path:
-    """Do every stage that is not done yet and write the run's report.
+    """Do all stages of a run that are not done yet, and write its report.
 
-    An interrupted run goes on where it stopped.
+    An interrupted run resumes where it stopped.
 
     Args:
         config: the run's settings; `config.output` is the run folder.
-        overwrite: replace results in the folder that other settings made; where all are made with
-            these settings, do everything again.
+        overwrite: replace results in the folder that were made with other settings. If there are
+            none, do everything again.
         quiet: print nothing.
-        rows: examples from Python (lists of mappings, a `datasets.Dataset`), role -> part -> rows,
-            in place of `data.<role>.files`; the languages are still those of the configuration.
-        profile: write where the time went, stage by stage. On a GPU the clock then waits for the
-            device at the edges of every part; otherwise the part that waits is charged.
+        rows: examples from Python, role -> split -> rows (a list of mappings, or a
+            `datasets.Dataset`). They replace `data.<role>.files`; the languages are still those of
+            the configuration.
+        profile: write how long each part of each stage took. On a GPU the clock then waits for the
+            device at the start and the end of every part. Without it, the time of the device is
+            counted in the part that waits for it.
 
     Returns:
         The run folder, with `final/` (a PEFT adapter), `ratio.json`, `rounds.jsonl`,
@@ -94,7 +96,8 @@ def run(
         for a profile `profile.json`, `profile.md` and `profile.png`.
 
     Raises:
-        ValueError, FileNotFoundError: something cannot work; raised before any work is done.
+        ValueError, FileNotFoundError: a setting, a file, an adapter or the machine does not allow
+            the run; raised before any work.
         Diverged: a training loss became NaN.
     """
     clock = open_clock(config, profile)
@@ -111,20 +114,23 @@ def run(
                 read_adapter(folder)
         data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
-    going = _Run(config, session, run_plan(config, bool(data.test_sets())))
-    again = decided_by_main(lambda: _opened(going, overwrite))
-    _check_before_work(going)
-    decided_by_main(lambda: _open(going, again))
+    current = _Run(config, session, run_plan(config, bool(data.test_sets())))
+    again = decided_by_main(lambda: _check_folder(current, overwrite))
+    _check_before_work(current)
+    decided_by_main(lambda: _open_folder(current, again))
     carry_times(session.context)
-    work_off(going.whole.plan, going.out, session, Options(overwrite=overwrite, timed=True))
+    work_off(current.whole.plan, current.out, session, Options(overwrite=overwrite, timed=True))
     if is_main():
-        _finish(going, profile)
+        _finish(current, profile)
     wait_for_all()
-    return going.out
+    return current.out
 
 
 def publish_search(out: Path, search: Path, final: Path) -> None:
-    """Write the run's own ratio.json (zeros of the exported tensors added), rounds and picture."""
+    """Write ratio.json, rounds.jsonl and ratio.png into the run folder.
+
+    The run's ratio.json also has the fraction of zeros in the exported tensors.
+    """
     ratio, stage, finetuned = read_json(search / "ratio.json"), facts_of(search), facts_of(final)
     write_json(out / "ratio.json", ratio | {"zeros": finetuned["zeros"]})
     rounds = read_jsonl(search / "rounds.jsonl")
@@ -132,33 +138,36 @@ def publish_search(out: Path, search: Path, final: Path) -> None:
     plot_search(rounds, stage["log"], finetuned["evaluations"], ratio, out / "ratio.png")
 
 
-def _opened(going: _Run, overwrite: bool) -> bool:
-    """Refuse, before any work, a folder that cannot take the run.
+def _check_folder(current: _Run, overwrite: bool) -> bool:
+    """Check before any work that the run can be written to its folder.
 
     Returns:
-        Whether everything in the folder is to be done again.
+        Whether all stages must be done again.
+
+    Raises:
+        ValueError: the folder holds a finished run or other results, and `overwrite` is not set.
     """
-    finished = check_run(going.out)
-    again = check(going.whole.plan, going.out, going.session, overwrite)
+    finished = check_run(current.out)
+    again = check(current.whole.plan, current.out, current.session, overwrite)
     if (
         finished
         and not overwrite
-        and all((going.out / name / "stage.json").exists() for name in going.whole.plan.stages)
+        and all((current.out / name / "stage.json").exists() for name in current.whole.plan.stages)
     ):
         raise ValueError(
-            f"'{going.out}' holds a finished run of this configuration; read its report.md, or "
+            f"'{current.out}' holds a finished run of this configuration; read its report.md, or "
             "pass --overwrite to run it again"
         )
     return again
 
 
-def _check_before_work(going: _Run) -> None:
-    """Find what would stop a stage later: adapters, examples, disk space, the length of the search.
+def _check_before_work(current: _Run) -> None:
+    """Check adapters, examples, disk space and the length of the search, before a stage needs them.
 
     Raises:
-        ValueError: one of them cannot work.
+        ValueError: one of them does not allow the run.
     """
-    config, context = going.config, going.session.context
+    config, context = current.config, current.session.context
     folders = [folder for _, folder in config.adapters if folder is not None]
     loaded = check_given(context, folders)
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
@@ -181,28 +190,28 @@ def _check_before_work(going: _Run) -> None:
 
 
 def _fresh_entries(context: Context) -> int:
-    """Return the entries of an adapter that is trained here."""
+    """Return the number of entries of an adapter that this run trains."""
     model, lora = context.backbone.model, context.config.lora
     modules = dict(model.named_modules())
     targets = resolve_targets(model, lora.target_modules)
     return lora.r * sum(sum(linear_shape(modules[name]) or ()) for name in targets)
 
 
-def _open(going: _Run, again: bool) -> None:
-    open_run(going.out, going.config.to_dict(), again)
-    write_json(going.out / "data.json", jsonable(going.session.data.manifest()))
+def _open_folder(current: _Run, again: bool) -> None:
+    open_run(current.out, current.config.to_dict(), again)
+    write_json(current.out / "data.json", jsonable(current.session.data.manifest()))
 
 
-def _finish(going: _Run, profile: bool) -> None:
-    """Write everything of a run that is made from its finished stages."""
-    out, context = going.out, going.session.context
-    search, final = out / going.whole.search, out / going.whole.final
+def _finish(current: _Run, profile: bool) -> None:
+    """Write the files of a run that are made from its finished stages."""
+    out, context = current.out, current.session.context
+    search, final = out / current.whole.search, out / current.whole.final
     with context.clock.span("write"):
         publish_search(out, search, final)
-    scores = _scores(going)
+    scores = _scores(current)
     baseline = {"source adapter, fine-tuned on target": out / TUNED}
-    # An adapter given by the user was chosen on examples of its own.
-    target = going.whole.adapters["target"]
+    # An adapter that the user gives was not chosen on the dev examples of this run.
+    target = current.whole.adapters["target"]
     trained = {"target adapter": out / target} if isinstance(target, str) else {}
     with context.clock.span("write"):
         add_run_findings(out, final, baseline | trained, scores["systems"])
@@ -215,9 +224,9 @@ def _finish(going: _Run, profile: bool) -> None:
     finish_run(out)
 
 
-def _scores(going: _Run) -> dict[str, Any]:
-    """Return what `scores.json` says of the evaluated systems."""
-    config, out, whole = going.config, going.out, going.whole
+def _scores(current: _Run) -> dict[str, Any]:
+    """Return the content of `scores.json`: the evaluated systems and their comparison."""
+    config, out, whole = current.config, current.out, current.whole
     post_hoc = config.merge.when == "after"
     table: dict[str, Any] = {
         "task": config.data.task,
@@ -232,7 +241,7 @@ def _scores(going: _Run) -> dict[str, Any]:
     title = f"final: merged, pruned at {final['ratio']:.3f}{after}"
     rows: list[dict[str, Any]] = []
     for system in whole.systems:
-        about = {} if system.adapter is None else facts_of(going.folder(system.adapter))
+        about = {} if system.adapter is None else facts_of(current.folder(system.adapter))
         rows.append(
             {"name": title if system.slug == "final" else system.name, "slug": system.slug}
             | read_json(out / "evaluations" / system.slug / "scores.json")
@@ -240,20 +249,20 @@ def _scores(going: _Run) -> dict[str, Any]:
         )
     if not rows:
         return table | {"systems": []}
-    with going.session.clock.span("score"):
-        compared = _against_final(going)
+    with current.session.clock.span("score"):
+        compared = _against_final(current)
     return table | {"systems": rows, "comparisons": compared}
 
 
-def _against_final(going: _Run) -> Mapping[str, Any]:
-    """Pair the result with every other system: slug -> test set -> metric -> paired test."""
-    folder, sets = going.out / "evaluations", going.session.data.test_sets()
-    name = going.session.context.backbone.public_name
+def _against_final(current: _Run) -> Mapping[str, Any]:
+    """Return slug -> test set -> metric -> paired test of the result against that system."""
+    folder, sets = current.out / "evaluations", current.session.data.test_sets()
+    name = current.session.context.backbone.public_name
     return {
         system.slug: compare_evaluations(
-            going.config, folder / "final", folder / system.slug, sets, name
+            current.config, folder / "final", folder / system.slug, sets, name
         )
-        for system in going.whole.systems
+        for system in current.whole.systems
         if system.slug != "final"
     }
 
@@ -264,7 +273,7 @@ def _provenance(context: Context, times: dict[str, Any]) -> dict[str, Any]:
         "base_fingerprint": context.backbone.fingerprint,
         "dtype": str(context.backbone.dtype),
         "device": str(context.backbone.device),
-        # In bfloat16 products are summed in another order by another number of them.
+        # With another number of threads, bfloat16 products are summed in another order.
         "threads": torch.get_num_threads(),
         "seed": context.config.seed,
         "config_hash": context.config.config_hash(),

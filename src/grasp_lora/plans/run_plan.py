@@ -1,7 +1,7 @@
 """The plan of a run: from two adapters, given or trained here, to the scores of the result.
 
-This is the published flow: adapters, merge, search, final run, evaluation. `merge.when: after`
-turns it round: the source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
+The published order is: adapters, merge, search, final run, evaluation. With `merge.when: after` the
+source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ class System:
     """One row of the result table.
 
     Attributes:
-        name: what the table calls it.
-        slug: folder name of its evaluation.
-        adapter: its adapter, None for the bare backbone.
+        name: name in the table.
+        slug: name of the folder of its evaluation.
+        adapter: its adapter; None for the bare backbone.
     """
 
     name: str
@@ -69,7 +69,7 @@ def run_plan(config: RunConfig, scored: bool) -> RunPlan:
     adapters = add_adapters(plan, config)
     pair, tuned = dict(adapters), None
     if post_hoc:
-        # What dev examples choose must not have been trained on them: the judged run is merged.
+        # Dev examples must not judge an adapter trained on them, so the judged run is merged.
         tuned, pair["source"] = _tuned(plan, config, adapters)
     merged, probe = add_merge(plan, config, pair)
     search = add_search(plan, config, merged)
@@ -92,7 +92,7 @@ def run_plan(config: RunConfig, scored: bool) -> RunPlan:
 
 
 def _tuned(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> tuple[str, str]:
-    """Add the source adapter fine-tuned alone: a baseline, and half of a post-hoc merge."""
+    """Add the fine-tuning of the source adapter: a baseline, and one side of a post-hoc merge."""
     alone = as_long_alone(config)
     return add_unpruned(plan, alone, adapters["source"], TUNED, _TITLES[TUNED])
 
@@ -100,7 +100,7 @@ def _tuned(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) 
 def _baselines(
     plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input], merged: str
 ) -> list[System]:
-    """Add the runs that the result is held against; return their rows of the table."""
+    """Add the runs that the result is compared with; return their rows of the table."""
     post_hoc = config.merge.when == "after"
     tuned, _ = _tuned(plan, config, adapters)
     first = _merged_first(plan, config, adapters) if post_hoc else merged
@@ -118,7 +118,7 @@ def _baselines(
 
 
 def _merged_first(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> str:
-    """Add the merge before any fine-tuning, by the weights configured or the average."""
+    """Add a merge of the adapters before fine-tuning, by the configured weights or the average."""
     given = None if config.merge.weights == "auto" else config.merge.weights
     first = config.merge.model_copy(update={"when": "before", "weights": given})
     config = config.model_copy(update={"merge": first})

@@ -1,4 +1,4 @@
-"""What stays loaded between the stages of a plan: examples, backbone, encoded rows, input norms."""
+"""What stays loaded between the stages of a plan: examples, backbone, encodings, input norms."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +13,13 @@ from grasp_lora.workbench.rows import RunData
 
 
 class Session:
-    """One process's loaded backbone and examples, opened when the first stage needs them.
+    """Examples and backbone of one process; the backbone is loaded when a stage first needs it.
 
     Args:
-        config: settings of the run; those of the model and of the data hold for all stages.
+        config: settings of the run; its model and data settings hold for all stages.
         data: the examples.
-        context: data and backbone, if they are open already.
-        clock: charged with the time; the context's own where one is given.
+        context: examples and backbone, if they are open already.
+        clock: measures the time; a given context brings its own clock.
         quiet: print nothing.
         training: False plans no memory for training.
     """
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def context(self) -> Context:
-        """Data and backbone; loads the backbone at the first call."""
+        """Examples and backbone; the first access loads the backbone."""
         if self._context is None:
             self._context = open_context(
                 self.config, self.quiet, self.data, self._training, self.clock
@@ -52,5 +52,5 @@ class Session:
         return self._context
 
     def context_of(self, stage: Stage) -> Context:
-        """Return the context with the settings of a stage; what was encoded stays known."""
+        """Return the context with the settings of a stage; encoded examples are shared."""
         return replace(self.context, config=stage.config)

@@ -1,4 +1,4 @@
-"""What a plan would do, before anything starts: its stages, which are done, and their costs."""
+"""Shows a plan before anything starts: its stages, their states and their costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Planned:
     """A stage of a plan as it is shown.
 
     Attributes:
-        name: of the stage.
-        kind: of the stage.
-        needs: the inputs it waits for, other stages and given folders.
-        state: what is in its place.
-        why: for a place that holds another result, the differences.
-        cost: what the stage does at most.
+        name: name of the stage.
+        kind: kind of the stage.
+        needs: its inputs, names of other stages and given folders.
+        state: what is in the place of its result.
+        why: for state "differs", one line for each difference.
+        cost: the cost of the stage, an upper bound.
     """
 
     name: str
@@ -40,7 +40,9 @@ class Planned:
 
 
 def planned_run(config: RunConfig, quiet: bool = False) -> list[Planned]:
-    """Return the stages of a run with their states and costs; loads no weights, writes nothing.
+    """Return the stages of a run with their states and costs. No weights are loaded.
+
+    Nothing is written.
 
     Args:
         config: the run's settings.
@@ -60,8 +62,8 @@ def planned(plan: Plan, place: Path, session: Session, sizes: Sizes) -> list[Pla
     Args:
         plan: the stages.
         place: the folder of their results.
-        session: the examples.
-        sizes: of all sets of examples.
+        session: the session with the examples.
+        sizes: the sizes of all sets of examples.
     """
     costs, found = plan.cost(sizes), []
     for name, stage in plan.stages.items():
@@ -72,15 +74,17 @@ def planned(plan: Plan, place: Path, session: Session, sizes: Sizes) -> list[Pla
 
 
 def left(stages: list[Planned]) -> Cost:
-    """Return what the stages that are not done cost together, at most."""
+    """Return the total cost of the stages that are not done, an upper bound."""
     return sum((one.cost for one in stages if one.state != "done"), Cost())
 
 
 def sizes_of(config: RunConfig, data: RunData) -> Sizes:
-    """Return how many examples each set has, and their mean length in tokens; reads the tokenizer.
+    """Return the number of examples of each set and their mean length in tokens.
+
+    The tokenizer is loaded, the weights are not.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_tokenizer`.
+        ValueError, FileNotFoundError: as in `load_tokenizer`.
     """
     tokenizer, _ = load_tokenizer(model_spec(config))
     lengths: dict[Split, list[int]] = {}
@@ -92,7 +96,7 @@ def sizes_of(config: RunConfig, data: RunData) -> Sizes:
 
 
 def sizes_from(lengths: Mapping[Split, list[int]]) -> Sizes:
-    """Return the sizes of sets of examples from the tokens of each example."""
+    """Return the sizes of sets of examples from set -> number of tokens of each example."""
     return Sizes(
         {split: len(found) for split, found in lengths.items()},
         {split: fmean(found) if found else 0.0 for split, found in lengths.items()},

@@ -1,7 +1,7 @@
-"""Plans of one stage, for the stage commands and for Python: settings and folders in, a folder out.
+"""Plans of one stage, for the stage commands and for Python.
 
-Each function returns its folder `out` and raises ValueError where `out` holds a result that other
-inputs made and `overwrite` is not set.
+Each function returns its folder `out`. It raises ValueError if `out` holds a result made from other
+inputs and `overwrite` is not set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,15 +61,15 @@ def merge_adapters(
 
     Args:
         config: the settings.
-        folders: adapter folders; the order is that of `merge.weights` and of the sources.
-        out: folder of the merged adapter: an ordinary PEFT folder, and beside it the factors of
-            each source, which `search` and `finetune` mask apart.
+        folders: adapter folders, in the order of `merge.weights`.
+        out: folder of the merged adapter, an ordinary PEFT folder. It also holds the factors of
+            each source, because `search` and `finetune` mask the sources separately.
         overwrite: replace another result.
         context: examples and backbone, if they are open already.
 
     Raises:
-        FileNotFoundError, ValueError: a folder is no adapter, or none for this backbone, or the
-            adapters cannot be merged exactly; names the reason.
+        FileNotFoundError, ValueError: a folder holds no adapter, an adapter does not fit this
+            backbone, or the adapters cannot be merged exactly; the message names the reason.
     """
     for folder in folders:
         read_adapter(folder)
@@ -130,12 +130,12 @@ def prune_adapter(
         out: folder of the final adapter, an ordinary PEFT folder.
         overwrite: replace another result.
         context: examples and backbone, if they are open already.
-        options: `spread`, `random_masks` and `untrained`, as `grasp_lora.stages.prune` has them.
+        options: `spread`, `random_masks` and `untrained`, see `grasp_lora.stages.prune`.
 
     Raises:
-        ValueError: the ratio is outside [0, 1], `start` is no adapter for this backbone, or all
-            labelled examples are to be trained on without dev examples to choose the epochs by, or
-            from where a search ended.
+        ValueError: the ratio is outside [0, 1], `start` is no adapter or does not fit this
+            backbone, or `finetune.rows: labelled` is set while there are no dev examples to choose
+            the epochs by, or while `start` is the end of a search.
         Diverged: the training loss became NaN.
     """
     if not 0.0 <= ratio <= 1.0:
@@ -175,8 +175,8 @@ def evaluate_adapter(
         title: what the progress bar says.
 
     Raises:
-        ValueError: there are no test examples, a score cannot be computed here, or the adapter is
-            none for this backbone.
+        ValueError: there are no test examples, a metric cannot be computed here, or the adapter
+            does not fit this backbone.
     """
     inputs: dict[str, Input] = {} if adapter is None else {"adapter": adapter}
     stage = Stage(out.name, "evaluate", config, inputs, title=title)
@@ -190,8 +190,10 @@ def _done(
     context: Context | None,
     named: Sequence[Path] = (),
 ) -> Path:
-    """Work off a plan of these stages in the folder above `out`; say which of the `named` adapters
-    name other base models."""
+    """Do these stages in the folder above `out`, and return `out`.
+
+    The user is told which of the adapters `named` name another base model.
+    """
     config, kind = stages[-1].config, stages[-1].kind
     join(config)
     evaluates = kind == "evaluate"

@@ -1,7 +1,7 @@
-"""A plan as a file, so that another process, or another machine, can do a stage of it.
+"""Plans stored in a file, so that another process or another machine can do a stage.
 
-Stages name each other. A given folder that lies in the plan's folder is written relative to it, so
-the plan's folder may be moved.
+The path of an input folder that lies in the plan's folder is stored relative to it, so the plan's
+folder may be moved.
 """
 
 import os
@@ -23,7 +23,7 @@ def write_plan(place: Path, plan: Plan, threads: int | None = None) -> None:
     Args:
         place: the folder of the stages' results.
         plan: the stages.
-        threads: of each process that does a stage, kept for later starts.
+        threads: threads of each process that does a stage; later starts use the same number.
     """
     stages = [_to_json(stage, place) for stage in plan.stages.values()]
     write_json(place / PLAN_FILE, {"format": _FORMAT, "threads": threads, "stages": stages})
@@ -34,7 +34,7 @@ def read_stage(place: Path, name: str) -> Stage:
 
     Raises:
         FileNotFoundError: the folder holds no plan.
-        ValueError: the file is no plan, or has no such stage.
+        ValueError: the file is no plan, or the plan has no such stage.
     """
     stored = read_plan_file(place)
     for one in stored["stages"]:
@@ -44,10 +44,10 @@ def read_stage(place: Path, name: str) -> Stage:
 
 
 def read_plan_file(place: Path) -> dict[str, Any]:
-    """Return what the plan's file holds.
+    """Return the content of the plan's file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder holds no plan.
         ValueError: the file was not written by grasp-lora.
     """
     stored = read_json(place / PLAN_FILE)

@@ -1,7 +1,7 @@
-"""One stage of a plan, as a process of its own: `python -m grasp_lora.plans.worker FOLDER STAGE`.
+"""Does one stage of a plan in a process: `python -m grasp_lora.plans.worker FOLDER STAGE`.
 
-The folder's `plan.json` says what the stage is. Everything the stage needs is in the folders that
-the plan names, so any machine that sees them can do it.
+The folder's `plan.json` defines the stage. The folders that the plan names hold everything the
+stage needs, so any machine that can read and write them can do it.
 """
 
 import gc
@@ -22,7 +22,7 @@ line of standard output."""
 
 
 OVERWRITE, AGAIN = "--overwrite", "--again"
-"""Flags: replace a result that other inputs made; do the stage again, whatever is there."""
+"""Flags: replace a result made from other inputs; do the stage again even if it is done."""
 
 
 def work(place: Path, name: str, overwrite: bool = False, again: bool = False) -> None:
@@ -30,8 +30,8 @@ def work(place: Path, name: str, overwrite: bool = False, again: bool = False) -
 
     Args:
         place: the plan's folder.
-        name: of the stage.
-        overwrite: replace a result that other inputs made.
+        name: name of the stage.
+        overwrite: replace a result made from other inputs.
         again: do the stage even if it is done.
     """
     stage = read_stage(place, name)
@@ -53,6 +53,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The Trainer searches for garbage before it trains: half a second among what was imported.
+    # The Trainer collects garbage before training, which takes half a second for all imports.
     gc.freeze()
     sys.exit(main(sys.argv[1:]))

@@ -41,7 +41,7 @@ def search_findings(
     ]
     if 0 < micro_dev < pool:
         found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev)))
-    return _shown(found)
+    return _jsonable(found)
 
 
 def add_run_findings(
@@ -78,9 +78,9 @@ def add_run_findings(
         found.append(findings.not_worth_merging(rows, others))
     found.append(findings.empty_answers({one["name"]: _empty(one["sets"]) for one in systems}))
     known = ratio.get("findings", [])
-    names = {one["name"] for one in _shown(found)}
+    names = {one["name"] for one in _jsonable(found)}
     kept = [one for one in known if one["name"] not in names]
-    write_json(out / "ratio.json", ratio | {"findings": kept + _shown(found)})
+    write_json(out / "ratio.json", ratio | {"findings": kept + _jsonable(found)})
 
 
 def _empty(sets: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
@@ -104,5 +104,5 @@ def _stage(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def _shown(found: Iterable[Finding | None]) -> list[dict[str, Any]]:
+def _jsonable(found: Iterable[Finding | None]) -> list[dict[str, Any]]:
     return [asdict(one) for one in found if one is not None]

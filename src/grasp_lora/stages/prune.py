@@ -121,7 +121,7 @@ def run(work: Work) -> Mapping[str, Any]:
     facts = {"ratio": ratio, "importance": config.importance, "zeros": zeros, "ranks": ranks}
     facts |= {"seconds": stopwatch.seconds} | result.facts()
     if "judged" in work.inputs:
-        facts |= _as_judged(facts_of(work.inputs["judged"]), result, context)
+        facts |= _judged_facts(facts_of(work.inputs["judged"]), result, context)
     return facts
 
 
@@ -213,7 +213,7 @@ def _for_all_labels(
     return training.model_copy(update={"max_steps": steps, "patience": None})
 
 
-def _as_judged(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
+def _judged_facts(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
     """Return facts of a result on all labels; losses, log and steps are the judged run's."""
     taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
     count = len(context.on_all_labels().examples("target", "train"))

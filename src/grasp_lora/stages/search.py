@@ -92,7 +92,7 @@ def run(work: Work) -> Mapping[str, Any]:
         if not work.stage.option("untrained", False):
             result = _fit(work, live, searcher, stopwatch, write)
         else:
-            _rounds_alone(searcher, stopwatch, planned, work.checkpoints)
+            _untrained_rounds(searcher, stopwatch, planned, work.checkpoints)
             result = NOTHING_TRAINED
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
@@ -183,7 +183,7 @@ def _findings(
     )
 
 
-def _rounds_alone(
+def _untrained_rounds(
     searcher: SearchCallback, stopwatch: Stopwatch, planned: int, checkpoints: Path
 ) -> None:
     """Run the rounds on an adapter that is not trained; resume after the last checkpoint."""

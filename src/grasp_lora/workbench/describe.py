@@ -48,10 +48,10 @@ def describe_data(
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
     notes: list[str] = []
-    told = config.model_copy(
+    tolerant = config.model_copy(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}
     )
-    data = load_run_data(told, notes.append, training=False)
+    data = load_run_data(tolerant, notes.append, training=False)
     notes += prompt_notices(config, data)
     tokenizer, name = load_tokenizer(model_spec(config), Reporter(quiet).say)
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]

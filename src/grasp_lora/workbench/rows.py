@@ -76,7 +76,7 @@ class RunData:
         return content.hexdigest()[:16]
 
     def digest_of(self, role: str, split: str) -> str:
-        """Return a hash of the examples of one set, 16 hex digits; no set counts as empty."""
+        """Return a hash of the examples of a set, 16 hex digits; a missing set counts as empty."""
         if (role, split) not in self._digests:
             content = hashlib.sha256()
             _feed(content, role, split, self.parts.get(role, {}).get(split, ()))
@@ -233,12 +233,14 @@ class _Reader:
         read = {part: self._load(path, section, path.name) for part, path in paths.items()}
         if "" not in read:
             return read
-        rows = self._unused(role, read[""], used)
+        rows = self._without_parallel(role, read[""], used)
         if section.divided_automatically:
             test = section.rows.get("test", 0)
-            return self._note(role, *_auto(rows, test, self.seed, self.training))
+            return self._without_repeats(
+                role, *_split_automatically(rows, test, self.seed, self.training)
+            )
         split = split_by_group(rows, section.rows, self.seed)
-        return self._note(role, dict(split.parts), dict(split.dropped))
+        return self._without_repeats(role, dict(split.parts), dict(split.dropped))
 
     def test_set(
         self, name: str, section: TestSet, trained: Sequence[Example]
@@ -271,9 +273,9 @@ class _Reader:
             self.say(f"{role}: {section.files} {section.language} from {found.used}")
         self.sources[role] = found.record()
         if used is not None:
-            found = found.filtered(lambda rows: self._unused(role, rows, used))
+            found = found.filtered(lambda rows: self._without_parallel(role, rows, used))
         split = split_published(found, sizes, self.seed)
-        return self._note(role, dict(split.parts), dict(split.dropped))
+        return self._without_repeats(role, dict(split.parts), dict(split.dropped))
 
     def _found(self, files: Any, section: ExampleSource, role: str) -> HubExamples:
         """Return the published examples of `files`, a preset's name or a data set of the hub."""
@@ -313,7 +315,7 @@ class _Reader:
             self.say(f"{name}: {report.line()}")
         return tuple(examples)
 
-    def _unused(
+    def _without_parallel(
         self, role: str, rows: tuple[Example, ...], used: Iterable[Example] | None
     ) -> tuple[Example, ...]:
         if used is None:
@@ -324,7 +326,7 @@ class _Reader:
             self.say(f"{role}: {parallel_notice(rows, used, count, 'target')}")
         return tuple(kept)
 
-    def _note(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
+    def _without_repeats(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
         parts, lost = drop_repeated_texts(drawn, threshold=self.config.data.near_duplicates)
         for split, count in lost.items():
             if count:
@@ -336,7 +338,7 @@ class _Reader:
         return parts
 
 
-def _auto(
+def _split_automatically(
     rows: tuple[Example, ...], test: int, seed: int, training: bool
 ) -> tuple[Parts, dict[str, int]]:
     """Return (split -> examples, split -> number left out), with splits chosen automatically.
