@@ -53,8 +53,8 @@ def test_only_variants_that_differ_and_can_be_are_run(done):
     found, _, _ = done
     assert list(found["variants"]) == [AS_CONFIGURED, "entropy-on", "moments-kept"]
     assert found["left_out"] == {
-        "entropy-off": "the configuration is like that",
-        "rows-32": "there are 8 rows to probe",
+        "entropy-off": "the configuration has these settings already",
+        "rows-32": "there are only 8 examples to probe",
     }
     assert found["failed"] == {}
 
@@ -123,7 +123,7 @@ def test_the_command_prints_the_table_and_does_nothing_twice(done, settings):
     line = next(part for part in written.splitlines() if part.startswith("| entropy-on"))
     dev = found["variants"]["entropy-on"]["mean"]["dev_loss"]["mean"]
     assert f"{dev:.4f}" in line
-    assert "`rows-32`: there are 8 rows to probe" in written
+    assert "`rows-32`: there are only 8 examples to probe" in written
 
 
 def test_a_run_without_a_result_is_named_and_the_exit_code_is_1(settings, tmp_path):

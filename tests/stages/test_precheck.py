@@ -139,7 +139,7 @@ def test_the_command_prints_the_table_and_writes_where_it_is_told(given):
     ("changes", "rows", "said"),
     [
         ({}, "16", "set both (grasp-lora train makes one)"),
-        ({"adapters": True}, "3", "needs at least 4 rows, got 3"),
+        ({"adapters": True}, "3", "needs at least 4 examples, got 3"),
     ],
 )
 def test_what_cannot_be_checked_is_refused_before_any_work(given, tmp_path, changes, rows, said):

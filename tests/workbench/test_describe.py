@@ -64,7 +64,7 @@ def test_leaks_are_a_verdict_not_an_end(place):
     }
     values["data"]["target"] = {"language": "es", "files": paths}
     text = describe_data(make_config(values), quiet=True)
-    assert "**Leakage: 1 pairs of rows" in text
+    assert "**Leakage: 1 pairs of examples" in text
     assert "id: target/train q2 and target/test q2" in text
 
 

@@ -206,7 +206,7 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
         "language": "es",
         "files": {"test": write(tmp_path / "t.jsonl", rows_of("q", range(3)))},
     }
-    with pytest.raises(ValueError, match="no rows in train and micro_dev"):
+    with pytest.raises(ValueError, match="no examples in train and micro_dev"):
         loaded({"target": section})
     data, _ = loaded({"target": section}, training=False)
     assert data.test_sets() == {"test": ("target", "test")}
@@ -291,7 +291,7 @@ def test_the_split_has_a_seed_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"targets": {}}, "'targets', which the configuration has not; it has target, tests"),
+        ({"targets": {}}, "'targets', which the configuration does not have; it has target, tests"),
         ({"target": {"validation": []}}, "got 'validation'"),
         ({"target": []}, "got a list"),
         ({"tests": {"news": []}}, "none are configured"),

@@ -276,7 +276,7 @@ def _still_falling(dev: Sequence[Sequence[float | None]]) -> bool:
 
 def _row(config: RunConfig, job: str, outcome: MethodOutcome) -> dict[str, Any]:
     result, name = outcome.result, method_of(job)
-    assert result is not None, "a row is of a result"
+    assert result is not None, "only runs with a result have a row"
     losses = result["losses"]
     judged = [x for split in losses.values() for x in split] if losses else []
     dev_loss = mean_loss(judged) if judged else result.get("cross_validated")

@@ -56,7 +56,7 @@ def precheck(
             f"adapters.target={target}; set both (grasp-lora train makes one)"
         )
     if rows < 4:
-        raise ValueError(f"a precheck needs at least 4 rows, got {rows}; raise --rows")
+        raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
     for folder in (source, target):
         read_adapter(folder)
     context = context or open_context(config)

@@ -149,7 +149,7 @@ def _scores(folder: Path) -> dict[str, Any]:
 
 
 def rows_of(scores: Path, metrics: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return test set -> ids, groups and each row's own scores, from an evaluation's folder."""
+    """Return test set -> ids, groups and scores of the examples, from an evaluation's folder."""
     sets: dict[str, list[dict[str, Any]]] = {}
     for row in read_jsonl(scores / "predictions.jsonl"):
         sets.setdefault(row["set"], []).append(row)

@@ -18,4 +18,4 @@ KINDS: Mapping[str, Kind] = {
     "prune": PRUNE,
     "evaluate": EVALUATE,
 }
-"""Name -> kind. A new kind of stage is a row here and a file of its own."""
+"""Name -> kind. To add a kind of stage, write its file and add an entry here."""

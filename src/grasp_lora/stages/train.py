@@ -45,7 +45,9 @@ def run(work: Work) -> Mapping[str, Any]:
     config, role = work.config, work.stage.options["role"]
     context, training, about = _examples_and_training(work)
     if not context.examples(role, "train"):
-        raise ValueError(f"there are no {role} rows to train on: give data.{role}.files and rows")
+        raise ValueError(
+            f"there are no {role} examples to train on: give data.{role}.files and rows"
+        )
     stopwatch = Stopwatch()
     options = FitOptions(training, f"train {role} adapter", role=role, stateful=(stopwatch,))
     if work.stage.option("adalora"):
@@ -72,7 +74,7 @@ def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any
     rows = [e for split in LABELLED for e in context.examples("target", split)]
     folds = folds_of(rows, count)
     if len(folds) < 2:
-        raise NotApplicable("cross-validation needs labelled rows from at least 2 contexts")
+        raise NotApplicable("cross-validation needs labelled examples from at least 2 contexts")
     training = training.model_copy(update={"patience": None})
     if number is None:
         epochs, judged = _cross_validated(work, folds)

@@ -309,7 +309,7 @@ def model_spec(config: RunConfig) -> ModelSpec:
 
 _WITHOUT = {
     "logits_to_keep": "logits are computed for the whole length, which costs time and memory",
-    "position_ids": "rows of one batch are padded on the left, so losses may depend on the batch",
+    "position_ids": "examples are padded on the left, so losses may depend on the batch",
 }
 
 

@@ -79,7 +79,7 @@ def _verdict(data: RunData) -> Iterator[str]:
             "Leakage: none found (ids across languages, contexts, exact and near-duplicate texts)."
         )
         return
-    yield f"**Leakage: {len(data.leaks)} pairs of rows stand in two splits.** A run refuses them:"
+    yield f"**Leakage: {len(data.leaks)} pairs of examples are in two splits.** A run refuses them:"
     yield ""
     for leak in data.leaks[:10]:
         first, second = (" ".join(side) for side in (leak.first, leak.second))

@@ -95,8 +95,8 @@ def measure(
     pool = context.rows("target", POOLS[config.controller.probe_rows])
     if len(pool.encoded) < 4:
         raise ValueError(
-            f"comparing merges needs at least 4 micro-dev or dev rows, got {len(pool.encoded)}; "
-            "raise data.target.rows.micro_dev"
+            f"comparing merges needs at least 4 micro-dev or dev examples, got "
+            f"{len(pool.encoded)}; raise data.target.rows.micro_dev"
         )
     generator = torch.Generator().manual_seed(config.seed)
     drawn = draw_examples([e.group for e in pool.encoded], rows, generator)

@@ -151,6 +151,7 @@ def _function(name: str) -> UserReward:
         ) from None
     if not callable(found):
         raise ValueError(
-            f"controller.reward {name!r} is no function; name one that takes answers and references"
+            f"controller.reward {name!r} is no function; name one that takes "
+            "the answers and their references"
         )
     return cast(UserReward, found)

@@ -151,15 +151,15 @@ def _check_given(config: RunConfig, given: Given) -> None:
     for role, rows in given.items():
         if role not in known:
             raise ValueError(
-                f"rows are given for {role!r}, which the configuration has not; it has "
-                f"{', '.join(known)}"
+                f"rows are given for {role!r}, which the configuration does not have; give rows "
+                f"for {', '.join(known)}"
             )
         named = set(rows) if isinstance(rows, Mapping) else None
         if named is None or named - known[role]:
             wrong = f"a {type(rows).__name__}" if named is None else f"{min(named - known[role])!r}"
             raise ValueError(
-                f"the rows given for {role} must be a mapping of parts "
-                f"({', '.join(sorted(known[role])) or 'none are configured'}), got {wrong}"
+                f"the rows given for {role} must be a mapping from splits "
+                f"({', '.join(sorted(known[role])) or 'none are configured'}) to rows, got {wrong}"
             )
 
 
@@ -167,7 +167,7 @@ def _check_target(target: Parts) -> None:
     empty = [split for split in ("train", "micro_dev") if not target.get(split)]
     if empty:
         raise ValueError(
-            f"the target data has no rows in {' and '.join(empty)}; the search trains on"
+            f"the target data has no examples in {' and '.join(empty)}; the search trains on"
             " train and probes micro_dev: give data.target.rows or data.target.files for both"
         )
 
@@ -181,7 +181,8 @@ def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[
         refuse_leaks(counted)
     if counted:
         say(
-            f"leakage, allowed: {len(counted)} pairs of rows are in two splits, first: {counted[0]}"
+            f"leakage, allowed: {len(counted)} pairs of examples are in two splits, "
+            f"first: {counted[0]}"
         )
     return counted
 
@@ -318,6 +319,7 @@ class _Reader:
     def _without_parallel(
         self, role: str, rows: tuple[Example, ...], used: Iterable[Example] | None
     ) -> tuple[Example, ...]:
+        """Return the examples that are no translations of `used` ones; report how many were."""
         if used is None:
             return rows
         used = list(used)
@@ -327,6 +329,7 @@ class _Reader:
         return tuple(kept)
 
     def _without_repeats(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
+        """Return the drawn splits without texts that another split has; record what is left out."""
         parts, lost = drop_repeated_texts(drawn, threshold=self.config.data.near_duplicates)
         for split, count in lost.items():
             if count:
