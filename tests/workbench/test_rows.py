@@ -291,7 +291,10 @@ def test_the_split_has_a_seed_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"targets": {}}, "'targets', which the configuration does not have; it has target, tests"),
+        (
+            {"targets": {}},
+            "'targets', which the configuration does not have; give rows for target, tests",
+        ),
         ({"target": {"validation": []}}, "got 'validation'"),
         ({"target": []}, "got a list"),
         ({"tests": {"news": []}}, "none are configured"),
