@@ -245,13 +245,13 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "another vocabulary": (
         lambda f: edited(f, "grasp_lora.json", vocab_size=300),
-        r"vocabulary of 300 tokens, this model has 272",
+        r"vocabulary of 300 tokens, but this model has 272",
     ),
     "more layers": (lambda f: adapter(f, model=tiny_model(layers=3)), r"layers\.2\."),
     "another width": (lambda f: adapter(f, model=tiny_model(width=32)), r"32.*16"),
     "truncated": (truncated, r"is damaged or cut short .*copy it again"),
     "NaN": (lambda f: changed(f, poisoned), r"holds NaN or infinite values"),
-    "pickle": (pickled, r"adapter_model\.bin only, a pickle"),
+    "pickle": (pickled, r"only adapter_model\.bin, a pickle"),
     "DoRA": (lambda f: edited(f, CONFIG, use_dora=True), r"use_dora=True means DoRA"),
     "bias": (lambda f: edited(f, CONFIG, bias="all"), r"bias='all' means trained bias vectors"),
     "modules to save": (

@@ -238,7 +238,7 @@ def test_a_stage_that_fails_keeps_its_log_and_the_others_go_on(given, tmp_path, 
         with pytest.raises(RuntimeError, match="told to fail"):
             work_off(plan.build(), tmp_path, session)
         outcomes = work_off(plan.build(), tmp_path, session, keep)
-    log = tmp_path / "pruned-0.2.work" / "log.txt"
+    log = tmp_path / "pruned-0.2.log.txt"
     assert ended == list(outcomes) == ["merged", "pruned-0.2", "pruned-0.5", "onward"]
     assert [one.error for one in outcomes.values()] == [
         None,

@@ -280,7 +280,7 @@ def test_methods_that_were_still_getting_better_are_named(settings):
         summary(load_config(settings), outcomes | {"source": MethodOutcome(untrained)})
     )
     (line,) = (line for line in text.splitlines() if "lowest in their last epoch" in line)
-    assert line.endswith("than they look here: `source-finetuned` (1 of 2).")
+    assert line.endswith("may improve them: `source-finetuned` (1 of 2).")
 
 
 def test_methods_that_often_answer_with_nothing_are_named(settings):
@@ -298,7 +298,7 @@ def test_methods_that_often_answer_with_nothing_are_named(settings):
     }
     text = comparison_markdown(summary(load_config(settings), outcomes))
     (line,) = (line for line in text.splitlines() if line.startswith("Empty answers"))
-    assert line.endswith("asks for a token): `average-finetuned` 25.")
+    assert line.endswith("requires a token): `average-finetuned` 25.")
     few = {"source-finetuned-s1": answered(0), "svd-finetuned-s1": answered(None)}
     assert "Empty answers" not in comparison_markdown(summary(load_config(settings), few))
 

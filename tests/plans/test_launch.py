@@ -1,0 +1,357 @@
+"""The pool of processes: order, resume, failures, and what it refuses before any work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.config.run_config import load_config
+from grasp_lora.plans import launch
+from grasp_lora.plans.executor import log_of
+from grasp_lora.plans.launch import LAUNCHERS, Pool, gpu_of, work_off_many
+from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.stored import PLAN_FILE, read_stage
+from grasp_lora.plans.worker import work as work_here
+from grasp_lora.stages import table
+from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.keys import hash_of, key_of
+from grasp_lora.stages.stage import Kind, Sizes, Stage
+from grasp_lora.workbench.reporter import Reporter, duration
+from grasp_lora.workbench.rows import load_run_data
+from helpers import tiny_backbone_folder
+from jobs import job, write_job
+
+STAND_IN = '''
+import os, sys, time
+from grasp_lora.base.files import read_json, write_json
+from grasp_lora.stages import table
+from grasp_lora.stages.other_merges import NotApplicable
+from grasp_lora.stages.stage import Cost, Kind
+
+def add(work):
+    """Append a line per start, so that a test can count them."""
+    options = work.stage.options
+    with open(work.out.parent.parent / f"{work.stage.name}.starts", "a") as file:
+        file.write(os.environ.get("OMP_NUM_THREADS", "?") + "\\n")
+    time.sleep(options.get("sleep", 0))
+    if options.get("fail"):
+        print("this is why", file=sys.stderr)
+        raise ValueError("told to fail")
+    if options.get("refuse"):
+        raise NotApplicable("told to refuse")
+    given = [read_json(folder / "weights.json") for folder in work.inputs.values()]
+    write_json(work.out / "weights.json", options["value"] + sum(given))
+    return {"seconds": 0.0}
+
+def cost(stage, sizes):
+    return Cost(tokens=stage.options.get("tokens", 0))
+
+table.KINDS["add"] = Kind(1, lambda stage: (), lambda stage, known: (), add, cost)
+'''
+
+
+@pytest.fixture(autouse=True)
+def kind_of_work(monkeypatch, tmp_path_factory):
+    """A kind of stage for these tests, in this process and in those that it starts."""
+    folder = tmp_path_factory.mktemp("work")
+    # Every process that starts reads this file first, the stages' processes among them.
+    (folder / "sitecustomize.py").write_text(STAND_IN)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(table, "KINDS", dict(table.KINDS))
+    exec(STAND_IN, {})
+    for module in ("executor", "plan"):
+        monkeypatch.setattr(f"grasp_lora.plans.{module}.KINDS", table.KINDS)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_backbone_folder(folder / "base")
+    return load_config(write_job(folder / "run.yaml", job(folder)))
+
+
+@pytest.fixture(scope="module")
+def data(config):
+    return load_run_data(config, Reporter(quiet=True).say)
+
+
+@pytest.fixture
+def added(config):
+    def stage(name, value=1, needs=(), **options):
+        inputs = {f"input {n}": need for n, need in enumerate(needs)}
+        return Stage(name, "add", config, inputs, {"value": value, **options})
+
+    return stage
+
+
+@pytest.fixture
+def run(config, data):
+    def work(folder, *stages, overwrite=False, quiet=True, **pool):
+        plan, session = plan_of(stages), Session(config, data, quiet=quiet)
+        return work_off_many(plan, folder, session, Sizes({}, {}), Pool(**pool), overwrite)
+
+    return work
+
+
+def plan_of(stages):
+    return Plan({stage.name: stage for stage in stages})
+
+
+def starts(folder, name):
+    return len((folder / f"{name}.starts").read_text().splitlines())
+
+
+def sums(folder, names):
+    return {name: read_json(folder / name / "weights.json") for name in names}
+
+
+@pytest.mark.parametrize("jobs", [0, 1, 2, 5])
+def test_stages_get_the_results_they_need(run, added, tmp_path, jobs):
+    stages = [
+        added("first", 1, sleep=0.3),
+        added("second", 10, needs=("first",)),
+        added("third", 100, needs=("first", "second")),
+        added("alone", 5),
+    ]
+    found = run(tmp_path / "q", *stages, jobs=jobs, threads=1)
+    assert list(found) == ["first", "second", "third", "alone"]
+    assert sums(tmp_path / "q", found) == {"first": 1, "second": 11, "third": 112, "alone": 5}
+    facts = facts_of(tmp_path / "q" / "first")
+    assert facts["peak_memory_bytes"] > 1e6
+    assert facts["machine"]["cores"] > 0
+    assert not list((tmp_path / "q").glob("*.lock")) + list((tmp_path / "q").glob("*.log.txt"))
+
+
+def test_what_is_done_is_not_done_again(run, added, tmp_path):
+    run(tmp_path / "q", added("a"), added("b", 2))
+    run(tmp_path / "q", added("a"), added("b", 2), added("c", 3, needs=("a",)))
+    assert sums(tmp_path / "q", "c") == {"c": 4}
+    assert [starts(tmp_path / "q", name) for name in "abc"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("jobs", "why"), [(0, "told to fail"), (2, "exit code 1")])
+def test_a_failure_keeps_its_log_and_stops_only_what_needs_it(run, added, tmp_path, jobs, why):
+    stages = [added("bad", fail=True), added("after", needs=("bad",)), added("other")]
+    found = run(tmp_path / "q", *stages, jobs=jobs)
+    assert why in found["bad"].error
+    log = log_of(tmp_path / "q" / "bad").read_text()
+    assert str(log_of(tmp_path / "q" / "bad")) in found["bad"].error
+    assert jobs == 0 or "this is why" in log
+    assert "told to fail" in log
+    assert found["after"].error == "not done, bad has no result"
+    assert found["other"].error is None
+    assert sums(tmp_path / "q", ["other"]) == {"other": 1}
+    run(tmp_path / "q", *stages, jobs=jobs)
+    assert starts(tmp_path / "q", "bad") == 2, "a failed stage is tried again"
+    assert starts(tmp_path / "q", "other") == 1
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_a_stage_that_is_not_applicable_is_no_failure(run, added, tmp_path, jobs):
+    stages = [added("odd", refuse=True), added("after", needs=("odd",))]
+    found = run(tmp_path / "q", *stages, jobs=jobs)
+    assert found["odd"].refused == found["after"].refused == "told to refuse"
+    assert found["odd"].error == "not applicable (told to refuse)"
+
+
+def test_other_inputs_are_refused_before_any_work(run, added, tmp_path):
+    run(tmp_path / "q", added("a"), added("b", needs=("a",)))
+    changed = [added("a", 7), added("b", needs=("a",)), added("new")]
+    with pytest.raises(ValueError, match=r"other inputs: value was 1, is 7.*--overwrite"):
+        run(tmp_path / "q", *changed)
+    assert not (tmp_path / "q" / "new").exists()
+    run(tmp_path / "q", *changed, overwrite=True)
+    assert sums(tmp_path / "q", "b") == {"b": 8}
+
+
+def test_processes_overwrite_what_others_made_and_leave_the_rest(run, added, tmp_path):
+    run(tmp_path / "q", added("a"), added("same"))
+    run(tmp_path / "q", added("a", 7), added("same"), overwrite=True, jobs=1)
+    assert sums(tmp_path / "q", ["a", "same"]) == {"a": 7, "same": 1}
+    assert [starts(tmp_path / "q", name) for name in ("a", "same")] == [2, 1]
+    run(tmp_path / "q", added("a", 7), added("same"), overwrite=True, jobs=1)
+    assert [starts(tmp_path / "q", name) for name in ("a", "same")] == [3, 2], "all once more"
+
+
+def test_keys_depend_on_options_and_on_what_is_needed(added, data):
+    kind = table.KINDS["add"]
+
+    def key(stage, kind=kind, **inputs):
+        return hash_of(key_of(stage, kind, data, None, inputs))
+
+    first = key(added("a"))
+    assert key(added("a")) == first
+    assert key(added("a", 2)) != first
+    assert key(added("b", needs=("a",)), a="one") != key(added("b", needs=("a",)), a="other")
+    newer = Kind(2, kind.settings, kind.examples, kind.run, kind.cost)
+    assert key(added("a"), newer) != first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jobs": -1}, "at least 0, got -1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"on": "the moon"}, "no launcher 'the moon'; choose from local"),
+    ],
+)
+def test_what_is_no_pool_is_refused(run, added, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "q", added("a"), **options)
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_is_no_plan_cannot_be_made(added):
+    with pytest.raises(AssertionError, match=r"b needs \['a'\]"):
+        plan_of([added("b", needs=("a",)), added("a")])
+    with pytest.raises(AssertionError, match="is listed as"):
+        Plan({"other": added("a")})
+
+
+def test_a_folder_of_something_else_is_left_alone(run, added, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="choose another folder"):
+        run(tmp_path, added("a"))
+    write_json(tmp_path / PLAN_FILE, {"format": "another"})
+    with pytest.raises(ValueError, match="not written by grasp-lora"):
+        run(tmp_path, added("a"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [PLAN_FILE, "thesis.txt"]
+
+
+def test_threads_are_those_of_the_first_start(run, added, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 6)
+    run(tmp_path / "q", added("a"), jobs=2)
+    run(tmp_path / "q", added("a"), added("b"), jobs=1)
+    assert (tmp_path / "q" / "b.starts").read_text() == "3\n"
+    with pytest.raises(ValueError, match="begun with 3 threads"):
+        run(tmp_path / "q", added("a"), jobs=1, threads=2)
+
+
+def test_another_launcher_is_a_row(run, added, tmp_path, monkeypatch):
+    asked = []
+
+    class Ended:
+        def poll(self):
+            return 0
+
+        def stop(self):
+            raise AssertionError("it has ended")
+
+    def start(place, name, _log, environment, flags):
+        asked.append((name, environment["OMP_NUM_THREADS"], flags))
+        work_here(place, name)
+        return Ended()
+
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 6)
+    monkeypatch.setitem(LAUNCHERS, "elsewhere", start)
+    run(tmp_path / "q", added("a"), added("b", needs=("a",)), jobs=2, on="elsewhere")
+    assert asked == [("a", "3", ()), ("b", "3", ())]
+    assert sums(tmp_path / "q", "b") == {"b": 2}
+
+
+def test_every_process_gets_a_gpu_where_there_are_several():
+    assert [gpu_of(place, ["4", "7"]) for place in range(3)] == [
+        {"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("4", "7", "4")
+    ]
+    assert gpu_of(1, ["0"]) == gpu_of(0, []) == {}
+
+
+def test_only_stages_of_the_plan_are_done(run, added, tmp_path):
+    run(tmp_path / "q", added("a"))
+    with pytest.raises(ValueError, match="has no stage 'b'"):
+        read_stage(tmp_path / "q", "b")
+
+
+def test_a_result_of_other_inputs_is_not_taken_for_the_stages_own(run, added, tmp_path):
+    run(tmp_path / "q", added("a"))
+    marker = tmp_path / "q" / "a" / "stage.json"
+    stored = read_json(marker)
+    stored["key"]["options"] = {"value": 9}
+    write_json(marker, stored)
+    with pytest.raises(ValueError, match="other inputs"):
+        work_here(tmp_path / "q", "a")
+
+
+DRIVER = """
+import signal, sys
+from pathlib import Path
+# A shell's background job is started with interrupts ignored, and hands that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from grasp_lora.config.run_config import load_config
+from grasp_lora.plans.launch import Pool, work_off_many
+from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.session import Session
+from grasp_lora.plans.stored import read_plan_file, read_stage
+from grasp_lora.stages.stage import Sizes
+from grasp_lora.workbench.rows import load_run_data
+place = Path(sys.argv[1])
+names = [one["name"] for one in read_plan_file(place)["stages"]]
+plan = Plan({name: read_stage(place, name) for name in names})
+config = next(iter(plan.stages.values())).config
+data = load_run_data(config, lambda line: None)
+work_off_many(plan, place, Session(config, data), Sizes({}, {}), Pool(1, threads=1))
+"""
+
+
+def wait_until(reached):
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_was_killed_goes_on(run, added, tmp_path, number):
+    """After kill -9 the running stage lives on alone; the next start waits for it."""
+    stages = [added("a"), added("slow", 2, sleep=4.0), added("c", needs=("slow",))]
+    launch.write_plan(tmp_path / "q", plan_of(stages), 1)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "q")])
+    wait_until((tmp_path / "q" / "slow.starts").exists)
+    process.send_signal(number)
+    process.wait()
+    found = run(tmp_path / "q", *stages)
+    assert sums(tmp_path / "q", found) == {"a": 1, "slow": 2, "c": 3}
+    assert starts(tmp_path / "q", "a") == 1
+    assert starts(tmp_path / "q", "slow") == (1 if number == signal.SIGKILL else 2)
+    assert not list((tmp_path / "q").glob("*.lock"))
+
+
+def test_the_time_left_follows_the_planned_tokens_and_the_pace(
+    run, added, tmp_path, capsys, monkeypatch
+):
+    now = [100.0]
+    monkeypatch.setattr(launch.time, "perf_counter", lambda: now[0])
+    costs = {"a": 9, "b": 99, "broken": 39, "c": 999}  # one more for the moment that each takes
+    seconds = {"a": 20.0, "b": 10.0, "broken": 0.0, "c": 5.0}
+    stages = [added(n, tokens=cost, fail=n == "broken") for n, cost in costs.items()]
+    do = launch.work_off
+
+    def slow(plan, place, session, options):
+        def ended(name, outcome):
+            now[0] += seconds[name]
+            options.ended(name, outcome)
+
+        return do(plan, place, session, launch.Options(keep_going=True, ended=ended))
+
+    monkeypatch.setattr(launch, "work_off", slow)
+    run(tmp_path / "q", *stages, quiet=False)
+    joined = capsys.readouterr().err
+    assert "a: done (1 of 4 stages, about 38 min left)" in joined  # 2 s a token, 1140 are left
+    # 30 s were spent on 110 tokens: 1040 take 284 s.
+    assert "b: done (2 of 4 stages, about 5 min left)" in joined
+    assert "ValueError: told to fail" in joined
+    assert "c: done (4 of 4 stages)" in joined
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (119.4, "119 s"), (120, "2 min"), (7190, "2 h 0 min"), (22_260, "6 h 11 min")],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
