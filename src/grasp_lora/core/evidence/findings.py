@@ -189,8 +189,8 @@ def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | Non
         "undertrained",
         f"the dev loss was still falling in the last epoch: {listed} (that of the {names[0]} fell "
         f"by {mean:.3f} nats in the last epoch, standard error {error:.3f}), so longer training "
-        "may improve it: set more epochs or a larger learning_rate (in section train for a target "
-        "adapter, in section finetune for all else)",
+        "may improve it: set more epochs or a larger learning_rate (train.target for a target "
+        "adapter, train.finetune for the others)",
         {
             "runs": listed,
             "loss_less": mean,
