@@ -161,3 +161,33 @@ def test_public_names_of_the_package_exist():
         assert getattr(grasp_lora, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = grasp_lora.nonsense
+
+
+def drawn_arrows() -> set[tuple[str, str]]:
+    """Return the arrows of the picture in docs/development.md."""
+    text = (PACKAGE.parents[1] / "docs" / "development.md").read_text(encoding="utf-8")
+    picture = text.split("```mermaid")[1].split("```")[0]
+    lines = (line.split("-->") for line in picture.splitlines() if "-->" in line)
+    return {(above.strip(), below.strip()) for above, below in lines}
+
+
+def reached(room: str, arrows: set[tuple[str, str]]) -> set[str]:
+    """Return the rooms below a room; an arrow that leads back up would never end this."""
+    below = {b for a, b in arrows if a == room}
+    return below.union(*(reached(b, arrows) for b in below))
+
+
+def test_the_picture_of_the_rooms_is_the_code():
+    imports = {
+        (room_of(path), name.split(".")[1])
+        for path in SOURCES
+        for name in imported(path)
+        if name.startswith("grasp_lora.") and room_of(path) != name.split(".")[1]
+    }
+    rooms = {room for room in ALLOWED if not room.startswith("__")}
+    arrows = drawn_arrows()
+    assert arrows <= imports, "an arrow that no import has"
+    assert {room for arrow in arrows for room in arrow} == rooms
+    for above, below in imports:
+        if above in rooms:
+            assert below in reached(above, arrows), f"no way down from {above} to {below}"
