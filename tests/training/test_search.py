@@ -99,6 +99,13 @@ class Run:
     steps: int
 
 
+class Discarding(SearchCallback):
+    """A search whose probes change neither the masks nor the controller."""
+
+    def _conclude(self, *_measured: Any) -> None:
+        pass
+
+
 def train(
     out: Path,
     *,
@@ -115,7 +122,8 @@ def train(
     config = config or ControllerConfig(rounds=4, rows=4, max_step=0.3)
     per_epoch = steps_per_epoch(10, 2, 2)
     total = epochs * per_epoch
-    searcher = SearchCallback(
+    kind_of_search = Discarding if search == "discard" else SearchCallback
+    searcher = kind_of_search(
         live,
         ProbePool(EncodedExamples(probe_rows, COLLATE, 3), fresh=True),
         SearchSettings(
@@ -125,7 +133,6 @@ def train(
             seed=5,
             total_steps=total,
             planned_rounds=rounds.planned_rounds(total, config),
-            discard=search == "discard",
         ),
         on_round=lambda _state, _record: None,
     )

@@ -19,7 +19,7 @@ from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.training.live import ImportanceRule, LiveAdapter, block_importance
+from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
 
 
 class MaskCallback(TrainerCallback):
@@ -80,8 +80,6 @@ class SearchSettings:
         seed: seed of the controller's own random generator.
         total_steps: optimizer steps of the whole run.
         planned_rounds: rounds of the whole run.
-        discard: measure, but never change masks or the controller. Probes have no side effects, and
-            this makes it possible to verify that.
     """
 
     config: ControllerConfig
@@ -90,7 +88,25 @@ class SearchSettings:
     seed: int
     total_steps: int
     planned_rounds: int
-    discard: bool = False
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The measurements of one round.
+
+    Attributes:
+        drawn: positions of the examples in the pool.
+        candidates: the ratios that were proposed.
+        baseline: objective of each example under the model as it is, or None.
+        losses: objective of each example under the masks of each candidate.
+        masks: ratio -> masks.
+    """
+
+    drawn: Sequence[int]
+    candidates: Sequence[float]
+    baseline: list[float] | None
+    losses: list[list[float]]
+    masks: Mapping[float, Masks]
 
 
 class SearchCallback(TrainerCallback):
@@ -180,19 +196,34 @@ class SearchCallback(TrainerCallback):
                     measured[ratio] = self._measure(drawn, batches)
         losses = [measured[ratio] for ratio in candidates]
         self.forwards += len(drawn) * (len(distinct) + (baseline is not None))
-        if self._settings.discard:
-            return
+        found = _Measured(drawn, candidates, baseline, losses, masks)
+        self._conclude(step, found, optimizer, masked)
+
+    def _conclude(
+        self,
+        step: int,
+        found: _Measured,
+        optimizer: torch.optim.Optimizer | None,
+        masked: bool,
+    ) -> None:
+        """Update the controller with the measurements of a round, and the masks if it commits."""
         self.controller, record = rounds.conclude(
-            self.controller, self._config, candidates, baseline, losses, drawn, step
+            self.controller,
+            self._config,
+            found.candidates,
+            found.baseline,
+            found.losses,
+            found.drawn,
+            step,
         )
         flipped = 0
         if record.committed and masked:
-            with clock.span("masks"):
-                wanted = masks.get(record.mask_ratio)
+            with self._clock.span("masks"):
+                wanted = found.masks.get(record.mask_ratio)
                 if wanted is None:
-                    (wanted,) = live.masks(importance, [record.mask_ratio])
+                    (wanted,) = self._live.masks(self._importance, [record.mask_ratio])
                 cleared = optimizer if self._config.clear_moments else None
-                flipped = live.commit(wanted, cleared)
+                flipped = self._live.commit(wanted, cleared)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 
