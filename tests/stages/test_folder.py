@@ -9,7 +9,7 @@ from grasp_lora.base.files import read_json, write_json
 from grasp_lora.config.run_config import make_config
 from grasp_lora.plans.single import merge_adapters
 from grasp_lora.stages.folder import begin, look, publish, refusal, tidy, work_folder
-from grasp_lora.stages.keys import Key
+from grasp_lora.stages.keys import Key, hash_of
 from grasp_lora.workbench import merged_folder
 from grasp_lora.workbench.context import open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -46,7 +46,7 @@ def test_a_result_appears_whole_and_nothing_else_stays(tmp_path):
     publish(out, ONE, {"seconds": 1.0})
     assert names(tmp_path / "deep") == ["out"]
     assert names(out) == ["stage.json", "x.txt"]
-    assert read_json(out / "stage.json") == {"key": ONE, "seconds": 1.0}
+    assert read_json(out / "stage.json") == {"key": ONE, "hash": hash_of(ONE), "seconds": 1.0}
     assert look(out, ONE).state == "done"
 
 

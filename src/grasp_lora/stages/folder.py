@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from grasp_lora.base.files import holds_something, read_json, write_json
 from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
-from grasp_lora.stages.keys import Key, differences
+from grasp_lora.stages.keys import Key, differences, hash_of
 
 State = Literal["absent", "begun", "done", "differs"]
 
@@ -134,7 +134,7 @@ def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
     An older result is first renamed to `<result>.old`, and removed once the new one is in place.
     """
     result, old = work_folder(out) / "result", out.with_name(f"{out.name}.old")
-    write_json(result / STAGE_FILE, {"key": key} | dict(facts))
+    write_json(result / STAGE_FILE, {"key": key, "hash": hash_of(key)} | dict(facts))
     if (out / STAGE_FILE).exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)

@@ -324,13 +324,6 @@ def planned_memory(config: RunConfig) -> MemoryPlan:
     )
 
 
-def open_data(config: RunConfig, context: Context | None) -> RunData:
-    """Return the examples of `context`, or read them from their files if it is None."""
-    if context is not None:
-        return context.data
-    return load_run_data(config, Reporter(not is_main()).say)
-
-
 def open_context(
     config: RunConfig,
     quiet: bool = False,
