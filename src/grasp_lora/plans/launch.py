@@ -139,9 +139,9 @@ def work_off_many(
     done = {n for n, one in plan.stages.items() if state_of(one, place, session).state == "done"}
     waiting = [name for name in plan.stages if again or name not in done]
     write_plan(place, plan, threads)
-    progress = _Progress(plan.cost(sizes), waiting, reporter, max(1, pool.jobs))
+    progress = _Progress(plan.cost(sizes), waiting, reporter)
     with reporter.long_bar(f"{len(waiting)} stages", progress.total) as show:
-        options = Options(overwrite, keep_going=True, ended=progress.noting(place, show))
+        options = Options(overwrite, keep_going=True, ended=progress.noting(show))
         if pool.jobs == 0:
             return work_off(plan, place, session, options)
         return _processes(plan, place, session, options, (pool, threads, again))
@@ -175,16 +175,14 @@ def _checked(place: Path, pool: Pool) -> int | None:
 class _Progress:
     """What is left of a plan, in tokens, and the time that takes at the pace so far."""
 
-    def __init__(
-        self, costs: Mapping[str, Cost], waiting: Sequence[str], reporter: Reporter, jobs: int
-    ):
+    def __init__(self, costs: Mapping[str, Cost], waiting: Sequence[str], reporter: Reporter):
         # A stage that reads nothing, such as a merge, still takes a moment.
-        self._tokens = {name: costs[name].tokens + 1 for name in waiting}
-        self._left, self._count, self._reporter = dict(self._tokens), len(waiting), reporter
-        self._began, self._jobs = time.perf_counter(), jobs
-        self.total = float(sum(self._tokens.values()))
+        self._left = {name: costs[name].tokens + 1 for name in waiting}
+        self._count, self._reporter = len(waiting), reporter
+        self._began = time.perf_counter()
+        self.total = float(sum(self._left.values()))
 
-    def noting(self, place: Path, show: Callable[[float], None]) -> Callable[[str, Outcome], None]:
+    def noting(self, show: Callable[[float], None]) -> Callable[[str, Outcome], None]:
         """Return a function that reports every stage that has ended."""
 
         def ended(name: str, outcome: Outcome) -> None:
