@@ -149,7 +149,7 @@ def test_paper_preset_lies_beneath_the_settings_given(tmp_path):
     train = {"finetune": {"accumulation": 2}}
     config = load_config(written(tmp_path, preset="paper", train=train))
     assert config.controller == ControllerConfig(preset="paper")
-    assert (config.merge.kind, config.merge.weights) == ("linear", (1.0, 1.0))
+    assert (config.merge.kind, config.merge.weights) == ("linear", "unscaled")
     search, finetune = config.training("search"), config.training("finetune")
     assert (search.batch_size, search.accumulation) == (1, 1)
     assert (finetune.batch_size, finetune.accumulation) == (1, 2)

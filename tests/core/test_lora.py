@@ -11,6 +11,7 @@ from grasp_lora.core.lora import (
     average_weights,
     lora_scaling,
     merge,
+    unscaled_weights,
 )
 
 
@@ -166,3 +167,24 @@ def test_average_weights_sum_to_one():
     assert average_weights(4) == (0.25, 0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="at least one adapter"):
         average_weights(0)
+
+
+def test_a_linear_merge_by_unscaled_weights_is_the_plain_sum_of_the_factors():
+    adapters = [
+        {"a": factors(1, scaling=4.0), "b": factors(2, scaling=4.0)},
+        {"a": factors(3, scaling=0.5), "b": factors(4, scaling=0.5)},
+    ]
+    weights = unscaled_weights(adapters)
+    assert weights == (0.25, 2.0)
+    merged = merge("linear", adapters, weights)
+    for name in ("a", "b"):
+        first, second = (one[name] for one in adapters)
+        torch.testing.assert_close(merged[name].A, first.A + second.A)
+        torch.testing.assert_close(merged[name].B, first.B + second.B)
+
+
+@pytest.mark.parametrize("scalings", [(4.0, 2.0), (0.0, 0.0), ()])
+def test_unscaled_weights_need_one_scaling_for_each_adapter(scalings):
+    adapter = {str(n): factors(n, scaling=scaling) for n, scaling in enumerate(scalings)}
+    with pytest.raises(ValueError, match=r"adapter 2 has the scalings .*give merge\.weights as"):
+        unscaled_weights([{"a": factors(0)}, adapter])

@@ -772,6 +772,22 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["linear-unscaled", "grasp-paper", "adaptive-unscaled-0.4"])
+def test_the_published_merge_adds_the_factors_and_drops_the_scaling(settings, tmp_path, method):
+    context = open_context(load_config(settings), quiet=True)
+    adapters, builder = pair_of(tmp_path), PlanBuilder()
+    case = Case(builder, context.config, "one", adapters, None, METHODS.__getitem__)
+    METHODS[method].build(case)
+    plan = part_of(builder.build(), ("one/start",))
+    work_off(plan, tmp_path, Session(context.config, context.data, context))
+    got = read_start(tmp_path / "one" / "start", context.backbone)
+    one, two = (read_adapter(path).adapter for path in adapters.values())
+    assert {factors.scaling for factors in (*one.values(), *two.values())} != {1.0}
+    for name, module in got.items():
+        delta = (one[name].B + two[name].B) @ (one[name].A + two[name].A)
+        assert torch.allclose(module.B @ module.A, delta, atol=1e-6)
+
+
 def test_runs_of_several_machines_are_told_apart(done, tmp_path, drawing):
     found, _ = done
     assert len(machine_names(found["rows"])) == 1

@@ -86,10 +86,11 @@ class MergeSettings(Section):
         description="cat: exact sum, ranks add up; linear: published kind, has cross terms; "
         "svd: best low-rank fit of cat",
     )
-    weights: tuple[float, ...] | Literal["auto"] | None = Field(
+    weights: tuple[float, ...] | Literal["auto", "unscaled"] | None = Field(
         default=None,
         description="weights of source and target; default: their average; auto: chosen by "
-        "probes of the untrained merge",
+        "probes of the untrained merge; unscaled: 1/scaling of each adapter, which is the sum of "
+        "factors without alpha/r that the published code computes",
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the svd merge")
     when: Literal["before", "after"] = Field(
@@ -101,7 +102,7 @@ class MergeSettings(Section):
 
     @model_validator(mode="after")
     def _weights_and_rank(self) -> "MergeSettings":
-        given = None if self.weights == "auto" else self.weights
+        given = None if isinstance(self.weights, str) else self.weights
         if given is not None and len(given) != 2:
             raise ValueError(
                 f"weights {list(given)} has {len(given)} entries; give two: source and target"

@@ -9,7 +9,7 @@ signed strength `e_i = weight_i * scaling_i`. The kinds of merge are
 - `svd`: the best approximation of `cat` of a given rank.
 
 Our departure from the published code: the scaling (alpha / rank) is never dropped. So the merge of
-one adapter with weight 1 equals that adapter.
+one adapter with weight 1 equals that adapter. `unscaled_weights` gives the published computation.
 """
 
 # torch leaves these results untyped.
@@ -155,6 +155,27 @@ def average_weights(count: int) -> tuple[float, ...]:
     if count < 1:
         raise ValueError(f"merge weights need at least one adapter, got {count}; name an adapter")
     return (1.0 / count,) * count
+
+
+def unscaled_weights(adapters: Sequence[Adapter]) -> tuple[float, ...]:
+    """Return the merge weights that undo the scaling of each adapter: 1 / scaling.
+
+    With these weights a `linear` merge is `(sum_i B_i) (sum_i A_i)`. The published code of arXiv
+    2601.06702 computes this, because it adds the factors and drops the scaling.
+
+    Raises:
+        ValueError: If an adapter has no module, a scaling of 0, or different scalings.
+    """
+    weights: list[float] = []
+    for place, adapter in enumerate(adapters):
+        scalings = sorted({factors.scaling for factors in adapter.values()})
+        if len(scalings) != 1 or scalings[0] == 0:
+            raise ValueError(
+                f"weights without the scaling need one scaling per adapter that is not 0, but "
+                f"adapter {place + 1} has the scalings {scalings}; give merge.weights as numbers"
+            )
+        weights.append(1.0 / scalings[0])
+    return tuple(weights)
 
 
 def merge(

@@ -336,7 +336,9 @@ searched: Build = _grasp()
 
 AVERAGE: Mapping[str, Any] = {"kind": "cat", "weights": None}
 SUM: Mapping[str, Any] = {"kind": "cat", "weights": (1.0, 1.0)}
-PUBLISHED: Mapping[str, Any] = {"kind": "linear", "weights": (1.0, 1.0)}
+LINEAR: Mapping[str, Any] = {"kind": "linear", "weights": (1.0, 1.0)}
+UNSCALED: Mapping[str, Any] = {"kind": "linear", "weights": "unscaled"}
+"""The merge that the published code computes: it drops the scaling of the adapters."""
 LEARNED: Mapping[str, Any] = {"kind": "cat", "weights": "auto"}
 SVD: Mapping[str, Any] = {"kind": "svd", "weights": None}
 LABELLED = {"finetune.rows": "labelled"}
@@ -351,7 +353,8 @@ ADAPTIVE = {
 POST_HOC = {"merge.when": "after", "merge.weights": None}
 CONTINUED = {"finetune.mode": "continue"}
 _GRID_NAMES = tuple(f"grid-{ratio}" for ratio in GRID)
-_ADAPTIVE_NAMES = tuple(f"adaptive-{ratio}" for ratio in GRID)
+_LINEAR = "linear merge with weights 1 + 1 and the scaling alpha/r"
+_UNSCALED = "linear merge as the published code computes it, without alpha/r (weights 1/scaling)"
 
 METHODS: Mapping[str, Method] = {
     "zero-shot": Method("backbone alone", fixed(None), seeds="none"),
@@ -425,10 +428,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "sum": Method("sum of the deltas, untrained", fixed(SUM), seeds="none"),
     "sum-finetuned": Method("sum of the deltas, fine-tuned unpruned", _finetuned(SUM)),
-    "linear": Method("the published merge, untrained", fixed(PUBLISHED), seeds="none"),
-    "linear-finetuned": Method(
-        "the published merge, fine-tuned unpruned (Adaptive LoRA Merge without pruning)",
-        _finetuned(PUBLISHED),
+    "linear": Method(f"{_LINEAR}, untrained", fixed(LINEAR), seeds="none"),
+    "linear-finetuned": Method(f"{_LINEAR}, fine-tuned unpruned", _finetuned(LINEAR)),
+    "linear-unscaled": Method(f"{_UNSCALED}, untrained", fixed(UNSCALED), seeds="none"),
+    "linear-unscaled-finetuned": Method(
+        f"{_UNSCALED}, fine-tuned unpruned", _finetuned(UNSCALED), seeds="all"
     ),
     "svd": Method("low-rank average of the deltas, untrained", fixed(SVD), seeds="none"),
     "svd-finetuned": Method(
@@ -460,15 +464,24 @@ METHODS: Mapping[str, Method] = {
         seeds="all",
     ),
     **{
-        f"adaptive-{ratio}": Method(
-            f"Adaptive LoRA Merge at {ratio}", _finetuned(PUBLISHED, ratio), ADAPTIVE
+        f"{name}-{ratio}": Method(
+            f"Adaptive LoRA Merge at {ratio}: {about}, pruned again after every step",
+            _finetuned(start, ratio),
+            ADAPTIVE,
+        )
+        for name, start, about in (
+            ("adaptive", LINEAR, _LINEAR),
+            ("adaptive-unscaled", UNSCALED, _UNSCALED),
         )
         for ratio in GRID
     },
-    "adaptive": Method(
-        "Adaptive LoRA Merge over the grid, chosen by dev loss",
-        Choice(_ADAPTIVE_NAMES, ("dev",)),
-    ),
+    **{
+        name: Method(
+            f"Adaptive LoRA Merge over the grid, {about}, chosen by dev loss",
+            Choice(tuple(f"{name}-{ratio}" for ratio in GRID), ("dev",)),
+        )
+        for name, about in (("adaptive", _LINEAR), ("adaptive-unscaled", _UNSCALED))
+    },
     "optuna-random": Method(
         f"{TRIALS} full runs at ratios drawn at random", _optuna("random", None)
     ),
@@ -479,7 +492,13 @@ METHODS: Mapping[str, Method] = {
         )
         for sampler in ("tpe", "gp")
     },
-    "grasp-paper": Method("the published controller and merge", _grasp(PUBLISHED), PAPER),
+    "grasp-paper": Method(
+        f"the published method: published controller, {_UNSCALED}",
+        _grasp(UNSCALED),
+        PAPER,
+        seeds="all",
+    ),
+    "grasp-paper-scaled": Method(f"the published controller, {_LINEAR}", _grasp(LINEAR), PAPER),
     "grasp-restart": Method("this library's controller, two runs", _grasp(), seeds="all"),
     "grasp-continue": Method(
         "this library's controller, one run", _grasp(), CONTINUED, seeds="all"

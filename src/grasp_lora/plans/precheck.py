@@ -19,8 +19,8 @@ from grasp_lora.workbench.merge_probes import (
     EXAMPLES,
     MERGE,
     UNTRAINED_MERGES,
+    configured_weights,
     measure,
-    usual_weights,
     weights_of,
 )
 from grasp_lora.workbench.processes import is_main, join
@@ -57,13 +57,13 @@ def precheck(
         )
     if rows < 4:
         raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
-    for folder in (source, target):
-        read_adapter(folder)
+    adapters = [read_adapter(folder).adapter for folder in (source, target)]
+    usual = configured_weights(config.merge.weights, adapters)
     context = context or open_context(config)
     say_other_bases(context, (source, target))
     began = time.perf_counter()
     ids, losses = measure(context, (source, target), UNTRAINED_MERGES, rows)
-    found = {"rows": ids} | conclusion(losses, usual_weights(config))
+    found = {"rows": ids} | conclusion(losses, usual)
     found |= {
         "forwards": len(UNTRAINED_MERGES) * len(ids),
         "share_of_run": _share_of_run(context, len(UNTRAINED_MERGES) * len(ids)),

@@ -13,9 +13,10 @@ from typing import Any
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.base.files import read_json
-from grasp_lora.core.lora import average_weights, merge
+from grasp_lora.core.lora import Adapter, merge
 from grasp_lora.stages.other_merges import RULES, Merged, NotApplicable, lorahub_cost
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
+from grasp_lora.workbench.merge_probes import configured_weights
 from grasp_lora.workbench.merged_folder import write_merged
 from grasp_lora.workbench.processes import is_main
 
@@ -46,24 +47,24 @@ def run(work: Work) -> Mapping[str, Any]:
 
 def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge as `config.merge` says."""
-    section, weights = work.config.merge, _weights(work, len(loaded))
+    if WEIGHTS_INPUT not in work.inputs and work.config.merge.weights == "auto":
+        raise ValueError(
+            "merge.weights: auto is learned by a run (or found by grasp-lora precheck); give the "
+            "weights to merge by"
+        )
+    section, adapters = work.config.merge, [one.adapter for one in loaded]
     try:
-        merged = merge(section.kind, [one.adapter for one in loaded], list(weights), section.rank)
+        weights = _weights(work, adapters)
+        merged = merge(section.kind, adapters, list(weights), section.rank)
     except ValueError as error:
         raise NotApplicable(str(error)) from None
     return merged, {"kind": section.kind, "weights": list(weights)}
 
 
-def _weights(work: Work, count: int) -> tuple[float, ...]:
+def _weights(work: Work, adapters: Sequence[Adapter]) -> tuple[float, ...]:
     if WEIGHTS_INPUT in work.inputs:
         return tuple(read_json(work.inputs[WEIGHTS_INPUT] / "weights.json")["weights"])
-    given = work.config.merge.weights
-    if given == "auto":
-        raise ValueError(
-            "merge.weights: auto is learned by a run (or found by grasp-lora precheck); give the "
-            "weights to merge by"
-        )
-    return given or average_weights(count)
+    return configured_weights(work.config.merge.weights, adapters)
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ and the stage `probe` measure all of them on the same few examples. These losses
 good a merge would be after training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from grasp_lora.adapters.folder import check_fits, read_adapter
-from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_examples
-from grasp_lora.core.lora import MergedModule, average_weights, merge
+from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.training.live import LiveAdapter, block_importance
@@ -67,10 +66,23 @@ UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
 """Name -> variant; 24 in all, the merge as configured among them."""
 
 
-def usual_weights(config: RunConfig) -> tuple[float, ...]:
-    """Return the merge weights of the configuration; the average where they are to be learned."""
-    given = config.merge.weights
-    return average_weights(2) if given is None or given == "auto" else tuple(given)
+def configured_weights(
+    given: Sequence[float] | str | None, adapters: Sequence[Adapter]
+) -> tuple[float, ...]:
+    """Return the numbers that `merge.weights` stands for.
+
+    Args:
+        given: the setting; the average stands for weights that are still to be learned.
+        adapters: what is merged.
+
+    Raises:
+        ValueError: `unscaled` has no meaning for these adapters.
+    """
+    if given == "unscaled":
+        return unscaled_weights(adapters)
+    if given is None or isinstance(given, str):
+        return average_weights(len(adapters))
+    return tuple(given)
 
 
 def measure(
@@ -102,9 +114,10 @@ def measure(
     drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
     batches = pool.batches(drawn)
     kind, rank = config.merge.kind, config.merge.rank
+    usual = configured_weights(config.merge.weights, [one.adapter for one in loaded])
     losses: dict[str, list[float]] = {}
     with context.reporter.bar("untrained merges", len(variants)) as done:
-        for weights, alike in _by_weights(variants, usual_weights(config)).items():
+        for weights, alike in _by_weights(variants, usual).items():
             kept = [i for i, weight in enumerate(weights) if weight != 0]
             both = len(kept) > 1
             merged = merge(
