@@ -327,3 +327,21 @@ def test_a_value_of_the_wrong_type_is_refused_at_its_place(
     path = write(tmp_path / "a.jsonl", *GOOD, {**ROW, **change})
     with pytest.raises(ValueError, match=rf"a\.jsonl:21: .*{message}"):
         read(path, max_faulty=1)
+
+
+CASES = Path(__file__).parents[2].parent / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside the project")
+@pytest.mark.parametrize(
+    ("name", "language", "reference"),
+    [
+        ("answers-with-blanks", "en", "1800"),
+        ("arabic-presentation-forms", "ar", "القاهرة"),
+        ("korean-qa", "ko", "부산"),
+    ],
+)
+def test_cases_in_other_forms_are_read_whole(name: str, language: str, reference: str) -> None:
+    examples, report = load_examples(CASES / f"{name}.jsonl", QA, language, max_faulty=0)
+    assert examples[0].references == (reference,)
+    assert report.line() == ""
