@@ -14,12 +14,12 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "base": (set(), set()),
     "core": (set(), {"torch", "numpy"}),
     "metrics": (
-        set(),
+        {"base"},
         {"numpy", "scipy", "sacrebleu", "rouge_score", "regex", "bert_score"}
         | {"jieba", "nltk", "pythainlp", "transformers"},
     ),
-    "tasks": (set(), {"torch", "jinja2"}),
-    "data": ({"tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
+    "tasks": ({"base"}, {"torch", "jinja2"}),
+    "data": ({"base", "tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
     "config": ({"core"}, {"pydantic", "pydantic_core", "yaml"}),
     "models": (set(), {"torch", "transformers", "peft", "safetensors"}),
     "adapters": ({"core", "models"}, {"torch", "transformers", "peft", "safetensors"}),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pyarrow as pa
 import pytest
@@ -213,7 +214,7 @@ def test_answers_of_several_lines_are_read_as_the_one_line_that_is_generated() -
     (reference,) = examples[0].references
     assert reference == "First sentence . Second,\u00a0 sentence . Third one ."
     assert SUMMARIZATION.clean(reference) == reference
-    assert examples[1].references == (kept,)
+    assert examples[1].references == (kept.strip(),)
     assert report.joined == 1
     assert report.line().startswith("1 of 2 rows had answers of several lines, which are read as")
 
@@ -226,10 +227,38 @@ def test_an_answer_over_two_lines_of_its_context_is_no_answer_outside_it() -> No
     assert report_of([{**row, "answers": ["is\nred"]}], max_faulty=0).answers_outside == 0
 
 
+@pytest.mark.parametrize(
+    ("context", "answer"),
+    [
+        ("ﺍﻟﻘﺎﻫﺮﺓ مدينة كبيرة", "القاهرة"),
+        ("القاهرة مدينة كبيرة", "ﺍﻟﻘﺎﻫﺮﺓ"),
+        ("القـــاهرة مدينة كبيرة", "القاهرة"),
+        ("في \u200fالقا\u200bهرة", "القاهرة\u200f"),
+        (normalize("NFD", "부산 항구"), "부산"),
+        ("opened in 1800.", " 1800\n"),
+    ],
+)
+def test_an_answer_in_another_form_is_in_its_context(context: str, answer: str) -> None:
+    row = {**ROW, "context": context, "answers": [answer]}
+    (example,), report = load_examples([row], QA, "ar", max_faulty=0)
+    assert report.answers_outside == 0
+    # Both stay as written, but for NFC and the blanks around an answer.
+    assert example.fields["context"] == normalize("NFC", context)
+    assert example.references == (answer.strip(),)
+
+
+def test_answers_lose_the_blanks_around_them() -> None:
+    listed = [" 1800\n", "1800", {"text": "\u3000year 1800\u00a0"}]
+    rows = [{**ROW, "context": "In the year 1800.", "answers": listed}]
+    (example,), report = load_examples(rows, QA, "en")
+    assert example.references == ("1800", "year 1800")
+    assert (report.joined, report.line()) == (0, "")
+
+
 def test_texts_keep_their_lines_where_generation_does() -> None:
-    rows = [{"prompt": "Write a poem.", "completion": "One\ntwo\n"}]
+    rows = [{"prompt": "Write a poem.", "completion": "\nOne\n  two\n"}]
     examples, report = load_examples(rows, TEXT, "en")
-    assert examples[0].references == ("One\ntwo\n",)
+    assert examples[0].references == ("One\n  two",)
     assert (report.joined, report.line()) == (0, "")
 
 
@@ -298,3 +327,21 @@ def test_a_value_of_the_wrong_type_is_refused_at_its_place(
     path = write(tmp_path / "a.jsonl", *GOOD, {**ROW, **change})
     with pytest.raises(ValueError, match=rf"a\.jsonl:21: .*{message}"):
         read(path, max_faulty=1)
+
+
+CASES = Path(__file__).parents[2].parent / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside the project")
+@pytest.mark.parametrize(
+    ("name", "language", "reference"),
+    [
+        ("answers-with-blanks", "en", "1800"),
+        ("arabic-presentation-forms", "ar", "القاهرة"),
+        ("korean-qa", "ko", "부산"),
+    ],
+)
+def test_cases_in_other_forms_are_read_whole(name: str, language: str, reference: str) -> None:
+    examples, report = load_examples(CASES / f"{name}.jsonl", QA, language, max_faulty=0)
+    assert examples[0].references == (reference,)
+    assert report.line() == ""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -81,6 +82,39 @@ def test_texts_that_differ_in_case_punctuation_and_spaces_are_the_same(other: st
 )
 def test_texts_that_differ_otherwise_are_not_the_same(one: str, two: str) -> None:
     assert find_leaks({"train": [row("1", one)], "dev": [row("2", two)]}) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("ﺍﻟﻘﺎﻫﺮﺓ مدينة", "القاهرة مدينة"),
+        ("القـــاهرة مدينة", "القاهرة مدينة"),
+        ("القَاهِرَة مدينةٌ", "القاهرة مدينة"),
+        ("\u200fالقاهرة\u202c مدينة", "القاهرة مدينة"),
+        (normalize("NFD", "thành phố"), "thành phố"),
+        ("ـ...", "..."),
+    ],
+)
+def test_texts_in_another_form_are_the_same(one: str, two: str) -> None:
+    (leak,) = find_leaks({"train": [row("1", one, group="a")], "dev": [row("2", two, group="b")]})
+    assert (leak.kind, leak.first, leak.second) == ("text", ("train", "1"), ("dev", "2"))
+
+
+def test_a_text_in_another_form_is_found_as_near() -> None:
+    one, two = CHANGED["ar"]
+    written = "\u200f" + two.replace("ا", "ـا").replace("ي", "ﻱ").replace("ب", "بَ")
+    parts = {"train": [row("1", one, language="ar")], "dev": [row("2", written, language="ar")]}
+    plain = {"train": [row("1", one, language="ar")], "dev": [row("2", two, language="ar")]}
+    assert find_leaks(parts) == find_leaks(plain) != []
+
+
+def test_ids_and_groups_in_another_form_are_the_same() -> None:
+    one = row("câu", "a b", group="x")
+    two = row(normalize("NFD", "câu"), "c d", group="y")
+    assert kinds(find_leaks({"train": [one], "dev": [two]})) == ["id"]
+    assert drop_parallel([one], [two]) == ((), 1)
+    other = row("2", "c d", group="x\u200e")
+    assert kinds(find_leaks({"train": [one], "dev": [other]})) == ["group"]
 
 
 def test_rows_of_one_split_may_share_a_context_and_questions_may_recur() -> None:

@@ -72,7 +72,7 @@ def test_squad_files_load_as_published(name: str, rows: int, outside: int, left_
     found = [row for row in questions(DATA / "raw" / name) if row["question"]]
     assert [e.id for e in examples] == [str(row["id"]) for row in found]
     assert [set(e.references) for e in examples] == [
-        {normalize("NFC", answer["text"]) for answer in row["answers"]} for row in found
+        {normalize("NFC", answer["text"]).strip() for answer in row["answers"]} for row in found
     ]
     assert report.contexts == len({row["context"] for row in found})
     assert (report.form, report.rows, report.answers_outside) == ("squad", rows, outside)

@@ -1,7 +1,9 @@
+from unicodedata import normalize
+
 import pytest
 
 from grasp_lora.metrics import MLQA_ARTICLES, exact_match, normalize_answer, token_f1
-from grasp_lora.metrics.answers import ANSWERS, RULES
+from grasp_lora.metrics.answers import ANSWERS, RULES, answer_rules
 from grasp_lora.metrics.records import Options, Row
 
 # (text, normalised text, reason), by the rules of the published SQuAD v1.1 script
@@ -70,16 +72,59 @@ def test_fixed_rules_strip_the_arabic_article_only_where_a_word_begins(
     assert normalize_answer(text, "ar", "mlqa-fixed") == form, why
 
 
+# (language, text, normalised text, reason), by "unicode"
+UNICODE_FORMS = [
+    ("zh", "「海淀区」。", "海 淀 区", "characters apart, no punctuation"),
+    ("zh", "１９９０年", "1990 年", "full-width digits are digits"),
+    ("ja", "渋谷区です", "渋 谷 区 で す", "kana by character too"),
+    ("th", "กรุงเทพ ", "ก รุ ง เ ท พ", "a mark stays with its letter"),
+    ("bo", "ལྷ་ས།", "ལྷ ས", "Tibetan by syllable"),
+    ("en", "The Cat.", "the cat", "articles stay"),
+    ("de", "Straße 3,5", "strasse 3 5", "folded case; a comma parts numbers"),
+    ("ar", "القَاهِرَةُ، مصر؟", "القاهرة مصر", "Arabic vowel marks and punctuation go"),
+    ("hi", "दिल्ली।", "दिल्ली", "Hindi vowel signs stay"),
+    ("tr", "IŞIK", "ışık", "the lower case of the language"),
+    ("zh", "€。", "€。", "a text without words keeps its signs"),
+    ("zh", "", "", "nothing stays nothing"),
+]
+
+
+@pytest.mark.parametrize(("language", "text", "form", "why"), UNICODE_FORMS)
+def test_unicode_rules_take_words_of_any_script(
+    language: str, text: str, form: str, why: str
+) -> None:
+    assert normalize_answer(text, language, "unicode") == form, why
+
+
+@pytest.mark.parametrize(
+    ("languages", "rules"),
+    [
+        (["zh", "zh-TW", "zh_Hans", "yue", "ja", "th", "lo", "km", "my", "bo", "dz"], "unicode"),
+        (["en", "ar", "es", "hi", "ko", "sw", "vi", "tr", "und"], "squad"),
+    ],
+)
+def test_the_rules_are_those_of_the_language_unless_others_are_asked_for(
+    languages: list[str], rules: str
+) -> None:
+    for language in languages:
+        assert answer_rules(language) == rules
+        assert answer_rules(language, "mlqa") == "mlqa"
+        measured = ANSWERS.measure([Row("1", "a", ("a",))], Options(language=language))
+        assert {one.settings["rules"] for one in measured.values()} == {rules}
+
+
 def test_every_mlqa_language_has_a_hand_made_case() -> None:
     assert {language for language, _, _ in MLQA_FORMS} == set(MLQA_ARTICLES)
 
 
 ALL = tuple(RULES)
+PUBLISHED = ("squad", "mlqa", "mlqa-fixed")
 
 # (language, rules, prediction, references, exact match, F1)
 GOLD = [
-    # English: an article goes under all rules
-    ("en", ALL, "the cat sat", ["Cat sat."], 1, 1),
+    # English: an article goes under all published rules; else 2 common, 3 found, 2 wanted: 4/5
+    ("en", PUBLISHED, "the cat sat", ["Cat sat."], 1, 1),
+    ("en", ("unicode",), "the cat sat", ["Cat sat."], 0, 0.8),
     # 2 tokens of 3 found, 2 of 2 wanted: p = 2/3, r = 1, F1 = 4/5
     ("en", ALL, "big cat sat", ["cat sat"], 0, 0.8),
     # the best of two references: 1 of 1 and 1 of 2 gives 2/3
@@ -98,15 +143,18 @@ GOLD = [
     # Spanish: "la" is an article only to MLQA; else 1 common, 2 found, 1 wanted: 2/3
     ("es", ("squad",), "la casa", ["casa"], 0, 2 / 3),
     ("es", ("mlqa", "mlqa-fixed"), "¡La casa!", ["una casa"], 1, 1),
+    ("es", ("unicode",), "¡La casa!", ["casa"], 0, 2 / 3),
     # the reverse: an English article, which only "squad" removes
     ("es", ("squad",), "a Madrid", ["Madrid"], 1, 1),
     ("es", ("mlqa", "mlqa-fixed"), "a Madrid", ["Madrid"], 0, 2 / 3),
     # German: articles of all cases; else 1 common, 2 found, 2 wanted: 2/4
     ("de", ("squad",), "ein Haus", ["das Haus"], 0, 0.5),
     ("de", ("mlqa", "mlqa-fixed"), "ein Haus", ["dem Haus"], 1, 1),
+    ("de", ("unicode",), "„Straße“", ["STRASSE"], 1, 1),
     # Vietnamese: "cái" goes; else 1 common, 2 found, 1 wanted: 2/3
     ("vi", ("squad",), "cái nhà", ["nhà"], 0, 2 / 3),
     ("vi", ("mlqa", "mlqa-fixed"), "cái nhà", ["nhà"], 1, 1),
+    ("vi", ("unicode",), "cái nhà", ["nhà"], 0, 2 / 3),
     # "mẹ của tôi" leaves "mẹ tôi": 1 common with "tôi", 2 found, 1 wanted: 2/3
     ("vi", ("mlqa", "mlqa-fixed"), "mẹ của tôi", ["tôi"], 0, 2 / 3),
     # Arabic: the article belongs to the word under "squad"
@@ -122,21 +170,69 @@ GOLD = [
     # the Arabic comma is no ASCII: under "squad" 1 common of 2 and 2
     ("ar", ("squad",), "عمان، الأردن", ["عمان الأردن"], 0, 0.5),
     ("ar", ("mlqa", "mlqa-fixed"), "عمان، الأردن؟", ["عمان الأردن"], 1, 1),
+    ("ar", ("unicode",), "عَمّان، الأردن؟", ["عمان الأردن"], 1, 1),
+    # teh marbuta is not heh, and the article belongs to the word
+    ("ar", ("squad", "unicode"), "القاهره", ["القاهرة"], 0, 0),
+    ("ar", ("squad", "unicode"), "قاهرة", ["القاهرة"], 0, 0),
+    # vowel marks stay under the published rules
+    ("ar", PUBLISHED, "القَاهِرَة", ["القاهرة"], 0, 0),
+    ("ar", ("unicode",), "القَاهِرَة", ["القاهرة"], 1, 1),
     # Hindi has no articles; the danda is punctuation to MLQA only
     ("hi", ALL, "नई दिल्ली", ["दिल्ली"], 0, 2 / 3),
     ("hi", ("squad",), "दिल्ली।", ["दिल्ली"], 0, 0),
-    ("hi", ("mlqa", "mlqa-fixed"), "दिल्ली।", ["दिल्ली"], 1, 1),
+    ("hi", ("mlqa", "mlqa-fixed", "unicode"), "दिल्ली।", ["दिल्ली"], 1, 1),
     # Chinese: one token under "squad"; characters apart under MLQA: 2 common, 3 and 2: 4/5
     ("zh", ("squad",), "北京市", ["北京"], 0, 0),
-    ("zh", ("mlqa", "mlqa-fixed"), "北京市", ["北京"], 0, 0.8),
+    ("zh", ("mlqa", "mlqa-fixed", "unicode"), "北京市", ["北京"], 0, 0.8),
     # Latin words and numbers stay whole: 1998, 年 and iphone are common, 4 found, 4 wanted: 6/8
-    ("zh", ("mlqa", "mlqa-fixed"), "1998年的iPhone", ["1998年iphone手"], 0, 6 / 8),
+    ("zh", ("mlqa", "mlqa-fixed", "unicode"), "1998年的iPhone", ["1998年iphone手"], 0, 6 / 8),
     # punctuation of either width is removed before characters are separated
-    ("zh", ("mlqa", "mlqa-fixed"), "《三国演义》。", ["三国演义"], 1, 1),
+    ("zh", ("mlqa", "mlqa-fixed", "unicode"), "《三国演义》。", ["三国演义"], 1, 1),
     ("zh", ("squad",), "《三国演义》。", ["三国演义"], 0, 0),
     # without the mark the two words become one: common 0
     ("zh", ("mlqa", "mlqa-fixed"), "a、b", ["a b"], 0, 0),
+    ("zh", ("unicode",), "a、b", ["a b"], 1, 1),
+    # 3 common, 6 found, 3 wanted: 6/9
+    ("zh", ("mlqa", "mlqa-fixed", "unicode"), "北京市海淀区", ["海淀区"], 0, 2 / 3),
+    # full-width digits are other tokens to the published rules: 1 common, 2 found, 2 wanted: 2/4
+    ("zh", ("mlqa", "mlqa-fixed"), "１９９０年", ["1990年"], 0, 0.5),
+    ("zh", ("unicode",), "１９９０年", ["1990年"], 1, 1),
+    # traditional letters are not simplified ones
+    ("zh", ALL, "臺灣", ["台湾"], 0, 0),
+    # signs without a word are compared as they are
+    ("zh", ("unicode",), "€", ["$"], 0, 0),
+    # Japanese: 3 common, 6 and 3; 3 common, 5 and 3
+    ("ja", ("squad",), "東京都渋谷区", ["渋谷区"], 0, 0),
+    ("ja", ("unicode",), "東京都渋谷区", ["渋谷区"], 0, 6 / 9),
+    ("ja", ("unicode",), "渋谷区です", ["渋谷区"], 0, 6 / 8),
+    # Thai letters with their marks: 6 common, 12 found, 6 wanted
+    ("th", ("squad",), "กรุงเทพมหานคร", ["กรุงเทพ"], 0, 0),
+    ("th", ("unicode",), "กรุงเทพมหานคร", ["กรุงเทพ"], 0, 12 / 18),
+    ("th", ("squad", "unicode"), "กรุงเทพ ", ["กรุงเทพ"], 1, 1),
 ]
+
+# (language, prediction, reference): the same text in another form
+SAME = [
+    ("vi", normalize("NFD", "thành phố Huế"), "thành phố Huế"),
+    ("ko", normalize("NFD", "부산"), "부산"),
+    ("hi", normalize("NFD", "क़िला"), normalize("NFC", "क़िला")),
+    ("ar", "ﺍﻟﻘﺎﻫﺮﺓ", "القاهرة"),
+    ("ar", "القـــاهرة", "القاهرة"),
+    ("ar", "\u200fالقاهرة", "القاهرة"),
+    ("en", "\ufeff18\u200b00", " 1800\n"),
+]
+
+
+@pytest.mark.parametrize(("language", "one", "other"), SAME)
+def test_a_text_in_another_form_is_the_same_answer_under_all_rules(
+    language: str, one: str, other: str
+) -> None:
+    for rules in ALL:
+        if rules in ("mlqa", "mlqa-fixed") and language not in MLQA_ARTICLES:
+            continue
+        for score in (exact_match, token_f1):
+            assert score(one, [other], language, rules) == 1, rules
+            assert score(other, [one], language, rules) == 1, rules
 
 
 @pytest.mark.parametrize(("language", "rules", "prediction", "references", "match", "f1"), GOLD)
@@ -155,7 +251,8 @@ def test_scores_equal_values_worked_out_by_hand(
 
 def test_every_language_and_rule_has_a_case_worked_out_by_hand() -> None:
     covered = {(row[0], name) for row in GOLD for name in row[1]}
-    assert covered == {(language, name) for language in MLQA_ARTICLES for name in RULES}
+    assert covered >= {(language, name) for language in MLQA_ARTICLES for name in RULES}
+    assert {language for language, name in covered if name == "unicode"} >= {"ja", "th"}
 
 
 def test_answers_without_tokens_match_exactly_but_share_no_token() -> None:
@@ -172,7 +269,7 @@ def test_scores_refuse_missing_references_and_a_bare_text(score) -> None:
 
 
 def test_unknown_rules_and_languages_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown rules 'bleu'.*squad, mlqa, mlqa-fixed"):
+    with pytest.raises(ValueError, match="unknown rules 'bleu'.*squad, mlqa, mlqa-fixed, unicode"):
         normalize_answer("x", "en", "bleu")
     for rules in ("mlqa", "mlqa-fixed"):
         with pytest.raises(ValueError, match=f"{rules!r}.*'fr'.*use the rules 'squad'"):
@@ -197,5 +294,5 @@ def test_the_family_names_rules_that_do_not_cover_a_language_and_the_remedy() ->
     reason = ANSWERS.missing(Options(language="sw", rules="mlqa"))
     assert reason is not None
     assert "do not cover the language 'sw'" in reason
-    assert reason.endswith("use the rules 'squad'")
+    assert reason.endswith("use the rules 'squad' or 'unicode'")
     assert "unknown rules 'xquad'" in str(ANSWERS.missing(Options(rules="xquad")))

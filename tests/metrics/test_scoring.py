@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -45,6 +46,46 @@ def test_scores_come_in_the_order_of_the_names_and_only_those_named() -> None:
     wanted = ["chrf", "token_f1", "bleu"]
     assert list(score(rows("yes", "no"), wanted, FAST)) == wanted
     assert score(rows("yes"), [], FAST) == {}
+
+
+FORMS = [
+    Row("một", normalize("NFD", "thành phố Huế ở đâu"), ("thành phố Huế ở đâu",), "g"),
+    Row("hai", "\u200fﺍﻟﻘﺎﻫﺮﺓ مدينة في مصـر", ("القاهرة مدينة في مصر",), "g"),
+    Row("ba", normalize("NFD", "부산 항구 는 여기"), ("부산 항구 는 여기\n",), "h"),
+]
+
+
+@pytest.mark.parametrize("rouge", ["unicode", "xlsum"])
+def test_texts_in_another_form_have_all_the_scores_of_their_references(rouge: str) -> None:
+    names = [name for name in NAMES if name not in ("bertscore_f1", "loss", "perplexity")]
+    options = dataclasses.replace(FAST, rouge=rouge, language="vi")
+    swapped = [Row(row.id, row.references[0], (row.prediction,), row.group) for row in FORMS]
+    for answers in (FORMS, swapped):
+        for name, found in score(answers, names, options).items():
+            assert found.per_row == pytest.approx([100] * 3), name
+
+
+def test_a_text_in_another_form_scores_as_its_normal_form() -> None:
+    one = [Row("1", normalize("NFD", "năm ấy"), ("năm 1975 ấy",), "g")]
+    other = [Row("1", "năm ấy", ("năm 1975 ấy",), "g")]
+    names = ["token_f1", "bleu", "chrf", "rougeL"]
+    found, wanted = (score(answers, names, FAST) for answers in (one, other))
+    assert {name: s.value for name, s in found.items()} == {
+        name: s.value for name, s in wanted.items()
+    }
+    assert found["token_f1"].value == pytest.approx(80)  # 2 common, 2 found, 3 wanted: 4/5
+
+
+def test_systems_are_paired_by_ids_and_references_in_normal_form() -> None:
+    theirs = [
+        Row(normalize("NFD", row.id), "no", (f"\ufeff{row.references[0]} ",), normalize("NFD", "g"))
+        for row in reversed(FORMS)
+    ]
+    found = compare(FORMS, theirs, ["exact_match"], FAST)["exact_match"]
+    assert (found.a, found.b, found.n) == (100, 0, 3)
+    twice = [*FORMS, Row(normalize("NFD", "một"), "x", ("x",))]
+    with pytest.raises(ValueError, match="two rows have the id"):
+        score(twice, ["chrf"], FAST)
 
 
 def test_written_results_are_json() -> None:

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from rich.console import Console
@@ -52,12 +53,18 @@ def test_rows_are_read_with_all_they_may_have(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         {"id": 7, "prediction": "", "reference": "كتاب", "context_id": 3, "loss": 2, "tokens": 4},
-        {"id": "b", "prediction": "书\u2028", "references": ["x", "y"], "group": "g", "model": {}},
+        {
+            "id": "b",
+            "prediction": " 书\u2028记\n",
+            "references": ["x", "y"],
+            "group": "g",
+            "model": {},
+        },
     )
     one, two = read_rows(path)
     assert (one.id, one.prediction, one.references, one.group) == ("7", "", ("كتاب",), "3")
     assert (one.loss, one.tokens) == (2.0, 4)
-    assert (two.prediction, two.references, two.group) == ("书\u2028", ("x", "y"), "g")
+    assert (two.prediction, two.references, two.group) == ("书\u2028记", ("x", "y"), "g")
     assert (two.loss, two.tokens) == (None, None)
 
 
@@ -476,6 +483,7 @@ def test_without_a_language_the_script_tells(tmp_path):
         (["他在北京大学读书"], "zh", "zh"),
         (["東京", "東京に住む"], "ja", "char"),
         (["บ้านหลังใหญ่"], "th", "char"),
+        (["ལྷ་ས་ནི་བོད་ཀྱི་རྒྱལ་ས་ཡིན།"], "bo", "char"),
     ):
         settings = scored(*references)["settings"]
         assert settings["scored_as"] == language
@@ -487,3 +495,86 @@ def test_without_a_language_the_script_tells(tmp_path):
     path = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["a"]})
     with pytest.raises(ValueError, match="--rules depends on the language"):
         score_file(path, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])
+
+
+CASES = Path(__file__).parents[2].parent / "shared" / "cases"
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside the project")
+CHINESE = [("北京市海淀区", "海淀区"), ("「海淀区」。", "海淀区"), ("１９９０年", "1990年")]
+
+
+@pytest.mark.parametrize(
+    ("options", "rules", "exact", "f1"),
+    [
+        # 3 common, 6 found, 3 wanted: 6/9
+        (Options(language="zh-CN", resamples=0), "unicode", [0, 100, 100], [200 / 3, 100, 100]),
+        (Options(language=UNKNOWN, resamples=0), "unicode", [0, 100, 100], [200 / 3, 100, 100]),
+        (Options(language="zh", rules="squad", resamples=0), "squad", [0, 0, 0], [0, 0, 0]),
+        (Options(language=UNKNOWN, rules="squad", resamples=0), "squad", [0, 0, 0], [0, 0, 0]),
+        # full-width digits are other tokens, and 1 of 2 is common
+        (
+            Options(language="zh", rules="mlqa", resamples=0),
+            "mlqa",
+            [0, 100, 0],
+            [200 / 3, 100, 50],
+        ),
+    ],
+)
+def test_answers_without_spaces_are_scored_by_character(tmp_path, options, rules, exact, f1):
+    for n, pair in enumerate(CHINESE):
+        found = score_file(answers(tmp_path / "a", pair), options, ["exact_match", "token_f1"])
+        assert found["exact_match"]["value"] == exact[n]
+        assert found["token_f1"]["value"] == pytest.approx(f1[n])
+        assert {entry["settings"]["rules"] for entry in found.values()} == {rules}
+        assert found["token_f1"]["settings"]["texts"].startswith("NFC")
+
+
+def test_files_in_another_form_hold_the_same_rows(tmp_path):
+    rows = [
+        {"id": "câu 1", "prediction": "Huế", "references": ["thành phố Huế"], "group": "bài"},
+        {"id": "câu 2", "prediction": "القاهرة", "references": ["القاهرة"], "group": "bài"},
+    ]
+    others = [
+        {"id": normalize("NFD", "câu 2"), "prediction": "\u200fﺍﻟﻘﺎﻫﺮﺓ",
+         "references": ["القـاهرة "], "context_id": normalize("NFD", "bài")},
+        {"id": "câu 1\ufeff", "prediction": "x",
+         "references": [normalize("NFD", "thành phố Huế")], "context_id": "bài"},
+    ]  # fmt: skip
+    one, other = write(tmp_path / "a", *rows), write(tmp_path / "b", *others)
+    found = compare_files(one, other, QA, ["exact_match", "token_f1"])
+    # "Huế" has 1 of 3 words of its reference: 2/4
+    assert (found["token_f1"]["a"], found["token_f1"]["b"]) == (75, 50)
+    assert (found["exact_match"]["a"], found["exact_match"]["b"]) == (50, 50)
+    with pytest.raises(ValueError, match="was used at .*a:1"):
+        read_rows(write(tmp_path / "a", rows[0], rows[0] | {"id": normalize("NFD", "câu 1")}))
+    for key in ("id", "group", "reference"):
+        row = {"id": 1, "prediction": "a", "reference": "a"} | {key: "\u200f \ufeff"}
+        with pytest.raises(ValueError, match="must be a non-empty text"):
+            read_rows(write(tmp_path / "a", row))
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("name", "language", "rules", "exact"),
+    [
+        ("vi-decomposed", "vi", None, [100, 100]),
+        # the last two have another last letter, and no article
+        ("ar-forms", "ar", None, [100, 100, 0, 100, 0, 0]),
+        ("ar-forms", "ar", "unicode", [100, 100, 100, 100, 0, 0]),
+        ("ar-forms", "ar", "mlqa-fixed", [100, 100, 0, 100, 0, 100]),
+        ("zh", "zh", None, [0, 100, 100, 100, 0]),
+        ("ja", "ja", None, [0, 0]),
+        ("th", "th", None, [0, 100]),
+    ],
+)
+def test_cases_of_many_scripts_score_as_their_writers_mean(tmp_path, name, language, rules, exact):
+    read = read_rows(CASES / f"score-{name}.jsonl")
+    options = Options(language=language, rules=rules, resamples=0)
+    found = [
+        score_file(
+            write(tmp_path / "a", {"id": row.id, "prediction": row.prediction,
+                                   "references": list(row.references)}),
+            options, ["exact_match"],
+        )["exact_match"]["value"]
+        for row in read
+    ]  # fmt: skip
+    assert found == exact

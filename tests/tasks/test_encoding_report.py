@@ -53,6 +53,10 @@ def test_report_counts_rows_whose_answers_were_all_cut_off() -> None:
     _, report = encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 200)
     assert report.truncated == len(examples)
     assert report.answers_lost == 3
+    context = "القـاهرة " + "مدينة " * 40 + "ﺩﻣﺸﻖ"
+    fields = {"context": context, "question": "?"}
+    arabic = [Example(name, "g", "ar", fields, (name,)) for name in ("القاهرة", "دمشق")]
+    assert encode_examples(arabic, TASKS["qa"], tiny_tokenizer(), 300)[1].answers_lost == 1
     assert encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 500)[1].answers_lost == 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import types
+from unicodedata import normalize
 
 import pytest
 from sacrebleu.metrics import CHRF
@@ -33,6 +34,9 @@ def mine(monkeypatch):
     module = types.ModuleType("my_rewards")
     module.lengths = lambda texts, references: [len(text) for text in texts]
     module.short = lambda texts, references: [1.0]
+    module.equal = lambda texts, references: [
+        float(text in given) for text, given in zip(texts, references, strict=True)
+    ]
     module.undefined = lambda texts, references: [float("nan")] * len(texts)
     module.number = 3
     monkeypatch.setitem(sys.modules, "my_rewards", module)
@@ -99,6 +103,23 @@ def test_a_function_of_ones_own_is_asked(folder, mine, monkeypatch):
     context = opened(folder, "my_rewards:lengths")
     answered(monkeypatch, ["abc", "abcdef"])
     assert objective_of(context, SPLITS)(context.backbone.model, [0, 1]) == [-3, -6]
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "my_rewards:equal"])
+def test_an_answer_in_another_form_earns_as_much(folder, mine, monkeypatch, reward):
+    context = opened(folder, reward)
+    examples = context.examples("target", "micro_dev")
+    context.data.parts["target"] = {
+        **context.data.parts["target"],
+        "micro_dev": [
+            dataclasses.replace(examples[0], references=("thành phố Huế",)),
+            dataclasses.replace(examples[1], references=("القـاهرة",)),
+            *examples[2:],
+        ],
+    }
+    answered(monkeypatch, [normalize("NFD", "thành phố Huế"), "\u200fﺍﻟﻘﺎﻫﺮﺓ"])
+    cost = objective_of(context, SPLITS)(context.backbone.model, [0, 1])
+    assert cost == pytest.approx([-1, -1])
 
 
 def test_scores_that_are_no_numbers_lose_and_too_few_are_refused(folder, mine, monkeypatch):

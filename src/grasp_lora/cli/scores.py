@@ -159,8 +159,12 @@ def score(
         typer.Option(help="Metrics separated by commas; default: all that are installed."),
     ] = None,
     rules: Annotated[
-        Literal["squad", "mlqa", "mlqa-fixed"], typer.Option(help="Rules of exact match and F1.")
-    ] = "squad",
+        Literal["squad", "mlqa", "mlqa-fixed", "unicode"] | None,
+        typer.Option(
+            help="Rules of exact match and F1; default: unicode for languages without spaces "
+            "between words, squad for others."
+        ),
+    ] = None,
     rouge: Annotated[
         Literal["unicode", "xlsum"], typer.Option(help="How ROUGE splits a text into words.")
     ] = "unicode",

@@ -250,10 +250,13 @@ class EvaluateSettings(Section):
         description="scores to compute: exact_match, token_f1, bleu, chrf, rouge1, rouge2, rougeL, "
         "rougeLsum, bertscore_f1, loss, perplexity; default: the task's own, without bertscore_f1",
     )
-    metric_rules: Literal["squad", "mlqa", "mlqa-fixed"] = Field(
-        default="squad",
-        description="how answers are normalised: the English SQuAD rules for all languages, the "
-        "MLQA rules of each language, or MLQA with a corrected rule for the Arabic article",
+    metric_rules: Literal["squad", "mlqa", "mlqa-fixed", "unicode"] | None = Field(
+        default=None,
+        description="how answers are normalised: squad, the English SQuAD rules for all languages; "
+        "mlqa, the MLQA rules of each language; mlqa-fixed, with a corrected rule for the Arabic "
+        "article; or unicode, words of any script, where scripts without spaces are split by "
+        "character; default: by language, unicode for those without spaces between words (bo, dz, "
+        "ja, km, lo, my, th, yue, zh), squad for all others",
     )
     rouge: Literal["unicode", "xlsum"] = Field(
         default="unicode",

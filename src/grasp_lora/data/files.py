@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.texts import contains
 from grasp_lora.data.columns import Columns, input_names, match_columns
 from grasp_lora.data.forms import DELIMITED, Record, given_records, open_records
 from grasp_lora.data.values import answer_values, id_value, text_fault, text_value
@@ -31,7 +32,7 @@ class LoadReport:
     contexts: int
     """Number of distinct groups among them."""
     answers_outside: int = 0
-    """Kept questions with an accepted answer that is not a substring of their context."""
+    """Kept questions with an accepted answer that their context does not contain."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Reason, such as "empty question" -> number of rows left out."""
     duplicates: int = 0
@@ -73,11 +74,11 @@ def load_examples(
 ) -> tuple[list[Example], LoadReport]:
     """Read the examples of a task.
 
-    Texts are converted to Unicode NFC. Rows without an answer, or with an empty or broken input or
-    answer, are left out and counted. Questions with an answer that is not in their context are kept
-    and counted. Both count as faulty. Rows without ids get ids made from their texts, and equal
-    rows are then read once. The lines of an answer are joined by spaces if the task has one-line
-    answers.
+    Texts are converted to Unicode NFC, and answers lose their outer blanks. Rows without an answer,
+    or with an empty or broken input or answer, are left out and counted. Questions with an answer
+    that their context does not contain are kept and counted. Both count as faulty. Rows without ids
+    get ids made from their texts, and equal rows are then read once. The lines of an answer are
+    joined by spaces if the task has one-line answers.
 
     Args:
         source: a file in a format of `forms.open_records`, or rows such as a list of mappings or a
@@ -255,7 +256,7 @@ def _has_outside_answer(example: Example, task: Task) -> bool:
     context = example.fields.get("context")
     if context is None or task.answer != "answers":
         return False
-    return any(answer not in context for answer in example.references)
+    return any(not contains(context, answer) for answer in example.references)
 
 
 def _too_many(faults: Sequence[_Fault], rows: int, max_faulty: float, path: str) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NoReturn, cast
 
+from grasp_lora.base.texts import normal_form, without_vowel_marks
 from grasp_lora.data.splits import Parts
-from grasp_lora.tasks.records import Example, main_language, normalize_text
+from grasp_lora.tasks.records import Example, main_language
 
 Kind = Literal["id", "group", "text", "near"]
 KINDS: Mapping[Kind, str] = {
@@ -64,8 +65,9 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
 
     Every shared id is a leak. Two groups (such as the questions on two contexts) without a shared
     id are reported at most once, by their first examples and the strongest kind that applies. The
-    kinds are: the same group; the same text after NFKC without case, punctuation and white space;
-    and texts of one language whose shingles have a Jaccard similarity of at least `threshold`.
+    kinds are: the same group; the same text, in normal form and NFKC, without case, punctuation,
+    white space and Arabic vowel marks; and texts of one language whose shingles have a Jaccard
+    similarity of at least `threshold`. Ids and groups are compared in normal form too.
 
     Shingles are 3 words, or 5 characters in languages written without spaces. Candidates come from
     MinHash, which misses a pair at the threshold with a probability below 1e-4 if the threshold is
@@ -82,7 +84,7 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
         raise ValueError(f"threshold is a Jaccard similarity in (0, 1], got {threshold}")
     search = _Search(_units(parts))
     _report_shared_ids(parts, search)
-    search.report_equal("group", lambda unit: unit.group)
+    search.report_equal("group", lambda unit: normal_form(unit.group))
     search.report_equal("text", lambda unit: unit.key)
     for language in dict.fromkeys(unit.language for unit in search.units):
         units = [unit for unit in search.units if unit.language == language and unit.is_body]
@@ -145,8 +147,8 @@ def drop_parallel(
         examples: examples in one language.
         used: examples in another language that are used.
     """
-    used_ids = {example.id for example in used}
-    dropped = {example.group for example in examples if example.id in used_ids}
+    used_ids = {normal_form(example.id) for example in used}
+    dropped = {example.group for example in examples if normal_form(example.id) in used_ids}
     kept = tuple(example for example in examples if example.group not in dropped)
     return kept, len(examples) - len(kept)
 
@@ -164,12 +166,12 @@ def parallel_notice(
         dropped: number of dropped examples.
         used_name: name of the used examples, such as "target".
     """
-    shared = {example.id for example in examples} & {example.id for example in used}
+    ours, theirs = ({normal_form(one.id) for one in rows} for rows in (examples, used))
     message = (
         f"{dropped} rows left out, as they or others of their context share an id with a "
         f"{used_name} row: one id in two languages means a translation"
     )
-    if not all(example_id.isdecimal() for example_id in shared):
+    if not all(example_id.isdecimal() for example_id in ours & theirs):
         return message
     return (
         f"{message}; if these ids only number the rows of each file, give one file other ids, or "
@@ -243,7 +245,7 @@ def _report_shared_ids(parts: Parts, search: _Search) -> None:
     seen: dict[str, dict[str, Example]] = {}
     for split, examples in parts.items():
         for example in examples:
-            earlier = seen.setdefault(example.id, {})
+            earlier = seen.setdefault(normal_form(example.id), {})
             for other, row in earlier.items():
                 if other != split:
                     search.leaks.append(Leak("id", (other, row.id), (split, example.id)))
@@ -274,12 +276,14 @@ _SPACED = _Table(" ")
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+    bare = without_vowel_marks(normal_form(text))
+    return unicodedata.normalize("NFKC", bare).casefold()
 
 
 def _key(text: str) -> str:
     """Return the text for comparison; a text that is only punctuation keeps its punctuation."""
-    return _plain(text).translate(_DROPPED) or normalize_text(text)
+    plain = _plain(text)
+    return plain.translate(_DROPPED) or " ".join(plain.split())
 
 
 def _near_pairs(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Unit, float]]:

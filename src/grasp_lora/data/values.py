@@ -33,7 +33,7 @@ def text_value(value: Any, name: str, where: str) -> str:
 
 
 def answer_values(value: Any, name: str, where: str, *, packed: bool = False) -> tuple[str, ...]:
-    """Return the distinct accepted answers in their order, in Unicode NFC.
+    """Return the distinct accepted answers in their order, in Unicode NFC, without outer blanks.
 
     Args:
         value: a text, a list of texts, SQuAD's list of `{"text": ...}`, or the hub's
@@ -49,8 +49,8 @@ def answer_values(value: Any, name: str, where: str, *, packed: bool = False) ->
         value = _unpacked(value)
     inner = _inner_text(value, name, where)
     if not isinstance(inner, list | tuple):
-        return (text_value(inner, name, where),)
-    texts = [text_value(_inner_text(entry, name, where), name, where) for entry in inner]
+        return (text_value(inner, name, where).strip(),)
+    texts = [text_value(_inner_text(entry, name, where), name, where).strip() for entry in inner]
     return tuple(dict.fromkeys(texts))
 
 

@@ -1,4 +1,4 @@
-"""Score answers by exact match and token F1, with the rules of SQuAD v1.1 or of MLQA."""
+"""Score answers by exact match and token F1, with the rules of SQuAD v1.1, of MLQA or our own."""
 
 import re
 import string
@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
+from grasp_lora.base.texts import UNSEGMENTED, normal_form, without_vowel_marks
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
-from grasp_lora.metrics.segment import base_language
+from grasp_lora.metrics.segment import base_language, tokens
 
 _ENGLISH_ARTICLES = r"\b(a|an|the)\b"
 
@@ -61,51 +62,83 @@ def _mlqa_form(text: str, language: str, articles: Mapping[str, str | None]) -> 
     return " ".join(bare.split())
 
 
+def _unicode_form(text: str, language: str) -> str:
+    """Return the words of any script; a text without words, such as "€", keeps its signs."""
+    bare = without_vowel_marks(text)
+    words = tokens(bare, language) or unicodedata.normalize("NFKC", bare).casefold().split()
+    return " ".join(words)
+
+
 RULES: Mapping[str, Callable[[str, str], str]] = MappingProxyType(
     {
         "squad": _squad_form,
         "mlqa": partial(_mlqa_form, articles=MLQA_ARTICLES),
         "mlqa-fixed": partial(_mlqa_form, articles=_FIXED_ARTICLES),
+        "unicode": _unicode_form,
     }
 )
-"""Name of a rule set -> function(text, language) -> normalised text."""
+"""Name of a rule set -> function(text in normal form, language) -> normalised text."""
+
+OF_MLQA = ("mlqa", "mlqa-fixed")
+"""Rule sets that differ by language and cover only those of MLQA."""
+
+
+def answer_rules(language: str, rules: str | None = None) -> str:
+    """Return the rules by which answers in a language are compared.
+
+    Args:
+        language: code such as "zh" or "zh-TW".
+        rules: the rules asked for, which are returned; None asks for those of the language.
+
+    Returns:
+        By language: "unicode" for languages written without spaces between words, where a whole
+        clause would be one word to "squad", and "squad" for all others.
+    """
+    if rules is not None:
+        return rules
+    return "unicode" if base_language(language) in UNSEGMENTED else "squad"
 
 
 def _fault(rules: str, language: str) -> str | None:
     """Return why answers of a language cannot be compared by some rules, or None if they can."""
     if rules not in RULES:
         return f"unknown rules {rules!r}; choose one of: {', '.join(RULES)}"
-    if rules != "squad" and language not in MLQA_ARTICLES:
+    if rules in OF_MLQA and language not in MLQA_ARTICLES:
         return (
             f"the rules {rules!r} do not cover the language {language!r}, only "
-            f"{', '.join(MLQA_ARTICLES)}; use the rules 'squad'"
+            f"{', '.join(MLQA_ARTICLES)}; use the rules 'squad' or 'unicode'"
         )
     return None
 
 
-def normalize_answer(text: str, language: str = "en", rules: str = "squad") -> str:
+def normalize_answer(text: str, language: str = "en", rules: str | None = None) -> str:
     """Return the normalised answer: its tokens, separated by single spaces.
+
+    The rules are applied to the text's normal form.
 
     Args:
         text: the answer.
         language: two-letter code; "squad" treats all languages alike.
-        rules: "squad": the SQuAD v1.1 script, which is also the official script of XQuAD. "mlqa":
-            the rules of mlqa_evaluation_v1 for each of its languages. "mlqa-fixed": as "mlqa", but
-            the Arabic article is removed only at the start of a word (lm-evaluation-harness, pull
-            request 3589); the published pattern also removes "ال" in the middle of words.
+        rules: None: those of the language, see `answer_rules`. "squad": the SQuAD v1.1 script,
+            which is also the official script of XQuAD. "mlqa": the rules of mlqa_evaluation_v1 for
+            each of its languages. "mlqa-fixed": as "mlqa", but the Arabic article is removed only
+            at the start of a word (lm-evaluation-harness, pull request 3589); the published pattern
+            also removes "ال" in the middle of words. "unicode": the words of `segment.tokens`,
+            where each character of a script without spaces is a word, without Arabic vowel marks;
+            articles stay.
 
     Raises:
         ValueError: the rules are unknown, or do not cover the language.
     """
-    code = base_language(language)
-    fault = _fault(rules, code)
+    code, chosen = base_language(language), answer_rules(language, rules)
+    fault = _fault(chosen, code)
     if fault is not None:
         raise ValueError(fault)
-    return RULES[rules](text, code)
+    return RULES[chosen](normal_form(text), code)
 
 
 def exact_match(
-    prediction: str, references: Sequence[str], language: str = "en", rules: str = "squad"
+    prediction: str, references: Sequence[str], language: str = "en", rules: str | None = None
 ) -> float:
     """Return 1.0 if the prediction equals a reference after normalisation, else 0.0.
 
@@ -118,7 +151,7 @@ def exact_match(
 
 
 def token_f1(
-    prediction: str, references: Sequence[str], language: str = "en", rules: str = "squad"
+    prediction: str, references: Sequence[str], language: str = "en", rules: str | None = None
 ) -> float:
     """Return the token F1 in [0, 1], the harmonic mean of precision and recall, best reference.
 
@@ -149,7 +182,7 @@ def _check_references(references: Sequence[str]) -> None:
 
 
 def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
-    rules, language = options.rules, options.language
+    rules, language = answer_rules(options.language, options.rules), options.language
     found = {}
     for name, score in _SCORES.items():
         per_row = [100 * score(row.prediction, row.references, language, rules) for row in rows]
@@ -158,11 +191,16 @@ def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
     return found
 
 
+def _missing(options: Options) -> str | None:
+    rules = answer_rules(options.language, options.rules)
+    return _fault(rules, base_language(options.language))
+
+
 _SCORES = {"exact_match": exact_match, "token_f1": token_f1}
 
 ANSWERS = Family(
     names=tuple(_SCORES),
     measure=_measure,
-    missing=lambda options: _fault(options.rules, base_language(options.language)),
+    missing=_missing,
 )
 """Exact match and token F1 in [0, 100]."""

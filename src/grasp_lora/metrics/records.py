@@ -1,10 +1,12 @@
 """Define the records that all metrics share: a row to score, the options, a measured metric."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from grasp_lora.base.texts import normal_form
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class Row:
         if not self.group:
             object.__setattr__(self, "group", self.id)
 
+    def normal(self) -> "Row":
+        """Return the row with id, group and all texts in normal form, as rows are compared."""
+        return replace(
+            self,
+            id=normal_form(self.id),
+            prediction=normal_form(self.prediction),
+            references=tuple(map(normal_form, self.references)),
+            group=normal_form(self.group),
+        )
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,8 +48,8 @@ class Options:
     """Name of the task that the rows come from."""
     language: str = "en"
     """Two-letter code of the answers' language, such as "zh"."""
-    rules: str = "squad"
-    """Answer rules: "squad", "mlqa" or "mlqa-fixed"."""
+    rules: str | None = None
+    """Answer rules, a key of `answers.RULES`; None takes those of the language."""
     rouge: str = "unicode"
     """How ROUGE cuts a text into words: "unicode" or "xlsum"."""
     tokenizer: str | None = None

@@ -62,12 +62,14 @@ class Comparison:
 def score(rows: Sequence[Row], names: Iterable[str], options: Options) -> dict[str, Score]:
     """Return metric name -> score with interval, in the order of the names.
 
+    Predictions and references are scored in normal form, see `grasp_lora.base.texts.normal_form`.
+
     Raises:
         ValueError: there are no rows, two ids are equal, a row has no reference, a name is unknown,
             or a metric cannot be measured here or on these rows.
     """
     names = _known(names)
-    _check_rows(rows)
+    rows = _checked_rows(rows)
     found = {}
     for name, measured in _measure(rows, names, options).items():
         low, high = _interval(rows, measured, options) or (None, None)
@@ -109,7 +111,7 @@ def compare(
     from grasp_lora.metrics.intervals import paired_difference  # scipy takes half a second to load
 
     names = _known(names)
-    _check_rows(rows_a)
+    rows_a = _checked_rows(rows_a)
     rows_b = _aligned(rows_a, rows_b)
     measured_b = _measure(rows_b, names, options)
     found = {}
@@ -193,28 +195,31 @@ def _known(names: Iterable[str]) -> list[str]:
     return listed
 
 
-def _check_rows(rows: Sequence[Row]) -> None:
+def _checked_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in normal form."""
     if not rows:
         raise ValueError("there are no rows to score; give at least one")
-    seen = set()
     for row in rows:
-        if row.id in seen:
-            raise ValueError(f"two rows have the id {row.id!r}; give each row a different id")
-        seen.add(row.id)
         if isinstance(row.references, str) or not row.references:
             raise ValueError(
                 f"row {row.id!r} has the references {row.references!r}; "
                 "give a tuple of at least one text"
             )
+    normal = [row.normal() for row in rows]
+    seen = set()
+    for row in normal:
+        if row.id in seen:
+            raise ValueError(f"two rows have the id {row.id!r}; give each row a different id")
+        seen.add(row.id)
+    return normal
 
 
 def _aligned(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row]:
-    """Return the rows of B in the order of A."""
-    _check_rows(rows_b)
-    by_id = {row.id: row for row in rows_b}
+    """Return the rows of B in normal form, in the order of A."""
+    by_id = {row.id: row for row in _checked_rows(rows_b)}
     ids_a = {row.id for row in rows_a}
     only = [("A", row.id) for row in rows_a if row.id not in by_id]
-    only += [("B", row.id) for row in rows_b if row.id not in ids_a]
+    only += [("B", name) for name in by_id if name not in ids_a]
     if only:
         system, first = only[0]
         raise ValueError(
@@ -222,7 +227,7 @@ def _aligned(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row]:
             "compare two systems on the same rows"
         )
     for row in rows_a:
-        if tuple(row.references) != tuple(by_id[row.id].references):
+        if row.references != by_id[row.id].references:
             raise ValueError(
                 f"row {row.id!r} has different references in systems A and B; "
                 "score both systems against the same references"

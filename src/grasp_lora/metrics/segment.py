@@ -4,6 +4,8 @@ import unicodedata
 
 import regex
 
+from grasp_lora.base.texts import normal_form
+
 # Scripts without spaces between words, where each character is one word.
 _CHARACTER = (
     r"[[\p{L}\p{Nl}]&&"
@@ -24,11 +26,10 @@ _BY_SCRIPT = {
     "lo": regex.compile(r"\p{Lao}"),
     "km": regex.compile(r"\p{Khmer}"),
     "my": regex.compile(r"\p{Myanmar}"),
+    "bo": regex.compile(r"\p{Tibetan}"),
 }
 _TOKEN = regex.compile(f"(?V1)(?:{_CHARACTER}{_ATTACHED}*|{_WORD})")
 
-# Soft hyphens and variation selectors change how a word looks, not which word it is.
-_INVISIBLE = regex.compile("[\u00ad\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _DOTTED_I = str.maketrans({"İ": "i", "I": "ı"})
 _CASES = {"tr": _DOTTED_I, "az": _DOTTED_I}
 
@@ -52,7 +53,7 @@ def unspaced_language(text: str) -> str | None:
     Only the script decides: a text with kana is Japanese, a text with Han but no kana is Chinese.
 
     Returns:
-        "ja", "zh", "th", "lo", "km" or "my"; None if no letter is of such a script.
+        "ja", "zh", "th", "lo", "km", "my" or "bo"; None if no letter is of such a script.
     """
     return next((code for code, found in _BY_SCRIPT.items() if found.search(text)), None)
 
@@ -65,8 +66,8 @@ def base_language(language: str) -> str:
 def tokens(text: str, language: str = "en") -> list[str]:
     """Return the words of a text, case folded, without punctuation and symbols.
 
-    The text is first brought to NFKC, so that half-width kana, full-width Latin letters and Arabic
-    presentation forms equal the common forms. NFKC splits the vowel am of Thai and Lao, which is
+    The text is first brought to its normal form and to NFKC, so that half-width kana and full-width
+    Latin letters equal the common forms. NFKC splits the vowel am of Thai and Lao, which is
     then joined again. Each character of Han, kana, Thai, Lao, Khmer and Burmese is one word,
     together with its marks. In all other scripts, and for digits of any script, a run of letters,
     marks and digits is one word. For ASCII text the words equal the tokens of rouge-score without
@@ -76,7 +77,7 @@ def tokens(text: str, language: str = "en") -> list[str]:
         text: any text; empty text has no words.
         language: code such as "tr"; it decides the lower case of the letters I and İ.
     """
-    text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+    text = unicodedata.normalize("NFKC", normal_form(text))
     text = text.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
     return _TOKEN.findall(text.translate(_CASES.get(base_language(language), {})).casefold())
 

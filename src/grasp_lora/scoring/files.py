@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import write_json
+from grasp_lora.base.texts import NORMAL_FORM
+from grasp_lora.metrics.answers import OF_MLQA
 from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
 from grasp_lora.metrics.scoring import compare, missing, score
@@ -34,7 +36,7 @@ _NO_COMPARISON: dict[str, None] = dict.fromkeys(("a", "b", "difference", "low", 
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Return the rows of a prediction file.
+    """Return the rows of a prediction file, in the normal form in which they are compared.
 
     Args:
         path: JSON lines, UTF-8. Each row has `id`, `prediction` and `references` (a list of
@@ -202,7 +204,8 @@ def _with_language(rows: Sequence[Row], options: Options) -> Options:
     """
     if options.language != UNKNOWN:
         return options
-    chosen = [key for key in ("rules", "rouge") if getattr(options, key) != getattr(Options(), key)]
+    dependent = {"rules": options.rules in OF_MLQA, "rouge": options.rouge != Options().rouge}
+    chosen = [name for name, depends in dependent.items() if depends]
     if chosen:
         raise ValueError(f"--{chosen[0]} depends on the language; give it with --language")
     found = {unspaced_language(text) for row in rows for text in row.references} - {None}
@@ -234,6 +237,7 @@ def resampling_settings(
         "seed": options.seed,
         "task": options.task,
         "scored_as": options.language,
+        "texts": NORMAL_FORM,
     }
     return how | ({"sets": list(sets)} if len(sets) > 1 else {})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.texts import normal_form
 from grasp_lora.metrics.records import Row
 
 _NEEDED = "id, prediction and references"
@@ -19,7 +20,7 @@ class Predictions:
 
     path: Path
     rows: tuple[Row, ...]
-    """At least one row; with several sets, the ids have the form "set/id"."""
+    """At least one row, in normal form; with several sets, the ids have the form "set/id"."""
     sets: tuple[str, ...]
     """Distinct values of the key `set`, in file order."""
     grouped: bool
@@ -163,11 +164,11 @@ def _name(values: Mapping[str, Any], key: str, where: str, needed: bool = False)
     value = values.get(key)
     if value is None and not needed:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int) or not normal_form(str(value)):
         raise ValueError(
             f"{where}: {key} is {_short(value)}; it must be a non-empty text or an integer"
         )
-    return _without_half_surrogates(str(value), key, where)
+    return _normal_text(str(value), key, where)
 
 
 def _prediction(value: Any, where: str) -> str:
@@ -176,7 +177,7 @@ def _prediction(value: Any, where: str) -> str:
             f"{where}: prediction is {_short(value)}; it must be a text; "
             'write "" for an empty answer'
         )
-    return _without_half_surrogates(value, "prediction", where)
+    return _normal_text(value, "prediction", where)
 
 
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -193,19 +194,20 @@ def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
             f"{where}: references is {_short(given)}; it must be a list of at least one text"
         )
     for text in given:
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not normal_form(text):
             raise ValueError(f"{where}: reference is {_short(text)}; it must be a non-empty text")
-    return tuple(_without_half_surrogates(text, "reference", where) for text in given)
+    return tuple(_normal_text(text, "reference", where) for text in given)
 
 
-def _without_half_surrogates(text: str, key: str, where: str) -> str:
+def _normal_text(text: str, key: str, where: str) -> str:
+    """Return a text in normal form, so that texts that look alike are the same everywhere."""
     # JSON can hold half of a surrogate pair, which no tokenizer and no file accepts.
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(
             f"{where}: {key} {_short(text)} holds half of a surrogate pair, which is no character; "
             "write the file again from the system's text"
         )
-    return text
+    return normal_form(text)
 
 
 def _loss(value: Any, where: str) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.texts import normal_form
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
 from grasp_lora.scoring.files import resampling_settings
@@ -111,7 +112,7 @@ def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
 def empty_answers(rows: Sequence[Row]) -> int:
     """Return the number of empty predictions, which every text score counts as 0."""
-    return sum(not row.prediction.strip() for row in rows)
+    return sum(not normal_form(row.prediction) for row in rows)
 
 
 def evaluation_tables(folder: Path) -> list[Table]:

@@ -223,4 +223,4 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     return Cost(0, round(answers * sizes.length(*tested)), 0, answers) + read
 
 
-EVALUATE = Kind(1, _settings, _examples, run, _cost)
+EVALUATE = Kind(2, _settings, _examples, run, _cost)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_lora.base.texts import UNSEGMENTED, contains
 from grasp_lora.tasks.chat import Frame, chat_frame, plain_frame
 from grasp_lora.tasks.fitting import continuation_ids, fit_prompt, prompt_ids, token_ids
 from grasp_lora.tasks.prompts import render
@@ -14,9 +15,6 @@ from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
 IGNORED = -100
 """Label of a position without a loss."""
-
-UNSEGMENTED = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
-"""Codes of languages written without spaces between words."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +198,9 @@ def _report(
         if one.cut_tokens > 0
     ]
     lost = [
-        any(reference in body for reference in example.references)
-        and not any(reference in kept for reference in example.references)
+        kept != body
+        and any(contains(body, reference) for reference in example.references)
+        and not any(contains(kept, reference) for reference in example.references)
         for example, (body, kept) in zip(examples, bodies, strict=True)
     ]
     by_character = any(main_language(example.language) in UNSEGMENTED for example in examples)

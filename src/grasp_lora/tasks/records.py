@@ -99,7 +99,7 @@ def in_language(table: Mapping[str, T], language: str) -> T | None:
 
 
 def normalize_text(text: str) -> str:
-    """Return a text for comparison: in NFKC, with each run of white space as one space."""
+    """Return a text as ids and groups are made of it: in NFKC, white space as single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("\ufeff", " ").split())
 
 

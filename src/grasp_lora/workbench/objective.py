@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from grasp_lora.base.texts import normal_form
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
@@ -22,7 +23,9 @@ NOT_PER_ROW = ("bleu",)
 """Metrics of a whole set: their values for single examples mean little."""
 
 UserReward = Callable[[list[str], list[tuple[str, ...]]], Sequence[float]]
-"""(predictions, the references of each) -> the score of each prediction; higher is better."""
+"""(predictions, the references of each) -> the score of each prediction; higher is better.
+
+All texts are in normal form."""
 
 
 def objective_faults(config: RunConfig) -> list[str]:
@@ -73,8 +76,8 @@ def objective_of(context: Context, splits: Sequence[str]) -> Objective | None:
     judge = _function(name) if ":" in name else _metric(context, name, language)
 
     def cost(model: nn.Module, drawn: Sequence[int]) -> list[float]:
-        texts = answered(model, drawn)
-        references = [examples[i].references for i in drawn]
+        texts = [normal_form(text) for text in answered(model, drawn)]
+        references = [tuple(map(normal_form, examples[i].references)) for i in drawn]
         # All processes must use the same scores, and a user's function may vary between calls.
         scores = decided_by_main(lambda: list(judge(texts, references)))
         if len(scores) != len(texts):
