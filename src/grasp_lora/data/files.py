@@ -295,13 +295,13 @@ def _example(record: Record, rules: _ReadingRules, given_id: str | None) -> Exam
     fields = {
         name: text_value(values.get(column), name, where) for name, column in columns.fields.items()
     }
+    empty = [name for name, text in fields.items() if text_fault(text) == "empty"]
     # Where all inputs are empty, none of them is optional.
-    if any(text_fault(text) != "empty" for text in fields.values()):
-        empty = [name for name in columns.optional if text_fault(fields[name]) == "empty"]
-        fields |= dict.fromkeys(empty, "")
+    absent = set(empty) & set(columns.optional) if len(empty) < len(fields) else set[str]()
+    fields |= dict.fromkeys(absent, "")
     references = answer_values(values[columns.answer], answer, where, packed=rules.packed)
-    needed = {name: text for name, text in fields.items() if text or name not in columns.optional}
-    reason = _reason_to_leave_out(needed or fields, references, answer.removesuffix("s"))
+    needed = {name: text for name, text in fields.items() if name not in absent}
+    reason = _reason_to_leave_out(needed, references, answer.removesuffix("s"))
     if reason is not None:
         return _Fault(where, reason, given_id)
     if columns.group is None:

@@ -154,7 +154,7 @@ def _unpacked(text: str, name: str, where: str) -> Any:
         if not looks:
             return text
         cut = isinstance(error, Shortened)
-        why = "shortened with '...', so answers are lost" if cut else "not as one is written"
+        why = "shortened with '...', so answers are lost" if cut else "not exactly one"
         raise ValueError(
             f"{where}: {name} looks like a printed list, but is {why}: {shown(text)}; write a "
             'JSON list of texts, such as ["a", "b"], or keep the rows in JSON lines'
