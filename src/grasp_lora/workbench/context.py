@@ -288,7 +288,8 @@ def encode_part(
     if lost and lost / (lost + len(rows)) > config.data.max_faulty:
         raise ValueError(
             f"{role} {split}: {left_out_line(report, length)}; at most "
-            f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty)"
+            f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty); raise data.max_length "
+            "as far as the model reads, or shorten the prompt"
         )
     return rows, report
 
@@ -303,8 +304,8 @@ def left_out_line(report: EncodingReport, length: int) -> str:
     lost = len(report.left_out)
     return (
         f"{lost} of {lost + report.rows} rows left out, such as {report.left_out[0]!r}: they do "
-        f"not fit {length} tokens (data.max_length) even without what may be cut; the longest "
-        f"takes {report.needed}"
+        f"not fit {length} tokens even without what may be cut; the longest takes "
+        f"{report.needed}"
     )
 
 
