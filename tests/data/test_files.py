@@ -142,6 +142,13 @@ def test_what_looks_like_a_printed_list_and_is_none_is_refused_at_its_row(
         read(tmp_path / "a.csv", max_faulty=1)
 
 
+def test_several_summaries_may_be_printed_but_a_list_may_be_a_completion(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("article,summary,prompt,completion\na,['x' 'y'],p,['x' 'y']\n", "utf-8")
+    assert read(path, task="summarization")[0].references == ("x", "y")
+    assert read(path, task="text-to-text")[0].references == ("['x' 'y']",)
+
+
 def test_an_empty_printed_list_is_no_answer(tmp_path: Path) -> None:
     cells = ["[]", "array([], dtype=object)", "{'text': array([], dtype=object)}"]
     good = [[str(n), "It is red.", "Which?", "red"] for n in range(9)]

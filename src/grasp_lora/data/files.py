@@ -148,9 +148,9 @@ def load_examples(
     available = list(dict.fromkeys(name for record in records for name in record.values))
     optional = optional_inputs(task, template, language)
     matched = match_columns(available, task, inputs, columns, path, optional)
-    rules = _ReadingRules(
-        task, language, matched, packed=f".{form}" in DELIMITED and task.answer == "answers"
-    )
+    # Where the template names the inputs, an answer may be code, and a list the answer itself.
+    packed = f".{form}" in DELIMITED and bool(task.fields)
+    rules = _ReadingRules(task, language, matched, packed)
     found = _examples_and_faults(records, rules)
     faulty = [fault for fault in found.faults if fault.reason != MARKED]
     if len(faulty) / len(records) > max_faulty:

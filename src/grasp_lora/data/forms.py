@@ -246,7 +246,7 @@ def _delimited_records(path: Path, text: str, delimiter: str) -> Iterator[Record
     named = [name for name in header if name]
     twice = next((name for name in named if named.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"{path}: the header names {twice!r} twice; column names are unique")
+        raise ValueError(f"{path}: the header names {shown(twice)} twice; column names are unique")
     for number, cells in lines[1:]:
         where = f"{path}:{number}"
         _check_cells(where, header, cells, delimiter)

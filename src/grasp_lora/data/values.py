@@ -71,7 +71,7 @@ def _inner_text(value: Any, name: str, where: str) -> Any:
         return value
     if "text" not in value:
         raise ValueError(
-            f"{where}: {name} has no 'text', only {', '.join(map(str, value)) or 'nothing'}; "
+            f"{where}: {name} has no 'text', only {', '.join(map(str, value))[:80] or 'nothing'}; "
             "write a text or a list of texts"
         )
     return value["text"]

@@ -107,7 +107,7 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
     names = task.fields or tuple(dict.fromkeys(_NAME.findall(template)))
     if not names:
         raise ValueError(
-            f"the prompt template names no column, got {template!r}; write the name of each "
+            f"the prompt template names no column, got {_short(template)}; write the name of each "
             "column it needs in braces, such as {prompt}"
         )
     for name in names:
@@ -115,10 +115,14 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
         if count != 1:
             every = " and ".join(f"{{{name}}}" for name in names)
             raise ValueError(
-                f"the prompt template holds {{{name}}} {count} times, got {template!r}; write "
-                f"{every} exactly once{' each' if len(names) > 1 else ''}"
+                f"the prompt template holds {{{name}}} {count} times, got {_short(template)}; "
+                f"write {every} exactly once{' each' if len(names) > 1 else ''}"
             )
     return names
+
+
+def _short(template: str) -> str:
+    return repr(template if len(template) <= 80 else template[:77] + "...")
 
 
 def check_template(task: Task, template: str) -> None:
