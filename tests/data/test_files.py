@@ -91,9 +91,26 @@ def test_one_dataset_in_every_form_gives_the_same_examples(tmp_path: Path) -> No
         ("['red', 'is red']", ("red", "is red")),
         ('{"text": ["red"], "answer_start": [6]}', ("red",)),
         ('[{"text": "red", "answer_start": 6}]', ("red",)),
+        ('{"text": "red"}', ("red",)),
+        ("['red' 'is red']", ("red", "is red")),
+        ("['red'\n 'is red']", ("red", "is red")),
+        ("('red', 'is red')", ("red", "is red")),
+        ("array(['red', 'is red'], dtype=object)", ("red", "is red")),
+        (
+            "{'text': array(['red', 'is red'], dtype=object), "
+            "'answer_start': array([6, 3], dtype=int32)}",
+            ("red", "is red"),
+        ),
+        ("['red' None]", ("red",)),
         ("[1]", ("[1]",)),
+        ("[1800 1801]", ("[1800 1801]",)),
         ("[sic", ("[sic",)),
+        ("[sic] the guild", ("[sic] the guild",)),
+        ('["sic"] the guild', ('["sic"] the guild',)),
+        ("[the guild]", ("[the guild]",)),
+        ("('red')", ("('red')",)),
         ("{}", ("{}",)),
+        ("{x} in braces", ("{x} in braces",)),
     ],
 )
 def test_a_table_may_spell_out_a_list_of_answers(
@@ -102,6 +119,46 @@ def test_a_table_may_spell_out_a_list_of_answers(
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([list(ROW), [*list(ROW.values())[:3], cell]])
     assert read(tmp_path / "a.csv", max_faulty=1)[0].references == answers
+
+
+@pytest.mark.parametrize(
+    ("cell", "why"),
+    [
+        ("['red''is red']", r"not exactly one: \"\['red''is red'\]\";"),
+        ("['red' 'is red', 'x']", "not exactly one"),
+        ("['red', 'is r", "not exactly one"),
+        ("{'red', 'is red'}", "not exactly one"),
+        ("[list(['red'])]", "not exactly one"),
+        ("['red' 'is' ... 'it' 'is red']", r"shortened with '\.\.\.', so answers are lost"),
+        ("['red' " + "'is red' " * 40 + "'x',]", r"not exactly one: \".{50,60}\.\.\.;"),
+    ],
+)
+def test_what_looks_like_a_printed_list_and_is_none_is_refused_at_its_row(
+    tmp_path: Path, cell: str, why: str
+) -> None:
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([list(ROW), ["1", "It is red.", "Which?", cell]])
+    message = rf"a\.csv:2: answers looks like a printed list, but is {why}.*JSON list of texts"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "a.csv", max_faulty=1)
+
+
+def test_several_summaries_may_be_printed_but_a_list_may_be_a_completion(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("article,summary,prompt,completion\na,['x' 'y'],p,['x' 'y']\n", "utf-8")
+    assert read(path, task="summarization")[0].references == ("x", "y")
+    assert read(path, task="text-to-text")[0].references == ("['x' 'y']",)
+
+
+def test_an_empty_printed_list_is_no_answer(tmp_path: Path) -> None:
+    cells = ["[]", "array([], dtype=object)", "{'text': array([], dtype=object)}"]
+    good = [[str(n), "It is red.", "Which?", "red"] for n in range(9)]
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = [[cell, "It is red.", "Which?", cell] for cell in cells]
+        csv.writer(file).writerows([list(ROW), *rows, *good])
+    report = report_of(tmp_path / "a.csv", max_faulty=0.25)
+    assert (report.rows, report.left_out) == (9, {"no answer": 3})
+    assert report.first == {"no answer": "'[]'"}
 
 
 def test_brackets_in_json_are_the_answer_itself() -> None:
@@ -143,7 +200,7 @@ def test_equal_rows_without_ids_are_read_once_and_counted() -> None:
         ("a", "Short."), ("b", "Short."), ("a", "Other.")
     ]  # fmt: skip
     assert (report.rows, report.contexts, report.duplicates) == (3, 2, 2)
-    assert report.line() == "2 rows dropped as the same as an earlier one"
+    assert report.line() == ("2 rows dropped as the same as an earlier one, such as 'rows[2]'")
 
 
 def test_equal_rows_with_ids_of_their_own_are_kept() -> None:
@@ -180,7 +237,8 @@ def test_what_is_no_id_is_refused(name: object) -> None:
         ({"answers": {"text": [], "answer_start": []}}, "no answer"),
         ({"answers": None}, "empty answer"),
         ({"answers": " "}, "empty answer"),
-        ({"answers": ["red", ""]}, "empty answer"),
+        ({"answers": ["", " "]}, "empty answer"),
+        ({"answers": ["red", "cut \ud83d"]}, "broken answer"),
         ({"answers": [{"text": None}]}, "empty answer"),
         ({"question": "", "answers": []}, "empty question"),
     ],
@@ -189,7 +247,123 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(change: dict, reason:
     examples, report = load_examples([{**ROW, **change}, *GOOD], QA, "en")
     assert [e.id for e in examples] == [row["id"] for row in GOOD]
     assert (report.rows, dict(report.left_out), report.answers_outside) == (20, {reason: 1}, 0)
-    assert report.line() == f"1 row left out ({reason}: 1)"
+    assert report.line() == f"1 row left out ({reason}: 1, such as '1')"
+
+
+def test_a_blank_among_good_answers_is_dropped_and_counted() -> None:
+    blanks = ["", " \n", None, "\u200b", float("nan")]
+    rows = [{**ROW, "id": str(n), "answers": [b, "red", b]} for n, b in enumerate(blanks)]
+    examples, report = load_examples([*GOOD, *rows], QA, "en", max_faulty=0)
+    assert {e.references for e in examples} == {("red",)}
+    assert (report.rows, report.blank_answers, report.left_out) == (25, 5, {})
+    assert report.line() == (
+        "5 of 25 rows, such as '0', had a blank among their answers, which is dropped"
+    )
+
+
+def test_rows_alike_but_for_a_blank_answer_are_the_same_row() -> None:
+    rows = [pair(summary=["a", ""]), pair(summary=["a"])]
+    assert report_of(rows, "summarization").duplicates == 1
+
+
+FLAGS = [
+    ("is_impossible", True), ("is_impossible", "True"), ("is_impossible", 1),
+    ("impossible", "yes"), ("unanswerable", "1"), ("is_unanswerable", "TRUE"),
+    ("answerable", False), ("is_answerable", "false"), ("has_answer", 0), ("answerable", "0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS)
+def test_a_row_that_says_it_has_no_answer_is_left_out_though_answers_stand_in_it(
+    name: str, value: object
+) -> None:
+    other = not value if isinstance(value, bool) else None
+    rows = [{**ROW, name: value}, *({**row, name: other} for row in GOOD)]
+    examples, report = load_examples(rows, QA, "en", max_faulty=0)
+    assert [e.id for e in examples] == [row["id"] for row in GOOD]
+    assert report.line() == "1 row left out (marked as without an answer: 1, such as '1')"
+
+
+def test_the_flags_of_squad_2_are_honoured_in_each_form_of_file(tmp_path: Path) -> None:
+    void = {**ROW, "is_impossible": True, "answers": [], "plausible_answers": ["red"]}
+    filled = {**void, "id": "2", "answers": ["red"]}
+    good = [{**row, "is_impossible": False, "plausible_answers": []} for row in GOOD]
+    rows = [void, filled, *good]
+    qas = [{k: v for k, v in row.items() if k != "context"} for row in rows]
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(void))
+        writer.writeheader()
+        writer.writerows(rows)
+    squad = {"version": "v2.0", "data": [{"paragraphs": [{"context": "It is red.", "qas": qas}]}]}
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    sources = [
+        write(tmp_path / "a.jsonl", *rows),
+        write(tmp_path / "b.json", squad),
+        tmp_path / "a.csv",
+        tmp_path / "a.parquet",
+        Dataset.from_list(rows),
+    ]
+    for source in sources:
+        examples, report = load_examples(source, QA, "en", max_faulty=0)
+        assert [e.id for e in examples] == [row["id"] for row in GOOD], source
+        assert report.left_out == {"marked as without an answer": 2}
+
+
+def test_plausible_answers_alone_mark_a_row_unless_a_flag_says_otherwise() -> None:
+    rows = [{**row, "plausible_answers": []} for row in GOOD]
+    plausible = {**ROW, "plausible_answers": [{"text": "red", "answer_start": 6}]}
+    assert report_of([plausible, *rows]).left_out == {"marked as without an answer": 1}
+    assert report_of([{**plausible, "is_impossible": False}, *rows]).left_out == {}
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused() -> None:
+    message = r"rows\[1\]: is_impossible must be true or false, got 'maybe'; .*rename the column"
+    with pytest.raises(ValueError, match=message):
+        read([ROW, {**ROW, "id": "2", "is_impossible": "maybe"}])
+
+
+def test_a_column_that_is_an_input_is_no_flag() -> None:
+    rows = [{"answerable": "no", "prompt": "p", "completion": "c"}]
+    assert read(rows, task="text-to-text", template="{answerable}\n{prompt}")[0].references == (
+        "c",
+    )
+
+
+def test_a_file_of_rows_without_answers_alone_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"all 1 rows are left out \(marked as without an answer: 1"
+    ):
+        read([{**ROW, "is_impossible": True}])
+
+
+ALPACA = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("empty", ["", " ", None, "\u200b"])
+def test_an_input_that_the_template_can_leave_out_may_be_empty(empty: str | None) -> None:
+    rows = [
+        {"instruction": "Count.", "input": empty, "output": "1 2 3"},
+        {"instruction": "Count.", "input": "from 2", "output": "2 3"},
+        {"instruction": "Count again.", "output": "1 2 3"},
+    ]
+    examples, report = load_examples(rows, TEXT, "en", template=ALPACA, max_faulty=0)
+    assert [e.fields["input"] for e in examples] == ["", "from 2", ""]
+    assert (report.empty_inputs, report.left_out) == ({"input": 2}, {})
+    assert report.line() == (
+        "2 of 3 rows, such as 'rows[0]', have no input; its lines are left out of their prompts"
+    )
+
+
+def test_rows_with_all_inputs_empty_or_in_one_line_are_left_out() -> None:
+    rows = [{"instruction": "Count.", "input": "x", "output": str(n)} for n in range(9)]
+    nothing = {"instruction": "", "input": " ", "output": "1"}
+    assert report_of([*rows, nothing], "text-to-text", template=ALPACA).left_out == {
+        "empty instruction": 1
+    }
+    settings = {"template": "{instruction} {input}"}
+    assert report_of([*rows, {**rows[0], "input": ""}], "text-to-text", **settings).left_out == {
+        "empty input": 1
+    }
 
 
 def test_answers_outside_the_context_are_kept_and_counted(tmp_path: Path) -> None:

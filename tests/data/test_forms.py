@@ -4,6 +4,7 @@ import random
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -66,6 +67,82 @@ def test_json_is_told_by_its_content_and_not_by_the_name(tmp_path: Path, name: s
             assert open_records(written(tmp_path / name, text))[0] == form
 
 
+def columns_of(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def test_a_json_of_columns_gives_the_rows_that_pandas_wrote(tmp_path: Path) -> None:
+    table = pd.DataFrame(ROWS)
+    texts = [
+        json.dumps(columns_of(ROWS)),
+        json.dumps({"data": ROWS}),
+        table.to_json(),
+        table.to_json(orient="records"),
+        table.to_json(orient="records", lines=True),
+    ]
+    for text in texts:
+        path = written(tmp_path / "a.json", text)
+        assert values(path) == ROWS, text
+    records = list(read_records(written(path, json.dumps(columns_of(ROWS)))))
+    assert [record.where for record in records] == [f"{path}[{n}]" for n in range(3)]
+
+
+def test_a_column_may_hold_mappings(tmp_path: Path) -> None:
+    rows = [{"id": "1", "answers": {"text": ["a"]}}, {"id": "2", "answers": {"text": []}}]
+    assert values(written(tmp_path / "a.json", json.dumps(columns_of(rows)))) == rows
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"id": ["1", "2"], "text": ["a"]}, r"columns of different lengths \(id: 2, text: 1\)"),
+        ({"q1": {"text": "a"}, "q2": {"text": "b"}}, r"object of objects \('q1', 'q2'\), which"),
+        ({str(n): {"text": "a"} for n in range(12)}, r"'7' and 4 more\), which is no list of rows"),
+        ({"train": {"text": ["a"]}}, "one object of objects .'train'."),
+    ],
+)
+def test_an_object_that_is_no_list_of_rows_is_refused(
+    tmp_path: Path, document: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        values(written(tmp_path / "a.json", json.dumps(document)))
+
+
+SPLITS = {"train": ROWS[:1], "validation": ROWS[1:2], "test": ROWS[2:]}
+
+
+@pytest.mark.parametrize(
+    ("split", "name"), [("train", "train"), ("dev", "validation"), ("test", "test")]
+)
+def test_a_json_of_splits_gives_the_split_that_is_named(
+    tmp_path: Path, split: str, name: str
+) -> None:
+    path = written(tmp_path / "a.json", json.dumps(SPLITS))
+    opened = open_records(path, split)
+    assert (opened.form, opened.split) == ("json", name)
+    (record,) = opened.records
+    assert (record.where, record.values) == (f"{path}: {name}[0]", SPLITS[name][0])
+
+
+@pytest.mark.parametrize(
+    ("split", "lack"),
+    [(None, "no part is named to read"), ("micro_dev", "none of them is named 'micro_dev'")],
+)
+def test_which_split_to_read_is_never_guessed(tmp_path: Path, split: str | None, lack: str) -> None:
+    path = written(tmp_path / "a.json", json.dumps(SPLITS))
+    message = rf"a\.json holds the splits 'train', 'validation', 'test', and {lack}; .*train: FILE"
+    with pytest.raises(ValueError, match=message):
+        open_records(path, split)
+
+
+def test_the_only_list_of_an_object_is_its_rows_whatever_its_name(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.json", json.dumps({"examples": ROWS}))
+    for split in (None, "test"):
+        opened = open_records(path, split)
+        assert opened.split == "examples"
+        assert [record.values for record in opened.records] == ROWS
+
+
 def test_squad_questions_carry_their_context_and_place(tmp_path: Path) -> None:
     questions = [{"id": "1", "question": "p"}, {"id": "2", "question": "q"}]
     paragraphs = [{"context": "a", "qas": []}, {"context": "b", "qas": questions}]
@@ -111,6 +188,32 @@ def test_random_texts_survive_csv_and_tsv(tmp_path: Path) -> None:
     assert values(table(tmp_path / "a.tsv", rows, delimiter="\t")) == rows
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffid,text,,,\n1,a,,,\n2,b,, ,\n",
+        "id,text\n1,a,,\n2,b\n",
+        "id,text,,\n1,a\n2,b,\n",
+        "id,,text,\n1,,a,\n2,,b,\n",
+        ",id,text\n0,1,a\n1,2,b\n",
+    ],
+)
+def test_columns_without_a_name_and_a_value_are_not_read(tmp_path: Path, text: str) -> None:
+    expected = [{"id": "1", "text": "a"}, {"id": "2", "text": "b"}]
+    assert values(written(tmp_path / "a.csv", text)) == expected
+    assert values(written(tmp_path / "a.tsv", text.replace(",", "\t"))) == expected
+
+
+@pytest.mark.parametrize("text", ["id,text,,\n1,a,,\n2,b,,see\n", "id,,,text\n1,,,a\n2,,see,b\n"])
+def test_a_value_in_a_column_without_a_name_is_refused_at_its_place(
+    tmp_path: Path, text: str
+) -> None:
+    column = 4 if text.startswith("id,text") else 3
+    message = rf"a\.csv:3: 'see' is in column {column}, which has no name in the header; name the"
+    with pytest.raises(ValueError, match=message):
+        values(written(tmp_path / "a.csv", text))
+
+
 def test_a_field_beyond_the_limit_of_csv_is_read_and_the_limit_put_back(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     rows = [{"id": "1", "text": "x" * (limit + 1)}]
@@ -129,6 +232,7 @@ def test_a_field_beyond_the_limit_of_csv_is_read_and_the_limit_put_back(tmp_path
         ("id,text\n1,a,b\n", r"a\.csv:2: 3 values for 2 columns"),
         ("id,text\n\n1\n", r"a\.csv:3: 1 values for 2 columns"),
         ("id,text,text\n1,a,b\n", "names 'text' twice"),
+        ("id,text,\n1,\n2\n", r"a\.csv:3: 1 values for 3 columns"),
         ("id;text\n1;a\n", r"the header is one column, 'id;text'; \.csv needs commas"),
         ("id\ttext\n1\ta\n", "the header is one column"),
     ],

@@ -292,7 +292,8 @@ def test_any_data_set_is_read_with_its_own_columns_and_recorded() -> None:
         "revision": "v1",
         "splits": {
             "train[:4]": {"rows": 4, "read": 3, "left_out": {"empty question": 1},
-                          "answers_outside": 0, "joined": 0, "commit": None}
+                          "answers_outside": 0, "joined": 0, "blank_answers": 0,
+                          "commit": None}
         },
         "drawn_from": {"test": "train[:4]"},
         "tried": [],

@@ -296,6 +296,17 @@ def test_only_the_first_five_of_many_leaks_are_named() -> None:
     assert "different ids" not in str(caught.value)
 
 
+def test_an_empty_context_is_no_text_that_rows_share() -> None:
+    rows = {
+        split: [Example(split, split, "en", {"context": "", "task": f"Count {split}."}, ("a",))]
+        for split in ("train", "test")
+    }
+    assert find_leaks(rows) == []
+    same = {split: [replace(one[0], fields={"context": "", "task": "Count."})]
+            for split, one in rows.items()}  # fmt: skip
+    assert [leak.kind for leak in find_leaks(same)] == ["text"]
+
+
 def test_parallel_rows_go_with_their_whole_context() -> None:
     rows = [row("1", "a", "x"), row("2", "a", "y"), row("3", "b"), row("4", "c"), row("5", "c")]
     used = [row("2", "ا", language="ar"), row("7", "ب", language="ar")]

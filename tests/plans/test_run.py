@@ -391,6 +391,26 @@ def test_a_test_row_that_does_not_fit_is_told_before_any_training(workplace):
     assert not (workplace / "run").exists()
 
 
+def test_a_row_that_does_not_fit_among_many_is_left_out_of_the_answers(workplace, capsys):
+    long = "Why " * 700 + "?"
+    rows = [
+        {"id": f"r{n}", "context": f"Number {n} is red.", "question": long if n == 3 else "Which?",
+         "answers": ["red"]}
+        for n in range(12)
+    ]  # fmt: skip
+    files = workplace / "far.jsonl"
+    files.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(workplace)
+    data = config.data.model_dump() | {"tests": {"far": {"language": "es", "files": files}}}
+    config = RunConfig.model_validate(config.model_dump() | {"data": data})
+    out = evaluate_adapter(config, None, workplace / "scores")
+    found = [row["id"] for row in read_jsonl(out / "predictions.jsonl") if row["set"] == "far"]
+    assert found == [f"r{n}" for n in range(12) if n != 3]
+    assert "tests far: 1 of 12 rows left out, such as 'r3': they do not fit 512 tokens" in (
+        " ".join("".join(capsys.readouterr()).split())
+    )
+
+
 QUICK = {"max_new_tokens": 2, "baselines": False}
 
 

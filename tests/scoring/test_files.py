@@ -68,6 +68,12 @@ def test_rows_are_read_with_all_they_may_have(tmp_path):
     assert (two.loss, two.tokens) == (None, None)
 
 
+def test_one_reference_may_be_a_text_under_either_name(tmp_path):
+    rows = [ROW | {"references": "the dog"}, {"id": "2", "prediction": "", "reference": "the dog"}]
+    read = read_rows(write(tmp_path / "a.jsonl", *rows))
+    assert [row.references for row in read] == [("the dog",), ("the dog",)]
+
+
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_byte_order_mark_line_ends_and_blank_lines_do_no_harm(tmp_path, start, end):
@@ -96,7 +102,8 @@ def test_ids_may_repeat_between_sets_but_not_within_one(tmp_path):
         ({"prediction": ["a"]}, r'prediction is \["a"\]; it must be a text'),
         ({"prediction": "\ud800"}, r"half of a surrogate pair"),
         ({"references": []}, r"references is \[\]; it must be a list of at least one text"),
-        ({"references": "dog"}, '"dog"; it must be a list of at least one text'),
+        ({"references": ""}, 'reference is ""; it must be a non-empty text'),
+        ({"references": 7}, "references is 7; it must be a list of at least one text"),
         ({"references": None}, "references is null; it must be a list"),
         ({"references": ["dog", None]}, "reference is null; it must be a non-empty text"),
         ({"references": [["dog"]]}, r'reference is \["dog"\]; it must be a non-empty text'),

@@ -15,6 +15,7 @@ from grasp_lora.tasks.encoding import (
     IGNORED,
     Collator,
     EncodedExample,
+    TooLong,
     encode,
     encode_examples,
 )
@@ -169,6 +170,24 @@ def test_an_answer_is_never_cut_however_long() -> None:
     assert row.label_tokens == len(" " + answer) + 1
     with pytest.raises(ValueError, match="row '1' does not fit"):
         encode_examples([example], TASKS["summarization"], tiny_tokenizer(), 330)
+
+
+def test_examples_that_cannot_fit_are_left_out_and_counted() -> None:
+    def example(name: str, asked: str) -> Example:
+        return Example(name, name, "en", {"context": "x " * 300, "question": asked}, ("z",))
+
+    examples = [example("a", "y?"), example("b", "y" * 400), example("c", "y?"),
+                example("d", "y" * 500)]  # fmt: skip
+    rows, report = encode_examples(examples, TASKS["qa"], tiny_tokenizer(), 200)
+    assert [row.id for row in rows] == ["a", "c"]
+    assert rows == encode_examples(examples[::2], TASKS["qa"], tiny_tokenizer(), 200)[0]
+    assert (report.rows, report.left_out, report.truncated) == (2, ("b", "d"), 2)
+    (longest,), _ = encode_examples(examples[3:], TASKS["qa"], tiny_tokenizer(), report.needed)
+    assert longest.body_length == 0
+    with pytest.raises(TooLong, match="row 'b' does not fit"):
+        encode_examples(examples[1:2], TASKS["qa"], tiny_tokenizer(), 200)
+    with pytest.raises(TooLong, match="row 'd' does not fit"):
+        encode_examples(examples[3:], TASKS["qa"], tiny_tokenizer(), report.needed - 1)
 
 
 def test_the_cut_is_found_with_few_tokenisations_of_the_prompt() -> None:

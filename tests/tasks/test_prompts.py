@@ -7,9 +7,11 @@ from grasp_lora.tasks.prompts import (
     QA_PROMPTS,
     SUMMARY_PROMPTS,
     check_template,
+    optional_fields,
     render,
     template_fields,
     template_for,
+    without_fields,
 )
 
 QA, SUMMARY, TEXT = TASKS["qa"], TASKS["summarization"], TASKS["text-to-text"]
@@ -118,6 +120,84 @@ def test_a_free_template_names_its_columns_and_the_longest_is_the_body() -> None
     for faulty in ("nothing", "{}", "{a} and {a}"):
         with pytest.raises(ValueError, match="names no column|exactly once"):
             check_template(TEXT, faulty)
+
+
+# The two prompts of Alpaca's train.py.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def test_without_an_input_alpacas_prompt_is_its_prompt_for_rows_without_one() -> None:
+    for end in ("", "\n"):
+        template = ALPACA_WITH_INPUT + end
+        row = Example("t", "g", "en", {"instruction": "Count.", "input": ""}, ("1",))
+        expected = (ALPACA_WITHOUT_INPUT + end).replace("{instruction}", "Count.")
+        prompt = render(TEXT, row, template)
+        assert prompt.text == expected
+        assert prompt.body == "Count."
+        filled = {"instruction": "Count.", "input": "from 2"}
+        whole = render(TEXT, Example("t", "g", "en", filled, ("2",)), template)
+        assert whole.text == template.format(**filled)
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "expected"),
+    [
+        ("{a}\n{b}", "b", "{a}"),
+        ("{a}\n{b}", "a", "{b}"),
+        ("{a}\n\n{b}\n", "b", "{a}\n"),
+        ("{a}\n\n{b}\n\nAnswer:", "a", "{b}\n\nAnswer:"),
+        ("{a}\n\n{b}\nAnswer:", "b", "{a}\n\nAnswer:"),
+        ("Do as told.\nText: {a}\nTask: {b}\nAnswer:", "a", "Do as told.\nTask: {b}\nAnswer:"),
+        ("Text: {a}\nTask: {b}\nAnswer:", "b", "Text: {a}\nAnswer:"),
+        ("Be brief.\n{a}\nText:\n{b}\n=>", "b", "Be brief.\n{a}\n=>"),
+        ("文章：\n{a}\n问题：\n{b}\n答案：", "a", "问题：\n{b}\n答案："),
+        ("## Text\n\n{a}\n\n## Task\n\n{b}\n\n## Answer\n", "a", "## Task\n\n{b}\n\n## Answer\n"),
+        ("Translate:\n\n{a}\n\n{b}\n\nNow:", "a", "Translate:\n\n{b}\n\nNow:"),
+        ("{a}:\n{b}\n=>", "b", "{a}:\n=>"),
+    ],
+)
+def test_a_field_is_left_out_with_its_label_and_one_gap_stays(
+    template: str, name: str, expected: str
+) -> None:
+    assert name in optional_fields(TEXT, template)
+    assert without_fields(template, [name]) == expected
+    row = Example("t", "g", "en", {"a": "A", "b": "B", name: ""}, ("z",))
+    assert render(TEXT, row, template).text == expected.replace("{a}", "A").replace("{b}", "B")
+
+
+@pytest.mark.parametrize(
+    ("template", "optional"),
+    [
+        ("{a}", ()),
+        ("{a} {b}\n{c}", ("c",)),
+        ("{a}\n{b} Answer:", ("a",)),
+        ("{a}\nText: {b}\n", ("a", "b")),
+        ("{a} and {b}", ()),
+    ],
+)
+def test_only_fields_on_lines_of_their_own_can_be_left_out(
+    template: str, optional: tuple[str, ...]
+) -> None:
+    assert optional_fields(TEXT, template) == optional
+
+
+def test_the_fields_of_a_task_are_never_left_out() -> None:
+    assert optional_fields(QA, QA_PROMPTS["en"]) == ()
+    assert "\nText: \nQuestion: Which?" in render(QA, question(context="")).text
+
+
+def test_of_fields_that_are_all_empty_none_is_left_out() -> None:
+    row = Example("t", "g", "en", {"a": "", "b": ""}, ("z",))
+    assert render(TEXT, row, "{a}\n{b}\n=>").text == "\n\n=>"
 
 
 def test_placeholders_and_braces_in_the_texts_stay_as_they_are() -> None:

@@ -1,5 +1,7 @@
 """What `data describe` shows of a configuration."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -54,6 +56,25 @@ def test_cut_rows_are_counted(place):
     assert int(row[7]) >= sum(longer)
     uncut = cells(describe_data(config, quiet=True), "target/train")
     assert uncut[6:9] == ["0 (0%)", "0", "0"]
+
+
+def test_rows_that_cannot_fit_are_left_out_and_told(place):
+    values = job(place)
+    config = make_config(values)
+    rows = load_run_data(config, lambda _line: None).parts["target"]["train"]
+    long = {"id": "far", "context": "It is red.", "question": "y" * 900, "answers": ["red"]}
+    given = [{"id": e.id, **e.fields, "answers": list(e.references)} for e in rows] + [long]
+    path = place / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given), "utf-8")
+    names = {"dev": range(100, 104), "micro_dev": range(110, 114)}
+    files = {part: str(write_rows(place / f"{part}.jsonl", n)) for part, n in names.items()}
+    values["data"]["target"] = {"language": "es", "files": {"train": str(path), **files}}
+    with pytest.raises(ValueError, match="target train: 1 of 9 rows left out, such as 'far'.* 10%"):
+        describe_data(make_config(values), quiet=True)
+    values["data"]["max_faulty"] = 0.2
+    text = describe_data(make_config(values), quiet=True)
+    assert cells(text, "target/train")[2] == "8"
+    assert "- target train: 1 of 9 rows left out, such as 'far': they do not fit" in text
 
 
 def test_leaks_are_a_verdict_not_an_end(place):

@@ -58,6 +58,31 @@ def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_pa
     assert data.leaks == ()
 
 
+def test_each_part_reads_its_own_split_of_a_json_of_splits(tmp_path):
+    splits = {
+        "train": rows_of("a", range(3)),
+        "validation": rows_of("b", range(4)),
+        "micro_dev": rows_of("c", range(5)),
+        "test": rows_of("d", range(6)),
+    }
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(splits), encoding="utf-8")
+    parts = ("train", "dev", "micro_dev", "test")
+    files = dict.fromkeys(parts, str(path))
+    more = {"far": {"language": "es", "files": str(path)}}
+    data, said = loaded(
+        {"target": {"language": "es", "files": files}, "tests": more, "allow_leakage": True}
+    )
+    ids = {part: [e.id for e in data.parts["target"][part]] for part in parts}
+    assert ids == {
+        part: [row["id"] for row in rows] for part, rows in zip(parts, splits.values(), strict=True)
+    }
+    assert data.parts["tests"]["far"] == data.parts["target"]["test"]
+    assert "all.json: the rows are those of its split 'validation'" in said
+    with pytest.raises(ValueError, match="holds the splits 'train', .* no part is named to read"):
+        loaded({"target": {"language": "es", "files": str(path)}})
+
+
 def test_files_that_number_their_rows_alike_are_told_how_to_keep_them(tmp_path):
     def numbered(prefix, count):
         return [row | {"id": n} for n, row in enumerate(rows_of(prefix, range(count)))]

@@ -2,11 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from grasp_lora.tasks.prompts import template_fields, template_for
+from grasp_lora.tasks.prompts import optional_fields, template_fields, template_for
 from grasp_lora.tasks.records import Task
 
 ID, GROUP = "id", "group"
+UNANSWERABLE: Mapping[str, bool] = MappingProxyType(
+    {
+        "is_impossible": True,
+        "impossible": True,
+        "is_unanswerable": True,
+        "unanswerable": True,
+        "is_answerable": False,
+        "answerable": False,
+        "has_answer": False,
+    }
+)
+"""Column -> its value in a row whose question has no answer, as in SQuAD v2."""
+PLAUSIBLE = "plausible_answers"
+"""Column with answers that SQuAD v2 gives to questions without an answer only."""
+_SHOWN = 20
+"""Number of columns that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +38,18 @@ class Columns:
     """Column of ids; None means that ids are made from the texts."""
     group: str | None = None
     """Column of groups; None means that equal first inputs make a group."""
+    optional: tuple[str, ...] = ()
+    """Inputs that may be empty, because the template can leave them out."""
+    flags: tuple[str, ...] = ()
+    """Columns of `UNANSWERABLE`."""
+    plausible: bool = False
+    """Whether there is a column `PLAUSIBLE`."""
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """All columns that are read, each once."""
-        named = (self.id, *self.fields.values(), self.answer, self.group)
+        """The columns that each row must have, each once."""
+        inputs = (column for name, column in self.fields.items() if name not in self.optional)
+        named = (self.id, *inputs, self.answer, self.group)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -55,12 +79,23 @@ def input_names(task: Task, template: str | None, language: str) -> tuple[str, .
     return names
 
 
+def optional_inputs(task: Task, template: str | None, language: str) -> tuple[str, ...]:
+    """Return the inputs that may be empty; see `prompts.optional_fields`.
+
+    Args:
+        task, template, language: as in `input_names`.
+    """
+    chosen = template_for(task, language)[0] if template is None else template
+    return optional_fields(task, chosen)
+
+
 def match_columns(
     available: Sequence[str],
     task: Task,
     inputs: Sequence[str],
     given: Mapping[str, str] | None,
     source: str,
+    optional: Sequence[str] = (),
 ) -> Columns:
     """Return the columns of the inputs and the answer, and those of id and group if there are any.
 
@@ -73,11 +108,14 @@ def match_columns(
         inputs: names of the inputs, from `input_names`.
         given: name of an input, the answer, "id" or "group" -> column.
         source: name of the file, for messages.
+        optional: names of inputs that may be empty.
 
     Raises:
         ValueError: `given` has an unknown name or an absent column, a column is missing, or the
             answer's column is also an input.
     """
+    if not available:
+        raise ValueError(f"{source}: its rows have no columns; give each row its values by name")
     given = dict(given or {})
     names = (ID, *inputs, task.answer)
     _check_given(given, (*names, GROUP), available, source)
@@ -103,7 +141,16 @@ def match_columns(
             "the prompt would contain the answer; name another column in columns"
         )
     fields = {name: found[name] for name in inputs}
-    return Columns(fields, found[task.answer], found.get(ID), found.get(GROUP))
+    used = {*fields.values(), found[task.answer]}
+    return Columns(
+        fields,
+        found[task.answer],
+        found.get(ID),
+        found.get(GROUP),
+        tuple(optional),
+        flags=tuple(name for name in UNANSWERABLE if name in available and name not in used),
+        plausible=PLAUSIBLE in available and PLAUSIBLE not in used,
+    )
 
 
 def _check_given(
@@ -124,4 +171,5 @@ def _check_given(
 
 
 def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in columns)
+    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+    return ", ".join(repr(name) for name in columns[:_SHOWN]) + more

@@ -9,12 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.texts import contains
-from grasp_lora.data.columns import Columns, input_names, match_columns
+from grasp_lora.data.columns import (
+    PLAUSIBLE,
+    UNANSWERABLE,
+    Columns,
+    input_names,
+    match_columns,
+    optional_inputs,
+)
 from grasp_lora.data.forms import DELIMITED, Record, given_records, open_records
-from grasp_lora.data.values import answer_values, id_value, text_fault, text_value
+from grasp_lora.data.values import (
+    answer_values,
+    flag_value,
+    id_value,
+    shown,
+    text_fault,
+    text_value,
+)
 from grasp_lora.tasks.records import Example, Task, normalize_text, one_line, text_key
 
 OUTSIDE = "answer outside its context"
+MARKED = "marked as without an answer"
+DUPLICATE = "the same as an earlier row"
+BLANK = "a blank among its answers"
 SHOWN = 3
 """Number of faulty rows that an error message names."""
 
@@ -39,21 +56,44 @@ class LoadReport:
     """Rows dropped because they equal an earlier one; only for rows without ids."""
     joined: int = 0
     """Rows with an answer whose lines were joined, because the task has one-line answers."""
+    blank_answers: int = 0
+    """Kept rows with a blank among their answers, which is dropped."""
+    empty_inputs: Mapping[str, int] = field(default_factory=dict)
+    """Input -> number of kept rows where it is empty, so that their prompts leave it out."""
+    split: str = ""
+    """The split that was read, if the file holds splits."""
+    first: Mapping[str, str] = field(default_factory=dict)
+    """Reason, `DUPLICATE`, `BLANK` or an empty input -> id or place of the first such row."""
 
     def line(self) -> str:
         """Return a sentence on rows that were left out or are unusual; "" if there are none."""
-        parts: list[str] = []
+        parts = [f"the rows are those of its split {self.split!r}"] if self.split else []
         if self.answers_outside:
             parts.append(
                 f"{self.answers_outside} of {self.rows} rows have an answer that is not in "
                 "their context"
             )
         if self.left_out:
-            parts.append(
-                f"{_rows(sum(self.left_out.values()))} left out ({_listed(self.left_out)})"
+            told = ", ".join(
+                f"{reason}: {count}, such as {self.first[reason]}"
+                for reason, count in self.left_out.items()
             )
+            parts.append(f"{_rows(sum(self.left_out.values()))} left out ({told})")
         if self.duplicates:
-            parts.append(f"{_rows(self.duplicates)} dropped as the same as an earlier one")
+            parts.append(
+                f"{_rows(self.duplicates)} dropped as the same as an earlier one, such as "
+                f"{self.first[DUPLICATE]}"
+            )
+        if self.blank_answers:
+            parts.append(
+                f"{self.blank_answers} of {self.rows} rows, such as {self.first[BLANK]}, had a "
+                "blank among their answers, which is dropped"
+            )
+        parts += [
+            f"{count} of {self.rows} rows, such as {self.first[name]}, have no {name}; its lines "
+            "are left out of their prompts"
+            for name, count in self.empty_inputs.items()
+        ]
         if self.joined:
             parts.append(
                 f"{self.joined} of {self.rows} rows had answers of several lines, which are "
@@ -71,14 +111,17 @@ def load_examples(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     max_faulty: float = 0.1,
+    split: str | None = None,
 ) -> tuple[list[Example], LoadReport]:
     """Read the examples of a task.
 
     Texts are converted to Unicode NFC, and answers lose their outer blanks. Rows without an answer,
     or with an empty or broken input or answer, are left out and counted. Questions with an answer
-    that their context does not contain are kept and counted. Both count as faulty. Rows without ids
-    get ids made from their texts, and equal rows are then read once. The lines of an answer are
-    joined by spaces if the task has one-line answers.
+    that their context does not contain are kept and counted. Both count as faulty. Rows that say
+    that their question has no answer (see `columns.UNANSWERABLE`) are left out and counted, but are
+    not faulty. A blank among other answers is dropped, and an input may be empty where the template
+    can leave it out. Rows without ids get ids made from their texts, and equal rows are then read
+    once. The lines of an answer are joined by spaces if the task has one-line answers.
 
     Args:
         source: a file in a format of `forms.open_records`, or rows such as a list of mappings or a
@@ -89,6 +132,7 @@ def load_examples(
             searched among the columns, then by the task's aliases.
         template: prompt template, which names the inputs of a task without fields.
         max_faulty: largest allowed fraction of faulty rows, in [0, 1].
+        split: the split to read where a file holds several; see `forms.SPLIT_NAMES`.
 
     Returns:
         The examples in the order of the rows, and statistics.
@@ -101,34 +145,46 @@ def load_examples(
     if not 0 <= max_faulty <= 1:
         raise ValueError(f"max_faulty is a share of rows in [0, 1], got {max_faulty}")
     inputs = input_names(task, template, language)
-    path, form, records = _records_of(source)
+    path, form, records, used = _records_of(source, split)
     available = list(dict.fromkeys(name for record in records for name in record.values))
-    matched = match_columns(available, task, inputs, columns, path)
-    rules = _ReadingRules(
-        task, language, matched, packed=f".{form}" in DELIMITED and task.answer == "answers"
-    )
-    kept, faults, duplicates = _examples_and_faults(records, rules)
-    if len(faults) / len(records) > max_faulty:
-        raise ValueError(_too_many(faults, len(records), max_faulty, path))
-    if not kept:
+    optional = optional_inputs(task, template, language)
+    matched = match_columns(available, task, inputs, columns, path, optional)
+    # Where the template names the inputs, an answer may be code, and a list the answer itself.
+    packed = f".{form}" in DELIMITED and bool(task.fields)
+    rules = _ReadingRules(task, language, matched, packed)
+    found = _examples_and_faults(records, rules)
+    faulty = [fault for fault in found.faults if fault.reason != MARKED]
+    if len(faulty) / len(records) > max_faulty:
+        raise ValueError(_too_many(faulty, len(records), max_faulty, path))
+    if not found.kept:
         raise ValueError(
-            f"{path}: all {len(records)} rows are left out ({_counted(faults)}); correct them"
+            f"{path}: all {len(records)} rows are left out ({_counted(found.faults)}); correct them"
         )
-    reasons = Counter(fault.reason for fault in faults)
-    outside = reasons.pop(OUTSIDE, 0)
-    groups = {example.group for example in kept}
-    joined = [_joined(example) if task.one_line else example for example in kept]
-    report = LoadReport(
-        path,
-        form,
+    return _joined_and_reported(found, rules, LoadReport(path, form, 0, 0, split=used))
+
+
+def _joined_and_reported(
+    found: "_Found", rules: "_ReadingRules", report: LoadReport
+) -> tuple[list[Example], LoadReport]:
+    """Return the examples as the task writes answers, and the report with all its numbers."""
+    kept = found.kept
+    joined = [_joined(example) if rules.task.one_line else example for example in kept]
+    reasons = Counter(fault.reason for fault in found.faults)
+    counted = Counter(what for what, _ in found.counted)
+    told = [(fault.reason, fault.name) for fault in found.faults] + found.counted
+    return joined, replace(
+        report,
         rows=len(kept),
-        contexts=len(groups),
-        answers_outside=outside,
+        contexts=len({example.group for example in kept}),
+        answers_outside=reasons.pop(OUTSIDE, 0),
         left_out=dict(reasons),
-        duplicates=duplicates,
+        duplicates=counted[DUPLICATE],
         joined=sum(new != old for new, old in zip(joined, kept, strict=True)),
+        blank_answers=counted[BLANK],
+        empty_inputs={n: counted[n] for n in rules.columns.optional if counted[n]},
+        # Of equal keys the last one stays, so the first row goes in last.
+        first={what: shown(name) for what, name in reversed(told) if what != OUTSIDE},
     )
-    return joined, report
 
 
 @dataclass(frozen=True)
@@ -144,44 +200,64 @@ class _ReadingRules:
 
 @dataclass(frozen=True)
 class _Fault:
-    """A faulty row: its place in the source and the reason."""
+    """A row that is left out, or one to count: its place in the source and the reason."""
 
     where: str
     reason: str
+    id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its id, or its place if it has none."""
+        return self.where if self.id is None else self.id
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the rows of a source gave."""
+
+    kept: list[Example]
+    faults: list[_Fault]
+    counted: list[tuple[str, str]]
+    """(`DUPLICATE`, `BLANK` or an input that is empty, id or place) of rows that are used."""
 
 
 def _records_of(
-    source: str | Path | Iterable[Mapping[str, Any]],
-) -> tuple[str, str, list[Record]]:
-    """Return (name of a source, its format, its records), with at least one record."""
+    source: str | Path | Iterable[Mapping[str, Any]], split: str | None
+) -> tuple[str, str, list[Record], str]:
+    """Return (name of a source, its format, its records, the split read), at least one record."""
+    used = ""
     if isinstance(source, str | Path):
-        path, (form, read) = str(source), open_records(source)
+        path, (form, read, used) = str(source), open_records(source, split)
     else:
         path, form, read = "rows", "rows", given_records(source)
     records = list(read)
     if not records:
         raise ValueError(f"{path} holds no row; it needs at least one")
-    return path, form, records
+    return path, form, records, used
 
 
-def _examples_and_faults(
-    records: Sequence[Record], rules: _ReadingRules
-) -> tuple[list[Example], list[_Fault], int]:
-    """Return (examples, faults in the order of the rows, number of duplicates)."""
+def _examples_and_faults(records: Sequence[Record], rules: _ReadingRules) -> _Found:
     kept: dict[str, Example] = {}
-    faults: list[_Fault] = []
-    duplicates = 0
+    found = _Found([], [], [])
     for record, given_id in _with_ids(records, rules.columns):
         example = _example(record, rules, given_id)
         if isinstance(example, _Fault):
-            faults.append(example)
-        elif example.id in kept:
-            duplicates += 1
-        else:
-            kept[example.id] = example
-            if _has_outside_answer(example, rules.task):
-                faults.append(_Fault(record.where, OUTSIDE))
-    return list(kept.values()), faults, duplicates
+            found.faults.append(example)
+            continue
+        if example.id in kept:
+            found.counted.append((DUPLICATE, record.where))
+            continue
+        name, whole = given_id or record.where, _without_blanks(example.references)
+        if whole != example.references:
+            found.counted.append((BLANK, name))
+        found.counted.extend((n, name) for n in rules.columns.optional if not example.fields[n])
+        example = replace(example, references=whole)
+        kept[example.id] = example
+        if _has_outside_answer(example, rules.task):
+            found.faults.append(_Fault(record.where, OUTSIDE))
+    found.kept.extend(kept.values())
+    return found
 
 
 def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Record, str | None]]:
@@ -204,8 +280,8 @@ def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Rec
         given = id_value(record.values[columns.id], "id", record.where)
         if given in seen:
             raise ValueError(
-                f"{record.where}: the id {given!r} is used twice, first at {seen[given]}; give "
-                "each row its own"
+                f"{record.where}: the id {shown(given)} is used twice, first at {seen[given]}; "
+                "give each row its own"
             )
         seen[given] = record.where
         yield record, given
@@ -214,21 +290,43 @@ def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Rec
 def _example(record: Record, rules: _ReadingRules, given_id: str | None) -> Example | _Fault:
     """Return the example of a record, or the fault for which it is left out."""
     values, where, columns = record.values, record.where, rules.columns
+    if _is_marked(record, rules):
+        return _Fault(where, MARKED, given_id)
     answer = rules.task.answer
     fields = {
-        name: text_value(values[column], name, where) for name, column in columns.fields.items()
+        name: text_value(values.get(column), name, where) for name, column in columns.fields.items()
     }
+    empty = [name for name, text in fields.items() if text_fault(text) == "empty"]
+    # Where all inputs are empty, none of them is optional.
+    absent = set(empty) & set(columns.optional) if len(empty) < len(fields) else set[str]()
+    fields |= dict.fromkeys(absent, "")
     references = answer_values(values[columns.answer], answer, where, packed=rules.packed)
-    reason = _reason_to_leave_out(fields, references, answer.removesuffix("s"))
+    needed = {name: text for name, text in fields.items() if name not in absent}
+    reason = _reason_to_leave_out(needed, references, answer.removesuffix("s"))
     if reason is not None:
-        return _Fault(where, reason)
+        return _Fault(where, reason, given_id)
     if columns.group is None:
         # The first input of a task without fields may be an instruction that all rows share.
         group = text_key("\n".join(list(fields.values())[: 1 if rules.task.fields else None]))
     else:
         group = id_value(values[columns.group], "group", where)
-    example_id = given_id or _content_id((*fields.values(), *references))
+    example_id = given_id or _content_id((*fields.values(), *_without_blanks(references)))
     return Example(example_id, group, rules.language, fields, references)
+
+
+def _is_marked(record: Record, rules: _ReadingRules) -> bool:
+    """Return whether a row says that its question has no answer, whatever stands in its answers."""
+    columns, values, where = rules.columns, record.values, record.where
+    said = {name: flag_value(values.get(name), name, where) for name in columns.flags}
+    told = {name: value for name, value in said.items() if value is not None}
+    if told or not columns.plausible:
+        return any(value == UNANSWERABLE[name] for name, value in told.items())
+    plausible = answer_values(values.get(PLAUSIBLE), PLAUSIBLE, where, packed=rules.packed)
+    return any(text_fault(text) is None for text in plausible)
+
+
+def _without_blanks(references: Sequence[str]) -> tuple[str, ...]:
+    return tuple(text for text in references if text_fault(text) != "empty")
 
 
 def _joined(example: Example) -> Example:
@@ -240,9 +338,12 @@ def _joined(example: Example) -> Example:
 def _reason_to_leave_out(
     fields: Mapping[str, str], references: Sequence[str], answer: str
 ) -> str | None:
-    texts = [*fields.items(), *((answer, text) for text in references)]
-    found = ((text_fault(text), name) for name, text in texts)
-    reason = next((f"{fault} {name}" for fault, name in found if fault is not None), None)
+    """Return why a row cannot be used; one blank among other answers is no reason."""
+    faults = [(text_fault(text), name) for name, text in fields.items()]
+    of_answers = [text_fault(text) for text in references]
+    if "broken" in of_answers or (of_answers and all(of_answers)):
+        faults.append((next(fault for fault in of_answers if fault is not None), answer))
+    reason = next((f"{fault} {name}" for fault, name in faults if fault is not None), None)
     return reason if references or reason is not None else f"no {answer}"
 
 
@@ -269,10 +370,7 @@ def _too_many(faults: Sequence[_Fault], rows: int, max_faulty: float, path: str)
 
 
 def _counted(faults: Iterable[_Fault]) -> str:
-    return _listed(Counter(fault.reason for fault in faults))
-
-
-def _listed(reasons: Mapping[str, int]) -> str:
+    reasons = Counter(fault.reason for fault in faults)
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
 
 

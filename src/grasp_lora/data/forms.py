@@ -1,4 +1,4 @@
-"""Read records from JSON lines, JSON, SQuAD v1.1 JSON, CSV, TSV and Parquet files, in UTF-8."""
+"""Read records from JSON lines, JSON, SQuAD JSON, CSV, TSV and Parquet files, packed or not."""
 
 import csv
 import io
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-BOM = b"\xef\xbb\xbf"
-LFS_POINTER = b"version https://git-lfs.github.com/spec"
-OTHER_MARKS: Mapping[bytes, str] = MappingProxyType(
-    {
-        # UTF-32 first, because its mark begins with that of UTF-16.
-        b"\xff\xfe\x00\x00": "UTF-32",
-        b"\x00\x00\xfe\xff": "UTF-32",
-        b"\xff\xfe": "UTF-16",
-        b"\xfe\xff": "UTF-16",
-    }
-)
+from grasp_lora.data.contents import PACKED_SUFFIXES, bytes_of, data_suffix, text_of
+from grasp_lora.data.values import shown
+
 DELIMITED: Mapping[str, str] = MappingProxyType({".csv": ",", ".tsv": "\t"})
 """File name suffix -> separator of values."""
-SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
+SUFFIXES = (
+    f".jsonl, .ndjson, .json, .csv, .tsv, .parquet, also packed: {', '.join(PACKED_SUFFIXES)}"
+)
+SPLIT_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"dev": ("dev", "validation", "valid", "val")}
+)
+"""Split -> the names that it has in files, if there are others than its own."""
+_SHOWN = 8
+"""Number of names that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -36,45 +36,56 @@ class Record:
     """Column name -> value."""
 
 
+class Opened(NamedTuple):
+    """An open file."""
+
+    form: str
+    """One of "csv", "tsv", "parquet", "squad", "json" and "jsonl"."""
+    records: Iterator[Record]
+    """The rows in their order. A ValueError is raised at a row that is not valid."""
+    split: str = ""
+    """Name of the split that is read, if the file holds splits."""
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
     """Return the rows of a file in their order; see `open_records`."""
-    return open_records(path)[1]
+    return open_records(path).records
 
 
-def open_records(path: str | Path) -> tuple[str, Iterator[Record]]:
-    """Return the format of a file and its rows in their order.
+def open_records(path: str | Path, split: str | None = None) -> Opened:
+    """Open a file of rows.
 
     CSV, TSV and Parquet files are recognised by their suffix. Other files must be JSON. Their
-    content decides between SQuAD v1.1 (`data` -> `paragraphs` -> `qas`, one record per question), a
-    list of objects (possibly below a key `data`), and one object per line.
+    content decides between SQuAD (`data` -> `paragraphs` -> `qas`, one record per question), a list
+    of objects (possibly below a key `data`), an object of splits (name -> list of objects), an
+    object of columns (name -> list of values, or pandas' name -> row number -> value), and one
+    object per line. Each may be compressed with gzip, bzip2, xz or zstd.
 
     Args:
         path: a file in UTF-8, with or without a byte order mark; CSV and TSV with a header row.
-
-    Returns:
-        One of "csv", "tsv", "parquet", "squad", "json" and "jsonl", and an iterator of records. The
-        iterator raises a ValueError at a row that is not valid.
+        split: the split to read where a file holds several; see `SPLIT_NAMES`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, damaged, not UTF-8 or in an unknown format.
+        ValueError: the file is empty, damaged, not UTF-8 or in an unknown format, or it holds
+            splits and not the one to read.
     """
     path = Path(path)
     if not path.is_file():
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {found}; give the path of a data file ({SUFFIXES})")
-    suffix = path.suffix.lower()
+    suffix = data_suffix(path)
     if suffix == ".parquet":
-        return "parquet", _parquet_records(path)
-    text = _text_of(path)
+        return Opened("parquet", _parquet_records(path))
+    text = text_of(path)
     if suffix in DELIMITED:
-        return suffix[1:], _delimited_records(path, text, DELIMITED[suffix])
+        return Opened(suffix[1:], _delimited_records(path, text, DELIMITED[suffix]))
     if text.lstrip()[0] not in "{[":
         raise ValueError(
             f"{path} begins with {text.strip()[:20]!r}, which is not JSON; give a file of JSON "
             f"objects, or let the name end in its format ({SUFFIXES})"
         )
-    return _json_records(path, text)
+    return _json_records(path, text, split)
 
 
 def given_records(rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
@@ -98,40 +109,7 @@ def _record(where: str, row: Any, needed: str = "a JSON object") -> Record:
     return Record(where, cast(Mapping[str, Any], row))
 
 
-def _text_of(path: Path) -> str:
-    """Return the text of a UTF-8 file without its byte order mark."""
-    data = path.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
-    advice = "save it as UTF-8, for instance with `iconv -f {} -t UTF-8 OLD > NEW`"
-    for mark, name in OTHER_MARKS.items():
-        if data.startswith(mark):
-            raise ValueError(
-                f"{path} is not UTF-8: it begins with the byte order mark of {name}; "
-                + advice.format(name)
-            )
-    if (zero := data.find(0)) >= 0:
-        raise ValueError(
-            f"{path} is not a UTF-8 text: it holds the byte 0x00 at offset {zero}, as UTF-16 "
-            "and compressed files do; " + advice.format("UTF-16LE") + " or unpack it"
-        )
-    start = len(BOM) if data.startswith(BOM) else 0
-    try:
-        text = data[start:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = start + error.start
-        line = data.count(b"\n", 0, offset) + 1
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} (line {line}); "
-            + advice.format("WINDOWS-1252")
-            + " (with the file's own encoding after -f)"
-        ) from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty; it needs at least one row")
-    return text
-
-
-def _json_records(path: Path, text: str) -> tuple[str, Iterator[Record]]:
+def _json_records(path: Path, text: str, split: str | None) -> Opened:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -140,15 +118,70 @@ def _json_records(path: Path, text: str) -> tuple[str, Iterator[Record]]:
                 f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); "
                 "write one JSON object a line, or one list of objects"
             ) from None
-        return "jsonl", _line_records(path, text)
+        return Opened("jsonl", _line_records(path, text))
     if isinstance(document, list):
-        return "json", _list_records(str(path), cast(list[Any], document))
+        return Opened("json", _list_records(str(path), cast(list[Any], document)))
     if "data" not in document:
-        return "jsonl", iter([_record(f"{path}:1", document)])
+        return _object_records(path, document, split)
     articles = _list_at(document, "data", str(path))
     if any(isinstance(entry, Mapping) and "paragraphs" in entry for entry in articles):
-        return "squad", _squad_records(path, articles)
-    return "json", _list_records(f"{path}: data", articles)
+        return Opened("squad", _squad_records(path, articles))
+    return Opened("json", _list_records(f"{path}: data", articles))
+
+
+def _object_records(path: Path, document: Mapping[str, Any], split: str | None) -> Opened:
+    """Return the rows of one JSON object: of splits, of columns, or itself a row."""
+    values = list(document.values())
+    if values and all(isinstance(value, list) for value in values):
+        if all(isinstance(row, Mapping) for rows in values for row in rows):
+            name = _split_of(path, list(document), split)
+            return Opened("json", _list_records(f"{path}: {name}", document[name]), name)
+        return Opened("json", _column_records(path, document))
+    if values and all(isinstance(value, Mapping) for value in values):
+        numbers = [tuple(value) for value in values]
+        if not all(found == numbers[0] for found in numbers) or not "".join(numbers[0]).isdigit():
+            raise ValueError(
+                f"{path} is one object of objects ({_first(document)}), which is no list of rows; "
+                "write one JSON object a line, or one list of objects"
+            )
+        columns = {name: list(value.values()) for name, value in document.items()}
+        return Opened("json", _column_records(path, columns))
+    return Opened("jsonl", iter([_record(f"{path}:1", document)]))
+
+
+def _split_of(path: Path, names: list[str], split: str | None) -> str:
+    """Return the name, among a file's splits, of the one to read."""
+    wanted = SPLIT_NAMES.get(split, (split,)) if split is not None else ()
+    found = names if len(names) == 1 else [name for name in wanted if name in names]
+    if found:
+        return found[0]
+    lack = "no part is named to read" if split is None else f"none of them is named {split!r}"
+    raise ValueError(
+        f"{path} holds the splits {_first(names)}, and {lack}; name the file for each part, such "
+        "as files: {train: FILE, test: FILE}, where a part reads the split of its name, or save "
+        "the rows of one split as a file of their own"
+    )
+
+
+def _column_records(path: Path, columns: Mapping[str, list[Any]]) -> Iterator[Record]:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name}: {count}" for name, count in list(lengths.items())[:_SHOWN])
+        raise ValueError(
+            f"{path} is a JSON of columns of different lengths ({told}); give each row a value in "
+            "each column"
+        )
+    rows = zip(*columns.values(), strict=True)
+    return (
+        Record(f"{path}[{index}]", dict(zip(columns, row, strict=True)))
+        for index, row in enumerate(rows)
+    )
+
+
+def _first(names: Iterable[str]) -> str:
+    listed = [repr(name) for name in names]
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
 
 
 def _has_json_line(text: str) -> bool:
@@ -194,27 +227,47 @@ def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
 def _list_at(parent: Any, key: str, where: str) -> list[Any]:
     value = parent.get(key) if isinstance(parent, Mapping) else None
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {key!r} must be a list, as in SQuAD v1.1")
+        raise ValueError(f"{where}: {key!r} must be a list, as in SQuAD")
     return cast(list[Any], value)
 
 
 def _delimited_records(path: Path, text: str, delimiter: str) -> Iterator[Record]:
+    """Yield the rows of a table.
+
+    Spreadsheets leave columns behind that have no name and no value: these are not read. Nor is
+    the first column if it has no name, in which pandas writes the row numbers.
+    """
     lines = _numbered_cells(path, text, delimiter)
     header = [name.strip() for name in lines[0][1]]
     if len(header) == 1 and any(other in header[0] for other in ",;|\t"):
         raise ValueError(
-            f"{path}: the header is one column, {header[0]!r}; .csv needs commas and .tsv tabs"
+            f"{path}: the header is one column, {shown(header[0])}; .csv needs commas and .tsv tabs"
         )
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: the header names {twice[0]!r} twice; column names are unique")
+    named = [name for name in header if name]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the header names {shown(twice)} twice; column names are unique")
     for number, cells in lines[1:]:
-        if len(cells) != len(header):
+        where = f"{path}:{number}"
+        _check_cells(where, header, cells, delimiter)
+        pairs = zip(header, cells, strict=False)
+        yield Record(where, {name: cell for name, cell in pairs if name})
+
+
+def _check_cells(where: str, header: list[str], cells: list[str], delimiter: str) -> None:
+    least = max((at + 1 for at, name in enumerate(header) if name), default=0)
+    beyond = any(cell.strip() for cell in cells[len(header) :])
+    if len(cells) < least or beyond:
+        raise ValueError(
+            f"{where}: {len(cells)} values for {len(header)} columns; put texts that "
+            f"hold {delimiter!r}, a quote or a line break in double quotes"
+        )
+    for at, (name, cell) in enumerate(zip(header, cells, strict=False)):
+        if at and not name and cell.strip():
             raise ValueError(
-                f"{path}:{number}: {len(cells)} values for {len(header)} columns; put texts that "
-                f"hold {delimiter!r}, a quote or a line break in double quotes"
+                f"{where}: {shown(cell)} is in column {at + 1}, which has no name in the header; "
+                "name the column, or remove it"
             )
-        yield Record(f"{path}:{number}", dict(zip(header, cells, strict=True)))
 
 
 def _numbered_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -242,13 +295,14 @@ def _numbered_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, li
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:
+    packed = path.suffix.lower() in PACKED_SUFFIXES
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise ValueError(f"{path}: Parquet needs pyarrow; run `pip install pyarrow`") from None
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(io.BytesIO(bytes_of(path)) if packed else path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file ({error}); write it again") from None
     return _parquet_rows(path, file.iter_batches())

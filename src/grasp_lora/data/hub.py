@@ -74,6 +74,7 @@ class HubExamples:
                 "left_out": dict(split.report.left_out),
                 "answers_outside": split.report.answers_outside,
                 "joined": split.report.joined,
+                "blank_answers": split.report.blank_answers,
                 "fingerprint": split.fingerprint,
                 "commit": split.commit,
             }

@@ -232,7 +232,7 @@ def _units(parts: Parts) -> list[_Unit]:
     found: dict[tuple[str, ...], _Unit] = {}
     for split, examples in parts.items():
         for e in examples:
-            text, named = _body(e), any(name in e.fields for name in BODIES)
+            text, named = _body(e), any(e.fields.get(name) for name in BODIES)
             identity = (split, e.language, e.group, text)
             if identity not in found:
                 found[identity] = _Unit(
@@ -254,7 +254,7 @@ def _report_shared_ids(parts: Parts, search: _Search) -> None:
 
 
 def _body(example: Example) -> str:
-    named = next((example.fields[name] for name in BODIES if name in example.fields), None)
+    named = next((example.fields[name] for name in BODIES if example.fields.get(name)), None)
     return "\n".join(example.fields.values()) if named is None else named
 
 

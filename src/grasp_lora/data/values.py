@@ -1,15 +1,25 @@
 """Turn the values of a record into texts, answers and ids, and detect unusable texts."""
 
-import ast
 import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+from grasp_lora.data.printed import NotPrinted, Shortened, printed_value
 
 INVISIBLE = ("Cc", "Cf")
 """Unicode categories of invisible characters, such as controls and the zero-width space."""
 SURROGATE = re.compile("[\ud800-\udfff]")
+TRUTH: Mapping[str, bool] = MappingProxyType(
+    {"true": True, "yes": True, "1": True, "1.0": True}
+    | {"false": False, "no": False, "0": False, "0.0": False}
+)
+"""What a flag may be, in lower case -> its value."""
+
+# A bracket, then a quote or another list. A citation, "[1]", and "[sic] it" are plain texts.
+_PRINTED = re.compile(r"""(?:array\(\s*)?[\[{]\s*(?:['"\[{]|(?:array|list|np\.str_)\()""")
 
 
 def text_value(value: Any, name: str, where: str) -> str:
@@ -27,7 +37,7 @@ def text_value(value: Any, name: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {name} must be a text, got {_shown(value)}; write a text in quotes"
+            f"{where}: {name} must be a text, got {shown(value)}; write a text in quotes"
         )
     return unicodedata.normalize("NFC", value)
 
@@ -40,13 +50,15 @@ def answer_values(value: Any, name: str, where: str, *, packed: bool = False) ->
             `{"text": [...]}`.
         name: name of the field, for messages.
         where: place of the record, for messages.
-        packed: parse a text that contains a list, as in CSV files, which hold only texts.
+        packed: parse a text that is a list in JSON or as Python or numpy print it, as in CSV
+            files, which hold only texts.
 
     Raises:
-        ValueError: the value contains anything but texts.
+        ValueError: the value contains anything but texts, or a text looks like a printed list and
+            is none.
     """
     if packed and isinstance(value, str):
-        value = _unpacked(value)
+        value = _unpacked(value, name, where)
     inner = _inner_text(value, name, where)
     if not isinstance(inner, list | tuple):
         return (text_value(inner, name, where).strip(),)
@@ -59,7 +71,7 @@ def _inner_text(value: Any, name: str, where: str) -> Any:
         return value
     if "text" not in value:
         raise ValueError(
-            f"{where}: {name} has no 'text', only {', '.join(map(str, value)) or 'nothing'}; "
+            f"{where}: {name} has no 'text', only {', '.join(map(str, value))[:80] or 'nothing'}; "
             "write a text or a list of texts"
         )
     return value["text"]
@@ -77,7 +89,7 @@ def id_value(value: Any, name: str, where: str) -> str:
         ValueError: the value is neither a text that is not blank nor a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{where}: {name} must be a text or a whole number, got {value!r}")
+        raise ValueError(f"{where}: {name} must be a text or a whole number, got {shown(value)}")
     return str(value)
 
 
@@ -97,27 +109,69 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
+def flag_value(value: Any, name: str, where: str) -> bool | None:
+    """Return a flag as a truth value; a missing value (None, NaN, an empty text) gives None.
+
+    Args:
+        value: value in the column.
+        name: name of the column, for messages.
+        where: place of the record, for messages.
+
+    Raises:
+        ValueError: the value is neither true nor false.
+    """
+    said = "" if _is_missing(value) else str(value).strip().lower()
+    if not said:
+        return None
+    known = TRUTH.get(said)
+    if known is None:
+        raise ValueError(
+            f"{where}: {name} must be true or false, got {shown(value)}; correct it, or rename "
+            "the column if it says something else"
+        )
+    return known
 
 
-def _unpacked(text: str) -> Any:
-    """Return the list of texts that a text contains as JSON or as a Python literal, or the text."""
-    if not text.lstrip().startswith(("[", "{")):
-        return text
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-            value = value["text"]
-        # A list of numbers may be a citation such as "[1]", so only a list of texts counts.
-        if isinstance(value, list) and all(_holds_text(entry) for entry in value):
-            return value
-    return text
+def shown(value: Any) -> str:
+    """Return a value for a message, with at most 60 characters of it, and its type if no text."""
+    text = repr(value)
+    short = text if len(text) <= 60 else text[:57] + "..."
+    return short if isinstance(value, str) else f"{short} ({type(value).__name__})"
+
+
+def _unpacked(text: str, name: str, where: str) -> Any:
+    """Return the list or mapping of texts that a cell of a table holds, or its text.
+
+    Raises:
+        ValueError: the text looks like a printed list or mapping, but cannot be read exactly.
+    """
+    stripped = text.strip()
+    closes = any(mark in stripped for mark in "]}")
+    looks = _PRINTED.match(stripped) and (stripped.endswith(("]", "}", ")")) or not closes)
+    try:
+        value = _parsed(stripped)
+    except NotPrinted as error:
+        if not looks:
+            return text
+        cut = isinstance(error, Shortened)
+        why = "shortened with '...', so answers are lost" if cut else "not exactly one"
+        raise ValueError(
+            f"{where}: {name} looks like a printed list, but is {why}: {shown(text)}; write a "
+            'JSON list of texts, such as ["a", "b"], or keep the rows in JSON lines'
+        ) from None
+    if looks and not isinstance(value, list):
+        return value
+    # A list of numbers may be a citation such as "[1]", so only a list of texts counts.
+    return value if isinstance(value, list) and (looks or all(map(_holds_text, value))) else text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return printed_value(text)
 
 
 def _holds_text(entry: Any) -> bool:
-    return isinstance(entry.get("text") if isinstance(entry, Mapping) else entry, str)
+    inner = entry.get("text") if isinstance(entry, Mapping) else entry
+    return isinstance(inner, str) or _is_missing(inner)

@@ -40,10 +40,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Args:
         path: JSON lines, UTF-8. Each row has `id`, `prediction` and `references` (a list of
-            texts, or one text as `reference`). It may have `group` or `context_id` (rows of one
-            group are resampled together), `loss` (mean nats per answer token), `tokens` (number of
-            answer tokens of the loss) and `set` (ids are unique within a set). Other keys are
-            ignored.
+            texts, or one text, which may also be called `reference`). It may have `group` or
+            `context_id` (rows of one group are resampled together), `loss` (mean nats per answer
+            token), `tokens` (number of answer tokens of the loss) and `set` (ids are unique within
+            a set). Other keys are ignored.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -188,7 +188,8 @@ def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
             f"among {_short(list(values))}; give a list of texts as references, "
             "or one text as reference"
         )
-    given = values["references"] if "references" in values else [values["reference"]]
+    given = values["references"] if "references" in values else values["reference"]
+    given = [given] if isinstance(given, str) or "reference" in values else given
     if not isinstance(given, list) or not given:
         raise ValueError(
             f"{where}: references is {_short(given)}; it must be a list of at least one text"

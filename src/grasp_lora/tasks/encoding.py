@@ -1,7 +1,7 @@
 """Encode examples as token ids, and collate them to left-padded batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
 IGNORED = -100
 """Label of a position without a loss."""
+
+
+class TooLong(ValueError):
+    """An example does not fit even without its body; `needed` is the length it would take."""
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class EncodingReport:
     """Statistics of encoding a list of examples; lengths are in tokens."""
 
     rows: int
-    """Number of examples."""
+    """Number of encoded examples."""
     truncated: int
     """Examples whose body was shortened."""
     cut_tokens_total: int
@@ -65,6 +73,10 @@ class EncodingReport:
     """Id of the last token of every answer, which ends a generation."""
     end_text: str
     """Text before that token that is not part of the answer; "" if there is none."""
+    left_out: tuple[str, ...] = ()
+    """Ids of the examples that do not fit even without their body; they are not encoded."""
+    needed: int = 0
+    """Most tokens that one of those would take without its body; 0 if there is none."""
 
     def answer_in(self, text: str) -> str:
         """Return the part of a generated text before `end_text`.
@@ -104,8 +116,8 @@ def encode(
         frame: texts around the prompt and the answer; None means plain text.
 
     Raises:
-        ValueError: the tokenizer has no end token, the prompt is empty, or the prompt does not fit
-            even without its body.
+        TooLong: the prompt does not fit even without its body.
+        ValueError: the tokenizer has no end token, or the prompt is empty.
     """
     frame = frame or plain_frame(tokenizer)
     framed = frame.wrap(prompt)
@@ -119,10 +131,11 @@ def encode(
     fit = fit_prompt(framed, tokenizer, max_length - kept_free, special)
     if fit is None:
         least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
-        raise ValueError(
+        raise TooLong(
             f"row {example_id!r} does not fit: the prompt without its body takes {least} tokens "
             f"and {kept_free} are kept for the answer, but max_length is {max_length}; raise it to "
-            f"at least {least + kept_free}"
+            f"at least {least + kept_free}",
+            least + kept_free,
         )
     if not fit.ids:
         raise ValueError(f"row {example_id!r}: the prompt is empty")
@@ -155,32 +168,44 @@ def encode_examples(
         new_tokens: most tokens of a generated answer; None means the task's limit for the language.
 
     Returns:
-        The encoded examples in their order, and statistics.
+        The encoded examples in their order, without those that do not fit even without their
+        body, and statistics.
 
     Raises:
-        ValueError: an example does not fit even without its body, or `chat` is set and the
-            tokenizer has no usable chat template.
+        TooLong: no example fits.
+        ValueError: `chat` is set and the tokenizer has no usable chat template.
     """
     frame = chat_frame(tokenizer) if chat else plain_frame(tokenizer)
     encoded: list[EncodedExample] = []
     bodies: list[tuple[str, str]] = []
+    fitting: list[Example] = []
+    too_long: dict[str, TooLong] = {}
     for example in examples:
         prompt = render(task, example, template)
         limit = task.new_tokens(example.language) if new_tokens is None else new_tokens
-        one = encode(
-            prompt,
-            example.references[0],
-            tokenizer,
-            max_length,
-            example_id=example.id,
-            group=example.group,
-            reserve=0 if for_training else limit + 1,
-            frame=frame,
-        )
+        try:
+            one = encode(
+                prompt,
+                example.references[0],
+                tokenizer,
+                max_length,
+                example_id=example.id,
+                group=example.group,
+                reserve=0 if for_training else limit + 1,
+                frame=frame,
+            )
+        except TooLong as error:
+            too_long[example.id] = error
+            continue
+        fitting.append(example)
         body = frame.wrap(prompt).body
         encoded.append(one)
         bodies.append((body, body[: one.body_length]))
-    return encoded, _report(examples, encoded, bodies, tokenizer, frame)
+    if too_long and not fitting:
+        raise next(iter(too_long.values()))
+    report = _report(fitting, encoded, bodies, tokenizer, frame)
+    needed = max((error.needed for error in too_long.values()), default=0)
+    return encoded, replace(report, left_out=tuple(too_long), needed=needed)
 
 
 def _report(

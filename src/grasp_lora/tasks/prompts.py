@@ -1,13 +1,17 @@
 """Prompt templates of the tasks, one per language, and their rendering."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from grasp_lora.tasks.records import Example, Prompt, Task, in_language
 
 FALLBACK = "en"
 _NAME = re.compile(r"\{([^\W\d]\w*)\}")
+_LABEL = re.compile(r"[:\uff1a]\s*$")
+_HEADING = re.compile(r"\s*#")
+_PAIRED = ", paired with an input that provides further context"
+"""Words of Alpaca's prompt that its prompt for rows without an input does not have."""
 
 QA_PROMPTS: Mapping[str, str] = MappingProxyType(
     {
@@ -103,7 +107,7 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
     names = task.fields or tuple(dict.fromkeys(_NAME.findall(template)))
     if not names:
         raise ValueError(
-            f"the prompt template names no column, got {template!r}; write the name of each "
+            f"the prompt template names no column, got {_short(template)}; write the name of each "
             "column it needs in braces, such as {prompt}"
         )
     for name in names:
@@ -111,10 +115,14 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
         if count != 1:
             every = " and ".join(f"{{{name}}}" for name in names)
             raise ValueError(
-                f"the prompt template holds {{{name}}} {count} times, got {template!r}; write "
-                f"{every} exactly once{' each' if len(names) > 1 else ''}"
+                f"the prompt template holds {{{name}}} {count} times, got {_short(template)}; "
+                f"write {every} exactly once{' each' if len(names) > 1 else ''}"
             )
     return names
+
+
+def _short(template: str) -> str:
+    return repr(template if len(template) <= 80 else template[:77] + "...")
 
 
 def check_template(task: Task, template: str) -> None:
@@ -126,6 +134,59 @@ def check_template(task: Task, template: str) -> None:
     template_fields(task, template)
 
 
+def optional_fields(task: Task, template: str) -> tuple[str, ...]:
+    """Return the fields that a template can leave out where they are empty.
+
+    They are those on lines of their own, in a template of several fields. The fields that a task
+    itself has are never left out.
+
+    Raises:
+        ValueError: see `template_fields`.
+    """
+    names = template_fields(task, template)
+    if task.fields or len(names) < 2:
+        return ()
+    lines = template.rstrip().split("\n")
+    held = [[name for name in _NAME.findall(line) if name in names] for line in lines]
+    # Words behind the field on the last line are those that ask for the answer.
+    asks = held[-1] and not lines[-1].rstrip().endswith(f"{{{held[-1][-1]}}}")
+    alone = {found[0] for found in (held[:-1] if asks else held) if len(found) == 1}
+    return tuple(name for name in names if name in alone)
+
+
+def without_fields(template: str, names: Iterable[str]) -> str:
+    """Return a template without the lines of some of its `optional_fields`, as Alpaca does it.
+
+    The line before a field goes too if it is the field's label: it ends in a colon, or is a
+    heading ("### Input:"). Of the blank lines around them one group stays. Where Alpaca's prompt
+    says that there is an input, it is replaced by its prompt for rows without one.
+
+    Source: the two prompts in train.py of github.com/tatsu-lab/stanford_alpaca.
+    """
+    core = template.rstrip("\n")
+    lines = core.split("\n")
+    for name in names:
+        at = next(index for index, line in enumerate(lines) if f"{{{name}}}" in line)
+        before, after = lines[: _label_of(lines, at)], lines[at + 1 :]
+        while after and not after[0].strip() and not (before and before[-1].strip()):
+            after.pop(0)
+        lines = before + after
+    kept = "\n".join(lines).rstrip("\n") + template[len(core) :]
+    return kept.replace(_PAIRED, "")
+
+
+def _label_of(lines: list[str], at: int) -> int:
+    """Return the index of the label above the field on line `at`, or `at` if there is none."""
+    if not lines[at].strip().startswith("{"):
+        return at
+    filled = [index for index in range(at) if lines[index].strip()]
+    if not filled or _NAME.search(lines[filled[-1]]):
+        return at
+    above = filled[-1]
+    direct = above == at - 1 and _LABEL.search(lines[above])
+    return above if direct or _HEADING.match(lines[above]) else at
+
+
 def render(task: Task, example: Example, template: str | None = None) -> Prompt:
     """Return the prompt of an example; its body is the first field, which may be shortened.
 
@@ -133,7 +194,8 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
     one column only, the body is empty: a complete prompt may end in its instruction, which must not
     be cut.
 
-    Other braces in the template, and placeholders in the example's texts, stay unchanged.
+    Other braces in the template, and placeholders in the example's texts, stay unchanged. Empty
+    fields are left out as `without_fields` does, where the template can leave them out.
 
     Args:
         task: task of the example.
@@ -151,6 +213,10 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
             f"row {example.id!r} has no {absent[0]!r}, which the prompt needs; it has "
             f"{', '.join(example.fields) or 'no field'}"
         )
+    empty = [name for name in optional_fields(task, chosen) if not example.fields[name].strip()]
+    if empty and len(empty) < len(names):
+        chosen = without_fields(chosen, empty)
+        names = tuple(name for name in names if name not in empty)
     if not task.fields:
         # A complete prompt has no part that may be cut. Otherwise the longest column is most likely
         # the text that the rest of the template refers to.

@@ -1,6 +1,6 @@
 """The context that all stages share: settings, examples, backbone, reporter and clock."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -79,13 +79,19 @@ class Context:
         return wanted if reach is None else min(wanted, int(reach))
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
-        """Return the examples of role "source", "target" or "tests" in `split`; may be empty."""
-        return self.data.parts[role].get(split, ())
+        """Return the examples of role "source", "target" or "tests" in `split`; may be empty.
+
+        They are those of `encoded`, in the same order.
+        """
+        self.encoded(role, split)
+        left_out = self.encoding_reports[f"{role}/{split}"].left_out
+        return fitting(self.data.parts[role].get(split, ()), left_out)
 
     def encoded(self, role: str, split: str) -> list[EncodedExample]:
         """Return the encoded examples of a split. Each split is encoded only once.
 
-        Test examples are cut so that an answer still fits.
+        Test examples are cut so that an answer still fits. Examples that do not fit even without
+        their body are left out.
         """
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
@@ -94,6 +100,8 @@ class Context:
                 )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
+            if report.left_out:
+                self.reporter.say(f"{role} {split}: {left_out_line(report, self.longest)}")
             if report.truncated:
                 self.reporter.say(f"{role} {split}: {cut_line(report, self.longest)}")
             if _is_test(role, split):
@@ -260,17 +268,44 @@ def encode_part(
         role: "source", "target" or "tests".
         split: the split, or the name of a further test set.
         longest: the most tokens of an example; None takes `max_length(config)`.
+
+    Raises:
+        ValueError: more examples than `data.max_faulty` allows do not fit even without their body.
     """
     task, section = task_named(config.data.task), section_of(config, role, split)
-    return encode_examples(
+    length = longest or max_length(config)
+    rows, report = encode_examples(
         data.parts[role].get(split, ()),
         task,
         tokenizer,
-        longest or max_length(config),
+        length,
         section.prompt,
         for_training=not _is_test(role, split),
         chat=config.data.chat,
         new_tokens=new_tokens(config, role, split),
+    )
+    lost = len(report.left_out)
+    if lost and lost / (lost + len(rows)) > config.data.max_faulty:
+        raise ValueError(
+            f"{role} {split}: {left_out_line(report, length)}; at most "
+            f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty); raise data.max_length "
+            "as far as the model reads, or shorten the prompt"
+        )
+    return rows, report
+
+
+def fitting(examples: Sequence[Example], left_out: Collection[str]) -> tuple[Example, ...]:
+    """Return the examples that are encoded, without those whose ids are `left_out`."""
+    return tuple(example for example in examples if example.id not in left_out)
+
+
+def left_out_line(report: EncodingReport, length: int) -> str:
+    """Return a line on how many examples do not fit, even without the part that may be cut."""
+    lost = len(report.left_out)
+    return (
+        f"{lost} of {lost + report.rows} rows left out, such as {report.left_out[0]!r}: they do "
+        f"not fit {length} tokens even without what may be cut; the longest takes "
+        f"{report.needed}"
     )
 
 

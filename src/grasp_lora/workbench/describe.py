@@ -12,6 +12,8 @@ from grasp_lora.tasks.base import Example, task_named
 from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
 from grasp_lora.workbench.context import (
     encode_part,
+    fitting,
+    left_out_line,
     max_length,
     model_spec,
     prompt_notices,
@@ -57,14 +59,17 @@ def describe_data(
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}
+    lost: list[str] = []
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
-        examples = data.parts[role][split]
         encoded, report = encode_part(config, data, tokenizer, role, split)
+        examples = fitting(data.parts[role][split], report.left_out)
+        if report.left_out:
+            lost.append(f"- {role} {split}: {left_out_line(report, max_length(config))}")
         language = section_of(config, role, split).language
         lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
         if language not in shown and examples:
             shown[language] = list(_examples(examples, encoded, tokenizer, f"{role}/{split}"))
-    lines += ["", _footnote(config), ""]
+    lines += ["", *lost, *([""] if lost else []), _footnote(config), ""]
     for language, texts in shown.items():
         lines += [f"## {language}, as the model sees it", "", *texts]
     text = "\n".join(lines)

@@ -231,7 +231,9 @@ class _Reader:
         if not paths and not isinstance(section.files, Mapping):
             return self._published(role, section, used)
         self.sources[role] = ", ".join(f"{k}={p.name}" if k else p.name for k, p in paths.items())
-        read = {part: self._load(path, section, path.name) for part, path in paths.items()}
+        read = {
+            part: self._load(path, section, path.name, part or None) for part, path in paths.items()
+        }
         if "" not in read:
             return read
         rows = self._without_parallel(role, read[""], used)
@@ -251,7 +253,7 @@ class _Reader:
             rows = self._load(self.given["tests"][name], section, name)
             self.sources[f"tests/{name}"] = "given in Python"
         elif isinstance(section.files, Path):
-            rows = self._load(section.files, section, section.files.name)
+            rows = self._load(section.files, section, section.files.name, "test")
             self.sources[f"tests/{name}"] = section.files.name
         else:
             found = self._found(section.files, section, "target")
@@ -303,7 +305,10 @@ class _Reader:
                 self.say(f"{found.used} {split}: {published.report.line()}")
         return found
 
-    def _load(self, source: Any, section: ExampleSource, name: str) -> tuple[Example, ...]:
+    def _load(
+        self, source: Any, section: ExampleSource, name: str, split: str | None = None
+    ) -> tuple[Example, ...]:
+        """Return the examples of rows or of a file; `split` is read if the file holds several."""
         examples, report = load_examples(
             source,
             self.task,
@@ -311,6 +316,7 @@ class _Reader:
             columns=section.columns,
             template=section.prompt,
             max_faulty=self.config.data.max_faulty,
+            split=split,
         )
         if report.line():
             self.say(f"{name}: {report.line()}")
