@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.words import shown
 from grasp_lora.data.columns import Columns, input_names, match_columns
 from grasp_lora.data.forms import DELIMITED, Record, given_records, open_records
 from grasp_lora.data.values import answer_values, id_value, text_fault, text_value
@@ -203,8 +204,8 @@ def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Rec
         given = id_value(record.values[columns.id], "id", record.where)
         if given in seen:
             raise ValueError(
-                f"{record.where}: the id {given!r} is used twice, first at {seen[given]}; give "
-                "each row its own"
+                f"{record.where}: the id {shown(given)} is used twice, first at {seen[given]}; "
+                "give each row its own"
             )
         seen[given] = record.where
         yield record, given

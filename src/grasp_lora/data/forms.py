@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from grasp_lora.base.words import shown
+
 BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 OTHER_MARKS: Mapping[bytes, str] = MappingProxyType(
@@ -203,11 +205,13 @@ def _delimited_records(path: Path, text: str, delimiter: str) -> Iterator[Record
     header = [name.strip() for name in lines[0][1]]
     if len(header) == 1 and any(other in header[0] for other in ",;|\t"):
         raise ValueError(
-            f"{path}: the header is one column, {header[0]!r}; .csv needs commas and .tsv tabs"
+            f"{path}: the header is one column, {shown(header[0])}; .csv needs commas and .tsv tabs"
         )
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise ValueError(f"{path}: the header names {twice[0]!r} twice; column names are unique")
+        raise ValueError(
+            f"{path}: the header names {shown(twice[0])} twice; column names are unique"
+        )
     for number, cells in lines[1:]:
         if len(cells) != len(header):
             raise ValueError(

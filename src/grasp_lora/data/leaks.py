@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NoReturn, cast
 
+from grasp_lora.base.words import shown
 from grasp_lora.data.splits import Parts
 from grasp_lora.tasks.records import Example, main_language, normalize_text
 
@@ -54,7 +55,9 @@ class Leak:
     """Jaccard similarity of the texts, in (0, 1]; 1 for all kinds except "near"."""
 
     def __str__(self) -> str:
-        rows = " and ".join(f"{name!r} of {split}" for split, name in (self.first, self.second))
+        rows = " and ".join(
+            f"{shown(name)} of {split}" for split, name in (self.first, self.second)
+        )
         near = f", similarity {self.similarity:.2f}" if self.kind == "near" else ""
         return f"{rows} ({KINDS[self.kind]}{near})"
 

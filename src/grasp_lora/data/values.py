@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from grasp_lora.base.words import shown
+
 INVISIBLE = ("Cc", "Cf")
 """Unicode categories of invisible characters, such as controls and the zero-width space."""
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -77,7 +79,7 @@ def id_value(value: Any, name: str, where: str) -> str:
         ValueError: the value is neither a text that is not blank nor a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{where}: {name} must be a text or a whole number, got {value!r}")
+        raise ValueError(f"{where}: {name} must be a text or a whole number, got {shown(value)}")
     return str(value)
 
 
@@ -98,8 +100,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _unpacked(text: str) -> Any:

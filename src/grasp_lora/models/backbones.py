@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.cache import (
     SHORT_NAMES,
@@ -112,10 +113,13 @@ class ModelSpec:
                 f"model name is empty; give a folder, a hub id or one of {_short_names()}"
             )
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(
+                f"dtype must be 'auto' or one of {list(DTYPES)}, got {shown(self.dtype)}"
+            )
         if self.quantization not in _QUANTIZATIONS:
             raise ValueError(
-                f"quantization must be one of {list(_QUANTIZATIONS)}, got {self.quantization!r}"
+                f"quantization must be one of {list(_QUANTIZATIONS)}, got "
+                f"{shown(self.quantization)}"
             )
 
 
@@ -210,12 +214,12 @@ def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(
-            f"quantization={spec.quantization!r} needs a CUDA device, but this run uses {device}; "
-            "set quantization='none'"
+            f"quantization={shown(spec.quantization)} needs a CUDA device, but this run uses "
+            f"{device}; set quantization='none'"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantization={spec.quantization!r} needs bitsandbytes; run: pip install "
+            f"quantization={shown(spec.quantization)} needs bitsandbytes; run: pip install "
             "'grasp-lora[quantization]'"
         )
 
@@ -260,8 +264,8 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder} has no config.json, so it is not a transformers model; give a folder "
-                "that save_pretrained wrote"
+                f"{shown_path(folder)} has no config.json, so it is not a transformers model; give "
+                "a folder that save_pretrained wrote"
             )
         return str(folder), spec.name
     return spec.name, spec.name
@@ -278,18 +282,18 @@ def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settin
             )
     except SafetensorError as error:
         raise ValueError(
-            f"a weights file of {spec.name!r} is damaged or cut short ({error}); copy or download "
-            "it again"
+            f"a weights file of {shown(spec.name)} is damaged or cut short ({error}); copy or "
+            "download it again"
         ) from error
     except ImportError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded with the packages installed here "
+            f"the model {shown(spec.name)} cannot be loaded with the packages installed here "
             f"({_first_line(error)}); install the missing package with pip, or use the model in "
             "another format"
         ) from error
     except OSError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded: {_load_problem(spec, location, error)}"
+            f"the model {shown(spec.name)} cannot be loaded: {_load_problem(spec, location, error)}"
         ) from error
 
 
@@ -355,9 +359,9 @@ def _ensure_padding(
         )
     if tokenizer.pad_token_id is not None:
         notice(
-            f"the padding token of {name} ({tokenizer.pad_token!r}, id "
+            f"the padding token of {name} ({shown(tokenizer.pad_token)}, id "
             f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
-            f"the end token ({tokenizer.eos_token!r}) is used for padding"
+            f"the end token ({shown(tokenizer.eos_token)}) is used for padding"
         )
     tokenizer.pad_token = tokenizer.eos_token
     return end

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from grasp_lora.base.files import write_text
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
@@ -46,7 +47,9 @@ def describe_data(
             exists and `overwrite` is not set.
     """
     if out is not None and out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
+        raise ValueError(
+            f"{shown_path(out)} exists; name another file, or pass --overwrite to replace it"
+        )
     notes: list[str] = []
     tolerant = config.model_copy(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}
