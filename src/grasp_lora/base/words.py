@@ -83,5 +83,6 @@ def from_percent(value: object) -> float | None:
     written = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if written is not None:
         return float(written[1]) / 100
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value / 100 if number and 1 < value <= 100 else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value / 100 if 1 < value <= 100 else None

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,6 +49,7 @@ from grasp_lora.models.modules import (
     vocabulary_size,
 )
 from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.vocabulary import check_tokens
 
 __all__ = [
     "Backbone",
@@ -70,6 +72,9 @@ _QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig | None]] = 
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     ),
 }
+
+
+_ENDS = "what ends an answer of {}"
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,11 @@ class Backbone:
     stop_ids: tuple[int, ...]
     pad_id: int
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding; the tokenizer may have more tokens."""
+        return vocabulary_size(self.model)
+
 
 def _ignore(message: str) -> None:
     del message
@@ -162,8 +172,9 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
 
     Raises:
         FileNotFoundError: a folder or file that `spec` names is missing.
-        ValueError: the model cannot be found or read, its package is not installed, or the
-            hardware does not support a setting of `spec`.
+        ValueError: the model cannot be found or read, its package is not installed, the
+            hardware does not support a setting of `spec`, or a token that ends an answer has no
+            row in the embedding.
     """
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
@@ -186,6 +197,8 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     if spec.attn_implementation is None:
         use_short_attention(model)
     use_fused_norms(model)
+    stop_ids = _stop_ids(model.generation_config, tokenizer)
+    check_tokens(stop_ids, tokenizer, vocabulary_size(model), _ENDS.format(public_name))
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -193,20 +206,38 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
         fingerprint=base_fingerprint(model),
         dtype=dtype,
         device=device,
-        stop_ids=_stop_ids(model, tokenizer),
+        stop_ids=stop_ids,
         pad_id=pad_id,
     )
 
 
-def load_tokenizer(spec: ModelSpec, notice: Notice = _ignore) -> tuple[Any, str]:
-    """Return (tokenizer, public name) of a base model without loading its weights.
+def load_tokenizer(
+    spec: ModelSpec, notice: Notice = _ignore
+) -> tuple[PreTrainedTokenizerBase, str, int | None]:
+    """Return (tokenizer, public name, size of the vocabulary) of a base model, without weights.
+
+    The size is that of the model's configuration; None if it names none.
 
     Raises:
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
     location, public_name = _locate(spec, notice)
-    return _call_hub(AutoTokenizer.from_pretrained, spec, location), public_name
+    tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
+    config = _call_hub(AutoConfig.from_pretrained, spec, location)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None:
+        stop_ids = _stop_ids(_generation_config(spec, location, config), tokenizer)
+        check_tokens(stop_ids, tokenizer, vocabulary, _ENDS.format(public_name))
+    return tokenizer, public_name, vocabulary
+
+
+def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
+    """Return what transformers gives the loaded model as its `generation_config`."""
+    try:
+        return GenerationConfig.from_pretrained(location, revision=spec.revision)
+    except OSError:  # a model need not have the file
+        return GenerationConfig.from_model_config(config)
 
 
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
@@ -371,8 +402,9 @@ def _id_within(vocabulary: int, token: Any) -> int | None:
     return int(token) if token is not None and int(token) < vocabulary else None
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    generation = model.generation_config
+def _stop_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     named = [tokenizer.eos_token_id, generation.eos_token_id if generation is not None else None]
     ids: set[int] = set()
     for entry in named:

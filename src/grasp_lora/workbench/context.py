@@ -8,6 +8,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from grasp_lora.base.clock import Clock
+from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
@@ -21,6 +22,7 @@ from grasp_lora.models.backbones import (
 )
 from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix
 from grasp_lora.models.memory import MemoryPlan
+from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.encoding import Collator, EncodedExample, EncodingReport, encode_examples
 from grasp_lora.tasks.prompts import template_for
@@ -90,7 +92,13 @@ class Context:
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
                 rows, report = encode_part(
-                    self.config, self.data, self.backbone.tokenizer, role, split, self.longest
+                    self.config,
+                    self.data,
+                    self.backbone.tokenizer,
+                    role,
+                    split,
+                    self.longest,
+                    self.backbone.vocabulary,
                 )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
@@ -250,6 +258,7 @@ def encode_part(
     role: str,
     split: str,
     longest: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
     """Return the encoded examples of a split, as the run encodes them, and a report on it.
 
@@ -260,9 +269,13 @@ def encode_part(
         role: "source", "target" or "tests".
         split: the split, or the name of a further test set.
         longest: the most tokens of an example; None takes `max_length(config)`.
+        vocabulary: rows of the model's embedding; None if they are not known.
+
+    Raises:
+        ValueError: as in `encode_examples` and, if `vocabulary` is given, `check_tokens`.
     """
     task, section = task_named(config.data.task), section_of(config, role, split)
-    return encode_examples(
+    rows, report = encode_examples(
         data.parts[role].get(split, ()),
         task,
         tokenizer,
@@ -272,6 +285,12 @@ def encode_part(
         chat=config.data.chat,
         new_tokens=new_tokens(config, role, split),
     )
+    if vocabulary is not None:
+        for row in rows:
+            check_tokens(
+                row.input_ids, tokenizer, vocabulary, f"row {shown(row.id)} of {role}/{split}"
+            )
+    return rows, report
 
 
 def cut_line(report: EncodingReport, length: int) -> str:

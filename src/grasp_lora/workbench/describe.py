@@ -43,8 +43,8 @@ def describe_data(
         overwrite: replace `out` if it exists.
 
     Raises:
-        FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, or `out`
-            exists and `overwrite` is not set.
+        FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, a token of an
+            example has no row in the model's embedding, or `out` exists and `overwrite` is not set.
     """
     if out is not None and out.exists() and not overwrite:
         raise ValueError(
@@ -56,13 +56,13 @@ def describe_data(
     )
     data = load_run_data(tolerant, notes.append, training=False)
     notes += prompt_notices(config, data)
-    tokenizer, name = load_tokenizer(model_spec(config), Reporter(quiet).say)
+    tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
         examples = data.parts[role][split]
-        encoded, report = encode_part(config, data, tokenizer, role, split)
+        encoded, report = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
         language = section_of(config, role, split).language
         lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
         if language not in shown and examples:
