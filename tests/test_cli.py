@@ -305,9 +305,9 @@ def test_finetune_reads_the_ratio_of_a_search(called, config, tmp_path):
 @pytest.mark.parametrize(
     ("ratio", "said"),
     [
-        ("1.01", "outside [0, 1]"),
-        ("-0.1", "outside [0, 1]"),
-        ("nan", "outside [0, 1]"),
+        ("1.01", "no fraction in [0, 1]"),
+        ("-0.1", "no fraction in [0, 1]"),
+        ("nan", "no fraction in [0, 1]"),
         ("none.json", "does not exist"),
         ("{empty}", "holds no ratio"),
     ],

@@ -235,7 +235,7 @@ def load_tokenizer(
 def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
     """Return what transformers gives the loaded model as its `generation_config`."""
     try:
-        return GenerationConfig.from_pretrained(location, revision=spec.revision)
+        return GenerationConfig.from_pretrained(location, revision=spec.revision or "main")
     except OSError:  # a model need not have the file
         return GenerationConfig.from_model_config(config)
 
