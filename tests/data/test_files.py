@@ -298,3 +298,10 @@ def test_a_value_of_the_wrong_type_is_refused_at_its_place(
     path = write(tmp_path / "a.jsonl", *GOOD, {**ROW, **change})
     with pytest.raises(ValueError, match=rf"a\.jsonl:21: .*{message}"):
         read(path, max_faulty=1)
+
+
+def test_a_long_id_is_cut_in_messages(tmp_path: Path) -> None:
+    long = {**ROW, "id": "i" * 500}
+    with pytest.raises(ValueError, match=r"the id 'i+… \(500 characters\) is used twice") as caught:
+        read(write(tmp_path / "a.jsonl", long, long))
+    assert "i" * 80 not in str(caught.value)

@@ -487,3 +487,10 @@ def test_without_a_language_the_script_tells(tmp_path):
     path = write(tmp_path / "b.jsonl", {"id": "1", "prediction": "a", "references": ["a"]})
     with pytest.raises(ValueError, match="--rules depends on the language"):
         score_file(path, Options(language=UNKNOWN, rules="mlqa"), ["exact_match"])
+
+
+def test_long_ids_and_texts_are_cut_in_messages(tmp_path):
+    with pytest.raises(ValueError, match=r":2: the id 'i+… \(500 characters\) was used at"):
+        read_rows(write(tmp_path / "a", *[ROW | {"id": "i" * 500}] * 2))
+    with pytest.raises(ValueError, match=r"prediction is \[\"p+… \(\d+ characters\); it must"):
+        read_rows(write(tmp_path / "b", ROW | {"prediction": ["p" * 500]}))
