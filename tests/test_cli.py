@@ -305,9 +305,9 @@ def test_finetune_reads_the_ratio_of_a_search(called, config, tmp_path):
 @pytest.mark.parametrize(
     ("ratio", "said"),
     [
-        ("1.01", "outside [0, 1]"),
-        ("-0.1", "outside [0, 1]"),
-        ("nan", "outside [0, 1]"),
+        ("1.01", "no fraction in [0, 1]"),
+        ("-0.1", "no fraction in [0, 1]"),
+        ("nan", "no fraction in [0, 1]"),
         ("none.json", "does not exist"),
         ("{empty}", "holds no ratio"),
     ],
@@ -366,3 +366,31 @@ def write_scores(run: Path) -> None:
     row = {"name": "zero-shot", "slug": "zero-shot", "sets": sets}
     scores = {"task": "qa", "language": "es", "seed": 42, "systems": [row]}
     (run / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--output", "--config"])
+def test_a_path_of_the_command_line_with_a_control_character_is_refused(config, option):
+    path = "C:\new\x1b[31m"
+    arguments = ["run", config, "--output", path]
+    if option == "--config":
+        arguments = ["run", path]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert r"error: 'C:\new\x1b[31m' holds a control character" in done.output
+    assert "\x1b" not in done.output
+
+
+def test_an_error_cannot_command_the_terminal(config, tmp_path):
+    folder = tmp_path / "a\u202eb"
+    done = CliRunner().invoke(app, ["run", config, "--set", f"adapters.source={folder}"])
+    assert done.exit_code == 2
+    assert r"a\u202eb' does not exist" in done.output
+    done = CliRunner().invoke(app, ["score", str(folder), "--language", "en"])
+    assert done.exit_code == 2
+    assert r"a\u202eb" in done.output
+    assert "\u202e" not in done.output
+
+
+def test_a_language_option_is_text(tmp_path):
+    done = CliRunner().invoke(app, ["score", str(tmp_path / "none.jsonl"), "--language", "no"])
+    assert "no prediction file" in done.output

@@ -273,7 +273,7 @@ def test_all_faults_are_reported_together_with_key_value_and_near_miss(tmp_path)
         "broken",
     )
     by_key = {fault.split(":")[0]: fault for fault in faults}
-    assert "key=value" in by_key["--set broken"]
+    assert "key=value" in by_key["--set 'broken'"]
     assert "-1" in by_key["seed"]
     assert "did you mean train.finetune.epochs?" in by_key["train.finetune.epoks"]
     assert "got 0" in by_key["train.epochs"]

@@ -130,7 +130,10 @@ def test_a_table_may_spell_out_a_list_of_answers(
         ("{'red', 'is red'}", "not exactly one"),
         ("[list(['red'])]", "not exactly one"),
         ("['red' 'is' ... 'it' 'is red']", r"shortened with '\.\.\.', so answers are lost"),
-        ("['red' " + "'is red' " * 40 + "'x',]", r"not exactly one: \".{50,60}\.\.\.;"),
+        (
+            "['red' " + "'is red' " * 40 + "'x',]",
+            r"not exactly one: \".{50,79}… \(\d+ characters\);",
+        ),
     ],
 )
 def test_what_looks_like_a_printed_list_and_is_none_is_refused_at_its_row(
@@ -317,7 +320,9 @@ def test_plausible_answers_alone_mark_a_row_unless_a_flag_says_otherwise() -> No
 
 
 def test_a_flag_that_is_neither_true_nor_false_is_refused() -> None:
-    message = r"rows\[1\]: is_impossible must be true or false, got 'maybe'; .*rename the column"
+    message = (
+        r"rows\[1\]: is_impossible must be true or false, got 'maybe' \(str\); .*rename the column"
+    )
     with pytest.raises(ValueError, match=message):
         read([ROW, {**ROW, "id": "2", "is_impossible": "maybe"}])
 
@@ -487,7 +492,7 @@ def test_no_rows_at_all_are_refused(tmp_path: Path, rows: object) -> None:
         ({"question": 5}, r"question must be a text, got 5 \(int\)"),
         ({"question": True}, r"question must be a text, got True \(bool\)"),
         ({"context": ["x"]}, r"context must be a text, got \['x'\] \(list\)"),
-        ({"context": ["x" * 99]}, r"got \['x+\.\.\. \(list\)"),
+        ({"context": ["x" * 99]}, r"got \['x+… \(1 entry\) \(list\)"),
         ({"answers": 1998}, r"answers must be a text, got 1998 \(int\)"),
         ({"answers": ["red", 1998]}, r"answers must be a text, got 1998 \(int\)"),
         ({"answers": [["red"]]}, "answers must be a text"),
@@ -519,3 +524,10 @@ def test_cases_in_other_forms_are_read_whole(name: str, language: str, reference
     examples, report = load_examples(CASES / f"{name}.jsonl", QA, language, max_faulty=0)
     assert examples[0].references == (reference,)
     assert report.line() == ""
+
+
+def test_a_long_id_is_cut_in_messages(tmp_path: Path) -> None:
+    long = {**ROW, "id": "i" * 500}
+    with pytest.raises(ValueError, match=r"the id 'i+… \(500 characters\) is used twice") as caught:
+        read(write(tmp_path / "a.jsonl", long, long))
+    assert "i" * 80 not in str(caught.value)

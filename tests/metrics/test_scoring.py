@@ -233,3 +233,8 @@ def test_the_mean_of_sums_is_the_mean_of_rows() -> None:
     found = mean_measured([1.0, 2.0, 6.0], {})
     assert found.statistics.dtype == np.float64
     assert found.value(found.statistics.sum(axis=0)) == 3.0
+
+
+def test_long_references_are_cut_in_messages():
+    with pytest.raises(ValueError, match=r"row 'q' has the references 'y+… \(500 characters\);"):
+        score([Row("q", "yes", "y" * 500)], ["token_f1"], Options())  # type: ignore[arg-type]

@@ -126,11 +126,11 @@ def test_names_that_lead_nowhere_give_one_clear_message(
         load_backbone(ModelSpec(name="smolm2", device="cpu"))
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_backbone(spec_of(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"a\.gguf is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"a\.gguf' is not a file"):
         load_backbone(spec_of(tmp_path / "a.gguf"))
-    with pytest.raises(FileNotFoundError, match=r"b\.gguf is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"b\.gguf' is not a file"):
         load_backbone(spec_of(tmp_path / "none" / "b.gguf"))
-    with pytest.raises(FileNotFoundError, match=r"c\.gguf is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"c\.gguf' is not a file"):
         load_backbone(ModelSpec(name="c.gguf", device="cpu"))
     with pytest.raises(ValueError, match=r"'owner/model/d\.gguf' cannot be loaded"):
         load_backbone(ModelSpec(name="owner/model/d.gguf", device="cpu"))

@@ -321,7 +321,10 @@ def test_a_run_that_diverges_later_names_the_checkpoint_before(workplace):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("model.name=tests", "error: tests has no config.json, so it is not a transformers model"),
+        (
+            "model.name=tests",
+            "error: 'tests' has no config.json, so it is not a transformers model",
+        ),
         ("controller.high=2", "controller"),
         ("lora.target_modules=[q_prj]", "q_proj"),
         ("train.search.max_steps=1", "error: the search has 1 optimizer steps, fewer than"),

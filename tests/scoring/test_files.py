@@ -585,3 +585,10 @@ def test_cases_of_many_scripts_score_as_their_writers_mean(tmp_path, name, langu
         for row in read
     ]  # fmt: skip
     assert found == exact
+
+
+def test_long_ids_and_texts_are_cut_in_messages(tmp_path):
+    with pytest.raises(ValueError, match=r":2: the id 'i+… \(500 characters\) was used at"):
+        read_rows(write(tmp_path / "a", *[ROW | {"id": "i" * 500}] * 2))
+    with pytest.raises(ValueError, match=r"prediction is \[\"p+… \(\d+ characters\); it must"):
+        read_rows(write(tmp_path / "b", ROW | {"prediction": ["p" * 500]}))

@@ -172,7 +172,11 @@ def test_a_plain_fraction_is_a_ratio_too(finished, tmp_path):
     start = ("finetune", config, "--start", out / "merged", "--out", tmp_path / "half")
     command(*start, "--ratio", "0.5")
     assert read_json(tmp_path / "half" / "stage.json")["ratio"] == 0.5
-    assert "outside [0, 1]" in refusal(*start, "--ratio", "50")
+    for given in ("50", "50%"):
+        said = refusal(*start, "--ratio", given)
+        assert f"--ratio '{given}' is no fraction in [0, 1]; " in said
+        assert "write 0.5" in said
+    assert "like 0.4" in refusal(*start, "--ratio", "-1")
 
 
 def test_one_labelled_file_is_divided_by_itself(finished, tmp_path, capsys):

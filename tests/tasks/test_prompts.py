@@ -224,3 +224,9 @@ def test_a_template_without_each_placeholder_once_is_refused(template: str) -> N
 def test_a_row_without_a_field_of_the_template_is_named() -> None:
     with pytest.raises(ValueError, match="row 'a1' has no 'tone'.*it has article"):
         render(TEXT, article(), "{article} {tone}")
+
+
+@pytest.mark.parametrize("template", ["no field " * 99, "{source}{source}" + "x" * 875])
+def test_a_long_template_is_cut_in_messages(template: str) -> None:
+    with pytest.raises(ValueError, match=r"got '.{61}… \(891 characters\); write"):
+        check_template(TEXT, template)

@@ -112,7 +112,7 @@ def test_a_file_that_is_there_is_not_replaced_unasked(place):
     out.write_text("precious")
     config = make_config(job(place))
     with pytest.raises(
-        ValueError, match=r"rows\.md exists; name another file, or pass --overwrite"
+        ValueError, match=r"rows\.md' exists; name another file, or pass --overwrite"
     ):
         describe_data(config, out, quiet=True)
     assert out.read_text() == "precious"

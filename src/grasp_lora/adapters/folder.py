@@ -28,6 +28,7 @@ from grasp_lora.adapters.attach import (
     lora_config,
 )
 from grasp_lora.adapters.rules import refuse_output_layer, refuse_settings, refuse_tensor
+from grasp_lora.base.words import shown
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import base_fingerprint, vocabulary_size
 
@@ -214,8 +215,8 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
     alpha = alphas.get(key, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise ValueError(
-            f"{folder}: lora_alpha of {module!r} is {alpha!r}, but must be a number; correct "
-            f"{ADAPTER_CONFIG_FILE}"
+            f"{folder}: lora_alpha of {module!r} is {shown(alpha)}, but must be a number; "
+            f"correct {ADAPTER_CONFIG_FILE}"
         )
     return lora_scaling(rank, alpha, bool(config.get("use_rslora")))
 

@@ -33,6 +33,7 @@ from grasp_lora.adapters.folder import (
 from grasp_lora.adapters.restore import restored_on_exit
 from grasp_lora.adapters.rules import BASE_CHANGING_INITS
 from grasp_lora.adapters.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
+from grasp_lora.base.words import shown
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
 from grasp_lora.models.modules import vocabulary_size
@@ -69,8 +70,8 @@ def open_model(
     if not is_adapter(name):
         if spec is not None and spec.name != str(name):
             raise ValueError(
-                f"{name} is a model, not an adapter, so it has no base model, but {spec.name!r} "
-                "was given as one; leave the base model out"
+                f"{name} is a model, not an adapter, so it has no base model, but "
+                f"{shown(spec.name)} was given as one; leave the base model out"
             )
         backbone = load_backbone(spec or ModelSpec(str(name)), notice)
         yield backbone, backbone.model
@@ -216,7 +217,7 @@ def _peft_config(folder: Path) -> PeftConfig:
     kind, task = content.get("peft_type"), content.get("task_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"{folder / ADAPTER_CONFIG_FILE}: the installed PEFT knows no peft_type {kind!r}; "
+            f"{folder / ADAPTER_CONFIG_FILE}: the installed PEFT knows no peft_type {shown(kind)}; "
             "upgrade it (pip install -U peft) or correct the file"
         )
     kind = PeftType(kind)
@@ -226,14 +227,15 @@ def _peft_config(folder: Path) -> PeftConfig:
         )
     if task not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
-            f"{folder}: the adapter was made for the task type {task!r}; only adapters of causal "
-            "language models (CAUSAL_LM) can generate text"
+            f"{folder}: the adapter was made for the task type {shown(task)}; only adapters of "
+            "causal language models (CAUSAL_LM) can generate text"
         )
     initial = content.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING_INITS):
         raise ValueError(
-            f"{folder}: init_lora_weights={initial!r} changes the base weights; save the adapter "
-            "again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{folder}: init_lora_weights={shown(initial)} changes the base weights; save the "
+            "adapter again with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
@@ -250,8 +252,8 @@ def _check_values(tensors: dict[str, Tensor], folder: Path) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{folder}: tensor {key!r} holds NaN or infinite values, so the training diverged; "
-                "use an earlier checkpoint or train again with a lower learning rate"
+                f"{folder}: tensor {shown(key)} holds NaN or infinite values, so the training "
+                "diverged; use an earlier checkpoint or train again with a lower learning rate"
             )
 
 
@@ -319,4 +321,4 @@ def _load_tensors(
 
 def _counted(keys: list[str]) -> str:
     more = f" and {len(keys) - 1} more have" if len(keys) > 1 else " has"
-    return f"{keys[0]!r}{more}"
+    return f"{shown(keys[0])}{more}"

@@ -7,6 +7,8 @@ features would silently load another model.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grasp_lora.base.words import shown
+
 # Initialisations that change the base weights, so that the factors belong to another base model.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -71,15 +73,15 @@ def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"{folder}: peft_type is {kind!r}, only 'LORA' adapters can be merged and pruned; "
+            f"{folder}: peft_type is {shown(kind)}, only 'LORA' adapters can be merged and pruned; "
             "give a LoRA adapter"
         )
     for setting, (in_use, meaning, remedy) in _REFUSED_SETTINGS.items():
         value = config.get(setting)
         if in_use(value):
             raise ValueError(
-                f"{folder}: {setting}={value!r} means {meaning}, which plain LoRA factors cannot "
-                f"carry; {remedy}"
+                f"{folder}: {setting}={shown(value)} means {meaning}, which plain LoRA factors "
+                f"cannot carry; {remedy}"
             )
 
 
@@ -92,11 +94,11 @@ def refuse_tensor(key: str, folder: object) -> None:
     for part, meaning in _REFUSED_TENSORS.items():
         if part in key:
             raise ValueError(
-                f"{folder}: tensor {key!r} is {meaning}; only A and B of linear modules can be "
-                f"merged and pruned: {_RETRAIN}"
+                f"{folder}: tensor {shown(key)} is {meaning}; only A and B of linear modules can "
+                f"be merged and pruned: {_RETRAIN}"
             )
     raise ValueError(
-        f"{folder}: tensor {key!r} has an unknown name; expected names like "
+        f"{folder}: tensor {shown(key)} has an unknown name; expected names like "
         "'base_model.model.<module>.lora_A.weight' as PEFT's save_pretrained writes them"
     )
 
@@ -109,7 +111,7 @@ def refuse_output_layer(module: str, folder: object) -> None:
     """
     if module.rsplit(".", 1)[-1] in _OUTPUT_LAYERS:
         raise ValueError(
-            f"{folder}: LoRA on the output layer ({module!r}) is not supported, since it is often "
-            "tied to the input embedding and a merge would then change both; train the adapter "
-            "without it in target_modules"
+            f"{folder}: LoRA on the output layer ({shown(module)}) is not supported, since it is "
+            "often tied to the input embedding and a merge would then change both; train the "
+            "adapter without it in target_modules"
         )

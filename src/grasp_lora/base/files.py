@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.words import shown_path
+
 PACKAGES = (
     "grasp-lora",
     "torch",
@@ -73,13 +75,15 @@ def check_run(path: Path) -> bool:
         ValueError: the path is a file, or the folder holds something that is no run.
     """
     if path.exists() and not path.is_dir():
-        raise ValueError(f"'{path}' is a file, but a run needs a folder; set another output")
+        raise ValueError(
+            f"{shown_path(path)} is a file, but a run needs a folder; set another output"
+        )
     if (path / RUN_CONFIG_FILE).exists():
         read_config(path)
         return (path / DONE_FILE).exists()
     if path.exists() and holds_something(path):
         raise ValueError(
-            f"'{path}' is not empty and no run of grasp-lora (it has no config.json); "
+            f"{shown_path(path)} is not empty and no run of grasp-lora (it has no config.json); "
             "set another output, or empty the folder yourself"
         )
     return False
@@ -115,7 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
     stored = read_json(path / RUN_CONFIG_FILE)
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise ValueError(
-            f"'{path / RUN_CONFIG_FILE}' was not written by grasp-lora; "
+            f"{shown_path(path / RUN_CONFIG_FILE)} was not written by grasp-lora; "
             "set another output for the run"
         )
     return stored["config"]
@@ -156,11 +160,13 @@ def read_json(path: Path) -> Any:
         ValueError: the file is not JSON.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first")
+        raise FileNotFoundError(
+            f"{shown_path(path)} does not exist; run the stage that writes it first"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); write it again") from None
+        raise ValueError(f"{shown_path(path)} is not JSON ({error}); write it again") from None
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -177,7 +183,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         ValueError: a complete line is not JSON.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first")
+        raise FileNotFoundError(
+            f"{shown_path(path)} does not exist; run the stage that writes it first"
+        )
     lines = path.read_bytes().split(b"\n")[:-1]
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -280,8 +288,8 @@ def check_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"'{path}' needs about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
-            "free some space or set another output"
+            f"{shown_path(path)} needs about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
+            "are free; free some space or set another output"
         )
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from grasp_lora.base.words import check_path, printable, shown
+
 if TYPE_CHECKING:
     from grasp_lora.config.run_config import RunConfig
 
@@ -19,10 +21,16 @@ def at_home(given: Any) -> Any:
 
     The shell does not replace `~` in quotes or after an equals sign. Other values are returned as
     they are.
+
+    Raises:
+        ValueError: as in `check_path`.
     """
     if isinstance(given, list):
         return [at_home(one) for one in given]
-    return given.expanduser() if isinstance(given, Path) else given
+    if isinstance(given, Path):
+        check_path(given)
+        return given.expanduser()
+    return given
 
 
 AS_PATH: dict[str, Any] = {"callback": at_home}
@@ -80,7 +88,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("GRASP_LORA_DEBUG") == "1":
             raise
         where = "" if prints() else f" in process {os.environ['RANK']}"
-        typer.echo(f"error{where}: {error}", err=True)
+        typer.echo(f"error{where}: {printable(str(error))}", err=True)
         sys.exit(2)
 
 
@@ -134,14 +142,14 @@ def numbers_in(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--seeds {text}: give whole numbers separated by commas, like 42,1337"
+            f"--seeds {shown(text)}: give whole numbers separated by commas, like 42,1337"
         ) from None
 
 
 def report_failures(failed: Mapping[str, str]) -> None:
     """Print the runs without a result, if any, and exit with code 1."""
     for name, why in failed.items():
-        typer.echo(f"{name}: {why}", err=True)
+        typer.echo(f"{name}: {printable(why)}", err=True)
     if failed:
         raise typer.Exit(1)
 
@@ -151,7 +159,9 @@ def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
     before = (out / "stage.json").exists() and not overwrite
     folder = work()
     if before and prints():
-        typer.echo(f"{folder} holds this result already; --overwrite makes it again")
+        typer.echo(
+            f"{printable(str(folder))} holds this result already; --overwrite makes it again"
+        )
     elif not before:
         wrote(folder)
 
@@ -159,7 +169,7 @@ def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
 def wrote(folder: Path) -> None:
     """Print that a folder was written."""
     if prints():
-        typer.echo(f"wrote {folder}")
+        typer.echo(f"wrote {printable(str(folder))}")
 
 
 def prints() -> bool:

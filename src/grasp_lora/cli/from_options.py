@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from grasp_lora.adapters.opening import is_adapter, named_base_model
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import RunConfig, make_config
 
 
@@ -34,15 +35,16 @@ def evaluation_config(
         raise ValueError("none stands for the bare model of --config or --model; give one of them")
     if model is not None and adapter not in ("none", model) and not is_adapter(adapter):
         raise ValueError(
-            f"{adapter} is a model and no adapter, so it has no base model, but --model gives "
-            f"{model}; leave --model out"
+            f"{shown_path(adapter)} is a model and no adapter, so it has no base model, but "
+            f"--model gives {shown_path(model)}; leave --model out"
         )
     named = [_named(text) for text in data]
     names = [name for name, _ in named]
     twice = [name or "(no name)" for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(
-            f"two files of --data are called {twice[0]}; give each a name of its own: NAME=FILE"
+            f"two files of --data are called {shown(twice[0])}; give each a name of its own: "
+            "NAME=FILE"
         )
     if len(languages) not in (1, len(named)):
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from grasp_lora.base.words import check_path, shown_path
 from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
@@ -66,6 +67,7 @@ def evaluate(
     several test sets.
     """
     # The argument may be a name, a hub id or a path; `at_home` takes paths only.
+    check_path(adapter)
     adapter = os.path.expanduser(adapter)
     model = None if model is None else os.path.expanduser(model)
     if (config is None) == (data is None):
@@ -88,8 +90,8 @@ def evaluate(
     bare = adapter == "none" or not (Path(adapter) / "adapter_config.json").exists()
     if bare and config is not None and adapter != "none":
         raise ValueError(
-            f"{adapter} holds no adapter_config.json, so it is no PEFT adapter; give an adapter "
-            "folder, or none for the bare backbone of the configuration"
+            f"{shown_path(adapter)} holds no adapter_config.json, so it is no PEFT adapter; give "
+            "an adapter folder, or none for the bare backbone of the configuration"
         )
     folder = None if bare else Path(adapter)
     from grasp_lora.plans.single import evaluate_adapter

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from grasp_lora.base.words import from_percent, shown
 from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
@@ -355,9 +356,15 @@ def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | No
     try:
         ratio = float(text)
     except ValueError:
+        ratio = None
+    meant = from_percent(text if ratio is None else ratio)
+    if ratio is None and meant is None:
         from grasp_lora.workbench.merged_folder import read_ratio
 
         return read_ratio(at_home(Path(text)), config)
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio {text} is outside [0, 1]; give the fraction to remove, like 0.4")
+    if ratio is None or not 0 <= ratio <= 1:
+        like = "like 0.4" if meant is None else f"write {meant:g}"
+        raise ValueError(
+            f"--ratio {shown(text)} is no fraction in [0, 1]; give the fraction to remove, {like}"
+        )
     return ratio, None

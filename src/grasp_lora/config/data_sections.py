@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from grasp_lora.base.words import shown
 from grasp_lora.config.languages import language_code
 from grasp_lora.config.sections import LocalPath, Section
 
@@ -32,6 +33,16 @@ class HubData(Section):
     splits: Annotated[dict[PartName, str], Field(min_length=1)] = Field(
         description="part -> published split it is drawn from, such as {train: train, test: test}"
     )
+
+
+FILES_KINDS = {
+    "<builtin>": "builtin",
+    "<preset>": "xlsum, mlqa or xquad",
+    "<one>": "the path of one file",
+    "<hub>": "{hub: owner/name, splits: {test: NAME}}",
+    "<parts>": "a file for each part",
+}
+"""Tag of each kind of `files` in pydantic's messages -> the kind in words."""
 
 
 def _files_kind(value: Any) -> str:
@@ -179,7 +190,7 @@ class DataSettings(Section):
         bad = [name for name in self.tests if name in ("test", "mean", "worst") or "/" in name]
         if bad:
             raise ValueError(
-                f"a test set cannot be called {bad[0]!r}: the scores use test, mean and worst for "
-                "other things, and a name must not contain '/'; choose another name"
+                f"a test set cannot be called {shown(bad[0])}: the scores use test, mean and worst "
+                "for other things, and a name must not contain '/'; choose another name"
             )
         return self

@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from grasp_lora.base.words import printable
+from grasp_lora.config.rule_words import dotted, key_fault, path_of, value_fault
 from grasp_lora.config.sections import Training
+from grasp_lora.config.yaml_text import KeyPath, Words
 
 _AUTOMATIC = "one labelled file whose rows name no train, dev or micro_dev is divided automatically"
 _BY_PRESET = "controller.preset decides it"
@@ -43,72 +46,84 @@ class ConfigError(ValueError):
     def __init__(self, faults: Sequence[str], where: str = "configuration") -> None:
         self.faults = tuple(faults)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        super().__init__("\n".join([f"{where}: {count}", *(f"  {fault}" for fault in faults)]))
+        super().__init__(
+            "\n".join([f"{printable(where)}: {count}", *(f"  {fault}" for fault in faults)])
+        )
 
 
-def describe(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+def describe(
+    error: ValidationError, schema: type[BaseModel], given: Any, words: Words | None = None
+) -> list[str]:
     """Return one message for each faulty key, in the order of pydantic's report.
 
     Args:
         error: the error that validation raised.
         schema: the model that was validated against; the nearest keys are taken from it.
+        given: the values that were validated.
+        words: how they were written in YAML.
     """
-    given: dict[str, str] = {}
-    rules: dict[str, list[str]] = {}
+    words = words or Words()
+    said: dict[KeyPath, str] = {}
+    values: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for fault in error.errors(include_url=False):
-        key = _dotted(fault["loc"])
-        kind = fault["type"]
+        kind, value = fault["type"], fault["input"]
+        path = path_of(fault["loc"], given, kind == "missing")
         if kind == "missing":
-            rules[key] = ["required, not given"]
+            said[path] = "required, not given"
+        elif kind == "invalid_key" or ("[key]" in fault["loc"] and not isinstance(value, str)):
+            said[path] = key_fault(path, value, words)
         elif kind in ("extra_forbidden", "unexpected_keyword_argument") or "[key]" in fault["loc"]:
-            rules |= {name: [rule] for name, rule in _unknown(key, fault["input"], schema)}
+            said |= dict(_unknown(path, value, schema))
         elif kind == "value_error":
-            rules.setdefault(key, []).append(str(fault.get("ctx", {}).get("error")))
-        elif not rules.get(key, [""])[0].startswith(("unknown key", "removed")):
-            given[key] = f"got {_short(fault['input'])}; "
-            rules.setdefault(key, []).append(_PLAIN.get(kind) or _lowered(fault["msg"]))
-    return [
-        f"{key or 'all'}: {given.get(key, '')}{' or '.join(dict.fromkeys(found))}"
-        for key, found in rules.items()
-    ]
+            said[path] = str(fault.get("ctx", {}).get("error"))
+        else:
+            said.setdefault(path, "")  # keeps the place; the text needs all faults of the value
+            values.setdefault(path, []).append(cast(Mapping[str, Any], fault))
+    for path, faults in values.items():
+        # The member of a union that got deeper into the value says more than the others.
+        if any(p[: len(path)] == path and p != path for p in said):
+            del said[path]
+        elif not said[path]:
+            said[path] = value_fault(path, faults, words)
+    return [f"{dotted(path, words) or 'all'}: {text}" for path, text in said.items()]
 
 
-_PLAIN = {
-    "model_type": "give a block of key: value lines",
-    "dataclass_type": "give a block of key: value lines",
-    "path_type": "give a path",
-    "tuple_type": "give a list such as [a, b]",
-}
+def numbers_from_words(given: Any, used: Any, words: Words, path: KeyPath = ()) -> list[str]:
+    """Return one message for each number of the settings that true or false was taken for.
+
+    Args:
+        given: the values that were validated.
+        used: what they became, in JSON's types.
+        words: how they were written in YAML.
+        path: where both stand.
+    """
+    if isinstance(given, bool) and not isinstance(used, bool) and isinstance(used, int | float):
+        kind = "int_type" if isinstance(used, int) else "float_type"
+        fault = {"type": kind, "input": given}
+        return [f"{dotted(path, words)}: {value_fault(path, [fault], words)}"]
+    pairs: list[tuple[Any, Any, Any]] = []
+    if isinstance(given, Mapping) and isinstance(used, Mapping):
+        pairs = [(key, one, used[key]) for key, one in given.items() if key in used]
+    elif isinstance(given, list | tuple) and isinstance(used, list):
+        pairs = [(place, one, used[place]) for place, one in enumerate(given)]
+    below = (numbers_from_words(a, b, words, (*path, str(key))) for key, a, b in pairs)
+    return [fault for faults in below for fault in faults]
 
 
-def _unknown(key: str, value: Any, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield (key, what to say) of an unknown key; of a removed section one pair for each key."""
+def _unknown(path: KeyPath, value: Any, schema: type[BaseModel]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield (path, what to say) of an unknown key; of a removed section one pair for each key."""
+    key = ".".join(path)
     if key == "search" and isinstance(value, Mapping):
         for name in map(str, value):
             near = _nearest(f"train.search.{name}", schema)
             advice = OLD_KEYS.get(f"search.{name}")
-            yield f"search.{name}", f"removed; {advice}" if advice else f"unknown key{near}"
+            yield ("search", name), f"removed; {advice}" if advice else f"unknown key{near}"
     elif key == "search":
-        yield key, "removed; write train.search"
+        yield path, "removed; write train.search"
     elif key in OLD_KEYS:
-        yield key, f"removed; {OLD_KEYS[key]}"
+        yield path, f"removed; {OLD_KEYS[key]}"
     else:
-        yield key, f"unknown key{_nearest(key, schema)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _lowered(message: str) -> str:
-    return message[:1].lower() + message[1:]
-
-
-def _dotted(loc: Sequence[Any]) -> str:
-    """Return the key as written in YAML, without the parts pydantic adds for union members."""
-    added = [part for part in loc if str(part).startswith(("<", "[", "literal[", "tuple["))]
-    return ".".join(str(p) for p in loc if p not in added and p != "constrained-int")
+        yield path, f"unknown key{_nearest(key, schema)}"
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:
@@ -129,7 +144,7 @@ def _all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     fields: dict[str, Any] = {}
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         fields = {name: field.annotation for name, field in kind.model_fields.items()}
-    elif dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
         fields = {field.name: None for field in dataclasses.fields(kind)}
     elif get_origin(kind) is dict:
         fields = dict.fromkeys(get_args(get_args(kind)[0]))

@@ -2,6 +2,8 @@
 
 import re
 
+from grasp_lora.base.words import shown
+
 _CODE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]{2,8})*", re.IGNORECASE)
 
 # Other spellings of the languages that have a prompt or a metric rule here: three-letter codes
@@ -53,6 +55,6 @@ def language_code(text: str) -> str:
     known = _BY_NAME.get(first.lower())
     if known is None and not _CODE.fullmatch(text.strip()):
         raise ValueError(
-            f"{text!r} is no language code; give two or three letters, such as ar, zh or sw"
+            f"{shown(text)} is no language code; give two or three letters, such as ar, zh or sw"
         )
     return "-".join([known or first.lower(), *rest])

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.data_sections import (
     PRESET_TASKS,
     DataSettings,
@@ -23,7 +24,7 @@ from grasp_lora.config.data_sections import (
     HubData,
     LanguageData,
 )
-from grasp_lora.config.faults import ConfigError, describe
+from grasp_lora.config.faults import ConfigError, describe, numbers_from_words
 from grasp_lora.config.sections import (
     TRAINING_DEFAULTS,
     AdapterFolders,
@@ -38,6 +39,7 @@ from grasp_lora.config.sections import (
     TrainingName,
     TrainSettings,
 )
+from grasp_lora.config.yaml_text import Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
@@ -150,7 +152,7 @@ class RunConfig(Section):
             if section is not None and task not in (None, self.data.task):
                 found.append(
                     f"data.{role}.files: the preset {section.files} is for the task {task}, but "
-                    f"data.task is {self.data.task}; set data.task: {task}"
+                    f"data.task is {shown(self.data.task)}; set data.task: {task}"
                 )
         found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
         if self.data.source is not None:
@@ -166,7 +168,8 @@ class RunConfig(Section):
             for part, path in data.paths().items() if data else ():
                 named[f"data.{role}.files{'.' if part else ''}{part}"] = path
         return [
-            f"{key}: '{path}' does not exist; correct the path (relative to the current folder)"
+            f"{key}: {shown_path(path)} does not exist; correct the path (relative to the current "
+            "folder)"
             for key, path in named.items()
             if not path.exists()
         ]
@@ -207,14 +210,18 @@ def load_config(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at '{path}'; give the path of a YAML file")
+        raise FileNotFoundError(
+            f"no configuration file at {shown_path(path)}; give the path of a YAML file"
+        )
     try:
-        data = _parsed(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not YAML: {' '.join(str(error).split())}"], str(path)) from None
+        data, words = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not YAML: {yaml_fault(error)}"], str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not UTF-8 ({error}); save the file as UTF-8"], str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(["the file must hold `key: value` lines at its top level"], str(path))
-    return make_config(data, overrides, str(path), training)
+    return make_config(data, overrides, str(path), training, words)
 
 
 def make_config(
@@ -222,6 +229,7 @@ def make_config(
     overrides: Sequence[str] = (),
     where: str = "configuration",
     training: bool = True,
+    words: Words | None = None,
 ) -> RunConfig:
     """Return the configuration that nested dictionaries describe, checked.
 
@@ -230,54 +238,29 @@ def make_config(
         overrides: `dotted.key=value`, applied in order.
         where: name of the configuration in messages.
         training: False leaves out the checks that only training needs.
+        words: how values of `data` were written in YAML.
 
     Raises:
         ConfigError: With every fault found.
     """
-    faults = _apply_overrides(data, overrides)
+    words = words or Words()
+    faults = _apply_overrides(data, overrides, words)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(faults + describe(error, RunConfig), where) from None
+        raise ConfigError(faults + describe(error, RunConfig, data, words), where) from None
+    faults += numbers_from_words(data, config.to_dict(), words)
     faults += (config.faults() if training else []) + config.missing_files()
     if faults:
         raise ConfigError(faults, where)
     return config
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice; YAML itself would silently keep the last."""
-
-
-def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            line = key_node.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: {key!r} is given twice; remove one of them")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
-
-
-def _parsed(text: str) -> Any:
-    """Return the plain values of a YAML text, like `yaml.safe_load`; no key may occur twice."""
-    loader = _StrictLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
 @functools.cache
 def paper_settings() -> dict[str, Any]:
     """Return the published settings as `paper.yaml` has them."""
     text = resources.files("grasp_lora.config").joinpath("paper.yaml").read_text(encoding="utf-8")
-    return _parsed(text)
+    return read_yaml(text)[0]
 
 
 def _paper_beneath(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,20 +300,25 @@ def _layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Write `a.b=value` texts into `data`; return a fault for each text that cannot be read."""
+def _apply_overrides(data: dict[str, Any], overrides: Iterable[str], words: Words) -> list[str]:
+    """Write `a.b=value` texts into `data`, and how they were written into `words`.
+
+    Returns:
+        A fault for each text that cannot be read.
+    """
     faults: list[str] = []
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            faults.append(f"--set {text}: not of the form key=value, such as train.epochs=3")
+            faults.append(f"--set {shown(text)}: not of the form key=value, such as train.epochs=3")
             continue
         try:
-            parsed = _parsed(value)
-        except yaml.YAMLError:
-            faults.append(f"--set {text}: the value is not YAML; quote it")
+            parsed, written = read_yaml(value)
+        except yaml.YAMLError as error:
+            faults.append(f"--set {shown(text)}: the value is not YAML ({yaml_fault(error)})")
             continue
+        words.add_option(tuple(parts), written)
         if parts[0] == "model" and isinstance(data.get("model"), str):
             data["model"] = {"name": data["model"]}
         place = data

@@ -19,12 +19,26 @@ from pydantic import (
     model_validator,
 )
 
+from grasp_lora.base.words import check_path, shown
+
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-# No shell expands `~` in a YAML file. An unknown ~user stays as written, and the path is then
-# reported as missing.
-LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+
+def at_home(path: str) -> str:
+    """Return a path or a model's name with `~` replaced by the home folder.
+
+    No shell does that in a YAML file. An unknown ~user stays as written, and the path is then
+    reported as missing.
+
+    Raises:
+        ValueError: as in `check_path`.
+    """
+    check_path(path)
+    return os.path.expanduser(path)
+
+
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(at_home(str(path))))]
 
 
 class Section(BaseModel):
@@ -34,7 +48,7 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    name: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+    name: Annotated[str, AfterValidator(at_home)] = Field(
         min_length=1,
         description="backbone: smollm2, gemma3-270m, a model folder, a hub id owner/name, or a "
         "GGUF file (a path, or owner/name/file.gguf on the hub)",
@@ -105,7 +119,8 @@ class MergeSettings(Section):
         given = None if isinstance(self.weights, str) else self.weights
         if given is not None and len(given) != 2:
             raise ValueError(
-                f"weights {list(given)} has {len(given)} entries; give two: source and target"
+                f"weights {shown(list(given))} has {len(given)} entries; give two: source and "
+                "target"
             )
         if given is not None and not any(given):
             raise ValueError("weights are all 0, which merges nothing; make one of them non-zero")

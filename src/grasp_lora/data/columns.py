@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from grasp_lora.base.words import shortened, shown
 from grasp_lora.tasks.prompts import optional_fields, template_fields, template_for
 from grasp_lora.tasks.records import Task
 
@@ -22,8 +23,6 @@ UNANSWERABLE: Mapping[str, bool] = MappingProxyType(
 """Column -> its value in a row whose question has no answer, as in SQuAD v2."""
 PLAUSIBLE = "plausible_answers"
 """Column with answers that SQuAD v2 gives to questions without an answer only."""
-_SHOWN = 20
-"""Number of columns that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,8 @@ def match_columns(
     both = [name for name in inputs if found[name] == found[task.answer]]
     if both:
         raise ValueError(
-            f"{source}: the column {found[task.answer]!r} is both {both[0]} and {task.answer}; "
-            "the prompt would contain the answer; name another column in columns"
+            f"{source}: the column {shown(found[task.answer])} is both {both[0]} and "
+            f"{task.answer}; the prompt would contain the answer; name another column in columns"
         )
     fields = {name: found[name] for name in inputs}
     used = {*fields.values(), found[task.answer]}
@@ -159,17 +158,16 @@ def _check_given(
     unknown = [name for name in given if name not in valid]
     if unknown:
         raise ValueError(
-            f"columns does not know the name {unknown[0]!r}; it can map {', '.join(valid)}"
+            f"columns does not know the name {shown(unknown[0])}; it can map {', '.join(valid)}"
         )
     absent = [(name, column) for name, column in given.items() if column not in available]
     if absent:
         name, column = absent[0]
         raise ValueError(
-            f"{source}: there is no column {column!r} for {name}; its columns are "
+            f"{source}: there is no column {shown(column)} for {name}; its columns are "
             f"{_listed(available)}; name one of them in columns"
         )
 
 
 def _listed(columns: Sequence[str]) -> str:
-    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-    return ", ".join(repr(name) for name in columns[:_SHOWN]) + more
+    return shortened(", ".join(repr(name) for name in columns), f"{len(columns)} columns")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.texts import contains
+from grasp_lora.base.words import shown
 from grasp_lora.data.columns import (
     PLAUSIBLE,
     UNANSWERABLE,
@@ -22,7 +23,6 @@ from grasp_lora.data.values import (
     answer_values,
     flag_value,
     id_value,
-    shown,
     text_fault,
     text_value,
 )

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from grasp_lora.base.words import shown
 from grasp_lora.data.contents import PACKED_SUFFIXES, bytes_of, data_suffix, text_of
-from grasp_lora.data.values import shown
 
 DELIMITED: Mapping[str, str] = MappingProxyType({".csv": ",", ".tsv": "\t"})
 """File name suffix -> separator of values."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from grasp_lora.base.words import shown
 from grasp_lora.data.fetch import EXPORT, commit_of, load_published, source_errors
 from grasp_lora.data.files import LoadReport, load_examples
 from grasp_lora.data.presets import PUBLISHED_SETS, Preset, Source
@@ -195,7 +196,7 @@ def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> 
         if len(unlimited) > 1:
             raise ValueError(
                 f"{' and '.join(unlimited)} are each to be all of the published split "
-                f"{published!r}; "
+                f"{shown(published)}; "
                 "give rows for each, or slices that do not overlap, such as "
                 f"'{published}[:50]' and '{published}[50:100]'"
             )
@@ -213,15 +214,15 @@ def _rest(rows: Sequence[Example], split: Split, part: str, published: str) -> t
     rest = tuple(example for example in rows if example.group not in taken)
     if not rest:
         raise ValueError(
-            f"no row of the published split {published!r} is left for {part}; ask for fewer rows "
-            "in the other parts"
+            f"no row of the published split {shown(published)} is left for {part}; ask for fewer "
+            "rows in the other parts"
         )
     return rest
 
 
 def _entry(table: Mapping[str, Entry], key: str, what: str) -> Entry:
     if key not in table:
-        raise ValueError(f"unknown {what}: {key!r}; choose one of: {', '.join(table)}")
+        raise ValueError(f"unknown {what}: {shown(key)}; choose one of: {', '.join(table)}")
     return table[key]
 
 

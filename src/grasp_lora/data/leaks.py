@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import Any, Literal, NoReturn, cast
 
 from grasp_lora.base.texts import normal_form, without_vowel_marks
+from grasp_lora.base.words import shown
 from grasp_lora.data.splits import Parts
 from grasp_lora.tasks.records import Example, main_language
 
@@ -55,7 +56,9 @@ class Leak:
     """Jaccard similarity of the texts, in (0, 1]; 1 for all kinds except "near"."""
 
     def __str__(self) -> str:
-        rows = " and ".join(f"{name!r} of {split}" for split, name in (self.first, self.second))
+        rows = " and ".join(
+            f"{shown(name)} of {split}" for split, name in (self.first, self.second)
+        )
         near = f", similarity {self.similarity:.2f}" if self.kind == "near" else ""
         return f"{rows} ({KINDS[self.kind]}{near})"
 

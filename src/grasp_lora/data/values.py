@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from grasp_lora.base.words import shown
 from grasp_lora.data.printed import NotPrinted, Shortened, printed_value
 
 INVISIBLE = ("Cc", "Cf")
@@ -37,7 +38,7 @@ def text_value(value: Any, name: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {name} must be a text, got {shown(value)}; write a text in quotes"
+            f"{where}: {name} must be a text, got {_shown(value)}; write a text in quotes"
         )
     return unicodedata.normalize("NFC", value)
 
@@ -89,7 +90,7 @@ def id_value(value: Any, name: str, where: str) -> str:
         ValueError: the value is neither a text that is not blank nor a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{where}: {name} must be a text or a whole number, got {shown(value)}")
+        raise ValueError(f"{where}: {name} must be a text or a whole number, got {_shown(value)}")
     return str(value)
 
 
@@ -126,17 +127,14 @@ def flag_value(value: Any, name: str, where: str) -> bool | None:
     known = TRUTH.get(said)
     if known is None:
         raise ValueError(
-            f"{where}: {name} must be true or false, got {shown(value)}; correct it, or rename "
+            f"{where}: {name} must be true or false, got {_shown(value)}; correct it, or rename "
             "the column if it says something else"
         )
     return known
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message, with at most 60 characters of it, and its type if no text."""
-    text = repr(value)
-    short = text if len(text) <= 60 else text[:57] + "..."
-    return short if isinstance(value, str) else f"{short} ({type(value).__name__})"
+def _shown(value: Any) -> str:
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _unpacked(text: str, name: str, where: str) -> Any:

@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 
 from grasp_lora.base.texts import UNSEGMENTED, normal_form, without_vowel_marks
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 from grasp_lora.metrics.segment import base_language, tokens
 
@@ -102,10 +103,10 @@ def answer_rules(language: str, rules: str | None = None) -> str:
 def _fault(rules: str, language: str) -> str | None:
     """Return why answers of a language cannot be compared by some rules, or None if they can."""
     if rules not in RULES:
-        return f"unknown rules {rules!r}; choose one of: {', '.join(RULES)}"
+        return f"unknown rules {shown(rules)}; choose one of: {', '.join(RULES)}"
     if rules in OF_MLQA and language not in MLQA_ARTICLES:
         return (
-            f"the rules {rules!r} do not cover the language {language!r}, only "
+            f"the rules {shown(rules)} do not cover the language {shown(language)}, only "
             f"{', '.join(MLQA_ARTICLES)}; use the rules 'squad' or 'unicode'"
         )
     return None
@@ -177,7 +178,7 @@ def _check_references(references: Sequence[str]) -> None:
     # A single text is a sequence of letters, and each letter would count as a reference.
     if isinstance(references, str) or not references:
         raise ValueError(
-            f"references must be a list of at least one text, got {references!r}; give a list"
+            f"references must be a list of at least one text, got {shown(references)}; give a list"
         )
 
 

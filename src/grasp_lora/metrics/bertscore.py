@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 from grasp_lora.metrics.segment import base_language
 
@@ -164,7 +165,7 @@ def _missing(options: Options) -> str | None:
     name = _model_name(options)
     if name.startswith("scibert"):
         return (
-            f"bert-score would download {name!r} with a shell command; "
+            f"bert-score would download {shown(name)} with a shell command; "
             "set bertscore_model to 'allenai/scibert_scivocab_uncased'"
         )
     # transformers passes on the errors of httpx, such as the refusal of a proxy.
@@ -174,7 +175,7 @@ def _missing(options: Options) -> str | None:
     except faults as fault:
         reason = str(fault).strip().partition("\n")[0].rstrip(".")
         return (
-            f"the encoder {name!r} cannot be read ({reason}); set bertscore_model to a folder "
+            f"the encoder {shown(name)} cannot be read ({reason}); set bertscore_model to a folder "
             "with an encoder, or to a model name that is in the cache or can be downloaded"
         )
     return _type_fault(name, config) or _layer_fault(name, config, options)
@@ -203,7 +204,7 @@ def _type_fault(name: str, config: "PreTrainedConfig") -> str | None:
     if "t5" not in name or config.model_type in _T5_TYPES:
         return None
     return (
-        f"bert-score takes every name with 't5' for a T5 encoder, but {name!r} is a "
+        f"bert-score takes every name with 't5' for a T5 encoder, but {shown(name)} is a "
         f"{config.model_type} model; move its folder to a path without 't5'"
     )
 
@@ -213,19 +214,22 @@ def _layer_fault(name: str, config: "PreTrainedConfig", options: Options) -> str
     if layer is None:
         return _unknown_layer(name, deepest)
     if options.bertscore_layer is not None and not 1 <= layer <= (deepest or layer):
-        return f"bertscore_layer is {layer}, but {name!r} has the layers 1 to {deepest}; set one"
+        return (
+            f"bertscore_layer is {layer}, but {shown(name)} has the layers 1 to {deepest}; set one"
+        )
     if options.bertscore_rescale and not _baseline(name, options).is_file():
         return (
-            f"bert-score has no baseline for {name!r} in {base_language(options.language)!r}, so "
-            "it cannot rescale; set bertscore_rescale to false"
+            f"bert-score has no baseline for {shown(name)} in "
+            f"{shown(base_language(options.language))}, so it cannot rescale; set "
+            "bertscore_rescale to false"
         )
     return None
 
 
 def _unknown_layer(name: str, deepest: int | None = None) -> str:
     return (
-        f"bert-score has no recommended layer for {name!r}; take an encoder that it lists, in a "
-        "folder of the same name, or with grasp-lora score set bertscore_layer "
+        f"bert-score has no recommended layer for {shown(name)}; take an encoder that it lists, in "
+        "a folder of the same name, or with grasp-lora score set bertscore_layer "
         f"(1 to {deepest or 'N'})"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 
 # exp of a larger exponent overflows a float; a diverged model still gets a finite perplexity.
@@ -33,13 +34,13 @@ def _measure(rows: Sequence[Row], options: Options) -> dict[str, Measured]:
 def _checked_loss(row: Row) -> float:
     if row.loss is None:
         raise ValueError(
-            f"row {row.id!r} has no loss, but loss and perplexity are computed from it; "
+            f"row {shown(row.id)} has no loss, but loss and perplexity are computed from it; "
             "evaluate with the model's losses, or leave out these two metrics"
         )
     if not math.isfinite(row.loss) or row.loss < 0:
         raise ValueError(
-            f"row {row.id!r} has the loss {row.loss}, but it must be a finite number of at least "
-            "0; look for NaN or infinity in the model's weights, or compute in float32"
+            f"row {shown(row.id)} has the loss {row.loss}, but it must be a finite number of at "
+            "least 0; look for NaN or infinity in the model's weights, or compute in float32"
         )
     return row.loss
 
@@ -47,7 +48,7 @@ def _checked_loss(row: Row) -> float:
 def _checked_tokens(row: Row) -> int:
     if row.tokens is None or row.tokens < 1:
         raise ValueError(
-            f"row {row.id!r} has a loss over {row.tokens} tokens, but it must be at least 1; "
+            f"row {shown(row.id)} has a loss over {row.tokens} tokens, but it must be at least 1; "
             "give the number of answer tokens that the loss is a mean over"
         )
     return row.tokens

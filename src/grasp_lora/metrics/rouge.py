@@ -15,6 +15,7 @@ from typing import Any
 
 import regex
 
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.records import Family, Measured, Options, Row, mean_measured
 from grasp_lora.metrics.segment import TOKEN_RULE, base_language, sentences, tokens
 
@@ -179,7 +180,7 @@ def _lines(text: str) -> str:
 
 def _missing(options: Options) -> str | None:
     if options.rouge not in MODES:
-        return f"rouge is {options.rouge!r}; choose one of: {', '.join(MODES)}"
+        return f"rouge is {shown(options.rouge)}; choose one of: {', '.join(MODES)}"
     language, packages = base_language(options.language), ["rouge_score"]
     if options.rouge == "xlsum":
         if language in _UNSUPPORTED:
@@ -189,8 +190,8 @@ def _missing(options: Options) -> str | None:
         if find_spec(package) is None:
             name = package.replace("_", "-")
             return (
-                f"the package {name} is not installed, but the mode {options.rouge!r} needs it "
-                f"for {language!r}; pip install {name}"
+                f"the package {name} is not installed, but the mode {shown(options.rouge)} needs "
+                f"it for {shown(language)}; pip install {name}"
             )
     return None
 

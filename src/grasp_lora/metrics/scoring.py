@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.records import Measured, Options, Row
 from grasp_lora.metrics.table import FAMILIES, METRICS
 
@@ -191,7 +192,7 @@ def _known(names: Iterable[str]) -> list[str]:
         if name not in METRICS:
             close = get_close_matches(name, METRICS, n=3)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ValueError(f"unknown metric {name!r}; {hint}known: {', '.join(METRICS)}")
+            raise ValueError(f"unknown metric {shown(name)}; {hint}known: {', '.join(METRICS)}")
     return listed
 
 
@@ -202,14 +203,14 @@ def _checked_rows(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if isinstance(row.references, str) or not row.references:
             raise ValueError(
-                f"row {row.id!r} has the references {row.references!r}; "
+                f"row {shown(row.id)} has the references {shown(row.references)}; "
                 "give a tuple of at least one text"
             )
     normal = [row.normal() for row in rows]
     seen = set()
     for row in normal:
         if row.id in seen:
-            raise ValueError(f"two rows have the id {row.id!r}; give each row a different id")
+            raise ValueError(f"two rows have the id {shown(row.id)}; give each row a different id")
         seen.add(row.id)
     return normal
 
@@ -223,13 +224,13 @@ def _aligned(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row]:
     if only:
         system, first = only[0]
         raise ValueError(
-            f"row {first!r} is only in system {system} ({len(only)} rows are in one system only); "
-            "compare two systems on the same rows"
+            f"row {shown(first)} is only in system {system} ({len(only)} rows are in one system "
+            "only); compare two systems on the same rows"
         )
     for row in rows_a:
         if row.references != by_id[row.id].references:
             raise ValueError(
-                f"row {row.id!r} has different references in systems A and B; "
+                f"row {shown(row.id)} has different references in systems A and B; "
                 "score both systems against the same references"
             )
     return [by_id[row.id] for row in rows_a]

@@ -15,11 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
 
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.cache import (
     SHORT_NAMES,
@@ -47,6 +49,7 @@ from grasp_lora.models.modules import (
     vocabulary_size,
 )
 from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.vocabulary import check_tokens
 
 __all__ = [
     "Backbone",
@@ -69,6 +72,9 @@ _QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig | None]] = 
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     ),
 }
+
+
+_ENDS = "what ends an answer of {}"
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,13 @@ class ModelSpec:
                 f"model name is empty; give a folder, a hub id or one of {_short_names()}"
             )
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(
+                f"dtype must be 'auto' or one of {list(DTYPES)}, got {shown(self.dtype)}"
+            )
         if self.quantization not in _QUANTIZATIONS:
             raise ValueError(
-                f"quantization must be one of {list(_QUANTIZATIONS)}, got {self.quantization!r}"
+                f"quantization must be one of {list(_QUANTIZATIONS)}, got "
+                f"{shown(self.quantization)}"
             )
 
 
@@ -144,6 +153,11 @@ class Backbone:
     stop_ids: tuple[int, ...]
     pad_id: int
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding; the tokenizer may have more tokens."""
+        return vocabulary_size(self.model)
+
 
 def _ignore(message: str) -> None:
     del message
@@ -158,8 +172,9 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
 
     Raises:
         FileNotFoundError: a folder or file that `spec` names is missing.
-        ValueError: the model cannot be found or read, its package is not installed, or the
-            hardware does not support a setting of `spec`.
+        ValueError: the model cannot be found or read, its package is not installed, the
+            hardware does not support a setting of `spec`, or a token that ends an answer has no
+            row in the embedding.
     """
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
@@ -182,6 +197,8 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     if spec.attn_implementation is None:
         use_short_attention(model)
     use_fused_norms(model)
+    stop_ids = _stop_ids(model.generation_config, tokenizer)
+    check_tokens(stop_ids, tokenizer, vocabulary_size(model), _ENDS.format(public_name))
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -189,20 +206,38 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
         fingerprint=base_fingerprint(model),
         dtype=dtype,
         device=device,
-        stop_ids=_stop_ids(model, tokenizer),
+        stop_ids=stop_ids,
         pad_id=pad_id,
     )
 
 
-def load_tokenizer(spec: ModelSpec, notice: Notice = _ignore) -> tuple[Any, str]:
-    """Return (tokenizer, public name) of a base model without loading its weights.
+def load_tokenizer(
+    spec: ModelSpec, notice: Notice = _ignore
+) -> tuple[PreTrainedTokenizerBase, str, int | None]:
+    """Return (tokenizer, public name, size of the vocabulary) of a base model, without weights.
+
+    The size is that of the model's configuration; None if it names none.
 
     Raises:
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
     location, public_name = _locate(spec, notice)
-    return _call_hub(AutoTokenizer.from_pretrained, spec, location), public_name
+    tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
+    config = _call_hub(AutoConfig.from_pretrained, spec, location)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None:
+        stop_ids = _stop_ids(_generation_config(spec, location, config), tokenizer)
+        check_tokens(stop_ids, tokenizer, vocabulary, _ENDS.format(public_name))
+    return tokenizer, public_name, vocabulary
+
+
+def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
+    """Return what transformers gives the loaded model as its `generation_config`."""
+    try:
+        return GenerationConfig.from_pretrained(location, revision=spec.revision or "main")
+    except OSError:  # a model need not have the file
+        return GenerationConfig.from_model_config(config)
 
 
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
@@ -210,12 +245,12 @@ def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(
-            f"quantization={spec.quantization!r} needs a CUDA device, but this run uses {device}; "
-            "set quantization='none'"
+            f"quantization={shown(spec.quantization)} needs a CUDA device, but this run uses "
+            f"{device}; set quantization='none'"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantization={spec.quantization!r} needs bitsandbytes; run: pip install "
+            f"quantization={shown(spec.quantization)} needs bitsandbytes; run: pip install "
             "'grasp-lora[quantization]'"
         )
 
@@ -260,8 +295,8 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder} has no config.json, so it is not a transformers model; give a folder "
-                "that save_pretrained wrote"
+                f"{shown_path(folder)} has no config.json, so it is not a transformers model; give "
+                "a folder that save_pretrained wrote"
             )
         return str(folder), spec.name
     return spec.name, spec.name
@@ -278,18 +313,18 @@ def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settin
             )
     except SafetensorError as error:
         raise ValueError(
-            f"a weights file of {spec.name!r} is damaged or cut short ({error}); copy or download "
-            "it again"
+            f"a weights file of {shown(spec.name)} is damaged or cut short ({error}); copy or "
+            "download it again"
         ) from error
     except ImportError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded with the packages installed here "
+            f"the model {shown(spec.name)} cannot be loaded with the packages installed here "
             f"({_first_line(error)}); install the missing package with pip, or use the model in "
             "another format"
         ) from error
     except OSError as error:
         raise ValueError(
-            f"the model {spec.name!r} cannot be loaded: {_load_problem(spec, location, error)}"
+            f"the model {shown(spec.name)} cannot be loaded: {_load_problem(spec, location, error)}"
         ) from error
 
 
@@ -355,9 +390,9 @@ def _ensure_padding(
         )
     if tokenizer.pad_token_id is not None:
         notice(
-            f"the padding token of {name} ({tokenizer.pad_token!r}, id "
+            f"the padding token of {name} ({shown(tokenizer.pad_token)}, id "
             f"{tokenizer.pad_token_id}) is beyond the model's vocabulary of {vocabulary} tokens; "
-            f"the end token ({tokenizer.eos_token!r}) is used for padding"
+            f"the end token ({shown(tokenizer.eos_token)}) is used for padding"
         )
     tokenizer.pad_token = tokenizer.eos_token
     return end
@@ -367,8 +402,9 @@ def _id_within(vocabulary: int, token: Any) -> int | None:
     return int(token) if token is not None and int(token) < vocabulary else None
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    generation = model.generation_config
+def _stop_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     named = [tokenizer.eos_token_id, generation.eos_token_id if generation is not None else None]
     ids: set[int] = set()
     for entry in named:

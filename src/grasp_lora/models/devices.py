@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from grasp_lora.base.words import shown
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,9 +29,11 @@ def choose_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise ValueError(f"device {wanted!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
+        raise ValueError(
+            f"device {shown(wanted)} is unknown; use 'auto', 'cpu' or 'cuda'"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {wanted!r} is not available here; use 'auto' or 'cpu'")
+        raise ValueError(f"device {shown(wanted)} is not available here; use 'auto' or 'cpu'")
     return device
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lora.base.words import shown
+
 # Values of a weight that `base_fingerprint` reads: at each end, and evenly spaced in between.
 _END_VALUES = 8
 _SPACED_VALUES = 64
@@ -164,8 +166,8 @@ def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
     near = similar_names(pattern, endings) or similar_names(pattern, list(modules))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
-        f"target_modules: {pattern!r} matches no linear module{hint} The names of this model's "
-        f"linear modules end in {', '.join(endings)}; 'all-linear' selects them all"
+        f"target_modules: {shown(pattern)} matches no linear module{hint} The names of this "
+        f"model's linear modules end in {', '.join(endings)}; 'all-linear' selects them all"
     )
 
 

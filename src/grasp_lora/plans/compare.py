@@ -15,6 +15,7 @@ from grasp_lora.base.files import (
     write_json,
     write_text,
 )
+from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.core.evidence.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
@@ -124,7 +125,7 @@ def checked_data(
     """
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise ValueError(f"no {kind} {unknown[0]!r}; choose from {', '.join(known)}")
+        raise ValueError(f"no {kind} {shown(unknown[0])}; choose from {', '.join(known)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
     faults = config.faults() + config.missing_files() + missing_metrics(config)

@@ -16,7 +16,7 @@ from grasp_lora.base.files import peak_memory_bytes, write_text
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import Found, alone, begin, look, publish, refusal, tidy
-from grasp_lora.stages.keys import Key, input_content, key_of
+from grasp_lora.stages.keys import Key, input_content, key_of, splits_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
 from grasp_lora.stages.table import KINDS
@@ -200,6 +200,9 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
         spot = session.clock.stage(stage.name)
     try:
         with spot:
+            # Examples that cannot be encoded are refused before the folder is begun.
+            for role, split in KINDS[stage.kind].examples(stage, splits_of(session.data)):
+                context.encoded(role, split)
             result, work = decided_by_main(lambda: begin(out, key, again))
             facts = _facts(Work(stage, context, folders, result, work))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grasp_lora.base.files import holds_something
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.plans.executor import (
     Options,
     Outcome,
@@ -154,20 +155,21 @@ def _checked(place: Path, pool: Pool) -> int | None:
     if pool.threads is not None and pool.threads < 1:
         raise ValueError(f"threads must be at least 1, got {pool.threads}")
     if pool.on not in LAUNCHERS:
-        raise ValueError(f"no launcher {pool.on!r}; choose from {', '.join(LAUNCHERS)}")
+        raise ValueError(f"no launcher {shown(pool.on)}; choose from {', '.join(LAUNCHERS)}")
     there = (place / PLAN_FILE).exists()
     if place.exists() and not there and (not place.is_dir() or holds_something(place)):
         raise ValueError(
-            f"'{place}' is not empty and holds no stages of this command (it has no {PLAN_FILE}); "
-            "choose another folder, or empty it yourself"
+            f"{shown_path(place)} is not empty and holds no stages of this command (it has no "
+            f"{PLAN_FILE}); choose another folder, or empty it yourself"
         )
     kept = read_plan_file(place)["threads"] if there else None
     if pool.jobs == 0:
         return kept
     if kept is not None and pool.threads not in (None, kept):
         raise ValueError(
-            f"'{place}' was begun with {kept} threads a process, and {pool.threads} would change "
-            "the last digits of what is left; leave --threads out, or choose another folder"
+            f"{shown_path(place)} was begun with {kept} threads a process, and {pool.threads} "
+            "would change the last digits of what is left; leave --threads out, or choose another "
+            "folder"
         )
     return kept or pool.threads or max(1, (os.cpu_count() or 1) // pool.jobs)
 

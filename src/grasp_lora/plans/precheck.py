@@ -11,6 +11,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.files import write_json
+from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import Gain, gain_of_best, standard_error
 from grasp_lora.workbench.context import Context, open_context
@@ -52,8 +53,8 @@ def precheck(
     source, target = config.adapters.source, config.adapters.target
     if source is None or target is None:
         raise ValueError(
-            f"a precheck compares two trained adapters, got adapters.source={source} and "
-            f"adapters.target={target}; set both (grasp-lora train makes one)"
+            f"a precheck compares two trained adapters, got adapters.source={shown(source)} and "
+            f"adapters.target={shown(target)}; set both (grasp-lora train makes one)"
         )
     if rows < 4:
         raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")

@@ -23,6 +23,7 @@ from grasp_lora.base.files import (
     write_json,
     write_jsonl,
 )
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
@@ -155,8 +156,8 @@ def _check_folder(current: _Run, overwrite: bool) -> bool:
         and all((current.out / name / "stage.json").exists() for name in current.whole.plan.stages)
     ):
         raise ValueError(
-            f"'{current.out}' holds a finished run of this configuration; read its report.md, or "
-            "pass --overwrite to run it again"
+            f"{shown_path(current.out)} holds a finished run of this configuration; read its "
+            "report.md, or pass --overwrite to run it again"
         )
     return again
 

@@ -84,13 +84,13 @@ def sizes_of(config: RunConfig, data: RunData) -> Sizes:
     The tokenizer is loaded, the weights are not.
 
     Raises:
-        ValueError, FileNotFoundError: as in `load_tokenizer`.
+        ValueError, FileNotFoundError: as in `load_tokenizer` and `encode_part`.
     """
-    tokenizer, _ = load_tokenizer(model_spec(config))
+    tokenizer, _, vocabulary = load_tokenizer(model_spec(config))
     lengths: dict[Split, list[int]] = {}
     for role, parts in data.parts.items():
         for split in parts:
-            encoded, _ = encode_part(config, data, tokenizer, role, split)
+            encoded, _ = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
             lengths[role, split] = [len(one.input_ids) for one in encoded]
     return sizes_from(lengths)
 

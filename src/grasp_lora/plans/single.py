@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.plans.executor import Options, work_off
 from grasp_lora.plans.plan import PlanBuilder
@@ -148,8 +149,8 @@ def prune_adapter(
         return _done(out, [stage], overwrite, context)
     if config.finetune.mode == "continue" and epochs_trained(start):
         raise ValueError(
-            f"finetune.rows: labelled trains from where the search began, and '{start}' is where it"
-            " ended: give the merged adapter as the start with finetune.mode: restart"
+            f"finetune.rows: labelled trains from where the search began, and {shown_path(start)} "
+            "is where it ended: give the merged adapter as the start with finetune.mode: restart"
         )
     judged = Stage(f"{out.name}-judged", "prune", config, inputs, options, title)
     whole = Stage(out.name, "prune", config, inputs | {"judged": judged.name}, options, title)

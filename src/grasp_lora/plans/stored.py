@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import jsonable, read_json, write_json
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import Plan
 from grasp_lora.stages.stage import Input, Stage
@@ -40,7 +41,7 @@ def read_stage(place: Path, name: str) -> Stage:
     for one in stored["stages"]:
         if one["name"] == name:
             return _from_json(one, place)
-    raise ValueError(f"the plan in '{place}' has no stage {name!r}")
+    raise ValueError(f"the plan in {shown_path(place)} has no stage {shown(name)}")
 
 
 def read_plan_file(place: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def read_plan_file(place: Path) -> dict[str, Any]:
     stored = read_json(place / PLAN_FILE)
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise ValueError(
-            f"'{place / PLAN_FILE}' was not written by grasp-lora; choose another folder"
+            f"{shown_path(place / PLAN_FILE)} was not written by grasp-lora; choose another folder"
         )
     return stored
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from grasp_lora.base.files import write_json
 from grasp_lora.base.texts import NORMAL_FORM
+from grasp_lora.base.words import shown
 from grasp_lora.metrics.answers import OF_MLQA
 from grasp_lora.metrics.intervals import check_resampling
 from grasp_lora.metrics.records import Options, Row
@@ -160,7 +161,7 @@ def _choose_metrics(
             raise ValueError(f"{name} cannot be computed: {reason}")
     if bare and not set(_LIKELIHOOD).isdisjoint(wanted):
         found = [name for name in _LIKELIHOOD if name in wanted]
-        lack = f"{len(bare)} rows lack a loss or its tokens, first {bare[0].id!r}"
+        lack = f"{len(bare)} rows lack a loss or its tokens, first {shown(bare[0].id)}"
         if names is not None:
             raise ValueError(
                 f"{' and '.join(found)} cannot be computed: {lack}; add both to every row, or "
@@ -184,8 +185,8 @@ def _tokenizer_mismatch(
     if row is None or not found:
         return {}
     reason = (
-        f"the two systems split the answer of row {row.id!r} into different numbers of tokens, and "
-        "losses of different tokenizers cannot be compared"
+        f"the two systems split the answer of row {shown(row.id)} into different numbers of "
+        "tokens, and losses of different tokenizers cannot be compared"
     )
     if names is not None:
         raise ValueError(f"{found[0]} cannot be compared: {reason}; leave out the metric")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.texts import normal_form
+from grasp_lora.base.words import shortened, shown
 from grasp_lora.metrics.records import Row
 
 _NEEDED = "id, prediction and references"
@@ -52,7 +53,7 @@ def read_predictions(path: Path) -> Predictions:
         first = places.setdefault((line.set, line.row.id), line.where)
         if first != line.where:
             raise ValueError(
-                f"{line.where}: the id {line.row.id!r} was used at {first}; "
+                f"{line.where}: the id {shown(line.row.id)} was used at {first}; "
                 "give each row a different id"
             )
         if lines and line.grouped != lines[0].grouped:
@@ -85,13 +86,15 @@ def matched_rows(a: Predictions, b: Predictions) -> tuple[list[Row], list[Row]]:
     for one, other in pairs:
         if one.references != other.references:
             raise ValueError(
-                f"the id {one.id!r} has the references {_short(one.references)} in {a.path}, but "
-                f"{_short(other.references)} in {b.path}; use the same references for both systems"
+                f"the id {shown(one.id)} has the references {_short(one.references)} in {a.path}, "
+                f"but {_short(other.references)} in {b.path}; use the same references for both "
+                "systems"
             )
         if a.grouped and b.grouped and one.group != other.group:
             raise ValueError(
-                f"the id {one.id!r} is of group {one.group!r} in {a.path}, but of {other.group!r} "
-                f"in {b.path}; give both files the same groups, or only one file groups"
+                f"the id {shown(one.id)} is of group {shown(one.group)} in {a.path}, but of "
+                f"{shown(other.group)} in {b.path}; give both files the same groups, or only one "
+                "file groups"
             )
     if a.grouped or not b.grouped:
         return [one for one, _ in pairs], [other for _, other in pairs]
@@ -235,7 +238,4 @@ def _tokens(value: Any, where: str) -> int | None:
 
 
 def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False)
-    # A lone surrogate cannot be printed.
-    shown = shown.encode("utf-8", "backslashreplace").decode()
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return shortened(json.dumps(value, ensure_ascii=False))

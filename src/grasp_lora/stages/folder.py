@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grasp_lora.base.files import holds_something, read_json, write_json
+from grasp_lora.base.words import shown_path
 from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 from grasp_lora.stages.keys import Key, differences, hash_of
 
@@ -52,8 +53,8 @@ def look(out: Path, key: Key) -> Found:
     finished, begun = out / STAGE_FILE, work_folder(out) / STAGE_FILE
     if out.is_file() or (out.exists() and not finished.exists() and holds_something(out)):
         raise ValueError(
-            f"'{out}' is not empty and no result of grasp-lora (it has no {STAGE_FILE}); choose "
-            "another folder, or empty it yourself"
+            f"{shown_path(out)} is not empty and no result of grasp-lora (it has no {STAGE_FILE}); "
+            "choose another folder, or empty it yourself"
         )
     if finished.exists():
         why = differences(read_json(finished)["key"], key)
@@ -72,8 +73,8 @@ def refusal(out: Path, found: Found) -> str:
     """Return the error message for a result that was made from other inputs."""
     state = "a finished" if (out / STAGE_FILE).exists() else "an interrupted"
     return (
-        f"'{out}' holds {state} result made with other inputs: {'; '.join(found.why)}. Choose "
-        "another folder, or pass --overwrite to replace it"
+        f"{shown_path(out)} holds {state} result made with other inputs: {'; '.join(found.why)}. "
+        "Choose another folder, or pass --overwrite to replace it"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import jsonable, read_json
+from grasp_lora.base.words import shortened
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.stages.stage import Kind, Split, Stage
 from grasp_lora.workbench.merged_folder import adapter_in
@@ -216,4 +217,4 @@ def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else shortened(json.dumps(value, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from grasp_lora.base.words import shown
 from grasp_lora.tasks.prompts import QA_PROMPTS, SUMMARY_PROMPTS, TEXT_PROMPTS
 from grasp_lora.tasks.records import Example, Prompt, Task, first_line, normalize_text, text_key
 
@@ -71,5 +72,5 @@ def task_named(name: str) -> Task:
         ValueError: there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {shown(name)}; choose one of: {', '.join(TASKS)}")
     return TASKS[name]

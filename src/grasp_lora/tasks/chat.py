@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from grasp_lora.base.words import shown
 from grasp_lora.tasks.records import Prompt
 
 # The date given to chat templates: the default of Llama's templates.
@@ -136,8 +137,8 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_pro
 def _halves(text: str, mark: str) -> tuple[str, str]:
     if text.count(mark) != 1:
         raise ValueError(
-            f"the chat template contains a text {text.count(mark)} times or changes it: {text!r}; "
-            "it must contain the text once and unchanged; set data.chat to false"
+            f"the chat template contains a text {text.count(mark)} times or changes it: "
+            f"{shown(text)}; it must contain the text once and unchanged; set data.chat to false"
         )
     before, _, after = text.partition(mark)
     return before, after

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.base.texts import UNSEGMENTED, contains
+from grasp_lora.base.words import shown
 from grasp_lora.tasks.chat import Frame, chat_frame, plain_frame
 from grasp_lora.tasks.fitting import continuation_ids, fit_prompt, prompt_ids, token_ids
 from grasp_lora.tasks.prompts import render
@@ -132,13 +133,13 @@ def encode(
     if fit is None:
         least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
         raise TooLong(
-            f"row {example_id!r} does not fit: the prompt without its body takes {least} tokens "
-            f"and {kept_free} are kept for the answer, but max_length is {max_length}; raise it to "
-            f"at least {least + kept_free}",
+            f"row {shown(example_id)} does not fit: the prompt without its body takes {least} "
+            f"tokens and {kept_free} are kept for the answer, but max_length is {max_length}; "
+            f"raise it to at least {least + kept_free}",
             least + kept_free,
         )
     if not fit.ids:
-        raise ValueError(f"row {example_id!r}: the prompt is empty")
+        raise ValueError(f"row {shown(example_id)}: the prompt is empty")
     ids = (*fit.ids, *answer)
     return EncodedExample(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
 
@@ -268,7 +269,7 @@ class Collator:
         """
         unlabelled = [example.id for example in examples if example.label_tokens == 0]
         if unlabelled:
-            raise ValueError(f"row {unlabelled[0]!r} has no answer, so it has no loss")
+            raise ValueError(f"row {shown(unlabelled[0])} has no answer, so it has no loss")
         batch = self._padded([example.input_ids for example in examples])
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from grasp_lora.base.words import shown
 from grasp_lora.tasks.records import Example, Prompt, Task, in_language
 
 FALLBACK = "en"
@@ -89,7 +90,7 @@ def template_for(task: Task, language: str) -> tuple[str, str | None]:
     if len(task.prompts) == 1:
         return task.prompts[FALLBACK], None
     notice = (
-        f"no built-in prompt for language {language!r} (there is one for "
+        f"no built-in prompt for language {shown(language)} (there is one for "
         f"{', '.join(task.prompts)}); the English prompt is used, set data.*.prompt or --prompt "
         "to give your own"
     )
@@ -107,7 +108,7 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
     names = task.fields or tuple(dict.fromkeys(_NAME.findall(template)))
     if not names:
         raise ValueError(
-            f"the prompt template names no column, got {_short(template)}; write the name of each "
+            f"the prompt template names no column, got {shown(template)}; write the name of each "
             "column it needs in braces, such as {prompt}"
         )
     for name in names:
@@ -115,14 +116,10 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
         if count != 1:
             every = " and ".join(f"{{{name}}}" for name in names)
             raise ValueError(
-                f"the prompt template holds {{{name}}} {count} times, got {_short(template)}; "
-                f"write {every} exactly once{' each' if len(names) > 1 else ''}"
+                f"the prompt template holds {{{name}}} {count} times, got {shown(template)}; write "
+                f"{every} exactly once{' each' if len(names) > 1 else ''}"
             )
     return names
-
-
-def _short(template: str) -> str:
-    return repr(template if len(template) <= 80 else template[:77] + "...")
 
 
 def check_template(task: Task, template: str) -> None:
@@ -210,7 +207,7 @@ def render(task: Task, example: Example, template: str | None = None) -> Prompt:
     absent = [name for name in names if name not in example.fields]
     if absent:
         raise ValueError(
-            f"row {example.id!r} has no {absent[0]!r}, which the prompt needs; it has "
+            f"row {shown(example.id)} has no {shown(absent[0])}, which the prompt needs; it has "
             f"{', '.join(example.fields) or 'no field'}"
         )
     empty = [name for name in optional_fields(task, chosen) if not example.fields[name].strip()]

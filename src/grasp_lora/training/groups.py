@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from grasp_lora.base.words import shown
 from grasp_lora.training.live import Block, BlockRatio, LiveAdapter
 
 SCOPES: Mapping[str, Callable[[Block], str]] = {
@@ -42,8 +43,8 @@ def ratio_by_group(scope: str, ratios: Mapping[str, float]) -> BlockRatio:
         group = SCOPES[scope](block)
         if group not in ratios:
             raise ValueError(
-                f"no ratio for {group!r} of scope {scope}, only for {', '.join(ratios)}; the ratios"
-                " were learned on another adapter, so search again"
+                f"no ratio for {shown(group)} of scope {scope}, only for {', '.join(ratios)}; the "
+                "ratios were learned on another adapter, so search again"
             )
         return ratios[group]
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from grasp_lora.base.clock import Clock
+from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
@@ -21,6 +22,7 @@ from grasp_lora.models.backbones import (
 )
 from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix
 from grasp_lora.models.memory import MemoryPlan
+from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.encoding import Collator, EncodedExample, EncodingReport, encode_examples
 from grasp_lora.tasks.prompts import template_for
@@ -96,7 +98,13 @@ class Context:
         if (role, split) not in self._encoded:
             with self.clock.span("load"):
                 rows, report = encode_part(
-                    self.config, self.data, self.backbone.tokenizer, role, split, self.longest
+                    self.config,
+                    self.data,
+                    self.backbone.tokenizer,
+                    role,
+                    split,
+                    self.longest,
+                    self.backbone.vocabulary,
                 )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
@@ -258,6 +266,7 @@ def encode_part(
     role: str,
     split: str,
     longest: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
     """Return the encoded examples of a split, as the run encodes them, and a report on it.
 
@@ -268,9 +277,11 @@ def encode_part(
         role: "source", "target" or "tests".
         split: the split, or the name of a further test set.
         longest: the most tokens of an example; None takes `max_length(config)`.
+        vocabulary: rows of the model's embedding; None if they are not known.
 
     Raises:
-        ValueError: more examples than `data.max_faulty` allows do not fit even without their body.
+        ValueError: as in `encode_examples`, more examples than `data.max_faulty` allows do not fit
+            even without their body, or as in `check_tokens` if `vocabulary` is given.
     """
     task, section = task_named(config.data.task), section_of(config, role, split)
     length = longest or max_length(config)
@@ -291,6 +302,11 @@ def encode_part(
             f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty); raise data.max_length "
             "as far as the model reads, or shorten the prompt"
         )
+    if vocabulary is not None:
+        for row in rows:
+            check_tokens(
+                row.input_ids, tokenizer, vocabulary, f"row {shown(row.id)} of {role}/{split}"
+            )
     return rows, report
 
 
@@ -303,8 +319,8 @@ def left_out_line(report: EncodingReport, length: int) -> str:
     """Return a line on how many examples do not fit, even without the part that may be cut."""
     lost = len(report.left_out)
     return (
-        f"{lost} of {lost + report.rows} rows left out, such as {report.left_out[0]!r}: they do "
-        f"not fit {length} tokens even without what may be cut; the longest takes "
+        f"{lost} of {lost + report.rows} rows left out, such as {shown(report.left_out[0])}: they "
+        f"do not fit {length} tokens even without what may be cut; the longest takes "
         f"{report.needed}"
     )
 

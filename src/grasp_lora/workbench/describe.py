@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from grasp_lora.base.files import write_text
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
@@ -44,24 +45,26 @@ def describe_data(
         overwrite: replace `out` if it exists.
 
     Raises:
-        FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, or `out`
-            exists and `overwrite` is not set.
+        FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, a token of an
+            example has no row in the model's embedding, or `out` exists and `overwrite` is not set.
     """
     if out is not None and out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; name another file, or pass --overwrite to replace it")
+        raise ValueError(
+            f"{shown_path(out)} exists; name another file, or pass --overwrite to replace it"
+        )
     notes: list[str] = []
     tolerant = config.model_copy(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}
     )
     data = load_run_data(tolerant, notes.append, training=False)
     notes += prompt_notices(config, data)
-    tokenizer, name = load_tokenizer(model_spec(config), Reporter(quiet).say)
+    tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}
     lost: list[str] = []
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
-        encoded, report = encode_part(config, data, tokenizer, role, split)
+        encoded, report = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
         examples = fitting(data.parts[role][split], report.left_out)
         if report.left_out:
             lost.append(f"- {role} {split}: {left_out_line(report, max_length(config))}")

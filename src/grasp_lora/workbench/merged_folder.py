@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.adapters.folder import check_fits, read_adapter, write_adapter
 from grasp_lora.base.files import read_json, write_json
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
 from grasp_lora.models.backbones import Backbone
@@ -126,11 +127,13 @@ def read_ratio(file: Path, config: RunConfig) -> tuple[float, dict[str, float] |
     stored = read_json(file)
     ratio = stored.get("ratio") if isinstance(stored, dict) else None
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise ValueError(f"'{file}' holds no ratio in [0, 1]; give the ratio.json of a search")
+        raise ValueError(
+            f"{shown_path(file)} holds no ratio in [0, 1]; give the ratio.json of a search"
+        )
     spread = (stored.get("spread") or {}).get("ratios")
     if spread is not None and stored["scope"] != config.scope:
         raise ValueError(
-            f"'{file}' holds ratios of scope {stored['scope']}, but scope is {config.scope}; set "
-            f"scope: {stored['scope']}"
+            f"{shown_path(file)} holds ratios of scope {stored['scope']}, but scope is "
+            f"{config.scope}; set scope: {stored['scope']}"
         )
     return float(ratio), spread

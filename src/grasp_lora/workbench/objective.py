@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from grasp_lora.base.texts import normal_form
+from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
@@ -44,8 +45,8 @@ def objective_faults(config: RunConfig) -> list[str]:
         near = get_close_matches(name, able, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {[LOSS, *able]}"
         return [
-            f"controller.reward {name!r} is neither the loss nor a score of single rows; {hint} "
-            "(or module:function of your own)"
+            f"controller.reward {shown(name)} is neither the loss nor a score of single rows; "
+            f"{hint} (or module:function of your own)"
         ]
     options = metric_options(config, config.data.target.language)
     return [f"controller.reward {n}: {why}" for n, why in missing([name], options).items()]
@@ -149,12 +150,12 @@ def _function(name: str) -> UserReward:
         found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"controller.reward {name!r} cannot be loaded ({error}); name a function as "
+            f"controller.reward {shown(name)} cannot be loaded ({error}); name a function as "
             "module:function, importable from where the command runs"
         ) from None
     if not callable(found):
         raise ValueError(
-            f"controller.reward {name!r} is no function; name one that takes "
+            f"controller.reward {shown(name)} is no function; name one that takes "
             "the answers and their references"
         )
     return cast(UserReward, found)

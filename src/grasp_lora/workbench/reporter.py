@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from grasp_lora.base.words import printable
+
 WARM_UP = 3  # steps before the projected time is printed: the first ones are slower
 QUIET_FRACTION = 0.25  # without a terminal, a line is printed per quarter
 
@@ -46,7 +48,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """Print one line."""
-        self._console.print(message, markup=False)
+        self._console.print(printable(message), markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:

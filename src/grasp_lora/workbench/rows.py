@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.words import shown
 from grasp_lora.config.data_sections import ExampleSource, HubData, LanguageData, TestSet
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
@@ -151,12 +152,16 @@ def _check_given(config: RunConfig, given: Given) -> None:
     for role, rows in given.items():
         if role not in known:
             raise ValueError(
-                f"rows are given for {role!r}, which the configuration does not have; give rows "
-                f"for {', '.join(known)}"
+                f"rows are given for {shown(role)}, which the configuration does not have; give "
+                f"rows for {', '.join(known)}"
             )
         named = set(rows) if isinstance(rows, Mapping) else None
         if named is None or named - known[role]:
-            wrong = f"a {type(rows).__name__}" if named is None else f"{min(named - known[role])!r}"
+            wrong = (
+                f"a {type(rows).__name__}"
+                if named is None
+                else f"{shown(min(named - known[role]))}"
+            )
             raise ValueError(
                 f"the rows given for {role} must be a mapping from splits "
                 f"({', '.join(sorted(known[role])) or 'none are configured'}) to rows, got {wrong}"

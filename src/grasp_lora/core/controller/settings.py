@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
+from grasp_lora.base.words import shown
+
 Preset: TypeAlias = Literal["standard", "paper"]
 ProbeRows: TypeAlias = Literal["micro-dev", "micro-dev+dev"]
 WhenFlat: TypeAlias = Literal["minimum", "largest"]
@@ -113,7 +115,7 @@ class ControllerConfig:
     def __post_init__(self) -> None:
         if self.preset not in CONTROLLER_PRESETS:
             raise ValueError(
-                f"unknown controller preset {self.preset!r}; "
+                f"unknown controller preset {shown(self.preset)}; "
                 f"choose one of {sorted(CONTROLLER_PRESETS)}"
             )
         self._fill_from_preset()
@@ -137,7 +139,7 @@ class ControllerConfig:
             (
                 not 0.0 <= self.low < self.high < 1.0,
                 f"the range must satisfy 0 <= low < high < 1, got low={self.low}, "
-                f"high={self.high}: give ratios as fractions, 40 % as 0.4",
+                f"high={self.high}: give ratios as fractions, {_percent_as_fraction(self.high)}",
             ),
             (
                 (self.rounds is None) == (self.interval is None),
@@ -149,12 +151,17 @@ class ControllerConfig:
             *(_not_negative(self, name) for name in ("anchor", "entropy")),
             (
                 not 0.0 < self.max_step <= 1.0,
-                f"max_step must lie in (0, 1], got {self.max_step}: 0.1 moves the ratio by at "
-                "most 10 points per round",
+                f"max_step must lie in (0, 1], got {self.max_step}: give a fraction, "
+                f"{_percent_as_fraction(self.max_step)}",
             ),
             _one_of(self, "probe_rows", ("micro-dev", "micro-dev+dev")),
             _one_of(self, "when_flat", ("minimum", "largest")),
         )
+
+
+def _percent_as_fraction(value: float) -> str:
+    percent = value if 1 < value <= 100 else 40
+    return f"{percent:g} % as {percent / 100:g}"
 
 
 def _at_least_one(config: ControllerConfig, name: str) -> tuple[bool, str]:
@@ -176,4 +183,7 @@ def _not_negative(config: ControllerConfig, name: str) -> tuple[bool, str]:
 
 def _one_of(config: ControllerConfig, name: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
     value: str = getattr(config, name)
-    return value not in allowed, f"{name} must be one of {list(allowed)}, got {value!r}: choose one"
+    return (
+        value not in allowed,
+        f"{name} must be one of {list(allowed)}, got {shown(value)}: choose one",
+    )

@@ -1,0 +1,88 @@
+"""Values, paths and texts of the user as messages show them: on one line, escaped, not too long."""
+
+import re
+import unicodedata
+from collections.abc import Sized
+from datetime import date
+from pathlib import Path
+
+MOST = 80
+"""Characters of a value that a message shows, at most."""
+_LONGEST_NAME = 255
+"""Bytes of a file name on the usual file systems; a longer text was hardly meant as a path."""
+# Controls, formats (which turn the direction of text), halves of surrogate pairs, line separators.
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: as Python writes it, in at most `MOST` characters.
+
+    A text is quoted. Characters that a terminal obeys or cannot show are escaped. A longer value is
+    cut and followed by its length.
+    """
+    length = ""
+    if isinstance(value, Sized) and not isinstance(value, str):
+        length = "1 entry" if len(value) == 1 else f"{len(value)} entries"
+    elif isinstance(value, str):
+        length = f"{len(value)} characters"
+    return shortened(str(value) if isinstance(value, date) else repr(value), length)
+
+
+def shown_path(path: Path | str) -> str:
+    """Return a path as messages show it: in quotes and escaped, whole unless it cannot be one."""
+    text = str(path)
+    return shown(text) if len(text) > _LONGEST_NAME else repr(text)
+
+
+def shortened(text: str, length: str = "") -> str:
+    """Return a text on one line in at most `MOST` characters, escaped as in `printable`.
+
+    Args:
+        text: the text.
+        length: the length that follows a text that was cut, such as "300 entries"; "" counts its
+            characters.
+    """
+    line = printable(text).replace("\n", "\\n")
+    if len(line) <= MOST:
+        return line
+    end = f"… ({length or f'{len(text)} characters'})"
+    return line[: MOST - len(end)] + end
+
+
+def printable(text: str) -> str:
+    """Return a text with the characters escaped that a terminal obeys; line breaks stay."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) in _OBEYED and c != "\n" else c for c in text
+    )
+
+
+def check_path(path: Path | str) -> None:
+    """Check that a text can be a path: it is no longer than a path, without control characters.
+
+    Raises:
+        ValueError: it holds a control character, such as a line break, or is too long.
+    """
+    if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in Path(path).parts):
+        raise ValueError(
+            f"{shown_path(path)} is no path: a name in it has over {_LONGEST_NAME} bytes; give the "
+            "path of a file or folder"
+        )
+    if any(unicodedata.category(c) == "Cc" for c in str(path)):
+        raise ValueError(
+            f"{shown_path(path)} holds a control character (in double quotes YAML reads \\n and \\t"
+            " as such): write the path in single quotes, or with / in place of \\"
+        )
+
+
+def from_percent(value: object) -> float | None:
+    """Return the fraction that a percentage means: "20%" and 20 give 0.2; None for other values.
+
+    A number counts as a percentage above 1 and up to 100, since a fraction is never that large.
+    """
+    written = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if written is not None:
+        return float(written[1]) / 100
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value / 100 if 1 < value <= 100 else None
