@@ -323,3 +323,20 @@ def test_an_adapter_put_on_another_base_than_it_names_is_told(place):
     done = CliRunner().invoke(app, [*arguments, "--set=evaluate.max_new_tokens=2"])
     assert done.exit_code == 0, done.output
     assert "names someone/else as its base model" in " ".join(done.output.split())
+
+
+def test_the_bare_model_is_bare_where_an_adapter_lies_in_its_folder(place):
+    rows = (f"--data={place / 'one.jsonl'}", "--language=en")
+
+    def loss(scores: dict[str, Any]) -> float:
+        return scores["sets"]["test"]["scores"]["loss"]["value"]
+
+    bare, adapted = (loss(evaluated(place, name, *rows)) for name in ("base", "lora"))
+    tiny_adapter_folder(place / "base", tiny_model("llama"), r=4)
+    out = place / "again"
+    arguments = ["evaluate", "none", "--out", str(out), f"--model={place / 'base'}", *rows]
+    settings = ["model.dtype=float32", "data.max_length=640", "evaluate.max_new_tokens=3"]
+    done = CliRunner().invoke(app, [*arguments, *(f"--set={text}" for text in settings)])
+    assert done.exit_code == 0, done.output
+    assert loss(read_json(out / "scores.json")) == bare
+    assert adapted != pytest.approx(bare)

@@ -327,10 +327,15 @@ def _garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+# transformers puts an adapter that lies beside a model's own weights on it, unasked. It looks for
+# the adapter in this subfolder instead.
+_NO_ADAPTER = {"subfolder": "no-adapter"}
+
+
 def _load_model(
     spec: ModelSpec, location: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype, "adapter_kwargs": _NO_ADAPTER}
     if spec.attn_implementation is not None:
         settings["attn_implementation"] = spec.attn_implementation
     quantization = _QUANTIZATIONS[spec.quantization](dtype)
