@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.base.files import jsonable, read_json
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.stages.stage import Kind, Split, Stage
-from grasp_lora.workbench.merged_folder import adapter_in
 from grasp_lora.workbench.rows import RunData
 
 Key = dict[str, Any]
