@@ -22,6 +22,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import Tensor, nn
 
+from grasp_lora.adapters.chat import given_template, put_template
 from grasp_lora.adapters.folder import (
     ADAPTER_CONFIG_FILE,
     NOTES_FILE,
@@ -61,6 +62,8 @@ def open_model(
 ) -> Iterator[tuple[Backbone, nn.Module]]:
     """Yield (backbone, model with the adapter) for an adapter folder or a model without adapter.
 
+    The tokenizer has the chat template that the adapter was saved with, if there is one.
+
     Args:
         name: a folder that PEFT's `save_pretrained` wrote, of any adapter type, or a model as in
             `ModelSpec.name`.
@@ -85,7 +88,8 @@ def open_model(
     if spec is None:
         spec = ModelSpec(named_base_model(name))
     backbone = load_backbone(spec, notice)
-    for line in lines_about(name, spec.name, backbone):
+    template = put_template(backbone.tokenizer, given_template([Path(name)]))
+    for line in lines_about(name, spec.name, backbone) + template:
         notice(line)
     with model_with_adapter(backbone, name) as model:
         yield backbone, model

@@ -133,6 +133,7 @@ class Backbone:
         device: device of the model.
         stop_ids: ids of the tokens that end a generation, in ascending order.
         pad_id: id of the padding token. It may equal a stop token, so do not derive labels from it.
+        given_template: chat template that the tokenizer was given, in place of the base model's.
     """
 
     model: PreTrainedModel
@@ -143,6 +144,7 @@ class Backbone:
     device: torch.device
     stop_ids: tuple[int, ...]
     pad_id: int
+    given_template: str | None = None
 
 
 def _ignore(message: str) -> None:

@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from grasp_lora.adapters.chat import TEMPLATE_FILE
 from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, write_adapter
-from grasp_lora.base.files import read_json, write_json
+from grasp_lora.base.files import read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
 from grasp_lora.models.backbones import Backbone
@@ -55,6 +56,8 @@ def save_plain(
 ) -> None:
     """Write an ordinary PEFT adapter folder.
 
+    A chat template that the backbone was given is written too, so that the adapter is asked in it.
+
     Args:
         folder: the folder to write.
         plain: module name -> (A, B).
@@ -69,6 +72,8 @@ def save_plain(
         base_name=backbone.public_name,
         fingerprint=backbone.fingerprint,
     )
+    if backbone.given_template is not None:
+        write_text(folder / TEMPLATE_FILE, backbone.given_template)
 
 
 def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
