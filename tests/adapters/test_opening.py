@@ -517,6 +517,30 @@ def test_embeddings_saved_along_unchanged_load_like_none(
     assert_loads_like_peft(lambda: tiny_model("llama"), folder, backbone)
 
 
+def test_embeddings_of_another_size_are_refused_with_what_to_do(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.resize_token_embeddings(280, mean_resizing=False)
+    folder = tmp_path / "a"
+    saved(trained(model, CONFIGS["lora"]()), folder, save_embedding_layers=True)
+    message = (
+        r"'base_model\.model\..*weight' is saved along as \[280, 16\], but this model has "
+        r"\[272, 16\].*resize_token_embeddings.*save_embedding_layers=False"
+    )
+    with pytest.raises(ValueError, match=message), model_with_adapter(backbone, folder):
+        pass
+
+
+def test_an_adapter_of_an_unknown_type_is_refused_when_it_is_opened(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model("llama"))
+    name_base(folder, str(base_folder), peft_type="NOVEL")
+    with pytest.raises(ValueError, match="knows no peft_type 'NOVEL'"), open_model(folder):
+        pass
+
+
 def test_an_adapter_in_a_subfolder_is_opened_and_told(
     base_folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:

@@ -543,6 +543,12 @@ def test_the_fixtures_build_what_the_helpers_build(
     assert backbone.fingerprint == base_fingerprint(tiny_model("qwen3"))
 
 
+def test_an_adapter_is_no_model(tiny_adapter_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    with pytest.raises(FileNotFoundError, match="holds a PEFT adapter and no model; give the base"):
+        load_backbone(spec_of(folder))
+
+
 def test_a_backbone_is_bare_where_an_adapter_lies_in_its_folder(
     tiny_backbone_folder: Callable[..., Path], tiny_adapter_folder: Callable[..., Path]
 ) -> None:

@@ -5,7 +5,7 @@ the adapter. Problems that PEFT ignores are errors here: tensors that belong now
 tensors, NaN, and another base model.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,7 @@ def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Mo
     _check_values(tensors, folder)
     _check_base(backbone, folder, _base_of(read_config_file(folder)))
     overwritten = _overwritten_weights(backbone.model, tensors)
+    _check_sizes(overwritten, tensors, folder)
     with restored_on_exit(backbone.model, list(overwritten.values())):
         model = _build_peft_model(backbone.model, config, folder)
         _load_tensors(model, tensors, folder, overwritten.keys())
@@ -320,6 +321,19 @@ def _overwritten_weights(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
     weights = model.state_dict()
     names = {k: k.removeprefix("base_model.model.").replace(".base_layer.", ".") for k in tensors}
     return {key: weights[name] for key, name in names.items() if name in weights}
+
+
+def _check_sizes(
+    overwritten: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    for key, weight in overwritten.items():
+        if weight.shape != tensors[key].shape:
+            raise ValueError(
+                f"{folder}: {key!r} is saved along as {list(tensors[key].shape)}, but this model "
+                f"has {list(weight.shape)}; load the base model it was trained on, resized with "
+                "model.resize_token_embeddings, or save the adapter again with PEFT's "
+                "save_pretrained(..., save_embedding_layers=False) if the layer was not trained"
+            )
 
 
 def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:

@@ -99,8 +99,10 @@ def unknown_settings(config: Mapping[str, Any]) -> list[str]:
     They come from a newer PEFT, which writes all its settings whether they are used or not.
 
     Args:
-        config: content of `adapter_config.json`, of a type that PEFT knows.
+        config: content of `adapter_config.json`. If PEFT does not know its type, none are returned.
     """
+    if config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return []
     return sorted(config.keys() - _known(config) - {_OF_A_PROCESS})
 
 

@@ -261,9 +261,12 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
             raise FileNotFoundError(
-                f"{folder} has no config.json, so it is not a transformers model; give a folder "
-                "that save_pretrained wrote"
+                f"{folder} holds a PEFT adapter and no model; give the base model of that adapter"
+                if adapter
+                else f"{folder} has no config.json, so it is not a transformers model; give a "
+                "folder that save_pretrained wrote"
             )
         return str(folder), spec.name
     return spec.name, spec.name
