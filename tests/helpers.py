@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -266,6 +268,45 @@ def tiny_vision_model(seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny_mixture_model(seed: int = 0) -> PreTrainedModel:
+    """Return a random Mixtral of two layers and two experts, which are fused into one tensor."""
+    config = MixtralConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=BOS_ID,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def mixture_adapter_folder(folder: Path, rank: int = 2) -> Path:
+    """Write a LoRA adapter of `tiny_mixture_model` with the names of transformers 4."""
+    targets = {"w1": (16, 8), "w3": (16, 8), "w2": (8, 16)}
+    config = LoraConfig(r=rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(2):
+        for expert in range(2):
+            for name, (inputs, outputs) in targets.items():
+                place = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                    key = f"base_model.model.{place}.lora_{side}.weight"
+                    tensors[key] = torch.randn(shape, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @functools.cache

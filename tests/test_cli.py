@@ -207,6 +207,38 @@ def test_evaluate_takes_files_and_the_model_the_adapter_names(called, evaluated)
     assert given.data.tests["news"].files == evaluated / "two.jsonl"
 
 
+def test_evaluate_finds_an_adapter_in_a_subfolder(called, config, evaluated):
+    (evaluated / "named").mkdir()
+    (evaluated / "adapter").rename(evaluated / "named" / "arabic")
+    options = ("--config", config, "--out", str(evaluated / "out"))
+    done = invoke("evaluate", str(evaluated / "named"), *options)
+    assert done.exit_code == 0, done.output
+    assert called["args"][0] == evaluated / "named"
+    write_json(evaluated / "named/swahili/adapter_config.json", {})
+    done = invoke("evaluate", str(evaluated / "named"), *options)
+    assert done.exit_code == 2
+    assert "2 adapters in subfolders (arabic, swahili)" in done.output
+
+
+def test_evaluate_asks_for_the_model_where_the_adapter_names_a_path_that_is_not_here(
+    called, evaluated
+):
+    base = "/home/someone/models/x"
+    write_json(evaluated / "adapter/adapter_config.json", {"base_model_name_or_path": base})
+    (evaluated / "rows.jsonl").touch()
+    options = ["--data", str(evaluated / "rows.jsonl"), "--language", "ar"]
+    options += ["--out", str(evaluated / "out")]
+    done = invoke("evaluate", str(evaluated / "adapter"), *options)
+    assert done.exit_code == 2
+    assert (
+        f"names '{base}' as its base model, a path that is not on this machine; pass --model"
+        in (" ".join(done.output.split()))
+    )
+    assert not called
+    done = invoke("evaluate", str(evaluated / "adapter"), "--model", "smollm2", *options)
+    assert done.exit_code == 0, done.output
+
+
 def test_evaluate_finds_an_adapter_below_the_home_folder(called, evaluated, monkeypatch):
     monkeypatch.setenv("HOME", str(evaluated))
     (evaluated / "rows.jsonl").touch()

@@ -4,11 +4,13 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lora.adapters.folder import (
+    adapter_in,
     adapter_modules,
     attach_adapter,
     check_fits,
@@ -27,10 +30,13 @@ from grasp_lora.models.modules import base_fingerprint
 from helpers import (
     ARCHITECTURES,
     logits_of,
+    mixture_adapter_folder,
     random_ids,
     tiny_adapter_folder,
+    tiny_mixture_model,
     tiny_model,
     tiny_peft_model,
+    tiny_vision_model,
 )
 
 Deltas = Mapping[str, Tensor]
@@ -334,10 +340,10 @@ def test_adapters_made_by_peft_with_more_than_lora_are_refused(
     folder = tiny_adapter_folder(tmp_path / "a", tiny_model(), **settings)
     with pytest.raises(ValueError, match=message):
         read_adapter(folder)
-    # Also when the config denies it: the tensors tell.
-    if settings.keys() != {"bias"}:
+    # Also when the config denies it: the tensors tell. A whole output layer is compared later.
+    if settings.keys().isdisjoint({"bias", "modules_to_save"}):
         edit_config(folder, **dict.fromkeys(settings))
-        with pytest.raises(ValueError, match=r"tensor '.*(magnitude|bias|token_adapter|lm_head)"):
+        with pytest.raises(ValueError, match=r"tensor '.*(magnitude|bias|token_adapter)"):
             read_adapter(folder)
 
 
@@ -484,3 +490,165 @@ def test_a_recorded_base_is_recognised_in_any_precision_and_no_other_passes(
         check_fits(loaded, tiny_model(seed=1), "source")
     with pytest.raises(ValueError, match="vocabulary of 272 tokens, but this model has 280"):
         check_fits(loaded, tiny_model(vocab=280), "source")
+
+
+OLDER_NAMES = {"model.model.language_model.": "model.language_model.model."}
+
+
+def rename_tensors(folder: Path, names: Mapping[str, str]) -> Path:
+    """Give the tensors of an adapter the names of an earlier version."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            renamed = key
+            for new, old in names.items():
+                renamed = renamed.replace(new, old)
+            tensors[renamed] = tensors.pop(key)
+
+    before = set(load_file(folder / "adapter_model.safetensors"))
+    edit_tensors(folder, change)
+    assert before.isdisjoint(load_file(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def test_names_of_an_older_transformers_are_read_as_peft_reads_them(tmp_path: Path) -> None:
+    model = tiny_vision_model()
+    folder = tiny_adapter_folder(
+        tmp_path / "a",
+        model,
+        targets=r".*language_model.*(q_proj|v_proj)",
+        alpha_pattern={"language_model.layers.1.self_attn.q_proj": 3},
+    )
+    rename_tensors(folder, OLDER_NAMES)
+    loaded = read_adapter(folder, model)
+    check_fits(loaded, model, "source")
+    deltas = {name: delta(f.A, f.B, f.scaling) for name, f in loaded.adapter.items()}
+    with_peft = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    assert (logits_of(with_peft, random_ids()) - logits_of(model, random_ids())).abs().max() > 0.01
+    assert_same_logits(with_deltas(model, deltas), with_peft)
+
+
+def test_names_that_the_model_itself_changes_are_read_as_peft_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    folder = tiny_adapter_folder(tmp_path / "a", model)
+    rename_tensors(folder, {"model.model.layers": "model.trunk.blocks"})
+    rules = {r"^trunk\.blocks": "model.layers", "layers": "never"}
+    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", rules, raising=False)
+    loaded = read_adapter(folder, model)
+    deltas = {name: delta(f.A, f.B, f.scaling) for name, f in loaded.adapter.items()}
+    with_peft = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    assert (logits_of(with_peft, random_ids()) - logits_of(model, random_ids())).abs().max() > 0.01
+    assert_same_logits(with_deltas(model, deltas), with_peft)
+
+
+def test_lora_on_experts_of_an_older_transformers_is_refused(tmp_path: Path) -> None:
+    model, folder = tiny_mixture_model(), mixture_adapter_folder(tmp_path / "a")
+    with pytest.raises(ValueError, match="is LoRA on the experts of a mixture; only A and B of"):
+        read_adapter(folder, model)
+
+
+def test_an_adapter_with_a_name_of_its_own_is_found_where_it_is_the_only_one(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model()
+    trained = get_peft_model(copy.deepcopy(model), LoraConfig(r=2), adapter_name="arabic")
+    trained.save_pretrained(tmp_path / "one")
+    assert adapter_in(tmp_path / "one") == tmp_path / "one" / "arabic"
+    inside = read_adapter(tmp_path / "one" / "arabic").adapter
+    found = read_adapter(tmp_path / "one").adapter
+    assert found.keys() == inside.keys()
+    assert all(torch.equal(found[name].A, inside[name].A) for name in found)
+    trained.add_adapter("swahili", LoraConfig(r=2))
+    trained.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"2 adapters in subfolders \(arabic, swahili\); give one"):
+        read_adapter(tmp_path / "two")
+    trained.add_adapter("default", LoraConfig(r=3))
+    trained.save_pretrained(tmp_path / "three")
+    ranks = {f.rank for f in read_adapter(tmp_path / "three").adapter.values()}
+    assert ranks == {3}, "the folder's own adapter goes first, as with PEFT"
+
+
+def shard(folder: Path) -> Path:
+    """Divide the weights among several files, as the hub's library does."""
+    whole = folder / "adapter_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    save_torch_state_dict(
+        tensors, folder, filename_pattern="adapter_model{suffix}.safetensors", max_shard_size=700
+    )
+    assert len(list(folder.glob("adapter_model-*.safetensors"))) > 2
+    return folder
+
+
+def test_an_adapter_in_several_files_is_read_like_one_in_a_single_file(tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    whole = read_adapter(folder).adapter
+    parts = read_adapter(shard(folder)).adapter
+    assert parts.keys() == whole.keys()
+    for name, factors in whole.items():
+        assert torch.equal(parts[name].A, factors.A)
+        assert torch.equal(parts[name].B, factors.B)
+    last = sorted(folder.glob("adapter_model-*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {last.name}, which .*index.json names"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {"a": "../b"}}, {"weight_map": {"a": 1}}]
+)
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: dict) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((ValueError, FileNotFoundError), match="must name a file|lacks 1"):
+        read_adapter(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_embeddings_saved_along_are_accepted_if_they_are_the_models(
+    tmp_path: Path, arch: str
+) -> None:
+    model = tiny_model(arch)
+    adapter = tiny_peft_model(model)
+    adapter.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    loaded = read_adapter(tmp_path / "a", model)
+    assert len(loaded.embeddings) == 2
+    check_fits(loaded, model, "source")
+    check_fits(loaded, copy.deepcopy(model).to(torch.bfloat16), "source")
+    deltas = {name: delta(f.A, f.B, f.scaling) for name, f in loaded.adapter.items()}
+    with_peft = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
+    assert_same_logits(with_deltas(model, deltas), with_peft)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_other_embeddings_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = tiny_model()
+    tiny_peft_model(model).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    loaded = read_adapter(tmp_path / "a")
+    way_out = r"save_pretrained\(\.\.\., save_embedding_layers=False\)"
+    changed = copy.deepcopy(model)
+    changed.get_output_embeddings().weight.data[5] += 1.0
+    with pytest.raises(ValueError, match=rf"^source .*'lm_head.weight'.*other values.*{way_out}"):
+        check_fits(loaded, changed, "source")
+    changed.resize_token_embeddings(280)
+    with pytest.raises(ValueError, match=rf"\[272, 16\], which .* has as \[280, 16\].*{way_out}"):
+        check_fits(loaded, changed, "source")
+    with pytest.raises(ValueError, match=rf"which this model does not have.*{way_out}"):
+        check_fits(replace(loaded, embeddings={"old.wte.weight": torch.ones(1)}), model, "source")
+
+
+def test_settings_of_a_newer_peft_are_refused_where_they_are_in_use(tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    plain = read_adapter(folder).adapter
+    edit_config(folder, use_novel=False, novel_config=None, novel_pattern={}, novel_names=[])
+    assert read_adapter(folder).adapter.keys() == plain.keys()
+    message = r"does not know the setting novel_scale=0\.5 in adapter_config.*upgrade PEFT"
+    with pytest.raises(ValueError, match=message):
+        read_adapter(edit_config(folder, novel_scale=0.5))
+    edit_config(folder, novel_scale=0, novel_config={"text": "x" * 200})
+    with pytest.raises(ValueError, match=r"novel_config=\{'text': 'x{60,68}\.\.\. in"):
+        read_adapter(folder)

@@ -1,6 +1,7 @@
 """Adapters of every type are loaded as PEFT saved them, scored in batches, and removed."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from torch.nn import functional as F
 from grasp_lora.adapters import opening
 from grasp_lora.adapters.folder import write_adapter
 from grasp_lora.adapters.opening import (
-    base_mismatch_lines,
     is_adapter,
+    lines_about,
+    lines_about_all,
     model_with_adapter,
     named_base_model,
     open_model,
@@ -33,11 +36,15 @@ from grasp_lora.tasks.encoding import Collator, EncodedExample
 from helpers import (
     EOS_ID,
     PAD_ID,
+    logits_of,
+    mixture_adapter_folder,
     random_ids,
     tiny_adapter_folder,
     tiny_bloom_model,
+    tiny_mixture_model,
     tiny_model,
     tiny_tokenizer,
+    tiny_vision_model,
 )
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [100, 3], [7, 6, 5, 4]]
@@ -273,7 +280,7 @@ def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path
         return folder
 
     def told(*bases: str | None) -> list[str]:
-        return base_mismatch_lines(list(map(naming, bases)), "asked", backbone)
+        return lines_about_all(list(map(naming, bases)), "asked", backbone)
 
     assert told("asked", None) == []
     # Two names for the model that is loaded are one base.
@@ -436,3 +443,161 @@ def test_pickled_weights_are_refused(backbone: Backbone, tmp_path: Path) -> None
         model_with_adapter(backbone, folder),
     ):
         pass
+
+
+def assert_loads_like_peft(make: Callable[[], Any], folder: Path, backbone: Backbone) -> None:
+    """Compare with `PeftModel.from_pretrained`; the adapter must change the logits."""
+    ids = random_ids()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = logits_of(PeftModel.from_pretrained(make(), str(folder)).eval(), ids)
+    assert (expected - logits_of(make(), ids)).abs().max() > 1e-2
+    other = replace(backbone, model=make().requires_grad_(False), fingerprint=None)
+    with model_with_adapter(other, folder) as model:
+        torch.testing.assert_close(logits_of(model, ids), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(other.model, ids), logits_of(make(), ids))
+
+
+# PEFT warns of a pattern that it has written itself.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_names_of_an_older_transformers_load_as_with_peft(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(
+        tmp_path / "vision", tiny_vision_model(), targets=r".*language_model.*(q_proj|v_proj)"
+    )
+    older = "model.language_model.model.", "model.model.language_model."
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(*older[::-1])] = tensors.pop(key)
+
+    change_tensors(folder, change)
+    assert_loads_like_peft(tiny_vision_model, folder, backbone)
+    experts = mixture_adapter_folder(tmp_path / "experts")
+    assert_loads_like_peft(tiny_mixture_model, experts, backbone)
+
+
+# PEFT warns of a pattern that it has written itself.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_older_names_that_peft_cannot_place_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model("llama"))
+    path = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
+    change_tensors(folder, lambda tensors: tensors.update({path: tensors.pop(KEY)}))
+    with (
+        pytest.raises(ValueError, match=r"decoder.* has no place in this model"),
+        model_with_adapter(backbone, folder),
+    ):
+        pass
+    half = mixture_adapter_folder(tmp_path / "half")
+    change_tensors(half, lambda tensors: [tensors.pop(k) for k in list(tensors) if ".w3." in k])
+    mixture = replace(backbone, model=tiny_mixture_model().requires_grad_(False), fingerprint=None)
+    message = "PEFT cannot bring the tensors into the form"
+    with pytest.raises(ValueError, match=message), model_with_adapter(mixture, half):
+        pass
+
+
+def test_weights_in_several_files_load_like_one_file(backbone: Backbone, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = tiny_adapter_folder(tmp_path / "a", model)
+    expected = logits_of(PeftModel.from_pretrained(tiny_model("llama"), str(folder)), random_ids())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    pattern = "adapter_model{suffix}.safetensors"
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=700)
+    with model_with_adapter(backbone, folder) as adapted:
+        torch.testing.assert_close(logits_of(adapted, random_ids()), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_saved_along_unchanged_load_like_none(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    saved(trained(tiny_model("llama"), CONFIGS["lora"]()), folder, save_embedding_layers=True)
+    assert_loads_like_peft(lambda: tiny_model("llama"), folder, backbone)
+
+
+def test_embeddings_of_another_size_are_refused_with_what_to_do(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.resize_token_embeddings(280, mean_resizing=False)
+    folder = tmp_path / "a"
+    saved(trained(model, CONFIGS["lora"]()), folder, save_embedding_layers=True)
+    message = (
+        r"'base_model\.model\..*weight' is saved along as \[280, 16\], but this model has "
+        r"\[272, 16\].*resize_token_embeddings.*save_embedding_layers=False"
+    )
+    with pytest.raises(ValueError, match=message), model_with_adapter(backbone, folder):
+        pass
+
+
+def test_an_adapter_of_an_unknown_type_is_refused_when_it_is_opened(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model("llama"))
+    name_base(folder, str(base_folder), peft_type="NOVEL")
+    with pytest.raises(ValueError, match="knows no peft_type 'NOVEL'"), open_model(folder):
+        pass
+
+
+def test_an_adapter_in_a_subfolder_is_opened_and_told(
+    base_folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    inside = tiny_adapter_folder(tmp_path / "out" / "arabic", tiny_model("llama"))
+    name_base(inside, str(base_folder))
+    folder = tmp_path / "out"
+    assert is_adapter(folder)
+    assert named_base_model(folder) == str(base_folder)
+    with model_with_adapter(backbone, inside) as model:
+        expected = logits_of(model, random_ids())
+    notices: list[str] = []
+    spec = ModelSpec(str(base_folder), dtype="float32", device="cpu")
+    with open_model(folder, spec, notices.append) as (_, model):
+        torch.testing.assert_close(logits_of(model, random_ids()), expected)
+    assert notices == [f"{folder} holds one adapter, in the subfolder arabic; it is used"]
+    tiny_adapter_folder(folder / "swahili", tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"\(arabic, swahili\); give one of them"):
+        is_adapter(folder)
+    # A model may have adapters below it.
+    (folder / "config.json").write_text("{}")
+    assert not is_adapter(folder)
+
+
+def test_settings_of_a_newer_peft_are_told_or_refused(
+    base_folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model("llama"))
+    changes = {"use_novel": False, "novel_config": None, "peft_version": "9.1.0"}
+    name_base(folder, str(base_folder), **changes, runtime_config={"ephemeral_gpu_offload": True})
+    line = (
+        f"{folder} was written by a newer PEFT (9.1.0): the installed one does not know "
+        "novel_config, use_novel, which the adapter does not use"
+    )
+    assert lines_about(folder, str(base_folder), backbone) == [line]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        with model_with_adapter(backbone, folder):
+            pass
+    assert_loads_like_peft(lambda: tiny_model("llama"), folder, backbone)
+    name_base(folder, str(base_folder), novel_scale=2.0)
+    with (
+        pytest.raises(ValueError, match=r"does not know the setting novel_scale=2\.0"),
+        model_with_adapter(backbone, folder),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("base", ["/home/someone/models/x", "../models/x", "C:\\models\\x"])
+def test_a_base_at_a_path_that_is_not_here_is_refused_before_any_model_is_looked_for(
+    base: str, tmp_path: Path
+) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model("llama"))
+    name_base(folder, base)
+    told = (
+        f"the adapter {folder} names {base!r} as its base model, a path that is not on this "
+        "machine; pass --model with the folder or the hub id of that model"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        named_base_model(folder)

@@ -543,6 +543,26 @@ def test_the_fixtures_build_what_the_helpers_build(
     assert backbone.fingerprint == base_fingerprint(tiny_model("qwen3"))
 
 
+def test_an_adapter_is_no_model(tiny_adapter_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_adapter_folder(tmp_path / "a", tiny_model())
+    with pytest.raises(FileNotFoundError, match="holds a PEFT adapter and no model; give the base"):
+        load_backbone(spec_of(folder))
+
+
+def test_a_backbone_is_bare_where_an_adapter_lies_in_its_folder(
+    tiny_backbone_folder: Callable[..., Path], tiny_adapter_folder: Callable[..., Path]
+) -> None:
+    model, folder = tiny_model("llama"), tiny_backbone_folder()
+    tiny_adapter_folder(folder, model)
+    with_adapter = AutoModelForCausalLM.from_pretrained(folder)
+    bare = logits_of(model, random_ids())
+    assert (logits_of(with_adapter, random_ids()) - bare).abs().max() > 1e-2
+    backbone = load_backbone(spec_of(folder, dtype="float32"))
+    torch.testing.assert_close(logits_of(backbone.model, random_ids()), bare, rtol=0, atol=1e-6)
+    assert backbone.fingerprint == base_fingerprint(model)
+    assert not any(".lora_" in name for name, _ in backbone.model.named_parameters())
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_the_garbage_collector_is_left_as_it_was(tiny_backbone_folder, tmp_path, on):
     folder, was_on = str(tiny_backbone_folder()), gc.isenabled()

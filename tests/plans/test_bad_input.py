@@ -258,7 +258,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: edited(f, CONFIG, modules_to_save=["lm_head"]),
         r"modules_to_save=\['lm_head'\] means modules trained in full",
     ),
-    "embedding": (lambda f: changed(f, with_embedding), r"an embedding saved with the adapter"),
+    "embedding": (
+        lambda f: changed(f, with_embedding),
+        r"embed_tokens\.weight' \[2, 2\], which .* \[272, 16\].*save_embedding_layers=False",
+    ),
     "output layer": (
         lambda f: adapter(f, targets=["q_proj", "lm_head"]),
         r"'base_model\.model\.lm_head\.base_layer\.weight' is a base weight saved",

@@ -35,20 +35,23 @@ def place(tmp_path: Path) -> Path:
 
 
 def evaluated(place: Path, adapter: str, *options: str) -> dict[str, Any]:
-    out = place / f"scores-{Path(adapter).name}"
-    arguments = [
-        "evaluate",
-        str(place / adapter),
-        "--out",
-        str(out),
-        "--model",
-        str(place / "base"),
-    ]
+    """Return the scores of an adapter or a model below `place`, or of `none`."""
+    done = evaluation(place, adapter, *options)
+    assert done.exit_code == 0, done.output
+    return read_json(out_of(place, adapter) / "scores.json")
+
+
+def out_of(place: Path, adapter: str) -> Path:
+    return place / f"scores-{adapter}"
+
+
+def evaluation(place: Path, adapter: str, *options: str) -> Any:
+    given = adapter if adapter == "none" else str(place / adapter)
+    arguments = ["evaluate", given, "--out", str(out_of(place, adapter))]
+    arguments += ["--model", str(place / "base")]
     settings = ["model.dtype=float32", "data.max_length=640", "evaluate.max_new_tokens=3"]
     arguments += [f"--set={text}" for text in settings] + list(options)
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    return read_json(out / "scores.json")
+    return CliRunner().invoke(app, arguments)
 
 
 def test_several_test_sets_have_their_scores_the_mean_and_the_worst(place):
@@ -323,3 +326,48 @@ def test_an_adapter_put_on_another_base_than_it_names_is_told(place):
     done = CliRunner().invoke(app, [*arguments, "--set=evaluate.max_new_tokens=2"])
     assert done.exit_code == 0, done.output
     assert "names someone/else as its base model" in " ".join(done.output.split())
+
+
+def loss_in(scores: dict[str, Any]) -> float:
+    return scores["sets"]["test"]["scores"]["loss"]["value"]
+
+
+def test_the_bare_model_is_bare_where_an_adapter_lies_in_its_folder(place):
+    rows = (f"--data={place / 'one.jsonl'}", "--language=en")
+    bare, adapted = (loss_in(evaluated(place, name, *rows)) for name in ("base", "lora"))
+    assert adapted != pytest.approx(bare)
+    tiny_adapter_folder(place / "base", tiny_model("llama"), r=4)
+    assert loss_in(evaluated(place, "none", *rows)) == bare
+
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+
+
+def test_a_chat_template_that_only_the_adapter_has_is_used(place):
+    rows = (f"--data={place / 'one.jsonl'}", "--language=en", "--set=data.chat=true")
+    shutil.copytree(place / "lora", place / "plain")
+    (place / "lora/chat_template.jinja").write_text(CHATML)
+    found = loss_in(evaluated(place, "lora", *rows))
+    (place / "base/chat_template.jinja").write_text(CHATML)
+    assert loss_in(evaluated(place, "plain", *rows)) == found
+
+
+def test_the_chat_template_of_the_adapter_goes_first_and_another_is_told(place):
+    rows = (f"--data={place / 'one.jsonl'}", "--language=en", "--set=data.chat=true")
+    (place / "base/chat_template.jinja").write_text(CHATML)
+    bases = evaluation(place, "lora", *rows)
+    own = place / "lora/chat_template.jinja"
+    own.write_text(CHATML.replace("<s>", "<<").replace("</s>", ">>"))
+    refused = evaluation(place, "lora", *rows)
+    assert refused.exit_code == 2
+    assert "the chat template of the adapters is another" in refused.output.replace("\n", " ")
+    before = loss_in(read_json(out_of(place, "lora") / "scores.json"))
+    changed = evaluation(place, "lora", *rows, "--overwrite")
+    line = f"the chat template is the one saved in {place / 'lora'}; the base model has another"
+    assert line in " ".join(changed.output.split())
+    assert line not in " ".join(bases.output.split())
+    after = loss_in(read_json(out_of(place, "lora") / "scores.json"))
+    assert after != pytest.approx(before)
+    # Reference: the same template on the base model.
+    own.rename(place / "base/chat_template.jinja")
+    assert loss_in(evaluated(place, "lora", *rows, "--overwrite")) == after

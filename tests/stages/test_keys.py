@@ -62,6 +62,21 @@ def changed(before: dict[str, Key], after: dict[str, Key]) -> dict[str, list[str
     return {kind: lines for kind, lines in found.items() if lines}
 
 
+def test_a_chat_template_of_adapters_changes_what_is_asked_in_it(place, data):
+    chat = {"data": job(place)["data"] | {"chat": True}}
+    for config, kinds in ((settings(place), set()), (settings(place, **chat), STAGES.keys())):
+        made = {kind: replace(stage, config=config) for kind, stage in STAGES.items()}
+
+        def keyed(template, made=made):
+            return {k: key_of(s, KINDS[k], data, BASE, {}, template) for k, s in made.items()}
+
+        line = ["the chat template of the adapters is another"]
+        found = changed(keyed(None), keyed("a"))
+        assert found == dict.fromkeys(kinds - {"merge"}, line)
+        assert changed(keyed("b"), keyed("a")) == found
+        assert changed(keyed("a"), keyed("a")) == {}
+
+
 def test_a_setting_of_the_evaluation_leaves_what_is_trained_alone(place, data):
     before = keys(settings(place), data)
     evaluate = {"max_new_tokens": 2, "baselines": False, "beams": 4}

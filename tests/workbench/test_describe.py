@@ -11,7 +11,7 @@ from grasp_lora.config.run_config import make_config
 from grasp_lora.workbench.context import encode_part
 from grasp_lora.workbench.describe import describe_data
 from grasp_lora.workbench.rows import load_run_data
-from helpers import tiny_backbone_folder
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job, write_rows
 
 
@@ -96,6 +96,18 @@ def test_a_language_without_a_prompt_is_told(place):
     values["data"]["target"] = {"language": "xx", "files": str(path), "rows": rows}
     text = describe_data(make_config(values), quiet=True)
     assert "no built-in prompt for language 'xx'" in text
+
+
+def test_a_chat_template_of_a_given_adapter_is_shown_and_told(place):
+    adapter = tiny_adapter_folder(place / "lora", tiny_model())
+    (adapter / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    values = job(place, adapters={"source": str(adapter)})
+    config = make_config(values | {"data": values["data"] | {"chat": True}})
+    text = describe_data(config, quiet=True)
+    assert f"- the chat template is the one saved in {adapter}; the base model has none" in text
+    assert "[PROMPT>[user]" in text
 
 
 def test_the_command_prints_it_and_writes_the_file(place):

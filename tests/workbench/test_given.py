@@ -1,15 +1,27 @@
 """Given adapters that name another base model than the backbone: told before any work."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.given import check_given
-from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from helpers import (
+    logits_of,
+    random_ids,
+    tiny_adapter_folder,
+    tiny_backbone_folder,
+    tiny_model,
+    tiny_peft_model,
+)
 from jobs import job, write_job
 
 
@@ -48,3 +60,38 @@ def test_another_base_is_told_by_merge_and_precheck(place, tmp_path):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output
         check_told(done.output)
+
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_adapters_merge_alike_however_their_folders_are_laid_out(place, tmp_path):
+    file, source, target = place
+    laid_out = tmp_path / "source" / "english", tmp_path / "target"
+    shutil.copytree(source, laid_out[0])
+    whole = laid_out[0] / "adapter_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    pattern = "adapter_model{suffix}.safetensors"
+    save_torch_state_dict(tensors, laid_out[0], filename_pattern=pattern, max_shard_size=700)
+    tiny_peft_model(tiny_model(), seed=1).save_pretrained(laid_out[1], save_embedding_layers=True)
+    (laid_out[1] / "chat_template.jinja").write_text(CHATML)
+    folders = {"plain": (source, target), "laid-out": (tmp_path / "source", laid_out[1])}
+    for name, (first, second) in folders.items():
+        command = ["merge", file, "--out", str(tmp_path / name), "--set=data.chat=true"]
+        done = CliRunner().invoke(app, [*command, f"--adapter={first}", f"--adapter={second}"])
+        assert done.exit_code == 0, done.output
+        said = " ".join(done.output.split())
+        assert (f"{tmp_path / 'source'} holds one adapter, in the subfolder english" in said) == (
+            name == "laid-out"
+        )
+    plain, other = (
+        PeftModel.from_pretrained(tiny_model(), tmp_path / name).eval() for name in folders
+    )
+    expected = logits_of(plain, random_ids())
+    assert (expected - logits_of(tiny_model(), random_ids())).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(other, random_ids()), expected, rtol=0, atol=0)
+    # The merged adapter is asked in the template that the target was trained with.
+    assert (tmp_path / "laid-out/chat_template.jinja").read_text() == CHATML
+    assert not (tmp_path / "plain/chat_template.jinja").exists()

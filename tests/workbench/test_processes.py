@@ -126,7 +126,8 @@ kind = Kind(1, nothing, nothing, lambda work: worked.append(work.out) or {}, lam
 executor.KINDS = {"merge": kind}
 config = RunConfig.model_validate({"model": "none", "data": {"target": {"language": "en"}}})
 context = SimpleNamespace(on_saved=lambda: None)
-session = SimpleNamespace(data=RunData({}), base=None, clock=Clock(), context_of=lambda _: context)
+session = SimpleNamespace(data=RunData({}), base=None, template=None, clock=Clock())
+session.context_of = lambda _: context
 if not PartialState(cpu=True).is_main_process:
     time.sleep(1)
 for _ in range(2):

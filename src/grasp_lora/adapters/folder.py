@@ -3,6 +3,8 @@
 PEFT loads an adapter of another model, of another vocabulary or with missing tensors without an
 error. Here modules and ranks are read from the tensors and checked against the model. Folders that
 are written here also hold a fingerprint of the base weights.
+
+The weights may be one file, or several with an index, as transformers writes them.
 """
 
 import json
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,13 +30,21 @@ from grasp_lora.adapters.attach import (
     check_modules,
     lora_config,
 )
-from grasp_lora.adapters.rules import refuse_output_layer, refuse_settings, refuse_tensor
+from grasp_lora.adapters.names import by_model_rules, names_of_today
+from grasp_lora.adapters.rules import (
+    EMBEDDINGS,
+    refuse_output_layer,
+    refuse_settings,
+    refuse_tensor,
+    refuse_unknown,
+)
 from grasp_lora.base.words import shown
 from grasp_lora.core.lora import LoraFactors, lora_scaling
-from grasp_lora.models.modules import base_fingerprint, vocabulary_size
+from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
 
 __all__ = [
     "LoadedAdapter",
+    "adapter_in",
     "adapter_modules",
     "attach_adapter",
     "check_fits",
@@ -43,9 +54,13 @@ __all__ = [
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+INDEX_FILE = "adapter_model.safetensors.index.json"
 NOTES_FILE = "grasp_lora.json"
 
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_EMBEDDING_KEY = re.compile(
+    rf"base_model\.model\.(?P<name>(.+\.)?({'|'.join(EMBEDDINGS)})\.(weight|bias))"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class LoadedAdapter:
         config: content of `adapter_config.json`.
         vocab_size: rows of the base's input embedding; None if another tool wrote the folder.
         extra: the other values in `grasp_lora.json`, given to `write_adapter` as `extra`.
+        embeddings: name in the base model -> input or output embedding that was saved along. It is
+            no part of the adapter: `check_fits` compares it with that of the base model.
     """
 
     adapter: dict[str, LoraFactors]
@@ -68,23 +85,62 @@ class LoadedAdapter:
     config: dict[str, Any]
     vocab_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_adapter(folder: str | Path) -> LoadedAdapter:
-    """Read a PEFT LoRA folder.
+def adapter_in(folder: str | Path) -> Path:
+    """Return the folder that holds the adapter: `folder` itself, or its only subfolder with one.
+
+    PEFT saves an adapter that has a name of its own in a subfolder of that name, and a search
+    leaves its adapter in `adapter/`. A folder without any adapter is returned as it is.
+
+    Raises:
+        ValueError: several subfolders hold an adapter; their names are listed.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        return folder
+    found = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {len(found)} adapters in subfolders "
+            f"({', '.join(one.name for one in found)}); give one of them, like {found[0]}"
+        )
+    return found[0] if found else folder
+
+
+def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAdapter:
+    """Read a PEFT LoRA folder, or the one in its only subfolder.
 
     A module's scaling is alpha / rank, or alpha / sqrt(rank) with rsLoRA. Alpha comes from the
     config and its `alpha_pattern`. The rank of the tensors and of the config must agree.
 
+    Args:
+        folder: the folder.
+        model: the base model. Names of modules that were changed in later versions of transformers
+            are turned into the model's own. None keeps the names of the file.
+
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: the adapter is not plain LoRA on linear modules, its files are damaged, a tensor
-            holds NaN or infinite values, a factor is missing, or shapes or ranks do not agree.
+            holds NaN or infinite values, a factor is missing, shapes or ranks do not agree, or
+            a setting that the installed PEFT does not know is in use.
     """
-    folder = Path(folder)
+    folder = adapter_in(folder)
     config = read_config_file(folder)
     refuse_settings(config, folder)
-    pairs = _pair_factors(read_tensors(folder), folder)
+    refuse_unknown(config, folder)
+    tensors = read_tensors(folder)
+    if model is not None:
+        bare, lora = bare_model(model), LoraConfig()
+        tensors = names_of_today(by_model_rules(tensors, lora, bare), lora, bare, folder)
+    embeddings = {
+        match["name"]: tensor
+        for key, tensor in tensors.items()
+        if (match := _EMBEDDING_KEY.fullmatch(key)) is not None
+    }
+    factors = {key: t for key, t in tensors.items() if not _EMBEDDING_KEY.fullmatch(key)}
+    pairs = _pair_factors(factors, folder)
     notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
     fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
     return LoadedAdapter(
@@ -97,6 +153,7 @@ def read_adapter(folder: str | Path) -> LoadedAdapter:
         config=config,
         vocab_size=vocab_size,
         extra=notes,
+        embeddings=embeddings,
     )
 
 
@@ -136,27 +193,57 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder by their names in the file.
+    """Return the tensors of an adapter folder by their names in the file, or in all its shards.
 
     Raises:
-        FileNotFoundError: the safetensors file is missing.
-        ValueError: the file is damaged or empty, or the folder holds only a pickle.
+        FileNotFoundError: the safetensors file, or a shard, is missing.
+        ValueError: a file is damaged or empty, or the folder holds only a pickle.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+    tensors: dict[str, Tensor] = {}
+    for path in weights_files(folder):
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); copy it again") from error
+    if not tensors:
+        raise ValueError(f"{folder / WEIGHTS_FILE} holds no tensors; save the adapter again")
+    return tensors
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the weights file of an adapter folder, or its shards.
+
+    Raises:
+        FileNotFoundError: the file, or a shard that the index names, is missing.
+        ValueError: the index is damaged, or the folder holds only a pickle.
+    """
+    path, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if path.is_file():
+        return [path]
+    if index.is_file():
+        return _shards(index)
+    if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds only adapter_model.bin, a pickle that can run code when loaded; if "
             "you trust it, load it with PEFT and save it with safe_serialization=True"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save the adapter again")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); copy it again") from error
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; save the adapter again")
-    return tensors
+    raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save the adapter again")
+
+
+def _shards(index: Path) -> list[Path]:
+    places = read_json_file(index).get("weight_map")
+    names = sorted(set(places.values()), key=str) if isinstance(places, dict) else []
+    if not names or any(Path(str(name)).name != name for name in names):
+        raise ValueError(
+            f"{index} must name a file of its own folder for every tensor (weight_map); save the "
+            "adapter again"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {missing[0]}, which {index.name} names; copy it again"
+        )
+    return [index.parent / name for name in names]
 
 
 def _pair_factors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, FactorPair]:
@@ -230,8 +317,9 @@ def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
         name: name of the adapter; error messages begin with it.
 
     Raises:
-        ValueError: a module is missing or has another shape, LoRA is on the output layer, or the
-            folder records another vocabulary size or other base weights.
+        ValueError: a module is missing or has another shape, LoRA is on the output layer, the
+            folder records another vocabulary size or other base weights, or an embedding saved
+            along differs from that of the model.
     """
     vocabulary = vocabulary_size(model)
     if loaded.vocab_size is not None and loaded.vocab_size != vocabulary:
@@ -248,6 +336,28 @@ def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
             f"{loaded.fingerprint[:12]}, this "  # type: ignore[index]
             f"model has {actual[:12]}); load the base model it was trained on ({loaded.base_name})"
         )
+    for weight, saved in loaded.embeddings.items():
+        _check_embedding(weight, saved, bare_model(model).state_dict().get(weight), name)
+
+
+def _check_embedding(weight: str, saved: Tensor, own: Tensor | None, name: str) -> None:
+    if own is not None and own.shape == saved.shape and _equal(saved, own.cpu()):
+        return
+    why = "does not have" if own is None else f"has as {list(own.shape)} with other values"
+    if own is not None and own.shape != saved.shape:
+        why = f"has as {list(own.shape)}"
+    raise ValueError(
+        f"{name} holds the embedding {weight!r} {list(saved.shape)}, which this model {why}; an "
+        "embedding cannot be merged or pruned. Load the base model it was trained on; if it was "
+        "not trained, save the adapter again with PEFT's "
+        "save_pretrained(..., save_embedding_layers=False)"
+    )
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors agree in the coarser one of their number formats."""
+    coarser = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(first.to(coarser), second.to(coarser))
 
 
 def write_adapter(

@@ -5,7 +5,7 @@ the adapter. Problems that PEFT ignores are errors here: tensors that belong now
 tensors, NaN, and another base model.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,24 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import Tensor, nn
 
+from grasp_lora.adapters.chat import given_template, put_template
 from grasp_lora.adapters.folder import (
     ADAPTER_CONFIG_FILE,
     NOTES_FILE,
     WEIGHTS_FILE,
+    adapter_in,
     read_config_file,
     read_json_file,
     read_tensors,
 )
+from grasp_lora.adapters.names import by_model_rules, names_of_today
 from grasp_lora.adapters.restore import restored_on_exit
-from grasp_lora.adapters.rules import BASE_CHANGING_INITS
+from grasp_lora.adapters.rules import (
+    BASE_CHANGING_INITS,
+    known_settings,
+    refuse_unknown,
+    unknown_settings,
+)
 from grasp_lora.adapters.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
 from grasp_lora.base.words import shown
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
@@ -54,6 +62,8 @@ def open_model(
     name: str | Path, spec: ModelSpec | None = None, notice: Notice = lambda _message: None
 ) -> Iterator[tuple[Backbone, nn.Module]]:
     """Yield (backbone, model with the adapter) for an adapter folder or a model without adapter.
+
+    The tokenizer has the chat template that the adapter was saved with, if there is one.
 
     Args:
         name: a folder that PEFT's `save_pretrained` wrote, of any adapter type, or a model as in
@@ -79,33 +89,45 @@ def open_model(
     if spec is None:
         spec = ModelSpec(named_base_model(name))
     backbone = load_backbone(spec, notice)
-    mismatch = base_mismatch_line(name, spec.name, backbone)
-    if mismatch is not None:
-        notice(mismatch)
+    template = put_template(backbone.tokenizer, given_template([Path(name)]))
+    for line in lines_about(name, spec.name, backbone) + template:
+        notice(line)
     with model_with_adapter(backbone, name) as model:
         yield backbone, model
 
 
-def base_mismatch_line(name: str | Path, asked_for: str, backbone: Backbone) -> str | None:
-    """Return a message if an adapter names another base model than the one used, else None.
+def lines_about(name: str | Path, asked_for: str, backbone: Backbone) -> list[str]:
+    """Return what the user should know of an adapter before it is used; mostly nothing.
+
+    That is: it lies in a subfolder, it names another base model than the one used, or a newer PEFT
+    wrote settings that the installed one leaves out.
 
     Args:
         name: the adapter folder.
         asked_for: the base model as the user named it.
         backbone: the loaded base model.
     """
-    named = _base_of(read_config_file(Path(name).expanduser()))
-    if named in (None, asked_for, backbone.public_name):
-        return None
-    return f"{name} names {named} as its base model; it is put on {asked_for}"
+    lines: list[str] = []
+    folder = adapter_in(name)
+    if folder != Path(name).expanduser() and not (folder / NOTES_FILE).is_file():
+        lines.append(f"{name} holds one adapter, in the subfolder {folder.name}; it is used")
+    config = read_config_file(folder)
+    named = _base_of(config)
+    if named not in (None, asked_for, backbone.public_name):
+        lines.append(f"{name} names {named} as its base model; it is put on {asked_for}")
+    unknown = unknown_settings(config)
+    if unknown:
+        lines.append(
+            f"{name} was written by a newer PEFT ({config.get('peft_version') or 'no version'}): "
+            f"the installed one does not know {', '.join(unknown)}, which the adapter does not use"
+        )
+    return lines
 
 
-def base_mismatch_lines(
-    names: Sequence[str | Path], asked_for: str, backbone: Backbone
-) -> list[str]:
-    """Return the messages of `base_mismatch_line`, and one if the adapters name different bases."""
-    lines = [line for name in names if (line := base_mismatch_line(name, asked_for, backbone))]
-    named = [_base_of(read_config_file(Path(name).expanduser())) for name in names]
+def lines_about_all(names: Sequence[str | Path], asked_for: str, backbone: Backbone) -> list[str]:
+    """Return `lines_about` each adapter, and one if the adapters name different base models."""
+    lines = [line for name in names for line in lines_about(name, asked_for, backbone)]
+    named = [_base_of(read_config_file(adapter_in(name))) for name in names]
     own = (asked_for, backbone.public_name)
     bases = dict.fromkeys(asked_for if base in own else base for base in named if base is not None)
     if len(bases) > 1:
@@ -119,9 +141,13 @@ def base_mismatch_lines(
 def is_adapter(name: str | Path) -> bool:
     """Return whether `name` is a folder with a PEFT adapter; False if it may be a model.
 
+    A folder that holds both counts as an adapter. An adapter in a subfolder counts where the folder
+    itself holds no model.
+
     Raises:
         FileNotFoundError: `name` is a path that does not exist, or a folder with neither an adapter
             nor a model.
+        ValueError: several subfolders hold an adapter.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -129,14 +155,20 @@ def is_adapter(name: str | Path) -> bool:
             return True
         if (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
             return False
+        if adapter_in(folder) != folder:
+            return True
         raise FileNotFoundError(
             f"{folder} holds neither {ADAPTER_CONFIG_FILE} (a PEFT adapter) nor config.json (a "
             "model); give the folder that save_pretrained wrote"
         )
-    is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not folder.is_file():
+    if (isinstance(name, Path) or _is_path(name)) and not folder.is_file():
         raise FileNotFoundError(f"there is no {name}; give an adapter folder or a model")
     return False
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name cannot be one of a hub (owner/name), so that it must be a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def named_base_model(name: str | Path) -> str:
@@ -148,16 +180,21 @@ def named_base_model(name: str | Path) -> str:
 
     Raises:
         FileNotFoundError: see `is_adapter`.
-        ValueError: the adapter names no base model.
+        ValueError: the adapter names no base model, or a path that is not on this machine.
     """
     if not is_adapter(name):
         return str(name)
-    folder = Path(name).expanduser()
+    folder = adapter_in(name)
     named = _base_of(read_config_file(folder))
     if named is None:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG_FILE} does not say which base model the adapter belongs to "
-            "(base_model_name_or_path is empty); give the base model as well"
+            "(base_model_name_or_path is empty); give the base model as well (--model)"
+        )
+    if _is_path(named) and not Path(named).expanduser().exists():
+        raise ValueError(
+            f"the adapter {name} names {named!r} as its base model, a path that is not on this "
+            "machine; pass --model with the folder or the hub id of that model"
         )
     return _short_name(named) if (folder / NOTES_FILE).is_file() else named
 
@@ -189,12 +226,13 @@ def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Mo
         ValueError: the adapter was trained for another base model or another type of task, its type
             is not supported, or its files are damaged or do not match.
     """
-    folder = Path(folder).expanduser()
+    folder = adapter_in(folder)
     config = _peft_config(folder)
-    tensors = read_tensors(folder)
+    tensors = by_model_rules(read_tensors(folder), config, backbone.model)
     _check_values(tensors, folder)
     _check_base(backbone, folder, _base_of(read_config_file(folder)))
     overwritten = _overwritten_weights(backbone.model, tensors)
+    _check_sizes(overwritten, tensors, folder)
     with restored_on_exit(backbone.model, list(overwritten.values())):
         model = _build_peft_model(backbone.model, config, folder)
         _load_tensors(model, tensors, folder, overwritten.keys())
@@ -207,7 +245,7 @@ def check_openable(folder: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as `adapted`.
     """
-    folder = Path(folder).expanduser()
+    folder = adapter_in(folder)
     _peft_config(folder)
     _check_values(read_tensors(folder), folder)
 
@@ -237,8 +275,10 @@ def _peft_config(folder: Path) -> PeftConfig:
             "adapter again with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    refuse_unknown(content, folder)
+    build = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+        config = build.from_peft_type(**build.check_kwargs(**known_settings(content)))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG_FILE} is no valid {kind.value} config ({error}); restore "
@@ -285,6 +325,19 @@ def _overwritten_weights(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
     return {key: weights[name] for key, name in names.items() if name in weights}
 
 
+def _check_sizes(
+    overwritten: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    for key, weight in overwritten.items():
+        if weight.shape != tensors[key].shape:
+            raise ValueError(
+                f"{folder}: {key!r} is saved along as {list(tensors[key].shape)}, but this model "
+                f"has {list(weight.shape)}; load the base model it was trained on, resized with "
+                "model.resize_token_embeddings, or save the adapter again with PEFT's "
+                "save_pretrained(..., save_embedding_layers=False) if the layer was not trained"
+            )
+
+
 def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
     build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
     try:
@@ -301,13 +354,14 @@ def _load_tensors(
 ) -> None:
     """Load the adapter's tensors; `overwritten` are the keys that belong to the base model."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    present = names_of_today(tensors, model.peft_config[_ADAPTER], model, folder).keys()
     advice = "load the base model it was trained on, or save the adapter again"
-    unexpected = sorted(tensors.keys() - expected - overwritten)
+    unexpected = sorted(present - expected - overwritten)
     if unexpected:
         raise ValueError(
             f"{folder}: {_counted(unexpected)} no place in this model and adapter type; {advice}"
         )
-    missing = sorted(expected - tensors.keys())
+    missing = sorted(expected - present)
     if missing:
         raise ValueError(f"{folder}: {_counted(missing)} no tensor in {WEIGHTS_FILE}; {advice}")
     try:

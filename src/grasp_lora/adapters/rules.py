@@ -4,8 +4,11 @@ Only adapters that add `scaling * B @ A` to weights can be merged and pruned. Ig
 features would silently load another model.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Set
 from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from grasp_lora.base.words import shown
 
@@ -43,6 +46,7 @@ _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 
 # Part of a tensor name -> meaning of the tensor. The first part that occurs is reported.
 _REFUSED_TENSORS: dict[str, str] = {
+    "experts.base_layer.": "LoRA on the experts of a mixture",
     "lora_magnitude_vector": "a DoRA magnitude",
     "lora_embedding_": "LoRA on an embedding",
     "token_adapter": "trained token embeddings",
@@ -58,6 +62,12 @@ _REFUSED_TENSORS: dict[str, str] = {
 
 # Usual names of output layers, to refuse LoRA on them before a model is loaded.
 _OUTPUT_LAYERS = ("lm_head", "embed_out")
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings", "embed_in", *_OUTPUT_LAYERS)
+"""Usual names of input and output embeddings, which PEFT may save along."""
+
+# PEFT removes it: it says how an adapter is run, not what it computes.
+_OF_A_PROCESS = "runtime_config"
 
 
 def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
@@ -83,6 +93,60 @@ def refuse_settings(config: Mapping[str, Any], folder: object) -> None:
                 f"{folder}: {setting}={shown(value)} means {meaning}, which plain LoRA factors "
                 f"cannot carry; {remedy}"
             )
+
+
+def unknown_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings of an adapter config that the installed PEFT does not know, sorted.
+
+    They come from a newer PEFT, which writes all its settings whether they are used or not.
+
+    Args:
+        config: content of `adapter_config.json`. If PEFT does not know its type, none are returned.
+    """
+    if config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return []
+    return sorted(config.keys() - _known(config) - {_OF_A_PROCESS})
+
+
+def known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an adapter config that the installed PEFT reads from a file.
+
+    Args:
+        config: content of `adapter_config.json`, of a type that PEFT knows.
+    """
+    return {name: config[name] for name in config.keys() & _known(config) - {_OF_A_PROCESS}}
+
+
+def _known(config: Mapping[str, Any]) -> Set[str]:
+    return inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]).parameters.keys()
+
+
+def refuse_unknown(config: Mapping[str, Any], folder: object) -> None:
+    """Refuse a setting that the installed PEFT does not know, if it is in use.
+
+    PEFT ignores such a setting, and the adapter computes something else than it was trained to. A
+    setting that is false, empty or none is not in use.
+
+    Args:
+        config: content of `adapter_config.json`, of a type that PEFT knows.
+        folder: adapter folder, for messages.
+
+    Raises:
+        ValueError: a setting is in use.
+    """
+    for setting in unknown_settings(config):
+        if config[setting]:
+            raise ValueError(
+                f"{folder}: the installed PEFT does not know the setting {setting}="
+                f"{_shortened(config[setting])} in adapter_config.json, which may change what the "
+                "adapter computes; upgrade PEFT (pip install -U peft), or take the setting out of "
+                "the file if it changes nothing"
+            )
+
+
+def _shortened(value: object, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def refuse_tensor(key: str, folder: object) -> None:

@@ -87,11 +87,13 @@ def evaluate(
         loaded = evaluation_config(
             adapter, task, data or [], language or [], model, prompt, overrides(settings, seed)
         )
-    bare = adapter == "none" or not (Path(adapter) / "adapter_config.json").exists()
+    from grasp_lora.adapters.opening import is_adapter
+
+    bare = adapter == "none" or not is_adapter(adapter)
     if bare and config is not None and adapter != "none":
         raise ValueError(
-            f"{shown_path(adapter)} holds no adapter_config.json, so it is no PEFT adapter; give "
-            "an adapter folder, or none for the bare backbone of the configuration"
+            f"{shown_path(adapter)} is no PEFT adapter; give an adapter folder, or none for the "
+            "bare backbone of the configuration"
         )
     folder = None if bare else Path(adapter)
     from grasp_lora.plans.single import evaluate_adapter

@@ -142,6 +142,7 @@ class Backbone:
         device: device of the model.
         stop_ids: ids of the tokens that end a generation, in ascending order.
         pad_id: id of the padding token. It may equal a stop token, so do not derive labels from it.
+        given_template: chat template that the tokenizer was given, in place of the base model's.
     """
 
     model: PreTrainedModel
@@ -152,6 +153,7 @@ class Backbone:
     device: torch.device
     stop_ids: tuple[int, ...]
     pad_id: int
+    given_template: str | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -294,9 +296,13 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
             raise FileNotFoundError(
-                f"{shown_path(folder)} has no config.json, so it is not a transformers model; give "
-                "a folder that save_pretrained wrote"
+                f"{shown_path(folder)} holds a PEFT adapter and no model; give the base model of "
+                "that adapter"
+                if adapter
+                else f"{shown_path(folder)} has no config.json, so it is not a transformers model; "
+                "give a folder that save_pretrained wrote"
             )
         return str(folder), spec.name
     return spec.name, spec.name
@@ -362,10 +368,15 @@ def _garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+# transformers puts an adapter that lies beside a model's own weights on it, unasked. It looks for
+# the adapter in this subfolder instead.
+_NO_ADAPTER = {"subfolder": "no-adapter"}
+
+
 def _load_model(
     spec: ModelSpec, location: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype, "adapter_kwargs": _NO_ADAPTER}
     if spec.attn_implementation is not None:
         settings["attn_implementation"] = spec.attn_implementation
     quantization = _QUANTIZATIONS[spec.quantization](dtype)

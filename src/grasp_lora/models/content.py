@@ -7,7 +7,8 @@ from grasp_lora.models.backbones import ModelSpec, gguf_source_of
 
 _END_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
-_FILES = (".safetensors", ".gguf", ".bin", ".json")
+_FILES = (".safetensors", ".gguf", ".bin", ".json", ".jinja")
+_OF_AN_ADAPTER = "adapter_"
 
 
 def base_content(spec: ModelSpec) -> str | None:
@@ -24,7 +25,8 @@ def files_content(place: Path) -> str | None:
     """Return 16 hex digits of the files of a local model.
 
     Names, sizes, both ends and 256 evenly spaced blocks of every file count: training changes all
-    of a model's tensors, and reading the whole of a large model takes minutes.
+    of a model's tensors, and reading the whole of a large model takes minutes. An adapter that lies
+    in the folder does not count, since it is not loaded.
 
     Args:
         place: a folder, or a file.
@@ -33,7 +35,9 @@ def files_content(place: Path) -> str | None:
         16 hex digits; None where nothing is there.
     """
     files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
-    kept = [file for file in files if file.suffix in _FILES]
+    kept = [
+        file for file in files if file.suffix in _FILES and not file.name.startswith(_OF_AN_ADAPTER)
+    ]
     digest = hashlib.sha256()
     for file in kept:
         size = file.stat().st_size

@@ -168,7 +168,7 @@ def _folders(stage: Stage, place: Path) -> dict[str, Path]:
 
 def _key(stage: Stage, session: Session, folders: Mapping[str, Path]) -> Key:
     inputs = {role: input_content(role, folder) for role, folder in folders.items()}
-    return key_of(stage, KINDS[stage.kind], session.data, session.base, inputs)
+    return key_of(stage, KINDS[stage.kind], session.data, session.base, inputs, session.template)
 
 
 def do(stage: Stage, place: Path, session: Session, options: Options, again: bool) -> None:

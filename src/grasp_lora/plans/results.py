@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.adapters.folder import weights_files
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.plans.executor import Outcome
 from grasp_lora.plans.methods import Built
@@ -112,7 +113,7 @@ def _result(
         "best": about.get("best"),
         "dev": [(one["step"], one["loss"]) for one in about.get("evaluations", [])],
         "zeros": about.get("zeros", {}).get("exported"),
-        "bytes": 0 if adapter is None else (adapter / "adapter_model.safetensors").stat().st_size,
+        "bytes": 0 if adapter is None else sum(f.stat().st_size for f in weights_files(adapter)),
         "ratio": ratio,
         "price": price_of([(plan.stages[name], facts[name]) for name in built.paid], sizes),
     }

@@ -1,14 +1,15 @@
 """What stays loaded between the stages of a plan: examples, backbone, encodings, input norms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.content import base_content
 from grasp_lora.stages.stage import Stage
-from grasp_lora.workbench.context import Context, model_spec, open_context
+from grasp_lora.workbench.context import Context, model_spec, open_context, template_given
 from grasp_lora.workbench.rows import RunData
 
 
@@ -22,6 +23,7 @@ class Session:
         clock: measures the time; a given context brings its own clock.
         quiet: print nothing.
         training: False plans no memory for training.
+        inputs: adapters beside those of `config` whose chat template is used.
     """
 
     def __init__(
@@ -32,20 +34,22 @@ class Session:
         clock: Clock | None = None,
         quiet: bool = False,
         training: bool = True,
+        inputs: Sequence[Path] = (),
     ):
         self.config, self.data = config, data
         self.clock = context.clock if context is not None else clock or Clock()
         self.base = base_content(model_spec(config))
+        self.template = _template(config, context, inputs)
         self.on_saved: Callable[[], Any] | None = None
         self.quiet = quiet
-        self._context, self._training = context, training
+        self._context, self._training, self._inputs = context, training, inputs
 
     @property
     def context(self) -> Context:
         """Examples and backbone; the first access loads the backbone."""
         if self._context is None:
             self._context = open_context(
-                self.config, self.quiet, self.data, self._training, self.clock
+                self.config, self.quiet, self.data, self._training, self.clock, self._inputs
             )
         if self.on_saved is not None:
             self._context.on_saved = self.on_saved
@@ -54,3 +58,11 @@ class Session:
     def context_of(self, stage: Stage) -> Context:
         """Return the context with the settings of a stage; encoded examples are shared."""
         return replace(self.context, config=stage.config)
+
+
+def _template(config: RunConfig, context: Context | None, inputs: Sequence[Path]) -> str | None:
+    """Return the chat template that the prompts get in place of the base model's."""
+    if context is not None:
+        return context.backbone.given_template
+    given = template_given(config, inputs)
+    return None if given is None else given.text

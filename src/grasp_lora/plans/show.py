@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from grasp_lora.adapters.chat import put_template
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.plans.executor import state_of
@@ -13,7 +14,7 @@ from grasp_lora.plans.run_plan import run_plan
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import State
 from grasp_lora.stages.stage import Cost, Sizes, Split
-from grasp_lora.workbench.context import encode_part, model_spec
+from grasp_lora.workbench.context import encode_part, model_spec, template_given
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
@@ -87,6 +88,7 @@ def sizes_of(config: RunConfig, data: RunData) -> Sizes:
         ValueError, FileNotFoundError: as in `load_tokenizer` and `encode_part`.
     """
     tokenizer, _, vocabulary = load_tokenizer(model_spec(config))
+    put_template(tokenizer, template_given(config))
     lengths: dict[Split, list[int]] = {}
     for role, parts in data.parts.items():
         for split in parts:

@@ -214,7 +214,8 @@ def _done(
     plan = PlanBuilder()
     for stage in stages:
         plan.add(stage)
-    session = Session(config, data, context, training=not evaluates)
+    given = [one for stage in stages for one in stage.inputs.values() if isinstance(one, Path)]
+    session = Session(config, data, context, training=not evaluates, inputs=given)
     if context is None and named and not (out / "stage.json").exists():
         say_other_bases(session.context, named)
     work_off(plan.build(), out.parent, session, Options(overwrite=overwrite))

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.adapters.opening import base_mismatch_line, model_with_adapter
+from grasp_lora.adapters.folder import adapter_in
+from grasp_lora.adapters.opening import lines_about, model_with_adapter
 from grasp_lora.base.files import provenance, write_json, write_jsonl
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
@@ -26,7 +27,7 @@ from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.workbench.context import Context, new_tokens
-from grasp_lora.workbench.merged_folder import adapter_in, read_start
+from grasp_lora.workbench.merged_folder import read_start
 from grasp_lora.workbench.processes import is_main
 
 JUDGING = ("micro_dev", "dev")
@@ -50,9 +51,10 @@ def run(work: Work) -> Mapping[str, Any]:
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = model_with_adapter(context.backbone, adapter)
-        other = base_mismatch_line(adapter, work.config.model.name, context.backbone)
-        if other is not None:
-            context.reporter.say(other)
+        for line in lines_about(
+            work.inputs.get("adapter", adapter), work.config.model.name, context.backbone
+        ):
+            context.reporter.say(line)
     with ExitStack() as stack:
         with clock.span("load"):
             model = stack.enter_context(attached)

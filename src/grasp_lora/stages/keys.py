@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.base.files import jsonable, read_json
 from grasp_lora.base.words import shortened
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.stages.stage import Kind, Split, Stage
-from grasp_lora.workbench.merged_folder import adapter_in
 from grasp_lora.workbench.rows import RunData
 
 Key = dict[str, Any]
@@ -25,7 +25,12 @@ _READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json")
 
 
 def key_of(
-    stage: Stage, kind: Kind, data: RunData, base: str | None, inputs: Mapping[str, str]
+    stage: Stage,
+    kind: Kind,
+    data: RunData,
+    base: str | None,
+    inputs: Mapping[str, str],
+    template: str | None = None,
 ) -> Key:
     """Return the key of a stage.
 
@@ -36,12 +41,16 @@ def key_of(
         base: identifies the weights of the base model (`models.content.base_content`); None where
             only the model's name is known.
         inputs: role -> hash of the folder's content, see `input_content`.
+        template: chat template that the prompts get in place of the base model's.
     """
     settings = used_settings(stage, kind)
     if base is not None:
         settings.pop("model.name", None)
     sets = kind.examples(stage, splits_of(data))
-    return {
+    asked: Key = {}
+    if template is not None and settings.get("data.chat"):
+        asked["template"] = hashlib.sha256(template.encode()).hexdigest()[:16]
+    return asked | {
         "kind": stage.kind,
         "format": kind.format,
         "base": base,
@@ -104,6 +113,8 @@ def differences(stored: Key, wanted: Key) -> list[str]:
         )
     if stored.get("base") != wanted["base"]:
         found.append("the weights of the base model are others")
+    if stored.get("template") != wanted.get("template"):
+        found.append("the chat template of the adapters is another")
     old, new = jsonable(stored.get("settings", {})), jsonable(wanted["settings"])
     defaults = default_settings() if old.keys() != new.keys() else {}
     for name in sorted(old.keys() | new.keys()):

@@ -33,7 +33,7 @@ def run(work: Work) -> Mapping[str, Any]:
     began = time.perf_counter()
     context = work.context
     folders = [folder for role, folder in work.inputs.items() if role != WEIGHTS_INPUT]
-    loaded = [read_adapter(folder) for folder in folders]
+    loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
     rule = work.stage.option("rule")

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
@@ -62,7 +63,6 @@ from grasp_lora.workbench.fit import (
     measured,
 )
 from grasp_lora.workbench.merged_folder import (
-    adapter_in,
     epochs_trained,
     read_ratio,
     read_start,
@@ -192,7 +192,7 @@ def _training(work: Work) -> tuple[Training, float]:
     training = work.config.training("finetune")
     first = work.inputs.get("cut_from", work.inputs["start"])
     continues = work.config.finetune.mode == "continue"
-    before = epochs_trained(adapter_in(first)) if continues else 0.0
+    before = epochs_trained(first) if continues else 0.0
     if "judged" not in work.inputs:
         return training, before
     judged = facts_of(work.inputs["judged"])

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
 
+from grasp_lora.adapters.chat import GivenTemplate, given_template, put_template
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig, section_of
@@ -358,6 +360,22 @@ def model_spec(config: RunConfig) -> ModelSpec:
     return ModelSpec(**config.model.model_dump())
 
 
+def template_given(config: RunConfig, inputs: Sequence[Path] = ()) -> GivenTemplate | None:
+    """Return the chat template that adapters of a run bring along; None if prompts need none.
+
+    Args:
+        config: the run's settings; its adapters may bring one.
+        inputs: further adapters; theirs goes first.
+
+    Raises:
+        ValueError: a tokenizer file beside an adapter is damaged.
+    """
+    if not config.data.chat:
+        return None
+    named = [folder for _, folder in config.adapters if folder is not None]
+    return given_template([*named, *inputs])
+
+
 _WITHOUT = {
     "logits_to_keep": "logits are computed for the whole length, which costs time and memory",
     "position_ids": "examples are padded on the left, so losses may depend on the batch",
@@ -381,6 +399,7 @@ def open_context(
     data: RunData | None = None,
     training: bool = True,
     clock: Clock | None = None,
+    inputs: Sequence[Path] = (),
 ) -> Context:
     """Read the examples, load the backbone, and return the context.
 
@@ -392,6 +411,7 @@ def open_context(
         data: the examples, if they have been read already.
         training: False plans no memory for training.
         clock: measures the time from here on; None makes a new clock.
+        inputs: adapters beside those of `config` whose chat template is used.
 
     Raises:
         ValueError: the examples or the backbone cannot be used; the message says what to do.
@@ -404,7 +424,12 @@ def open_context(
             reporter.say(notice)
         if training:
             reporter.say(f"memory planned: {planned_memory(config)}")
+        template = template_given(config, inputs)
         backbone = load_backbone(model_spec(config), reporter.say)
+        for notice in put_template(backbone.tokenizer, template):
+            reporter.say(notice)
+        if template is not None:
+            backbone = replace(backbone, given_template=template.text)
     missing = [
         a for a in ("logits_to_keep", "position_ids") if not forward_accepts(backbone.model, a)
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from grasp_lora.adapters.chat import put_template
 from grasp_lora.base.files import write_text
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
@@ -18,6 +19,7 @@ from grasp_lora.workbench.context import (
     max_length,
     model_spec,
     prompt_notices,
+    template_given,
 )
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
@@ -59,6 +61,7 @@ def describe_data(
     data = load_run_data(tolerant, notes.append, training=False)
     notes += prompt_notices(config, data)
     tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
+    notes += put_template(tokenizer, template_given(config))
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
     lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}

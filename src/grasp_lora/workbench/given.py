@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
-from grasp_lora.adapters.opening import base_mismatch_lines, model_with_adapter
+from grasp_lora.adapters.opening import lines_about_all, model_with_adapter
 from grasp_lora.workbench.context import Context
 
 
@@ -19,7 +19,7 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
         FileNotFoundError, ValueError: as in `read_adapter`, `check_fits` and `model_with_adapter`.
     """
     with context.clock.span("load"):
-        loaded = [read_adapter(folder) for folder in folders]
+        loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
         for folder, adapter in zip(folders, loaded, strict=True):
             check_fits(adapter, context.backbone.model, str(folder))
             with model_with_adapter(context.backbone, folder):
@@ -29,6 +29,6 @@ def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter
 
 
 def say_other_bases(context: Context, folders: Sequence[Path]) -> None:
-    """Print which adapters name a base model other than the backbone, or other than each other."""
-    for line in base_mismatch_lines(folders, context.config.model.name, context.backbone):
+    """Print which adapters name another base model, and what else the user should know of them."""
+    for line in lines_about_all(folders, context.config.model.name, context.backbone):
         context.reporter.say(line)

@@ -101,7 +101,7 @@ def measure(
         ValueError: an adapter does not fit the backbone, or there are fewer than 4 examples.
     """
     config = context.config
-    loaded = [read_adapter(folder) for folder in folders]
+    loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
     pool = context.rows("target", POOLS[config.controller.probe_rows])

@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from grasp_lora.adapters.folder import check_fits, read_adapter, write_adapter
-from grasp_lora.base.files import read_json, write_json
+from grasp_lora.adapters.chat import TEMPLATE_FILE
+from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, write_adapter
+from grasp_lora.base.files import read_json, write_json, write_text
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
@@ -56,6 +57,8 @@ def save_plain(
 ) -> None:
     """Write an ordinary PEFT adapter folder.
 
+    A chat template that the backbone was given is written too, so that the adapter is asked in it.
+
     Args:
         folder: the folder to write.
         plain: module name -> (A, B).
@@ -70,6 +73,8 @@ def save_plain(
         base_name=backbone.public_name,
         fingerprint=backbone.fingerprint,
     )
+    if backbone.given_template is not None:
+        write_text(folder / TEMPLATE_FILE, backbone.given_template)
 
 
 def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
@@ -81,7 +86,8 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
         FileNotFoundError, ValueError: the folder holds no adapter, or the adapter does not fit this
             backbone.
     """
-    loaded = read_adapter(folder)
+    folder = adapter_in(folder)
+    loaded = read_adapter(folder, backbone.model)
     check_fits(loaded, backbone.model, str(folder))
     if not (folder / MERGE_FILE).exists():
         return merge("cat", [loaded.adapter], [1.0])
@@ -104,16 +110,10 @@ def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:
     }
 
 
-def adapter_in(folder: Path) -> Path:
-    """Return the adapter folder of a stage's result; the adapter of a search lies in `adapter/`."""
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder
-
-
 def epochs_trained(folder: Path) -> float:
     """Return the epochs trained by the search that wrote an adapter folder; 0 for other folders."""
-    if not (folder / MERGE_FILE).exists():
-        return 0.0
-    return float(read_json(folder / MERGE_FILE).get("epochs", 0.0))
+    file = adapter_in(folder) / MERGE_FILE
+    return float(read_json(file).get("epochs", 0.0)) if file.exists() else 0.0
 
 
 def read_ratio(file: Path, config: RunConfig) -> tuple[float, dict[str, float] | None]:
