@@ -340,21 +340,26 @@ def same(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("clear", [True, False])
 @pytest.mark.parametrize(("schedule", "cuts"), [("once", 1), ("every-step", 5), (3, 2)])
-def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts):
+def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts, clear):
     calls = []
     commit = LiveAdapter.commit
     monkeypatch.setattr(
         LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
-    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
+    controller = {"clear_moments": clear}
+    finetune = {"epochs": 2, "mask_schedule": schedule}
+    config = settings(workplace, finetune=finetune, controller=controller)
     out = prune_adapter(config, start, 0.5, workplace / "out")
-    assert read_json(out / "stage.json")["steps"] == 4
+    stage = read_json(out / "stage.json")
+    assert stage["steps"] == 4
     assert len(calls) == cuts
-    optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
-    assert len(optimizers) == cuts - 1, "cuts between steps clear the moments"
-    assert None not in optimizers
+    for _, optimizer, cleared in calls[1:]:
+        assert optimizer is not None, "cuts between steps change the moments"
+        assert cleared is clear
+    assert ("controller.clear_moments" in stage["key"]["settings"]) == (schedule != "once")
 
 
 def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace, monkeypatch):

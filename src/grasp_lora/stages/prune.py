@@ -163,7 +163,7 @@ def _trained(
 
     def prune(optimizer: Any = None) -> None:
         with context.clock.span("masks"):
-            live.commit(cutter(), optimizer)
+            live.commit(cutter(), optimizer, work.config.controller.clear_moments)
 
     if judged_masks is not None:
         live.commit(judged_masks)
@@ -283,6 +283,8 @@ def _settings(stage: Stage) -> tuple[str, ...]:
         own.append("train.finetune")
     if _may_prune(stage):
         own += ["importance", "structure", "finetune.mask_schedule", "scope"]
+        if stage.config.finetune.mask_schedule != "once":
+            own.append("controller.clear_moments")
     if stage.option("sampler"):
         own.append("controller.high")
     return ("seed", "model", *own, *encoding)

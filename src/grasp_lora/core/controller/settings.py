@@ -93,7 +93,8 @@ class ControllerConfig:
     """Ratio to take if no gain was shown (`standard`): the minimum of the curve, or the largest
     ratio that is worse by at most one standard error, for the smallest adapter."""
     clear_moments: bool = True
-    """Whether a commit forgets the optimizer's moments of the entries it prunes."""
+    """Whether new masks, in search and final run, clear the optimizer's first moment (momentum) of
+    the entries they prune."""
 
     @property
     def start(self) -> float:
