@@ -37,6 +37,28 @@ def test_a_body_that_changes_weights_is_told_however_it_writes(write, dtype):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_every_single_flipped_bit_and_every_pair_of_signs_is_seen():
+    weights = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    model, params = nn.Linear(2, 2), {"a": nn.Parameter(weights.clone())}
+
+    def seen(write) -> bool:
+        params["a"].data.copy_(weights)
+        try:
+            with preserved(model, params):
+                write(params["a"].data)
+        except RuntimeError:
+            return True
+        return False
+
+    bits = [1 << n for n in range(31)] + [-(1 << 31)]
+    for place in range(12):
+        for bit in bits:
+            assert seen(lambda p, i=place, b=bit: p.view(torch.int32)[i].bitwise_xor_(b)), bit
+        for other in range(place):
+            pair = torch.ones(12).index_fill_(0, torch.tensor([place, other]), -1.0)
+            assert seen(lambda p, signs=pair: p.mul_(signs)), (place, other)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_body_that_only_reads_is_not_blamed(value):
     params = {"a": nn.Parameter(torch.full((3, 5), value).T), "empty": nn.Parameter(torch.ones(0))}
