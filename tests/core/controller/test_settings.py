@@ -1,7 +1,9 @@
 """Presets and the rules of the controller's settings."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -74,6 +76,23 @@ def test_all_faults_are_named_at_once():
         ControllerConfig(rows=0, lr=-1.0, max_step=2.0)
     assert "rows must" in str(caught.value)
     assert "lr must" in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["standard", "paper"])
+def test_replace_changes_values_and_refuses_another_preset(other):
+    config = ControllerConfig(preset="paper" if other == "standard" else "standard", rows=5)
+    again = dataclasses.replace(config, rows=7, max_step=0.2)
+    assert (again.rows, again.max_step, again.low) == (7, 0.2, config.low)
+    assert dataclasses.replace(config, preset=config.preset) == config
+    for one in (config, again, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(ValueError, match=rf"from '{config.preset}' to '{other}'.*build"):
+            dataclasses.replace(one, preset=other)
+    read = TypeAdapter(ControllerConfig).validate_python({"preset": config.preset})
+    with pytest.raises(ValueError, match="cannot change the controller preset"):
+        dataclasses.replace(read, preset=other)
+    with pytest.raises(ValueError, match="unknown controller preset 'fast'"):
+        dataclasses.replace(config, preset="fast")
+    assert "filled_for" not in dataclasses.asdict(config)
 
 
 def test_settings_survive_json_and_a_pydantic_field():
