@@ -114,7 +114,7 @@ def run(
                 read_adapter(folder)
         data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
-    current = _Run(config, session, run_plan(config, bool(data.test_sets())))
+    current = _Run(config, session, run_plan(config, data))
     again = decided_by_main(lambda: _check_folder(current, overwrite))
     _check_before_work(current)
     decided_by_main(lambda: _open_folder(current, again))
