@@ -139,6 +139,7 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
         {"merge": {"kind": "linear"}},
         {"merge": {"kind": "svd"}, "mask_unit": "merged"},
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
+        {"controller": {"preset": "paper", "rounds": 2}},
         {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
         {"importance": "magnitude", "mask_unit": "merged"},
         {"structure": "rank"},
@@ -152,6 +153,12 @@ def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
     )
     assert (out / "done.json").exists()
     assert len(read_json(out / "scores.json")["systems"]) == 1
+    ratio = read_json(out / "ratio.json")
+    controller = changes.get("controller", {"preset": "standard"})["preset"]
+    assert ratio["preset"] == changes.get("preset", "standard") + ", changed"
+    assert ratio["controller_preset"] == f"{controller}, changed"
+    assert "train.search.epochs" in ratio["changed_from_preset"]
+    assert ("merge.kind" in ratio["changed_from_preset"]) == ("merge" in changes)
 
 
 def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):

@@ -137,7 +137,7 @@ def ablate(
     found = _summary(chosen, left_out, seeds, outcomes) | {
         "task": config.data.task,
         "language": config.data.target.language,
-        "preset": config.controller.preset,
+        "controller_preset": config.controller.label,
     }
     write_json(out / "ablation.json", found)
     write_text(out / "ablation.md", ablation_markdown(found))

@@ -32,6 +32,13 @@ def test_the_standard_preset_starts_unpruned_with_eight_rounds():
     assert not config.baseline
 
 
+def test_the_label_says_that_a_setting_is_not_the_presets():
+    assert ControllerConfig(preset="paper").label == "paper"
+    assert ControllerConfig(preset="paper", rows=16, interval=10).label == "paper"
+    assert ControllerConfig(preset="paper", rows=12).label == "paper, changed"
+    assert ControllerConfig(max_step=0.2).label == "standard, changed"
+
+
 def test_values_that_follow_from_the_range_follow_a_changed_range():
     assert ControllerConfig(low=0.2).start == 0.2
     assert ControllerConfig(low=0.2).sigma == 0.1

@@ -100,6 +100,12 @@ class ControllerConfig:
     """Not a setting: how `dataclasses.replace` hands on the preset that the values are from."""
 
     @property
+    def label(self) -> str:
+        """Name of the preset, with "changed" if a setting is not the preset's."""
+        plain = self == ControllerConfig(preset=self.preset)
+        return self.preset if plain else f"{self.preset}, changed"
+
+    @property
     def start(self) -> float:
         """Current ratio before the first commit, in [low, high]. No mask is applied before it.
 
