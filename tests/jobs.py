@@ -18,6 +18,8 @@ def of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": values, "target": values}
 
 
+TRAINED = 8
+"""Target train examples of a `job`."""
 TRAIN = of_adapters({"epochs": 1}) | {"search": {"epochs": 2}, "finetune": {"epochs": 2}}
 
 
@@ -32,7 +34,10 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
         "data": {
             "max_length": 640,
             "source": {"language": "en", "rows": {"train": 8, "dev": 4}},
-            "target": {"language": "es", "rows": {"train": 8, "dev": 4, "micro_dev": 4, "test": 4}},
+            "target": {
+                "language": "es",
+                "rows": {"train": TRAINED, "dev": 4, "micro_dev": 4, "test": 4},
+            },
         },
         "controller": {"rounds": 3, "rows": 4},
         "train": TRAIN,

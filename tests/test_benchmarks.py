@@ -16,6 +16,7 @@ from benchmarks import (
     growth,
     loading,
     masks,
+    revival,
     search,
     sharing,
     step,
@@ -38,6 +39,7 @@ FIGURES = {
     growth: (),
     loading: ("help_seconds",),
     masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
+    revival: ("revival_largest",),
     sharing: ("sharing_speedup",),
     step: ("step_matmul_fraction", "step_speedup_vs_trainer", "probe_over_forward"),
 }

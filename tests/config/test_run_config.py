@@ -212,6 +212,37 @@ def test_another_controller_goes_with_the_published_rest(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("sections", "changed"),
+    [
+        ({}, []),
+        ({"preset": "paper"}, []),
+        ({"preset": "paper", "output": "x", "seed": 3, "evaluate": {"beams": 2}}, []),
+        ({"preset": "paper", "train": {"learning_rate": 1e-4}}, []),
+        ({"preset": "paper", "merge": {"kind": "cat"}}, ["merge.kind"]),
+        ({"preset": "paper", "train": {"search": {"epochs": 3}}}, ["train.search.epochs"]),
+        ({"preset": "paper", "controller": {"rows": 8}}, ["controller.rows"]),
+        (
+            {"preset": "paper", "finetune": {"mode": "continue"}},
+            ["finetune.mode", "train.finetune.epochs", "train.search.epochs"],
+        ),
+        ({"structure": "rank", "lora": {"r": 4}}, ["lora.r", "structure"]),
+        ({"importance": "magnitude", "scope": "layer"}, ["importance", "scope"]),
+    ],
+)
+def test_what_differs_from_the_preset_is_known_setting_by_setting(tmp_path, sections, changed):
+    config = load_config(written(tmp_path, **sections))
+    assert config.changed_from_preset() == changed
+    assert RunConfig(**config.to_dict()).changed_from_preset() == changed
+
+
+def test_the_paper_controller_alone_is_not_the_published_recipe(tmp_path):
+    alone = load_config(written(tmp_path, controller={"preset": "paper"}))
+    assert alone.preset == "standard"
+    assert {"controller.preset", "controller.lr"} <= set(alone.changed_from_preset())
+    assert not any(key.startswith("merge") for key in alone.changed_from_preset())
+
+
+@pytest.mark.parametrize(
     ("sections", "overrides", "epochs"),
     [
         ({}, [], (10, 10)),

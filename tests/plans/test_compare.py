@@ -52,7 +52,7 @@ from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
 from helpers import drawing, tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import TRAINED, job, write_job
 
 METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
 ONLY = (
@@ -151,7 +151,7 @@ def test_optuna_has_a_model_before_its_runs_are_over(settings, sampler):
     """By default its samplers draw ten trials at random, more than there are."""
     import optuna  # noqa: PLC0415 (optional)
 
-    plan, _ = plan_of(load_config(settings), (1,))
+    plan, _ = plan_of(load_config(settings), (1,), TRAINED)
     inputs = plan.stages[f"optuna-{sampler}-s1/trial-0"].options
     assert inputs["sampler"] == sampler
     assert 1 <= inputs["drawn"] < TRIALS - 2
@@ -173,7 +173,7 @@ def test_the_trials_of_an_optuna_search_are_those_of_its_sampler(done, settings)
     import optuna  # noqa: PLC0415 (optional)
 
     _, out = done
-    plan, _ = plan_of(load_config(settings), (1,))
+    plan, _ = plan_of(load_config(settings), (1,), TRAINED)
     sampler = optuna.samplers.TPESampler(
         seed=1, n_startup_trials=plan.stages["optuna-tpe-s1/trial-0"].options["drawn"]
     )
@@ -281,7 +281,7 @@ def test_prices_count_what_was_done(done, settings):
     for row in of(found, "grasp-restart"):
         assert (row["runs"], row["steps"]) == (2, 8)
         (continued,) = (r for r in of(found, "grasp-continue") if r["seed"] == row["seed"])
-        assert (continued["runs"], continued["steps"]) == (1, 8), "one training in two stages"
+        assert (continued["runs"], continued["steps"]) == (1, 4), "one training in two stages"
         plain = statistics.fmean(one["tokens"] for one in of(found, "average-finetuned"))
         titles, cells = price_rows(found)
         shown = next(one for one in cells if one[0] == "grasp-restart")
@@ -326,7 +326,7 @@ def test_what_is_planned_is_what_was_done(done, settings):
     found, out = done
     config = load_config(settings)
     context = open_context(config, quiet=True)
-    plan, built = plan_of(config, (1, 2))
+    plan, built = plan_of(config, (1, 2), TRAINED)
     costs = plan.cost(sizes_of(config, context.data))
 
     def repeated(row):
@@ -381,7 +381,7 @@ def test_early_stopping_makes_less_of_what_is_planned(settings, tmp_path):
     config = load_config(settings, changes)
     found = compare_methods(config, tmp_path, ("source-finetuned",), (1,), quiet=True)
     (row,) = of(found, "source-finetuned")
-    plan, _ = plan_of(config, (1,))
+    plan, _ = plan_of(config, (1,), TRAINED)
     planned = plan.cost(sizes_of(config, open_context(config, quiet=True).data))
     whole = planned["source-finetuned-s1/final"]
     assert (whole.steps, whole.forwards) == (24, 28)
@@ -566,7 +566,7 @@ def test_bad_options_are_refused_before_any_work(settings, tmp_path, arguments, 
 
 def test_stages_of_all_methods_are_a_plan_and_main_methods_get_every_seed(settings, tmp_path):
     config = load_config(settings)
-    plan, built = plan_of(config, (1, 2, 3))
+    plan, built = plan_of(config, (1, 2, 3), TRAINED)
     for method, about in METHODS.items():
         count = 3 if about.seeds == "all" else 1
         assert sum(job_name(method, seed) in built for seed in (1, 2, 3)) == (
@@ -582,7 +582,7 @@ def test_stages_of_all_methods_are_a_plan_and_main_methods_get_every_seed(settin
         }
 
     moved = config.model_copy(update={"output": settings.parent / "elsewhere"})
-    again, _ = plan_of(moved, (1, 2, 3))
+    again, _ = plan_of(moved, (1, 2, 3), TRAINED)
     assert keys(again.stages) == keys(plan.stages)
     write_plan(tmp_path, plan)
     some = {name: read_stage(tmp_path, name) for name in list(plan.stages)[::25]}
@@ -591,7 +591,7 @@ def test_stages_of_all_methods_are_a_plan_and_main_methods_get_every_seed(settin
 
 def test_what_is_asked_for_changes_no_stage(settings):
     config = load_config(settings)
-    plan, built = plan_of(config, (1, 2))
+    plan, built = plan_of(config, (1, 2), TRAINED)
     for name in ("grasp-late", "grasp-labelled", "random-masks"):
         part = part_of(plan, tuple(stages_of(built, [f"{name}-s1"])))
         assert len(part.stages) < 10
@@ -603,16 +603,16 @@ def test_one_run_and_two_have_the_epochs_that_make_them_comparable(settings):
         return tuple(config.training(name).epochs for name in ("search", "finetune"))
 
     config = load_config(settings, ["train.search.epochs=10", "train.finetune.epochs=10"])
-    assert epochs(changed_settings(config, {"finetune.mode": "restart"})) == (10, 10)
-    assert epochs(changed_settings(config, {"finetune.mode": "continue"})) == (5, 5)
+    assert epochs(changed_settings(config, {"finetune.mode": "restart"}, TRAINED)) == (10, 10)
+    assert epochs(changed_settings(config, {"finetune.mode": "continue"}, TRAINED)) == (5, 5)
     names = ["finetune.mode=continue", "train.search.epochs=4", "train.finetune.epochs=3"]
     config = load_config(settings, names)
-    assert epochs(changed_settings(config, {}))[1] == 7
-    assert epochs(changed_settings(config, {"finetune.mode": "continue"})) == (4, 3)
+    assert epochs(changed_settings(config, {}, TRAINED))[1] == 7
+    assert epochs(changed_settings(config, {"finetune.mode": "continue"}, TRAINED)) == (4, 3)
 
 
 def test_needs_are_run_as_well(settings):
-    plan, built = plan_of(load_config(settings), (1,))
+    plan, built = plan_of(load_config(settings), (1,), TRAINED)
 
     def run_for(job):
         return list(part_of(plan, tuple(stages_of(built, [job]))).stages)

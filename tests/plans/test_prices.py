@@ -28,7 +28,7 @@ from grasp_lora.stages.table import KINDS
 from grasp_lora.training.best import BestCallback
 from grasp_lora.workbench.context import model_spec, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_job
+from jobs import TRAINED, job, write_job
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def rows_of(found, method):
 def planned(config, seeds=(1,)):
     """Return the key of every stage, its inputs but for given adapters left out."""
     data, base = open_context(config, quiet=True).data, base_content(model_spec(config))
-    plan, _ = plan_of(config, seeds)
+    plan, _ = plan_of(config, seeds, TRAINED)
     return {
         name: hash_of(key_of(one, KINDS[one.kind], data, base, {}))
         for name, one in plan.stages.items()
@@ -94,15 +94,15 @@ def test_the_rank_of_the_configured_merge_is_that_of_its_methods(settings, tmp_p
 def test_merging_after_fine_tuning_is_for_the_methods_that_say_so(settings):
     config = load_config(settings)
     after = load_config(settings, ["merge.when=after"])
-    assert changed_settings(after, {}).merge.when == "before"
-    late = changed_settings(after, METHODS["late-merge"].changes)
+    assert changed_settings(after, {}, TRAINED).merge.when == "before"
+    late = changed_settings(after, METHODS["late-merge"].changes, TRAINED)
     assert late.merge.when == "after"
     assert planned(after) == planned(config)
 
 
 def test_adalora_has_a_step_size_of_its_own(settings):
     config = load_config(settings, ["train.target.learning_rate=3e-4"])
-    changed = changed_settings(config, METHODS["target-adalora"].changes)
+    changed = changed_settings(config, METHODS["target-adalora"].changes, TRAINED)
     assert changed.training("target").learning_rate == 3e-3
     rates = [one.training("finetune").learning_rate for one in (changed, config)]
     assert rates[0] == rates[1]
@@ -114,10 +114,10 @@ def test_three_times_the_learning_rate_is_of_the_one_configured(settings, plain)
     sections = ("search", "finetune") if plain == "grasp-continue" else ("finetune",)
     for rate, tripled in ((1e-4, 3e-4), (2e-5, 6e-5)):
         names = [f"train.{section}.learning_rate={rate}" for section in ("search", "finetune")]
-        changed = changed_settings(load_config(settings, names), METHODS[faster].changes)
+        changed = changed_settings(load_config(settings, names), METHODS[faster].changes, TRAINED)
         threefold = [f"train.{section}.learning_rate={tripled}" for section in sections]
         expected = load_config(settings, names + threefold)
-        assert changed == changed_settings(expected, METHODS[plain].changes)
+        assert changed == changed_settings(expected, METHODS[plain].changes, TRAINED)
     keys = planned(config, (1, 2))
     runs = {keys[f"{name}-s{seed}/final"] for name in (plain, faster) for seed in (1, 2)}
     assert len(runs) == 4, "two runs a seed that differ"
@@ -201,7 +201,7 @@ def test_a_price_names_the_machines_and_the_peak_of_every_stage_in_it(settings, 
         "late-merge-s1": (here, 4, {}),
     }
     config = load_config(settings)
-    plan, built = plan_of(config, (1,))
+    plan, built = plan_of(config, (1,), TRAINED)
     jobs = [*made, "grid-s1", "ratio-nearest-s1"]
     asked = part_of(plan, tuple(stages_of(built, jobs)))
     pretend(asked, tmp_path, made)
@@ -232,7 +232,7 @@ def test_a_choice_leaves_out_what_has_no_finite_result_and_names_it(settings, tm
     ratios = [name for name in METHODS if name.startswith("grid-0")]
     made = {f"{name}-s1": (None, None, {"ratio": float(name[5:])}) for name in ratios}
     config = load_config(settings)
-    plan, built = plan_of(config, (1,))
+    plan, built = plan_of(config, (1,), TRAINED)
     asked = part_of(plan, tuple(stages_of(built, ["grid-s1", "ratio-nearest-s1"])))
     pretend(asked, tmp_path, made | {"grasp-restart-s1": (None, None, {"ratio": 0.31})})
     stages = {name: Outcome(tmp_path / name) for name in asked.stages}

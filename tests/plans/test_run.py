@@ -139,6 +139,7 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
         {"merge": {"kind": "linear"}},
         {"merge": {"kind": "svd"}, "mask_unit": "merged"},
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
+        {"controller": {"preset": "paper", "rounds": 2}},
         {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
         {"importance": "magnitude", "mask_unit": "merged"},
         {"structure": "rank"},
@@ -152,6 +153,12 @@ def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
     )
     assert (out / "done.json").exists()
     assert len(read_json(out / "scores.json")["systems"]) == 1
+    ratio = read_json(out / "ratio.json")
+    controller = changes.get("controller", {"preset": "standard"})["preset"]
+    assert ratio["preset"] == changes.get("preset", "standard") + ", changed"
+    assert ratio["controller_preset"] == f"{controller}, changed"
+    assert "train.search.epochs" in ratio["changed_from_preset"]
+    assert ("merge.kind" in ratio["changed_from_preset"]) == ("merge" in changes)
 
 
 def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):
@@ -340,21 +347,26 @@ def same(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("clear", [True, False])
 @pytest.mark.parametrize(("schedule", "cuts"), [("once", 1), ("every-step", 5), (3, 2)])
-def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts):
+def test_the_final_mask_is_cut_as_often_as_scheduled(workplace, monkeypatch, schedule, cuts, clear):
     calls = []
     commit = LiveAdapter.commit
     monkeypatch.setattr(
         LiveAdapter, "commit", lambda self, *given: calls.append(given) or commit(self, *given)
     )
     start = tiny_adapter_folder(workplace / "adapter", tiny_model("llama"))
-    config = settings(workplace, finetune={"epochs": 2, "mask_schedule": schedule})
+    controller = {"clear_moments": clear}
+    finetune = {"epochs": 2, "mask_schedule": schedule}
+    config = settings(workplace, finetune=finetune, controller=controller)
     out = prune_adapter(config, start, 0.5, workplace / "out")
-    assert read_json(out / "stage.json")["steps"] == 4
+    stage = read_json(out / "stage.json")
+    assert stage["steps"] == 4
     assert len(calls) == cuts
-    optimizers = [optimizer for _, *rest in calls[1:] for optimizer in rest]
-    assert len(optimizers) == cuts - 1, "cuts between steps clear the moments"
-    assert None not in optimizers
+    for _, optimizer, cleared in calls[1:]:
+        assert optimizer is not None, "cuts between steps change the moments"
+        assert cleared is clear
+    assert ("controller.clear_moments" in stage["key"]["settings"]) == (schedule != "once")
 
 
 def test_runs_from_the_same_merge_share_one_reading_of_the_train_rows(workplace, monkeypatch):

@@ -10,7 +10,12 @@ import torch
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import Mask, pruned_count
-from grasp_lora.training.live import LiveAdapter, attach_live_adapter, block_importance
+from grasp_lora.training.live import (
+    Block,
+    LiveAdapter,
+    attach_live_adapter,
+    block_importance,
+)
 from helpers import logits_of, random_ids, tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -297,7 +302,8 @@ def test_committing_a_ratio_below_the_current_one_revives_what_matters_most():
     assert scores[keep].min() >= scores[~keep].max()
 
 
-def test_a_commit_clears_the_moments_of_newly_pruned_entries_only():
+@pytest.mark.parametrize("clear", [True, False])
+def test_a_commit_clears_the_first_moment_of_newly_pruned_entries_only(clear):
     live = live_of()
     optimizer = trained_optimizer(live)
     live.commit(pruned_at(live, 0.3), optimizer)
@@ -307,16 +313,71 @@ def test_a_commit_clears_the_moments_of_newly_pruned_entries_only():
         for n, p in live.params.items()
     }
     masks = pruned_at(live, 0.6)
-    live.commit(masks, optimizer)
+    live.commit(masks, optimizer, clear)
     for name, param in live.params.items():
         was, state = old[name]
-        newly = was & ~masks[name].keep()
+        newly, revived = was & ~masks[name].keep(), ~was & masks[name].keep()
         assert newly.any()
-        for key in ("exp_avg", "exp_avg_sq"):
-            now = optimizer.state[param][key]
-            assert (now[newly] == 0).all()
-            assert torch.equal(now[~newly], state[key][~newly])
-        assert optimizer.state[param]["step"] == state["step"]
+        now = optimizer.state[param]
+        expected = state["exp_avg"].masked_fill(newly, 0.0) if clear else state["exp_avg"]
+        assert torch.equal(now["exp_avg"], expected)
+        assert torch.equal(now["exp_avg_sq"][~revived], state["exp_avg_sq"][~revived])
+        assert now["step"] == state["step"]
+
+
+def adam_by_hand(gradients, keeps, rate):
+    """AdamW in float64, by its published formula; masks as the library says, from any start.
+
+    Returns the weights after each step; the masks of a step are those committed before it.
+    """
+    weight, first, second = (np.zeros(gradients.shape[1:]) for _ in range(3))
+    stash, was, trace = weight.copy(), np.ones(weight.shape, bool), []
+    for t, (gradient, keep) in enumerate(zip(gradients, keeps, strict=True), 1):
+        leaving, back, staying = was & ~keep, keep & ~was, keep & was
+        stash[leaving], weight[leaving] = weight[leaving], 0.0
+        weight[back] = stash[back]
+        first[leaving] = 0.0
+        if t > 1 and back.any():
+            second[back] = np.maximum(second[back], second[staying].mean())
+        was = keep
+        gradient = np.where(keep, gradient, 0.0)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        unbiased = np.sqrt(second / (1 - 0.999**t)) + 1e-8
+        weight = weight - rate * first / (1 - 0.9**t) / unbiased
+        weight[~keep] = 0.0
+        trace.append(weight.copy())
+    return np.stack(trace)
+
+
+@pytest.mark.parametrize("revived", [100, 1000])
+@pytest.mark.parametrize("pruned", [0, 2, 50])
+def test_revived_entries_step_as_far_as_their_neighbours(pruned, revived):
+    after, rate, shape = 60, 1e-3, (8, 25)
+    draw = np.random.default_rng(0)
+    gradients = draw.normal(size=shape) + 3 * draw.normal(size=(revived + after, *shape))
+    half = np.arange(200).reshape(shape) % 2 == 0
+    keeps = [
+        ~half if pruned <= t < revived else np.ones(shape, bool) for t in range(len(gradients))
+    ]
+    params = {n: torch.nn.Parameter(torch.zeros(s)) for n, s in (("A", shape), ("B", (1, 8)))}
+    block = Block("module", None, "A", "B", slice(None))
+    live = LiveAdapter(torch.nn.Module(), params, (block,), {})
+    optimizer = torch.optim.AdamW([params["A"]], lr=rate, weight_decay=0.0)
+    trace = []
+    for step, gradient in enumerate(gradients):
+        if step in (pruned, revived):
+            kept = torch.from_numpy(keeps[step])
+            live.commit({"A": Mask.of(kept), "B": Mask.of(torch.ones(1, 8).bool())}, optimizer)
+        params["A"].grad = torch.from_numpy(np.where(keeps[step], gradient, 0.0)).float()
+        optimizer.step()
+        live.zero_pruned()
+        trace.append(params["A"].detach().double().numpy())
+    trace = np.stack(trace)
+    assert np.abs(trace - adam_by_hand(gradients, keeps, rate)).max() < 1e-4 * rate * revived
+    steps = np.sqrt((np.diff(trace[revived:], axis=0) ** 2).mean(0))
+    assert 0.7 < steps[half].mean() / steps[~half].mean() < 1.1
+    assert steps[half].max() < 1.5 * steps[~half].max()
 
 
 def test_committed_zeros_survive_adamw_with_weight_decay_and_momentum():

@@ -22,7 +22,7 @@ OLD_KEYS: Mapping[str, str] = {
         for key in Training.model_fields
     },
     "search.patience": "a search runs all its epochs",
-    "finetune.importance": "masks are cut by importance throughout",
+    "finetune.importance": "write importance; search and final run cut their masks by it",
     "controller.commit": "a commit always cuts the mask at the bounded ratio",
     "controller.refresh_importance": "importance is computed anew in every round",
     "controller.start": _BY_PRESET,

@@ -178,6 +178,15 @@ class RunConfig(Section):
         """Return the whole configuration in JSON's types; `RunConfig(**it)` gives it back."""
         return self.model_dump(mode="json")
 
+    def changed_from_preset(self) -> list[str]:
+        """Return the dotted settings of the method that differ from those of `preset`.
+
+        Adapters, examples, backbone and evaluation belong to no preset.
+        """
+        given = {"model": self.model, "data": self.data, "preset": self.preset}
+        own, plain = (_method_settings(one) for one in (self, RunConfig.model_validate(given)))
+        return sorted(key for key, value in own.items() if value != plain[key])
+
     def config_hash(self) -> str:
         """Return 16 hex digits of a SHA-256 over all settings that can change the results."""
         inert = {"output", "report_to"}
@@ -185,6 +194,20 @@ class RunConfig(Section):
         # Where a training's value was written makes no difference.
         content["train"] = {name: content["train"][name] for name in TRAINING_DEFAULTS["restart"]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_OF_METHOD = ("lora", "merge", "controller", "finetune")
+
+
+def _method_settings(config: RunConfig) -> dict[str, Any]:
+    """Return dotted setting -> value, JSON-able, of all that a preset decides."""
+    content = config.to_dict()
+    sections = {name: content[name] for name in _OF_METHOD}
+    sections |= {f"train.{name}": content["train"][name] for name in TRAINING_DEFAULTS["restart"]}
+    found = {name: content[name] for name in ("importance", "mask_unit", "structure", "scope")}
+    for section, values in sections.items():
+        found |= {f"{section}.{key}": value for key, value in values.items()}
+    return found
 
 
 def section_of(config: RunConfig, role: str, split: str) -> ExampleSource:

@@ -81,8 +81,8 @@ CHANGES: Mapping[str, Change] = {
     "candidates-6": Change("6 candidates a round", {"candidates": 6}),
     "step-0.05": Change("smaller steps of the ratio", {"max_step": 0.05}),
     "step-0.2": Change("larger steps of the ratio", {"max_step": 0.2}),
-    "moments-kept": Change("moments of pruned entries kept", {"clear_moments": False}),
-    "moments-cleared": Change("moments of pruned entries cleared", {"clear_moments": True}),
+    "moments-kept": Change("first moment of pruned entries kept", {"clear_moments": False}),
+    "moments-cleared": Change("first moment of pruned entries cleared", {"clear_moments": True}),
     "baseline-on": Change("commits judged against the model as it is", {"baseline": True}),
     "baseline-off": Change("commits judged against the lowest ratio", {"baseline": False}),
 }
@@ -137,7 +137,7 @@ def ablate(
     found = _summary(chosen, left_out, seeds, outcomes) | {
         "task": config.data.task,
         "language": config.data.target.language,
-        "preset": config.controller.preset,
+        "controller_preset": config.controller.label,
     }
     write_json(out / "ablation.json", found)
     write_text(out / "ablation.md", ablation_markdown(found))

@@ -85,7 +85,8 @@ def compare_methods(
             "there are no test rows to compare on: give data.target.rows.test, "
             "data.target.files.test or data.tests"
         )
-    plan, built = plan_of(config, tuple(seeds))
+    count = len(data.parts["target"].get("train", ()))
+    plan, built = plan_of(config, tuple(seeds), count)
     wanted = [job for job in built if not only or method_of(job) in only]
     asked = part_of(plan, tuple(stages_of(built, wanted)))
     session = Session(with_split_seed(config), data, quiet=quiet)
@@ -95,7 +96,7 @@ def compare_methods(
     outcomes = method_outcomes(_of_interest(built, asked_for, out), plan, out, stages, sizes)
     # The tables also have what earlier starts with other names or seeds have finished.
     for seed in _seeds_in(out) or list(seeds):
-        other_plan, others = plan_of(config, (seed,))
+        other_plan, others = plan_of(config, (seed,), count)
         there = finished_stages(other_plan, out, session)
         others = _of_interest(others, asked_for, out)
         outcomes = method_outcomes(others, other_plan, out, there, sizes) | outcomes
@@ -138,13 +139,15 @@ def checked_data(
     return load_run_data(config, Reporter(quiet).say)
 
 
-def plan_of(config: RunConfig, seeds: tuple[int, ...]) -> tuple[Plan, dict[str, Built]]:
-    """Return the plan of all methods and run -> stages.
+def plan_of(
+    config: RunConfig, seeds: tuple[int, ...], examples: int
+) -> tuple[Plan, dict[str, Built]]:
+    """Return the plan of all methods and run -> stages, for a number of target train examples.
 
     The plan has methods that are not asked for too, so the names of stages never depend on that.
     """
     builder = PlanBuilder()
-    built = build_methods(builder, config, seeds)
+    built = build_methods(builder, config, seeds, examples)
     return builder.build(), built
 
 

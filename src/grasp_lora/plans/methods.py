@@ -4,8 +4,10 @@ All methods start from the same two adapters and are scored on the same examples
 methods need is in the plan once.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
@@ -16,8 +18,11 @@ from grasp_lora.plans.parts import (
     add_merge,
     add_search,
     add_unpruned,
+    passes_of_result,
+    with_length,
 )
 from grasp_lora.plans.plan import PlanBuilder
+from grasp_lora.stages.costs import passes_of
 from grasp_lora.stages.stage import Input, Stage
 
 RATIO_STEP = 0.1
@@ -594,26 +599,32 @@ def with_split_seed(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def changed_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """Return settings with dotted changes, and with as many epochs as any other method has.
+def changed_settings(config: RunConfig, changes: Mapping[str, Any], examples: int) -> RunConfig:
+    """Return settings with dotted changes, and with a fine-tuning as long as any other method's.
 
-    In mode `restart` the search and the final run each have all epochs of a fine-tuning run. In
-    mode `continue` they share these epochs. Unless `changes` says otherwise, a method trains on the
-    train examples alone, because the other labelled examples judge it, and it merges before
-    fine-tuning.
+    In mode `restart` the search and the final run each have the whole length. In mode `continue`
+    they share it: the search gets half of the epochs, the odd one included, or half of the steps of
+    a single epoch. Unless `changes` says otherwise, a method trains on the train examples alone,
+    because the other labelled examples judge it, and it merges before fine-tuning.
+
+    Args:
+        config: the run's settings.
+        changes: dotted setting -> value; `Times` multiplies the configured value.
+        examples: number of target train examples.
     """
-    total = config.training("finetune").epochs
-    if config.finetune.mode == "continue":
-        total += config.training("search").epochs
-    mode = changes.get("finetune.mode", "restart")
-    first = total if mode == "restart" else total - total // 2
-    second = total if mode == "restart" else max(1, total // 2)
+    whole, mode = passes_of_result(config, examples), changes.get("finetune.mode", "restart")
+    first = whole
+    if mode == "continue":
+        epochs = math.ceil(whole)
+        first = Fraction(epochs - epochs // 2) if epochs > 1 else whole / 2
+    config = with_length(config, "search", first, examples)
+    if mode == "continue":
+        whole -= passes_of(config.training("search"), examples)  # rounded to whole steps
+    config = with_length(config, "finetune", whole, examples)
     plain: dict[str, Any] = {
         "finetune.mode": mode,
         "finetune.rows": "train",
         "merge.when": "before",
-        "train.search.epochs": first,
-        "train.finetune.epochs": second,
     }
     for key, value in (plain | dict(changes)).items():
         config = _changed(config, key, value)
@@ -635,16 +646,19 @@ def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
     return changed(config, key.split("."))
 
 
-def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) -> dict[str, Built]:
+def build_methods(
+    plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...], examples: int
+) -> dict[str, Built]:
     """Add the stages of all methods to a plan; return run -> method, in the order of the tables.
 
     Args:
         plan: receives the adapters and their merge first, then the stages of the methods.
         config: the run's settings; its own seed divides the examples and trains the adapters.
         seeds: seeds of searches and fine-tuning; a method that is run once uses the first.
+        examples: number of target train examples.
     """
     config = with_split_seed(config)
-    plain = changed_settings(config, {})
+    plain = changed_settings(config, {}, examples)
     adapters: dict[str, Input] = add_adapters(plan, plain)
     merged, probe = add_merge(plan, plain, adapters, *SHARED_MERGE)
     adapters["merged"] = merged
@@ -653,7 +667,7 @@ def build_methods(plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...]) 
     def build(name: str, seed: int) -> Built:
         method, job = METHODS[name], job_name(name, seed)
         if job not in built:
-            changed = changed_settings(config, method.changes)
+            changed = changed_settings(config, method.changes, examples)
             drawn = config.seed if method.seeds == "none" else seed
             one = changed.model_copy(update={"seed": drawn})
             case = Case(plan, one, job, adapters, probe, lambda other: build(other, seed))

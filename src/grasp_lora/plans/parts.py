@@ -1,9 +1,12 @@
 """Parts of plans: functions that add stages to a plan and return the names of their results."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.plans.plan import PlanBuilder
+from grasp_lora.stages.costs import lasting, passes_of
 from grasp_lora.stages.stage import Input, Stage
 
 ROLES = ("source", "target")
@@ -106,9 +109,37 @@ def add_unpruned(
     return plan.add(Stage(name, "prune", config, inputs, title=title)), judged
 
 
-def as_long_alone(config: RunConfig) -> RunConfig:
-    """Return settings that give one fine-tuning run as many epochs as the result has in all."""
+def passes_of_result(config: RunConfig, examples: int) -> Fraction:
+    """Return how often the runs that make the result pass over the target train examples.
+
+    With `finetune.mode: continue` these are the search and the final run. Where both have the same
+    batches, equal passes are equal optimizer steps.
+
+    Args:
+        config: the settings.
+        examples: number of target train examples.
+    """
+    passes = passes_of(config.training("finetune"), examples)
+    if config.finetune.mode == "continue":
+        passes += passes_of(config.training("search"), examples)
+    return passes
+
+
+def as_long_alone(config: RunConfig, examples: int) -> RunConfig:
+    """Return settings that make one fine-tuning run as long as all runs that make the result.
+
+    Args:
+        config: the settings.
+        examples: number of target train examples.
+    """
     if config.finetune.mode == "restart":
         return config
-    epochs = config.training("search").epochs + config.training("finetune").epochs
-    return config.with_training("finetune", epochs=epochs)
+    return with_length(config, "finetune", passes_of_result(config, examples), examples)
+
+
+def with_length(
+    config: RunConfig, name: TrainingName, passes: Fraction, examples: int
+) -> RunConfig:
+    """Return settings in which a training passes so often over the target train examples."""
+    training = lasting(config.training(name), passes, examples)
+    return config.with_training(name, epochs=training.epochs, max_steps=training.max_steps)

@@ -115,7 +115,7 @@ def run(
                 read_adapter(folder)
         data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
-    current = _Run(config, session, run_plan(config, bool(data.test_sets())))
+    current = _Run(config, session, run_plan(config, data))
     again = decided_by_main(lambda: _check_folder(current, overwrite))
     _check_before_work(current)
     decided_by_main(lambda: _open_folder(current, again))
@@ -127,13 +127,17 @@ def run(
     return current.out
 
 
-def publish_search(out: Path, search: Path, final: Path) -> None:
+def publish_search(out: Path, search: Path, final: Path, config: RunConfig) -> None:
     """Write ratio.json, rounds.jsonl and ratio.png into the run folder.
 
-    The run's ratio.json also has the fraction of zeros in the exported tensors.
+    The run's ratio.json also has the fraction of zeros in the exported tensors, and the run's
+    preset with the settings of the method that are not the preset's.
     """
     ratio, stage, finetuned = read_json(search / "ratio.json"), facts_of(search), facts_of(final)
-    write_json(out / "ratio.json", ratio | {"zeros": finetuned["zeros"]})
+    changed = config.changed_from_preset()
+    preset = f"{config.preset}, changed" if changed else config.preset
+    whole = {"zeros": finetuned["zeros"], "preset": preset, "changed_from_preset": changed}
+    write_json(out / "ratio.json", ratio | whole)
     rounds = read_jsonl(search / "rounds.jsonl")
     write_jsonl(out / "rounds.jsonl", rounds)
     plot_search(rounds, stage["log"], finetuned["evaluations"], ratio, out / "ratio.png")
@@ -208,7 +212,7 @@ def _finish(current: _Run, profile: bool) -> None:
     out, context = current.out, current.session.context
     search, final = out / current.whole.search, out / current.whole.final
     with context.clock.span("write"):
-        publish_search(out, search, final)
+        publish_search(out, search, final, current.config)
     scores = _scores(current)
     baseline = {"source adapter, fine-tuned on target": out / TUNED}
     # An adapter that the user gives was not chosen on the dev examples of this run.

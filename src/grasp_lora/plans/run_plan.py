@@ -18,6 +18,7 @@ from grasp_lora.plans.parts import (
 )
 from grasp_lora.plans.plan import Plan, PlanBuilder
 from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.workbench.rows import RunData
 
 TUNED = "baselines/source-finetuned"
 UNPRUNED = "baselines/merged-finetuned"
@@ -58,19 +59,20 @@ class RunPlan:
     systems: tuple[System, ...]
 
 
-def run_plan(config: RunConfig, scored: bool) -> RunPlan:
-    """Return the plan of a run.
+def run_plan(config: RunConfig, data: RunData) -> RunPlan:
+    """Return the plan of a run; it depends on the number of examples, not on their content.
 
     Args:
         config: the run's settings.
-        scored: whether there are test examples.
+        data: the examples; without test examples nothing is scored.
     """
+    scored, examples = bool(data.test_sets()), len(data.parts["target"].get("train", ()))
     plan, post_hoc = PlanBuilder(), config.merge.when == "after"
     adapters = add_adapters(plan, config)
     pair, tuned = dict(adapters), None
     if post_hoc:
         # Dev examples must not judge an adapter trained on them, so the judged run is merged.
-        tuned, pair["source"] = _tuned(plan, config, adapters)
+        tuned, pair["source"] = _tuned(plan, config, adapters, examples)
     merged, probe = add_merge(plan, config, pair)
     search = add_search(plan, config, merged)
     retrained = None
@@ -81,7 +83,7 @@ def run_plan(config: RunConfig, scored: bool) -> RunPlan:
     final = add_final(plan, config, merged, search, retrained=retrained)
     systems: list[System] = []
     if scored and config.evaluate.baselines:
-        systems = _baselines(plan, config, adapters, merged)
+        systems = _baselines(plan, config, adapters, merged, examples)
     if scored:
         systems.append(System("final", "final", final))
     for system in systems:
@@ -91,20 +93,26 @@ def run_plan(config: RunConfig, scored: bool) -> RunPlan:
     return RunPlan(plan.build(), adapters, search, final, tuple(systems))
 
 
-def _tuned(plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input]) -> tuple[str, str]:
+def _tuned(
+    plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input], examples: int
+) -> tuple[str, str]:
     """Add the fine-tuning of the source adapter: a baseline, and one side of a post-hoc merge."""
-    alone = as_long_alone(config)
+    alone = as_long_alone(config, examples)
     return add_unpruned(plan, alone, adapters["source"], TUNED, _TITLES[TUNED])
 
 
 def _baselines(
-    plan: PlanBuilder, config: RunConfig, adapters: Mapping[str, Input], merged: str
+    plan: PlanBuilder,
+    config: RunConfig,
+    adapters: Mapping[str, Input],
+    merged: str,
+    examples: int,
 ) -> list[System]:
     """Add the runs that the result is compared with; return their rows of the table."""
     post_hoc = config.merge.when == "after"
-    tuned, _ = _tuned(plan, config, adapters)
+    tuned, _ = _tuned(plan, config, adapters, examples)
     first = _merged_first(plan, config, adapters) if post_hoc else merged
-    alone = as_long_alone(config)
+    alone = as_long_alone(config, examples)
     unpruned, _ = add_unpruned(plan, alone, first, UNPRUNED, _TITLES[UNPRUNED])
     whole = "fine-tuned source merged with target" if post_hoc else "merged, untrained"
     return [

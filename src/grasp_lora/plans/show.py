@@ -53,7 +53,7 @@ def planned_run(config: RunConfig, quiet: bool = False) -> list[Planned]:
         ValueError, FileNotFoundError: the examples or the tokenizer cannot be read.
     """
     data = load_run_data(config, Reporter(quiet).say)
-    plan = run_plan(config, bool(data.test_sets())).plan
+    plan = run_plan(config, data).plan
     return planned(plan, config.output, Session(config, data), sizes_of(config, data))
 
 

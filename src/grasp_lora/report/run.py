@@ -69,7 +69,8 @@ def precheck_table(found: Mapping[str, Any]) -> Table:
 def ablation_table(found: Mapping[str, Any]) -> Table:
     """Return the variants of an `ablation.json` as a terminal table."""
     titles, rows = _ablation_cells(found)
-    title = f"ablation, preset {found['preset']}, seeds {_comma_list(found['seeds'])}"
+    seeds = _comma_list(found["seeds"])
+    title = f"ablation, controller preset {found['controller_preset']}, seeds {seeds}"
     shown = ("variant", "ratio", "commits", "flipped", "dev loss", "against configured")
     return narrow_table(title, titles, rows, shown)
 
@@ -94,12 +95,12 @@ def ablation_markdown(found: Mapping[str, Any]) -> str:
     lines = [
         "# Ablation",
         "",
-        f"Preset `{found['preset']}`, seeds {_comma_list(found['seeds'])}; means over seeds. Every "
-        "run starts from the same merge. *Flipped* is the share of the adapter's entries that a "
-        "commit changes between kept and pruned. *Jump* is the mean training loss of the four "
-        "steps after a commit less that of the four steps before. *Against configured* is the mean "
-        "difference of the dev loss to the configured variant, seed by seed, with its standard "
-        "error: lower is better.",
+        f"Controller preset `{found['controller_preset']}`, seeds {_comma_list(found['seeds'])}; "
+        "means over seeds. Every run starts from the same merge. *Flipped* is the share of the "
+        "adapter's entries that a commit changes between kept and pruned. *Jump* is the mean "
+        "training loss of the four steps after a commit less that of the four steps before. "
+        "*Against configured* is the mean difference of the dev loss to the configured variant, "
+        "seed by seed, with its standard error: lower is better.",
         "",
         f"| {' | '.join(titles)} |",
         f"|---|{'---:|' * (len(titles) - 1)}",

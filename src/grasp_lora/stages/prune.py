@@ -39,7 +39,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
-from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.costs import lasting, passes_of, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
@@ -163,7 +163,7 @@ def _trained(
 
     def prune(optimizer: Any = None) -> None:
         with context.clock.span("masks"):
-            live.commit(cutter(), optimizer)
+            live.commit(cutter(), optimizer, work.config.controller.clear_moments)
 
     if judged_masks is not None:
         live.commit(judged_masks)
@@ -283,6 +283,8 @@ def _settings(stage: Stage) -> tuple[str, ...]:
         own.append("train.finetune")
     if _may_prune(stage):
         own += ["importance", "structure", "finetune.mask_schedule", "scope"]
+        if stage.config.finetune.mask_schedule != "once":
+            own.append("controller.clear_moments")
     if stage.option("sampler"):
         own.append("controller.high")
     return ("seed", "model", *own, *encoding)
@@ -307,11 +309,13 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
         return norms + sizes.reading(1, dev)
     if "judged" not in stage.inputs:
         return norms + training_cost(training, sizes, train, dev)
-    # The judged run may keep its last epoch, and epochs of a search count as well.
+    # The judged run may keep its last epoch, and the passes of a search count as well.
+    count, labelled = sizes.examples(train), tuple(("target", split) for split in LABELLED)
+    passes = passes_of(training, count)
     if config.finetune.mode == "continue" and "cut_from" in stage.inputs:
-        both = training.epochs + config.training("search").epochs
-        training = training.model_copy(update={"epochs": both})
-    return norms + steps_cost(training, sizes, *(("target", split) for split in LABELLED))
+        passes += passes_of(config.training("search"), count)
+    whole = lasting(training, passes, sizes.examples(*labelled))
+    return norms + steps_cost(whole, sizes, *labelled)
 
 
 PRUNE = Kind(1, _settings, _examples, run, _cost)

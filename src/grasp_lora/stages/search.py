@@ -234,7 +234,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
         "commits": sum(r.committed for r in state.records),
         "flipped_entries": searcher.flipped,
         "probe_forwards": searcher.forwards,
-        "preset": config.controller.preset,
+        "controller_preset": config.controller.label,
         "reward": config.controller.reward,
         "importance": config.importance,
         "mask_unit": config.mask_unit,

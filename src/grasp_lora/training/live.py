@@ -275,23 +275,29 @@ class LiveAdapter:
             param.masked_fill_(~self.keep(name), 0.0)
 
     @torch.no_grad()
-    def commit(self, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> int:
+    def commit(
+        self,
+        masks: Masks,
+        optimizer: torch.optim.Optimizer | None = None,
+        clear_moments: bool = True,
+    ) -> int:
         """Make `masks` the adapter's masks; return the number of entries that they change.
 
-        Newly pruned entries are stashed. Their values in the optimizer's state are set to zero, in
-        every state tensor with the parameter's shape, so never in the step counter. Revived entries
-        get their stashed values.
+        Newly pruned entries are stashed. Revived entries get their stashed values, and a second
+        moment that is not below the mean of the entries that were kept and stay; see
+        `_adjust_moments`.
 
         Args:
             masks: the new masks.
-            optimizer: optimizer whose state is cleared; None clears nothing.
+            optimizer: an Adam whose moments follow the masks; None if nothing was trained yet.
+            clear_moments: set the first moment of newly pruned entries to zero.
         """
         flipped = 0
         for name, param in self.params.items():
-            wanted = masks[name].keep()
-            flipped += int((self.keep(name) ^ wanted).sum())
+            kept, wanted = self.keep(name), masks[name].keep()
+            flipped += int((kept ^ wanted).sum())
             if optimizer is not None:
-                _clear_moments(optimizer, param, self._leaving(name, masks))
+                _adjust_moments(optimizer.state.get(param, {}), kept, wanted, clear_moments)
             if self.any_pruned(name):  # so that old and new stash never coexist
                 param.masked_scatter_(~self.keep(name), self._stash[name])
         self._keep, self._stash = {}, {}
@@ -353,10 +359,29 @@ class LiveAdapter:
         }
 
 
-def _clear_moments(optimizer: torch.optim.Optimizer, param: Tensor, entries: Tensor) -> None:
-    for state in optimizer.state.get(param, {}).values():
-        if isinstance(state, Tensor) and state.shape == param.shape:
-            state.masked_fill_(entries, 0)
+def _adjust_moments(
+    state: Mapping[str, Any], kept: Tensor, wanted: Tensor, clear_first: bool
+) -> None:
+    """Make the moments of one tensor follow its masks; the step counter stays as it is.
+
+    The second moment of a pruned entry only decays, and one pruned early has hardly any. Adam's
+    bias correction goes by the step that all entries share, so it does not make up for that: a
+    revived entry would step several times as far as its neighbours (`benchmarks.revival`).
+
+    Args:
+        state: the optimizer's state of the tensor; empty before the first step.
+        kept: the keep mask until now.
+        wanted: the keep mask from now on.
+        clear_first: set the first moment of the entries that are pruned now to zero.
+    """
+    if not state:
+        return
+    if clear_first:
+        state["exp_avg"].masked_fill_(kept & ~wanted, 0.0)
+    second, revived, staying = state["exp_avg_sq"], wanted & ~kept, kept & wanted
+    if bool(revived.any()) and bool(staying.any()):
+        least = torch.masked_select(second, staying).mean()
+        second.copy_(torch.where(revived, second.clamp(min=least), second))
 
 
 def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:

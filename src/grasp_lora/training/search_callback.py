@@ -222,8 +222,7 @@ class SearchCallback(TrainerCallback):
                 wanted = found.masks.get(record.mask_ratio)
                 if wanted is None:
                     (wanted,) = self._live.masks(self._importance, [record.mask_ratio])
-                cleared = optimizer if self._config.clear_moments else None
-                flipped = self._live.commit(wanted, cleared)
+                flipped = self._live.commit(wanted, optimizer, self._config.clear_moments)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 

@@ -8,6 +8,7 @@ import torch
 from grasp_lora.core.controller.policy import (
     Policy,
     confirmation_candidates,
+    drawn_from_policy,
     initial_policy,
     round_kind,
     sampled_candidates,
@@ -127,6 +128,26 @@ def test_confirmation_measures_the_lowest_ratio_beside_the_incumbent(candidates)
     if candidates > 2:
         assert rest.mean() == pytest.approx(0.5, abs=0.03)
         assert rest.std() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "incumbent", "drawn"),
+    [
+        ("coverage", 3, True, "..."),
+        ("policy", 3, True, "dd."),
+        ("policy", 3, False, "ddd"),
+        ("policy", 4, True, "dddd"),
+        ("policy", 1, True, "."),
+        ("confirmation", 2, True, ".."),
+        ("confirmation", 3, True, "..d"),
+        ("confirmation", 5, True, "..ddd"),
+        ("confirmation", 3, False, "ddd"),
+    ],
+)
+def test_only_ratios_drawn_from_the_policy_count_as_samples(kind, count, incumbent, drawn):
+    found = drawn_from_policy(kind, count, ControllerConfig(candidates=count), incumbent)
+    assert found == tuple(letter == "d" for letter in drawn)
+    assert drawn_from_policy("policy", count, PAPER, incumbent) == (True,) * count
 
 
 def test_the_policy_starts_at_the_start_or_at_the_prior():

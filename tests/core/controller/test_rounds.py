@@ -308,6 +308,31 @@ def test_a_policy_round_tries_the_best_of_the_history_again():
     assert even[0] + even[1] == pytest.approx(2 * state.mu)
 
 
+@pytest.mark.parametrize("incumbent_loss", [0.5, 1.9, math.nan])
+def test_the_incumbent_moves_no_policy_and_the_drawn_pair_does(incumbent_loss):
+    state = simulate(STANDARD, 5, lambda r: (r - 0.3) ** 2, rounds=3)
+    drawn = propose(state, STANDARD, torch.Generator().manual_seed(0))
+    q = (drawn[0] - state.mu) / state.sigma
+    after, record = unmeasured(
+        STANDARD, drawn, constant_rows((1.0, 1.2, incumbent_loss)), state=state
+    )
+    assert record.kind == "policy"
+    # Advantages of the pair are 1 and -1, whatever the third trial was.
+    assert after.mu == pytest.approx(state.mu + max(-0.1, min(0.1, state.sigma * q)))
+    assert after.sigma == pytest.approx(state.sigma)
+
+
+def test_the_pair_drawn_for_a_confirmation_moves_the_policy():
+    config = ControllerConfig(candidates=4)
+    state = simulate(config, 5, lambda r: (r - 0.3) ** 2, rounds=5)
+    state = dataclasses.replace(state, horizon=8)
+    drawn = propose(state, config, torch.Generator().manual_seed(0))
+    after, record = unmeasured(config, drawn, constant_rows((3.0, 0.1, 1.2, 1.0)), state=state)
+    assert record.kind == "confirmation"
+    step = (drawn[3] - drawn[2]) / 2
+    assert after.mu == pytest.approx(state.mu + max(-0.1, min(0.1, step)))
+
+
 def test_no_example_is_drawn_twice_before_all_were_drawn_once():
     groups = [str(i) for i in range(66)]
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,9 @@
 """Presets and the rules of the controller's settings."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -28,6 +30,13 @@ def test_the_standard_preset_starts_unpruned_with_eight_rounds():
     assert config.probe_rows == "micro-dev+dev"
     assert config.rounds * config.candidates * config.rows == 288
     assert not config.baseline
+
+
+def test_the_label_says_that_a_setting_is_not_the_presets():
+    assert ControllerConfig(preset="paper").label == "paper"
+    assert ControllerConfig(preset="paper", rows=16, interval=10).label == "paper"
+    assert ControllerConfig(preset="paper", rows=12).label == "paper, changed"
+    assert ControllerConfig(max_step=0.2).label == "standard, changed"
 
 
 def test_values_that_follow_from_the_range_follow_a_changed_range():
@@ -74,6 +83,23 @@ def test_all_faults_are_named_at_once():
         ControllerConfig(rows=0, lr=-1.0, max_step=2.0)
     assert "rows must" in str(caught.value)
     assert "lr must" in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["standard", "paper"])
+def test_replace_changes_values_and_refuses_another_preset(other):
+    config = ControllerConfig(preset="paper" if other == "standard" else "standard", rows=5)
+    again = dataclasses.replace(config, rows=7, max_step=0.2)
+    assert (again.rows, again.max_step, again.low) == (7, 0.2, config.low)
+    assert dataclasses.replace(config, preset=config.preset) == config
+    for one in (config, again, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(ValueError, match=rf"from '{config.preset}' to '{other}'.*build"):
+            dataclasses.replace(one, preset=other)
+    read = TypeAdapter(ControllerConfig).validate_python({"preset": config.preset})
+    with pytest.raises(ValueError, match="cannot change the controller preset"):
+        dataclasses.replace(read, preset=other)
+    with pytest.raises(ValueError, match="unknown controller preset 'fast'"):
+        dataclasses.replace(config, preset="fast")
+    assert "filled_for" not in dataclasses.asdict(config)
 
 
 def test_settings_survive_json_and_a_pydantic_field():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,3 +163,23 @@ def test_dead_components_are_dropped_and_the_product_stays(dead):
     small_a, small_b = without_dead_components(a, b)
     assert torch.equal(small_b @ small_a, b @ a) or torch.allclose(small_b @ small_a, b @ a)
     assert small_a.shape[0] == small_b.shape[1] == max(1, 4 - len(dead))
+
+
+@pytest.mark.parametrize("entries", [1, 7, 8, 16, 61])
+@pytest.mark.parametrize("start", range(9))
+def test_a_slice_that_starts_anywhere_is_packed_bit_by_bit(start, entries):
+    whole = torch.rand(80, generator=torch.Generator().manual_seed(entries)) < 0.5
+    keep = whole[start : start + entries]
+    expected = np.packbits(keep.numpy(), bitorder="little")
+    mask = Mask.of(keep)
+    assert np.array_equal(mask.bits.numpy(), expected)
+    assert torch.equal(mask.keep(), keep)
+    place = torch.empty(20, dtype=torch.uint8)[3 : 3 + len(expected)]
+    assert np.array_equal(Mask.of(keep, place).bits.numpy(), expected)
+    assert torch.equal(Mask.of(whole[: start + 1].clone()[start:]).keep(), whole[start : start + 1])
+
+
+def test_rows_and_columns_of_a_larger_mask_are_packed_alike():
+    whole = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    for keep in (whole[1:3], whole[:, 2:5], whole.T[1:], whole[5]):
+        assert torch.equal(Mask.of(keep).keep(), keep)

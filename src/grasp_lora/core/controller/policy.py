@@ -13,8 +13,11 @@ There are two rules, one per preset:
   candidates evenly over the range. The last rounds are confirmations: they measure the lowest ratio
   beside the incumbent. All other rounds sample antithetic pairs. If the number of candidates is
   odd, the last candidate is the incumbent, the best ratio of the history, so that it is measured
-  again on other examples. Advantages are divided by their standard deviation, so that the step does
-  not depend on the scale of the loss. The steps follow the natural gradient and are bounded.
+  again on other examples. Only ratios drawn from the policy move it: the score function holds for
+  samples alone. Advantages are divided by their standard deviation, so that the step does not
+  depend on the scale of the loss. The steps follow the natural gradient and are bounded. Both
+  ratios of one antithetic pair lie as far from mu, so with up to three candidates sigma moves only
+  where a ratio was clipped.
 """
 
 # torch leaves these results untyped.
@@ -132,6 +135,28 @@ def confirmation_candidates(
     return (config.low, incumbent, *drawn)
 
 
+def drawn_from_policy(
+    kind: RoundKind, count: int, config: ControllerConfig, has_incumbent: bool
+) -> tuple[bool, ...]:
+    """Return for each candidate of a round whether it was drawn from the policy.
+
+    Ratios of a stratified round, the lowest ratio and the incumbent are placed, not drawn.
+
+    Args:
+        kind: Kind of the round.
+        count: Candidates of the round.
+        config: Settings of the controller.
+        has_incumbent: Whether there was an incumbent when the candidates were proposed.
+    """
+    if kind == "coverage":
+        return (False,) * count
+    if not has_incumbent or config.preset == "paper":
+        return (True,) * count
+    if kind == "confirmation":
+        return (False, False, *[True] * (count - 2))
+    return (*[True] * (count - 1), count % 2 == 0)
+
+
 def updated_policy(
     policy: Policy,
     candidates: Sequence[float],
@@ -143,7 +168,7 @@ def updated_policy(
 
     Args:
         policy: The policy that the candidates were drawn from.
-        candidates: Ratios of the trials with a finite reward, at least one.
+        candidates: Ratios drawn from the policy whose trials have a finite reward, at least one.
         rewards: Reward of each trial in nats, loss of the reference - loss of the trial.
         ratio: Current ratio before this round's commit; the anchor pulls mu towards it.
         config: Settings of the controller.

@@ -38,6 +38,7 @@ from grasp_lora.core.controller.policy import (
     Policy,
     clip,
     confirmation_candidates,
+    drawn_from_policy,
     initial_policy,
     initial_stratified_rounds,
     round_kind,
@@ -283,10 +284,16 @@ def _policy_after(
     candidates: Sequence[float],
     rewards: Sequence[float | None],
 ) -> Policy:
-    """Return the updated policy; only a policy round moves it, as only its ratios are samples."""
-    policy = Policy(state.mu, state.sigma)
-    finite = [(c, r) for c, r in zip(candidates, rewards, strict=True) if r is not None]
-    if not finite or round_kind(state.round, state.horizon, config) != "policy":
+    """Return the policy moved by the trials whose ratios were drawn from it."""
+    policy, kind = Policy(state.mu, state.sigma), round_kind(state.round, state.horizon, config)
+    seen = bool(observations(state.records))
+    drawn = drawn_from_policy(kind, len(candidates), config, seen)
+    finite = [
+        (candidate, reward)
+        for candidate, reward, one in zip(candidates, rewards, drawn, strict=True)
+        if one and reward is not None
+    ]
+    if not finite:
         return policy
     tried, gained = zip(*finite, strict=True)
     return updated_policy(policy, tried, gained, state.ratio, config)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
@@ -52,11 +52,12 @@ _BY_PRESET: Final[Any] = None  # typed Any so that readers of the settings never
 class ControllerConfig:
     """What the controller may do and how often; a field left out takes its preset's value.
 
-    The values are filled in once, at construction. To change the preset build a new config:
-    `dataclasses.replace(config, preset=...)` would keep the old preset's values.
+    The values are filled in once, at construction. `dataclasses.replace` changes any of them but
+    the preset, whose values the other fields hold by then: for another preset build a new config.
 
     Raises:
-        ValueError: If a setting breaks its rule; all faults are named in one message.
+        ValueError: If a setting breaks its rule, all faults named in one message; or if
+            `dataclasses.replace` would change the preset.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -95,7 +96,16 @@ class ControllerConfig:
     """Ratio to take if no gain was shown (`standard`): the minimum of the curve, or the largest
     ratio that is worse by at most one standard error, for the smallest adapter."""
     clear_moments: bool = True
-    """Whether a commit forgets the optimizer's moments of the entries it prunes."""
+    """Whether new masks, in search and final run, clear the optimizer's first moment (momentum) of
+    the entries they prune."""
+    filled_for: InitVar[None] = None
+    """Not a setting: how `dataclasses.replace` hands on the preset that the values are from."""
+
+    @property
+    def label(self) -> str:
+        """Name of the preset, with "changed" if a setting is not the preset's."""
+        plain = self == ControllerConfig(preset=self.preset)
+        return self.preset if plain else f"{self.preset}, changed"
 
     @property
     def start(self) -> float:
@@ -112,12 +122,19 @@ class ControllerConfig:
         """Standard deviation of the first candidates around the centre, in units of ratio."""
         return (self.high - self.low) / 6 if self.preset == "paper" else _STANDARD_SIGMA
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, filled_for: str | None) -> None:
         if self.preset not in CONTROLLER_PRESETS:
             raise ValueError(
                 f"unknown controller preset {shown(self.preset)}; "
                 f"choose one of {sorted(CONTROLLER_PRESETS)}"
             )
+        if filled_for not in (None, self.preset):
+            raise ValueError(
+                f"dataclasses.replace cannot change the controller preset from {filled_for!r} to "
+                f"{self.preset!r}, as the other values would stay those of {filled_for!r}; build "
+                f"ControllerConfig(preset={self.preset!r}) with the settings that differ from it"
+            )
+        object.__setattr__(self, "filled_for", self.preset)
         self._fill_from_preset()
         faults = [message for broken, message in self._rules() if broken]
         if faults:

@@ -42,7 +42,8 @@ class Mask:
         """
         flat = keep.reshape(-1)
         size = packed_size(flat.numel())
-        if flat.numel() < 8 * size:
+        if flat.numel() < 8 * size or flat.storage_offset() % 8:
+            # The copy is padded, and starts where an integer of eight bytes may start.
             flat = torch.cat([flat, flat.new_zeros(8 * size - flat.numel())])
         bits = flat.new_empty(size, dtype=torch.uint8) if place is None else place
         # Eight bools are the bytes of one integer. The product moves byte i to bit 56 + i.
