@@ -1,1 +1,1 @@
-"""Provide files, provenance and the clock to all packages of grasp_lora."""
+"""Provide files, provenance, the clock and the choice of a loss to all packages of grasp_lora."""

@@ -6,7 +6,7 @@ and the stage `probe` measure all of them on the same few examples. These losses
 good a merge would be after training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from grasp_lora.adapters.folder import check_fits, read_adapter
+from grasp_lora.base.choice import lowest
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import MergedModule, average_weights, merge
@@ -67,6 +68,21 @@ UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
 """Name -> variant; 24 in all, the merge as configured among them."""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """The losses of untrained merges on the same examples.
+
+    Attributes:
+        ids: of the examples drawn.
+        groups: group of each of them, such as its context.
+        losses: variant -> loss of each example, in nats; NaN or infinite where the model overflows.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    losses: dict[str, list[float]]
+
+
 def usual_weights(config: RunConfig) -> tuple[float, ...]:
     """Return the merge weights of the configuration; the average where they are to be learned."""
     given = config.merge.weights
@@ -75,8 +91,8 @@ def usual_weights(config: RunConfig) -> tuple[float, ...]:
 
 def measure(
     context: Context, folders: tuple[Path, Path], variants: Mapping[str, UntrainedMerge], rows: int
-) -> tuple[list[str], dict[str, list[float]]]:
-    """Return the ids of the examples drawn, and the losses of each variant on them, in nats.
+) -> Probed:
+    """Return the losses of each variant on examples drawn for it.
 
     Args:
         context: examples and backbone.
@@ -115,7 +131,28 @@ def measure(
             )
             losses |= _measure(context, merged, alike, batches, len(drawn))
             done(len(losses))
-    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in variants}
+    examples = [pool.encoded[i] for i in drawn]
+    return Probed(
+        [example.id for example in examples],
+        [example.group for example in examples],
+        {name: losses[name] for name in variants},
+    )
+
+
+def mean_losses(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return name -> mean loss of the examples; not finite where one of them is not.
+
+    Raises:
+        ValueError: none is finite, so nothing can be chosen.
+    """
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    if lowest(means) is None:
+        raise ValueError(
+            f"none of the {len(means)} untrained merges has a finite loss, so none can be chosen: "
+            "use model.dtype float32 if the model overflows in half precision, and check that the "
+            "adapters belong to this backbone"
+        )
+    return means
 
 
 def _by_weights(
