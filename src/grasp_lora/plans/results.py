@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.choice import lowest
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.plans.executor import Outcome
 from grasp_lora.plans.methods import Built
@@ -107,7 +107,8 @@ def _result(
         ratio = facts[built.ratio_from]["ratio"]
     elif "trials" in built.chooses:
         ratio = about["ratio"]
-    found = _scores(scores)
+    tried = {name: facts[name]["best"]["loss"] for name in built.chooses.get("trials", ())}
+    found = _scores(scores) | {"left_out": not_finite(tried)}
     found |= {
         "adapter": None if adapter is None else str(adapter),
         "best": about.get("best"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from grasp_lora.base.choice import lowest
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
@@ -107,13 +107,15 @@ def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[in
         by_example = zip(*rows, strict=True)
         curves |= {e.id: list(curve) for e, curve in zip(held, by_example, strict=True)}
     means = [statistics.fmean(losses) for losses in zip(*curves.values(), strict=True)]
-    epochs = lowest(dict(enumerate(means[1:], start=1)))
+    after = dict(enumerate(means[1:], start=1))
+    epochs, out, context = lowest(after), not_finite(after), work.context
     if epochs is None:
         raise ValueError(
-            f"cross-validation has no finite loss after any of {len(means) - 1} epochs: lower "
+            f"cross-validation has no finite loss after any of {len(after)} epochs: lower "
             f"train.{work.stage.options['role']}.learning_rate"
         )
-    context = work.context
+    if out:
+        context.reporter.say(f"cross-validation: the loss is not finite after epochs {out}")
     judges = [e.id for split in ("micro_dev", "dev") for e in context.examples("target", split)]
     return epochs, statistics.fmean(curves[name][epochs] for name in judges)
 
