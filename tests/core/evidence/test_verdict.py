@@ -222,6 +222,23 @@ def test_a_learned_ratio_is_the_minimum_whatever_flat_ones_are():
     assert searched(parabola, 0).ratio == searched(parabola, 0, config=largest).ratio
 
 
+def test_a_trial_with_a_loss_that_is_not_finite_is_lost():
+    (record,) = one_round(3)
+    (other,) = one_round(4)
+
+    def broken(place):
+        per_row = [list(losses) for losses in record.per_row]
+        per_row[place][0] = None
+        losses = [None if i == place else mean for i, mean in enumerate(record.losses)]
+        values = {"per_row": tuple(map(tuple, per_row)), "losses": tuple(losses)}
+        return dataclasses.replace(record, baseline=None, baseline_rows=(), **values)
+
+    (alone,) = without_baseline([other])
+    known = gain_at(0.4, [alone], CONFIG).mean
+    assert gain_at(0.4, [broken(1), alone], CONFIG).mean == known
+    assert gain_at(0.4, [broken(0), alone], CONFIG).mean == known, "nothing near the lowest is left"
+
+
 def test_the_gain_reported_is_that_of_the_ratio_reported():
     def valley(ratio):
         return 4 * (ratio - 0.35) ** 2

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.groups import LEVEL, Gain, critical_value, group_of, mean_gain
-from grasp_lora.core.evidence.history import RoundRecord
+from grasp_lora.core.evidence.history import RoundRecord, finite_trials
 from grasp_lora.core.evidence.verdict import Verdict
 
 FindingName: TypeAlias = Literal[
@@ -319,14 +319,15 @@ def unrepresentative(
     """
     gains: dict[int, list[float]] = {}
     for record in records:
-        trials = list(zip(record.candidates, record.per_row, strict=True))
+        trials = finite_trials(record)
+        if not trials:
+            continue
         low, reference = min(trials, key=lambda trial: trial[0])
         for tried, losses in trials:
             if abs(tried - ratio) > window or tried - low < 0.05:
                 continue
             for example, a, b in zip(record.rows, reference, losses, strict=True):
-                if a is not None and b is not None:
-                    gains.setdefault(example, []).append(a - b)
+                gains.setdefault(example, []).append(a - b)
     micro, dev = (_mean_of_kind(gains, micro_dev, micro, groups) for micro in (True, False))
     if micro is None or dev is None:
         return None

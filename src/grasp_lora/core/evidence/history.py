@@ -146,13 +146,7 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
     """Return the finite trials of each round; rounds with fewer than two are left out."""
     rounds: list[list[Observation]] = []
     for record in records:
-        trials = [
-            (ratio, [loss for loss in losses if loss is not None])
-            for ratio, losses, mean in zip(
-                record.candidates, record.per_row, record.losses, strict=True
-            )
-            if mean is not None
-        ]
+        trials = finite_trials(record)
         if len(trials) < 2:
             continue
         centres = [statistics.fmean(column) for column in zip(*(t for _, t in trials), strict=True)]
@@ -164,6 +158,18 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
             ]
         )
     return rounds
+
+
+def finite_trials(record: RoundRecord) -> list[tuple[float, list[float]]]:
+    """Return (ratio, loss of each example) of the trials of a round that are finite throughout."""
+    trials = zip(record.candidates, map(finite_losses, record.per_row), strict=True)
+    return [(ratio, losses) for ratio, losses in trials if losses is not None]
+
+
+def finite_losses(losses: Sequence[float | None]) -> list[float] | None:
+    """Return the losses; None if there are none or one of them is not finite."""
+    known = [loss for loss in losses if loss is not None]
+    return known if known and len(known) == len(losses) else None
 
 
 def compressed(

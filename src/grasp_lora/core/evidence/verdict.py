@@ -24,6 +24,8 @@ from grasp_lora.core.evidence.groups import (
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     curve_minimum,
+    finite_losses,
+    finite_trials,
     grid,
     observations,
     resampled_curves,
@@ -114,12 +116,11 @@ def ratio_choice(
     else:
         ratio, rule = _history_minimum(minimum, current)
     found = gain_at(ratio, records, config, groups)
-    learned = found is not None and found.learned
-    if config.preset != "paper" and not learned and config.when_flat == "largest" and seen:
-        assert curves is not None, "there are observations"
+    largest = config.preset != "paper" and config.when_flat == "largest"
+    if largest and curves is not None and not _shown(found):
         ratio, rule = _largest_as_good(curves, config), "largest ratio within one standard error"
         found = gain_at(ratio, records, config, groups)
-    verdict: Verdict = "learned" if learned else "flat"
+    verdict: Verdict = "learned" if _shown(found) else "flat"
     return RatioChoice(
         ratio=ratio,
         verdict=verdict if records else "never-fired",
@@ -149,7 +150,7 @@ def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
 
 
 @dataclass(frozen=True)
-class TestedGain:
+class RatioGain:
     """The gain of a ratio over `low`, tested among all ratios that were tried.
 
     Attributes:
@@ -160,10 +161,9 @@ class TestedGain:
     mean: Gain
     p_value: float
 
-    @property
-    def learned(self) -> bool:
-        """Return whether the gain is shown at the one-sided 5 % level."""
-        return self.mean.gain > NEGLIGIBLE and self.p_value <= LEVEL
+
+def _shown(found: RatioGain | None) -> bool:
+    return found is not None and found.mean.gain > NEGLIGIBLE and found.p_value <= LEVEL
 
 
 def gain_at(
@@ -171,7 +171,7 @@ def gain_at(
     records: Sequence[RoundRecord],
     config: ControllerConfig,
     groups: Sequence[Hashable] | None = None,
-) -> TestedGain | None:
+) -> RatioGain | None:
     """Return the gain of a ratio over `low`, in nats, tested as the best of all that were tried.
 
     The gain is the plain mean over examples, as the loss is. An example's gain is its mean over all
@@ -194,7 +194,7 @@ def gain_at(
     if mean is None or ratio <= config.low + _NEAR_RATIO:
         return None
     tried = {one.ratio: _gains_near(contrasts, one.ratio) for one in contrasts}
-    return TestedGain(mean, chance_of_largest(near, list(tried.values()), groups))
+    return RatioGain(mean, chance_of_largest(near, list(tried.values()), groups))
 
 
 @dataclass(frozen=True)
@@ -214,26 +214,26 @@ def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list
     """Return the contrasts of all trials in rounds whose lowest ratio is near `low`.
 
     A contrast compares a trial with the lowest ratio of the same round, where examples and weights
-    are the same. The curve over all rounds cannot serve here: a trial beyond a cliff shifts its
-    whole round, so the curve's errors on the plateau before the cliff grow with the cliff.
+    are the same. A trial whose loss is not finite is lost. The curve over all rounds cannot serve
+    here: a trial beyond a cliff shifts its whole round, so the curve's errors on the plateau before
+    the cliff grow with the cliff.
     """
     found: list[_Contrast] = []
     in_force = 0.0  # nothing is pruned before the first commit
     for record in records:
-        trials = list(zip(record.candidates, record.per_row, strict=True))
-        measured = [(in_force, record.baseline_rows)] if record.baseline_rows else []
+        trials = finite_trials(record)
+        whole = finite_losses(record.baseline_rows)
+        measured = [*trials, *([] if whole is None else [(in_force, whole)])]
         in_force = record.mask_ratio
-        lowest_ratio, reference = min((*trials, *measured), key=lambda trial: trial[0])
+        if not measured:
+            continue
+        lowest_ratio, reference = min(measured, key=lambda trial: trial[0])
         if lowest_ratio > config.low + _NEAR_RATIO:
             continue
         for ratio, losses in trials:
-            gains = {
-                example: low - high
-                for example, low, high in zip(record.rows, reference, losses, strict=True)
-                if low is not None and high is not None
-            }
-            if gains and ratio > lowest_ratio + _NEAR_RATIO:
-                found.append(_Contrast(ratio, gains))
+            if ratio > lowest_ratio + _NEAR_RATIO:
+                gaps = [low - high for low, high in zip(reference, losses, strict=True)]
+                found.append(_Contrast(ratio, dict(zip(record.rows, gaps, strict=True))))
     return found
 
 
