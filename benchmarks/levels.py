@@ -33,6 +33,8 @@ from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
 from grasp_lora.core.evidence import findings
 from grasp_lora.core.evidence.crossfit import gain_of_best
+from grasp_lora.core.evidence.groups import LEVEL
+from grasp_lora.core.evidence.verdict import gain_at
 
 CONTEXTS = (4, 10, 33, 66)
 SHAPES = ((1, 0.0), (2, 0.0), (2, 0.5), (5, 0.0), (5, 0.5))
@@ -189,9 +191,9 @@ def learned(sample: Sample, effect: float) -> tuple[bool, bool]:
             for ratio in tried
         ]
         state, _ = rounds.conclude(state, config, tried, None, losses, rows, step)
-    return _both(
-        sample, lambda labels: rounds.choose_ratio(state, config, labels).verdict == "learned"
-    )
+    choice = rounds.choose_ratio(state, config, groups)
+    by_row = gain_at(choice.ratio, state.records, config)
+    return choice.verdict == "learned", by_row is not None and by_row.p_value <= LEVEL
 
 
 @dataclass(frozen=True)
