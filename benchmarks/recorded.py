@@ -34,7 +34,7 @@ from benchmarks import common, records
 from grasp_lora.base.files import jsonable, machine_names, read_json, write_json, write_text
 from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.config.sections import Role
-from grasp_lora.core.evidence.crossfit import standard_error
+from grasp_lora.core.evidence.groups import standard_error
 from grasp_lora.plans.compare import RESULT_FILE, compare_methods, paired_with, summary
 from grasp_lora.plans.launch import Pool
 from grasp_lora.plans.methods import METHODS, Choice, job_name, method_of, with_split_seed

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.landscape import SPLITS, config_of, open_pair, pair_parser
-from grasp_lora.core.evidence.crossfit import standard_error
+from grasp_lora.core.evidence.groups import standard_error
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.prune import random_score

@@ -70,6 +70,7 @@ def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, dra
     assert 0.0 <= ratio["ratio"] <= 0.8
     rounds = read_jsonl(out / "rounds.jsonl")
     assert [r["round"] for r in rounds] == [0, 1, 2]
+    assert all(len(r["groups"]) == len(r["rows"]) for r in rounds)
     scores = read_json(out / "scores.json")["systems"]
     assert [s["slug"] for s in scores] == [
         "zero-shot",

@@ -194,6 +194,16 @@ def test_the_report_says_in_words_whether_pruning_paid(loss, said):
     assert said in comparison_words(compared(loss=loss))
 
 
+@pytest.mark.parametrize("bad", [None, float("nan")])
+def test_a_system_without_a_finite_loss_is_not_the_one_with_the_lowest(bad):
+    scores = compared(loss=pair(0.1, 0.01))
+    for system in scores["systems"]:
+        if system["slug"] == "merged-finetuned":
+            (one,) = system["sets"].values()
+            one["scores"]["loss"]["value"] = bad
+    assert "The system with the lowest loss is: unpruned." not in comparison_words(scores)
+
+
 def test_each_comparison_says_whether_the_difference_is_significant():
     text = comparison_words(compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01)))
     assert "exact match +2.0 [-1.0, +1.0], p 0.50, not significant" in text

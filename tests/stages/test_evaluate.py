@@ -1,6 +1,7 @@
 """Evaluation of any adapter on several test sets, and what it writes."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.files import read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, make_config
 from grasp_lora.metrics import exact_match
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import evaluate_adapter
 from grasp_lora.scoring.sets import evaluation_tables
+from grasp_lora.stages.evaluate import chosen_adapter
 from helpers import EOS_ID, tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_rows
 
@@ -371,3 +373,16 @@ def test_the_chat_template_of_the_adapter_goes_first_and_another_is_told(place):
     # Reference: the same template on the base model.
     own.rename(place / "base/chat_template.jinja")
     assert loss_in(evaluated(place, "lora", *rows, "--overwrite")) == after
+
+
+def trials(folder, losses):
+    for number, loss in enumerate(losses):
+        write_json(folder / str(number) / "stage.json", {"best": {"step": 0, "loss": loss}})
+    return {f"trial {number}": folder / str(number) for number in range(len(losses))}
+
+
+def test_the_trial_with_the_lowest_finite_loss_is_scored(tmp_path):
+    found = chosen_adapter(trials(tmp_path, [math.nan, 2.0, math.inf, 1.0]))
+    assert found == tmp_path / "3"
+    with pytest.raises(ValueError, match="none of the 2 trials has a finite dev loss"):
+        chosen_adapter(trials(tmp_path, [math.nan, math.nan]))

@@ -116,6 +116,28 @@ def test_an_unpruned_result_is_not_over_pruned(tmp_path):
     assert found_in(tmp_path, final) == {}
 
 
+def test_rows_of_two_contexts_are_two_pieces_of_evidence(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    finished(tmp_path / "baselines" / "merged-finetuned", better(0.3))
+    stage = read_json(final / "stage.json")
+    assert set(found_in(tmp_path, final)) == {"over-pruned"}
+    uneven = [loss - by for loss, by in zip(ROWS, [0.6] * 3 + [0.1] * 3, strict=True)]
+    finished(tmp_path / "baselines" / "merged-finetuned", uneven)
+    assert set(found_in(tmp_path, final)) == {"over-pruned"}, "without contexts rows are counted"
+    write_json(final / "stage.json", stage | {"groups": list("aaabbb")})
+    assert found_in(tmp_path, final) == {}
+    write_json(final / "stage.json", stage | {"groups": list("abcdef")})
+    found = found_in(tmp_path, final)["over-pruned"]["evidence"]
+    assert (found["rows"], found["groups"]) == (6, 6)
+
+
+def test_a_result_with_a_loss_that_is_not_finite_is_compared_with_nothing(tmp_path):
+    final = finished(tmp_path / "final", [float("nan"), *ROWS[1:]])
+    finished(tmp_path / "baselines" / "merged-finetuned", better(0.3))
+    finished(tmp_path / "target", better(0.5))
+    assert found_in(tmp_path, final, ["target"]) == {}
+
+
 def test_losses_of_other_rows_are_left_out_and_known_findings_stay_once(tmp_path):
     final = finished(tmp_path / "final", ROWS, step=0)
     finished(tmp_path / "other", better(0.5)[:4])
@@ -129,7 +151,7 @@ def test_losses_of_other_rows_are_left_out_and_known_findings_stay_once(tmp_path
 
 def test_a_search_without_rounds_is_named():
     choice = RatioChoice(0.0, "never-fired", None, None, None, "", None, None)
-    found = search_findings(ControllerConfig(), choice, (), (), 100, 16, 66)
+    found = search_findings(ControllerConfig(), choice, (), (), 100, 16, ["a"] * 66)
     assert [one["name"] for one in found] == ["never-fired"]
 
 

@@ -18,11 +18,12 @@ from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.precheck import conclusion, precheck
 from grasp_lora.plans.run import run
 from grasp_lora.plans.session import Session
+from grasp_lora.report.run import precheck_table
 from grasp_lora.stages import probe
 from grasp_lora.stages.stage import Stage
 from grasp_lora.training.live import attach_live_adapter
 from grasp_lora.workbench.context import Context, open_context
-from grasp_lora.workbench.merge_probes import MERGE, UNTRAINED_MERGES
+from grasp_lora.workbench.merge_probes import MERGE, UNTRAINED_MERGES, Probed
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
@@ -123,6 +124,62 @@ def test_the_advice_follows_the_losses(gains, advice, said):
     json.dumps(found)
 
 
+def test_rows_of_one_context_count_once():
+    losses = losses_with(pruned=0.3)
+    assert conclusion(losses, USUAL)["advice"] == "search"
+    two = [str(i // 8) for i in range(16)]
+    found = conclusion(losses, USUAL, two)
+    assert (found["advice"], found["evidence"]["search"]) == ("merge", None)
+    six = [str(i // 3) for i in range(16)]
+    assert conclusion(losses, USUAL, six)["evidence"]["search"]["groups"] == 4
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    ("gains", "advice"),
+    [({}, "merge"), ({"pruned": 0.3}, "search"), ({"weights 0.25 + 0.75": 0.3}, "reweight")],
+)
+def test_a_variant_whose_loss_is_not_finite_is_out_and_named(gains, advice, bad):
+    losses = losses_with(**gains)
+    for name in ("merge x 0.25", "ratio 0.1", "source alone"):
+        losses[name] = [bad, *losses[name][1:]]
+    found = conclusion(losses, USUAL)
+    assert found["advice"] == advice
+    assert found["left_out"] == ["source alone", "merge x 0.25", "ratio 0.1"]
+    assert found["best"] not in found["left_out"]
+    assert "left out, as their loss is not finite: source alone, merge x 0.25" in found["why"]
+    table = precheck_table({"rows": [""] * 16} | found)
+    assert set(list(table.columns[0].cells)[-3:]) == set(found["left_out"])
+
+
+@pytest.mark.parametrize(
+    ("finite", "advice", "said"),
+    [
+        (lambda variant: variant.group != "merge", "reweight", "set merge.weights to ["),
+        (lambda variant: variant.group in ("pruned", "single"), "search", "worth its cost"),
+        (lambda variant: variant.group == "single", "do-not-merge", "fine-tune it instead"),
+    ],
+)
+def test_a_merge_without_a_finite_loss_is_not_advised(finite, advice, said):
+    losses = losses_with()
+    for name, variant in UNTRAINED_MERGES.items():
+        if not finite(variant):
+            losses[name] = [NAN] * 16
+    found = conclusion(losses, USUAL)
+    assert found["advice"] == advice
+    assert "the merge as configured has no finite loss" in found["why"]
+    assert said in found["why"]
+
+
+def test_where_nothing_has_a_finite_loss_there_is_one_error():
+    losses = {name: [NAN] * 16 for name in UNTRAINED_MERGES}
+    with pytest.raises(ValueError, match="none of the 24 untrained merges has a finite loss"):
+        conclusion(losses, USUAL)
+
+
 def test_the_command_prints_the_table_and_writes_where_it_is_told(given):
     _, file, folder = given
     done = CliRunner().invoke(
@@ -153,11 +210,13 @@ def test_what_cannot_be_checked_is_refused_before_any_work(given, tmp_path, chan
     assert said in done.output.replace("\n", " ")
 
 
-def learned_weights(context: Context, adapters: tuple[Path, Path], out: Path) -> tuple[float, ...]:
+def learned_weights(
+    context: Context, adapters: tuple[Path, Path], out: Path, choice: str = "weights"
+) -> tuple[float, ...]:
     """Return the weights that the probe stage learns."""
     inputs = dict(zip(("source", "target"), adapters, strict=True))
     plan = PlanBuilder()
-    plan.add(Stage(out.name, "probe", context.config, inputs, {"choice": "weights"}))
+    plan.add(Stage(out.name, "probe", context.config, inputs, {"choice": choice}))
     session = Session(context.config, context.data, context)
     work_off(plan.build(), out.parent, session)
     return tuple(read_json(out / "weights.json")["weights"])
@@ -173,7 +232,8 @@ def test_weights_to_be_learned_are_those_the_probes_show(given, monkeypatch):
         def measure(context, folders, which, rows):
             asked.append((tuple(which), rows))
             losses = losses_with(**gains)
-            return ["r"] * 16, {name: losses[name] for name in which}
+            ids = [str(i) for i in range(16)]
+            return Probed(ids, ids, {name: losses[name] for name in which})
 
         return measure
 
@@ -191,6 +251,35 @@ def test_weights_to_be_learned_are_those_the_probes_show(given, monkeypatch):
     monkeypatch.setattr(probe, "measure", measured({}))
     assert learned_weights(context, adapters, folder / "average") == USUAL
     assert read_json(folder / "average" / "weights.json")["evidence"]["shown"] is False
+
+
+@pytest.mark.parametrize(
+    ("choice", "bad", "weights"),
+    [
+        ("weights", ["merge x 0.25"], (0.375, 0.375)),
+        ("weights", [MERGE], (0.375, 0.375)),
+        ("shares", ["share 0.5", "share 0"], (0.625, 0.375)),
+    ],
+)
+def test_weights_without_a_finite_loss_are_not_chosen_and_are_named(
+    given, monkeypatch, choice, bad, weights
+):
+    config, _, folder = given
+    context = open_context(config, quiet=True)
+    said = []
+    monkeypatch.setattr(context.reporter, "say", said.append)
+
+    def measure(context, folders, which, rows):
+        ids = [str(i) for i in range(16)]
+        all_of_them = losses_with(**{"merge x 0.75": 0.05})
+        level = {name: all_of_them.get(name, all_of_them["ratio 0.1"]) for name in which}
+        return Probed(ids, ids, level | {name: [NAN] * 16 for name in bad})
+
+    monkeypatch.setattr(probe, "measure", measure)
+    out = folder / f"{choice}-{len(bad)}-{bad[0].replace(' ', '')}"
+    assert learned_weights(context, (folder / "source", folder / "target"), out, choice) == weights
+    assert set(read_json(out / "weights.json")["left_out"]) == set(bad)
+    assert any("not finite" in line and bad[0] in line for line in said)
 
 
 def test_a_run_merges_by_the_weights_it_learned(given):

@@ -1,5 +1,8 @@
 """A ratio for each group: what is measured, when it is believed, and what is pruned."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -33,7 +36,10 @@ def given(tmp_path_factory):
         "source": str(tiny_adapter_folder(folder / "source", tiny_model(), r=4, seed=1)),
         "target": str(tiny_adapter_folder(folder / "target", tiny_model(), r=2, seed=2)),
     }
-    file = write_job(folder / "run.yaml", job(folder, adapters=adapters))
+    values = job(folder, adapters=adapters)
+    # Ratios of groups are tested on other contexts than they are chosen on, so several are needed.
+    values["data"]["target"]["rows"] |= {"dev": 16, "micro_dev": 12}
+    file = write_job(folder / "run.yaml", values)
     config = load_config(file)
     context = open_context(config, quiet=True)
     folders = [config.adapters.source, config.adapters.target]
@@ -166,6 +172,31 @@ def test_the_final_run_prunes_each_group_by_its_own_ratio(given, tmp_path):
             context=context,
             options={"spread": {"adapter 0": 0.5, "adapter 1": 0.5}},
         )
+
+
+def test_examples_of_three_contexts_choose_nothing(given, monkeypatch):
+    _, context, merged = given
+    context = with_scope(context, "adapter")
+    for split in SPLITS:
+        rows = context.encoded("target", split)
+        few = [dataclasses.replace(row, group=str(i % 3)) for i, row in enumerate(rows)]
+        context._encoded["target", split] = few
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        norms = context.norms(live, context.config.importance)
+        found = spread_ratio(context, live, norms, 0.5, SPLITS)
+    assert found == {"ratios": None, "evidence": None, "forwards": 0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_losses_that_are_not_finite_choose_nothing(given, monkeypatch, bad):
+    _, context, merged = given
+    context = with_scope(context, "adapter")
+    monkeypatch.setattr(scope_module, "example_losses", lambda model, batches, count: [bad] * count)
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        norms = context.norms(live, context.config.importance)
+        found = spread_ratio(context, live, norms, 0.5, SPLITS)
+    assert found["ratios"] is None
+    assert (found["evidence"]["gain"], found["evidence"]["shown"]) == (None, False)
 
 
 def test_a_run_says_what_the_groups_were_worth(given):

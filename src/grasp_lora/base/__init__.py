@@ -1,1 +1,1 @@
-"""Provide files, the clock and the normal form of texts to all packages of grasp_lora."""
+"""Provide files, the clock, words for messages and other means to all packages of grasp_lora."""

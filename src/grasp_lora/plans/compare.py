@@ -7,6 +7,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.opening import check_openable
+from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import (
     jsonable,
     machine_name,
@@ -332,7 +333,7 @@ def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> str | None:
         if METHODS[row["method"]].role == "baseline" and row["dev_loss"] is not None:
             losses.setdefault(row["method"], []).append(row["dev_loss"])
     means = {name: sum(values) / len(values) for name, values in losses.items()}
-    return min(means, key=lambda name: means[name]) if means else None
+    return lowest(means)
 
 
 def paired_with(

@@ -3,17 +3,20 @@
 It measures untrained merges, so it does not tell how good a merge would be after training.
 """
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import write_json
 from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.core.evidence.crossfit import Gain, gain_of_best, standard_error
+from grasp_lora.core.evidence.crossfit import gain_of_best
+from grasp_lora.core.evidence.groups import Gain, mean_gain
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.given import say_other_bases
 from grasp_lora.workbench.merge_probes import (
@@ -21,6 +24,7 @@ from grasp_lora.workbench.merge_probes import (
     MERGE,
     UNTRAINED_MERGES,
     configured_weights,
+    mean_losses,
     measure,
     weights_of,
 )
@@ -47,7 +51,7 @@ def precheck(
 
     Raises:
         ValueError: the configuration does not name both adapters, an adapter does not fit the
-            backbone, or there are fewer than 4 examples.
+            backbone, there are fewer than 4 examples, or no variant has a finite loss.
     """
     join(config)
     source, target = config.adapters.source, config.adapters.target
@@ -63,11 +67,13 @@ def precheck(
     context = context or open_context(config)
     say_other_bases(context, (source, target))
     began = time.perf_counter()
-    ids, losses = measure(context, (source, target), UNTRAINED_MERGES, rows)
-    found = {"rows": ids} | conclusion(losses, usual)
+    probed = measure(context, (source, target), UNTRAINED_MERGES, rows)
+    forwards = len(UNTRAINED_MERGES) * len(probed.ids)
+    found = {"rows": probed.ids, "groups": probed.groups}
+    found |= conclusion(probed.losses, usual, probed.groups)
     found |= {
-        "forwards": len(UNTRAINED_MERGES) * len(ids),
-        "share_of_run": _share_of_run(context, len(UNTRAINED_MERGES) * len(ids)),
+        "forwards": forwards,
+        "share_of_run": _share_of_run(context, forwards),
         "seconds": time.perf_counter() - began,
     }
     if out is not None and is_main():
@@ -75,39 +81,57 @@ def precheck(
     return found
 
 
-def conclusion(losses: Mapping[str, list[float]], usual: tuple[float, ...]) -> dict[str, Any]:
+def conclusion(
+    losses: Mapping[str, list[float]],
+    usual: tuple[float, ...],
+    groups: Sequence[Hashable] | None = None,
+) -> dict[str, Any]:
     """Return advice and evidence from the losses of all variants.
 
-    There are three comparisons, each between the best variants of two groups. The best variants are
-    chosen on other examples than they are compared on. The first comparison that shows a gain gives
-    the advice:
+    There are three comparisons, each between the best variants of two sides. The best variants are
+    chosen on examples of other contexts than they are compared on. The first comparison that shows
+    a gain gives the advice:
 
     - single adapters against all merges: `do-not-merge`;
     - pruned merges against unpruned merges: `search`;
     - other weights and strengths against the merge as configured: `reweight`.
 
-    Otherwise the advice is `merge`: merge as configured; no gain by a search is in sight.
+    Otherwise the advice is `merge`: merge as configured; no gain by a search is in sight. A variant
+    whose loss is not finite is in none of the comparisons. If the merge as configured is such a
+    one, the first of other weights, pruned merges and single adapters that is finite is advised.
 
     Args:
         losses: name in `UNTRAINED_MERGES` -> loss of each example, in nats.
         usual: the merge weights of the configuration.
+        groups: group of each example; None makes each its own group.
+
+    Raises:
+        ValueError: no variant has a finite loss.
     """
-    groups: dict[str, dict[str, list[float]]] = {}
+    means = mean_losses(losses)
+    sides: dict[str, dict[str, list[float]]] = {}
     for name, values in losses.items():
-        groups.setdefault(UNTRAINED_MERGES[name].group, {})[name] = values
-    whole = groups["merge"] | groups["weights"]
+        sides.setdefault(UNTRAINED_MERGES[name].group, {})[name] = values
+    whole = sides["merge"] | sides["weights"]
     compared = {
-        "do-not-merge": (groups["single"], whole | groups["pruned"]),
-        "search": (groups["pruned"], whole),
-        "reweight": (groups["weights"], groups["merge"]),
+        "do-not-merge": (sides["single"], whole | sides["pruned"]),
+        "search": (sides["pruned"], whole),
+        "reweight": (sides["weights"], sides["merge"]),
     }
-    evidence = {name: gain_of_best(*sides) for name, sides in compared.items()}
-    advice = next((name for name, gain in evidence.items() if gain and gain.shown), MERGE)
-    best = _lowest(compared[advice][0] if advice in compared else losses)
+    evidence = {name: gain_of_best(*both, groups) for name, both in compared.items()}
+    shown = [name for name, gain in evidence.items() if gain is not None and gain.shown]
+    if not math.isfinite(means[MERGE]):
+        shown += [name for name in reversed(compared) if _best_of(compared[name][0], means)]
+    advice = shown[0] if shown else MERGE
+    best = _best_of(compared[advice][0] if advice in compared else losses, means)
+    assert best is not None, "what is advised has a finite loss"
+    why = _why(advice, best, evidence[advice] if advice in evidence else None, usual)
+    out = not_finite(means)
     return {
         "advice": advice,
         "best": best,
-        "why": _why(advice, best, evidence, usual),
+        "left_out": out,
+        "why": f"{why}; left out, as their loss is not finite: {', '.join(out)}" if out else why,
         "evidence": {
             name: None if gain is None else asdict(gain) | {"z": gain.z, "shown": gain.shown}
             for name, gain in evidence.items()
@@ -115,8 +139,8 @@ def conclusion(losses: Mapping[str, list[float]], usual: tuple[float, ...]) -> d
         "variants": {
             name: {
                 "group": UNTRAINED_MERGES[name].group,
-                "loss": sum(values) / len(values),
-                **_against(values, losses[MERGE]),
+                "loss": means[name],
+                **_against(values, losses[MERGE], groups),
                 "losses": values,
             }
             for name, values in losses.items()
@@ -124,26 +148,34 @@ def conclusion(losses: Mapping[str, list[float]], usual: tuple[float, ...]) -> d
     }
 
 
-def _lowest(group: Mapping[str, list[float]]) -> str:
-    return min(group, key=lambda name: sum(group[name]))
+def _best_of(side: Mapping[str, list[float]], means: Mapping[str, float]) -> str | None:
+    return lowest({name: means[name] for name in side})
 
 
-def _against(values: list[float], reference: list[float]) -> dict[str, float]:
+def _against(
+    values: list[float], reference: list[float], groups: Sequence[Hashable] | None
+) -> dict[str, float]:
     gaps = [value - usual for value, usual in zip(values, reference, strict=True)]
-    return {"difference": sum(gaps) / len(gaps), "standard_error": standard_error(gaps)}
+    found = mean_gain(gaps, groups)
+    error = math.nan if found is None else found.error
+    return {"difference": sum(gaps) / len(gaps), "standard_error": error}
 
 
-def _why(
-    advice: str, best: str, evidence: Mapping[str, Gain | None], usual: tuple[float, ...]
-) -> str:
-    found = evidence.get(advice)
-    if found is None:
+def _why(advice: str, best: str, found: Gain | None, usual: tuple[float, ...]) -> str:
+    if advice == MERGE:
         return (
             "nothing measured beats the merge as configured on rows it was not chosen on: take the "
             "merge; a search may still find what training makes of a ratio"
         )
-    by = f"by {found.gain:.3f} nats (standard error {found.error:.3f})"
     weights = list(weights_of(best, usual))
+    if found is None or not found.shown:
+        do = {
+            "do-not-merge": "fine-tune it instead of merging",
+            "search": "a search is worth its cost",
+            "reweight": f"set merge.weights to {weights}",
+        }[advice]
+        return f"the merge as configured has no finite loss, and the best that has is {best}: {do}"
+    by = f"by {found.gain:.3f} nats (standard error {found.error:.3f})"
     return {
         "do-not-merge": f"{best} is better than every merge {by}: fine-tune it instead of merging",
         "search": f"pruned merges are better than all whole ones {by}: a search is worth its cost",

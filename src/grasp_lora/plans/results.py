@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.adapters.folder import weights_files
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.plans.executor import Outcome
 from grasp_lora.plans.methods import Built
@@ -107,7 +108,8 @@ def _result(
         ratio = facts[built.ratio_from]["ratio"]
     elif "trials" in built.chooses:
         ratio = about["ratio"]
-    found = _scores(scores)
+    tried = {name: facts[name]["best"]["loss"] for name in built.chooses.get("trials", ())}
+    found = _scores(scores) | {"left_out": not_finite(tried)}
     found |= {
         "adapter": None if adapter is None else str(adapter),
         "best": about.get("best"),
@@ -286,9 +288,16 @@ def best_of(results: Mapping[str, Mapping[str, Any]], judged: Sequence[str]) -> 
     Args:
         results: job -> result. One with a loss that is not finite is never chosen.
         judged: the splits that choose.
+
+    Raises:
+        ValueError: no result has a finite loss.
     """
-    losses = {job: judged_loss(result, judged) for job, result in results.items()}
-    chosen = min(losses, key=lambda job: losses[job])
+    chosen = lowest({job: judged_loss(result, judged) for job, result in results.items()})
+    if chosen is None:
+        raise ValueError(
+            f"none of {', '.join(results)} has a finite loss on {', '.join(judged)}; train them "
+            "with a lower learning rate"
+        )
     prices = [result["price"] for result in results.values()]
     price = {name: sum(one[name] for one in prices) for name in prices[0]}
     return dict(results[chosen]) | {"chosen": chosen, "price": price}

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import machine_names
 from grasp_lora.report.run import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
@@ -174,11 +175,13 @@ def _oracle_row(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> 
     for run in found["rows"]:
         if run["method"].startswith("grid-0"):
             points.setdefault(run["method"], []).append(run)
-    if not points:
-        return None
     main = metrics[0]
-    sign = -1 if main in NATIVE else 1
-    best = max(points.values(), key=lambda runs: sign * _mean_score(runs, test, main))
+    sign = 1 if main in NATIVE else -1
+    means = {name: _mean_score(runs, test, main) for name, runs in points.items()}
+    chosen = lowest({n: None if mean is None else sign * mean for n, mean in means.items()})
+    if chosen is None:
+        return None
+    best = points[chosen]
     cells = [ORACLE, str(len(best)), f"{best[0]['ratio']:.3f}"]
     for metric in metrics:
         digits = 3 if metric in NATIVE else 1
@@ -246,8 +249,10 @@ def _metrics_of(found: Mapping[str, Any], test: str) -> list[str]:
     return next((list(row["scores"][test]) for row in found["rows"] if test in row["scores"]), [])
 
 
-def _mean_score(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> float:
-    return statistics.fmean(run["scores"][test][metric] for run in runs)
+def _mean_score(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> float | None:
+    """Return the mean over runs; None if one of them has no finite score."""
+    values = [run["scores"][test][metric] for run in runs]
+    return None if not_finite(dict(enumerate(values))) else statistics.fmean(values)
 
 
 def _mean_and_deviation(values: Sequence[float | None], digits: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, write_text
 from grasp_lora.report.time_words import times_section
 
@@ -55,12 +56,15 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
 
 
 def precheck_table(found: Mapping[str, Any]) -> Table:
-    """Return the variants of a `precheck.json` as a terminal table, lowest loss first."""
+    """Return the variants of a precheck as a terminal table, lowest loss first, no loss last."""
     table = Table(title=f"before training, {len(found['rows'])} examples")
     table.add_column("variant", overflow="fold")
     for title in ("loss", "against the merge", "standard error"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, one in sorted(found["variants"].items(), key=lambda item: item[1]["loss"]):
+    variants = found["variants"]
+    out = not_finite({name: one["loss"] for name, one in variants.items()})
+    for name in sorted(variants, key=lambda name: (name in out, variants[name]["loss"])):
+        one = variants[name]
         gap, error = one["difference"], one["standard_error"]
         table.add_row(name, f"{one['loss']:.3f}", f"{gap:+.3f}", f"{error:.3f}")
     return table
@@ -261,7 +265,7 @@ def _lowest_loss(scores: Mapping[str, Any], name: str) -> str:
     """Return the slug of the system with the lowest loss on a test set; "final" without losses."""
     values = {r["slug"]: r["sets"][name]["scores"].get("loss", {}) for r in scores["systems"]}
     losses = {slug: score["value"] for slug, score in values.items() if score}
-    return min(losses, key=lambda slug: losses[slug]) if losses else "final"
+    return lowest(losses) or "final"
 
 
 def unpruned_of(scores: Mapping[str, Any]) -> str:

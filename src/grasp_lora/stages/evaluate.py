@@ -7,7 +7,6 @@ The folder holds `scores.json`, `predictions.jsonl` and `provenance.json`. With 
 also holds `losses.json`, the losses of the micro-dev and dev examples.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.adapters.opening import lines_about, model_with_adapter
+from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import provenance, write_json, write_jsonl
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
@@ -78,15 +78,21 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
-    """Return the folder of the adapter to score; None for the bare backbone."""
+    """Return the folder of the adapter to score; None for the bare backbone.
+
+    Raises:
+        ValueError: it is to be chosen among trials, and none has a finite loss.
+    """
     trials = [folder for role, folder in inputs.items() if role.startswith("trial")]
     if trials:
-        return min(trials, key=lambda folder: _finite(facts_of(folder)["best"]["loss"]))
+        best = lowest({folder: facts_of(folder)["best"]["loss"] for folder in trials})
+        if best is None:
+            raise ValueError(
+                f"none of the {len(trials)} trials has a finite dev loss, so none can be chosen: "
+                "lower train.finetune.learning_rate"
+            )
+        return best
     return adapter_in(inputs["adapter"]) if "adapter" in inputs else None
-
-
-def _finite(loss: float | None) -> float:
-    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 def _labelled_losses(context: Context, adapter: Path | None) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ def search_findings(
     flipped: Sequence[int],
     entries: int,
     micro_dev: int,
-    pool: int,
+    groups: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return the warnings about a search, JSON-able.
 
@@ -31,7 +31,7 @@ def search_findings(
         flipped: for each round, the entries that became pruned or were restored.
         entries: the entries of the adapter.
         micro_dev: the number of micro-dev examples; they come first in the pool.
-        pool: the number of examples that probes are drawn from.
+        groups: group of each example that probes are drawn from.
     """
     found = [
         findings.never_fired(choice.verdict),
@@ -39,8 +39,8 @@ def search_findings(
         findings.thrashing(records, flipped, entries),
         findings.coarse_reward(records),
     ]
-    if 0 < micro_dev < pool:
-        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev)))
+    if 0 < micro_dev < len(groups):
+        found.append(findings.unrepresentative(records, choice.ratio, range(micro_dev), groups))
     return _jsonable(found)
 
 
@@ -56,7 +56,7 @@ def add_run_findings(
         systems: the evaluated systems, as `scores.json` lists them.
     """
     ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
-    rows = stage.get("best_rows", [])
+    rows, groups = _best_rows(final), _groups(final)
     found: list[Finding | None] = []
     if stage["best"] is not None:
         kept, steps = stage["best"]["step"], stage["steps"]
@@ -67,15 +67,17 @@ def add_run_findings(
     unpruned = out / "baselines" / "merged-finetuned"
     folders = {"final run": final, "unpruned merge": unpruned}
     curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
-    found.append(findings.undertrained(curves))
+    known_groups = {name: _groups(folder) for name, folder in (folders | alone).items()}
+    grouped = {name: one for name, one in known_groups.items() if one is not None}
+    found.append(findings.undertrained(curves, grouped))
     whole = _best_rows(unpruned)
     # A post-hoc merge is not trained: its baseline is another merge, not this one unpruned.
     if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:
-        found.append(findings.over_pruned(rows, whole))
+        found.append(findings.over_pruned(rows, whole, groups))
     others = {name: _best_rows(folder) for name, folder in alone.items()}
     others = {name: losses for name, losses in others.items() if len(losses) == len(rows)}
     if rows and others:
-        found.append(findings.not_worth_merging(rows, others))
+        found.append(findings.not_worth_merging(rows, others, groups))
     found.append(findings.empty_answers({one["name"]: _empty(one["sets"]) for one in systems}))
     known = ratio.get("findings", [])
     names = {one["name"] for one in _jsonable(found)}
@@ -90,13 +92,22 @@ def _empty(sets: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def _best_rows(folder: Path) -> list[float]:
-    return list(_stage(folder).get("best_rows", []))
+    return _known(_stage(folder).get("best_rows", []))
 
 
 def _curve(folder: Path) -> list[list[float]]:
-    """Return the dev losses in nats, evaluation by evaluation; null in JSON becomes NaN."""
-    rows = _stage(folder).get("rows", [])
-    return [[math.nan if loss is None else loss for loss in losses] for losses in rows]
+    """Return the dev losses in nats, evaluation by evaluation."""
+    return [_known(losses) for losses in _stage(folder).get("rows", [])]
+
+
+def _known(losses: Sequence[float | None]) -> list[float]:
+    """Return losses read from JSON, where null stands for one that is not finite."""
+    return [math.nan if loss is None else loss for loss in losses]
+
+
+def _groups(folder: Path) -> list[str] | None:
+    """Return the group of each dev example; None where an earlier version wrote none."""
+    return _stage(folder).get("groups") or None
 
 
 def _stage(folder: Path) -> dict[str, Any]:

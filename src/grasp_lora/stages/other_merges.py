@@ -10,6 +10,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import LoadedAdapter
 from grasp_lora.adapters.peft_merges import peft_merge
+from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import write_json
 from grasp_lora.core.lora import LoraFactors, MergedModule, Part, average_weights, merge
 from grasp_lora.models.example_losses import example_losses
@@ -56,6 +57,7 @@ def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
 
     Raises:
         NotApplicable: nevergrad is not installed, or the adapters differ in shape.
+        ValueError: no weights that were tried give a finite loss.
     """
     try:
         import nevergrad
@@ -75,6 +77,11 @@ def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
             tried.append((cost(weights), weights))
             optimizer.tell(candidate, tried[-1][0])
             done(number + 1)
+    if lowest({number: loss for number, (loss, _) in enumerate(tried)}) is None:
+        raise ValueError(
+            f"none of the {BUDGET} weights that LoRAHub tried has a finite loss: use model.dtype "
+            "float32 if the model overflows in half precision"
+        )
     best = [float(value) for value in optimizer.provide_recommendation().value]
     write_json(work.out / "tried.json", {"weights": best, "tried": tried})
     about = {"kind": "lorahub", "weights": best, "forwards": BUDGET * read}

@@ -5,23 +5,29 @@ pruning then seems to help only because it makes the merge smaller.
 
 Option `choice` is "weights" (the weights and the strength of a merge that is trained afterwards) or
 "shares" (the target adapter's share in a post-hoc merge, which is not trained). The folder holds
-`weights.json`: the weights, the losses they were chosen by, and the evidence.
+`weights.json`: the weights, the losses they were chosen by, what was left out as its loss is not
+finite, and the evidence.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import write_json
-from grasp_lora.core.evidence.crossfit import Gain, gain_of_best, within_one_error_of_best
+from grasp_lora.core.evidence.crossfit import gain_of_best, within_one_error_of_best
+from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.lora import average_weights
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
-from grasp_lora.workbench.context import POOLS
+from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merge_probes import (
     EXAMPLES,
     MERGE,
     UNTRAINED_MERGES,
+    Probed,
     UntrainedMerge,
+    mean_losses,
     measure,
     weights_of,
 )
@@ -40,7 +46,8 @@ def run(work: Work) -> Mapping[str, Any]:
     """Choose the weights, and write them.
 
     Raises:
-        ValueError: an adapter does not fit the backbone, or there are fewer than 4 examples.
+        ValueError: an adapter does not fit the backbone, there are fewer than 4 examples, or no
+            merge has a finite loss.
     """
     began = time.perf_counter()
     choose = {"weights": _chosen_weights, "shares": _chosen_share}[work.stage.options["choice"]]
@@ -58,19 +65,22 @@ def _chosen_weights(work: Work) -> tuple[dict[str, Any], Gain | None]:
     """Return the average, unless other weights are better on examples they were not chosen on.
 
     Eleven merges that differ in weights and strength are measured untrained on 16 examples. The one
-    with the lowest loss is taken if the choice on half of the examples holds on the other half.
+    with the lowest loss is taken if such choices gain on examples of other contexts, or if the
+    average has no finite loss.
     """
     context = work.context
     with context.clock.span("probe"):
-        ids, losses = measure(context, (work.inputs["source"], work.inputs["target"]), _WEIGHTED,
-                              EXAMPLES)  # fmt: skip
-    others = {name: values for name, values in losses.items() if name != MERGE}
-    gain = gain_of_best(others, {MERGE: losses[MERGE]})
-    shown = gain is not None and gain.shown
-    best = min(others, key=lambda name: sum(others[name])) if shown else MERGE
+        found = measure(context, (work.inputs["source"], work.inputs["target"]), _WEIGHTED,
+                        EXAMPLES)  # fmt: skip
+    means = mean_losses(found.losses)
+    others = {name: values for name, values in found.losses.items() if name != MERGE}
+    gain = gain_of_best(others, {MERGE: found.losses[MERGE]}, found.groups)
+    shown = not math.isfinite(means[MERGE]) or (gain is not None and gain.shown)
+    best = lowest({name: means[name] for name in others}) if shown else MERGE
+    assert best is not None, "another merge has a finite loss"
     weights = weights_of(best, average_weights(2))
     context.reporter.say(f"merge weights {list(weights)}: {best if shown else 'the average'}")
-    return {"weights": weights, "variant": best, "rows": ids, "losses": losses}, gain
+    return _chosen(context, found, best, weights), gain
 
 
 def _chosen_share(work: Work) -> tuple[dict[str, Any], Gain | None]:
@@ -84,17 +94,38 @@ def _chosen_share(work: Work) -> tuple[dict[str, Any], Gain | None]:
     context = work.context
     variants = {f"share {share:g}": variant for share, variant in SHARES.items()}
     with context.clock.span("probe"):
-        ids, losses = measure(context, (work.inputs["source"], work.inputs["target"]), variants,
-                              SHARE_EXAMPLES)  # fmt: skip
+        found = measure(context, (work.inputs["source"], work.inputs["target"]), variants,
+                        SHARE_EXAMPLES)  # fmt: skip
+    mean_losses(found.losses)  # at least one is finite
+    losses = found.losses
     alone, *others = variants
-    gain = gain_of_best({name: losses[name] for name in others}, {alone: losses[alone]})
-    good = within_one_error_of_best(losses) or [alone]
+    gain = gain_of_best(
+        {name: losses[name] for name in others}, {alone: losses[alone]}, found.groups
+    )
+    good = within_one_error_of_best(losses, found.groups)
     distance = {name: abs(share - 0.5) for name, share in zip(variants, SHARES, strict=True)}
     best = min(good, key=lambda name: distance[name])
     weights = variants[best].weights
     assert weights is not None, "every share has weights"
     context.reporter.say(f"merge weights {list(weights)}: {best} of the target adapter")
-    return {"weights": weights, "variant": best, "rows": ids, "losses": losses}, gain
+    return _chosen(context, found, best, weights), gain
+
+
+def _chosen(
+    context: Context, found: Probed, best: str, weights: tuple[float, ...]
+) -> dict[str, Any]:
+    """Return the content of `weights.json` but for the evidence, and say which merges are out."""
+    out = not_finite(mean_losses(found.losses))
+    if out:
+        context.reporter.say(f"left out, as their loss is not finite: {', '.join(out)}")
+    return {
+        "weights": weights,
+        "variant": best,
+        "left_out": out,
+        "rows": found.ids,
+        "groups": found.groups,
+        "losses": found.losses,
+    }
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:

@@ -215,7 +215,8 @@ def _for_all_labels(
 
 def _judged_facts(judged: Mapping[str, Any], result: FitResult, context: Context) -> dict[str, Any]:
     """Return facts of a result on all labels; losses, log and steps are the judged run's."""
-    taken = {name: judged[name] for name in ("evaluations", "best", "best_rows", "log", "steps")}
+    names = ("evaluations", "best", "best_rows", "groups", "log", "steps")
+    taken = {name: judged[name] for name in names if name in judged}
     count = len(context.on_all_labels().examples("target", "train"))
     return taken | {"labelled": {"rows": count, "steps": result.steps, "log": list(result.log)}}
 

@@ -9,7 +9,7 @@ with the lowest dev loss, measured unpruned at step 0 and at the end of every ep
 are soon overfitted, and the final run could not undo that.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from grasp_lora.stages.findings import search_findings
 from grasp_lora.stages.probe import pool_of
 from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
+from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.checkpoint import (
     complete_checkpoints,
     read_state,
@@ -96,7 +97,8 @@ def run(work: Work) -> Mapping[str, Any]:
             result = NOTHING_TRAINED
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
-        choice = choose_ratio(searcher.controller, config.controller)
+        groups = [example.group for example in context.rows("target", splits).encoded]
+        choice = choose_ratio(searcher.controller, config.controller, groups)
         spread, forwards = None, searcher.forwards
         if config.scope != "global":
             spread = spread_ratio(context, live, norms, choice.ratio, splits)
@@ -108,7 +110,7 @@ def run(work: Work) -> Mapping[str, Any]:
             write_merged(work.out / "adapter", ended, context.backbone, about)
             write()
             facts = ratio_facts(config, choice, searcher) | {"entries": entries}
-            facts["findings"] = _findings(work, choice, searcher, entries)
+            facts["findings"] = _findings(work, choice, searcher, entries, groups)
             facts["probe_forwards"] = forwards
             if spread is not None:
                 facts |= {"scope": config.scope, "spread": spread}
@@ -123,12 +125,12 @@ def _searcher(
     config, context = work.config, work.context
     splits = POOLS[config.controller.probe_rows]
     pool = context.rows("target", splits)
-    ids = [example.id for example in pool.encoded]
+    examples = pool.encoded
 
     def record(state: ControllerState, _last: RoundRecord | None = None) -> None:
         if is_main():
             with context.clock.span("write"):
-                write_rounds(work.out, state, ids)
+                write_rounds(work.out, state, examples)
 
     searcher = SearchCallback(
         live,
@@ -145,7 +147,7 @@ def _searcher(
         clock=context.clock,
         objective=objective_of(context, splits),
     )
-    return searcher, lambda: write_rounds(work.out, searcher.controller, ids)
+    return searcher, lambda: write_rounds(work.out, searcher.controller, examples)
 
 
 def _fit(
@@ -168,18 +170,20 @@ def _fit(
 
 
 def _findings(
-    work: Work, choice: RatioChoice, searcher: SearchCallback, entries: int
+    work: Work,
+    choice: RatioChoice,
+    searcher: SearchCallback,
+    entries: int,
+    groups: Sequence[str],
 ) -> list[dict[str, Any]]:
-    context = work.context
-    pool = context.rows("target", POOLS[work.config.controller.probe_rows])
     return search_findings(
         work.config.controller,
         choice,
         searcher.controller.records,
         searcher.flipped,
         entries,
-        len(context.encoded("target", "micro_dev")),
-        len(pool.encoded),
+        len(work.context.encoded("target", "micro_dev")),
+        groups,
     )
 
 
@@ -203,14 +207,23 @@ def _epochs(context: Context, steps: int) -> float:
     return steps / steps_per_epoch(count, training.batch_size, training.accumulation, processes())
 
 
-def write_rounds(out: Path, state: ControllerState, ids: list[str]) -> None:
-    """Write all rounds so far, with the ids of the probed examples, to `rounds.jsonl`.
+def write_rounds(out: Path, state: ControllerState, examples: Sequence[EncodedExample]) -> None:
+    """Write all rounds so far to `rounds.jsonl`, with ids and groups of the probed examples.
 
     The whole file is written each time, so after a resume no round is newer than the checkpoint.
+
+    Args:
+        out: The stage's folder.
+        state: The state after the last round.
+        examples: All that could be probed; the rounds name them by their places.
     """
+    named = [[examples[place] for place in record.rows] for record in state.records]
     write_jsonl(
         out / "rounds.jsonl",
-        [asdict(r) | {"rows": [ids[i] for i in r.rows]} for r in state.records],
+        [
+            asdict(r) | {"rows": [e.id for e in probed], "groups": [e.group for e in probed]}
+            for r, probed in zip(state.records, named, strict=True)
+        ],
     )
 
 
@@ -225,6 +238,7 @@ def ratio_facts(config: RunConfig, choice: RatioChoice, searcher: SearchCallback
             "gain_over_lowest_ratio": choice.gain,
             "standard_error": choice.gain_error,
             "z": choice.z,
+            "p_value": choice.p_value,
             "ratio_interval": choice.interval,
             "history_minimum": choice.history_minimum,
             "late_mu": choice.late_mu,

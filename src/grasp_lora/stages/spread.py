@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from grasp_lora.core.controller.rounds import draw_examples
-from grasp_lora.core.evidence.crossfit import pooled_gain, split_halves
+from grasp_lora.core.evidence.crossfit import LEAST_GROUPS, forward_splits
+from grasp_lora.core.evidence.groups import mean_gain
 from grasp_lora.core.pruning.group_ratios import combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
@@ -16,6 +17,8 @@ from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context
 
 ROWS = 16
+TESTED_PARTS = 2
+"""Combinations of ratios that are measured: each is chosen on all examples before its part."""
 
 
 def spread_ratio(
@@ -36,15 +39,16 @@ def spread_ratio(
 
     Returns:
         `ratios`: group -> fraction removed; None if no better ratios than one for all were shown.
-        `evidence`: losses and gain; None if the ratio is 0 or 1, or if there are fewer than 4
-        examples. `forwards`: number of examples read.
+        `evidence`: losses and gain; None if the ratio is 0 or 1, or if the examples are of fewer
+        than 4 groups. `forwards`: number of examples read.
     """
     nothing: dict[str, Any] = {"ratios": None, "evidence": None, "forwards": 0}
     scope, rule = context.config.scope, IMPORTANCE[context.config.importance]
     rows = context.rows("target", splits)
     generator = torch.Generator().manual_seed(context.config.seed)
     drawn = draw_examples([e.group for e in rows.encoded], ROWS, generator)
-    if not 0.0 < ratio < 1.0 or len(drawn) < 4:
+    groups = [rows.encoded[place].group for place in drawn]
+    if not 0.0 < ratio < 1.0 or len(set(groups)) < LEAST_GROUPS:
         return nothing
     batches, sizes = rows.batches(drawn), group_sizes(live, scope)
     measured = 0
@@ -58,26 +62,30 @@ def spread_ratio(
 
     base = losses(dict.fromkeys(sizes, ratio))
     found = {trial: losses(ratios) for trial, ratios in group_trials(ratio, sizes).items()}
-    tested: list[list[float]] = []
-    splits_of_rows = split_halves(range(len(drawn)))
-    for chosen_on, tested_on in (next(splits_of_rows), next(splits_of_rows)):
+    tested: list[int] = []
+    gains: list[float] = []
+    for chosen_on, tested_on in forward_splits(groups, TESTED_PARTS):
         values = losses(combined_ratios(ratio, found, base, chosen_on, sizes))
-        tested.append([base[row] - values[row] for row in sorted(tested_on)])
-    gain = pooled_gain(tested)
-    assert gain is not None, "two halves were tested"
+        tested += tested_on
+        gains += [base[row] - values[row] for row in tested_on]
+    gain = mean_gain(gains, [groups[row] for row in tested])
+    shown = gain is not None and gain.shown
     chosen = combined_ratios(ratio, found, base, range(len(drawn)), sizes)
+    told = "the losses are not finite"
+    if gain is not None:
+        told = f"gain {gain.gain:.4f} nats (standard error {gain.error:.4f})"
     context.reporter.say(
-        f"scope {scope}: {'a ratio for each group' if gain.shown else 'one ratio for all'},"
-        f" gain {gain.gain:.4f} nats (standard error {gain.error:.4f})"
+        f"scope {scope}: {'a ratio for each group' if shown else 'one ratio for all'}, {told}"
     )
     return {
-        "ratios": chosen if gain.shown else None,
+        "ratios": chosen if shown else None,
         "evidence": {
-            "gain": gain.gain,
-            "standard_error": gain.error,
-            "shown": gain.shown,
+            "gain": None if gain is None else gain.gain,
+            "standard_error": None if gain is None else gain.error,
+            "shown": shown,
             "chosen": chosen,
             "rows": [rows.encoded[i].id for i in drawn],
+            "groups": groups,
             "base": base,
             "trials": [
                 {"group": group, "shift": shift, "losses": values}

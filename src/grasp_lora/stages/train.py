@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
@@ -38,7 +39,8 @@ def run(work: Work) -> Mapping[str, Any]:
     """Train a fresh adapter.
 
     Raises:
-        ValueError: there are no examples of the role, or no layer matches `lora.target_modules`.
+        ValueError: there are no examples of the role, no layer matches `lora.target_modules`, or
+            cross-validation has no finite loss.
         NotApplicable: there are fewer contexts than folds need, or AdaLoRA cannot run here.
         Diverged: the training loss became NaN.
     """
@@ -100,11 +102,20 @@ def _cross_validated(work: Work, folds: Sequence[Sequence[Example]]) -> tuple[in
     """
     curves: dict[str, list[float]] = {}
     for number, held in enumerate(folds):
-        by_example = zip(*facts_of(work.inputs[f"fold {number}"])["rows"], strict=True)
+        stored = facts_of(work.inputs[f"fold {number}"])["rows"]
+        rows = [[math.nan if loss is None else loss for loss in losses] for losses in stored]
+        by_example = zip(*rows, strict=True)
         curves |= {e.id: list(curve) for e, curve in zip(held, by_example, strict=True)}
     means = [statistics.fmean(losses) for losses in zip(*curves.values(), strict=True)]
-    epochs = min(range(1, len(means)), key=lambda epoch: means[epoch])
-    context = work.context
+    after = dict(enumerate(means[1:], start=1))
+    epochs, out, context = lowest(after), not_finite(after), work.context
+    if epochs is None:
+        raise ValueError(
+            f"cross-validation has no finite loss after any of {len(after)} epochs: lower "
+            f"train.{work.stage.options['role']}.learning_rate"
+        )
+    if out:
+        context.reporter.say(f"cross-validation: the loss is not finite after epochs {out}")
     judges = [e.id for split in ("micro_dev", "dev") for e in context.examples("target", split)]
     return epochs, statistics.fmean(curves[name][epochs] for name in judges)
 

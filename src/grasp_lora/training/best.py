@@ -124,4 +124,5 @@ class BestCallback(TrainerCallback):
 
 
 def _better(loss: float, best: float) -> bool:
+    # No loss is at least a best that is NaN, so every finite one replaces it.
     return math.isfinite(loss) and not loss >= best

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from grasp_lora.base.choice import not_finite
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.sections import Training
 from grasp_lora.models.devices import repeatable_attention
-from grasp_lora.models.example_losses import example_losses
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
 from grasp_lora.tasks.encoding import Collator
 from grasp_lora.training.best import BestCallback, Evaluation
@@ -80,6 +81,7 @@ class FitResult:
             does not choose.
         log: the Trainer's log: training loss, learning rate and gradient norm of each step.
         steps: optimizer steps done.
+        groups: group of each dev example, such as its context; empty where the run has none.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -87,6 +89,7 @@ class FitResult:
     best: Evaluation | None
     log: tuple[dict[str, Any], ...]
     steps: int
+    groups: tuple[str, ...] = ()
 
     @property
     def best_rows(self) -> tuple[float, ...]:
@@ -100,6 +103,7 @@ class FitResult:
             "rows": [list(losses) for losses in self.rows],
             "best": asdict(self.best) if self.best else None,
             "best_rows": list(self.best_rows),
+            "groups": list(self.groups),
             "steps": self.steps,
             "log": list(self.log),
         }
@@ -158,7 +162,8 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
         checkpoints: folder for the checkpoints.
 
     Raises:
-        Diverged: the training loss is not finite; the message names the last good checkpoint.
+        Diverged: the training loss is not finite, where the message names the last good
+            checkpoint; or no dev loss is.
         ValueError: there is too little disk space for the checkpoints.
     """
     best = _best_callback(context, live, options)
@@ -184,14 +189,34 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
             step, title = trainer.state.global_step, options.title
             last = _last_good(checkpoints, step)
             raise Diverged(f"{title}, step {step + 1}: {error}; {last}") from None
-    kept = best.restore() if best is not None else None
+    kept = None if best is None else _restored(context, best, options.title)
     return FitResult(
         tuple(best.evaluations) if best is not None else (),
         tuple(tuple(one) for one in best.example_losses) if best is not None else (),
         kept,
         tuple(entry for entry in trainer.state.log_history if "loss" in entry),
         trainer.state.global_step,
+        _groups(context.rows(options.role, ["dev"])) if best is not None else (),
     )
+
+
+def _restored(context: Context, best: BestCallback, title: str) -> Evaluation:
+    """Put the best state back; a state whose dev loss is not finite is none, and is named."""
+    losses = {evaluation.step: evaluation.loss for evaluation in best.evaluations}
+    out = not_finite(losses)
+    if len(out) == len(losses):
+        raise Diverged(
+            f"{title}: no dev loss is finite, at none of the steps {list(losses)}, so there is no "
+            "state to keep: lower the learning rate, or use dtype float32 if this model overflows "
+            "in half precision"
+        )
+    if out:
+        context.reporter.say(f"{title}: the dev loss is not finite at steps {out}; none is kept")
+    return best.restore()
+
+
+def _groups(examples: EncodedExamples) -> tuple[str, ...]:
+    return tuple(example.group for example in examples.encoded)
 
 
 def _per_epoch(context: Context, options: FitOptions) -> int:
@@ -278,7 +303,7 @@ def measured(context: Context, live: LiveAdapter) -> FitResult:
         live.model.eval()
         losses = example_losses(live.model, dev.batches(range(len(dev.encoded))), len(dev.encoded))
     kept = Evaluation(0, sum(losses) / len(losses))
-    return FitResult((kept,), (tuple(losses),), kept, (), 0)
+    return FitResult((kept,), (tuple(losses),), kept, (), 0, _groups(dev))
 
 
 def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:

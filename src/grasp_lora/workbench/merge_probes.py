@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from grasp_lora.adapters.folder import check_fits, read_adapter
+from grasp_lora.base.choice import lowest
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
 from grasp_lora.core.pruning.importance import IMPORTANCE
@@ -85,10 +86,25 @@ def configured_weights(
     return tuple(given)
 
 
+@dataclass(frozen=True)
+class Probed:
+    """The losses of untrained merges on the same examples.
+
+    Attributes:
+        ids: of the examples drawn.
+        groups: group of each of them, such as its context.
+        losses: variant -> loss of each example, in nats; NaN or infinite where the model overflows.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    losses: dict[str, list[float]]
+
+
 def measure(
     context: Context, folders: tuple[Path, Path], variants: Mapping[str, UntrainedMerge], rows: int
-) -> tuple[list[str], dict[str, list[float]]]:
-    """Return the ids of the examples drawn, and the losses of each variant on them, in nats.
+) -> Probed:
+    """Return the losses of each variant on examples drawn for it.
 
     Args:
         context: examples and backbone.
@@ -128,7 +144,28 @@ def measure(
             )
             losses |= _measure(context, merged, alike, batches, len(drawn))
             done(len(losses))
-    return [pool.encoded[i].id for i in drawn], {name: losses[name] for name in variants}
+    examples = [pool.encoded[i] for i in drawn]
+    return Probed(
+        [example.id for example in examples],
+        [example.group for example in examples],
+        {name: losses[name] for name in variants},
+    )
+
+
+def mean_losses(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return name -> mean loss of the examples; not finite where one of them is not.
+
+    Raises:
+        ValueError: none is finite, so nothing can be chosen.
+    """
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    if lowest(means) is None:
+        raise ValueError(
+            f"none of the {len(means)} untrained merges has a finite loss, so none can be chosen: "
+            "use model.dtype float32 if the model overflows in half precision, and check that the "
+            "adapters belong to this backbone"
+        )
+    return means
 
 
 def _by_weights(

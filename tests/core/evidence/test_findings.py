@@ -104,7 +104,7 @@ def test_a_pruned_adapter_that_is_worse_on_dev_is_over_pruned():
     worse = [a + 0.2 + b for a, b in zip(whole, noise, strict=True)]
     found = findings.over_pruned(worse, whole)
     assert found.evidence["loss_more"] == pytest.approx(0.2, abs=0.05)
-    assert found.evidence["rows"] == 50
+    assert (found.evidence["rows"], found.evidence["groups"]) == (50, 50)
     assert findings.over_pruned(whole, worse) is None
     assert findings.over_pruned(whole, whole) is None
 
@@ -114,12 +114,40 @@ def test_equal_adapters_are_called_over_pruned_once_in_twenty():
     for seed in range(400):
         whole = normal(seed, 20, 2.0)
         same = [a + b for a, b in zip(whole, normal(seed + 5000, 20, 0.0, 0.3), strict=True)]
-        fired += findings.over_pruned(same, whole) is not None
         exact = stats.ttest_rel(same, whole, alternative="greater").pvalue < 0.05
-        assert (findings.over_pruned(same, whole) is not None) == exact or abs(
-            stats.ttest_rel(same, whole, alternative="greater").pvalue - 0.05
-        ) < 0.003
+        assert (findings.over_pruned(same, whole) is not None) == exact
+        fired += exact
     assert 0.02 * 400 <= fired <= 0.08 * 400
+
+
+def shared_by_fives(seed, contexts=10):
+    """Return noise on the examples of contexts, half of it shared within one, and the contexts."""
+    own, shared = normal(seed, 5 * contexts), normal(seed + 5000, contexts)
+    noise = [(a + shared[i // 5]) / 2**0.5 for i, a in enumerate(own)]
+    return noise, [str(i // 5) for i in range(5 * contexts)]
+
+
+def test_examples_of_one_context_are_no_independent_evidence():
+    fired = {"over-pruned": 0, "not-worth-merging": 0, "undertrained": 0, "by row": 0}
+    for seed in range(400):
+        noise, groups = shared_by_fives(seed)
+        level, other = [0.0] * 50, shared_by_fives(seed + 10000)[0]
+        fired["over-pruned"] += findings.over_pruned(noise, level, groups) is not None
+        fired["by row"] += findings.over_pruned(noise, level) is not None
+        alone = {"a": level, "b": other}
+        fired["not-worth-merging"] += findings.not_worth_merging(noise, alone, groups) is not None
+        runs = {"a": [noise, level], "b": [other, level]}
+        kept = {"a": groups, "b": groups}
+        fired["undertrained"] += findings.undertrained(runs, kept) is not None
+    assert fired.pop("by row") > 0.13 * 400
+    assert all(0.02 * 400 <= count <= 0.08 * 400 for count in fired.values()), fired
+
+
+def test_the_contexts_of_a_run_without_any_are_its_examples():
+    noise, groups = shared_by_fives(0)
+    runs = {"old": [[x + 2 for x in noise], noise], "new": [[x + 2 for x in noise], noise]}
+    found = findings.undertrained(runs, {"new": groups})
+    assert found.evidence["runs"] in ("old; new", "new; old")
 
 
 def test_losses_of_different_examples_are_refused_and_infinite_ones_no_evidence():
@@ -162,7 +190,12 @@ def test_a_micro_dev_set_that_sees_another_ratio_is_unrepresentative():
     found = findings.unrepresentative(searched(-0.6, 0.4, 0), 0.4, range(16))
     assert found.evidence["difference"] == pytest.approx(-1.0, abs=0.35)
     seen = found.evidence["seen_four_times_in_five_from"]
-    assert seen == pytest.approx(2.8 * found.evidence["standard_error"])
+    groups = found.evidence["micro_dev_groups"], found.evidence["dev_groups"]
+    assert groups[0] <= 16
+    assert groups[1] <= 50
+    # Welch's degrees of freedom lie between those of the smaller kind and those of both.
+    least, most = (stats.t.ppf(0.975, n) + 0.84 for n in (sum(groups) - 2, min(groups) - 1))
+    assert least <= seen / found.evidence["standard_error"] <= most
 
 
 def test_a_representative_micro_dev_set_seldom_fires():
@@ -171,6 +204,26 @@ def test_a_representative_micro_dev_set_seldom_fires():
         for seed in range(200)
     )
     assert fired <= 0.08 * 200
+
+
+def test_kinds_are_compared_by_contexts_as_welch_does():
+    ratios, count = (0.0, 0.4), 40
+    gains = normal(7, count)
+    gains[:16] = [gain - 1 for gain in gains[:16]]
+    groups = [str(i // 2) for i in range(count)]
+    losses = [[0.0] * count, [-gain for gain in gains]]
+    state, _ = conclude(begin(CONFIG), CONFIG, ratios, None, losses, range(count), 1)
+    found = findings.unrepresentative(state.records, 0.4, range(16), groups)
+    means = [(gains[i] + gains[i + 1]) / 2 for i in range(0, count, 2)]
+    exact = stats.ttest_ind(means[:8], means[8:], equal_var=False)
+    assert (found is not None) == (exact.pvalue < 0.05)
+    assert found.evidence["difference"] == pytest.approx(
+        statistics.fmean(means[:8]) - statistics.fmean(means[8:])
+    )
+    error = found.evidence["difference"] / exact.statistic
+    assert found.evidence["standard_error"] == pytest.approx(error)
+    few = [str(i // 6) for i in range(count)]
+    assert findings.unrepresentative(state.records, 0.4, range(16), few) is None
 
 
 def test_its_power_is_what_its_documentation_says():

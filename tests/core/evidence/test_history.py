@@ -14,7 +14,7 @@ from grasp_lora.core.evidence.history import (
     fit_curve,
     observations,
     observations_by_round,
-    restricted,
+    resampled_curves,
     winsorised,
 )
 
@@ -150,6 +150,17 @@ def test_all_gaps_zero_have_their_lowest_point_at_low():
     assert curve_minimum(seen, 8, CONFIG) == CONFIG.low
 
 
-def test_restricting_drops_observations_with_fewer_than_two_rows_left():
-    seen = [Observation(0.1, 0, {0: 1.0, 1: 2.0, 2: 3.0}), Observation(0.2, 1, {2: 1.0, 3: 1.0})]
-    assert restricted(seen, {0, 1, 3}) == (Observation(0.1, 0, {0: 1.0, 1: 2.0}),)
+def test_resampled_curves_draw_whole_groups_of_examples():
+    seen = random_observations(rows=12)
+    twins = [
+        Observation(o.ratio, o.round, o.gaps | {row + 12: gap for row, gap in o.gaps.items()})
+        for o in seen
+    ]
+
+    def spread(observed, groups):
+        curves = resampled_curves(observed, 3, CONFIG, 300, groups)
+        return float((curves - curves.mean(dim=1, keepdim=True)).std(dim=0).mean())
+
+    # Every example has a copy in its group, so the groups are half as many as the examples.
+    by_pair, by_row = spread(twins, [str(row % 12) for row in range(24)]), spread(twins, None)
+    assert by_pair / by_row == pytest.approx(2**0.5, rel=0.1)

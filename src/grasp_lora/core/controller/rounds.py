@@ -27,7 +27,7 @@ choice of the best candidate. It has no other effect.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
@@ -222,9 +222,18 @@ def conclude(
     return _state_after(state, config, record)
 
 
-def choose_ratio(state: ControllerState, config: ControllerConfig) -> RatioChoice:
-    """Return the final ratio of the search and the evidence for it; see `ratio_choice`."""
-    return ratio_choice(state.records, state.ratio, state.horizon, config)
+def choose_ratio(
+    state: ControllerState, config: ControllerConfig, groups: Sequence[Hashable] | None = None
+) -> RatioChoice:
+    """Return the final ratio of the search and the evidence for it; see `ratio_choice`.
+
+    Args:
+        state: The state after the last round.
+        config: Settings of the controller.
+        groups: Group of each example, by its id, as in `next_examples`. Give it wherever several
+            examples share a context; None makes each example its own group.
+    """
+    return ratio_choice(state.records, state.ratio, state.horizon, config, groups)
 
 
 def state_to_json(state: ControllerState) -> str:

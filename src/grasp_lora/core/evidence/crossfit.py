@@ -1,138 +1,131 @@
-"""Measure gains without selection bias: choose on half of the examples, test on the other half.
+"""Measure gains without selection bias: choose on some of the examples, test on others.
 
-The best of many noisy numbers overstates its gain. So the best is chosen on one half of the
-examples and its gain measured on the other half; then the halves swap. A few random splits are
-averaged. This is our departure from arXiv 2601.06702, which takes the largest reward as it is.
+The best of many noisy numbers overstates its gain. So the groups of examples are put in a random
+order. The first third only choose. Each later group is tested under the choice that all groups
+before it make. No group is tested under a choice that it took part in, and each tested gain is
+independent of the luck of those before it, so the plain t test over groups has its level. Two
+halves that choose for each other do not have that property. This is our departure from
+arXiv 2601.06702, which takes the largest reward as it is.
 """
 
-# torch leaves these results untyped.
+# torch and numpy leave these results untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
-Z_SHOWN = 1.645
-"""One-sided 5 % level of a standard normal."""
-NEGLIGIBLE = 1e-9
-"""A gain below this many nats is rounding."""
-_SHARED = 0.25  # assumed correlation of the gains of two halves of the examples
-_SPLITS = 5
+from grasp_lora.core.evidence.groups import Gain, mean_gain, own_groups, standard_error
+
+LEAST_GROUPS = 4
+"""Fewer groups of examples are not divided: one would choose, and two be tested."""
 _SPLIT_SEED = 0
 
 
-@dataclass(frozen=True)
-class Gain:
-    """A gain with its standard error.
+def forward_splits(
+    groups: Sequence[Hashable], steps: int | None = None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield (examples to choose on, examples to test on), the second never among the first.
 
-    Attributes:
-        gain: mean loss saved, in nats.
-        error: standard error of the gain, in nats.
-        rows: the smallest number of examples that a half was tested on.
-    """
-
-    gain: float
-    error: float
-    rows: int
-
-    @property
-    def z(self) -> float | None:
-        """Return gain / error; None if the error is 0."""
-        return self.gain / self.error if self.error > 0 else None
-
-    @property
-    def shown(self) -> bool:
-        """Return whether the gain is above 0 at the one-sided 5 % level."""
-        return self.gain > max(NEGLIGIBLE, critical_value(self.rows) * self.error)
-
-
-def split_halves(examples: Sequence[int]) -> Iterator[tuple[set[int], set[int]]]:
-    """Yield (examples to choose on, examples to test on), both ways round, for fixed splits."""
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    for _ in range(_SPLITS):
-        order: list[int] = torch.randperm(len(examples), generator=generator).tolist()
-        shuffled = [examples[i] for i in order]
-        first, second = set(shuffled[: len(examples) // 2]), set(shuffled[len(examples) // 2 :])
-        yield first, second
-        yield second, first
-
-
-def pooled_gain(tested: Sequence[Sequence[float]]) -> Gain | None:
-    """Return the gain averaged over all tested halves.
-
-    The errors of the splits are averaged as if fully correlated, because all splits share the same
-    examples. The two halves of a split share no example, but each was the choosing half of the
-    other. They count as correlated at 0.25, which kept false alarms below their level in simulation
-    (docs/results/controller.md).
+    All examples of a group are on one side. The order of the groups is random and always the same.
 
     Args:
-        tested: for every half the gain of each of its examples, in nats, at least two.
+        groups: group of each example.
+        steps: number of tested parts, of as many groups as possible; None tests every group by
+            itself.
 
-    Returns:
-        The gain; None if there is no half.
+    Raises:
+        ValueError: there are fewer than `LEAST_GROUPS` groups.
     """
-    if not tested:
-        return None
-    errors = [standard_error(gains) for gains in tested]
-    error = math.sqrt((1 + _SHARED) / 2) * math.fsum(errors) / len(errors)
-    gain = math.fsum(statistics.fmean(gains) for gains in tested) / len(tested)
-    return Gain(gain, error, min(map(len, tested)))
+    members: dict[Hashable, list[int]] = {}
+    for example, label in enumerate(groups):
+        members.setdefault(label, []).append(example)
+    count = len(members)
+    if count < LEAST_GROUPS:
+        raise ValueError(
+            f"choosing on some groups and testing on others needs {LEAST_GROUPS} groups, got "
+            f"{count}; measure examples of more contexts"
+        )
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    parts_of = list(members.values())
+    shuffled = [parts_of[place] for place in order]
+    first = count // 3
+    parts = count - first if steps is None else steps
+    ends = [first + (count - first) * part // parts for part in range(parts + 1)]
+    for begin, end in zip(ends, ends[1:], strict=False):
+        yield (
+            sorted(example for own in shuffled[:begin] for example in own),
+            sorted(example for own in shuffled[begin:end] for example in own),
+        )
 
 
 def gain_of_best(
-    challengers: Mapping[str, Sequence[float]], references: Mapping[str, Sequence[float]]
+    challengers: Mapping[str, Sequence[float]],
+    references: Mapping[str, Sequence[float]],
+    groups: Sequence[Hashable] | None = None,
 ) -> Gain | None:
-    """Return the gain of the best challenger over the best reference, tested on held-out halves.
+    """Return the gain of the best challenger over the best reference, on examples of its own.
 
-    Both are chosen on one half of the examples and compared on the other half.
+    The challenger is chosen on earlier groups of examples and tested on the next one; see
+    `forward_splits`. The reference is the one with the lowest loss over all examples, so luck is on
+    its side: a shown gain is one over every reference. With several references that are level, a
+    gain is shown less often than the level allows.
 
     Args:
         challengers: name -> loss of each example, in nats, [examples].
         references: name -> loss of each example, in nats, on the same examples.
+        groups: group of each example; None makes each its own group.
 
     Returns:
-        The gain; None with fewer than four examples, or if every member of a group has a loss that
-        is not finite.
+        The gain; None with fewer than `LEAST_GROUPS` groups of examples, or if every member of a
+        side has a loss that is not finite.
 
     Raises:
-        ValueError: a group is empty, or the numbers of examples differ.
+        ValueError: a side is empty, or the numbers of examples differ.
     """
-    lengths = {len(losses) for group in (challengers, references) for losses in group.values()}
-    if not challengers or not references or len(lengths) != 1:
+    lengths = {len(losses) for side in (challengers, references) for losses in side.values()}
+    labels = own_groups(max(lengths, default=0)) if groups is None else groups
+    if not challengers or not references or lengths != {len(labels)}:
         raise ValueError(
-            f"two groups with losses on the same examples are compared, got {len(challengers)} "
-            f"challengers and {len(references)} references with {sorted(lengths)} examples; "
-            "measure all on the same examples"
+            f"two sides with losses on the same examples are compared, got {len(challengers)} "
+            f"challengers and {len(references)} references with {sorted(lengths)} examples in "
+            f"{len(labels)} places; measure all on the same examples"
         )
-    finite = [
-        {name: losses for name, losses in group.items() if all(map(math.isfinite, losses))}
-        for group in (challengers, references)
-    ]
-    (count,) = lengths
-    if count < 4 or not all(finite):
+    sides = [finite_only(side) for side in (challengers, references)]
+    if len(set(labels)) < LEAST_GROUPS or not all(sides):
         return None
-    tested: list[list[float]] = []
-    for chosen_on, tested_on in split_halves(range(count)):
-        best, reference = (
-            min(group.values(), key=lambda losses: math.fsum(losses[i] for i in chosen_on))
-            for group in finite
-        )
-        tested.append([reference[i] - best[i] for i in sorted(tested_on)])
-    return pooled_gain(tested)
+    tried = np.array(list(sides[0].values()))  # [challengers, examples]
+    reference = np.array(min(sides[1].values(), key=math.fsum))
+    gains: list[float] = []
+    tested: list[int] = []
+    for chosen_on, tested_on in forward_splits(labels):
+        best = tried[tried[:, chosen_on].sum(axis=1).argmin()]
+        gains += (reference - best)[tested_on].tolist()
+        tested += tested_on
+    return mean_gain(gains, [labels[i] for i in tested])
 
 
-def within_one_error_of_best(losses: Mapping[str, Sequence[float]]) -> list[str]:
+def finite_only(losses: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Return the entries whose losses are all finite; the others cannot be chosen."""
+    return {name: values for name, values in losses.items() if all(map(math.isfinite, values))}
+
+
+def within_one_error_of_best(
+    losses: Mapping[str, Sequence[float]], groups: Sequence[Hashable] | None = None
+) -> list[str]:
     """Return the names whose mean loss is at most one standard error above the lowest mean.
 
-    The standard error is that of the examples' differences to the losses with the lowest mean. The
-    lowest of a few noisy means is often lowest by luck, so the caller may choose among these names
-    for other reasons.
+    The standard error, over groups of examples, is that of the differences to the losses with the
+    lowest mean. The lowest of a few noisy means is often lowest by luck, so the caller may choose
+    among these names for other reasons. With one group nothing tells the error, and all are within.
 
     Args:
         losses: name -> loss of each example, in nats, on the same examples, at least two.
+        groups: group of each example; None makes each its own group.
 
     Returns:
         Names in the order given. A name with a loss that is not finite is left out.
@@ -146,39 +139,14 @@ def within_one_error_of_best(losses: Mapping[str, Sequence[float]]) -> list[str]
             f"losses on the same examples are compared, at least 2, got {sorted(lengths)}; measure "
             "all on the same examples"
         )
-    finite = {name: values for name, values in losses.items() if all(map(math.isfinite, values))}
+    finite = finite_only(losses)
     if not finite:
         return []
     best = min(finite.values(), key=math.fsum)
     gaps = {
-        name: [value - curve_minimum for value, curve_minimum in zip(values, best, strict=True)]
+        name: [value - lowest for value, lowest in zip(values, best, strict=True)]
         for name, values in finite.items()
     }
-    return [name for name, gap in gaps.items() if statistics.fmean(gap) <= standard_error(gap)]
-
-
-def critical_value(count: int, z: float = Z_SHOWN) -> float:
-    """Return the critical value of Student's t for a mean of `count` values.
-
-    It has the tail probability that a standard normal has above `z`. The Cornish-Fisher expansion
-    is to second order in 1 / degrees of freedom: 2 % too small for 4 values.
-    """
-    freedom = count - 1
-    first = (z**3 + z) / (4 * freedom)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return z + first + second
-
-
-def variance(values: Collection[float]) -> float:
-    """Return the sample variance of at least two values.
-
-    `statistics.variance` is exact to the last digit, but many times slower than the other work of a
-    round.
-    """
-    mean = statistics.fmean(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def standard_error(values: Collection[float]) -> float:
-    """Return the standard error of the mean of at least two values."""
-    return math.sqrt(variance(values) / len(values))
+    if groups is not None and len(set(groups)) < 2:
+        return list(finite)
+    return [n for n, gap in gaps.items() if statistics.fmean(gap) <= standard_error(gap, groups)]

@@ -6,14 +6,14 @@ what a run measures anyway. If the measurements are too few, there is no finding
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, TypeAlias
 
 from grasp_lora.core.controller.settings import ControllerConfig
-from grasp_lora.core.evidence.crossfit import critical_value, standard_error
-from grasp_lora.core.evidence.history import RoundRecord, winsorised
+from grasp_lora.core.evidence.groups import LEVEL, Gain, critical_value, group_of, mean_gain
+from grasp_lora.core.evidence.history import RoundRecord, finite_trials
 from grasp_lora.core.evidence.verdict import Verdict
 
 FindingName: TypeAlias = Literal[
@@ -38,7 +38,7 @@ COARSE = 1 / 3
 MANY_EMPTY = 0.05
 """Fraction of empty answers from which a system is named."""
 _POWER = 0.84  # 80 % quantile of a standard normal
-_TWO_SIDED = 1.96  # two-sided 5 % level of a standard normal
+_LEAST_GROUPS = 4  # of examples of a kind, for a test between kinds
 
 
 @dataclass(frozen=True)
@@ -164,38 +164,46 @@ def overfitting(best_step: int, steps: int) -> Finding | None:
     )
 
 
-def undertrained(runs: Mapping[str, Sequence[Sequence[float]]]) -> Finding | None:
+def undertrained(
+    runs: Mapping[str, Sequence[Sequence[float]]],
+    groups: Mapping[str, Sequence[Hashable]] | None = None,
+) -> Finding | None:
     """Return a finding if the dev loss of a fine-tuning run was still falling at its last epoch.
 
-    More epochs may improve such a run, so comparisons with it are not final.
+    More epochs may improve such a run, so comparisons with it are not final. The one-sided 5 %
+    level holds for all runs together (Bonferroni).
 
     Args:
         runs: name -> loss of each dev example at every evaluation of the run, in nats, in order.
+        groups: name -> group of each dev example; without groups each example is its own.
     """
-    falling: dict[str, tuple[float, float]] = {}
-    for name, rows in runs.items():
+    trained = {name: rows for name, rows in runs.items() if len(rows) > 1}
+    falling: dict[str, Gain] = {}
+    for name, rows in trained.items():
         means = [statistics.fmean(losses) for losses in rows]
         earlier = [mean for mean in means[:-1] if math.isfinite(mean)]
         if not earlier or min(earlier) <= means[-1]:
             continue
-        if (found := _significant_gap(rows[-2], rows[-1])) is not None:
+        found = _significant_gap(rows[-2], rows[-1], (groups or {}).get(name), len(trained))
+        if found is not None:
             falling[name] = found
     if not falling:
         return None
-    names = sorted(falling, key=lambda each: -falling[each][0])
-    mean, error = falling[names[0]]
+    names = sorted(falling, key=lambda each: -falling[each].gain)
+    fell = falling[names[0]]
     listed = "; ".join(names)
     return Finding(
         "undertrained",
         f"the dev loss was still falling in the last epoch: {listed} (that of the {names[0]} fell "
-        f"by {mean:.3f} nats in the last epoch, standard error {error:.3f}), so longer training "
-        "may improve it: set more epochs or a larger learning_rate (train.target for a target "
-        "adapter, train.finetune for the others)",
+        f"by {fell.gain:.3f} nats in the last epoch, standard error {fell.error:.3f}), so longer "
+        "training may improve it: set more epochs or a larger learning_rate (train.target for a "
+        "target adapter, train.finetune for the others)",
         {
             "runs": listed,
-            "loss_less": mean,
-            "standard_error": error,
+            "loss_less": fell.gain,
+            "standard_error": fell.error,
             "rows": len(runs[names[0]][-1]),
+            "groups": fell.groups,
         },
     )
 
@@ -224,98 +232,109 @@ def empty_answers(systems: Mapping[str, tuple[int, int]]) -> Finding | None:
     )
 
 
-def over_pruned(pruned: Sequence[float], whole: Sequence[float]) -> Finding | None:
+def over_pruned(
+    pruned: Sequence[float], whole: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> Finding | None:
     """Return a finding if the final adapter is worse on dev than the same run unpruned.
 
     Args:
         pruned: loss of each dev example under the final adapter, in nats.
         whole: loss of each dev example under the merge fine-tuned unpruned, in nats. Both adapters
             are taken at their best epoch.
+        groups: group of each dev example; None makes each its own group.
     """
-    found = _significant_gap(pruned, whole)
+    found = _significant_gap(pruned, whole, groups)
     if found is None:
         return None
-    mean, error = found
     return Finding(
         "over-pruned",
-        f"on dev the pruned adapter loses {mean:.3f} nats (standard error {error:.3f}) against the "
-        "same fine-tuning unpruned: use the unpruned one",
-        {"loss_more": mean, "standard_error": error, "rows": len(pruned)},
+        f"on dev the pruned adapter loses {found.gain:.3f} nats (standard error {found.error:.3f}) "
+        "against the same fine-tuning unpruned: use the unpruned one",
+        _more(found, len(pruned)),
     )
 
 
 def not_worth_merging(
-    final: Sequence[float], alone: Mapping[str, Sequence[float]]
+    final: Sequence[float],
+    alone: Mapping[str, Sequence[float]],
+    groups: Sequence[Hashable] | None = None,
 ) -> Finding | None:
     """Return a finding if an unmerged adapter is better on dev than the final adapter.
+
+    The one-sided 5 % level holds for all of them together (Bonferroni).
 
     Args:
         final: loss of each dev example under the final adapter, in nats.
         alone: name -> loss of each dev example under a single adapter, fine-tuned on the target
             examples, in nats.
+        groups: group of each dev example; None makes each its own group.
     """
     worse = {
         name: found
         for name, losses in alone.items()
-        if (found := _significant_gap(final, losses)) is not None
+        if (found := _significant_gap(final, losses, groups, len(alone))) is not None
     }
     if not worse:
         return None
-    name = max(worse, key=lambda each: worse[each][0])
-    mean, error = worse[name]
+    name = max(worse, key=lambda each: worse[each].gain)
+    found = worse[name]
     return Finding(
         "not-worth-merging",
-        f"on dev the {name} is better than the result by {mean:.3f} nats (standard error "
-        f"{error:.3f}): use the {name}, because the merge does not pay",
-        {"better": name, "loss_more": mean, "standard_error": error, "rows": len(final)},
+        f"on dev the {name} is better than the result by {found.gain:.3f} nats (standard error "
+        f"{found.error:.3f}): use the {name}, because the merge does not pay",
+        {"better": name} | _more(found, len(final)),
     )
+
+
+def _more(found: Gain, rows: int) -> dict[str, float | int | str]:
+    return {
+        "loss_more": found.gain,
+        "standard_error": found.error,
+        "rows": rows,
+        "groups": found.groups,
+    }
 
 
 def unrepresentative(
     records: Sequence[RoundRecord],
     ratio: float,
     micro_dev: Collection[int],
+    groups: Sequence[Hashable] | None = None,
     window: float = 0.15,
 ) -> Finding | None:
     """Return a finding if micro-dev examples and dev examples gain differently near the ratio.
 
     The gain of an example is the loss of the lowest ratio of a round less the loss near the chosen
-    ratio. Welch's test compares the gains at the two-sided 5 % level. The finding is rare: with 16
-    and 50 examples the test has a power of 80 % only from a difference of 0.8 standard deviations
-    of the examples' gains. The evidence names the smallest difference that it would find with a
-    power of 80 %.
+    ratio. Welch's test, over groups of examples, compares the mean gains at the two-sided 5 %
+    level. The finding is rare: with 16 and 50 examples the test has a power of 80 % only from a
+    difference of 0.8 standard deviations of the examples' gains. The evidence names the smallest
+    difference that it would find with a power of 80 %.
 
     Args:
         records: all rounds, on examples of both kinds.
         ratio: the chosen ratio.
         micro_dev: ids of the micro-dev examples; all others are dev examples.
+        groups: group of each example, by its id; None makes each its own group.
         window: trials at most this far from the ratio count as trials of it.
     """
     gains: dict[int, list[float]] = {}
     for record in records:
-        trials = list(zip(record.candidates, record.per_row, strict=True))
+        trials = finite_trials(record)
+        if not trials:
+            continue
         low, reference = min(trials, key=lambda trial: trial[0])
         for tried, losses in trials:
             if abs(tried - ratio) > window or tried - low < 0.05:
                 continue
-            pairs = zip(record.rows, reference, losses, strict=True)
-            kept = [(example, a - b) for example, a, b in pairs if a is not None and b is not None]
-            values = winsorised([gap for _, gap in kept]) if kept else []
-            for (example, _), gap in zip(kept, values, strict=True):
-                gains.setdefault(example, []).append(gap)
-    kinds = [
-        [statistics.fmean(own) for example, own in gains.items() if (example in micro_dev) is micro]
-        for micro in (True, False)
-    ]
-    if any(len(kind) < 4 for kind in kinds):
+            for example, a, b in zip(record.rows, reference, losses, strict=True):
+                gains.setdefault(example, []).append(a - b)
+    micro, dev = (_mean_of_kind(gains, micro_dev, micro, groups) for micro in (True, False))
+    if micro is None or dev is None:
         return None
-    errors = [standard_error(kind) for kind in kinds]
-    error = math.hypot(*errors)
-    difference = statistics.fmean(kinds[0]) - statistics.fmean(kinds[1])
-    if (
-        error == 0
-        or abs(difference) <= _welch_critical_value(errors, [len(kind) for kind in kinds]) * error
-    ):
+    error = math.hypot(micro.error, dev.error)
+    difference = micro.gain - dev.gain
+    critical = _welch_critical_value(micro, dev) if error > 0 else math.inf
+    if abs(difference) <= critical * error or error == 0:
         return None
     return Finding(
         "unrepresentative",
@@ -325,35 +344,47 @@ def unrepresentative(
         {
             "difference": difference,
             "standard_error": error,
-            "micro_dev_rows": len(kinds[0]),
-            "dev_rows": len(kinds[1]),
-            "seen_four_times_in_five_from": (_TWO_SIDED + _POWER) * error,
+            "micro_dev_groups": micro.groups,
+            "dev_groups": dev.groups,
+            "seen_four_times_in_five_from": (critical + _POWER) * error,
         },
     )
 
 
-def _welch_critical_value(errors: Sequence[float], counts: Sequence[int]) -> float:
+def _mean_of_kind(
+    gains: Mapping[int, Sequence[float]],
+    micro_dev: Collection[int],
+    micro: bool,
+    groups: Sequence[Hashable] | None,
+) -> Gain | None:
+    """Return the mean gain of micro-dev or dev examples; None with fewer than four groups."""
+    own = {e: statistics.fmean(values) for e, values in gains.items() if (e in micro_dev) is micro}
+    found = mean_gain(list(own.values()), [group_of(example, groups) for example in own])
+    return found if found is not None and found.groups >= _LEAST_GROUPS else None
+
+
+def _welch_critical_value(one: Gain, other: Gain) -> float:
     """Return the two-sided 5 % critical value of Welch's test."""
-    total = sum(error**2 for error in errors)
-    freedom = total**2 / sum(e**4 / (n - 1) for e, n in zip(errors, counts, strict=True))
-    return critical_value(math.floor(freedom) + 1, _TWO_SIDED)
+    total = (one.error**2 + other.error**2) ** 2
+    freedom = total / sum(each.error**4 / (each.groups - 1) for each in (one, other))
+    return critical_value(freedom, LEVEL / 2)
 
 
 def _significant_gap(
-    losses: Sequence[float], reference: Sequence[float]
-) -> tuple[float, float] | None:
-    """Return (mean, standard error) of the losses less the reference, if significantly above 0.
+    losses: Sequence[float],
+    reference: Sequence[float],
+    groups: Sequence[Hashable] | None,
+    tests: int = 1,
+) -> Gain | None:
+    """Return the mean of the losses less the reference, if significantly above 0.
 
-    The test is one-sided at the 5 % level. Returns None if it fails, with fewer than two examples,
-    or if a difference is not finite.
+    The test is one-sided over groups of examples, at the 5 % level divided by the number of tests.
+    Returns None if it fails, with fewer than two groups, or if a difference is not finite.
     """
     if len(losses) != len(reference):
         raise ValueError(
             f"losses are compared example by example, got {len(losses)} and {len(reference)}; "
             "measure both on the same examples"
         )
-    gaps = [a - b for a, b in zip(losses, reference, strict=True)]
-    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
-        return None
-    mean, error = statistics.fmean(gaps), standard_error(gaps)
-    return (mean, error) if mean > max(1e-9, critical_value(len(gaps)) * error) else None
+    found = mean_gain([a - b for a, b in zip(losses, reference, strict=True)], groups)
+    return found if found is not None and found.above_zero(LEVEL / tests) else None

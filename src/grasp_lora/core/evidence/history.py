@@ -13,7 +13,7 @@ arXiv 2601.06702, which keeps the single best reward difference.
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grasp_lora.core.controller.policy import RoundKind
 from grasp_lora.core.controller.settings import ControllerConfig
-from grasp_lora.core.evidence.crossfit import variance
+from grasp_lora.core.evidence.groups import group_of
 
 GRID_POINTS = 161
 _LENGTH = 0.25  # length scale of the kernel, in units of ratio
@@ -146,13 +146,7 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
     """Return the finite trials of each round; rounds with fewer than two are left out."""
     rounds: list[list[Observation]] = []
     for record in records:
-        trials = [
-            (ratio, [loss for loss in losses if loss is not None])
-            for ratio, losses, mean in zip(
-                record.candidates, record.per_row, record.losses, strict=True
-            )
-            if mean is not None
-        ]
+        trials = finite_trials(record)
         if len(trials) < 2:
             continue
         centres = [statistics.fmean(column) for column in zip(*(t for _, t in trials), strict=True)]
@@ -164,6 +158,18 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
             ]
         )
     return rounds
+
+
+def finite_trials(record: RoundRecord) -> list[tuple[float, list[float]]]:
+    """Return (ratio, loss of each example) of the trials of a round that are finite throughout."""
+    trials = zip(record.candidates, map(finite_losses, record.per_row), strict=True)
+    return [(ratio, losses) for ratio, losses in trials if losses is not None]
+
+
+def finite_losses(losses: Sequence[float | None]) -> list[float] | None:
+    """Return the losses; None if there are none or one of them is not finite."""
+    known = [loss for loss in losses if loss is not None]
+    return known if known and len(known) == len(losses) else None
 
 
 def compressed(
@@ -211,15 +217,6 @@ def winsorised(values: Sequence[float]) -> list[float]:
     if reach == 0:
         return list(values)
     return [min(max(value, middle - reach), middle + reach) for value in values]
-
-
-def restricted(seen: Sequence[Observation], rows: Collection[int]) -> tuple[Observation, ...]:
-    """Return the observations on these examples only, without those left with fewer than two."""
-    cut = (
-        Observation(o.ratio, o.round, {row: gap for row, gap in o.gaps.items() if row in rows})
-        for o in seen
-    )
-    return tuple(o for o in cut if len(o.gaps) >= 2)
 
 
 def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
@@ -276,11 +273,16 @@ def curve_minimum_near(
 
 
 def resampled_curves(
-    seen: Sequence[Observation], horizon: int, config: ControllerConfig, count: int, seed: int = 0
+    seen: Sequence[Observation],
+    horizon: int,
+    config: ControllerConfig,
+    count: int,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Return bootstrap resamples of the loss curve over `grid`, in nats, [count, GRID_POINTS].
 
-    Examples are drawn with replacement, each with all of its losses. The weights of the
+    Groups of examples are drawn with replacement, each with all of its losses. The weights of the
     observations stay those of the original examples. A trial keeps its own mean if none of its
     examples is drawn.
 
@@ -289,9 +291,13 @@ def resampled_curves(
         horizon: number of rounds of the run.
         config: settings of the controller.
         count: number of resamples.
+        groups: group of each example, by its id; None makes each its own group.
         seed: seed of the draws.
     """
     examples = sorted({example for observation in seen for example in observation.gaps})
+    labels = [group_of(example, groups) for example in examples]
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    member = torch.tensor([numbers[label] for label in labels])
     place = {example: i for i, example in enumerate(examples)}
     gaps = torch.zeros(len(examples), len(seen), dtype=torch.float64)
     measured = torch.zeros_like(gaps)
@@ -300,9 +306,10 @@ def resampled_curves(
             gaps[place[example], column] = gap
             measured[place[example], column] = 1
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(examples), (count, len(examples)), generator=generator)
-    times = torch.zeros(count, len(examples), dtype=torch.float64)
+    drawn = torch.randint(len(numbers), (count, len(numbers)), generator=generator)
+    times = torch.zeros(count, len(numbers), dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    times = times[:, member]
     curve = fit_curve(seen, horizon)
     counted = times @ measured
     means = torch.where(counted > 0, times @ gaps / counted.clamp(min=1), curve.means)
@@ -321,7 +328,13 @@ def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:
     few examples is itself uncertain.
     """
     own = torch.tensor(
-        [variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread for o in seen],
+        [_variance(o.gaps.values()) / len(o.gaps) if len(o.gaps) > 1 else spread for o in seen],
         dtype=torch.float64,
     )
     return 0.5 * own + 0.5 * own.mean()
+
+
+def _variance(values: Collection[float]) -> float:
+    # `statistics.variance` is exact to the last digit, but many times slower than all else here.
+    mean = statistics.fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)

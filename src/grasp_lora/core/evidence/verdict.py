@@ -5,7 +5,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 
 from grasp_lora.core.controller.settings import ControllerConfig
-from grasp_lora.core.evidence.crossfit import Gain, pooled_gain, split_halves, standard_error
+from grasp_lora.core.evidence.groups import (
+    LEVEL,
+    NEGLIGIBLE,
+    Gain,
+    chance_of_largest,
+    group_of,
+    mean_gain,
+)
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     curve_minimum,
+    finite_losses,
+    finite_trials,
     grid,
     observations,
     resampled_curves,
-    winsorised,
 )
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
@@ -37,19 +45,25 @@ class RatioChoice:
 
     Attributes:
         ratio: The ratio to prune at, whatever the verdict is.
-        verdict: `learned` if a gain over `low` was shown, `flat` if not, `never-fired` if the run
-            had no round.
-        gain: Cross-fitted loss at `low` - loss at the chosen ratio, in nats; None without evidence.
-        gain_error: Standard error of the gain, in nats; None without evidence.
+        verdict: `learned` if a gain of this ratio over `low` was shown, `flat` if not,
+            `never-fired` if the run had no round.
+        gain: Loss at `low` - loss near `ratio`, in nats: the plain mean over the examples that saw
+            both in one round. The ratio was chosen on these examples as well, which flatters the
+            gain a little; `p_value` takes the choice into account. None without evidence, such as
+            where `ratio` is as good as `low`.
+        gain_error: Standard error of the gain over groups of examples, in nats; None without
+            evidence.
         z: gain / gain_error; None without evidence or if the error is 0.
         rule: How the ratio was chosen, in a few words.
         history_minimum: Ratio where the curve over all rounds is lowest; None without evidence.
         late_mu: Mean centre of the last policy rounds; None if there were none. It informs the
             reader and does not change the ratio.
         interval: (low, high), which holds the ratio of lowest loss for 95 % of the bootstrap
-            resamples of the examples; None without evidence. All resamples share the smoothing of
-            the curve, so the interval holds the true optimum less often (`benchmarks.controller`
-            measures how often).
+            resamples of the groups of examples; None without evidence. All resamples share the
+            smoothing of the curve, so the interval holds the true optimum less often
+            (`benchmarks.controller` measures how often).
+        p_value: How likely the largest gain of all ratios tried would look as good if none had
+            any; None without evidence.
     """
 
     ratio: float
@@ -61,10 +75,16 @@ class RatioChoice:
     history_minimum: float | None
     late_mu: float | None
     interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    p_value: float | None = None
 
 
 def ratio_choice(
-    records: Sequence[RoundRecord], current: float, horizon: int, config: ControllerConfig
+    records: Sequence[RoundRecord],
+    current: float,
+    horizon: int,
+    config: ControllerConfig,
+    groups: Sequence[Hashable] | None = None,
 ) -> RatioChoice:
     """Return the final ratio and the evidence for it.
 
@@ -75,40 +95,43 @@ def ratio_choice(
 
     Preset `standard` takes the ratio where the curve over all rounds is lowest. If no gain was
     shown and `when_flat` is `largest`, it takes the largest ratio that is not worse by more than
-    one standard error over resampled examples, which gives the smallest adapter.
+    one standard error over resampled groups, which gives the smallest adapter.
 
     Args:
         records: All rounds, in order.
         current: Current ratio; the result if there is no evidence.
         horizon: Planned number of rounds.
         config: Settings of the controller.
+        groups: Group of each example, such as its context; the ids in `rows` of the records are
+            places in it. None makes each example its own group.
     """
     late = [record.mu for record in records if record.kind == "policy"][-_LATE_ROUNDS:]
     late_mu = math.fsum(late) / len(late) if late else None
     seen = observations(records)
     minimum = curve_minimum(seen, horizon, config) if seen else None
-    curves = resampled_curves(seen, horizon, config, _RESAMPLES) if seen else None
+    curves = resampled_curves(seen, horizon, config, _RESAMPLES, groups) if seen else None
     interval = None if curves is None else _interval(curves, config)
-    found = cross_fitted_gain(records, config)
-    verdict: Verdict = "learned" if found and found.shown else "flat"
-    if not records:
-        verdict = "never-fired"
     if config.preset == "paper":
         ratio, rule = _largest_reward(records, current)
-    elif verdict == "flat" and config.when_flat == "largest" and curves is not None:
-        ratio, rule = _largest_as_good(curves, config), "largest ratio within one standard error"
     else:
         ratio, rule = _history_minimum(minimum, current)
+    found = gain_at(ratio, records, config, groups)
+    largest = config.preset != "paper" and config.when_flat == "largest"
+    if largest and curves is not None and not _shown(found):
+        ratio, rule = _largest_as_good(curves, config), "largest ratio within one standard error"
+        found = gain_at(ratio, records, config, groups)
+    verdict: Verdict = "learned" if _shown(found) else "flat"
     return RatioChoice(
         ratio=ratio,
-        verdict=verdict,
-        gain=found.gain if found else None,
-        gain_error=found.error if found else None,
-        z=found.z if found else None,
+        verdict=verdict if records else "never-fired",
+        gain=found.mean.gain if found else None,
+        gain_error=found.mean.error if found else None,
+        z=found.mean.z if found else None,
         rule=rule,
         history_minimum=minimum,
         late_mu=late_mu,
         interval=interval,
+        p_value=found.p_value if found else None,
     )
 
 
@@ -126,34 +149,52 @@ def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
     return float(grid(config)[int(as_good.nonzero().max())])
 
 
-def cross_fitted_gain(records: Sequence[RoundRecord], config: ControllerConfig) -> Gain | None:
-    """Return the gain of the chosen ratio over `low`, tested on other examples than the choice.
+@dataclass(frozen=True)
+class RatioGain:
+    """The gain of a ratio over `low`, tested among all ratios that were tried.
 
-    The ratio is chosen on one half of the examples, by its gain less one standard error. Its gain
-    is measured on the other half; then the halves swap. The gain of a ratio pools all trials near
-    the ratio, over all rounds.
+    Attributes:
+        mean: The gain and its error over groups of examples.
+        p_value: How likely the largest gain of all ratios tried would look as good if none had any.
+    """
+
+    mean: Gain
+    p_value: float
+
+
+def _shown(found: RatioGain | None) -> bool:
+    return found is not None and found.mean.gain > NEGLIGIBLE and found.p_value <= LEVEL
+
+
+def gain_at(
+    ratio: float,
+    records: Sequence[RoundRecord],
+    config: ControllerConfig,
+    groups: Sequence[Hashable] | None = None,
+) -> RatioGain | None:
+    """Return the gain of a ratio over `low`, in nats, tested as the best of all that were tried.
+
+    The gain is the plain mean over examples, as the loss is. An example's gain is its mean over all
+    trials near the ratio, in whichever round.
+
+    Args:
+        ratio: Any ratio; it may have been chosen on the same records.
+        records: All rounds, in order.
+        config: Settings of the controller.
+        groups: As in `ratio_choice`.
 
     Returns:
-        The gain; None if no round had a ratio near `low` beside a higher one, or if there are too
-        few examples for two halves.
+        The gain; None if the ratio is near `low`, if no round tried a ratio near it beside one near
+        `low`, or if the examples that saw both are of fewer than two groups.
     """
     contrasts = _contrasts(records, config)
-    ratios = sorted({contrast.ratio for contrast in contrasts})
-    examples = sorted({example for contrast in contrasts for example in contrast.gaps})
-    tested: list[list[float]] = []
-    for chosen_on, tested_on in split_halves(examples):
-        sides = [
-            (_gaps_near(contrasts, ratio, chosen_on), _gaps_near(contrasts, ratio, tested_on))
-            for ratio in ratios
-        ]
-        whole = [(a, b) for a, b in sides if len(a) > 1 and len(b) > 1]
-        if whole:
-            tested.append(max(whole, key=lambda side: _gain_less_one_error(side[0]))[1])
-    return pooled_gain(tested)
-
-
-def _gain_less_one_error(gains: Sequence[float]) -> float:
-    return statistics.fmean(gains) - standard_error(gains)
+    near = _gains_near(contrasts, ratio)
+    labels = [group_of(example, groups) for example in near]
+    mean = mean_gain(list(near.values()), labels)
+    if mean is None or ratio <= config.low + _NEAR_RATIO:
+        return None
+    tried = {one.ratio: _gains_near(contrasts, one.ratio) for one in contrasts}
+    return RatioGain(mean, chance_of_largest(near, list(tried.values()), groups))
 
 
 @dataclass(frozen=True)
@@ -162,49 +203,48 @@ class _Contrast:
 
     Attributes:
         ratio: The ratio tried.
-        gaps: Example id -> winsorised loss at `low` - loss of the trial, in nats.
+        gains: Example id -> loss at `low` - loss of the trial, in nats.
     """
 
     ratio: float
-    gaps: dict[int, float]
+    gains: dict[int, float]
 
 
 def _contrasts(records: Sequence[RoundRecord], config: ControllerConfig) -> list[_Contrast]:
     """Return the contrasts of all trials in rounds whose lowest ratio is near `low`.
 
     A contrast compares a trial with the lowest ratio of the same round, where examples and weights
-    are the same. The curve over all rounds cannot serve here: a trial beyond a cliff shifts its
-    whole round, so the curve's errors on the plateau before the cliff grow with the cliff.
+    are the same. A trial whose loss is not finite is lost. The curve over all rounds cannot serve
+    here: a trial beyond a cliff shifts its whole round, so the curve's errors on the plateau before
+    the cliff grow with the cliff.
     """
     found: list[_Contrast] = []
     in_force = 0.0  # nothing is pruned before the first commit
     for record in records:
-        trials = list(zip(record.candidates, record.per_row, strict=True))
-        measured = [(in_force, record.baseline_rows)] if record.baseline_rows else []
+        trials = finite_trials(record)
+        whole = finite_losses(record.baseline_rows)
+        measured = [*trials, *([] if whole is None else [(in_force, whole)])]
         in_force = record.mask_ratio
-        lowest_ratio, reference = min((*trials, *measured), key=lambda trial: trial[0])
+        if not measured:
+            continue
+        lowest_ratio, reference = min(measured, key=lambda trial: trial[0])
         if lowest_ratio > config.low + _NEAR_RATIO:
             continue
         for ratio, losses in trials:
-            gaps = {
-                example: low - high
-                for example, low, high in zip(record.rows, reference, losses, strict=True)
-                if low is not None and high is not None
-            }
-            if gaps and ratio > lowest_ratio + _NEAR_RATIO:
-                values = winsorised(list(gaps.values()))
-                found.append(_Contrast(ratio, dict(zip(gaps, values, strict=True))))
+            if ratio > lowest_ratio + _NEAR_RATIO:
+                gaps = [low - high for low, high in zip(reference, losses, strict=True)]
+                found.append(_Contrast(ratio, dict(zip(record.rows, gaps, strict=True))))
     return found
 
 
-def _gaps_near(contrasts: Sequence[_Contrast], ratio: float, examples: set[int]) -> list[float]:
-    """Return the mean gap of each example over the contrasts near the ratio that measured it."""
-    gaps: dict[int, list[float]] = {}
+def _gains_near(contrasts: Sequence[_Contrast], ratio: float) -> dict[int, float]:
+    """Return the mean gain of each example over the contrasts near the ratio that measured it."""
+    gains: dict[int, list[float]] = {}
     for contrast in contrasts:
         if abs(contrast.ratio - ratio) <= _NEAR_RATIO:
-            for example in examples & contrast.gaps.keys():
-                gaps.setdefault(example, []).append(contrast.gaps[example])
-    return [statistics.fmean(gaps[example]) for example in sorted(gaps)]
+            for example, gain in contrast.gains.items():
+                gains.setdefault(example, []).append(gain)
+    return {example: statistics.fmean(own) for example, own in gains.items()}
 
 
 def _largest_reward(records: Sequence[RoundRecord], current: float) -> tuple[float, str]:

@@ -1,0 +1,53 @@
+"""Test which state a training keeps where dev losses are not finite."""
+
+import math
+
+import pytest
+
+from grasp_lora.config.run_config import load_config
+from grasp_lora.stages.train import fresh_adapter
+from grasp_lora.training import best
+from grasp_lora.training.trainer import Diverged
+from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.fit import FitOptions, fit
+from helpers import tiny_backbone_folder
+from jobs import job, write_job
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    tiny_backbone_folder(folder / "base")
+    return open_context(load_config(write_job(folder / "run.yaml", job(folder))), quiet=True)
+
+
+def fitted(context, monkeypatch, tmp_path, losses):
+    """Return the result of two epochs with these dev losses, and what was said."""
+    evaluations, said = iter(losses), []
+    monkeypatch.setattr(
+        best, "example_losses", lambda model, batches, count: [next(evaluations)] * count
+    )
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    options = FitOptions(context.config.training("finetune"), "training")
+    fresh = fresh_adapter(context.backbone.model, context.config)
+    with context.live(fresh, "merged") as live:
+        return fit(context, live, options, tmp_path / "checkpoints"), said
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_dev_loss_that_is_not_finite_is_never_kept_and_is_named(
+    context, monkeypatch, tmp_path, bad, place
+):
+    losses = [2.0, 1.0]
+    losses.insert(place, bad)
+    result, said = fitted(context, monkeypatch, tmp_path, losses)
+    assert result.best.loss == 1.0
+    step = result.evaluations[place].step
+    assert f"training: the dev loss is not finite at steps [{step}]; none is kept" in said
+    assert result.facts()["groups"] == [row.group for row in context.encoded("target", "dev")]
+
+
+def test_where_no_dev_loss_is_finite_there_is_one_error(context, monkeypatch, tmp_path):
+    with pytest.raises(Diverged, match="no dev loss is finite, at none of the steps"):
+        fitted(context, monkeypatch, tmp_path, [math.nan, math.inf, math.nan])
