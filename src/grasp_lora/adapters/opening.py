@@ -32,7 +32,12 @@ from grasp_lora.adapters.folder import (
 )
 from grasp_lora.adapters.restore import restored_on_exit
 from grasp_lora.adapters.rules import BASE_CHANGING_INITS
-from grasp_lora.adapters.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
+from grasp_lora.adapters.virtual_tokens import (
+    PREFIX_TYPES,
+    VIRTUAL_TOKEN_TYPES,
+    PrefixModel,
+    VirtualTokenModel,
+)
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
 from grasp_lora.models.modules import vocabulary_size
@@ -284,7 +289,11 @@ def _overwritten_weights(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
 
 
 def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
-    build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
+    build: type[PeftModelForCausalLM] = PeftModelForCausalLM
+    if config.peft_type in VIRTUAL_TOKEN_TYPES:
+        build = VirtualTokenModel
+    elif config.peft_type in PREFIX_TYPES:
+        build = PrefixModel
     try:
         with quiet_wrapping():
             return build(base, config, _ADAPTER)

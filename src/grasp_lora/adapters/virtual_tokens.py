@@ -1,9 +1,13 @@
-"""Prompt tuning in left-padded batches, where an example's result does not depend on its batch.
+"""Virtual tokens in left-padded batches, where an example's result does not depend on its batch.
 
 PEFT puts the learned virtual tokens before the padding and drops the positions, so padding
 separates virtual tokens from text. PEFT also leaves `logits_to_keep` unchanged, although virtual
 tokens shift every position. Here the virtual tokens stand directly before the text of each example,
 as PEFT places them for an example without padding.
+
+A learned prefix of keys and values fills the cache instead, where padding does no harm if positions
+are given. PEFT passes that cache under a name that newer releases of transformers ignore as they
+generate.
 """
 
 from typing import Any, cast
@@ -12,13 +16,14 @@ import torch
 from peft import PeftModelForCausalLM, PeftType, PromptLearningConfig
 from torch import Tensor
 
+from grasp_lora.models.key_values import CACHE_NAME, cache_argument
 from grasp_lora.models.modules import forward_accepts
 
 VIRTUAL_TOKEN_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-"""Adapter types that put embeddings before the text.
+"""Adapter types that put embeddings before the text."""
 
-Prefix tuning fills the cache instead, where padding does no harm if positions are given.
-"""
+PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+"""Adapter types that put keys and values before the text."""
 
 
 class VirtualTokenModel(PeftModelForCausalLM):
@@ -86,3 +91,46 @@ class VirtualTokenModel(PeftModelForCausalLM):
         index = place.clamp(0, virtual - 1).unsqueeze(2).expand(-1, -1, texts.shape[2])
         is_virtual = ((place >= 0) & (place < virtual)).unsqueeze(2)
         return torch.where(is_virtual, prompts.gather(1, index), texts), (place >= 0).long()
+
+
+class PrefixModel(PeftModelForCausalLM):
+    """A causal LM with a learned prefix of keys and values that accepts left-padded batches."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Any:
+        """Return the model's output for `input_ids` [B, L] after the prefix.
+
+        Args:
+            input_ids: [B, L], padded on the left.
+            attention_mask: [B, L]; None means no padding.
+            settings: further arguments for the base model; `position_ids` count from the text.
+        """
+        settings = self._with_prefix(settings, input_ids.shape[0], attention_mask)
+        settings[str(cache_argument(self))] = self.get_prompt(input_ids.shape[0])
+        return self.base_model(input_ids=input_ids, **settings)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the base model's inputs of a step of `generate`, after the prefix.
+
+        `generate` reads in the name `kwargs` that all arguments of the model's forward are taken.
+        """
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        examples, cache = inputs["input_ids"].shape[0], inputs.get(CACHE_NAME)
+        inputs |= self._with_prefix(inputs, examples, inputs.get("attention_mask"))
+        if cache is None or not cache.get_seq_length():
+            inputs[CACHE_NAME] = self.get_prompt(examples)
+        return inputs
+
+    def _with_prefix(
+        self, settings: dict[str, Any], examples: int, mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Return settings whose mask and positions, where they have any, count the prefix too."""
+        virtual = cast(PromptLearningConfig, self.active_peft_config).num_virtual_tokens
+        extended: dict[str, Any] = {"attention_mask": mask}
+        if mask is not None:
+            seen = mask.new_ones(examples, virtual)  # type: ignore[arg-type]
+            extended["attention_mask"] = torch.cat([seen, mask], dim=1)
+        if settings.get("position_ids") is not None:
+            extended["position_ids"] = settings["position_ids"] + virtual
+        return settings | extended
