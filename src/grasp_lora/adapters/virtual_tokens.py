@@ -26,6 +26,11 @@ PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 """Adapter types that put keys and values before the text."""
 
 
+def _virtual_tokens(model: PeftModelForCausalLM) -> int:
+    config = cast(PromptLearningConfig, model.active_peft_config)
+    return config.num_virtual_tokens  # type: ignore[return-value]
+
+
 class VirtualTokenModel(PeftModelForCausalLM):
     """A causal LM with prompt tuning that accepts left-padded batches."""
 
@@ -48,7 +53,7 @@ class VirtualTokenModel(PeftModelForCausalLM):
         """
         del position_ids
         embeddings, mask = self._extended(input_ids, attention_mask)
-        virtual = self._virtual_tokens
+        virtual = _virtual_tokens(self)
         if forward_accepts(self, "position_ids"):
             settings["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if logits_to_keep is not None:
@@ -68,14 +73,10 @@ class VirtualTokenModel(PeftModelForCausalLM):
             input_ids=input_ids, inputs_embeds=embeddings, attention_mask=mask, **settings
         )
 
-    @property
-    def _virtual_tokens(self) -> int:
-        return cast(PromptLearningConfig, self.active_peft_config).num_virtual_tokens  # type: ignore[return-value]
-
     def _extended(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return embeddings [B, L + V, width] and mask [B, L + V] for V virtual tokens."""
         examples, length = ids.shape
-        virtual = self._virtual_tokens
+        virtual = _virtual_tokens(self)
         padding = torch.zeros(examples, 1, dtype=torch.long, device=ids.device)
         if mask is not None:
             padding = length - mask.long().sum(1, keepdim=True)
@@ -115,7 +116,7 @@ class PrefixModel(PeftModelForCausalLM):
 
         `generate` reads in the name `kwargs` that all arguments of the model's forward are taken.
         """
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
         examples, cache = inputs["input_ids"].shape[0], inputs.get(CACHE_NAME)
         inputs |= self._with_prefix(inputs, examples, inputs.get("attention_mask"))
         if cache is None or not cache.get_seq_length():
@@ -126,10 +127,10 @@ class PrefixModel(PeftModelForCausalLM):
         self, settings: dict[str, Any], examples: int, mask: Tensor | None
     ) -> dict[str, Any]:
         """Return settings whose mask and positions, where they have any, count the prefix too."""
-        virtual = cast(PromptLearningConfig, self.active_peft_config).num_virtual_tokens
+        virtual = _virtual_tokens(self)
         extended: dict[str, Any] = {"attention_mask": mask}
         if mask is not None:
-            seen = mask.new_ones(examples, virtual)  # type: ignore[arg-type]
+            seen = mask.new_ones(examples, virtual)
             extended["attention_mask"] = torch.cat([seen, mask], dim=1)
         if settings.get("position_ids") is not None:
             extended["position_ids"] = settings["position_ids"] + virtual

@@ -118,8 +118,9 @@ class EncodedExamples:
 def can_share_prefix(model: nn.Module, longest: int) -> bool:
     """Return whether examples can continue from the cached keys and values of a common prefix.
 
-    Every layer that caches must be an attention layer that holds each token by its position. A sliding
-    window must be as long as the longest example, since padding separates the prefix from the rest.
+    Every layer that caches must be an attention layer that holds each token by its position. A
+    sliding window must be as long as the longest example, since padding separates the prefix from
+    the rest.
 
     Args:
         model: a causal LM.

@@ -4,21 +4,17 @@ Older releases of transformers call the argument and the output field `past_key_
 `cache`. Code that comes with a model may have the older name under either.
 """
 
-import inspect
 from typing import Any
 
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from grasp_lora.models.modules import bare_model, forward_accepts
 
 _NAMES = ("cache", "past_key_values")
 
-CACHE_NAME = next(
-    name
-    for name in _NAMES
-    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+CACHE_NAME = next(name for name in _NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
 """Name of the cache in the installed transformers: in `generate`, and in a model's output."""
 
 

@@ -4,7 +4,8 @@ transformers computes these norms in five passes over the activations, three of 
 `torch.nn.functional.rms_norm` is one kernel with its own backward pass. It rounds to bfloat16 once
 and Llama's module rounds twice, so the kernel is closer to float32.
 
-In old releases of torch the function is no kernel and rounds as the modules do; nothing changes then.
+In old releases of torch the function is no kernel and rounds as the modules do. Then nothing
+changes.
 
 Gemma's modules scale by 1 + weight in float32. The kernel does not support that for bfloat16
 inputs, so these modules are left unchanged.
