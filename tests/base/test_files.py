@@ -163,7 +163,8 @@ def test_provenance_names_the_versions_in_use():
     import torch
 
     facts = provenance()
-    assert facts["packages"]["torch"] == torch.__version__
+    # Some builds leave the part after "+" out of the package's own version.
+    assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["cpu_count"] >= 1
     assert json.loads(json.dumps(facts)) == facts
 

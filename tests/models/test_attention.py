@@ -158,6 +158,21 @@ def test_a_model_gives_the_same_logits_and_gradients_within_bfloat16(arch):
         assert (fused - ours).abs().max() < 0.03 * max(1.0, float(fused.abs().max()))
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "qwen3"])
+def test_every_layer_of_a_model_uses_products(arch, monkeypatch):
+    model = tiny_model(arch).to(torch.bfloat16)
+    assert use_short_attention(model)
+    used = []
+
+    def products(*arguments):
+        used.append(arguments[0].shape[2])
+        return attention_products(*arguments)
+
+    monkeypatch.setattr(attention, "attention_products", products)
+    logits_of(model, random_ids(rows=2, length=9))
+    assert used == [9] * model.config.num_hidden_layers
+
+
 def test_only_bfloat16_models_that_chose_sdpa_themselves_are_changed(tiny_backbone_folder):
     folder = str(tiny_backbone_folder())
     chosen = load_backbone(ModelSpec(folder, dtype="bfloat16", device="cpu")).model

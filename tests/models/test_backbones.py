@@ -104,7 +104,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     for checkpointing in (False, True):
         spec = spec_of(folder, dtype="float32", gradient_checkpointing=checkpointing)
         model = load_backbone(spec).model
-        assert model.is_activation_checkpointing is checkpointing
+        assert model.model.gradient_checkpointing is checkpointing
         peft_model = tiny_peft_model(model).train()
         peft_model(input_ids=ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in peft_model.parameters() if p.requires_grad])

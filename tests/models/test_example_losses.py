@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers import FalconH1Config, FalconH1ForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from grasp_lora.models.backbones import ModelSpec, load_backbone
 from grasp_lora.models.example_losses import (
@@ -110,6 +110,33 @@ def test_the_common_beginning_is_read_once_and_full_logits_will_do():
     assert example_losses(model, batches, 12) == pytest.approx(alone, abs=1e-5)
     hook.remove()
     assert sum(read) == 3 * 30 + sum(4 * (4 + 2 * 3 + i) for i in range(3))
+
+
+def test_layers_that_use_the_keys_of_others_do_not_stop_the_sharing():
+    torch.manual_seed(0)
+    model = Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            vocab_size=272,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            sliding_window=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            global_head_dim=8,
+            vocab_size_per_layer_input=272,
+            hidden_size_per_layer_input=8,
+        )
+    ).eval()
+    assert can_share_prefix(model, 64)
+    assert not can_share_prefix(model, 65)
+    encoded, collate = questions(), Collator(pad_id=0)
+    alone = example_losses(model, EncodedExamples(encoded, collate, 1).batches(range(12)), 12)
+    shared = EncodedExamples(encoded, collate, 8, 8, share_prefix=True).batches(range(12))
+    assert example_losses(model, shared, 12) == pytest.approx(alone, abs=1e-5)
 
 
 def test_only_models_whose_cache_is_by_position_share():

@@ -8,9 +8,12 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from grasp_lora.models import norms
 from grasp_lora.models.backbones import ModelSpec, load_backbone
-from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.norms import has_fused_kernel, use_fused_norms
 from helpers import random_ids, tiny_model
+
+needs_kernel = pytest.mark.skipif(not has_fused_kernel(), reason="this torch has no fused norm")
 
 
 def norms_of(model):
@@ -36,6 +39,7 @@ def drawn_model(arch):
     return model
 
 
+@needs_kernel
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_the_kernel_is_nearer_to_the_textbook_than_the_module(scale):
     model = drawn_model("llama")
@@ -61,6 +65,7 @@ def test_the_kernel_is_nearer_to_the_textbook_than_the_module(scale):
         assert (ours - true).norm() < 0.004 * true.norm()
 
 
+@needs_kernel
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_a_model_is_as_near_to_float32_as_with_its_own_norms(arch):
     ids = random_ids(rows=3, length=20)
@@ -98,6 +103,7 @@ class ShiftedRMSNorm(LlamaRMSNorm):
         return super().forward(hidden_states) * scale
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     ("norm", "fused"),
     [
@@ -120,6 +126,7 @@ def test_other_dtypes_are_left_alone(dtype):
     assert use_fused_norms(model) == 0
 
 
+@needs_kernel
 def test_a_copy_uses_its_own_weights():
     model = drawn_model("llama")
     use_fused_norms(model)
@@ -133,9 +140,17 @@ def test_a_copy_uses_its_own_weights():
     assert norm(rows).all()
 
 
+@needs_kernel
 def test_a_loaded_backbone_uses_them(tiny_backbone_folder):
     folder = str(tiny_backbone_folder())
     loaded = load_backbone(ModelSpec(folder, dtype="bfloat16", device="cpu")).model
     assert all(is_fused(norm) for norm in norms_of(loaded))
     loaded = load_backbone(ModelSpec(folder, dtype="float32", device="cpu")).model
     assert not any(is_fused(norm) for norm in norms_of(loaded))
+
+
+def test_without_the_kernel_nothing_changes(monkeypatch):
+    monkeypatch.setattr(norms, "has_fused_kernel", lambda: False)
+    model = drawn_model("llama")
+    assert use_fused_norms(model) == 0
+    assert not any(is_fused(norm) for norm in norms_of(model))

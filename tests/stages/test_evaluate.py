@@ -1,18 +1,21 @@
 """Evaluation of any adapter on several test sets, and what it writes."""
 
 import json
+import logging
 import math
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, PrefixTuningConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from grasp_lora.base.files import read_json, read_jsonl, write_json
@@ -54,6 +57,36 @@ def evaluation(place: Path, adapter: str, *options: str) -> Any:
     settings = ["model.dtype=float32", "data.max_length=640", "evaluate.max_new_tokens=3"]
     arguments += [f"--set={text}" for text in settings] + list(options)
     return CliRunner().invoke(app, arguments)
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.parametrize("adapter", ["base", "lora", "prefix"])
+def test_an_evaluation_warns_of_nothing(place, adapter):
+    if adapter == "prefix":
+        chosen = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        get_peft_model(tiny_model("llama"), chosen).save_pretrained(str(place / "prefix"))
+    libraries, heard = logging.getLogger("transformers"), Heard()
+    transformers_logging.warning_once.cache_clear()  # type: ignore[attr-defined]
+    libraries.addHandler(heard)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
+            scores = evaluated(place, adapter, *rows)
+    finally:
+        libraries.removeHandler(heard)
+    assert scores["sets"]["test"]["n"] == 6
+    assert heard.lines == []
 
 
 def test_several_test_sets_have_their_scores_the_mean_and_the_worst(place):

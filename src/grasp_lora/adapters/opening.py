@@ -40,7 +40,12 @@ from grasp_lora.adapters.rules import (
     refuse_unknown,
     unknown_settings,
 )
-from grasp_lora.adapters.virtual_tokens import VIRTUAL_TOKEN_TYPES, VirtualTokenModel
+from grasp_lora.adapters.virtual_tokens import (
+    PREFIX_TYPES,
+    VIRTUAL_TOKEN_TYPES,
+    PrefixModel,
+    VirtualTokenModel,
+)
 from grasp_lora.base.words import shown
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
@@ -339,7 +344,11 @@ def _check_sizes(
 
 
 def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
-    build = VirtualTokenModel if config.peft_type in VIRTUAL_TOKEN_TYPES else PeftModelForCausalLM
+    build: type[PeftModelForCausalLM] = PeftModelForCausalLM
+    if config.peft_type in VIRTUAL_TOKEN_TYPES:
+        build = VirtualTokenModel
+    elif config.peft_type in PREFIX_TYPES:
+        build = PrefixModel
     try:
         with quiet_wrapping():
             return build(base, config, _ADAPTER)

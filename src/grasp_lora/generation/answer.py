@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from grasp_lora.adapters.virtual_tokens import VirtualTokenModel
 from grasp_lora.generation.generate import GenerationSettings, TextGenerator, run_in_batches
 from grasp_lora.models.example_losses import IGNORED, losses_from_logits
+from grasp_lora.models.key_values import output_cache
 from grasp_lora.models.modules import forward_accepts
 
 
@@ -93,7 +94,7 @@ def _answer_batch(generator: TextGenerator, examples: Sequence[Any]) -> list[tup
         use_cache=True,
     )
     losses = losses_from_logits(output.logits, labels).tolist()
-    cache = _prompt_cache(output.past_key_values, answers)
+    cache = _prompt_cache(output_cache(output), answers)
     texts = generator.texts_after(ids[:, :prompts], mask[:, :prompts], cache)
     return list(zip(texts, losses, strict=True))
 

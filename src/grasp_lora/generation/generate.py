@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from grasp_lora.models.example_losses import rank_and_size
+from grasp_lora.models.key_values import CACHE_NAME
 from grasp_lora.models.modules import bare_model
 
 Result = TypeVar("Result")
@@ -130,7 +131,7 @@ class TextGenerator:
         criteria = StoppingCriteriaList()
         if self.settings.one_line and self.settings.beams == 1:
             criteria.append(StopAtNewline(self._tokenizer, length, self._breaks))
-        cached = {} if cache is None else {"past_key_values": cache}
+        cached = {} if cache is None else {CACHE_NAME: cache}
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,

@@ -192,8 +192,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     if model.generation_config is not None:
         model.generation_config.pad_token_id = pad_id
     if spec.gradient_checkpointing:
-        # The re-entrant form would need inputs that require gradients; a frozen model has none.
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     if output_embeddings(model) is not None:
         copy_output_layer_inputs(model)
     if spec.attn_implementation is None:
@@ -211,6 +210,12 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
         stop_ids=stop_ids,
         pad_id=pad_id,
     )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"  # of transformers
+    # The re-entrant form would need inputs that require gradients; a frozen model has none.
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
 
 
 def load_tokenizer(

@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grasp_lora.models.batches import group_by_prefix, size_forwards
-from grasp_lora.models.modules import bare_model, forward_accepts
+from grasp_lora.models.key_values import cache_argument, empty_cache
+from grasp_lora.models.modules import forward_accepts
 
 IGNORED = -100
 """Label of a position without a loss."""
+
+_LAYERS_WITHOUT_CACHE: Any = getattr(cache_utils, "DummyLayer", ())
+"""Stands for layers that hold nothing, where the installed transformers lists those at all."""
 
 SHARED_PREFIX = "shared_ids"
 """Key of a batch's common prefix: ids [1, tokens] that all its examples begin with.
@@ -114,21 +118,23 @@ class EncodedExamples:
 def can_share_prefix(model: nn.Module, longest: int) -> bool:
     """Return whether examples can continue from the cached keys and values of a common prefix.
 
-    Every layer must be an attention layer whose cache holds each token by its position. A sliding
-    window must be as long as the longest example, since padding separates the prefix from the rest.
+    Every layer that caches must be an attention layer that holds each token by its position. A
+    sliding window must be as long as the longest example, since padding separates the prefix from
+    the rest.
 
     Args:
         model: a causal LM.
         longest: tokens of the longest example.
     """
-    if not all(forward_accepts(model, name) for name in ("position_ids", "past_key_values")):
+    if not forward_accepts(model, "position_ids") or cache_argument(model) is None:
         return False
     try:
-        layers = _empty_cache(model).layers
+        layers = empty_cache(model).layers
     except (AttributeError, KeyError, ValueError):  # the config does not describe its layers
         return False
     return all(
         type(layer) is DynamicLayer
+        or isinstance(layer, _LAYERS_WITHOUT_CACHE)
         or (isinstance(layer, DynamicSlidingWindowLayer) and longest <= layer.sliding_window)
         for layer in layers
     )
@@ -168,16 +174,12 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch, use_cache=False).logits
     prefix = batch.pop(SHARED_PREFIX)
     kept = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
-    cache = _empty_cache(model)
-    model(input_ids=prefix, past_key_values=cache, use_cache=True, **kept)
+    cache = empty_cache(model)
+    cached: dict[str, Any] = {str(cache_argument(model)): cache, "use_cache": True}
+    model(input_ids=prefix, **cached, **kept)
     examples, count = batch["input_ids"].shape[0], prefix.shape[1]
     cache.batch_repeat_interleave(examples)
     prefix_mask = batch["attention_mask"].new_ones(examples, count)
     batch["attention_mask"] = torch.cat([prefix_mask, batch["attention_mask"]], dim=1)
     batch["position_ids"] = batch["position_ids"] + count
-    return model(**batch, past_key_values=cache, use_cache=True).logits
-
-
-def _empty_cache(model: nn.Module) -> DynamicCache:
-    bare: Any = bare_model(model)
-    return DynamicCache(config=bare.config)
+    return model(**batch, **cached).logits

@@ -4,6 +4,9 @@ transformers computes these norms in five passes over the activations, three of 
 `torch.nn.functional.rms_norm` is one kernel with its own backward pass. It rounds to bfloat16 once
 and Llama's module rounds twice, so the kernel is closer to float32.
 
+In old releases of torch the function is no kernel and rounds as the modules do. Then nothing
+changes.
+
 Gemma's modules scale by 1 + weight in float32. The kernel does not support that for bfloat16
 inputs, so these modules are left unchanged.
 """
@@ -23,14 +26,20 @@ def use_fused_norms(model: PreTrainedModel) -> int:
     """Let a model's norms use torch's fused kernel; return the number of changed modules.
 
     Changed are modules of a class named `...RMSNorm` whose output on random inputs equals the
-    kernel's. Nothing changes unless the model is in bfloat16 on a CPU.
+    kernel's. Nothing changes unless the model is in bfloat16 on a CPU and torch has the kernel.
     """
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    fits = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    if not fits or not has_fused_kernel():
         return 0
     replaceable = [module for module in model.modules() if _equals_kernel(module)]
     for module in replaceable:
         module.forward = MethodType(_fused, module)
     return len(replaceable)
+
+
+def has_fused_kernel() -> bool:
+    """Return whether `rms_norm` of the installed torch is one kernel."""
+    return hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def _equals_kernel(module: nn.Module) -> bool:
