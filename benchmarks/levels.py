@@ -192,7 +192,7 @@ def learned(sample: Sample, effect: float) -> tuple[bool, bool]:
         ]
         state, _ = rounds.conclude(state, config, tried, None, losses, rows, step)
     choice = rounds.choose_ratio(state, config, groups)
-    by_row = gain_at(choice.ratio, state.records, config)
+    by_row = gain_at(choice.ratio, state.records, config, None, config.rounds)
     return choice.verdict == "learned", by_row is not None and by_row.p_value <= LEVEL
 
 

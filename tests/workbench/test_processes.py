@@ -85,10 +85,6 @@ def test_two_processes_give_the_results_of_one(tmp_path):
     both = tmp_path / "two"
     assert (both / "done.json").exists()
     assert_same(read_json(alone / "ratio.json"), read_json(both / "ratio.json"))
-    for folder in (alone, both):
-        evidence = read_json(folder / "ratio.json")["evidence"]
-        quotient = evidence["gain_over_lowest_ratio"] / evidence["standard_error"]
-        assert evidence["z"] == pytest.approx(quotient, rel=1e-9)
     assert_same(read_json(alone / "scores.json"), read_json(both / "scores.json"))
     for one, two in zip(
         read_jsonl(alone / "rounds.jsonl"), read_jsonl(both / "rounds.jsonl"), strict=True

@@ -8,7 +8,7 @@ from scipy import stats
 
 from grasp_lora.core.evidence.groups import (
     Gain,
-    chance_of_largest,
+    chance_of_choice,
     critical_value,
     mean_gain,
     standard_error,
@@ -96,7 +96,7 @@ def chances(candidates, groups, rows, icc, draws=600, effect=0.0):
         gains[0] += effect
         tried = [dict(enumerate(one.tolist())) for one in gains]
         best = tried[int(gains.mean(axis=1).argmax())]
-        found.append(chance_of_largest(best, tried, names))
+        found.append(chance_of_choice(best, tried, names))
     return np.array(found)
 
 
@@ -116,5 +116,52 @@ def test_a_candidate_that_few_groups_saw_does_not_hide_a_gain_that_all_see():
     random = np.random.default_rng(5)
     seen = dict(enumerate((0.5 + 0.3 * random.normal(size=20)).tolist()))
     few = {0: 5.0, 1: 5.001}
-    assert chance_of_largest(seen, [seen, few]) < 0.05
-    assert chance_of_largest(seen, [seen, few]) == chance_of_largest(seen, [seen, few])
+    assert chance_of_choice(seen, [seen, few]) < 0.05
+    assert chance_of_choice(seen, [seen, few]) == chance_of_choice(seen, [seen, few])
+
+
+def by_mean(tried):
+    """Return the rule that takes the largest mean of all that were tried, and nothing below 0."""
+
+    def choose(weights, place):
+        columns = np.array([[one[example] for example in place] for one in tried])
+        means = weights @ columns.T
+        return np.where(means.max(axis=1) > 0, means.argmax(axis=1), -1)
+
+    return choose
+
+
+SIX = [dict(enumerate(np.random.default_rng(n).normal(size=9).tolist())) for n in range(6)]
+
+
+def test_a_choice_is_held_against_what_it_takes_itself():
+    random = np.random.default_rng(6)
+    own = dict(enumerate((0.4 + random.normal(size=30)).tolist()))
+    alone = chance_of_choice(own, [own], choose=lambda w, _: np.zeros(len(w), dtype=int))
+    exact = stats.ttest_1samp(list(own.values()), 0, alternative="greater").pvalue
+    assert alone == pytest.approx(exact, abs=0.02), "with nothing to choose it is the t test"
+    never = chance_of_choice(own, [own], choose=lambda w, _: np.full(len(w), -1))
+    assert never == pytest.approx(1 / 1000), "no draw claims anything"
+    largest = chance_of_choice(SIX[0], SIX)
+    assert chance_of_choice(SIX[0], SIX, choose=by_mean(SIX)) <= largest
+
+
+def test_a_choice_that_is_redrawn_has_its_level():
+    random = np.random.default_rng(7)
+    found = []
+    for _ in range(300):
+        six = [dict(enumerate(one)) for one in random.normal(size=(6, 9)).tolist()]
+        best = max(six, key=lambda one: sum(one.values()))
+        found.append(chance_of_choice(best, six, choose=by_mean(six)))
+    assert 0.02 < (np.array(found) <= 0.05).mean() < 0.09  # standard error 0.013
+
+
+def test_a_choice_may_go_by_examples_without_gains():
+    seen = []
+
+    def first(weights, place):
+        seen.append(dict(place))
+        return np.zeros(len(weights), dtype=int)
+
+    chance_of_choice(SIX[0], SIX, [str(n) for n in range(12)], first, also=[11])
+    assert sorted(seen[0]) == sorted([*map(str, range(9)), "11"])

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,11 @@ from grasp_lora.core.evidence.history import (
     compressed,
     curve_minimum,
     fit_curve,
+    grid,
     observations,
     observations_by_round,
     resampled_curves,
+    weighted_minima,
     winsorised,
 )
 
@@ -164,3 +167,18 @@ def test_resampled_curves_draw_whole_groups_of_examples():
     # Every example has a copy in its group, so the groups are half as many as the examples.
     by_pair, by_row = spread(twins, [str(row % 12) for row in range(24)]), spread(twins, None)
     assert by_pair / by_row == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_the_minimum_under_weights_is_that_of_the_weighted_means():
+    seen = random_observations(seed=5)
+    groups = ["a", "b", "a", "c", "b", "c", "a", "d"]
+    place = {name: n for n, name in enumerate("abcd")}
+    weights = np.vstack([np.ones(4), np.random.default_rng(8).normal(size=(20, 4))])
+    found = weighted_minima(seen, 4, CONFIG, weights, groups, place)
+    assert float(grid(CONFIG)[found[0]]) == curve_minimum(seen, 4, CONFIG)
+    curve = fit_curve(seen, 4)
+    for row, lowest in zip(weights, found, strict=True):
+        means = [statistics.fmean(row[place[groups[e]]] * gap for e, gap in o.gaps.items())
+                 for o in seen]  # fmt: skip
+        again = curve.weights(grid(CONFIG)) @ torch.tensor(means, dtype=torch.float64)
+        assert int(again.argmin()) == lowest

@@ -11,7 +11,7 @@ number of groups less one. An example without a group of its own kind is a group
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,9 @@ LEVEL = 0.05
 """Level of the one-sided tests."""
 NEGLIGIBLE = 1e-9
 """A gain below this many nats is rounding."""
+Choose = Callable[[np.ndarray, Mapping[Hashable, int]], np.ndarray]
+"""(weights of the groups [draws, groups], group -> its column) -> place of what each draw chooses
+among all that were tried, -1 where it claims nothing."""
 _DRAWS = 999
 _SEED = 0
 # Weights of Webb (2014), of mean 0 and variance 1: signs have too few values for few groups.
@@ -109,29 +112,34 @@ def group_of(example: int, groups: Sequence[Hashable] | None) -> Hashable:
     return example if groups is None else groups[example]
 
 
-def chance_of_largest(
+def chance_of_choice(
     chosen: Mapping[int, float],
     tried: Sequence[Mapping[int, float]],
     groups: Sequence[Hashable] | None = None,
+    choose: Choose | None = None,
+    also: Collection[int] = (),
 ) -> float:
-    """Return how likely the largest of all gains would look as good as the chosen one by luck.
+    """Return how likely a choice among gains of nothing would look as good as the chosen one.
 
     The chosen gain may be the best because of the very examples it is tested on. So its t is
-    compared with the largest that any of the gains has when all gains of a group get a random
-    weight of mean 0, the same for all that were tried (wild cluster bootstrap: Cameron, Gelbach &
-    Miller 2008). That holds however the choice was made. Gains that fewer groups saw count by the
-    probability of their t.
+    compared with that of the choice when all gains of a group get a random weight of mean 0, the
+    same for all that were tried (wild cluster bootstrap: Cameron, Gelbach & Miller 2008). Gains
+    that fewer groups saw count by the probability of their t.
 
     Args:
         chosen: example -> gain in nats, finite, of at least two groups.
         tried: the same for everything that could have been chosen.
         groups: group of each example, by its id; None makes each its own group.
+        choose: how the choice is made; None takes the largest t of all, which is at least that of
+            any other rule.
+        also: further examples, without gains, that `choose` goes by.
 
     Returns:
         A probability, at least 1 / 1000.
     """
     everything = [chosen, *tried]
-    labels = {group_of(example, groups) for own in everything for example in own}
+    examples = {example for own in everything for example in own} | set(also)
+    labels = {group_of(example, groups) for example in examples}
     place = {label: index for index, label in enumerate(sorted(labels, key=str))}
     sums, counts = np.zeros((2, len(everything), len(place)))
     for row, own in enumerate(everything):
@@ -143,7 +151,13 @@ def chance_of_largest(
     weights = _WEIGHTS[random.integers(len(_WEIGHTS), size=(_DRAWS, len(place)))]
     seen = _normal_scores(np.ones((1, len(place))), sums[:1], counts[:1])
     wide = (counts > 0).sum(axis=1) > 1
-    drawn = _normal_scores(weights, sums[wide], counts[wide]).max(axis=1)
+    drawn = np.full((_DRAWS, len(everything)), -np.inf)
+    drawn[:, wide] = _normal_scores(weights, sums[wide], counts[wide])
+    if choose is None:
+        drawn = drawn.max(axis=1)
+    else:
+        places = choose(weights, place)
+        drawn = np.where(places < 0, -np.inf, drawn[np.arange(_DRAWS), 1 + places])
     return float((1 + (drawn >= seen[0, 0]).sum()) / (_DRAWS + 1))
 
 

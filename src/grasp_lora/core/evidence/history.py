@@ -13,9 +13,10 @@ arXiv 2601.06702, which keeps the single best reward difference.
 
 import math
 import statistics
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -314,6 +315,35 @@ def resampled_curves(
     counted = times @ measured
     means = torch.where(counted > 0, times @ gaps / counted.clamp(min=1), curve.means)
     return means @ curve.weights(grid(config)).T
+
+
+def weighted_minima(
+    seen: Sequence[Observation],
+    horizon: int,
+    config: ControllerConfig,
+    weights: np.ndarray,
+    groups: Sequence[Hashable] | None,
+    place: Mapping[Hashable, int],
+) -> np.ndarray:
+    """Return the place in `grid` of the lowest fitted loss where groups have weights, [draws].
+
+    The gaps of an example count times the weight of its group. The weights of the observations stay
+    those of the original examples.
+
+    Args:
+        seen: at least one observation.
+        horizon: number of rounds of the run.
+        config: settings of the controller.
+        weights: [draws, groups].
+        groups: group of each example, by its id; None makes each its own group.
+        place: group of any example -> its column.
+    """
+    summed = np.zeros((len(place), len(seen)))
+    for column, observation in enumerate(seen):
+        for example, gap in observation.gaps.items():
+            summed[place[group_of(example, groups)], column] += gap / len(observation.gaps)
+    curve = fit_curve(seen, horizon)
+    return (weights @ summed @ curve.weights(grid(config)).numpy().T).argmin(axis=1)
 
 
 def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:

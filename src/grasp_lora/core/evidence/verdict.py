@@ -5,10 +5,11 @@
 
 import math
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from grasp_lora.core.evidence.groups import (
     LEVEL,
     NEGLIGIBLE,
     Gain,
-    chance_of_largest,
+    chance_of_choice,
     group_of,
     mean_gain,
 )
@@ -29,6 +30,7 @@ from grasp_lora.core.evidence.history import (
     grid,
     observations,
     resampled_curves,
+    weighted_minima,
 )
 
 Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
@@ -62,8 +64,8 @@ class RatioChoice:
             resamples of the groups of examples; None without evidence. All resamples share the
             smoothing of the curve, so the interval holds the true optimum less often
             (`benchmarks.controller` measures how often).
-        p_value: How likely the largest gain of all ratios tried would look as good if none had
-            any; None without evidence.
+        p_value: How likely the ratio that is chosen would look as good if no ratio had any gain;
+            None without evidence.
     """
 
     ratio: float
@@ -75,7 +77,6 @@ class RatioChoice:
     history_minimum: float | None
     late_mu: float | None
     interval: tuple[float, float] | None = None
-    p_value: float | None = None
     p_value: float | None = None
 
 
@@ -115,7 +116,8 @@ def ratio_choice(
         ratio, rule = _largest_reward(records, current)
     else:
         ratio, rule = _history_minimum(minimum, current)
-    found = gain_at(ratio, records, config, groups)
+    by_curve = horizon if config.preset != "paper" else None
+    found = gain_at(ratio, records, config, groups, by_curve)
     largest = config.preset != "paper" and config.when_flat == "largest"
     if largest and curves is not None and not _shown(found):
         ratio, rule = _largest_as_good(curves, config), "largest ratio within one standard error"
@@ -151,11 +153,11 @@ def _largest_as_good(curves: Tensor, config: ControllerConfig) -> float:
 
 @dataclass(frozen=True)
 class RatioGain:
-    """The gain of a ratio over `low`, tested among all ratios that were tried.
+    """The gain of a ratio over `low`, tested with the choice of the ratio taken into account.
 
     Attributes:
         mean: The gain and its error over groups of examples.
-        p_value: How likely the largest gain of all ratios tried would look as good if none had any.
+        p_value: How likely the ratio that is chosen would look as good if no ratio had any gain.
     """
 
     mean: Gain
@@ -171,8 +173,9 @@ def gain_at(
     records: Sequence[RoundRecord],
     config: ControllerConfig,
     groups: Sequence[Hashable] | None = None,
+    horizon: int | None = None,
 ) -> RatioGain | None:
-    """Return the gain of a ratio over `low`, in nats, tested as the best of all that were tried.
+    """Return the gain of a ratio over `low`, in nats, tested as a choice among all ratios.
 
     The gain is the plain mean over examples, as the loss is. An example's gain is its mean over all
     trials near the ratio, in whichever round.
@@ -182,6 +185,8 @@ def gain_at(
         records: All rounds, in order.
         config: Settings of the controller.
         groups: As in `ratio_choice`.
+        horizon: Planned number of rounds, if the ratio was chosen as the lowest point of the curve.
+            None holds the gain against the largest of all ratios tried, whatever chose the ratio.
 
     Returns:
         The gain; None if the ratio is near `low`, if no round tried a ratio near it beside one near
@@ -193,8 +198,18 @@ def gain_at(
     mean = mean_gain(list(near.values()), labels)
     if mean is None or ratio <= config.low + _NEAR_RATIO:
         return None
-    tried = {one.ratio: _gains_near(contrasts, one.ratio) for one in contrasts}
-    return RatioGain(mean, chance_of_largest(near, list(tried.values()), groups))
+    if horizon is None:
+        tried = {one.ratio: _gains_near(contrasts, one.ratio) for one in contrasts}
+        return RatioGain(mean, chance_of_choice(near, list(tried.values()), groups))
+    seen, ratios = observations(records), grid(config).numpy()
+
+    def choose(weights: np.ndarray, place: Mapping[Hashable, int]) -> np.ndarray:
+        lowest = weighted_minima(seen, horizon, config, weights, groups, place)
+        return np.where(ratios[lowest] > config.low + _NEAR_RATIO, lowest, -1)
+
+    could = [_gains_near(contrasts, float(one)) for one in ratios]
+    also = {example for observation in seen for example in observation.gaps}
+    return RatioGain(mean, chance_of_choice(near, could, groups, choose, also))
 
 
 @dataclass(frozen=True)
