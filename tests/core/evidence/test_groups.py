@@ -126,7 +126,7 @@ def by_mean(tried):
     def choose(weights, place):
         columns = np.array([[one[example] for example in place] for one in tried])
         means = weights @ columns.T
-        return np.where(means.max(axis=1) > 0, means.argmax(axis=1), -1)
+        return (means > 0) & (means == means.max(axis=1, keepdims=True))
 
     return choose
 
@@ -137,10 +137,10 @@ SIX = [dict(enumerate(np.random.default_rng(n).normal(size=9).tolist())) for n i
 def test_a_choice_is_held_against_what_it_takes_itself():
     random = np.random.default_rng(6)
     own = dict(enumerate((0.4 + random.normal(size=30)).tolist()))
-    alone = chance_of_choice(own, [own], choose=lambda w, _: np.zeros(len(w), dtype=int))
+    alone = chance_of_choice(own, [own], choose=lambda w, _: np.ones((len(w), 1), dtype=bool))
     exact = stats.ttest_1samp(list(own.values()), 0, alternative="greater").pvalue
     assert alone == pytest.approx(exact, abs=0.02), "with nothing to choose it is the t test"
-    never = chance_of_choice(own, [own], choose=lambda w, _: np.full(len(w), -1))
+    never = chance_of_choice(own, [own], choose=lambda w, _: np.zeros((len(w), 1), dtype=bool))
     assert never == pytest.approx(1 / 1000), "no draw claims anything"
     largest = chance_of_choice(SIX[0], SIX)
     assert chance_of_choice(SIX[0], SIX, choose=by_mean(SIX)) <= largest
@@ -161,7 +161,7 @@ def test_a_choice_may_go_by_examples_without_gains():
 
     def first(weights, place):
         seen.append(dict(place))
-        return np.zeros(len(weights), dtype=int)
+        return np.ones((len(weights), 6), dtype=bool)
 
     chance_of_choice(SIX[0], SIX, [str(n) for n in range(12)], first, also=[11])
     assert sorted(seen[0]) == sorted([*map(str, range(9)), "11"])

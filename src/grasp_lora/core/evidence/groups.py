@@ -22,8 +22,8 @@ LEVEL = 0.05
 NEGLIGIBLE = 1e-9
 """A gain below this many nats is rounding."""
 Choose = Callable[[np.ndarray, Mapping[Hashable, int]], np.ndarray]
-"""(weights of the groups [draws, groups], group -> its column) -> place of what each draw chooses
-among all that were tried, -1 where it claims nothing."""
+"""(weights of the groups [draws, groups], group -> its column) -> [draws, tried]: whether a draw
+could choose what was tried. A draw may choose nothing."""
 _DRAWS = 999
 _SEED = 0
 # Weights of Webb (2014), of mean 0 and variance 1: signs have too few values for few groups.
@@ -130,8 +130,8 @@ def chance_of_choice(
         chosen: example -> gain in nats, finite, of at least two groups.
         tried: the same for everything that could have been chosen.
         groups: group of each example, by its id; None makes each its own group.
-        choose: how the choice is made; None takes the largest t of all, which is at least that of
-            any other rule.
+        choose: what could be chosen; the largest t of these counts. None takes the largest of all,
+            which is at least that of any rule.
         also: further examples, without gains, that `choose` goes by.
 
     Returns:
@@ -153,12 +153,9 @@ def chance_of_choice(
     wide = (counts > 0).sum(axis=1) > 1
     drawn = np.full((_DRAWS, len(everything)), -np.inf)
     drawn[:, wide] = _normal_scores(weights, sums[wide], counts[wide])
-    if choose is None:
-        drawn = drawn.max(axis=1)
-    else:
-        places = choose(weights, place)
-        drawn = np.where(places < 0, -np.inf, drawn[np.arange(_DRAWS), 1 + places])
-    return float((1 + (drawn >= seen[0, 0]).sum()) / (_DRAWS + 1))
+    if choose is not None:
+        drawn = np.where(choose(weights, place), drawn[:, 1:], -np.inf)
+    return float((1 + (drawn.max(axis=1) >= seen[0, 0]).sum()) / (_DRAWS + 1))
 
 
 def _normal_scores(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

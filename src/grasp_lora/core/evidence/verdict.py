@@ -37,6 +37,9 @@ Verdict: TypeAlias = Literal["learned", "flat", "never-fired"]
 
 # A trial at most this far above `low` counts as a trial at `low`; trials this close are pooled.
 _NEAR_RATIO = 0.07
+# The policy tries ratios where the losses seemed low, which no redrawn loss can repeat. So the
+# largest gain this close to a redrawn choice counts (`benchmarks.levels` measures the level).
+_BESIDE = _NEAR_RATIO / 2
 _LATE_ROUNDS = 3
 _RESAMPLES = 400
 
@@ -204,8 +207,8 @@ def gain_at(
     seen, ratios = observations(records), grid(config).numpy()
 
     def choose(weights: np.ndarray, place: Mapping[Hashable, int]) -> np.ndarray:
-        lowest = weighted_minima(seen, horizon, config, weights, groups, place)
-        return np.where(ratios[lowest] > config.low + _NEAR_RATIO, lowest, -1)
+        lowest = ratios[weighted_minima(seen, horizon, config, weights, groups, place), None]
+        return (lowest > config.low + _NEAR_RATIO) & (abs(ratios - lowest) <= _BESIDE)
 
     could = [_gains_near(contrasts, float(one)) for one in ratios]
     also = {example for observation in seen for example in observation.gaps}
