@@ -225,6 +225,11 @@ DECISIONS: Mapping[str, Decision] = {
         costly=True,
     ),
     "learned": Decision(learned, "`learned`, by a whole search", costly=True),
+    "best of 5, far ahead": Decision(
+        _best(5, 19, lead=6.0),
+        "best of 5 against best of 19, where one of the 19 leads the others by 6 errors",
+        costly=True,
+    ),
 }
 """Name -> what is decided."""
 
