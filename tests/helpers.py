@@ -99,6 +99,13 @@ def tiny_config(
     raise ValueError(f"no tiny model for {arch=}; choose one of {ARCHITECTURES}")
 
 
+def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """Return a float32 model with random weights, in eval mode; the global generator is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
 def tiny_model(
     arch: str = "llama",
     vocab: int = TINY_VOCAB,
@@ -265,9 +272,7 @@ def tiny_vision_model(seed: int = 0) -> PreTrainedModel:
         eos_token_id=EOS_ID,
         bos_token_id=BOS_ID,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return random_model(config, seed)
 
 
 def tiny_mixture_model(seed: int = 0) -> PreTrainedModel:
@@ -285,9 +290,7 @@ def tiny_mixture_model(seed: int = 0) -> PreTrainedModel:
         eos_token_id=EOS_ID,
         bos_token_id=BOS_ID,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return random_model(config, seed)
 
 
 def mixture_adapter_folder(folder: Path, rank: int = 2) -> Path:
