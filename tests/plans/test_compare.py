@@ -16,6 +16,7 @@ from grasp_lora.base.files import machine_names, read_json, read_jsonl, write_js
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
+from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans.compare import compare_methods, plan_of, stages_of
 from grasp_lora.plans.executor import work_off
 from grasp_lora.plans.launch import Pool
@@ -23,13 +24,11 @@ from grasp_lora.plans.methods import (
     GRID,
     METHODS,
     TRIALS,
-    Case,
-    changed_settings,
-    fixed,
     job_name,
     method_of,
 )
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.recipes import Case, by, changed_settings
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of
 from grasp_lora.plans.single import train_adapter
@@ -748,13 +747,23 @@ def test_lorahub_finds_weights_that_lower_its_price(settings, tmp_path):
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
-def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("start", "kind", "weights"),
+    [
+        ("svd", "svd", [0.5, 0.5]),
+        ("linear", "linear", [1.0, 1.0]),
+        ("sum", "cat", [1.0, 1.0]),
+        ("average", "cat", [0.5, 0.5]),
+        ("weights-25-75", "cat", [0.25, 0.75]),
+    ],
+)
+def test_a_start_is_the_merge_asked_for(settings, tmp_path, start, kind, weights):
     config = load_config(settings)
     context = open_context(config, quiet=True)
     adapters, builder = pair_of(tmp_path), PlanBuilder()
-    asked = fixed({"kind": kind, "weights": [1.0, 1.0]})  # a list, as a plan's file has it
-    built = asked(Case(builder, config, "one", adapters, None, METHODS.__getitem__))
+    built = by(Recipe(start, None))(
+        Case(builder, config, "one", adapters, None, METHODS.__getitem__)
+    )
     assert built.paid == ("one/start",)
     plan = part_of(builder.build(), ("one/start",))
     session = Session(config, context.data, context)
@@ -766,7 +775,7 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
     work_off(plan, tmp_path, session)
     assert facts_of(folder) == facts, "it is there already"
     loaded = [read_adapter(path).adapter for path in adapters.values()]
-    expected = merge(kind, loaded, [1.0, 1.0])
+    expected = merge(kind, loaded, weights)
     got = read_start(folder, context.backbone)
     for name, module in expected.items():
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
