@@ -127,6 +127,12 @@ class Context:
         train = tuple(example for split in LABELLED for example in parts.get(split, ()))
         return self.on_target({"train": train})
 
+    def judged_by(self, splits: Sequence[str]) -> "Context":
+        """Return a context whose target dev set holds the examples of these splits."""
+        parts = self.data.parts["target"]
+        dev = tuple(example for split in splits for example in parts.get(split, ()))
+        return self.on_target({"train": parts.get("train", ()), "dev": dev})
+
     def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
         """Return a context with other labelled target examples; the test examples are the same.
 
