@@ -180,6 +180,15 @@ def fixed(start: Any) -> Build:
     return build
 
 
+def _few_shot(shots: int) -> Build:
+    """Return a build that scores the bare backbone with solved examples in its prompt."""
+
+    def build(case: Case) -> Built:
+        return Built(case.job, case.add("scores", "evaluate", {}, labelled=True, shots=shots))
+
+    return build
+
+
 def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Build:
     """Return a build that fine-tunes a start at a ratio, on all labelled examples if configured."""
 
@@ -363,6 +372,13 @@ _UNSCALED = "linear merge as the published code computes it, without alpha/r (we
 
 METHODS: Mapping[str, Method] = {
     "zero-shot": Method("backbone alone", fixed(None), seeds="none"),
+    # The seed draws the solved examples, on which much depends.
+    **{
+        f"few-shot-{shots}": Method(
+            f"backbone alone, {shots} solved examples in its prompt", _few_shot(shots), seeds="all"
+        )
+        for shots in (4, 8)
+    },
     "source": Method("source adapter", fixed("source"), seeds="none"),
     "target": Method("target adapter", fixed("target"), seeds="none"),
     "target-trained": Method("target adapter retrained with each seed", _trained(), seeds="all"),
