@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,20 @@ from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of
 from grasp_lora.stages.evaluate import EVALUATE
+from grasp_lora.stages.few_shot import FewShot
 from grasp_lora.stages.keys import differences, key_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage
+from grasp_lora.tasks.chat import few_shot_frames
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.rows import RunData, load_run_data
-from helpers import ARCHITECTURES, tiny_backbone_folder, tiny_bloom_model, tiny_tokenizer
+from helpers import (
+    ARCHITECTURES,
+    packaged_tokenizer,
+    tiny_backbone_folder,
+    tiny_bloom_model,
+    tiny_tokenizer,
+)
 from jobs import job, write_rows
 
 PLACES = {"train": range(12), "micro_dev": range(20, 22), "dev": range(30, 33)}
@@ -251,6 +260,17 @@ def test_what_a_model_writes_behind_its_answer_is_cut(tmp_path, monkeypatch):
     whole = evaluated(make_config(values, training=False), tmp_path / "plain", None)[2]
     assert [row["prediction"] for row in whole] == [text.strip() for text in written]
     assert asked[1].ended is None
+
+
+@pytest.mark.parametrize(("name", "ends"), [("bytes", []), ("smollm2", ["\n\n"])])
+def test_a_blank_line_that_is_one_token_ends_an_answer_as_an_end_token_does(name, ends, tmp_path):
+    tokenizer = tiny_tokenizer() if name == "bytes" else packaged_tokenizer(name)
+    (tmp_path / "base").mkdir()
+    context: Any = SimpleNamespace(
+        config=configured(tmp_path), backbone=SimpleNamespace(tokenizer=tokenizer)
+    )
+    shots = FewShot(context, 4, (), few_shot_frames(tokenizer, chat=False))
+    assert [tokenizer.decode([token]) for token in shots.stop_ids] == ends
 
 
 def test_only_solved_examples_make_the_result_depend_on_train_rows(tmp_path):

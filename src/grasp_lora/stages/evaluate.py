@@ -50,12 +50,12 @@ def run(work: Work) -> Mapping[str, Any]:
     if not sets:
         raise ValueError(NO_TEST_EXAMPLES)
     adapter, labelled = chosen_adapter(work.inputs), work.stage.option("labelled")
-    shots = None
+    started, clock, shots = time.perf_counter(), context.clock, None
     if work.stage.option("shots"):
         assert adapter is None, "solved examples are for the bare backbone"
         measured = (*sets.values(), *(JUDGING if labelled else ()))
-        shots = few_shot(context, work.stage.option("shots"), measured)
-    started, clock = time.perf_counter(), context.clock
+        with clock.span("load"):
+            shots = few_shot(context, work.stage.option("shots"), measured)
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = model_with_adapter(context.backbone, adapter)
@@ -154,7 +154,7 @@ def _answers(
     limit = config.evaluate.limit
     examples = context.examples(role, split)[:limit]
     encoded = shots.rows(one, limit) if shots else context.encoded(role, split)[:limit]
-    reader = shots.reader if shots else None
+    reader, ends = (shots.reader, shots.stop_ids) if shots else (None, set[int]())
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
     with context.reporter.bar(title, len(encoded)) as done:
         finished = 0
@@ -169,7 +169,7 @@ def _answers(
             min_new_tokens=config.evaluate.min_new_tokens,
             batch_size=config.evaluate.batch_size,
             pad_id=backbone.pad_id,
-            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split), *ends}),
             beams=config.evaluate.beams,
             one_line=task.one_line,
             ended=shots.ended(one) if shots else None,

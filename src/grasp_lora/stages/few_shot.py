@@ -8,7 +8,7 @@ from grasp_lora.config.run_config import section_of
 from grasp_lora.models.prefix import PrefixReader, can_read_prefix
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Split
-from grasp_lora.tasks.chat import FewShotFrames, few_shot_frames
+from grasp_lora.tasks.chat import SEPARATOR, FewShotFrames, few_shot_frames
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.tasks.few_shot import Solved, asked_after, before_next, draw_order, solved_examples
 from grasp_lora.tasks.prompts import first_words, render, template_for
@@ -39,6 +39,13 @@ class FewShot:
     def rows(self, split: Split, limit: int | None = None) -> list[EncodedExample]:
         """Return the first `limit` examples of a set with the solved examples ahead."""
         return _asked(self.context, self.solved, self.frames, split, limit)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Ids of the tokens that end an answer; none if a blank line is several tokens."""
+        end = self.frames.last.end_id
+        whole = self.context.backbone.tokenizer.decode([end]) == SEPARATOR
+        return {end} if whole or self.context.config.data.chat else set()
 
     def ended(self, split: Split) -> Callable[[str], bool] | None:
         """Return whether a generated text holds more than an answer; None if only a token says."""
