@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import statistics
 
 import numpy as np
@@ -319,6 +320,27 @@ def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
     length = statistics.fmean(len(one.input_ids) for one in rows)
     assert row["tokens"] == round(40 * 8 * length)
     assert row["seconds"] > 0
+
+
+def test_solved_examples_are_drawn_by_each_seed_and_cost_nothing_to_choose(settings, tmp_path):
+    base = shutil.copytree(settings.parent / "base", tmp_path / "base")
+    changed = read_json(base / "config.json") | {"max_position_embeddings": 4096}
+    write_json(base / "config.json", changed)
+    config, names = load_config(settings, [f"model.name={base}"]), ("few-shot-4", "few-shot-8")
+    found = compare_methods(config, tmp_path / "out", names, (1, 2), quiet=True)
+    assert found["failed"] == found["not_applicable"] == {}
+    assert {row["job"] for row in found["rows"]} == {
+        f"{name}-s{seed}" for name in names for seed in (1, 2)
+    }
+    drawn = {}
+    for row in found["rows"]:
+        assert [row[name] for name in ("runs", "forwards", "steps", "ratio")] == [0] * 4
+        shots = read_json(tmp_path / "out" / row["job"] / "scores" / "scores.json")["shots"]
+        assert shots["used"] == int(row["method"][-1])
+        drawn[row["job"]] = shots["ids"]
+    for seed in (1, 2):
+        assert drawn[f"few-shot-8-s{seed}"][:4] == drawn[f"few-shot-4-s{seed}"]
+    assert drawn["few-shot-4-s1"] != drawn["few-shot-4-s2"]
 
 
 def test_what_is_planned_is_what_was_done(done, settings):

@@ -7,7 +7,6 @@ from typing import Any
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
     PATIENCE,
-    SHOTS,
     Finalist,
     Prices,
     Task,
@@ -15,7 +14,7 @@ from grasp_lora.core.recipes.chooser import (
     simple_name,
     simple_recipe,
 )
-from grasp_lora.core.recipes.recipe import Recipe
+from grasp_lora.core.recipes.recipe import SHOTS, Recipe
 from grasp_lora.plans.parts import add_adapters
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.recipes import Case, changed_settings, settings_of, start_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
-from grasp_lora.core.recipes.recipe import STARTS, Recipe
+from grasp_lora.core.recipes.recipe import SHOTS, STARTS, Recipe
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.recipes import (
@@ -181,6 +181,14 @@ _RETRAINED = "retrained on all labelled rows for the epochs that dev rows chose"
 
 METHODS: Mapping[str, Method] = {
     "zero-shot": row("backbone alone", Recipe("backbone", None), seeds="none"),
+    **{
+        f"few-shot-{shots}": row(
+            f"backbone alone, {shots} solved examples in its prompt",
+            Recipe("backbone", None, shots=shots),
+            seeds="all",
+        )
+        for shots in SHOTS
+    },
     "source": row("source adapter", Recipe("source", None), seeds="none"),
     "target": row("target adapter", Recipe("target", None), seeds="none"),
     "target-trained": row(

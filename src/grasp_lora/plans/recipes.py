@@ -129,7 +129,7 @@ def by(recipe: Recipe) -> Build:
     """Return a build of a recipe: its stages, and the scoring of its result."""
 
     def build(case: Case) -> Built:
-        return case.scored(made_by(case, recipe))
+        return case.scored(made_by(case, recipe), shots=recipe.shots or None)
 
     return build
 

@@ -78,9 +78,14 @@ class Context:
         This is `data.max_length`, or the task's own limit, but never more than the model's number
         of positions.
         """
-        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
         wanted = max_length(self.config)
-        return wanted if reach is None else min(wanted, int(reach))
+        return wanted if self.positions is None else min(wanted, self.positions)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model reads; None if its config gives no number."""
+        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
+        return None if reach is None else int(reach)
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
         """Return the examples of role "source", "target" or "tests" in `split`; may be empty.

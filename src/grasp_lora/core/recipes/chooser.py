@@ -24,8 +24,6 @@ STEPS = (1.0, 3.0, 10.0)
 """Multiples of the configured step size, in order."""
 MOST = 2
 """Finalists, at most, that are trained on all labels."""
-SHOTS = (4, 8)
-"""Numbers of solved examples in the prompt that are tried."""
 _SHOTS = "few-shot-"
 PATIENCE = 2
 """Epochs without a lower loss of the held examples after which a trial stops."""

@@ -67,6 +67,8 @@ STARTS: Mapping[str, Start] = MappingProxyType(
     }
 )
 """Name -> start."""
+SHOTS = (4, 8)
+"""Numbers of solved examples in the prompt that are tried."""
 
 
 @dataclass(frozen=True)
