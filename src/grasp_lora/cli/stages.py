@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from grasp_lora.base.words import from_percent, shown
+from grasp_lora.base.words import from_percent, shown, shown_path
 from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
@@ -332,10 +332,21 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from rich.console import Console
 
     from grasp_lora.base.files import read_json
+    from grasp_lora.report.choice import ship_line, tried_lines
     from grasp_lora.report.run import comparison_words, finding_lines, score_tables, unpruned_of
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
     console = Console(highlight=False)
+    if (folder / "recipe.json").exists():
+        choice = read_json(folder / "recipe.json")
+        console.print(ship_line(choice, shown_path(folder / "final")), markup=False, style="bold")
+        for table in score_tables(scores):
+            console.print(table)
+        console.print("all scores with their 95 % intervals: report.md")
+        for line in tried_lines(choice, ratio):
+            console.print(line, markup=False)
+        wrote(folder)
+        return
     for table in score_tables(scores):
         console.print(table)
     console.print("all scores with their 95 % intervals: report.md")

@@ -132,23 +132,31 @@ def publish_choice(out: Path, result: Chosen, config: RunConfig) -> None:
 def about_choice(result: Chosen) -> dict[str, Any]:
     """Return the content of recipe.json."""
     task, decision = result.task, result.decision
-    judged = [fmean(one) for one in zip(*(o.judged for o in decision.finalists), strict=True)]
+    judged = [fmean(one.judged) for one in decision.finalists]
     simple = result.simple.get(decision.simple)
     gain = decision.gain
+    kept = {one.recipe.start: one.recipe.step for one in decision.finalists}
+    simple_loss = None if simple is None else fmean(simple)
     return {
         "ships": result.ships,
+        "trained": any(one.epochs for one in decision.finalists),
         "why": decision.why,
         "finalists": [
             {"recipe": slug_of(one.recipe), "epochs": one.epochs, "dev_loss": fmean(one.judged)}
             for one in decision.finalists
         ],
         "dev_loss": fmean(judged),
-        "simple": None
-        if simple is None
-        else {"name": SIMPLE[decision.simple], "dev_loss": fmean(simple)},
+        "simple": {"name": SIMPLE[decision.simple], "dev_loss": simple_loss},
         "gain": None if gain is None else asdict(gain) | {"interval": interval_of(gain)},
-        "tried": [_about_trial(one, result.config) for one in result.told],
-        "simple_systems": {name: fmean(losses) for name, losses in result.simple.items()},
+        "tried": [
+            _about_trial(one, result.config)
+            | {"shipped": kept.get(one.trial.recipe.start, 0) == one.trial.recipe.step}
+            for one in result.told
+        ],
+        "simple_systems": [
+            {"name": SIMPLE[name], "dev_loss": fmean(losses), "path": f"evaluations/{name}"}
+            for name, losses in result.simple.items()
+        ],
         "price": {
             "tokens": round(result.spent),
             "plain_runs": result.spent / task.prices.plain,

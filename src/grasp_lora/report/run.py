@@ -11,6 +11,7 @@ from rich.table import Table
 
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, write_text
+from grasp_lora.report.choice import choice_markdown, systems_with_paths
 from grasp_lora.report.time_words import times_section
 
 # Metrics in the terminal, most informative first; the report has all metrics.
@@ -187,7 +188,11 @@ def write_report(run: Path) -> Path:
         FileNotFoundError: the run is not finished.
     """
     ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
-    lines = ["# Prune ratio and scores", "", _outcome_line(ratio), ""]
+    if (run / "recipe.json").exists():
+        choice = read_json(run / "recipe.json")
+        lines = ["# The adapter to ship, and scores", "", choice_markdown(choice, ratio)]
+    else:
+        lines = ["# Prune ratio and scores", "", _outcome_line(ratio), ""]
     if "labelled_rows" in scores:
         lines += [
             f"Every fine-tuned system was retrained on all {scores['labelled_rows']} labelled "
@@ -221,6 +226,12 @@ def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
         yield scores_markdown(scores, name)
         yield from _mixed_settings(scores, name)
         yield comparison_words(scores, name)
+    paths = systems_with_paths(scores["systems"])
+    if paths:
+        yield "Where each system is:"
+        yield ""
+        yield from paths
+        yield ""
     if len(_sets(scores)) > 1:
         yield from _over_sets_section(scores)
     yield from _settings_section(scores)
