@@ -154,7 +154,7 @@ def _answers(
     limit = config.evaluate.limit
     examples = context.examples(role, split)[:limit]
     encoded = shots.rows(one, limit) if shots else context.encoded(role, split)[:limit]
-    reader, ends = (shots.reader, shots.stop_ids) if shots else (None, set[int]())
+    reader, ends = (shots.reader, shots.stop_ids(encoded)) if shots else (None, set[int]())
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
     with context.reporter.bar(title, len(encoded)) as done:
         finished = 0

@@ -40,12 +40,10 @@ class FewShot:
         """Return the first `limit` examples of a set with the solved examples ahead."""
         return _asked(self.context, self.solved, self.frames, split, limit)
 
-    @property
-    def stop_ids(self) -> set[int]:
-        """Ids of the tokens that end an answer; none if a blank line is several tokens."""
-        end = self.frames.last.end_id
-        whole = self.context.backbone.tokenizer.decode([end]) == SEPARATOR
-        return {end} if whole or self.context.config.data.chat else set()
+    def stop_ids(self, rows: Sequence[EncodedExample]) -> set[int]:
+        """Return the ids of tokens that are a blank line, of those that end the given answers."""
+        ends = {row.input_ids[-1] for row in rows}
+        return {end for end in ends if self.context.backbone.tokenizer.decode([end]) == SEPARATOR}
 
     def ended(self, split: Split) -> Callable[[str], bool] | None:
         """Return whether a generated text holds more than an answer; None if only a token says."""

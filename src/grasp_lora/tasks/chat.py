@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Any
 
 from grasp_lora.base.words import shown
-from grasp_lora.tasks.fitting import continuation_ids
 from grasp_lora.tasks.records import Prompt
 
 # The date given to chat templates: the default of Llama's templates.
@@ -94,7 +93,7 @@ class FewShotFrames:
     middle: Frame
     """Of every further one."""
     last: Frame
-    """Of the question. Its end token is what ends the answers of the solved examples."""
+    """Of the question."""
 
 
 def few_shot_frames(tokenizer: Any, chat: bool) -> FewShotFrames:
@@ -114,9 +113,7 @@ def few_shot_frames(tokenizer: Any, chat: bool) -> FewShotFrames:
     if not chat:
         first = plain_frame(tokenizer)
         middle = replace(first, before=SEPARATOR)
-        # A word ahead, since some tokenizers put a space before a text.
-        end = continuation_ids(tokenizer, "a", SEPARATOR)[0]
-        return FewShotFrames(first, middle, replace(middle, end_id=end))
+        return FewShotFrames(first, middle, middle)
     single = chat_frame(tokenizer)
     marks = [f"{mark}{n}" for n in "abc" for mark in (_QUESTION_MARK, _ANSWER_MARK)]
     roles = ("user", "assistant") * 3

@@ -81,8 +81,9 @@ def asked_after(
 ) -> EncodedExample:
     """Return an example with solved examples ahead of its prompt.
 
-    The answer has the tokens that it has without them. Only its last token, which ends it, is that
-    of `frame`.
+    The answer has the tokens that it has without them, but for the last one, which ends it. In a
+    chat that is the end of the turn, else the token that the question begins with: as it stands
+    behind the answers of the solved examples, it begins the blank line.
 
     Args:
         solved: the solved examples, at least one.
@@ -93,7 +94,8 @@ def asked_after(
     """
     ahead = tuple(token for one in solved for token in one.ids)
     asked = continuation_ids(tokenizer, solved[-1].text, _cut(frame, prompt, row).text)
-    answer = (*row.input_ids[row.prompt_length : -1], frame.end_id)
+    end = frame.end_id if frame.chat else asked[0]
+    answer = (*row.input_ids[row.prompt_length : -1], end)
     ids = (*ahead, *asked, *answer)
     return replace(row, input_ids=ids, prompt_length=len(ids) - len(answer))
 
