@@ -53,7 +53,7 @@ def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_pa
     assert not used & {e.id for e in data.parts["source"]["train"]}
     assert (
         "source: 20 rows left out, as they or others of their context share an id with a target "
-        "row: one id in two languages means a translation"
+        "row: an equal id means a translation"
     ) in said
     assert data.leaks == ()
 

@@ -180,7 +180,9 @@ def fixed(start: Any) -> Build:
     return build
 
 
-def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Build:
+def _finetuned(
+    start: Any, ratio: float = 0.0, random_masks: bool = False, joint: bool = False
+) -> Build:
     """Return a build that fine-tunes a start at a ratio, on all labelled examples if configured."""
 
     def build(case: Case) -> Built:
@@ -192,7 +194,7 @@ def _finetuned(start: Any, ratio: float = 0.0, random_masks: bool = False) -> Bu
             paid = (*made, judged, final)
             return case.scored(final, labelled=False, paid=paid, ratio_from=final)
         # An option None equals a missing one, so methods that do not prune share this stage.
-        options = {"ratio": ratio or None, "random_masks": random_masks}
+        options = {"ratio": ratio or None, "random_masks": random_masks, "joint": joint}
         final = case.add("final", "prune", {"start": adapter}, **options)
         return case.scored(final, paid=(*made, final), ratio_from=final)
 
@@ -383,6 +385,11 @@ METHODS: Mapping[str, Method] = {
         "chose",
         _finetuned("source"),
         LABELLED,
+        seeds="all",
+    ),
+    "source-finetuned-joint": Method(
+        "source adapter fine-tuned on the target rows and as many source rows beside them",
+        _finetuned("source", joint=True),
         seeds="all",
     ),
     "target-all-labels": Method(

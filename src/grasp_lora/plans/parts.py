@@ -117,7 +117,7 @@ def passes_of_result(config: RunConfig, examples: int) -> Fraction:
 
     Args:
         config: the settings.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     passes = passes_of(config.training("finetune"), examples)
     if config.finetune.mode == "continue":
@@ -130,7 +130,7 @@ def as_long_alone(config: RunConfig, examples: int) -> RunConfig:
 
     Args:
         config: the settings.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     if config.finetune.mode == "restart":
         return config
