@@ -2,13 +2,13 @@
 
 import itertools
 import json
+from contextlib import suppress
 
 import pytest
 from transformers import TrainerCallback
 
 from grasp_lora.config.run_config import make_config
 from grasp_lora.stages.train import fresh_adapter
-from grasp_lora.workbench import fit as fitting
 from grasp_lora.workbench.beside import (
     EXTRA,
     SOURCE,
@@ -19,7 +19,7 @@ from grasp_lora.workbench.beside import (
 )
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.fit import FitOptions, epoch_steps, fit, run_steps
-from helpers import tiny_backbone_folder
+from helpers import rows_trained, tiny_backbone_folder
 from jobs import TRAINED, job, write_rows
 
 EPOCHS = 5
@@ -56,19 +56,7 @@ class KillAt(TrainerCallback):
 
 def fitted(context, folder, monkeypatch, beside, kill_at=None, **changes):
     """Return (result, factors, ids read in training, lines said) of one training."""
-    read, said = [], []
-    plain = fitting._timed
-
-    def noted(collate, clock):
-        inner = plain(collate, clock)
-
-        def batch(rows):
-            read.extend(row.id for row in rows)
-            return inner(rows)
-
-        return batch
-
-    monkeypatch.setattr(fitting, "_timed", noted)
+    said = []
     monkeypatch.setattr(context.reporter, "say", said.append)
     training = context.config.training("finetune").model_copy(
         update={"epochs": EPOCHS, "batch_size": BATCH, "patience": None, "save_every": 1} | changes
@@ -76,16 +64,14 @@ def fitted(context, folder, monkeypatch, beside, kill_at=None, **changes):
     callbacks = () if kill_at is None else (KillAt(kill_at),)
     options = FitOptions(training, "training", extra=callbacks, choose_best=False, beside=beside)
     fresh = fresh_adapter(context.backbone.model, context.config)
-    try:
-        with context.live(fresh, "merged") as live:
+    with monkeypatch.context() as patch:
+        read, result, factors = rows_trained(patch), None, {}
+        with suppress(Killed), context.live(fresh, "merged") as live:
             result = fit(context, live, options, folder / "checkpoints")
             factors = {
                 name: (a.clone(), b.clone()) for name, (a, b) in live.plain_factors().items()
             }
-    except Killed:
-        result = factors = None
-    monkeypatch.setattr(fitting, "_timed", plain)
-    return result, factors, read, said
+    return result, factors, [row.id for row in read], said
 
 
 def ids(context, role, split):
