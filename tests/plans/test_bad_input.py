@@ -134,6 +134,10 @@ def negative_extra_weight(folder: Path, values: dict[str, Any]) -> None:
     beside(folder, values, weight=-1)
 
 
+def huge_extra_weight(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, weight=2000)
+
+
 def extra_without_files(folder: Path, values: dict[str, Any]) -> None:
     beside(folder, values)
     del values["data"]["extra"]["files"]
@@ -254,6 +258,7 @@ FAULTS: dict[Fault, str] = {
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
     extra_weight_of_0: r"data\.extra\.weight: got 0; give a number above 0",
     negative_extra_weight: r"data\.extra\.weight: got -1; give a number above 0",
+    huge_extra_weight: r"data\.extra\.weight: got 2000; give a number of at most 1000",
     extra_without_files: r"1 fault\n  data\.extra\.files: required",
     missing_extra_file: r"data\.extra\.files: '.*extra\.jsonl' does not exist; correct the path",
     extra_of_another_task: r"extra\.jsonl: no column for context.*name the right one in columns",

@@ -16,7 +16,7 @@ from pydantic import (
 
 from grasp_lora.base.words import shown
 from grasp_lora.config.languages import language_code
-from grasp_lora.config.sections import LocalPath, Positive, Section
+from grasp_lora.config.sections import LocalPath, Section
 
 if TYPE_CHECKING:  # code that reads a configuration treats these keys as plain text
     PartName: TypeAlias = str
@@ -165,8 +165,8 @@ class ExtraData(OneSet):
     language: Annotated[str, AfterValidator(language_code)] = Field(
         default="", description="language code; default: the target's"
     )
-    weight: Positive = Field(
-        default=1.0, description="rows that an epoch sees for every labelled row"
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        default=1.0, description="rows that an epoch reads for every labelled row"
     )
 
 
