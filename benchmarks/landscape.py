@@ -33,7 +33,7 @@ from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.config.sections import Role, Training
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
-from grasp_lora.plans.methods import with_split_seed
+from grasp_lora.plans.recipes import with_split_seed
 from grasp_lora.plans.single import merge_adapters, train_adapter
 from grasp_lora.stages.folder import work_folder
 from grasp_lora.training.live import LiveAdapter, block_importance

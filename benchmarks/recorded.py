@@ -37,7 +37,8 @@ from grasp_lora.config.sections import Role
 from grasp_lora.core.evidence.groups import standard_error
 from grasp_lora.plans.compare import RESULT_FILE, compare_methods, paired_with, summary
 from grasp_lora.plans.launch import Pool
-from grasp_lora.plans.methods import METHODS, Choice, job_name, method_of, with_split_seed
+from grasp_lora.plans.methods import METHODS, Choice, job_name, method_of
+from grasp_lora.plans.recipes import with_split_seed
 from grasp_lora.plans.results import MethodOutcome, chosen
 from grasp_lora.plans.single import train_adapter
 from grasp_lora.report.comparison import comparison_markdown

@@ -19,8 +19,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -257,6 +259,43 @@ def tiny_bloom_model(seed: int = 0, width: int = 16) -> PreTrainedModel:
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.2)
     return model.eval()
+
+
+def tiny_gemma4_model(seed: int = 0) -> PreTrainedModel:
+    """Return a random Gemma 4, whose last layers use the keys and values of earlier ones."""
+    config = Gemma4TextConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size_per_layer_input=TINY_VOCAB,
+        hidden_size_per_layer_input=8,
+    )
+    return random_model(config, seed)
+
+
+def tiny_recurrent_model(seed: int = 0) -> PreTrainedModel:
+    """Return a random Falcon H1 of one layer, which has a state beside its attention."""
+    config = FalconH1Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mamba_d_ssm=16,
+        mamba_n_heads=2,
+        mamba_d_head=8,
+        mamba_d_state=4,
+    )
+    return random_model(config, seed)
 
 
 def tiny_vision_model(seed: int = 0) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.models.prefix import PrefixReader
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from helpers import tiny_bloom_model, tiny_model, tiny_tokenizer
 
@@ -102,3 +103,27 @@ def test_the_least_tokens_of_an_answer_are_the_rule_here_too():
     assert texts == generate_texts(model, TOKENIZER, prompts, replace(RULE, min_new_tokens=2))
     assert ended not in texts
     assert [loss for _, loss in found] == [loss for _, loss in free]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3_text", "qwen3"])
+def test_a_prefix_read_once_changes_no_text_and_no_loss(arch):
+    model, ahead = tiny_model(arch), tuple(random.Random(5).choices(range(5, 200), k=100))
+    encoded = [
+        replace(row, input_ids=ahead + row.input_ids, prompt_length=100 + row.prompt_length)
+        for row in rows(longest=90)
+    ]
+    read: list[int] = []
+    reader = PrefixReader(model, ahead)
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: read.append(inputs[0].shape[1])
+    )
+    found = answer_examples(model, TOKENIZER, encoded, RULE, prefix=reader)
+    hook.remove()
+    assert read[0] == 100
+    longest = max(len(row.input_ids) for row in encoded)
+    assert all(count <= longest - 100 + 6 for count in read[1:]), "it is not read again"
+    prompts = [e.input_ids[: e.prompt_length] for e in encoded]
+    assert [text for text, _ in found] == generate_texts(model, TOKENIZER, prompts, RULE)
+    batches = EncodedExamples(encoded, Collator(0), 1).batches(range(len(encoded)))
+    losses = example_losses(model, batches, len(encoded))
+    assert [loss for _, loss in found] == pytest.approx(losses, abs=1e-5)

@@ -289,6 +289,25 @@ def test_beams_do_not_end_at_a_line_break():
     assert any("\n" in text.strip() for text in wide)
 
 
+@pytest.mark.parametrize("one_line", [True, False])
+def test_a_rule_of_the_caller_ends_a_text_at_a_line_break_too(one_line):
+    model = tiny_model("llama")
+    raise_logit(model, NEWLINE, 1.0)
+    free = texts(model, tokenizer=TOKENIZER, one_line=False, max_new_tokens=40)
+    assert any("\n\n" in text for text in free), "a model that writes blank lines"
+    settings = {"tokenizer": TOKENIZER, "one_line": one_line, "max_new_tokens": 40}
+    found = texts(model, ended=lambda text: "\n\n" in text, **settings)
+
+    def expected(text: str) -> str:
+        for end in range(1, len(text) + 1):
+            begun = text[:end]
+            if begun[-1] == "\n" and ("\n\n" in begun or (one_line and "\n" in begun.lstrip())):
+                return begun
+        return text
+
+    assert found == [expected(text) for text in free]
+
+
 def test_only_rows_at_a_line_break_are_decoded():
     calls: list[int] = []
 

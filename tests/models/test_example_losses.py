@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import FalconH1Config, FalconH1ForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from grasp_lora.models.backbones import ModelSpec, load_backbone
 from grasp_lora.models.example_losses import (
@@ -12,7 +11,13 @@ from grasp_lora.models.example_losses import (
     example_losses,
 )
 from grasp_lora.tasks.encoding import Collator, EncodedExample
-from helpers import tiny_backbone_folder, tiny_bloom_model, tiny_model
+from helpers import (
+    tiny_backbone_folder,
+    tiny_bloom_model,
+    tiny_gemma4_model,
+    tiny_model,
+    tiny_recurrent_model,
+)
 
 
 def rows(count: int = 8) -> list[EncodedExample]:
@@ -113,24 +118,7 @@ def test_the_common_beginning_is_read_once_and_full_logits_will_do():
 
 
 def test_layers_that_use_the_keys_of_others_do_not_stop_the_sharing():
-    torch.manual_seed(0)
-    model = Gemma4ForCausalLM(
-        Gemma4TextConfig(
-            vocab_size=272,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=4,
-            num_kv_shared_layers=2,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            sliding_window=64,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            global_head_dim=8,
-            vocab_size_per_layer_input=272,
-            hidden_size_per_layer_input=8,
-        )
-    ).eval()
+    model = tiny_gemma4_model()
     assert can_share_prefix(model, 64)
     assert not can_share_prefix(model, 65)
     encoded, collate = questions(), Collator(pad_id=0)
@@ -144,18 +132,4 @@ def test_only_models_whose_cache_is_by_position_share():
     assert can_share_prefix(gemma, 64)
     assert not can_share_prefix(gemma, 65), "a row outgrows the window of its sliding layers"
     assert not can_share_prefix(tiny_bloom_model(), 20), "it takes no position ids"
-    recurrent = FalconH1ForCausalLM(
-        FalconH1Config(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            mamba_d_ssm=16,
-            mamba_n_heads=2,
-            mamba_d_head=8,
-            mamba_d_state=4,
-        )
-    )
-    assert not can_share_prefix(recurrent, 20)
+    assert not can_share_prefix(tiny_recurrent_model(), 20), "part of it is no attention"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import statistics
 
 import numpy as np
@@ -16,6 +17,7 @@ from grasp_lora.base.files import machine_names, read_json, read_jsonl, write_js
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.lora import merge
+from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans.compare import compare_methods, plan_of, stages_of
 from grasp_lora.plans.executor import work_off
 from grasp_lora.plans.launch import Pool
@@ -23,13 +25,11 @@ from grasp_lora.plans.methods import (
     GRID,
     METHODS,
     TRIALS,
-    Case,
-    changed_settings,
-    fixed,
     job_name,
     method_of,
 )
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.recipes import Case, by, changed_settings
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of
 from grasp_lora.plans.single import train_adapter
@@ -320,6 +320,27 @@ def test_weights_that_are_searched_untrained_are_paid_for(settings, tmp_path):
     length = statistics.fmean(len(one.input_ids) for one in rows)
     assert row["tokens"] == round(40 * 8 * length)
     assert row["seconds"] > 0
+
+
+def test_solved_examples_are_drawn_by_each_seed_and_cost_nothing_to_choose(settings, tmp_path):
+    base = shutil.copytree(settings.parent / "base", tmp_path / "base")
+    changed = read_json(base / "config.json") | {"max_position_embeddings": 4096}
+    write_json(base / "config.json", changed)
+    config, names = load_config(settings, [f"model.name={base}"]), ("few-shot-4", "few-shot-8")
+    found = compare_methods(config, tmp_path / "out", names, (1, 2), quiet=True)
+    assert found["failed"] == found["not_applicable"] == {}
+    assert {row["job"] for row in found["rows"]} == {
+        f"{name}-s{seed}" for name in names for seed in (1, 2)
+    }
+    drawn = {}
+    for row in found["rows"]:
+        assert [row[name] for name in ("runs", "forwards", "steps", "ratio")] == [0] * 4
+        shots = read_json(tmp_path / "out" / row["job"] / "scores" / "scores.json")["shots"]
+        assert shots["used"] == int(row["method"][-1])
+        drawn[row["job"]] = shots["ids"]
+    for seed in (1, 2):
+        assert drawn[f"few-shot-8-s{seed}"][:4] == drawn[f"few-shot-4-s{seed}"]
+    assert drawn["few-shot-4-s1"] != drawn["few-shot-4-s2"]
 
 
 def test_what_is_planned_is_what_was_done(done, settings):
@@ -748,13 +769,23 @@ def test_lorahub_finds_weights_that_lower_its_price(settings, tmp_path):
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
-def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("start", "kind", "weights"),
+    [
+        ("svd", "svd", [0.5, 0.5]),
+        ("linear", "linear", [1.0, 1.0]),
+        ("sum", "cat", [1.0, 1.0]),
+        ("average", "cat", [0.5, 0.5]),
+        ("weights-25-75", "cat", [0.25, 0.75]),
+    ],
+)
+def test_a_start_is_the_merge_asked_for(settings, tmp_path, start, kind, weights):
     config = load_config(settings)
     context = open_context(config, quiet=True)
     adapters, builder = pair_of(tmp_path), PlanBuilder()
-    asked = fixed({"kind": kind, "weights": [1.0, 1.0]})  # a list, as a plan's file has it
-    built = asked(Case(builder, config, "one", adapters, None, METHODS.__getitem__))
+    built = by(Recipe(start, None))(
+        Case(builder, config, "one", adapters, None, METHODS.__getitem__)
+    )
     assert built.paid == ("one/start",)
     plan = part_of(builder.build(), ("one/start",))
     session = Session(config, context.data, context)
@@ -766,7 +797,7 @@ def test_a_start_is_the_merge_asked_for(settings, tmp_path, kind):
     work_off(plan, tmp_path, session)
     assert facts_of(folder) == facts, "it is there already"
     loaded = [read_adapter(path).adapter for path in adapters.values()]
-    expected = merge(kind, loaded, [1.0, 1.0])
+    expected = merge(kind, loaded, weights)
     got = read_start(folder, context.backbone)
     for name, module in expected.items():
         assert torch.allclose(got[name].B @ got[name].A, module.B @ module.A, atol=1e-6)

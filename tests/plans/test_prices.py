@@ -14,8 +14,9 @@ from grasp_lora.models.content import base_content
 from grasp_lora.plans import executor
 from grasp_lora.plans.compare import compare_methods, plan_of, stages_of, summary
 from grasp_lora.plans.executor import Options, Outcome, work_off
-from grasp_lora.plans.methods import METHODS, changed_settings
+from grasp_lora.plans.methods import METHODS
 from grasp_lora.plans.plan import Plan, part_of
+from grasp_lora.plans.recipes import changed_settings
 from grasp_lora.plans.results import MethodOutcome, method_outcomes
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of

@@ -180,3 +180,22 @@ def test_a_fold_reads_no_more_than_is_planned(place, tmp_path, monkeypatch, fold
     labelled = found.facts["rows_trained"]
     assert found.extra == 2 * wanted_beside(0.5, labelled)
     assert len(found.rows) == 2 * labelled + found.extra
+
+
+def test_all_labels_at_once_read_more_rows_beside_them(place, tmp_path, monkeypatch):
+    config = config_of(place, 0.5)
+    options = {"labelled": True, "epochs": 2}
+    stage = Stage("one", "prune", config, {"start": place / "start"}, options)
+    found = done(config, [stage], tmp_path, monkeypatch)
+    assert found.cost == Cost(2 * 8, found.tokens), "16 labelled and 8 extra rows by threes"
+    assert found.extra == 2 * 8
+
+
+def test_micro_dev_rows_may_judge_a_training_with_extra_rows(place, tmp_path, monkeypatch):
+    config = config_of(place, 0.5)
+    inputs = {"start": place / "start"}
+    stage = Stage("one", "prune", config, inputs, {"micro_dev": True})
+    found = done(config, [stage], tmp_path, monkeypatch)
+    judged = found.sizes.reading(1 + 3, DEV, ("target", "micro_dev"))
+    assert found.cost == Cost(3 * 4, found.tokens) + judged
+    assert found.extra == 3 * 4

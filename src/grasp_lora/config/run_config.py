@@ -35,6 +35,7 @@ from grasp_lora.config.sections import (
     LoraSettings,
     MergeSettings,
     ModelSettings,
+    Positive,
     Section,
     Training,
     TrainingName,
@@ -57,6 +58,21 @@ class RunConfig(Section):
         default="standard",
         description="values put beneath the settings given here: the defaults of this table, or "
         "the published settings (arXiv 2601.06702)",
+    )
+    recipe: Literal["auto", "grasp"] = Field(
+        default="auto",
+        description="auto: try ways to one adapter within the budget and ship the best; grasp: "
+        "merge, learn the prune ratio, prune and fine-tune, as published",
+    )
+    budget: Positive = Field(
+        default=5.0,
+        description="what recipe auto may spend, in tokens of a plain fine-tuning run as "
+        "configured; the training on all labels is included",
+    )
+    prefer: Literal["best", "small", "simple"] = Field(
+        default="best",
+        description="what recipe auto ships: the lowest loss (best), or what is not worse by one "
+        "standard error and has the smallest adapter (small) or the cheapest recipe (simple)",
     )
     model: ModelSettings = Field(description="the frozen backbone; plain text is its name")
     adapters: AdapterFolders = Field(

@@ -16,6 +16,7 @@ from grasp_lora.generation.generate import GenerationSettings, TextGenerator, ru
 from grasp_lora.models.example_losses import IGNORED, losses_from_logits
 from grasp_lora.models.key_values import output_cache
 from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.prefix import PrefixReader
 
 
 def can_answer_in_one_pass(model: nn.Module, beams: int = 1) -> bool:
@@ -32,6 +33,7 @@ def answer_examples(
     examples: Sequence[Any],
     settings: GenerationSettings,
     *,
+    prefix: PrefixReader | None = None,
     advance: Callable[[int], None] = lambda _count: None,
     notice: Callable[[str], None] = lambda _message: None,
 ) -> list[tuple[str, float]]:
@@ -47,6 +49,7 @@ def answer_examples(
         tokenizer: decodes the tokens.
         examples: encoded examples that each have an answer.
         settings: rules of generation, with 1 beam.
+        prefix: a reader of this model, if all prompts begin with its tokens.
         advance: called with the number of examples just finished.
         notice: called with messages for the user.
 
@@ -56,7 +59,7 @@ def answer_examples(
     generator = TextGenerator(model, tokenizer, settings)
 
     def work(batch: list[_PromptSized]) -> list[tuple[str, float]]:
-        return _answer_batch(generator, [sized.example for sized in batch])
+        return _answer_batch(generator, [sized.example for sized in batch], prefix)
 
     sized = [_PromptSized(example) for example in examples]
     return run_in_batches(sized, work, generator, advance, notice)
@@ -75,7 +78,9 @@ class _PromptSized(Sequence[int]):
         return self.example.input_ids[: self.example.prompt_length][index]
 
 
-def _answer_batch(generator: TextGenerator, examples: Sequence[Any]) -> list[tuple[str, float]]:
+def _answer_batch(
+    generator: TextGenerator, examples: Sequence[Any], prefix: PrefixReader | None
+) -> list[tuple[str, float]]:
     prompts = max(example.prompt_length for example in examples)
     answers = max(example.label_tokens for example in examples)
     ids = torch.full((len(examples), prompts + answers), generator.settings.pad_id)
@@ -86,7 +91,7 @@ def _answer_batch(generator: TextGenerator, examples: Sequence[Any]) -> list[tup
         mask[index, start:end] = 1
         labels[index, prompts:end] = ids[index, prompts:end]
     ids, mask, labels = (tensor.to(generator.device) for tensor in (ids, mask, labels))
-    output = generator.model(
+    output = (prefix or generator.model)(
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),

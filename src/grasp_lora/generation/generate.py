@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class StopAtNewline(StoppingCriteria):
-    """Ends a text once it has a line break after its first word.
+    """Ends a text at a line break: at the first one after a word, or as `ended` says.
 
     A text is decoded only if its newest token contains a line break, so most texts are decoded once
     or twice. For each token it is remembered whether its text contains a line break.
@@ -28,12 +28,20 @@ class StopAtNewline(StoppingCriteria):
         prompt_length: padded prompt length of the batch, in tokens.
         breaks: token id -> whether its text contains a line break. It is filled as tokens occur;
             pass the same dict for all batches of a tokenizer.
+        ended: whether a text that contains a line break ends; None asks for one after a word.
     """
 
-    def __init__(self, tokenizer: Any, prompt_length: int, breaks: dict[int, bool] | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_length: int,
+        breaks: dict[int, bool] | None = None,
+        ended: Callable[[str], bool] | None = None,
+    ):
         self._tokenizer = tokenizer
         self._prompt_length = prompt_length
         self._breaks = {} if breaks is None else breaks
+        self._ended = ended or _has_line
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return [batch] booleans, True for texts that end now; ended ones may be True or False."""
@@ -47,7 +55,7 @@ class StopAtNewline(StoppingCriteria):
         if candidates:
             texts = self._decode(input_ids[candidates, self._prompt_length :])
             for index, text in zip(candidates, texts, strict=True):
-                done[index] = "\n" in text.lstrip()
+                done[index] = self._ended(text)
         return torch.tensor(done, device=input_ids.device)
 
     def _decode(self, ids: Tensor) -> list[str]:
@@ -67,6 +75,7 @@ class GenerationSettings:
         min_new_tokens: number of tokens before a stop token may follow. The most likely answer of a
             weak model is often empty.
         one_line: end a text at the first line break after a word.
+        ended: also end a text at a line break if this is true of the text so far.
 
     Raises:
         ValueError: a number is out of its range.
@@ -79,6 +88,7 @@ class GenerationSettings:
     beams: int = 1
     min_new_tokens: int = 0
     one_line: bool = True
+    ended: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "beams", "batch_size"):
@@ -129,8 +139,11 @@ class TextGenerator:
         """
         length = ids.shape[1]
         criteria = StoppingCriteriaList()
-        if self.settings.one_line and self.settings.beams == 1:
-            criteria.append(StopAtNewline(self._tokenizer, length, self._breaks))
+        rules = [_has_line] if self.settings.one_line else []
+        rules += [self.settings.ended] if self.settings.ended else []
+        if rules and self.settings.beams == 1:
+            ended = lambda text: any(rule(text) for rule in rules)  # noqa: E731
+            criteria.append(StopAtNewline(self._tokenizer, length, self._breaks, ended))
         cached = {} if cache is None else {CACHE_NAME: cache}
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -226,6 +239,10 @@ def run_in_batches(
         dist.all_gather_object(gathered, results)
         results = {i: result for part in gathered for i, result in part.items()}
     return [results[i] for i in range(len(items))]
+
+
+def _has_line(text: str) -> bool:
+    return "\n" in text.lstrip()
 
 
 def _generation_config(settings: GenerationSettings) -> GenerationConfig:

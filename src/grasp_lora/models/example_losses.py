@@ -22,7 +22,7 @@ from grasp_lora.models.modules import forward_accepts
 IGNORED = -100
 """Label of a position without a loss."""
 
-_LAYERS_WITHOUT_CACHE: Any = getattr(cache_utils, "DummyLayer", ())
+LAYERS_WITHOUT_CACHE: Any = getattr(cache_utils, "DummyLayer", ())
 """Stands for layers that hold nothing, where the installed transformers lists those at all."""
 
 SHARED_PREFIX = "shared_ids"
@@ -134,7 +134,7 @@ def can_share_prefix(model: nn.Module, longest: int) -> bool:
         return False
     return all(
         type(layer) is DynamicLayer
-        or isinstance(layer, _LAYERS_WITHOUT_CACHE)
+        or isinstance(layer, LAYERS_WITHOUT_CACHE)
         or (isinstance(layer, DynamicSlidingWindowLayer) and longest <= layer.sliding_window)
         for layer in layers
     )

@@ -18,9 +18,10 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.plans.compare import checked_data, finished_stages
 from grasp_lora.plans.launch import HERE, Pool, work_off_many
-from grasp_lora.plans.methods import SHARED_MERGE, Built, Case, searched, with_split_seed
+from grasp_lora.plans.methods import SHARED_MERGE, searched
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.recipes import Built, Case, with_split_seed
 from grasp_lora.plans.results import MethodOutcome, method_outcomes
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of

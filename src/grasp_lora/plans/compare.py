@@ -28,14 +28,9 @@ from grasp_lora.plans.executor import (
     without_result,
 )
 from grasp_lora.plans.launch import HERE, Pool, work_off_many
-from grasp_lora.plans.methods import (
-    METHODS,
-    Built,
-    build_methods,
-    method_of,
-    with_split_seed,
-)
+from grasp_lora.plans.methods import METHODS, build_methods, method_of
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
+from grasp_lora.plans.recipes import Built, with_split_seed
 from grasp_lora.plans.results import MethodOutcome, mean_loss, method_outcomes
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of

@@ -50,12 +50,14 @@ class Options:
             stages again.
         keep_going: after a stage fails, log the error and do the stages that do not need it. False
             raises the error.
+        again: whether to do stages again that are done; None decides it as `overwrite` says.
         timed: measure the time of each stage under its own name.
         ended: called with the name and the outcome of every stage that has ended.
     """
 
     overwrite: bool = False
     keep_going: bool = False
+    again: bool | None = None
     timed: bool = False
     ended: Callable[[str, Outcome], Any] = lambda _name, _outcome: None
 
@@ -85,6 +87,7 @@ def work_off(
         ValueError: a place holds a result made from other inputs; raised before any work.
     """
     again = decided_by_main(lambda: check(plan, place, session, options.overwrite))
+    again = again if options.again is None else options.again
     outcomes: dict[str, Outcome] = {}
     for name, stage in plan.stages.items():
         lost = without_result(stage, place, outcomes)

@@ -4,25 +4,26 @@ All methods start from the same two adapters and are scored on the same examples
 methods need is in the plan once.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
-from grasp_lora.plans.parts import (
-    add_adapters,
-    add_final,
-    add_merge,
-    add_search,
-    add_unpruned,
-    passes_of_result,
-    with_length,
-)
+from grasp_lora.core.recipes.recipe import SHOTS, STARTS, Recipe
+from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import PlanBuilder
-from grasp_lora.stages.costs import passes_of
+from grasp_lora.plans.recipes import (
+    Build,
+    Built,
+    Case,
+    Times,
+    by,
+    changed_settings,
+    settings_of,
+    start_of,
+    with_split_seed,
+)
 from grasp_lora.stages.stage import Input, Stage
 
 RATIO_STEP = 0.1
@@ -33,97 +34,7 @@ DRAWN = 3
 """Trials, out of `TRIALS`, that an Optuna search draws at random before its model chooses."""
 SHARED_MERGE = ("adapters/merged", "adapters/weights")
 """Folders of the configured merge and of the probe of its weights, beside the adapters."""
-PEFT_DENSITY = 0.5
 SHIFT = 0.05
-
-
-@dataclass(frozen=True)
-class Built:
-    """The stages that make the result of a method.
-
-    Attributes:
-        job: name of the method's run.
-        scores: the stage that scores the result; None for a method that chooses among others.
-        final: the stage that made the result, or the folder of a given adapter; None for the bare
-            backbone.
-        paid: stages that count as the method's cost. The two adapters do not: all methods have
-            them.
-        ratio_from: the stage whose facts hold the ratio; None for ratio 0.
-        search: the search of a method that learns its ratio.
-        probe: the probe of a method that learns merge weights.
-        others: runs that a choosing method chooses among.
-        chooses: how it chooses, see `grasp_lora.plans.results`.
-        refusal: why the method cannot run with these settings.
-    """
-
-    job: str
-    scores: str | None = None
-    final: Input | None = None
-    paid: tuple[str, ...] = ()
-    ratio_from: str | None = None
-    search: str | None = None
-    probe: str | None = None
-    others: tuple[str, ...] = ()
-    chooses: Mapping[str, Any] = field(default_factory=dict)
-    refusal: str | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a method is built from.
-
-    Attributes:
-        plan: receives the stages.
-        config: settings with the method's changes and seed.
-        job: name of the method's run; its stages lie in this folder.
-        adapters: "source", "target" and "merged" (the configured merge) -> adapter.
-        probe: the probe of the configured merge, if it has one.
-        other: builds another method with the same seed and returns it.
-    """
-
-    plan: PlanBuilder
-    config: RunConfig
-    job: str
-    adapters: Mapping[str, Input]
-    probe: str | None
-    other: Callable[[str], Built]
-
-    @property
-    def pair(self) -> dict[str, Input]:
-        """The two adapters."""
-        return {role: self.adapters[role] for role in ("source", "target")}
-
-    def add(self, name: str, kind: str, inputs: Mapping[str, Input], /, **options: Any) -> str:
-        """Add a stage in the method's folder and return its name in the plan."""
-        # The parameters are positional-only, because an option may be called `kind`.
-        return self.plan.add(Stage(f"{self.job}/{name}", kind, self.config, inputs, options))
-
-    def scored(self, final: Input | None, labelled: bool = True, **parts: Any) -> Built:
-        """Add the scoring of a result and return the method.
-
-        Args:
-            final: the adapter; None for the bare backbone.
-            labelled: also measure the losses of the labelled examples; False for an adapter that
-                was trained on them.
-            parts: further fields of `Built`.
-        """
-        inputs = {} if final is None else {"adapter": final}
-        scores = self.add("scores", "evaluate", inputs, labelled=labelled)
-        return Built(self.job, scores, final, **parts)
-
-
-Build = Callable[[Case], Built]
-
-
-@dataclass(frozen=True)
-class Times:
-    """A change that multiplies the configured value of a setting by a factor."""
-
-    factor: float
-
-    def of(self, value: float) -> float:
-        """Return the multiple, rounded to 12 digits to remove errors of binary fractions."""
-        return float(f"{self.factor * value:.12g}")
 
 
 @dataclass(frozen=True)
@@ -137,6 +48,7 @@ class Method:
         seeds: `all`, `first` (one run with the first seed), or `none` (one run; nothing is random).
         role: `baseline` (what a user would do without pruning; the other methods are tested against
             the best baseline by dev loss), or `other`.
+        recipe: the recipe that the method is; None for a method that is more than one recipe.
     """
 
     about: str
@@ -144,59 +56,25 @@ class Method:
     changes: Mapping[str, Any] = field(default_factory=dict)
     seeds: str = "first"
     role: str = "other"
+    recipe: Recipe | None = None
 
 
-def _start(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
-    """Return the adapter that a method starts from, and the stages that make it.
-
-    Args:
-        case: what the method is built from.
-        start: "source", "target", "merged" (as configured), None (the bare backbone), settings of
-            `merge` that differ, or the options of another rule to merge by.
-    """
-    if start is None or start in ("source", "target"):
-        return (None if start is None else case.adapters[start]), ()
-    if start == "merged":
-        made = [case.adapters["merged"], *([case.probe] if case.probe else [])]
-        return case.adapters["merged"], tuple(name for name in made if isinstance(name, str))
-    if "rule" in start:
-        merged = case.add("start", "merge", case.pair, **start)
-        return merged, (merged,)
-    plain = case.config.merge.model_dump() | {"rank": None} | dict(start)
-    section = type(case.config.merge).model_validate(plain)
-    config = case.config.model_copy(update={"merge": section})
-    names = (f"{case.job}/start", f"{case.job}/weights")
-    merged, probe = add_merge(case.plan, config, case.pair, *names)
-    return merged, (merged, *([probe] if probe else []))
+def row(
+    about: str, recipe: Recipe, changes: Mapping[str, Any] | None = None, **rest: str
+) -> Method:
+    """Return the method that a recipe is, with further changes of settings."""
+    every = settings_of(recipe) | dict(changes or {})
+    return Method(about, by(recipe), every, recipe=recipe, **rest)
 
 
-def fixed(start: Any) -> Build:
-    """Return a build that scores a start without training."""
+def _random_masks(ratio: float) -> Build:
+    """Return a build that fine-tunes the configured merge, pruned by masks drawn at random."""
 
     def build(case: Case) -> Built:
-        adapter, made = _start(case, start)
-        return case.scored(adapter, paid=made)
-
-    return build
-
-
-def _finetuned(
-    start: Any, ratio: float = 0.0, random_masks: bool = False, joint: bool = False
-) -> Build:
-    """Return a build that fine-tunes a start at a ratio, on all labelled examples if configured."""
-
-    def build(case: Case) -> Built:
-        adapter, made = _start(case, start)
-        assert adapter is not None, "the bare backbone has nothing to fine-tune"
-        if case.config.finetune.rows == "labelled":
-            name, title = f"{case.job}/final", case.job
-            final, judged = add_unpruned(case.plan, case.config, adapter, name, title)
-            paid = (*made, judged, final)
-            return case.scored(final, labelled=False, paid=paid, ratio_from=final)
-        # An option None equals a missing one, so methods that do not prune share this stage.
-        options = {"ratio": ratio or None, "random_masks": random_masks, "joint": joint}
-        final = case.add("final", "prune", {"start": adapter}, **options)
-        return case.scored(final, paid=(*made, final), ratio_from=final)
+        adapter, made = start_of(case, "merged")
+        assert adapter is not None, "the configured merge is an adapter"
+        final = case.add("final", "prune", {"start": adapter}, ratio=ratio, random_masks=True)
+        return case.scored(Built(case.job, final=final, paid=(*made, final), ratio_from=final))
 
     return build
 
@@ -207,60 +85,11 @@ def _at_ratio_of(method: str, shift: float | None, random_masks: bool = False) -
     def build(case: Case) -> Built:
         search = case.other(method).search
         assert search is not None, f"{method} learns a ratio"
-        adapter, made = _start(case, "merged")
+        adapter, made = start_of(case, "merged")
         assert adapter is not None, "the configured merge is an adapter"
         inputs = {"start": adapter, "ratio": search}
         final = case.add("final", "prune", inputs, shift=shift, random_masks=random_masks)
-        return case.scored(final, paid=(*made, final), ratio_from=final)
-
-    return build
-
-
-def _grasp(start: Any = "merged") -> Build:
-    """Return a build that searches the ratio of a start and fine-tunes at that ratio."""
-
-    def build(case: Case) -> Built:
-        merged, made = _start(case, start)
-        assert merged is not None, "a search starts from an adapter"
-        search = add_search(case.plan, case.config, merged, f"{case.job}/search")
-        final = add_final(case.plan, case.config, merged, search, f"{case.job}/final")
-        stages = case.plan.built(final)
-        judged = stages.inputs.get("judged")
-        paid = (*made, search, *([judged] if isinstance(judged, str) else []), final)
-        labelled = case.config.finetune.rows == "train"
-        return case.scored(final, labelled, paid=paid, ratio_from=final, search=search)
-
-    return build
-
-
-def _post_hoc(prune: bool) -> Build:
-    """Return a build of a post-hoc merge, optionally pruned at a learned ratio.
-
-    The source adapter is fine-tuned alone, then merged with the target adapter.
-    """
-
-    def build(case: Case) -> Built:
-        config, source = case.config, case.adapters["source"]
-        names = (f"{case.job}/tuned", case.job)
-        whole, tuned = add_unpruned(case.plan, config, source, *names)
-        pair = {"source": tuned, "target": case.adapters["target"]}
-        below = (f"{case.job}/merged", f"{case.job}/weights")
-        merged, probe = add_merge(case.plan, config, pair, *below)
-        paid = [tuned, merged, *([probe] if probe else [])]
-        if prune:
-            search = add_search(case.plan, config, merged, f"{case.job}/search")
-            final = add_final(case.plan, config, merged, search, f"{case.job}/final")
-            paid += [search, final]
-            return case.scored(
-                final, paid=tuple(paid), ratio_from=final, search=search, probe=probe
-            )
-        if whole == tuned:
-            return case.scored(merged, paid=tuple(paid), probe=probe)
-        inputs: dict[str, Input] = {"source": whole, "target": pair["target"]}
-        inputs |= {"weights": probe} if probe else {}
-        final = case.add("merged-labelled", "merge", inputs)
-        paid += [whole, final]
-        return case.scored(final, labelled=False, paid=tuple(paid), probe=probe)
+        return case.scored(Built(case.job, final=final, paid=(*made, final), ratio_from=final))
 
     return build
 
@@ -269,7 +98,7 @@ def _optuna(sampler: str, drawn: int | None) -> Build:
     """Return a build in which Optuna chooses the ratio by full fine-tuning runs."""
 
     def build(case: Case) -> Built:
-        merged, made = _start(case, "merged")
+        merged, made = start_of(case, "merged")
         assert merged is not None, "the configured merge is an adapter"
         trials: dict[str, Input] = {}
         for number in range(TRIALS):
@@ -283,17 +112,12 @@ def _optuna(sampler: str, drawn: int | None) -> Build:
     return build
 
 
-def _trained(adalora: bool = False) -> Build:
-    """Return a build that trains a target adapter, even if the user gives one."""
-
-    def build(case: Case) -> Built:
-        options = {"role": "target", "adalora": adalora}
-        final = case.plan.add(
-            Stage(f"{case.job}/final", "train", case.config, options=options, title=case.job)
-        )
-        return case.scored(final, paid=(final,))
-
-    return build
+def _adalora(case: Case) -> Built:
+    """Train an AdaLoRA adapter on the target rows."""
+    options = {"role": "target", "adalora": True}
+    trained = Stage(f"{case.job}/final", "train", case.config, options=options, title=case.job)
+    final = case.plan.add(trained)
+    return case.scored(Built(case.job, final=final, paid=(final,)))
 
 
 def _on_all_labels(case: Case) -> Built:
@@ -305,7 +129,7 @@ def _on_all_labels(case: Case) -> Built:
     final = case.add("final", "train", folds, role="target", folds=FOLDS)
     paid = (*(str(one) for one in folds.values()), final)
     # The adapter was trained on all labelled examples, so their losses would mean nothing.
-    return case.scored(final, labelled=False, paid=paid)
+    return case.scored(Built(case.job, final=final, paid=paid, unseen=False))
 
 
 @dataclass(frozen=True)
@@ -338,58 +162,55 @@ class Choice:
         return Built(job, paid=paid if wanted is None else (), others=runs, chooses=how)
 
 
-searched: Build = _grasp()
+LEARNED = Recipe("merged", ratio="learned")
+LATE = Recipe("source", merge="after")
+searched: Build = by(LEARNED)
 """A build that searches the ratio of the configured merge and fine-tunes at that ratio."""
 
-AVERAGE: Mapping[str, Any] = {"kind": "cat", "weights": None}
-SUM: Mapping[str, Any] = {"kind": "cat", "weights": (1.0, 1.0)}
-LINEAR: Mapping[str, Any] = {"kind": "linear", "weights": (1.0, 1.0)}
-UNSCALED: Mapping[str, Any] = {"kind": "linear", "weights": "unscaled"}
-"""The merge that the published code computes: it drops the scaling of the adapters."""
-LEARNED: Mapping[str, Any] = {"kind": "cat", "weights": "auto"}
-SVD: Mapping[str, Any] = {"kind": "svd", "weights": None}
-LABELLED = {"finetune.rows": "labelled"}
-TRIPLE_STEP = {"train.finetune.learning_rate": Times(3.0)}
-"""Shows whether a baseline is worse only because its training was too short."""
 PAPER = {"controller": ControllerConfig(preset="paper"), "finetune.mask_schedule": "every-step"}
 ADAPTIVE = {
     "finetune.mode": "restart",
     "finetune.mask_schedule": "every-step",
     "importance": "activation",
 }
-POST_HOC = {"merge.when": "after", "merge.weights": None}
 CONTINUED = {"finetune.mode": "continue"}
 _GRID_NAMES = tuple(f"grid-{ratio}" for ratio in GRID)
-_LINEAR = "linear merge with weights 1 + 1 and the scaling alpha/r"
-_UNSCALED = "linear merge as the published code computes it, without alpha/r (weights 1/scaling)"
+_LINEAR, _UNSCALED = STARTS["linear"].says, STARTS["linear-unscaled"].says
+_ADAPTIVE_STARTS = {"adaptive": "linear", "adaptive-unscaled": "linear-unscaled"}
+_RETRAINED = "retrained on all labelled rows for the epochs that dev rows chose"
 
 METHODS: Mapping[str, Method] = {
-    "zero-shot": Method("backbone alone", fixed(None), seeds="none"),
-    "source": Method("source adapter", fixed("source"), seeds="none"),
-    "target": Method("target adapter", fixed("target"), seeds="none"),
-    "target-trained": Method("target adapter retrained with each seed", _trained(), seeds="all"),
-    "source-finetuned": Method(
+    "zero-shot": row("backbone alone", Recipe("backbone", None), seeds="none"),
+    **{
+        f"few-shot-{shots}": row(
+            f"backbone alone, {shots} solved examples in its prompt",
+            Recipe("backbone", None, shots=shots),
+            seeds="all",
+        )
+        for shots in SHOTS
+    },
+    "source": row("source adapter", Recipe("source", None), seeds="none"),
+    "target": row("target adapter", Recipe("target", None), seeds="none"),
+    "target-trained": row(
+        "target adapter retrained with each seed", Recipe("fresh", None), seeds="all"
+    ),
+    "source-finetuned": row(
         "source adapter fine-tuned on the target rows",
-        _finetuned("source"),
+        Recipe("source"),
         seeds="all",
         role="baseline",
     ),
-    "source-finetuned-3x": Method(
+    "source-finetuned-3x": row(
         "source adapter fine-tuned with three times the learning rate",
-        _finetuned("source"),
-        TRIPLE_STEP,
+        Recipe("source", 3.0),
         seeds="all",
     ),
-    "source-finetuned-labelled": Method(
-        "source adapter fine-tuned, retrained on all labelled rows for the epochs that dev rows "
-        "chose",
-        _finetuned("source"),
-        LABELLED,
-        seeds="all",
+    "source-finetuned-labelled": row(
+        f"source adapter fine-tuned, {_RETRAINED}", Recipe("source", rows="labelled"), seeds="all"
     ),
-    "source-finetuned-joint": Method(
+    "source-finetuned-joint": row(
         "source adapter fine-tuned on the target rows and as many source rows beside them",
-        _finetuned("source", joint=True),
+        Recipe("source", joint=True),
         seeds="all",
     ),
     "target-all-labels": Method(
@@ -401,68 +222,61 @@ METHODS: Mapping[str, Method] = {
     # step size of a LoRA adapter a few dozen steps get nowhere.
     "target-adalora": Method(
         "an AdaLoRA adapter trained on the target rows, with ten times the learning rate",
-        _trained(adalora=True),
+        _adalora,
         {"train.target.learning_rate": Times(10.0)},
     ),
-    "average": Method("average of the deltas, untrained", fixed(AVERAGE), seeds="none"),
-    "average-finetuned": Method(
+    "average": row("average of the deltas, untrained", Recipe("average", None), seeds="none"),
+    "average-finetuned": row(
         "average of the deltas, fine-tuned unpruned",
-        _finetuned(AVERAGE),
+        Recipe("average"),
         seeds="all",
         role="baseline",
     ),
-    "average-finetuned-3x": Method(
+    "average-finetuned-3x": row(
         "average of the deltas, fine-tuned unpruned with three times the learning rate",
-        _finetuned(AVERAGE),
-        TRIPLE_STEP,
+        Recipe("average", 3.0),
         seeds="all",
     ),
-    "average-finetuned-labelled": Method(
-        "average of the deltas, fine-tuned unpruned, retrained on all labelled rows for the epochs "
-        "that dev rows chose",
-        _finetuned(AVERAGE),
-        LABELLED,
+    "average-finetuned-labelled": row(
+        f"average of the deltas, fine-tuned unpruned, {_RETRAINED}",
+        Recipe("average", rows="labelled"),
         seeds="all",
     ),
     **{
-        name: Method(about, _finetuned({"kind": "cat", "weights": weights}))
-        for name, weights, about in (
-            ("shrunk-0.75", (0.375, 0.375), "the average shrunk by 0.75, fine-tuned unpruned"),
-            ("shrunk-0.5", (0.25, 0.25), "the average shrunk by 0.5, fine-tuned unpruned"),
-            ("weights-75-25", (0.75, 0.25), "weights 0.75 + 0.25, fine-tuned unpruned"),
-            ("weights-25-75", (0.25, 0.75), "weights 0.25 + 0.75, fine-tuned unpruned"),
-        )
+        name: row(f"{STARTS[name].says}, fine-tuned unpruned", Recipe(name))
+        for name in ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75")
     },
-    "weight-decay": Method(
+    "weight-decay": row(
         "the average, fine-tuned unpruned under weight decay 30 (0.3 % of a weight a step)",
-        _finetuned(AVERAGE),
+        Recipe("average"),
         {"train.finetune.weight_decay": 30.0},
     ),
-    "sum": Method("sum of the deltas, untrained", fixed(SUM), seeds="none"),
-    "sum-finetuned": Method("sum of the deltas, fine-tuned unpruned", _finetuned(SUM)),
-    "linear": Method(f"{_LINEAR}, untrained", fixed(LINEAR), seeds="none"),
-    "linear-finetuned": Method(f"{_LINEAR}, fine-tuned unpruned", _finetuned(LINEAR)),
-    "linear-unscaled": Method(f"{_UNSCALED}, untrained", fixed(UNSCALED), seeds="none"),
-    "linear-unscaled-finetuned": Method(
-        f"{_UNSCALED}, fine-tuned unpruned", _finetuned(UNSCALED), seeds="all"
+    "sum": row("sum of the deltas, untrained", Recipe("sum", None), seeds="none"),
+    "sum-finetuned": row("sum of the deltas, fine-tuned unpruned", Recipe("sum")),
+    "linear": row(f"{_LINEAR}, untrained", Recipe("linear", None), seeds="none"),
+    "linear-finetuned": row(f"{_LINEAR}, fine-tuned unpruned", Recipe("linear")),
+    "linear-unscaled": row(
+        f"{_UNSCALED}, untrained", Recipe("linear-unscaled", None), seeds="none"
     ),
-    "svd": Method("low-rank average of the deltas, untrained", fixed(SVD), seeds="none"),
-    "svd-finetuned": Method(
-        "low-rank average, fine-tuned unpruned", _finetuned(SVD), {"mask_unit": "merged"}
+    "linear-unscaled-finetuned": row(
+        f"{_UNSCALED}, fine-tuned unpruned", Recipe("linear-unscaled"), seeds="all"
     ),
-    "learned-weights": Method(
-        "merge weights learned by probes, fine-tuned unpruned", _finetuned(LEARNED), role="baseline"
+    "svd": row("low-rank average of the deltas, untrained", Recipe("svd", None), seeds="none"),
+    "svd-finetuned": row(
+        "low-rank average, fine-tuned unpruned", Recipe("svd"), {"mask_unit": "merged"}
+    ),
+    "learned-weights": row(
+        "merge weights learned by probes, fine-tuned unpruned",
+        Recipe("learned-weights"),
+        role="baseline",
     ),
     **{
-        f"{kind.replace('_', '-')}-finetuned": Method(
-            f"PEFT's {kind} on the {'deltas' if kind.endswith('svd') else 'factors'}, fine-tuned",
-            _finetuned({"rule": "peft", "kind": kind, "density": PEFT_DENSITY}),
-        )
-        for kind in ("ties", "ties_svd", "dare_linear", "dare_linear_svd")
+        f"{name}-finetuned": row(f"{STARTS[name].says}, fine-tuned", Recipe(name))
+        for name in ("ties", "ties-svd", "dare-linear", "dare-linear-svd")
     },
-    "lorahub": Method("LoRAHub: weights by nevergrad, untrained", fixed({"rule": "lorahub"})),
+    "lorahub": row(f"{STARTS['lorahub'].says}, untrained", Recipe("lorahub", None)),
     **{
-        f"grid-{ratio}": Method(f"pruned at {ratio}", _finetuned("merged", ratio), seeds="all")
+        f"grid-{ratio}": row(f"pruned at {ratio}", Recipe("merged", ratio=ratio), seeds="all")
         for ratio in GRID
     },
     "grid": Method(
@@ -476,23 +290,20 @@ METHODS: Mapping[str, Method] = {
         seeds="all",
     ),
     **{
-        f"{name}-{ratio}": Method(
-            f"Adaptive LoRA Merge at {ratio}: {about}, pruned again after every step",
-            _finetuned(start, ratio),
+        f"{name}-{ratio}": row(
+            f"Adaptive LoRA Merge at {ratio}: {STARTS[start].says}, pruned again after every step",
+            Recipe(start, ratio=ratio),
             ADAPTIVE,
         )
-        for name, start, about in (
-            ("adaptive", LINEAR, _LINEAR),
-            ("adaptive-unscaled", UNSCALED, _UNSCALED),
-        )
+        for name, start in _ADAPTIVE_STARTS.items()
         for ratio in GRID
     },
     **{
         name: Method(
-            f"Adaptive LoRA Merge over the grid, {about}, chosen by dev loss",
+            f"Adaptive LoRA Merge over the grid, {STARTS[start].says}, chosen by dev loss",
             Choice(tuple(f"{name}-{ratio}" for ratio in GRID), ("dev",)),
         )
-        for name, about in (("adaptive", _LINEAR), ("adaptive-unscaled", _UNSCALED))
+        for name, start in _ADAPTIVE_STARTS.items()
     },
     "optuna-random": Method(
         f"{TRIALS} full runs at ratios drawn at random", _optuna("random", None)
@@ -504,71 +315,66 @@ METHODS: Mapping[str, Method] = {
         )
         for sampler in ("tpe", "gp")
     },
-    "grasp-paper": Method(
+    "grasp-paper": row(
         f"the published method: published controller, {_UNSCALED}",
-        _grasp(UNSCALED),
+        Recipe("linear-unscaled", ratio="learned"),
         PAPER,
         seeds="all",
     ),
-    "grasp-paper-scaled": Method(f"the published controller, {_LINEAR}", _grasp(LINEAR), PAPER),
-    "grasp-restart": Method("this library's controller, two runs", _grasp(), seeds="all"),
-    "grasp-continue": Method(
-        "this library's controller, one run", _grasp(), CONTINUED, seeds="all"
+    "grasp-paper-scaled": row(
+        f"the published controller, {_LINEAR}", Recipe("linear", ratio="learned"), PAPER
     ),
-    "grasp-continue-3x": Method(
+    "grasp-restart": row("this library's controller, two runs", LEARNED, seeds="all"),
+    "grasp-continue": row("this library's controller, one run", LEARNED, CONTINUED, seeds="all"),
+    "grasp-continue-3x": row(
         "this library's controller, one run, with three times the learning rate",
-        _grasp(),
-        CONTINUED | TRIPLE_STEP | {"train.search.learning_rate": Times(3.0)},
+        replace(LEARNED, step=3.0),
+        CONTINUED,
         seeds="all",
     ),
-    "grasp-labelled": Method(
+    "grasp-labelled": row(
         "this library's controller, one run, which is then retrained on all labelled rows",
-        _grasp(),
-        CONTINUED | LABELLED,
+        replace(LEARNED, rows="labelled"),
+        CONTINUED,
         seeds="all",
     ),
     **{
-        f"grasp-{name}": Method(
-            f"this library's controller, two runs, {about}", _grasp(start), changes
+        f"grasp-{name}": row(
+            f"this library's controller, two runs, {about}", replace(LEARNED, start=start), changes
         )
         for name, about, start, changes in (
             ("module-types", "a ratio for each type of module", "merged", {"scope": "module-type"}),
             ("layers", "a ratio for each layer", "merged", {"scope": "layer"}),
             ("adapters", "a ratio for each of the two adapters", "merged", {"scope": "adapter"}),
             ("ranks", "whole components pruned", "merged", {"structure": "rank"}),
-            ("weights", "merge weights learned first", LEARNED, {}),
+            ("weights", "merge weights learned first", "learned-weights", {}),
         )
     },
-    "late-merge": Method(
+    "late-merge": row(
         "the fine-tuned source adapter merged with the target adapter by probes",
-        _post_hoc(prune=False),
-        POST_HOC,
+        LATE,
         seeds="all",
     ),
-    "grasp-late": Method(
+    "grasp-late": row(
         "the fine-tuned source adapter merged with the target adapter by probes, then pruned at a "
         "ratio learned without training",
-        _post_hoc(prune=True),
-        POST_HOC,
+        replace(LATE, ratio="learned"),
         seeds="all",
     ),
-    "late-merge-labelled": Method(
+    "late-merge-labelled": row(
         "late-merge, its source adapter then retrained on all labelled rows",
-        _post_hoc(prune=False),
-        POST_HOC | LABELLED,
+        replace(LATE, rows="labelled"),
         seeds="all",
     ),
     **{
-        f"recut-{schedule}": Method(
+        f"recut-{schedule}": row(
             f"pruned at 0.4, masks cut again {about}",
-            _finetuned("merged", 0.4),
+            Recipe("merged", ratio=0.4),
             {"finetune.mask_schedule": schedule},
         )
         for schedule, about in (("every-step", "every step"), (8, "every 8 steps"))
     },
-    "random-0.4": Method(
-        "pruned at 0.4 by masks drawn at random", _finetuned("merged", 0.4, random_masks=True)
-    ),
+    "random-0.4": Method("pruned at 0.4 by masks drawn at random", _random_masks(0.4)),
     "random-masks": Method(
         "masks drawn at random, at the ratio of grasp-restart",
         _at_ratio_of("grasp-restart", 0.0, random_masks=True),
@@ -598,61 +404,6 @@ def method_of(job: str) -> str:
     return job if job in METHODS else job.rpartition("-s")[0]
 
 
-def with_split_seed(config: RunConfig) -> RunConfig:
-    """Return settings that divide the examples by the present seed, even if `seed` changes."""
-    if config.data.split_seed is not None:
-        return config
-    data = config.data.model_copy(update={"split_seed": config.seed})
-    return config.model_copy(update={"data": data})
-
-
-def changed_settings(config: RunConfig, changes: Mapping[str, Any], examples: int) -> RunConfig:
-    """Return settings with dotted changes, and with a fine-tuning as long as any other method's.
-
-    In mode `restart` the search and the final run each have the whole length. In mode `continue`
-    they share it: the search gets half of the epochs, the odd one included, or half of the steps of
-    a single epoch. Unless `changes` says otherwise, a method trains on the train examples alone,
-    because the other labelled examples judge it, and it merges before fine-tuning.
-
-    Args:
-        config: the run's settings.
-        changes: dotted setting -> value; `Times` multiplies the configured value.
-        examples: number of target train examples.
-    """
-    whole, mode = passes_of_result(config, examples), changes.get("finetune.mode", "restart")
-    first = whole
-    if mode == "continue":
-        epochs = math.ceil(whole)
-        first = Fraction(epochs - epochs // 2) if epochs > 1 else whole / 2
-    config = with_length(config, "search", first, examples)
-    if mode == "continue":
-        whole -= passes_of(config.training("search"), examples)  # rounded to whole steps
-    config = with_length(config, "finetune", whole, examples)
-    plain: dict[str, Any] = {
-        "finetune.mode": mode,
-        "finetune.rows": "train",
-        "merge.when": "before",
-    }
-    for key, value in (plain | dict(changes)).items():
-        config = _changed(config, key, value)
-    return config
-
-
-def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
-    """Return settings with one value changed; `key` is dotted."""
-
-    def changed(settings: Any, path: list[str]) -> Any:
-        name, *below = path
-        old = getattr(settings, name)
-        if below:
-            new = changed(old, below)
-        else:
-            new = value.of(old) if isinstance(value, Times) else value
-        return settings.model_copy(update={name: new})
-
-    return changed(config, key.split("."))
-
-
 def build_methods(
     plan: PlanBuilder, config: RunConfig, seeds: tuple[int, ...], examples: int
 ) -> dict[str, Built]:
@@ -662,7 +413,7 @@ def build_methods(
         plan: receives the adapters and their merge first, then the stages of the methods.
         config: the run's settings; its own seed divides the examples and trains the adapters.
         seeds: seeds of searches and fine-tuning; a method that is run once uses the first.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     config = with_split_seed(config)
     plain = changed_settings(config, {}, examples)

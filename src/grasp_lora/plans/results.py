@@ -11,8 +11,8 @@ from grasp_lora.adapters.folder import weights_files
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.plans.executor import Outcome
-from grasp_lora.plans.methods import Built
 from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.recipes import Built
 from grasp_lora.stages.evaluate import chosen_adapter
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.stage import Sizes, Stage

@@ -1,8 +1,8 @@
-"""The whole run: from two adapters to one adapter pruned at a learned ratio, and a report."""
+"""The whole run: from two adapters to the one to ship, and a report."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grasp_lora.base.files import (
     open_run,
     peak_memory_bytes,
     provenance,
+    read_config,
     read_json,
     read_jsonl,
     write_json,
@@ -27,9 +28,12 @@ from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
+from grasp_lora.plans.auto import Chosen, chosen, first_plan, publish_choice
 from grasp_lora.plans.executor import Options, check, work_off
+from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
 from grasp_lora.plans.session import Session
+from grasp_lora.plans.show import sizes_of
 from grasp_lora.report.pictures import plot_search
 from grasp_lora.report.run import write_report
 from grasp_lora.scoring.sets import compare_evaluations, missing_metrics
@@ -58,7 +62,7 @@ class _Run:
 
     config: RunConfig
     session: Session
-    whole: RunPlan
+    plan: Plan
 
     @property
     def out(self) -> Path:
@@ -115,14 +119,23 @@ def run(
                 read_adapter(folder)
         data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
-    current = _Run(config, session, run_plan(config, data))
+    chooses = config.recipe == "auto"
+    fixed = None if chooses else run_plan(config, data)
+    current = _Run(config, session, first_plan(config, data) if fixed is None else fixed.plan)
     again = decided_by_main(lambda: _check_folder(current, overwrite))
     _check_before_work(current)
     decided_by_main(lambda: _open_folder(current, again))
     carry_times(session.context)
-    work_off(current.whole.plan, current.out, session, Options(overwrite=overwrite, timed=True))
+    options = Options(overwrite=overwrite, timed=True)
+    if fixed is None:
+        # A plan that grows is worked off several times: what one round did, the next one keeps.
+        growing = replace(options, again=False)
+        result = chosen(config, session, sizes_of(config, data), growing)
+    else:
+        work_off(fixed.plan, current.out, session, options)
+        result = fixed
     if is_main():
-        _finish(current, profile)
+        _finish(current, result, profile)
     wait_for_all()
     return current.out
 
@@ -153,17 +166,25 @@ def _check_folder(current: _Run, overwrite: bool) -> bool:
         ValueError: the folder holds a finished run or other results, and `overwrite` is not set.
     """
     finished = check_run(current.out)
-    again = check(current.whole.plan, current.out, current.session, overwrite)
+    again = check(current.plan, current.out, current.session, overwrite)
     if (
         finished
         and not overwrite
-        and all((current.out / name / "stage.json").exists() for name in current.whole.plan.stages)
+        and not _chooses_anew(current)
+        and all((current.out / name / "stage.json").exists() for name in current.plan.stages)
     ):
         raise ValueError(
             f"{shown_path(current.out)} holds a finished run of this configuration; read its "
             "report.md, or pass --overwrite to run it again"
         )
     return again
+
+
+def _chooses_anew(current: _Run) -> bool:
+    """Return whether a finished run is asked to choose by another budget or preference."""
+    stored = read_config(current.out)
+    asked = current.config.to_dict()
+    return any(stored.get(name) != asked[name] for name in ("recipe", "budget", "prefer"))
 
 
 def _check_before_work(current: _Run) -> None:
@@ -185,13 +206,14 @@ def _check_before_work(current: _Run) -> None:
     check_disk(config.output, checkpoint_bytes(entries))
     if config.finetune.rows == "labelled" and not context.examples("target", "dev"):
         raise ValueError(NO_DEV_EXAMPLES)
-    rounds = check_search(context)
     if not context.data.test_sets():
         context.reporter.say("no test rows (data.target.rows.test): nothing will be scored")
-    context.reporter.say(
-        f"backbone {context.backbone.public_name}, {context.backbone.dtype}; {rounds} rounds of"
-        f" {config.controller.candidates} candidates planned"
-    )
+    planned = ""
+    if config.recipe == "grasp":
+        rounds = check_search(context)
+        planned = f"; {rounds} rounds of {config.controller.candidates} candidates planned"
+    backbone = context.backbone
+    context.reporter.say(f"backbone {backbone.public_name}, {backbone.dtype}{planned}")
 
 
 def _fresh_entries(context: Context) -> int:
@@ -207,19 +229,16 @@ def _open_folder(current: _Run, again: bool) -> None:
     write_json(current.out / "data.json", jsonable(current.session.data.manifest()))
 
 
-def _finish(current: _Run, profile: bool) -> None:
+def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     """Write the files of a run that are made from its finished stages."""
     out, context = current.out, current.session.context
-    search, final = out / current.whole.search, out / current.whole.final
+    scores = _scores(current, result)
     with context.clock.span("write"):
-        publish_search(out, search, final, current.config)
-    scores = _scores(current)
-    baseline = {"source adapter, fine-tuned on target": out / TUNED}
-    # An adapter that the user gives was not chosen on the dev examples of this run.
-    target = current.whole.adapters["target"]
-    trained = {"target adapter": out / target} if isinstance(target, str) else {}
-    with context.clock.span("write"):
-        add_run_findings(out, final, baseline | trained, scores["systems"])
+        if isinstance(result, Chosen):
+            publish_choice(out, result, current.config)
+        else:
+            publish_search(out, out / result.search, out / result.final, current.config)
+            _add_findings(current, result, scores["systems"])
     write_json(out / "scores.json", scores)
     times = keep_times(context)
     write_json(out / "provenance.json", _provenance(context, time_summary(times)))
@@ -229,37 +248,58 @@ def _finish(current: _Run, profile: bool) -> None:
     finish_run(out)
 
 
-def _scores(current: _Run) -> dict[str, Any]:
+def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str, Any]]) -> None:
+    out = current.out
+    baseline = {"source adapter, fine-tuned on target": out / TUNED}
+    # An adapter that the user gives was not chosen on the dev examples of this run.
+    target = result.adapters["target"]
+    trained = {"target adapter": out / target} if isinstance(target, str) else {}
+    add_run_findings(out, out / result.final, baseline | trained, systems)
+
+
+def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:
     """Return the content of `scores.json`: the evaluated systems and their comparison."""
-    config, out, whole = current.config, current.out, current.whole
-    post_hoc = config.merge.when == "after"
+    config, out = current.config, current.out
     table: dict[str, Any] = {
         "task": config.data.task,
         "language": config.data.target.language,
         "seed": config.seed,
-        "unpruned": "merged" if post_hoc else Path(UNPRUNED).name,
     }
-    final = facts_of(out / whole.final)
-    if "labelled" in final:
-        table["labelled_rows"] = final["labelled"]["rows"]
-    after = ", not trained further" if post_hoc else ", fine-tuned"
-    title = f"final: merged, pruned at {final['ratio']:.3f}{after}"
+    if isinstance(result, Chosen):
+        title = f"final: {result.ships}"
+        table["ships"] = title
+    else:
+        about, title = _about_pruned(current, result)
+        table |= about
     rows: list[dict[str, Any]] = []
-    for system in whole.systems:
-        about = {} if system.adapter is None else facts_of(current.folder(system.adapter))
+    for system in result.systems:
+        facts = {} if system.adapter is None else facts_of(current.folder(system.adapter))
+        place = "" if system.adapter is None else str(current.folder(system.adapter))
         rows.append(
             {"name": title if system.slug == "final" else system.name, "slug": system.slug}
             | read_json(out / "evaluations" / system.slug / "scores.json")
-            | {"zeros": about.get("zeros", {}).get("exported"), "best": about.get("best")}
+            | {"zeros": facts.get("zeros", {}).get("exported"), "best": facts.get("best")}
+            | {"path": place}
         )
     if not rows:
         return table | {"systems": []}
     with current.session.clock.span("score"):
-        compared = _against_final(current)
+        compared = _against_final(current, result)
     return table | {"systems": rows, "comparisons": compared}
 
 
-def _against_final(current: _Run) -> Mapping[str, Any]:
+def _about_pruned(current: _Run, result: RunPlan) -> tuple[dict[str, Any], str]:
+    """Return what the tables say about a pruned result, and its name there."""
+    post_hoc = current.config.merge.when == "after"
+    about: dict[str, Any] = {"unpruned": "merged" if post_hoc else Path(UNPRUNED).name}
+    final = facts_of(current.out / result.final)
+    if "labelled" in final:
+        about["labelled_rows"] = final["labelled"]["rows"]
+    after = ", not trained further" if post_hoc else ", fine-tuned"
+    return about, f"final: merged, pruned at {final['ratio']:.3f}{after}"
+
+
+def _against_final(current: _Run, result: RunPlan | Chosen) -> Mapping[str, Any]:
     """Return slug -> test set -> metric -> paired test of the result against that system."""
     folder, sets = current.out / "evaluations", current.session.data.test_sets()
     name = current.session.context.backbone.public_name
@@ -267,7 +307,7 @@ def _against_final(current: _Run) -> Mapping[str, Any]:
         system.slug: compare_evaluations(
             current.config, folder / "final", folder / system.slug, sets, name
         )
-        for system in current.whole.systems
+        for system in result.systems
         if system.slug != "final"
     }
 

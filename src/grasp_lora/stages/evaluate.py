@@ -3,6 +3,9 @@
 The input `adapter` is a PEFT adapter folder; without it the bare backbone is scored. Where inputs
 are called "trial 0", "trial 1", ..., the one with the lowest best dev loss is scored.
 
+With option `shots` the bare backbone has so many solved examples in its prompt (see
+`grasp_lora.stages.few_shot`).
+
 The folder holds `scores.json`, `predictions.jsonl` and `provenance.json`. With option `labelled` it
 also holds `losses.json`, the losses of the micro-dev and dev examples.
 """
@@ -10,7 +13,7 @@ also holds `losses.json`, the losses of the micro-dev and dev examples.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import Row
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.scoring.sets import score_sets
+from grasp_lora.stages.few_shot import DRAWN_FROM, JUDGING, FewShot, few_shot
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
@@ -30,8 +34,6 @@ from grasp_lora.workbench.context import Context, new_tokens
 from grasp_lora.workbench.merged_folder import read_start
 from grasp_lora.workbench.processes import is_main
 
-JUDGING = ("micro_dev", "dev")
-"""Splits of the labelled examples whose losses decide choices."""
 NO_TEST_EXAMPLES = (
     "there are no test rows: give data.target.rows.test, data.target.files.test or data.tests"
 )
@@ -42,12 +44,18 @@ def run(work: Work) -> Mapping[str, Any]:
 
     Raises:
         ValueError: there are no test examples, or the adapter does not fit this backbone.
+        NotApplicable: no solved example fits the model, see `few_shot`.
     """
     context, sets = work.context, work.context.data.test_sets()
     if not sets:
         raise ValueError(NO_TEST_EXAMPLES)
-    adapter = chosen_adapter(work.inputs)
-    started, clock = time.perf_counter(), context.clock
+    adapter, labelled = chosen_adapter(work.inputs), work.stage.option("labelled")
+    started, clock, shots = time.perf_counter(), context.clock, None
+    if work.stage.option("shots"):
+        assert adapter is None, "solved examples are for the bare backbone"
+        measured = (*sets.values(), *(JUDGING if labelled else ()))
+        with clock.span("load"):
+            shots = few_shot(context, work.stage.option("shots"), measured)
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = model_with_adapter(context.backbone, adapter)
@@ -60,15 +68,15 @@ def run(work: Work) -> Mapping[str, Any]:
             model = stack.enter_context(attached)
         with clock.span("generate"):
             predictions = {
-                name: _answers(context, model, role, split, f"{work.title}, {name}")
-                for name, (role, split) in sets.items()
+                name: _answers(context, model, one, f"{work.title}, {name}", shots)
+                for name, one in sets.items()
             }
     generated = time.perf_counter()
-    losses = _labelled_losses(context, adapter) if work.stage.option("labelled") else None
+    losses = _labelled_losses(context, adapter, shots) if labelled else None
     if is_main():
         if losses is not None:
             write_json(work.out / "losses.json", losses)
-        _write(work, predictions, adapter)
+        _write(work, predictions, adapter, shots)
     ended = time.perf_counter()
     return {
         "seconds": ended - started,
@@ -95,25 +103,32 @@ def chosen_adapter(inputs: Mapping[str, Path]) -> Path | None:
     return adapter_in(inputs["adapter"]) if "adapter" in inputs else None
 
 
-def _labelled_losses(context: Context, adapter: Path | None) -> dict[str, list[float]]:
+def _labelled_losses(
+    context: Context, adapter: Path | None, shots: FewShot | None
+) -> dict[str, list[float]]:
     """Return the losses of the micro-dev and dev examples, in nats."""
 
     def read(model: Any) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
-        for split in JUDGING:
-            rows = context.rows("target", [split])
+        for role, split in JUDGING:
+            rows = context.rows(role, [split])
+            if shots is not None:
+                rows = replace(rows, encoded=shots.rows((role, split)), share_prefix=False)
             count = len(rows.encoded)
             found[split] = example_losses(model, rows.batches(range(count)), count) if count else []
         return found
 
     if adapter is None:
-        return read(context.backbone.model)
+        model = (shots and shots.reader) or context.backbone.model
+        return read(model)
     with context.live(read_start(adapter, context.backbone), "merged") as live:
         live.model.eval()
         return read(live.model)
 
 
-def _write(work: Work, predictions: dict[str, list[Row]], adapter: Path | None) -> None:
+def _write(
+    work: Work, predictions: dict[str, list[Row]], adapter: Path | None, shots: FewShot | None
+) -> None:
     """Score the predictions and write them with their scores."""
     context, config = work.context, work.config
     data, name = context.data, context.backbone.public_name
@@ -124,17 +139,22 @@ def _write(work: Work, predictions: dict[str, list[Row]], adapter: Path | None) 
         write_jsonl(work.out / "predictions.jsonl", _records(predictions, per_row, name))
         if data.leaks:
             scores["leaks"] = [asdict(leak) for leak in data.leaks]
+        if shots is not None:
+            scores["shots"] = shots.record()
         write_json(work.out / "scores.json", scores)
         made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
         made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
         write_json(work.out / "provenance.json", provenance() | made)
 
 
-def _answers(context: Context, model: Any, role: str, split: str, title: str) -> list[Row]:
-    config, backbone, task = context.config, context.backbone, context.task
+def _answers(
+    context: Context, model: Any, one: Split, title: str, shots: FewShot | None
+) -> list[Row]:
+    config, backbone, task, (role, split) = context.config, context.backbone, context.task, one
     limit = config.evaluate.limit
     examples = context.examples(role, split)[:limit]
-    encoded = context.encoded(role, split)[:limit]
+    encoded = shots.rows(one, limit) if shots else context.encoded(role, split)[:limit]
+    reader, ends = (shots.reader, shots.stop_ids) if shots else (None, set[int]())
     prompts = [e.input_ids[: e.prompt_length] for e in encoded]
     with context.reporter.bar(title, len(encoded)) as done:
         finished = 0
@@ -149,17 +169,22 @@ def _answers(context: Context, model: Any, role: str, split: str, title: str) ->
             min_new_tokens=config.evaluate.min_new_tokens,
             batch_size=config.evaluate.batch_size,
             pad_id=backbone.pad_id,
-            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split)}),
+            stop_ids=sorted({*backbone.stop_ids, context.end_id(role, split), *ends}),
             beams=config.evaluate.beams,
             one_line=task.one_line,
+            ended=shots.ended(one) if shots else None,
         )
         calls = {"advance": advance, "notice": context.reporter.say}
         if can_answer_in_one_pass(model, settings.beams):
-            answered = answer_examples(model, backbone.tokenizer, encoded, settings, **calls)
+            answered = answer_examples(
+                model, backbone.tokenizer, encoded, settings, prefix=reader, **calls
+            )
             texts, losses = [text for text, _ in answered], [loss for _, loss in answered]
         else:
-            losses = _losses(context, model, encoded)
+            losses = _losses(context, reader or model, encoded)
             texts = generate_texts(model, backbone.tokenizer, prompts, settings, **calls)
+    if shots is not None:
+        texts = [shots.answer(one, text) for text in texts]
     return [
         Row(
             e.id,
@@ -215,10 +240,8 @@ def _settings(stage: Stage) -> tuple[str, ...]:
 
 def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
     tests = tuple(one for one in known if one[0] == "tests" or one == ("target", "test"))
-    return tests + (_JUDGING if stage.option("labelled") else ())
-
-
-_JUDGING = tuple(("target", split) for split in JUDGING)
+    judged = JUDGING if stage.option("labelled") else ()
+    return tests + judged + ((DRAWN_FROM,) if stage.option("shots") else ())
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
@@ -227,8 +250,11 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
         min(sizes.examples(one), stage.config.evaluate.limit or sizes.examples(one))
         for one in tested
     )
-    read = sizes.reading(1 if stage.option("labelled") else 0, *_JUDGING)
-    return Cost(0, round(answers * sizes.length(*tested)), 0, answers) + read
+    read = sizes.reading(1 if stage.option("labelled") else 0, *JUDGING)
+    # The solved examples are read once, but by a model whose cache cannot be shared.
+    shots = min(stage.option("shots", 0), sizes.examples(DRAWN_FROM))
+    tokens = answers * sizes.length(*tested) + shots * sizes.length(DRAWN_FROM)
+    return Cost(0, round(tokens), 0, answers) + read
 
 
 EVALUATE = Kind(2, _settings, _examples, run, _cost)

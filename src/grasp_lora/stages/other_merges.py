@@ -1,4 +1,4 @@
-"""Merge rules of other authors, for comparisons: PEFT's TIES and DARE, and LoRAHub.
+"""Rules that are no setting of a run: the mean of any adapters, PEFT's TIES and DARE, and LoRAHub.
 
 The stage `merge` (`grasp_lora.stages.merge`) uses them. A rule that cannot merge the given adapters
 raises `NotApplicable` with the reason.
@@ -12,7 +12,14 @@ from grasp_lora.adapters.folder import LoadedAdapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import write_json
-from grasp_lora.core.lora import LoraFactors, MergedModule, Part, average_weights, merge
+from grasp_lora.core.lora import (
+    LoraFactors,
+    MergedModule,
+    MergeKind,
+    Part,
+    average_weights,
+    merge,
+)
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
 
@@ -28,6 +35,19 @@ Merged = tuple[Mapping[str, MergedModule], dict[str, Any]]
 
 class NotApplicable(ValueError):
     """A stage cannot run on these adapters or on this machine; the message says why."""
+
+
+def by_mean(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge by the weighted mean of the deltas, exactly: the ranks add up.
+
+    Option `weights` gives a weight for each adapter (default: equal ones). Option `rank` gives the
+    best fit of that rank instead.
+    """
+    weights = work.stage.option("weights") or average_weights(len(loaded))
+    rank = work.stage.option("rank")
+    kind: MergeKind = "cat" if rank is None else "svd"
+    merged = merge(kind, [one.adapter for one in loaded], list(weights), rank)
+    return merged, {"kind": kind, "weights": list(weights)}
 
 
 def by_peft(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
@@ -137,6 +157,7 @@ def lorahub_cost(_stage: Stage, sizes: Sizes) -> Cost:
 
 
 RULES: Mapping[str, Callable[[Work, Sequence[LoadedAdapter]], Merged]] = {
+    "mean": by_mean,
     "peft": by_peft,
     "lorahub": by_lorahub,
 }

@@ -7,6 +7,9 @@ Option `choice` is "weights" (the weights and the strength of a merge that is tr
 "shares" (the target adapter's share in a post-hoc merge, which is not trained). The folder holds
 `weights.json`: the weights, the losses they were chosen by, what was left out as its loss is not
 finite, and the evidence.
+
+With choice "ratio" the only input is a finished `adapter`. It is pruned at the ratios of `RATIOS`
+and measured, without any training, and `ratio.json` says whether one of them gains.
 """
 
 import math
@@ -29,6 +32,7 @@ from grasp_lora.workbench.merge_probes import (
     UntrainedMerge,
     mean_losses,
     measure,
+    measure_ratios,
     weights_of,
 )
 from grasp_lora.workbench.processes import is_main
@@ -42,14 +46,24 @@ SHARE_EXAMPLES = 48
 _WEIGHTED = {n: one for n, one in UNTRAINED_MERGES.items() if one.group in ("merge", "weights")}
 
 
+RATIOS = (0.2, 0.4, 0.6, 0.8)
+RATIO_EXAMPLES = 48
+
+
 def run(work: Work) -> Mapping[str, Any]:
-    """Choose the weights, and write them.
+    """Choose the weights, or judge ratios, and write what was found.
 
     Raises:
         ValueError: an adapter does not fit the backbone, there are fewer than 4 examples, or no
             merge has a finite loss.
     """
     began = time.perf_counter()
+    if work.stage.options["choice"] == "ratio":
+        found = _judged_ratios(work)
+        if is_main():
+            write_json(work.out / "ratio.json", found)
+        forwards = len(found["rows"]) * len(found["losses"])
+        return {"seconds": time.perf_counter() - began, "forwards": forwards}
     choose = {"weights": _chosen_weights, "shares": _chosen_share}[work.stage.options["choice"]]
     found, gain = choose(work)
     evidence = None
@@ -111,6 +125,32 @@ def _chosen_share(work: Work) -> tuple[dict[str, Any], Gain | None]:
     return _chosen(context, found, best, weights), gain
 
 
+def _judged_ratios(work: Work) -> dict[str, Any]:
+    """Return the losses of the adapter at each ratio, and whether the best ratio gains over none.
+
+    The verdict is "learned" if the best ratio gains on examples of contexts that it was not chosen
+    on, and "flat" otherwise.
+    """
+    context = work.context
+    with context.clock.span("probe"):
+        found = measure_ratios(context, work.inputs["adapter"], RATIOS, RATIO_EXAMPLES)
+    whole = {0.0: found.losses[str(0.0)]}
+    pruned = {ratio: found.losses[str(ratio)] for ratio in RATIOS}
+    gain = gain_of_best({str(r): one for r, one in pruned.items()}, {"0": whole[0.0]}, found.groups)
+    shown = gain is not None and gain.shown
+    best = lowest({ratio: sum(one) / len(one) for ratio, one in (whole | pruned).items()})
+    evidence = None if gain is None else {"gain": gain.gain, "standard_error": gain.error}
+    return {
+        "ratio": best if shown and best is not None else 0.0,
+        "verdict": "learned" if shown else "flat",
+        "trained": False,
+        "evidence": evidence or {},
+        "rows": found.ids,
+        "groups": found.groups,
+        "losses": found.losses,
+    }
+
+
 def _chosen(
     context: Context, found: Probed, best: str, weights: tuple[float, ...]
 ) -> dict[str, Any]:
@@ -131,6 +171,8 @@ def _chosen(
 def _settings(stage: Stage) -> tuple[str, ...]:
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     own = ("merge.kind", "merge.rank", "mask_unit", "controller.probe_rows")
+    if stage.options["choice"] == "ratio":
+        own = ("importance", "structure", "controller.probe_rows")
     return ("seed", "model", *own, "evaluate.batch_size", *encoding)
 
 
@@ -140,7 +182,9 @@ def pool_of(stage: Stage) -> tuple[Split, ...]:
 
 
 def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
-    return pool_of(stage)
+    # The input norms of the activation rule are those of the train examples.
+    train = (("target", "train"),) if stage.options["choice"] == "ratio" else ()
+    return (*train, *pool_of(stage))
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
@@ -148,6 +192,8 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     tried, most = (len(_WEIGHTED), EXAMPLES)
     if stage.options["choice"] == "shares":
         tried, most = len(SHARES), SHARE_EXAMPLES
+    if stage.options["choice"] == "ratio":
+        tried, most = 1 + len(RATIOS), RATIO_EXAMPLES
     count = tried * min(most, sizes.examples(*pool))
     return Cost(0, round(count * sizes.length(*pool)), count)
 

@@ -22,6 +22,10 @@ Options:
     random_masks: prune entries drawn at random.
     untrained: prune and measure only, for an adapter that was trained before it was merged.
     joint: train on as many source rows as target rows, in the same batches (our departure).
+    micro_dev: the micro-dev examples judge beside the dev examples.
+    labelled: train on train, dev and micro-dev examples at once, for `epochs` epochs that were
+        chosen before; nothing judges (our departure).
+    epochs: passes over the examples, in place of `train.finetune.epochs`.
     sampler: "tpe", "gp" or "random"; Optuna chooses the ratio from the best dev losses of the
         earlier trials, after `drawn` trials at random.
 """
@@ -106,18 +110,18 @@ def run(work: Work) -> Mapping[str, Any]:
         NotApplicable: option `joint` is given, and there are no source rows.
         Diverged: the training loss became NaN.
     """
-    config, context = work.config, work.context
-    if SOURCE in _beside(work.stage) and not context.data.parts.get("source", {}).get("train"):
+    if SOURCE in _beside(work.stage) and not work.context.data.parts.get("source", {}).get("train"):
         raise NotApplicable(
             "a joint fine-tuning needs source rows: give data.source, with rows to train on"
         )
+    config, context = work.config, _judging(work)
     ratio, spread = ratio_of(work)
     wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
     cut = _Cut(wanted if ratio > 0 else 0.0, config.importance, _drawn(work), config.seed)
     stopwatch, start = Stopwatch(), adapter_in(work.inputs["start"])
     judged_masks = _judged_masks(work, cut)
     with _loaded(context, start, config) as live:
-        result = _trained(work, live, (cut, judged_masks), stopwatch)
+        result = _trained(work, context, live, (cut, judged_masks), stopwatch)
         plain = live.plain_factors()
         zeros, ranks = zeros_of(live), {"whole": _total_rank(plain)}
     if config.structure == "rank" and ratio > 0:
@@ -161,11 +165,22 @@ def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
         return _cutter(work.context, live, cut)()
 
 
+def _judging(work: Work) -> Context:
+    """Return the context; its dev examples are all that judge."""
+    if not work.stage.option("micro_dev", False):
+        return work.context
+    return work.context.judged_by(("dev", "micro_dev"))
+
+
 def _trained(
-    work: Work, live: LiveAdapter, masks: tuple[_Cut, Masks | None], stopwatch: Stopwatch
+    work: Work,
+    context: Context,
+    live: LiveAdapter,
+    masks: tuple[_Cut, Masks | None],
+    stopwatch: Stopwatch,
 ) -> FitResult:
     """Prune the live adapter and train it; afterwards it has its best state."""
-    (cut, judged_masks), context, finetune = masks, work.context, work.config.finetune
+    (cut, judged_masks), finetune = masks, work.config.finetune
     training, before = _training(work)
     cutter = _cutter(context, live, cut)
 
@@ -177,7 +192,7 @@ def _trained(
         live.commit(judged_masks)
     elif cut.some:
         prune()
-    labelled = "judged" in work.inputs
+    labelled = _on_all_labels(work.stage)
     # The judged run may have kept step 0: then the training on all labels has no steps either.
     if work.stage.option("untrained", False) or training.max_steps == 0:
         return NOTHING_TRAINED if labelled else measured(context, live)
@@ -198,7 +213,7 @@ def _trained(
 
 def _training(work: Work) -> tuple[Training, float]:
     """Return the settings of the training, and the epochs that the start was trained before."""
-    training = work.config.training("finetune")
+    training = training_of(work.stage)
     first = work.inputs.get("cut_from", work.inputs["start"])
     continues = work.config.finetune.mode == "continue"
     before = epochs_trained(first) if continues else 0.0
@@ -285,6 +300,17 @@ def zeros_of(live: LiveAdapter) -> dict[str, Any]:
     }
 
 
+def _on_all_labels(stage: Stage) -> bool:
+    return "judged" in stage.inputs or bool(stage.option("labelled", False))
+
+
+def training_of(stage: Stage) -> Training:
+    """Return the settings of the stage's training, before a judged run gives its length."""
+    training, epochs = stage.config.training("finetune"), stage.option("epochs")
+    changed = {} if epochs is None else {"epochs": epochs, "max_steps": None}
+    return training.model_copy(update=changed)
+
+
 def _settings(stage: Stage) -> tuple[str, ...]:
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     own = ["mask_unit", "finetune.mode", "evaluate.batch_size"]
@@ -310,25 +336,32 @@ def _may_prune(stage: Stage) -> bool:
     return "ratio" in stage.inputs or bool(told)
 
 
+def _of_target(stage: Stage) -> tuple[Split, ...]:
+    """Return the sets of target examples that are read, those trained on first."""
+    judges = ("dev", "micro_dev") if stage.option("micro_dev", False) else ("dev",)
+    whole = LABELLED if _on_all_labels(stage) else ("train", *judges)
+    return tuple(("target", split) for split in whole)
+
+
 def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
-    whole = LABELLED if "judged" in stage.inputs else ("train", "dev")
-    beside = (one for one in _beside(stage) if one in known)
-    return (*(("target", split) for split in whole), *beside)
+    return (*_of_target(stage), *(one for one in _beside(stage) if one in known))
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
-    config, train, dev = stage.config, ("target", "train"), ("target", "dev")
-    training = config.training("finetune")
+    config, train = stage.config, ("target", "train")
+    training, judges = training_of(stage), _of_target(stage)[1:]
     rows = Rows((train,), _beside(stage), config.seed)
+    labelled = replace(rows, labelled=_of_target(stage))
     pruned = _may_prune(stage) and config.importance in NEEDS_NORMS
     norms = sizes.reading(1 if pruned and not stage.option("random_masks", False) else 0, train)
     if stage.option("untrained", False):
-        return norms + sizes.reading(1, dev)
+        return norms + sizes.reading(1, *judges)
+    if not _on_all_labels(stage):
+        return norms + training_cost(training, sizes, rows, *judges)
     if "judged" not in stage.inputs:
-        return norms + training_cost(training, sizes, rows, dev)
+        return norms + steps_cost(training, sizes, labelled)
     # The judged run may keep its last epoch, and the passes of a search count as well.
     count = rows.epoch(sizes)
-    labelled = replace(rows, labelled=tuple(("target", split) for split in LABELLED))
     passes = passes_of(training, count)
     if config.finetune.mode == "continue" and "cut_from" in stage.inputs:
         passes += passes_of(config.training("search"), count)

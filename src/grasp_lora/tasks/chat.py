@@ -6,11 +6,12 @@ a system turn, a date or empty thinking tags. The date is fixed, so that a run r
 midnight, or repeated later, sees the same prompts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from grasp_lora.base.words import shown
+from grasp_lora.tasks.fitting import continuation_ids
 from grasp_lora.tasks.records import Prompt
 
 # The date given to chat templates: the default of Llama's templates.
@@ -22,6 +23,9 @@ _DATE_MACRO = (
     + "".join(f" | replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBdHIjmMpSUwyY")
     + " }}{%- endmacro +%}"
 )
+
+SEPARATOR = "\n\n"
+"""What ends the answer of a solved example and separates it from what follows, in plain text."""
 
 _QUESTION_MARK, _ANSWER_MARK = "asked7c1f", "answered7c1f"
 _NO_TEMPLATE = (
@@ -76,6 +80,61 @@ def plain_frame(tokenizer: Any) -> Frame:
     if end is None:
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
     return Frame(before="", between="", lead=" ", after="", end_id=int(end), chat=False)
+
+
+@dataclass(frozen=True)
+class FewShotFrames:
+    """The frames of solved examples and of the question that follows them.
+
+    In `middle` and `last`, `before` is all that stands between the answer ahead and the prompt.
+    """
+
+    first: Frame
+    """Of the first solved example."""
+    middle: Frame
+    """Of every further one."""
+    last: Frame
+    """Of the question. Its end token is what ends the answers of the solved examples."""
+
+
+def few_shot_frames(tokenizer: Any, chat: bool) -> FewShotFrames:
+    """Return the frames of a prompt that holds solved examples.
+
+    In plain text a blank line ends an answer, as in the few-shot prompts of lm-evaluation-harness.
+    In a chat the solved examples are earlier turns of the user and the assistant.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat: use the tokenizer's chat template.
+
+    Raises:
+        ValueError: as in `plain_frame` and `chat_frame`, or the chat template does not treat all
+            earlier turns alike, or the last turn as it treats a single one.
+    """
+    if not chat:
+        first = plain_frame(tokenizer)
+        middle = replace(first, before=SEPARATOR)
+        # A word ahead, since some tokenizers put a space before a text.
+        end = continuation_ids(tokenizer, "a", SEPARATOR)[0]
+        return FewShotFrames(first, middle, replace(middle, end_id=end))
+    single = chat_frame(tokenizer)
+    marks = [f"{mark}{n}" for n in "abc" for mark in (_QUESTION_MARK, _ANSWER_MARK)]
+    roles = ("user", "assistant") * 3
+    turns = [{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)]
+    between: list[str] = []
+    rest = _rendered(tokenizer, turns, add_generation_prompt=False)
+    for mark in marks:
+        text, rest = _halves(rest, mark)
+        between.append(text)
+    before, asked, joint, asked_again, joint_again, last = between
+    if (asked, joint, last) != (asked_again, joint_again, single.between + single.lead):
+        raise ValueError(
+            "the chat template does not write all turns of a conversation alike, so no solved "
+            "examples can be earlier turns; set data.chat to false"
+        )
+    lead = asked[len(asked.rstrip()) :] if single.lead else ""
+    first = Frame(before, asked.removesuffix(lead), lead, "", single.end_id, chat=True)
+    return FewShotFrames(first, replace(first, before=joint), replace(single, before=joint))
 
 
 def chat_frame(tokenizer: Any) -> Frame:

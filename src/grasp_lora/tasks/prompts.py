@@ -184,6 +184,16 @@ def _label_of(lines: list[str], at: int) -> int:
     return above if direct or _HEADING.match(lines[above]) else at
 
 
+def first_words(task: Task, template: str) -> str:
+    """Return the first line of a template up to its first field; "" if it begins with a field.
+
+    Raises:
+        ValueError: see `template_fields`.
+    """
+    places = [template.index(f"{{{name}}}") for name in template_fields(task, template)]
+    return template[: min(places)].strip().partition("\n")[0].strip()
+
+
 def render(task: Task, example: Example, template: str | None = None) -> Prompt:
     """Return the prompt of an example; its body is the first field, which may be shortened.
 

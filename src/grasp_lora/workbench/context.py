@@ -78,9 +78,14 @@ class Context:
         This is `data.max_length`, or the task's own limit, but never more than the model's number
         of positions.
         """
-        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
         wanted = max_length(self.config)
-        return wanted if reach is None else min(wanted, int(reach))
+        return wanted if self.positions is None else min(wanted, self.positions)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model reads; None if its config gives no number."""
+        reach = getattr(self.backbone.model.config.get_text_config(), _POSITIONS, None)
+        return None if reach is None else int(reach)
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
         """Return the examples of a role in `split`; may be empty.
@@ -127,10 +132,17 @@ class Context:
         train = tuple(example for split in LABELLED for example in parts.get(split, ()))
         return self.on_target({"train": train})
 
+    def judged_by(self, splits: Sequence[str]) -> "Context":
+        """Return a context whose target dev set holds the examples of these splits."""
+        parts = self.data.parts["target"]
+        dev = tuple(example for split in splits for example in parts.get(split, ()))
+        return self.on_target({"train": parts.get("train", ()), "dev": dev})
+
     def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
         """Return a context with other labelled target examples; the test examples are the same.
 
-        Extra rows that share an id or a text with the new dev examples are left out.
+        Extra rows that share an id or a text with train examples that become dev examples are left
+        out: nothing else of the target may be like them.
 
         Args:
             labelled: "train", "dev" or "micro_dev" -> examples; a split that is missing is empty.
@@ -138,10 +150,11 @@ class Context:
         parts = self.data.parts["target"]
         kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
         changed = {"target": kept | dict(labelled)}
-        extra = self.data.parts.get("extra")
-        if extra is not None and labelled.get("dev"):
+        extra, trained = self.data.parts.get("extra"), {e.id for e in parts.get("train", ())}
+        held = [example for example in labelled.get("dev", ()) if example.id in trained]
+        if extra is not None and held:
             threshold = self.config.data.near_duplicates
-            changed["extra"] = {"train": without_held(extra["train"], labelled["dev"], threshold)}
+            changed["extra"] = {"train": without_held(extra["train"], held, threshold)}
         same = self.data.parts.keys() - changed.keys()
         return Context(
             self.config,

@@ -19,8 +19,10 @@ from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
+from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import POOLS, Context
+from grasp_lora.workbench.merged_folder import read_start
 
 EXAMPLES = 16
 MERGE = "merge"
@@ -120,15 +122,7 @@ def measure(
     loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
-    pool = context.rows("target", POOLS[config.controller.probe_rows])
-    if len(pool.encoded) < 4:
-        raise ValueError(
-            f"comparing merges needs at least 4 micro-dev or dev examples, got "
-            f"{len(pool.encoded)}; raise data.target.rows.micro_dev"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
-    batches = pool.batches(drawn)
+    examples, batches = _drawn(context, rows)
     kind, rank = config.merge.kind, config.merge.rank
     usual = configured_weights(config.merge.weights, [one.adapter for one in loaded])
     losses: dict[str, list[float]] = {}
@@ -142,14 +136,52 @@ def measure(
                 [weights[i] for i in kept],
                 rank if both else None,
             )
-            losses |= _measure(context, merged, alike, batches, len(drawn))
+            losses |= _measure(context, merged, alike, batches, len(examples))
             done(len(losses))
-    examples = [pool.encoded[i] for i in drawn]
     return Probed(
         [example.id for example in examples],
         [example.group for example in examples],
         {name: losses[name] for name in variants},
     )
+
+
+def measure_ratios(context: Context, folder: Path, ratios: Sequence[float], rows: int) -> Probed:
+    """Return the losses of an adapter, whole ("0.0") and pruned at each ratio, without training.
+
+    Args:
+        context: examples and backbone.
+        folder: an adapter folder.
+        ratios: fractions removed, in (0, 1).
+        rows: as in `measure`.
+
+    Raises:
+        ValueError: the adapter does not fit the backbone, or there are fewer than 4 examples.
+    """
+    examples, batches = _drawn(context, rows)
+    pruned = {str(ratio): ratio for ratio in ratios}
+    with context.live(read_start(folder, context.backbone), "merged") as live:
+        live.model.eval()
+        found = {str(0.0): example_losses(live.model, batches, len(examples))}
+        found |= _pruned(context, live, pruned, batches, len(examples))
+    return Probed([one.id for one in examples], [one.group for one in examples], found)
+
+
+def _drawn(context: Context, rows: int) -> tuple[list[EncodedExample], Any]:
+    """Return the examples that untrained adapters are measured on, and their batches.
+
+    Raises:
+        ValueError: there are fewer than 4 examples.
+    """
+    config = context.config
+    pool = context.rows("target", POOLS[config.controller.probe_rows])
+    if len(pool.encoded) < 4:
+        raise ValueError(
+            f"comparing merges needs at least 4 micro-dev or dev examples, got "
+            f"{len(pool.encoded)}; raise data.target.rows.micro_dev"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
+    return [pool.encoded[i] for i in drawn], pool.batches(drawn)
 
 
 def mean_losses(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Recipes as data, and the choice among them within a budget."""

@@ -1,0 +1,277 @@
+"""Choose a recipe within a budget: ask for trials, be told their losses, decide.
+
+Everything here is a pure function of what was told, so an interrupted choice goes on from the
+trials that are done. A trial fine-tunes a start on the train examples and measures the held
+examples, dev and micro-dev together, after every epoch. The decision is by the losses of the held
+examples, in pairs and over contexts. The choice is our departure from arXiv 2601.06702.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Literal
+
+from grasp_lora.core.evidence.crossfit import finite_only, gain_of_best, within_one_error_of_best
+from grasp_lora.core.evidence.groups import Gain
+from grasp_lora.core.recipes.recipe import Recipe
+
+Prefer = Literal["best", "small", "simple"]
+FIRST: Mapping[str, float] = {"source": 3.0, "average": 1.0}
+"""Start -> multiple of the configured step size that is tried first. The source adapter has far to
+go, an average is near and overshoots at a larger step."""
+STEPS = (1.0, 3.0, 10.0)
+"""Multiples of the configured step size, in order."""
+MOST = 2
+"""Finalists, at most, that are trained on all labels."""
+_SHOTS = "few-shot-"
+PATIENCE = 2
+"""Epochs without a lower loss of the held examples after which a trial stops."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What readings cost, in tokens.
+
+    Attributes:
+        plain: a plain fine-tuning run as configured; the unit of the budget.
+        train: one pass over the train examples.
+        held: one reading of the held examples.
+        labelled: one pass over all labelled examples.
+    """
+
+    plain: float
+    train: float
+    held: float
+    labelled: float
+
+    def trial(self, epochs: int) -> float:
+        """Return the tokens of a trial: its passes, and a measurement before and after each."""
+        return epochs * self.train + (epochs + 1) * self.held
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be chosen.
+
+    Attributes:
+        starts: keys of `recipe.STARTS` that can be fine-tuned here, the most promising first.
+        prices: what readings cost.
+        budget: tokens that may be spent, the trainings on all labels included.
+        spent: tokens that are spent before the first trial.
+        epochs: the longest trial.
+        groups: group of each held example.
+    """
+
+    starts: tuple[str, ...]
+    prices: Prices
+    budget: float
+    spent: float
+    epochs: int
+    groups: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fine-tuning on the train examples.
+
+    Attributes:
+        recipe: start and step size.
+        epochs: passes over the train examples, at most; it stops after `PATIENCE` passes without
+            a lower loss.
+    """
+
+    recipe: Recipe
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """The outcome of a trial.
+
+    Attributes:
+        trial: what was asked for.
+        losses: loss of each held example in nats, [evaluations, examples]: before the first epoch
+            and after each that was done. Empty where the trial could not run.
+        refused: why it could not run.
+    """
+
+    trial: Trial
+    losses: tuple[tuple[float, ...], ...]
+    refused: str | None = None
+
+    @property
+    def best(self) -> int:
+        """The epochs after which the mean loss is lowest; 0 is the start itself."""
+        means = [fmean(one) for one in self.losses]
+        finite = [place for place, mean in enumerate(means) if math.isfinite(mean)]
+        return min(finite, key=means.__getitem__) if finite else 0
+
+    def tokens(self, prices: Prices) -> float:
+        """Return what the trial cost."""
+        return prices.trial(len(self.losses) - 1) if self.losses else 0.0
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """An adapter that goes into the result.
+
+    Attributes:
+        recipe: how it is made; not trained where the start itself is meant.
+        epochs: passes over all labelled examples; 0 where nothing is trained.
+        judged: loss of each held example, of the same recipe on the train examples alone.
+    """
+
+    recipe: Recipe
+    epochs: int
+    judged: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is shipped, and why.
+
+    Attributes:
+        finalists: what the result is the mean of; one is shipped as it is.
+        simple: name of the best system that needs no choice, and that the gain is over.
+        gain: what the choice saves over `simple`, on held examples that it was not made on, in
+            nats; None with fewer than four groups.
+        why: the decision in words.
+    """
+
+    finalists: tuple[Finalist, ...]
+    simple: str
+    gain: Gain | None
+    why: str
+
+
+def ask(task: Task, told: Sequence[Told]) -> tuple[Trial, ...]:
+    """Return the trials to do next; none when the decision can be made.
+
+    First every start is tried at its step of `FIRST`. What is left of the budget goes to the start
+    with the lowest loss: to a larger step where its loss still fell at the last epoch, to a smaller
+    one where it fell for one epoch at most.
+
+    Args:
+        task: what is to be chosen.
+        told: the outcomes of all trials that were asked for before.
+    """
+    known = {one.trial.recipe for one in told}
+    paid = task.spent + sum(one.tokens(task.prices) for one in told)
+    left = task.budget - paid
+    asked: list[Trial] = []
+    for start in task.starts:
+        recipe = Recipe(start, FIRST[start])
+        trial = _affordable(task, recipe, left - _final(task))
+        if recipe not in known and trial is not None:
+            asked.append(trial)
+            left -= task.prices.trial(trial.epochs)
+    if asked or not told:
+        return tuple(asked)
+    recipe = _next_step(told)
+    if recipe is None or recipe in known:
+        return ()
+    trial = _affordable(task, recipe, left - 2 * _final(task))
+    return () if trial is None else (trial,)
+
+
+def _final(task: Task) -> float:
+    """Return the tokens that the longest training on all labels takes."""
+    return task.prices.labelled * task.epochs
+
+
+def _affordable(task: Task, recipe: Recipe, left: float) -> Trial | None:
+    """Return a trial as long as the budget allows; None below two epochs."""
+    prices = task.prices
+    epochs = min(task.epochs, int((left - prices.held) / (prices.train + prices.held)))
+    return Trial(recipe, epochs) if epochs >= min(2, task.epochs) else None
+
+
+def _next_step(told: Sequence[Told]) -> Recipe | None:
+    """Return the best start with the next step size, if its best epoch is at an end."""
+    done = [one for one in told if one.losses]
+    if not done:
+        return None
+    best = min(done, key=lambda one: fmean(one.losses[one.best]))
+    step = best.trial.recipe.step
+    assert step is not None, "a trial trains"
+    place = STEPS.index(step)
+    if best.best == len(best.losses) - 1:
+        place += 1
+    elif best.best <= 1:
+        place -= 1
+    else:
+        return None
+    return replace(best.trial.recipe, step=STEPS[place]) if 0 <= place < len(STEPS) else None
+
+
+def decide(
+    task: Task, told: Sequence[Told], simple: Mapping[str, Sequence[float]], prefer: Prefer = "best"
+) -> Decision:
+    """Return what is shipped.
+
+    Args:
+        task: what was to be chosen.
+        told: the outcomes of all trials.
+        simple: name -> loss of each held example, of what needs no training. Names that are keys of
+            `recipe.STARTS` are starts.
+        prefer: "simple" ships what needs no training if it is within one standard error.
+
+    Raises:
+        ValueError: nothing has a finite loss.
+    """
+    plain = finite_only(simple)
+    tuned = _tuned(told)
+    if not plain and not tuned:
+        raise ValueError(
+            "no trial and no simple system has a finite loss on the held examples: use model.dtype "
+            "float32 if the model overflows in half precision, and check that the adapters belong "
+            "to this backbone"
+        )
+    least = min(plain, key=lambda name: math.fsum(plain[name]), default=None)
+    gain = None
+    if least is not None and tuned:
+        named = {str(place): one.judged for place, one in enumerate(tuned)}
+        gain = gain_of_best(named, plain, task.groups)
+    best = min(tuned, key=lambda one: math.fsum(one.judged), default=None)
+    if best is None or (least is not None and _level(best, plain[least], task, prefer)):
+        assert least is not None, "something has a finite loss"
+        start = simple_recipe(least)
+        return Decision((Finalist(start, 0, tuple(plain[least])),), least, None, "simple")
+    within = within_one_error_of_best(
+        {str(place): one.judged for place, one in enumerate(tuned)}, task.groups
+    )
+    near = sorted((tuned[int(place)] for place in within), key=lambda one: math.fsum(one.judged))
+    kept = {one.recipe.start: one for one in reversed(near)}
+    finalists = [one for one in near if kept[one.recipe.start] is one][:MOST]
+    return Decision(tuple(finalists), least or "nothing", gain, "tuned")
+
+
+def _tuned(told: Sequence[Told]) -> list[Finalist]:
+    """Return each trial that got better by training, at its best epoch."""
+    found: list[Finalist] = []
+    for one in told:
+        if one.losses and one.best > 0 and all(map(math.isfinite, one.losses[one.best])):
+            whole = replace(one.trial.recipe, rows="labelled")
+            found.append(Finalist(whole, one.best, one.losses[one.best]))
+    return found
+
+
+def _level(best: Finalist, simple: Sequence[float], task: Task, prefer: Prefer) -> bool:
+    """Return whether a simple system is shipped in place of the best trained one."""
+    if math.fsum(simple) <= math.fsum(best.judged):
+        return True
+    both = {"trained": best.judged, "simple": simple}
+    return prefer == "simple" and "simple" in within_one_error_of_best(both, task.groups)
+
+
+def simple_recipe(name: str) -> Recipe:
+    """Return the recipe that trains nothing of a name: a start, or "few-shot-K"."""
+    if name.startswith(_SHOTS):
+        return Recipe("backbone", None, shots=int(name.removeprefix(_SHOTS)))
+    return Recipe(name, None)
+
+
+def simple_name(recipe: Recipe) -> str:
+    """Return the name of the simple system that a recipe starts from."""
+    return f"{_SHOTS}{recipe.shots}" if recipe.shots else str(recipe.start)
