@@ -493,7 +493,7 @@ def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypat
 
 
 def test_a_run_with_extra_rows_records_them_and_does_nothing_twice(workplace):
-    values = settings(workplace, evaluate=QUICK).to_dict()
+    values = settings(workplace, evaluate=QUICK).to_dict() | {"recipe": "grasp"}
     path = write_rows(workplace / "extra.jsonl", range(5), prefix="x")
     values["data"]["extra"] = {"files": str(path), "weight": 0.5}
     config = RunConfig.model_validate(values)
