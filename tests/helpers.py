@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from grasp_lora.models.cache import SHORT_NAMES, cache_folder
+from grasp_lora.workbench import fit
 
 TINY_VOCAB = 272
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
@@ -367,3 +368,16 @@ def packaged_tokenizer(name: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         file = source.assemble(Path(scratch))
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def rows_trained(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that receives every encoded example that a training reads from now on."""
+    read: list[Any] = []
+    plain = fit._timed
+
+    def noted(collate: Any, clock: Any) -> Any:
+        batch = plain(collate, clock)
+        return lambda rows: (read.extend(rows), batch(rows))[1]
+
+    patch.setattr(fit, "_timed", noted)
+    return read

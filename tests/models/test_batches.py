@@ -5,7 +5,19 @@ import itertools
 import pytest
 import torch
 
-from grasp_lora.models.batches import EpochExamples, epoch_order, group_by_prefix, size_forwards
+from grasp_lora.models.batches import (
+    Beside,
+    EpochExamples,
+    epoch_order,
+    group_by_prefix,
+    in_turn,
+    size_forwards,
+)
+
+
+class Row:
+    def __init__(self, length):
+        self.input_ids = (0,) * length
 
 
 def lengths_of(count, seed=0):
@@ -61,16 +73,65 @@ def test_an_unknown_order_is_refused():
 
 
 def test_the_rows_come_in_the_order_of_the_epoch_announced():
-    class Row:
-        def __init__(self, length):
-            self.input_ids = (0,) * length
-
     rows = [Row(length) for length in lengths_of(9)]
     data = EpochExamples(rows, 7, 4)
     for epoch in (0, 3, 1):
         data.set_epoch(epoch)
         expected = epoch_order([len(r.input_ids) for r in rows], epoch, 7, 4)
         assert [data[i] for i in range(len(data))] == [rows[i] for i in expected]
+
+
+@pytest.mark.parametrize(("count", "per_epoch"), [(7, 3), (8, 4), (5, 5), (1, 1), (9, 2), (4, 0)])
+def test_rows_beside_come_in_turn_from_epoch_to_epoch(count, per_epoch):
+    epochs = [in_turn(count, per_epoch, epoch, 3) for epoch in range(20)]
+    assert all(len(set(epoch)) == per_epoch for epoch in epochs), "no row twice in an epoch"
+    read = [place for epoch in epochs for place in epoch]
+    # One pass after the other: no row comes again before all others have.
+    for start in range(0, len(read) - count, count):
+        assert sorted(read[start : start + count]) == list(range(count))
+    assert epochs[4] == in_turn(count, per_epoch, 4, 3)
+
+
+def test_another_seed_takes_the_rows_beside_in_another_order():
+    assert in_turn(50, 20, 0, 0) != in_turn(50, 20, 0, 1)
+    assert in_turn(50, 20, 0, 0) != sorted(in_turn(50, 20, 0, 0))
+
+
+@pytest.mark.parametrize("order", ["by-step", "by-length"])
+def test_an_epoch_reads_all_rows_and_those_beside_them_whose_turn_it_is(order):
+    lengths = lengths_of(8 + 7 + 5)
+    for epoch in range(9):
+        places = epoch_order(lengths, epoch, 3, 4, order, [(7, 3), (5, 2)])
+        first = [8 + place for place in in_turn(7, 3, epoch, 3)]
+        second = [15 + place for place in in_turn(5, 2, epoch, 3)]
+        assert sorted(places) == sorted([*range(8), *first, *second])
+        for start in range(0, 13, 4):
+            step = [lengths[i] for i in places[start : start + 4]]
+            assert step == sorted(step, reverse=True)
+
+
+def test_rows_beside_are_shuffled_among_the_others():
+    shares = [
+        sum(place >= 24 for place in epoch_order([9] * 48, epoch, 1, 4, beside=[(24, 24)])[:24])
+        for epoch in range(40)
+    ]
+    # Of 48 shuffled rows the first half has 12 of 24 on average, with a deviation of 1.75.
+    assert abs(sum(shares) / 40 - 12) < 1
+    assert len(set(shares)) > 3
+
+
+def test_examples_beside_follow_the_epoch_announced():
+    rows = [Row(length) for length in lengths_of(4)]
+    others = [Row(length) for length in lengths_of(6, 1)]
+    data = EpochExamples(rows, 7, 4, beside=[Beside(others, 2)])
+    seen = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        read = [data[i] for i in range(len(data))]
+        assert len(read) == 6
+        assert all(row in read for row in rows)
+        seen += [row for row in read if row in others]
+    assert all(seen.count(row) == 1 for row in others), "three epochs of two are all six"
 
 
 def cost(lengths, cuts, forward_tokens):

@@ -118,6 +118,86 @@ def too_few_rows(folder: Path, values: dict[str, Any]) -> None:
     values["data"]["target"] = {"language": "es", "files": str(path), "rows": rows}
 
 
+def beside(folder: Path, values: dict[str, Any], **changes: Any) -> Path:
+    """Give the target a file for each part, and extra rows; return the file of these."""
+    files(folder, values)
+    path = write_rows(folder / "extra.jsonl", range(8), prefix="x")
+    values["data"]["extra"] = {"files": str(path)} | changes
+    return path
+
+
+def extra_weight_of_0(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, weight=0)
+
+
+def negative_extra_weight(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, weight=-1)
+
+
+def huge_extra_weight(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, weight=2000)
+
+
+def extra_without_files(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values)
+    del values["data"]["extra"]["files"]
+
+
+def missing_extra_file(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values).unlink()
+
+
+def extra_of_another_task(folder: Path, values: dict[str, Any]) -> None:
+    path = beside(folder, values)
+    path.write_text(json.dumps({"id": "x0", "article": "A house.", "summary": "House."}) + "\n")
+
+
+def extra_preset_of_another_task(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, files="xlsum")
+
+
+def preset_of_another_task_for_tests(folder: Path, values: dict[str, Any]) -> None:
+    files(folder, values)
+    values["data"]["tests"] = {"news": {"language": "es", "files": "xlsum"}}
+
+
+def extra_file_for_each_part(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, files={"train": str(beside(folder, values))})
+
+
+def extra_leaks_to_dev(folder: Path, values: dict[str, Any]) -> None:
+    path = beside(folder, values)
+    append(path, row(folder / "dev.jsonl") | {"id": "new", "question": "Another one?"})
+
+
+def extra_leaks_to_test(folder: Path, values: dict[str, Any]) -> None:
+    path = beside(folder, values)
+    append(path, row(folder / "test.jsonl") | {"id": "new"})
+
+
+def extra_leaks_to_a_further_test_set(folder: Path, values: dict[str, Any]) -> None:
+    path = beside(folder, values)
+    values["data"]["tests"] = {"news": {"language": "es", "files": str(path)}}
+
+
+def all_extra_parallel(folder: Path, values: dict[str, Any]) -> None:
+    write_rows(beside(folder, values), SPANS["test"])
+
+
+def too_few_extra_rows(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values, rows=20)
+
+
+def extra_without_target_rows(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values)
+    del values["data"]["target"]["files"]["train"]
+
+
+def extra_without_target(folder: Path, values: dict[str, Any]) -> None:
+    beside(folder, values)
+    del values["data"]["target"]
+
+
 def short_search(folder: Path, values: dict[str, Any]) -> None:
     values["controller"] = {"interval": 9, "rows": 4}
 
@@ -176,6 +256,22 @@ FAULTS: dict[Fault, str] = {
     parallel_languages: r"'q16' of source/train and 'q16' of target/test \(the same id\)",
     parallel_contexts: r"'en-new' of source/train and 'q16' of target/test .* --allow-leakage",
     too_few_rows: r"too few rows: .* need 16, there are 6 .* ask for fewer or give more rows",
+    extra_weight_of_0: r"data\.extra\.weight: got 0; give a number above 0",
+    negative_extra_weight: r"data\.extra\.weight: got -1; give a number above 0",
+    huge_extra_weight: r"data\.extra\.weight: got 2000; give a number of at most 1000",
+    extra_without_files: r"1 fault\n  data\.extra\.files: required",
+    missing_extra_file: r"data\.extra\.files: '.*extra\.jsonl' does not exist; correct the path",
+    extra_of_another_task: r"extra\.jsonl: no column for context.*name the right one in columns",
+    extra_preset_of_another_task: r"data\.extra\.files: the preset xlsum is for .*summarization",
+    preset_of_another_task_for_tests: r"data\.tests\.news\.files: the preset xlsum is for",
+    extra_file_for_each_part: r"1 fault\n  data\.extra\.files: .*one file",
+    extra_leaks_to_dev: r"'q8' of target/dev and 'new' of extra/train \(the same group\).* --allow",
+    extra_leaks_to_test: r"'q16' of target/test and 'new' of extra/train \(the same group\)",
+    extra_leaks_to_a_further_test_set: r"8 pairs .*'x0' of extra/train and 'x0' of tests/news",
+    all_extra_parallel: r"data\.extra: all 4 rows are left out.*; give other rows",
+    too_few_extra_rows: r"too few rows: the splits \{'extra': 20\} need 20, there are 8",
+    extra_without_target_rows: r"1 fault\n  data\.target\.files\.train: required, not given",
+    extra_without_target: r"1 fault\n  data\.target: required",
     short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise train\.search\.epochs",
     crossed_bounds: r"controller: .*0\.6.*0\.2",
     bound_of_one: r"controller: .*1\.0",

@@ -11,9 +11,10 @@ from grasp_lora.plans.compare import plan_of
 from grasp_lora.plans.run import run
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, run_plan
 from grasp_lora.stages.stage import Sizes
+from grasp_lora.workbench.beside import target_epoch
 from grasp_lora.workbench.rows import RunData
 from helpers import tiny_backbone_folder
-from jobs import TRAINED, job, with_trainings
+from jobs import TRAINED, job, with_trainings, write_rows
 
 SPLITS = {"train": 11, "dev": 4, "micro_dev": 4, "test": 4}
 BATCH = {"batch_size": 2, "accumulation": 2}
@@ -118,3 +119,32 @@ def test_the_steps_done_are_equal_as_well(tmp_path):
 
     assert (done("search"), done("final")) == (5, 2 * TRAINED // 4)
     assert done(TUNED) == done(UNPRUNED) == 5 + 4
+
+
+@pytest.mark.parametrize("mode", ["restart", "continue"])
+@pytest.mark.parametrize("there", [3, 40])
+def test_with_extra_rows_too_all_are_trained_as_long(config_of, tmp_path, mode, there):
+    """An epoch reads 11 labelled and up to 11 extra rows: in 6 steps, or in 4 of 14 rows."""
+    path = write_rows(tmp_path / "extra.jsonl", range(there))
+    data = job(tmp_path)["data"] | {"extra": {"files": str(path)}}
+    config = config_of(mode, {"max_steps": 9}, {"max_steps": 7}, data=data)
+    rows = RunData(examples().parts | {"extra": {"train": [None] * there}})
+    read, per_epoch = (14, 4) if there == 3 else (22, 6)
+    assert target_epoch(config, rows) == read
+
+    def lengths(plan):
+        parts = {("target", name): count for name, count in SPLITS.items()}
+        parts[("extra", "train")] = there
+        sizes = Sizes(parts, dict.fromkeys(parts, 5.0))
+        return {name: cost.steps for name, cost in plan.cost(sizes).items()}
+
+    whole = 7 + (9 if mode == "continue" else 0)
+    steps = lengths(run_plan(config, rows).plan)
+    assert (steps[TUNED], steps[UNPRUNED], steps["final"]) == (whole, whole, 7)
+    config = config_of(mode, {"epochs": 2}, {"epochs": 3}, data=data)
+    steps = lengths(run_plan(config, rows).plan)
+    passes = 3 + (2 if mode == "continue" else 0)
+    assert (steps[TUNED], steps["search"]) == (passes * per_epoch, 2 * per_epoch)
+    plan, _ = plan_of(config_of(mode, {"max_steps": 9}, {"max_steps": 7}, data=data), (1,), read)
+    steps = lengths(plan)
+    assert steps["source-finetuned-s1/final"] == steps["grasp-restart-s1/search"] == whole

@@ -32,7 +32,7 @@ from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import SearchCallback
 from grasp_lora.workbench import context, fit
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import with_trainings
+from jobs import with_trainings, write_rows
 
 
 def settings(folder: Path, **changes) -> RunConfig:
@@ -490,3 +490,24 @@ def test_a_stage_whose_times_were_not_kept_is_said_to_be_so(workplace, monkeypat
     assert told in (out / "report.md").read_text()
     assert told in (out / "profile.md").read_text()
     assert read_json(out / "provenance.json")["time"]["stages"]["merged"] is None
+
+
+def test_a_run_with_extra_rows_records_them_and_does_nothing_twice(workplace):
+    values = settings(workplace, evaluate=QUICK).to_dict() | {"recipe": "grasp"}
+    path = write_rows(workplace / "extra.jsonl", range(5), prefix="x")
+    values["data"]["extra"] = {"files": str(path), "weight": 0.5}
+    config = RunConfig.model_validate(values)
+    out = run(config, quiet=True)
+    record = read_json(out / "data.json")["extra"]
+    assert record["splits"] == {"train": [f"x{n}" for n in range(5)]}
+    # 8 labelled and 4 extra rows by fours, two epochs each
+    for name, steps in (("adapters/target", 3), ("search", 6), ("final", 6)):
+        assert read_json(out / name / "stage.json")["steps"] == steps, name
+    assert read_json(out / "adapters/source" / "stage.json")["steps"] == 2
+    before = {name: (out / name / "stage.json").stat().st_mtime_ns for name in ("search", "final")}
+    (out / "done.json").unlink()
+    run(config, quiet=True)
+    assert before == {n: (out / n / "stage.json").stat().st_mtime_ns for n in before}
+    write_rows(path, range(6), prefix="x")
+    with pytest.raises(ValueError, match="the examples of extra/train have changed"):
+        run(config, quiet=True)

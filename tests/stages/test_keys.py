@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from grasp_lora.base.files import jsonable, read_json, write_json
 from grasp_lora.config.run_config import RunConfig, make_config
 from grasp_lora.models.content import files_content
-from grasp_lora.stages.keys import Key, differences, input_content, key_of
+from grasp_lora.stages.keys import Key, differences, hash_of, input_content, key_of
 from grasp_lora.stages.stage import Stage
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.rows import RunData, load_run_data
@@ -239,3 +239,81 @@ def test_a_stored_key_is_that_of_the_file(place, data, tmp_path):
     for kind, key in keys(settings(place), data).items():
         write_json(tmp_path / "stage.json", {"key": key})
         assert not differences(read_json(tmp_path / "stage.json")["key"], key), kind
+
+
+def with_extra(place: Path, name: str = "extra.jsonl", count: int = 5, **changes) -> RunConfig:
+    path = write_rows(place / name, range(count), prefix="x")
+    values = job(place)
+    values["data"] |= {"extra": {"files": str(path)} | changes}
+    return make_config(values)
+
+
+def keys_with_extra(place: Path, name: str = "extra.jsonl", count: int = 5, **changes):
+    config = with_extra(place, name, count, **changes)
+    return keys(config, load_run_data(config, lambda _line: None))
+
+
+def test_extra_rows_change_the_keys_of_what_trains_on_target_rows(place, data):
+    plain, found = keys(settings(place), data), keys_with_extra(place)
+    told = [
+        "data.extra.weight was none, is 1",
+        "the examples of extra/train have changed",
+    ]
+    assert changed(plain, found) == dict.fromkeys(("train", "search", "prune"), told)
+    assert not any("extra" in str(key) for key in plain.values())
+
+
+def test_other_extra_rows_or_another_weight_are_told(place):
+    before = keys_with_extra(place)
+    trained = ("train", "search", "prune")
+    assert changed(before, keys_with_extra(place, "moved.jsonl")) == {}
+    told = changed(before, keys_with_extra(place, weight=2))
+    assert told == dict.fromkeys(trained, ["data.extra.weight was 1, is 2"])
+    told = changed(before, keys_with_extra(place, "more.jsonl", 6))
+    assert told == dict.fromkeys(trained, ["the examples of extra/train have changed"])
+    told = changed(before, keys_with_extra(place, prompt="{question} {context}"))
+    line = 'data.extra.prompt was none, is "{question} {context}"'
+    assert told == dict.fromkeys(trained, [line])
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Stage("a", "train", None, options={"role": "source"}),  # type: ignore[arg-type]
+        Stage("b", "search", None, options={"untrained": True}),  # type: ignore[arg-type]
+        Stage("c", "prune", None, options={"untrained": True, "ratio": 0.5}),  # type: ignore[arg-type]
+        Stage("d", "probe", None, options={"choice": "weights"}),  # type: ignore[arg-type]
+        Stage("e", "evaluate", None, options={"labelled": True}),  # type: ignore[arg-type]
+    ],
+    ids=lambda stage: stage.kind,
+)
+def test_what_does_not_train_on_target_rows_has_the_key_it_had(place, data, stage):
+    config = with_extra(place)
+    more = load_run_data(config, lambda _line: None)
+    one, other = (
+        key_of(replace(stage, config=settings_, name=stage.name), KINDS[stage.kind], rows, BASE, {})
+        for settings_, rows in ((settings(place), data), (config, more))
+    )
+    assert hash_of(one) == hash_of(other)
+    assert not differences(one, other)
+
+
+def test_folds_depend_on_which_extra_rows_are_like_theirs(place):
+    config = with_extra(place)
+    data = load_run_data(config, lambda _line: None)
+    fold = Stage("a", "train", config, options={"role": "target", "folds": 5, "fold": 1})
+    for stage, counts in ((fold, True), (replace(fold, options={"role": "target"}), False)):
+        key = key_of(stage, KINDS["train"], data, BASE, {})
+        assert ("data.near_duplicates" in key["settings"]) == counts
+
+
+def test_joint_batches_read_the_source_rows(place, data):
+    plain = replace(STAGES["prune"], config=settings(place))
+    joint = replace(plain, options={"ratio": 0.5, "joint": True})
+    one, other = (key_of(stage, KINDS["prune"], data, BASE, {}) for stage in (plain, joint))
+    assert differences(one, other) == [
+        "joint was none, is true",
+        "the examples of source/train have changed",
+    ]
+    never = replace(plain, options={"ratio": 0.5, "joint": False})
+    assert hash_of(key_of(never, KINDS["prune"], data, BASE, {})) == hash_of(one)

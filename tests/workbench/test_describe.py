@@ -129,3 +129,17 @@ def test_a_file_that_is_there_is_not_replaced_unasked(place):
         describe_data(config, out, quiet=True)
     assert out.read_text() == "precious"
     assert describe_data(config, out, quiet=True, overwrite=True) in out.read_text()
+
+
+def test_extra_rows_are_described_beside_the_others(place):
+    values = job(place)
+    path = write_rows(place / "extra.jsonl", range(5), prefix="x")
+    values["data"]["extra"] = {"files": str(path)}
+    text = describe_data(make_config(values), quiet=True)
+    assert cells(text, "extra/train")[1:4] == ["es", "5", "5"]
+    assert "- extra rows, which are no labels: 5" in text
+    test = load_run_data(make_config(job(place)), lambda _line: None).parts["target"]["test"][0]
+    leaking = dict(test.fields) | {"id": "new", "answers": list(test.references)}
+    path.write_text(json.dumps(leaking) + "\n")
+    text = describe_data(make_config(values), quiet=True)
+    assert f"target/test {test.id} and extra/train new" in text

@@ -53,7 +53,7 @@ def test_source_rows_parallel_to_the_target_are_left_out_before_the_split(tmp_pa
     assert not used & {e.id for e in data.parts["source"]["train"]}
     assert (
         "source: 20 rows left out, as they or others of their context share an id with a target "
-        "row: one id in two languages means a translation"
+        "row: an equal id means a translation"
     ) in said
     assert data.leaks == ()
 
@@ -339,3 +339,141 @@ def test_hub_test_sets_are_one_published_split():
     tests = {"x": {"language": "es", "files": {"hub": "a/b", "splits": {"train": "train"}}}}
     with pytest.raises(ValueError, match=r"splits: \{test: NAME\}"):
         loaded({"target": {"language": "es"}, "tests": tests})
+
+
+def extra(folder: Path, numbers: range, prefix: str = "x", **changes: Any) -> dict[str, Any]:
+    return {"files": str(write_rows(folder / "extra.jsonl", numbers, prefix))} | changes
+
+
+def test_extra_rows_are_a_role_of_their_own_with_one_set(tmp_path):
+    section = extra(tmp_path, range(12), rows=5)
+    data, said = loaded({"target": target(tmp_path), "extra": section})
+    without, _ = loaded({"target": target(tmp_path)})
+    assert data.parts["target"] == without.parts["target"]
+    (rows,) = data.parts["extra"].values()
+    assert len(rows) == 5
+    assert {e.id for e in rows} < {f"x{n}" for n in range(12)}
+    assert {e.language for e in rows} == {"es"}, "the language is that of the target"
+    assert "extra rows, which are no labels: 5" in said
+    assert "target labels used: 8 train, 4 dev, 4 micro_dev; tested on 4" in said
+    record = data.manifest()["extra"]
+    assert record["from"] == "extra.jsonl"
+    assert record["splits"] == {"train": [e.id for e in rows]}
+    assert "extra" not in without.manifest()
+    assert data.digest() != without.digest()
+    assert data.test_sets() == without.test_sets()
+    again, _ = loaded({"target": target(tmp_path), "extra": section})
+    assert again.parts == data.parts
+    other, _ = loaded({"target": target(tmp_path), "extra": section, "split_seed": 5})
+    assert other.parts["extra"] != data.parts["extra"]
+
+
+def test_extra_rows_that_judge_elsewhere_are_left_out_by_their_ids(tmp_path):
+    """A translation of parallel rows has their ids, other texts, and no place in training."""
+    rows = rows_of("q", range(30), " (translated by a machine)")
+    files = write(tmp_path / "mt.jsonl", rows)
+    data, said = loaded({"target": target(tmp_path), "extra": {"files": files}})
+    split = data.parts["target"]
+    held = {e.id for part in ("dev", "micro_dev", "test") for e in split[part]}
+    kept = {e.id for e in data.parts["extra"]["train"]}
+    assert kept == {f"q{n}" for n in range(30)} - held
+    assert kept > {e.id for e in split["train"]}, "other words for a train row teach no test row"
+    assert data.leaks == ()
+    assert (
+        "extra: 12 rows left out, as they or others of their context share an id with a target "
+        "dev, micro-dev or test row: an equal id means a translation"
+    ) in said
+
+
+def test_extra_rows_may_be_about_texts_that_are_trained_on(tmp_path):
+    labelled, _ = loaded({"target": target(tmp_path)})
+    first = labelled.parts["target"]["train"][0]
+    rows = [row for row in rows_of("q", range(30)) if row["id"] == first.id]
+    rows.append(rows[0] | {"id": "made", "question": "What has the house?"})
+    files = write(tmp_path / "made.jsonl", rows)
+    data, _ = loaded({"target": target(tmp_path), "extra": {"files": files}})
+    assert [e.id for e in data.parts["extra"]["train"]] == [first.id, "made"]
+
+
+def test_extra_rows_may_be_translations_of_source_rows(tmp_path):
+    english = write(tmp_path / "en.jsonl", rows_of("e", range(12), " (en)"))
+    source = {"language": "en", "files": english, "rows": {"train": 8, "dev": 4}}
+    files = write(tmp_path / "mt.jsonl", rows_of("e", range(12), " (es)"))
+    data, _ = loaded({"source": source, "target": target(tmp_path), "extra": {"files": files}})
+    assert len(data.parts["extra"]["train"]) == 12
+    assert len(data.parts["source"]["train"]) == 8
+
+
+def test_extra_rows_nearly_equal_to_dev_rows_are_a_leak_that_may_be_allowed(tmp_path):
+    labelled, _ = loaded({"target": target(tmp_path)})
+    dev = labelled.parts["target"]["dev"][0]
+    long = " ".join(f"word{n}" for n in range(40))
+    pool = rows_of("q", range(30))
+    for row in pool:
+        row["context"] += f" {row['id']} {long}" if row["id"] == dev.id else ""
+    spanish = target(tmp_path, files=write(tmp_path / "pool.jsonl", pool))
+    (held,) = (row for row in pool if row["id"] == dev.id)
+    near = held | {"id": "near", "context": held["context"] + " more", "answers": held["answers"]}
+    values = {"target": spanish, "extra": {"files": write(tmp_path / "near.jsonl", [near])}}
+    with pytest.raises(ValueError, match=r"'near' of extra/train \(nearly the same text, sim"):
+        loaded(values)
+    data, _ = loaded(values | {"allow_leakage": True})
+    assert [leak.second for leak in data.leaks] == [("extra/train", "near")]
+    data, _ = loaded(values | {"near_duplicates": 1.0})
+    assert data.leaks == ()
+
+
+def test_extra_rows_are_asked_as_the_target_unless_told_otherwise(tmp_path):
+    prompt = "{context}|{question}"
+    config = make_config(
+        {
+            "model": "x",
+            "data": {
+                "target": target(tmp_path, prompt=prompt),
+                "extra": extra(tmp_path, range(3)),
+            },
+        },
+        training=False,
+    )
+    section = config.data.extra
+    assert section is not None
+    assert (section.language, section.prompt, section.weight) == ("es", prompt, 1.0)
+    assert make_config(config.to_dict(), training=False) == config
+    own = {"language": "pt", "prompt": "{question}|{context}", "weight": 0.5}
+    values = config.to_dict()
+    values["data"]["extra"] |= own
+    section = make_config(values, training=False).data.extra
+    assert {name: getattr(section, name) for name in own} == own
+
+
+def test_extra_rows_of_a_split_of_the_hub_come_from_the_split_named(tmp_path, monkeypatch):
+    section = {"files": {"hub": "owner/name", "splits": {"test": "made"}}}
+    with pytest.raises(ValueError, match=r"this is one published split; write splits: \{train: NA"):
+        loaded({"target": target(tmp_path), "extra": section})
+    rows = Dataset.from_list(rows_of("x", range(6)))
+    asked = []
+
+    def published(_repo, _config, split, revision):
+        asked.append(split)
+        return rows
+
+    monkeypatch.setattr(
+        "grasp_lora.workbench.rows.load_hub", functools.partial(load_hub, load=published)
+    )
+    section = {"files": {"hub": "owner/name", "splits": {"train": "made"}}}
+    data, _ = loaded({"target": target(tmp_path), "extra": section})
+    assert asked == ["made"]
+    assert [e.id for e in data.parts["extra"]["train"]] == [f"x{n}" for n in range(6)]
+
+
+def test_extra_rows_may_come_from_python(tmp_path):
+    section = extra(tmp_path, range(3))
+    rows = rows_of("p", range(4))
+    values = {"target": target(tmp_path), "extra": section}
+    data, _ = loaded(values, given={"extra": {"train": rows}})
+    assert [e.id for e in data.parts["extra"]["train"]] == ["p0", "p1", "p2", "p3"]
+    assert data.manifest()["extra"]["from"] == "given in Python"
+    with pytest.raises(ValueError, match=r"splits \(train\) to rows, got 'dev'"):
+        loaded(values, given={"extra": {"dev": rows}})
+    with pytest.raises(ValueError, match="'extra', which the configuration does not have"):
+        loaded({"target": target(tmp_path)}, given={"extra": {"train": rows}})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -123,32 +123,51 @@ class LanguageData(ExampleSource):
         return {"": self.files} if isinstance(self.files, Path) else {}
 
 
-class TestSet(ExampleSource):
-    __test__ = False  # pytest takes classes called Test... for tests
+class OneSet(ExampleSource):
+    """One set of examples, which is not divided."""
+
+    part: ClassVar[str]
+    """The key below `files.splits` that names its published split."""
 
     files: Annotated[
         Annotated[LocalPath, Tag("<one>")]
         | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
         | Annotated[HubData, Tag("<hub>")],
         Discriminator(_files_kind),
-    ] = Field(description="one file, a published set, or {hub: owner/name, splits: {test: NAME}}")
+    ] = Field(description="one file, a published set, or {hub: owner/name, splits: {...}}")
     rows: PositiveInt | None = Field(
         default=None,
         description="number of examples, drawn with the seed of the splits; default: all",
     )
 
     @model_validator(mode="after")
-    def _has_a_test_split(self) -> "TestSet":
-        if isinstance(self.files, HubData) and set(self.files.splits) != {"test"}:
+    def _is_one_split(self) -> "OneSet":
+        if isinstance(self.files, HubData) and set(self.files.splits) != {self.part}:
             raise ValueError(
-                f"files.splits names {', '.join(self.files.splits)}, but a test set is one "
-                "published split; write splits: {test: NAME}"
+                f"files.splits names {', '.join(self.files.splits)}, but this is one "
+                f"published split; write splits: {{{self.part}: NAME}}"
             )
         return self
 
     def paths(self) -> dict[str, Path]:
         """Return the path of the file under the key "", or nothing if `files` names no file."""
         return {"": self.files} if isinstance(self.files, Path) else {}
+
+
+class TestSet(OneSet):
+    __test__ = False  # pytest takes classes called Test... for tests
+    part = "test"
+
+
+class ExtraData(OneSet):
+    part = "train"
+
+    language: Annotated[str, AfterValidator(language_code)] = Field(
+        default="", description="language code; default: the target's"
+    )
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        default=1.0, description="rows that an epoch reads for every labelled row"
+    )
 
 
 class DataSettings(Section):
@@ -179,11 +198,28 @@ class DataSettings(Section):
     )
     source: LanguageData | None = Field(default=None, description="examples of the source language")
     target: LanguageData = Field(description="examples of the target language")
+    extra: ExtraData | None = Field(
+        default=None,
+        description="rows of the target language that are no labels, such as translated or "
+        "generated ones; `weight` of them (default 1) are trained on for every labelled row: "
+        "{files, weight, language, prompt, columns, rows}",
+    )
     tests: dict[str, TestSet] = Field(
         default={},
         description="more test sets by name, such as another domain: {NAME: {language, "
         "files, prompt, columns, rows}}",
     )
+
+    @model_validator(mode="after")
+    def _extra_is_asked_like_target(self) -> "DataSettings":
+        if self.extra is not None:
+            given = {
+                "language": self.extra.language or self.target.language,
+                "prompt": self.target.prompt if self.extra.prompt is None else self.extra.prompt,
+            }
+            # The setter goes past the freeze: nobody sees the object before construction ends.
+            object.__setattr__(self, "extra", self.extra.model_copy(update=given))
+        return self
 
     @model_validator(mode="after")
     def _names_of_tests(self) -> "DataSettings":

@@ -23,6 +23,7 @@ from grasp_lora.config.data_sections import (
     ExampleSource,
     HubData,
     LanguageData,
+    OneSet,
 )
 from grasp_lora.config.faults import ConfigError, describe, numbers_from_words
 from grasp_lora.config.sections import (
@@ -163,11 +164,11 @@ class RunConfig(Section):
                 "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
                 "mask_unit: source, or another scope"
             )
-        for role, section in (("source", self.data.source), ("target", self.data.target)):
-            task = PRESET_TASKS.get(str(section.files)) if section is not None else None
-            if section is not None and task not in (None, self.data.task):
+        for where, section in self._sections().items():
+            task = PRESET_TASKS.get(str(section.files))
+            if task not in (None, self.data.task):
                 found.append(
-                    f"data.{role}.files: the preset {section.files} is for the task {task}, but "
+                    f"{where}.files: the preset {section.files} is for the task {task}, but "
                     f"data.task is {shown(self.data.task)}; set data.task: {task}"
                 )
         found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
@@ -178,17 +179,22 @@ class RunConfig(Section):
     def missing_files(self) -> list[str]:
         """Return one message for each file or folder named here that does not exist."""
         named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
-        sections = {"source": self.data.source, "target": self.data.target}
-        sections |= {f"tests.{name}": section for name, section in self.data.tests.items()}
-        for role, data in sections.items():
-            for part, path in data.paths().items() if data else ():
-                named[f"data.{role}.files{'.' if part else ''}{part}"] = path
+        for where, section in self._sections().items():
+            for part, path in section.paths().items():
+                named[f"{where}.files{'.' if part else ''}{part}"] = path
         return [
             f"{key}: {shown_path(path)} does not exist; correct the path (relative to the current "
             "folder)"
             for key, path in named.items()
             if not path.exists()
         ]
+
+    def _sections(self) -> dict[str, LanguageData | OneSet]:
+        """Return dotted name -> section, of all sections of examples that are given."""
+        data = self.data
+        named = {"source": data.source, "target": data.target, "extra": data.extra}
+        named |= {f"tests.{name}": section for name, section in data.tests.items()}
+        return {f"data.{name}": one for name, one in named.items() if one is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole configuration in JSON's types; `RunConfig(**it)` gives it back."""

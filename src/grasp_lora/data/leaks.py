@@ -172,7 +172,7 @@ def parallel_notice(
     ours, theirs = ({normal_form(one.id) for one in rows} for rows in (examples, used))
     message = (
         f"{dropped} rows left out, as they or others of their context share an id with a "
-        f"{used_name} row: one id in two languages means a translation"
+        f"{used_name} row: an equal id means a translation"
     )
     if not all(example_id.isdecimal() for example_id in ours & theirs):
         return message

@@ -5,7 +5,9 @@ pass. In training this happens within the limits of the training order: by defau
 step has the examples of a plain shuffle. Without training there is no such limit.
 """
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +22,45 @@ _SEED_STRIDE = 1_000_003
 """More than the epochs of any run, so that epochs under different run seeds never share a seed."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Examples that are trained on beside others, which every epoch reads whole.
+
+    Attributes:
+        examples: encoded examples, each with `input_ids`.
+        per_epoch: how many of them an epoch reads, at most all; see `in_turn`.
+    """
+
+    examples: Sequence[Any]
+    per_epoch: int
+
+
+def in_turn(count: int, per_epoch: int, epoch: int, seed: int) -> list[int]:
+    """Return the places of the `per_epoch` of `count` examples whose turn an epoch is.
+
+    The seed puts the examples in an order. Every epoch goes on where the one before it ended, and
+    the first example follows the last. So no example comes twice in an epoch, and none comes again
+    before all others have.
+    """
+    assert per_epoch <= count, "an epoch reads no example twice"
+    order = _drawn(count, seed)
+    return [order[(epoch * per_epoch + i) % count] for i in range(per_epoch)]
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(count: int, seed: int) -> tuple[int, ...]:
+    # No epoch has this seed: it lies before that of the run's first epoch.
+    generator = torch.Generator().manual_seed(seed * _SEED_STRIDE - 1)
+    return tuple(torch.randperm(count, generator=generator).tolist())
+
+
 def epoch_order(
-    lengths: Sequence[int], epoch: int, seed: int, examples_per_step: int, order: str = "by-step"
+    lengths: Sequence[float],
+    epoch: int,
+    seed: int,
+    examples_per_step: int,
+    order: str = "by-step",
+    beside: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """Return the order in which an epoch reads the examples, as indices.
 
@@ -35,12 +74,16 @@ def epoch_order(
         examples_per_step: examples per optimizer step, over all forward passes and processes.
         order: `by-step` draws the examples of a step at random, like a plain shuffle. `by-length`
             draws them from examples of similar length and shuffles the steps (our departure).
+        beside: (examples, those of them that an epoch reads) of each set at the end of `lengths`
+            that an epoch reads in turn; see `in_turn`. They are shuffled with the others.
 
     Raises:
         ValueError: `order` is unknown.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {list(ORDERS)}, got {order!r}")
+    places = _read_in(epoch, len(lengths), beside, seed)
+    lengths = [lengths[place] for place in places]
     generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + epoch)
     examples: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     if order == "by-length":
@@ -50,7 +93,17 @@ def epoch_order(
     else:
         starts = range(0, len(examples), examples_per_step)
         steps = [examples[i : i + examples_per_step] for i in starts]
-    return [i for step in steps for i in sorted(step, key=lambda i: -lengths[i])]
+    return [places[i] for step in steps for i in sorted(step, key=lambda i: -lengths[i])]
+
+
+def _read_in(epoch: int, count: int, beside: Sequence[tuple[int, int]], seed: int) -> list[int]:
+    """Return the places, below `count`, of all examples that an epoch reads."""
+    start = count - sum(there for there, _ in beside)
+    places = list(range(start))
+    for there, per_epoch in beside:
+        places += [start + place for place in in_turn(there, per_epoch, epoch, seed)]
+        start += there
+    return places
 
 
 def _shuffled_steps(
@@ -81,14 +134,21 @@ class EpochExamples(Dataset[Any]):
         seed: seed of the run.
         examples_per_step: see `epoch_order`.
         order: see `epoch_order`.
+        beside: further examples, of which an epoch reads a part.
     """
 
     def __init__(
-        self, examples: Sequence[Any], seed: int, examples_per_step: int, order: str = "by-step"
+        self,
+        examples: Sequence[Any],
+        seed: int,
+        examples_per_step: int,
+        order: str = "by-step",
+        beside: Sequence[Beside] = (),
     ):
-        self._examples = examples
-        self._lengths = [len(example.input_ids) for example in examples]
-        self._settings = (seed, examples_per_step, order)
+        self._examples = [*examples, *(e for one in beside for e in one.examples)]
+        self._lengths = [len(example.input_ids) for example in self._examples]
+        turns = [(len(one.examples), one.per_epoch) for one in beside]
+        self._settings = (seed, examples_per_step, order, turns)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -96,7 +156,7 @@ class EpochExamples(Dataset[Any]):
         self._order = epoch_order(self._lengths, epoch, *self._settings)
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Any:
         return self._examples[self._order[index]]

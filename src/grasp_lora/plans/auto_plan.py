@@ -19,8 +19,9 @@ from grasp_lora.plans.parts import add_adapters
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.recipes import Case, changed_settings, settings_of, start_of
 from grasp_lora.plans.run_plan import System
-from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.stage import Input, Sizes, Split, Stage
+from grasp_lora.workbench.beside import beside_target, target_epoch
 from grasp_lora.workbench.context import LABELLED
 from grasp_lora.workbench.rows import RunData
 
@@ -60,14 +61,14 @@ def task_of(config: RunConfig, sizes: Sizes, groups: Sequence[str]) -> Task:
 
 def prices_of(config: RunConfig, sizes: Sizes) -> Prices:
     """Return what readings cost, in tokens, from the sizes of the sets."""
-    training = config.training("finetune")
-    train, dev = ("target", "train"), ("target", "dev")
+    training, dev = config.training("finetune"), ("target", "dev")
+    train = Rows((("target", "train"),), beside_target(config), config.seed)
     once = training.model_copy(update={"epochs": 1, "max_steps": None})
     return Prices(
         plain=training_cost(training, sizes, train, dev).tokens,
         train=steps_cost(once, sizes, train).tokens,
         held=sizes.reading(1, *_of_target(HELD)).tokens,
-        labelled=steps_cost(once, sizes, *_of_target(LABELLED)).tokens,
+        labelled=steps_cost(once, sizes, replace(train, labelled=_of_target(LABELLED))).tokens,
     )
 
 
@@ -85,7 +86,7 @@ class AutoPlan:
 
     def __init__(self, config: RunConfig, data: RunData):
         self.config, self.plan = config, PlanBuilder()
-        self.count = len(data.parts["target"].get("train", ()))
+        self.count = target_epoch(config, data)
         self.scored = bool(data.test_sets()) and config.evaluate.baselines
         self.tests = bool(data.test_sets())
         self.adapters = add_adapters(self.plan, config)

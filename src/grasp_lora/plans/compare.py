@@ -38,6 +38,7 @@ from grasp_lora.report.comparison import comparison_csv, comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.scoring.sets import metric_options, missing_metrics
 from grasp_lora.stages.folder import work_folder
+from grasp_lora.workbench.beside import target_epoch
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
@@ -81,7 +82,7 @@ def compare_methods(
             "there are no test rows to compare on: give data.target.rows.test, "
             "data.target.files.test or data.tests"
         )
-    count = len(data.parts["target"].get("train", ()))
+    count = target_epoch(config, data)
     plan, built = plan_of(config, tuple(seeds), count)
     wanted = [job for job in built if not only or method_of(job) in only]
     asked = part_of(plan, tuple(stages_of(built, wanted)))
@@ -138,7 +139,7 @@ def checked_data(
 def plan_of(
     config: RunConfig, seeds: tuple[int, ...], examples: int
 ) -> tuple[Plan, dict[str, Built]]:
-    """Return the plan of all methods and run -> stages, for a number of target train examples.
+    """Return the plan of all methods and run -> stages, for a number of rows in an epoch.
 
     The plan has methods that are not asked for too, so the names of stages never depend on that.
     """

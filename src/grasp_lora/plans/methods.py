@@ -208,6 +208,11 @@ METHODS: Mapping[str, Method] = {
     "source-finetuned-labelled": row(
         f"source adapter fine-tuned, {_RETRAINED}", Recipe("source", rows="labelled"), seeds="all"
     ),
+    "source-finetuned-joint": row(
+        "source adapter fine-tuned on the target rows and as many source rows beside them",
+        Recipe("source", joint=True),
+        seeds="all",
+    ),
     "target-all-labels": Method(
         "target adapter on all labelled rows, epochs by cross-validation",
         _on_all_labels,
@@ -408,7 +413,7 @@ def build_methods(
         plan: receives the adapters and their merge first, then the stages of the methods.
         config: the run's settings; its own seed divides the examples and trains the adapters.
         seeds: seeds of searches and fine-tuning; a method that is run once uses the first.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     config = with_split_seed(config)
     plain = changed_settings(config, {}, examples)

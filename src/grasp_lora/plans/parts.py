@@ -93,20 +93,26 @@ def add_final(
 
 
 def add_unpruned(
-    plan: PlanBuilder, config: RunConfig, start: Input, name: str, title: str
+    plan: PlanBuilder,
+    config: RunConfig,
+    start: Input,
+    name: str,
+    title: str,
+    joint: bool = False,
 ) -> tuple[str, str]:
-    """Add the fine-tuning of an adapter without pruning.
+    """Add the fine-tuning of an adapter without pruning, with source rows beside if `joint`.
 
     Returns:
         The name of the result and the name of the run that judges it. With `finetune.rows:
         labelled` the latter is the run on the train examples alone, otherwise the result itself.
     """
+    options, inputs = {"joint": joint}, {"start": start}
     if config.finetune.rows == "train":
-        only = plan.add(Stage(name, "prune", config, {"start": start}, title=title))
+        only = plan.add(Stage(name, "prune", config, inputs, options, title))
         return only, only
-    judged = plan.add(Stage(f"{name}-judged", "prune", config, {"start": start}, title=title))
+    judged = plan.add(Stage(f"{name}-judged", "prune", config, inputs, options, title))
     inputs = {"start": start, "judged": judged}
-    return plan.add(Stage(name, "prune", config, inputs, title=title)), judged
+    return plan.add(Stage(name, "prune", config, inputs, options, title)), judged
 
 
 def passes_of_result(config: RunConfig, examples: int) -> Fraction:
@@ -117,7 +123,7 @@ def passes_of_result(config: RunConfig, examples: int) -> Fraction:
 
     Args:
         config: the settings.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     passes = passes_of(config.training("finetune"), examples)
     if config.finetune.mode == "continue":
@@ -130,7 +136,7 @@ def as_long_alone(config: RunConfig, examples: int) -> RunConfig:
 
     Args:
         config: the settings.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     if config.finetune.mode == "restart":
         return config

@@ -17,7 +17,9 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
 from grasp_lora.core.evidence.groups import Gain, mean_gain
+from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import Context, open_context
+from grasp_lora.workbench.fit import epoch_rows
 from grasp_lora.workbench.given import say_other_bases
 from grasp_lora.workbench.merge_probes import (
     EXAMPLES,
@@ -191,4 +193,5 @@ def _share_of_run(context: Context, forwards: int) -> float:
     """
     config = context.config
     epochs = config.training("search").epochs + config.training("finetune").epochs
-    return forwards / 2 / (epochs * max(1, len(context.examples("target", "train"))))
+    rows = epoch_rows(context, "target", beside_target(config))
+    return forwards / 2 / (epochs * max(1, rows))

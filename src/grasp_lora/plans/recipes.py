@@ -180,11 +180,12 @@ def _finetuned(case: Case, recipe: Recipe, start: Input, made: tuple[str, ...]) 
     """Fine-tune a start at a ratio, on all labelled examples if configured."""
     if case.config.finetune.rows == "labelled":
         name, title = f"{case.job}/final", case.job
-        final, judged = add_unpruned(case.plan, case.config, start, name, title)
+        final, judged = add_unpruned(case.plan, case.config, start, name, title, recipe.joint)
         paid = (*made, judged, final)
         return Built(case.job, final=final, paid=paid, ratio_from=final, unseen=False)
     # An option None equals a missing one, so recipes that do not prune share this stage.
-    final = case.add("final", "prune", {"start": start}, ratio=recipe.ratio or None)
+    options = {"ratio": recipe.ratio or None, "joint": recipe.joint}
+    final = case.add("final", "prune", {"start": start}, **options)
     return Built(case.job, final=final, paid=(*made, final), ratio_from=final)
 
 
@@ -241,7 +242,7 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any], examples: in
     Args:
         config: the run's settings.
         changes: dotted setting -> value; `Times` multiplies the configured value.
-        examples: number of target train examples.
+        examples: rows of an epoch, see `workbench.beside.target_epoch`.
     """
     whole, mode = passes_of_result(config, examples), changes.get("finetune.mode", "restart")
     first = whole

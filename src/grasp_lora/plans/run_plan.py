@@ -18,6 +18,7 @@ from grasp_lora.plans.parts import (
 )
 from grasp_lora.plans.plan import Plan, PlanBuilder
 from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.workbench.beside import target_epoch
 from grasp_lora.workbench.rows import RunData
 
 TUNED = "baselines/source-finetuned"
@@ -66,7 +67,7 @@ def run_plan(config: RunConfig, data: RunData) -> RunPlan:
         config: the run's settings.
         data: the examples; without test examples nothing is scored.
     """
-    scored, examples = bool(data.test_sets()), len(data.parts["target"].get("train", ()))
+    scored, examples = bool(data.test_sets()), target_epoch(config, data)
     plan, post_hoc = PlanBuilder(), config.merge.when == "after"
     adapters = add_adapters(plan, config)
     pair, tuned = dict(adapters), None

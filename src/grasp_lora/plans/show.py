@@ -102,4 +102,5 @@ def sizes_from(lengths: Mapping[Split, list[int]]) -> Sizes:
     return Sizes(
         {split: len(found) for split, found in lengths.items()},
         {split: fmean(found) if found else 0.0 for split, found in lengths.items()},
+        lengths,
     )

@@ -27,7 +27,7 @@ def train_adalora(
     if config.model.quantization != "none":
         raise NotApplicable("AdaLoRA is not run on a quantized backbone")
     targets = resolve_targets(model, config.lora.target_modules)
-    steps = run_steps(context, options.training, options.role)
+    steps = run_steps(context, options.training, options.role, options.beside)
     lora = config.lora
     try:
         live = attach_adalora(model, targets, lora.r, lora.alpha, lora.dropout, steps, config.seed)

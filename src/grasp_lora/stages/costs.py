@@ -1,14 +1,46 @@
 """Length of a training and upper bounds on its cost, from settings and sizes of the sets."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from grasp_lora.config.sections import Training
+from grasp_lora.models.batches import epoch_order
 from grasp_lora.stages.stage import Cost, Sizes, Split
 from grasp_lora.training.trainer import planned_steps, processes, steps_per_epoch
+from grasp_lora.workbench.beside import read_beside
 
 
-def training_cost(training: Training, sizes: Sizes, train: Split, *dev: Split) -> Cost:
+@dataclass(frozen=True)
+class Rows:
+    """The sets that a training reads.
+
+    Attributes:
+        labelled: sets that every epoch reads whole.
+        beside: set that stands beside them -> rows of it for every labelled row.
+        seed: decides in which epoch a row beside the labelled ones is read.
+    """
+
+    labelled: tuple[Split, ...]
+    beside: Mapping[Split, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def turns(self, sizes: Sizes) -> list[tuple[int, int]]:
+        """Return (examples, those of them that an epoch reads) of each set of `beside`."""
+        labelled = sizes.examples(*self.labelled)
+        there = {split: sizes.examples(split) for split in self.beside}
+        return [
+            (there[split], read_beside(weight, labelled, there[split]))
+            for split, weight in self.beside.items()
+        ]
+
+    def epoch(self, sizes: Sizes) -> int:
+        """Return how many examples an epoch reads."""
+        return sizes.examples(*self.labelled) + sum(read for _, read in self.turns(sizes))
+
+
+def training_cost(training: Training, sizes: Sizes, rows: Rows, *dev: Split) -> Cost:
     """Return the cost of a training without early stopping.
 
     It includes the dev losses, measured at step 0 and at the end of every epoch.
@@ -16,20 +48,39 @@ def training_cost(training: Training, sizes: Sizes, train: Split, *dev: Split) -
     Args:
         training: settings of the training.
         sizes: the sizes of all sets of examples.
-        train: the set that is trained on.
+        rows: the sets that are trained on.
         dev: the sets that are measured.
     """
-    return steps_cost(training, sizes, train) + sizes.reading(1 + training.epochs, *dev)
+    return steps_cost(training, sizes, rows) + sizes.reading(1 + training.epochs, *dev)
 
 
-def steps_cost(training: Training, sizes: Sizes, *train: Split) -> Cost:
-    """Return the cost of the optimizer steps alone, for a training on all examples of the sets."""
-    count = sizes.examples(*train)
-    if not count:
+def steps_cost(training: Training, sizes: Sizes, rows: Rows) -> Cost:
+    """Return the cost of the optimizer steps alone."""
+    if not sizes.examples(*rows.labelled):
         return Cost()
+    count = rows.epoch(sizes)
     steps = steps_of(training, count)
+    if rows.beside:
+        return Cost(steps, round(_tokens_of(training, sizes, rows, steps)))
     batch = min(count, training.batch_size * training.accumulation)
-    return Cost(steps, round(steps * batch * sizes.length(*train)))
+    return Cost(steps, round(steps * batch * sizes.length(*rows.labelled)))
+
+
+def _tokens_of(training: Training, sizes: Sizes, rows: Rows, steps: int) -> float:
+    """Return the tokens of the rows that so many steps read, epoch by epoch.
+
+    The rows beside the labelled ones differ from epoch to epoch, and may differ in length from
+    those that are not read.
+    """
+    per_step = training.batch_size * training.accumulation * processes()
+    per_epoch = _per_epoch(training, rows.epoch(sizes))
+    lengths = sizes.each(*rows.labelled, *rows.beside)
+    read = 0.0
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = epoch_order(lengths, epoch, rows.seed, per_step, training.order, rows.turns(sizes))
+        left = steps - epoch * per_epoch
+        read += sum(lengths[place] for place in order[: left * per_step])
+    return read
 
 
 def steps_of(training: Training, examples: int) -> int:

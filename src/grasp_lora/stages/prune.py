@@ -21,6 +21,7 @@ Options:
     spread: group of `config.scope` -> a ratio of its own.
     random_masks: prune entries drawn at random.
     untrained: prune and measure only, for an adapter that was trained before it was merged.
+    joint: train on as many source rows as target rows, in the same batches (our departure).
     micro_dev: the micro-dev examples judge beside the dev examples.
     labelled: train on train, dev and micro-dev examples at once, for `epochs` epochs that were
         chosen before; nothing judges (our departure).
@@ -31,7 +32,7 @@ Options:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
-from grasp_lora.stages.costs import lasting, passes_of, steps_cost, training_cost
+from grasp_lora.stages.costs import Rows, lasting, passes_of, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
+from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.training.groups import ratio_by_group
 from grasp_lora.training.live import (
@@ -56,13 +58,14 @@ from grasp_lora.training.live import (
     Masks,
     block_importance,
 )
-from grasp_lora.training.trainer import processes, steps_per_epoch
+from grasp_lora.workbench.beside import NOTHING, SOURCE, Weights, beside_target, settings_of
 from grasp_lora.workbench.context import LABELLED, Context
 from grasp_lora.workbench.fit import (
     NOTHING_TRAINED,
     FitOptions,
     FitResult,
     Stopwatch,
+    epoch_steps,
     fit,
     measured,
 )
@@ -104,8 +107,13 @@ def run(work: Work) -> Mapping[str, Any]:
 
     Raises:
         ValueError: the start is no adapter, or does not fit this backbone.
+        NotApplicable: option `joint` is given, and there are no source rows.
         Diverged: the training loss became NaN.
     """
+    if SOURCE in _beside(work.stage) and not work.context.data.parts.get("source", {}).get("train"):
+        raise NotApplicable(
+            "a joint fine-tuning needs source rows: give data.source, with rows to train on"
+        )
     config, context = work.config, _judging(work)
     ratio, spread = ratio_of(work)
     wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
@@ -197,6 +205,7 @@ def _trained(
         reprune=prune if cut.some and schedule != "once" else None,
         reprune_every=schedule if isinstance(schedule, int) else 1,
         start_epoch=before,
+        beside=_beside(work.stage),
     )
     examples = context.on_all_labels() if labelled else context
     return fit(examples, live, options, work.checkpoints)
@@ -211,20 +220,19 @@ def _training(work: Work) -> tuple[Training, float]:
     if "judged" not in work.inputs:
         return training, before
     judged = facts_of(work.inputs["judged"])
-    return _for_all_labels(work.context, training, before, judged), 0.0
+    return _for_all_labels(work, training, before, judged), 0.0
 
 
 def _for_all_labels(
-    context: Context, training: Training, before: float, judged: Mapping[str, Any]
+    work: Work, training: Training, before: float, judged: Mapping[str, Any]
 ) -> Training:
     """Return settings that train on all labelled examples for as long as the judged best."""
 
     def per_epoch(one: Context) -> int:
-        count = len(one.examples("target", "train"))
-        return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+        return epoch_steps(one, training, "target", _beside(work.stage))
 
-    epochs = before + judged["best"]["step"] / per_epoch(context)
-    steps = round(epochs * per_epoch(context.on_all_labels()))
+    epochs = before + judged["best"]["step"] / per_epoch(work.context)
+    steps = round(epochs * per_epoch(work.context.on_all_labels()))
     return training.model_copy(update={"max_steps": steps, "patience": None})
 
 
@@ -314,7 +322,13 @@ def _settings(stage: Stage) -> tuple[str, ...]:
             own.append("controller.clear_moments")
     if stage.option("sampler"):
         own.append("controller.high")
-    return ("seed", "model", *own, *encoding)
+    return ("seed", "model", *own, *encoding, *settings_of(_beside(stage)))
+
+
+def _beside(stage: Stage) -> Weights:
+    if stage.option("untrained", False):
+        return NOTHING
+    return beside_target(stage.config, bool(stage.option("joint", False)))
 
 
 def _may_prune(stage: Stage) -> bool:
@@ -322,30 +336,37 @@ def _may_prune(stage: Stage) -> bool:
     return "ratio" in stage.inputs or bool(told)
 
 
-def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
+def _of_target(stage: Stage) -> tuple[Split, ...]:
+    """Return the sets of target examples that are read, those trained on first."""
     judges = ("dev", "micro_dev") if stage.option("micro_dev", False) else ("dev",)
     whole = LABELLED if _on_all_labels(stage) else ("train", *judges)
     return tuple(("target", split) for split in whole)
 
 
+def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
+    return (*_of_target(stage), *(one for one in _beside(stage) if one in known))
+
+
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
     config, train = stage.config, ("target", "train")
-    training, judges = training_of(stage), _examples(stage, ())[1:]
+    training, judges = training_of(stage), _of_target(stage)[1:]
+    rows = Rows((train,), _beside(stage), config.seed)
+    labelled = replace(rows, labelled=_of_target(stage))
     pruned = _may_prune(stage) and config.importance in NEEDS_NORMS
     norms = sizes.reading(1 if pruned and not stage.option("random_masks", False) else 0, train)
     if stage.option("untrained", False):
         return norms + sizes.reading(1, *judges)
     if not _on_all_labels(stage):
-        return norms + training_cost(training, sizes, train, *judges)
+        return norms + training_cost(training, sizes, rows, *judges)
     if "judged" not in stage.inputs:
-        return norms + steps_cost(training, sizes, *_examples(stage, ()))
+        return norms + steps_cost(training, sizes, labelled)
     # The judged run may keep its last epoch, and the passes of a search count as well.
-    count, labelled = sizes.examples(train), tuple(("target", split) for split in LABELLED)
+    count = rows.epoch(sizes)
     passes = passes_of(training, count)
     if config.finetune.mode == "continue" and "cut_from" in stage.inputs:
         passes += passes_of(config.training("search"), count)
-    whole = lasting(training, passes, sizes.examples(*labelled))
-    return norms + steps_cost(whole, sizes, *labelled)
+    whole = lasting(training, passes, labelled.epoch(sizes))
+    return norms + steps_cost(whole, sizes, labelled)
 
 
 PRUNE = Kind(1, _settings, _examples, run, _cost)

@@ -27,7 +27,7 @@ from grasp_lora.core.controller.rounds import (
 )
 from grasp_lora.core.lora import MergedModule, Part
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
-from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.findings import search_findings
 from grasp_lora.stages.probe import pool_of
 from grasp_lora.stages.spread import spread_ratio
@@ -41,13 +41,14 @@ from grasp_lora.training.checkpoint import (
 )
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
-from grasp_lora.training.trainer import processes, steps_per_epoch
+from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.fit import (
     NOTHING_TRAINED,
     FitOptions,
     FitResult,
     Stopwatch,
+    epoch_steps,
     fit,
     run_steps,
 )
@@ -63,7 +64,7 @@ def check_search(context: Context) -> int:
         ValueError: the search is too short for one round.
     """
     config = context.config
-    steps = run_steps(context, config.training("search"), "target")
+    steps = _steps(context, config.merge.when == "after")
     count = planned_rounds(steps, config.controller)
     if count == 0:
         wanted = config.controller.interval or (config.controller.rounds or 0) + 1
@@ -73,6 +74,17 @@ def check_search(context: Context) -> int:
             " train.search.accumulation, or lower controller.interval (controller.rounds)"
         )
     return count
+
+
+def _steps(context: Context, untrained: bool) -> int:
+    """Return the optimizer steps of a search; those of an untrained one space its rounds alone."""
+    return run_steps(
+        context, context.config.training("search"), "target", _beside(context.config, untrained)
+    )
+
+
+def _beside(config: RunConfig, untrained: bool) -> Weights:
+    return NOTHING if untrained else beside_target(config)
 
 
 def run(work: Work) -> Mapping[str, Any]:
@@ -90,7 +102,7 @@ def run(work: Work) -> Mapping[str, Any]:
     with context.live(start, config.mask_unit) as live:
         norms = context.norms(live, config.importance)
         searcher, write = _searcher(work, live, norms, planned)
-        if not work.stage.option("untrained", False):
+        if not _untrained(work.stage):
             result = _fit(work, live, searcher, stopwatch, write)
         else:
             _untrained_rounds(searcher, stopwatch, planned, work.checkpoints)
@@ -106,7 +118,7 @@ def run(work: Work) -> Mapping[str, Any]:
     if is_main():
         with context.clock.span("write"):
             kept = result.steps if result.best is None else result.best.step
-            about = {"kind": "search", "epochs": _epochs(context, kept)}
+            about = {"kind": "search", "epochs": _epochs(work, kept)}
             write_merged(work.out / "adapter", ended, context.backbone, about)
             write()
             facts = ratio_facts(config, choice, searcher) | {"entries": entries}
@@ -140,7 +152,7 @@ def _searcher(
             IMPORTANCE[config.importance],
             norms,
             seed=config.seed,
-            total_steps=run_steps(context, config.training("search"), "target"),
+            total_steps=_steps(context, _untrained(work.stage)),
             planned_rounds=planned,
         ),
         on_round=record,
@@ -165,6 +177,7 @@ def _fit(
         choose_best=work.config.finetune.mode == "continue",
         measure_whole=True,
         on_resume=lambda: write() if is_main() else None,
+        beside=_beside(work.config, untrained=False),
     )
     return fit(work.context, live, options, work.checkpoints)
 
@@ -202,9 +215,13 @@ def _untrained_rounds(
             write_state(checkpoints / f"checkpoint-{number}", [searcher, stopwatch])
 
 
-def _epochs(context: Context, steps: int) -> float:
-    training, count = context.config.training("search"), len(context.examples("target", "train"))
-    return steps / steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+def _epochs(work: Work, steps: int) -> float:
+    training, beside = work.config.training("search"), _beside(work.config, _untrained(work.stage))
+    return steps / epoch_steps(work.context, training, "target", beside)
+
+
+def _untrained(stage: Stage) -> bool:
+    return bool(stage.option("untrained", False))
 
 
 def write_rounds(out: Path, state: ControllerState, examples: Sequence[EncodedExample]) -> None:
@@ -274,28 +291,31 @@ _ANSWERING = ("max_new_tokens", "min_new_tokens", "metric_rules", "rouge", "bert
 def _settings(stage: Stage) -> tuple[str, ...]:
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     own = ("importance", "mask_unit", "structure", "scope", "controller", "evaluate.batch_size")
-    trained = ("train.search", "finetune.mode") if not stage.option("untrained", False) else ()
+    trained = ("train.search", "finetune.mode") if not _untrained(stage) else ()
+    beside = settings_of(_beside(stage.config, _untrained(stage)))
     answers: tuple[str, ...] = ()
     if stage.config.controller.reward != "loss":
         answers = tuple(f"evaluate.{name}" for name in _ANSWERING)
     # Without training, the number of rounds still depends on the steps a search would have.
-    return ("seed", "model", *own, *encoding, *(trained or ("train.search",)), *answers)
+    return ("seed", "model", *own, *encoding, *(trained or ("train.search",)), *answers, *beside)
 
 
 def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
     # The target train examples determine the input norms and the number of steps.
     dev = [("target", "dev")] if stage.config.finetune.mode == "continue" else []
-    return tuple(dict.fromkeys([("target", "train"), *pool_of(stage), *dev]))
+    beside = _beside(stage.config, _untrained(stage))
+    return tuple(dict.fromkeys([("target", "train"), *pool_of(stage), *dev, *beside]))
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
     config, train, pool = stage.config, ("target", "train"), pool_of(stage)
     training, controller = config.training("search"), config.controller
-    steps = steps_cost(training, sizes, train)
+    rows = Rows((train,), _beside(config, _untrained(stage)), config.seed)
+    steps = steps_cost(training, sizes, rows)
     trained = Cost()
-    if not stage.option("untrained", False):
+    if not _untrained(stage):
         continues = config.finetune.mode == "continue"
-        trained = training_cost(training, sizes, train, ("target", "dev")) if continues else steps
+        trained = training_cost(training, sizes, rows, ("target", "dev")) if continues else steps
     tried = controller.candidates + (1 if controller.baseline else 0)
     probes = min(controller.rows, sizes.examples(*pool))
     forwards = planned_rounds(steps.steps, controller) * tried * probes

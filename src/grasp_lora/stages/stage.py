@@ -5,7 +5,7 @@ A plan lists stages that name each other as inputs (`grasp_lora.plans.plan`). Th
 it reads, what it costs, and which function does its work.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -118,10 +118,12 @@ class Sizes:
     Attributes:
         count: set -> number of examples.
         tokens: set -> mean tokens of an example.
+        lengths: set -> tokens of each example; where it is missing, the mean stands for each.
     """
 
     count: Mapping[Split, int]
     tokens: Mapping[Split, float]
+    lengths: Mapping[Split, Sequence[int]] = field(default_factory=dict)
 
     def examples(self, *splits: Split) -> int:
         """Return how many examples the sets hold together."""
@@ -132,6 +134,14 @@ class Sizes:
         whole = self.examples(*splits)
         total = sum(self.count.get(s, 0) * self.tokens.get(s, 0.0) for s in splits)
         return total / whole if whole else 0.0
+
+    def each(self, *splits: Split) -> list[float]:
+        """Return the tokens of every example of the sets, one set after the other."""
+        found: list[float] = []
+        for split in splits:
+            known = self.lengths.get(split)
+            found += [self.length(split)] * self.examples(split) if known is None else known
+        return found
 
     def reading(self, times: float, *splits: Split) -> Cost:
         """Return the cost of reading all examples of the sets `times` times."""

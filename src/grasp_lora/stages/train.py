@@ -14,6 +14,7 @@ Options:
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from grasp_lora.config.sections import Training
 from grasp_lora.core.lora import MergedModule, Part, lora_scaling
 from grasp_lora.models.modules import linear_shape, resolve_targets
 from grasp_lora.stages.adalora import train_adalora
-from grasp_lora.stages.costs import steps_cost, training_cost
+from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.base import Example
+from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
 from grasp_lora.workbench.context import LABELLED, Context
 from grasp_lora.workbench.fit import FitOptions, Stopwatch, fit
 from grasp_lora.workbench.merged_folder import save_plain
@@ -51,7 +53,8 @@ def run(work: Work) -> Mapping[str, Any]:
             f"there are no {role} examples to train on: give data.{role}.files and rows"
         )
     stopwatch = Stopwatch()
-    options = FitOptions(training, f"train {role} adapter", role=role, stateful=(stopwatch,))
+    title, beside = f"train {role} adapter", _beside(work.stage)
+    options = FitOptions(training, title, role=role, stateful=(stopwatch,), beside=beside)
     if work.stage.option("adalora"):
         result, plain, scaling = train_adalora(context, options, work.checkpoints)
     else:
@@ -157,28 +160,41 @@ def fresh_adapter(model: torch.nn.Module, config: RunConfig) -> dict[str, Merged
 def _settings(stage: Stage) -> tuple[str, ...]:
     role = stage.options["role"]
     encoding = ("data.task", "data.max_length", "data.chat", f"data.{role}.prompt")
-    return ("seed", "model", "lora", f"train.{role}", "evaluate.batch_size", *encoding)
+    beside = settings_of(_beside(stage))
+    if beside and stage.option("fold") is not None:
+        beside += ("data.near_duplicates",)  # rows like those of the fold are not trained on
+    own = ("seed", "model", "lora", f"train.{role}", "evaluate.batch_size")
+    return (*own, *encoding, *beside)
+
+
+def _beside(stage: Stage) -> Weights:
+    return beside_target(stage.config) if stage.options["role"] == "target" else NOTHING
 
 
 def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
     splits = LABELLED if stage.option("folds") else ("train", "dev")
-    return tuple((stage.options["role"], split) for split in splits)
+    return (*((stage.options["role"], split) for split in splits), *_beside(stage))
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
     role, count = stage.options["role"], stage.option("folds")
-    training = stage.config.training(role)
+    training, beside, seed = stage.config.training(role), _beside(stage), stage.config.seed
     if count is None:
-        return training_cost(training, sizes, (role, "train"), (role, "dev"))
+        rows = Rows(((role, "train"),), beside, seed)
+        return training_cost(training, sizes, rows, (role, "dev"))
     whole = tuple((role, split) for split in LABELLED)
     if stage.option("fold") is None:
-        return steps_cost(training, sizes, *whole)
+        return steps_cost(training, sizes, Rows(whole, beside, seed))
     # The smallest fold is held back from the training, the largest one is measured.
     examples, length = sizes.examples(*whole), sizes.length(*whole)
     kept, held = examples - examples // count, -(-examples // count)
     fold, others = ("fold", "dev"), ("fold", "train")
-    parts = Sizes({others: kept, fold: held}, {others: length, fold: length})
-    return training_cost(training, parts, others, fold)
+    parts = replace(
+        sizes,
+        count={**sizes.count, others: kept, fold: held},
+        tokens={**sizes.tokens, others: length, fold: length},
+    )
+    return training_cost(training, parts, Rows((others,), beside, seed), fold)
 
 
 TRAIN = Kind(1, _settings, _examples, run, _cost)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from grasp_lora.models.batches import EpochExamples
+from grasp_lora.models.batches import Beside, EpochExamples
 from grasp_lora.models.example_losses import IGNORED, answer_logits
 
 
@@ -146,6 +146,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
     output_dir: Path,
     settings: TrainerSettings,
+    beside: Sequence[Beside] = (),
 ) -> Trainer:
     """Return a Trainer for the trainable parameters of `model`.
 
@@ -155,11 +156,12 @@ def build_trainer(
 
     Args:
         model: the model to train.
-        examples: encoded training examples.
+        examples: encoded training examples, which every epoch reads whole.
         collate: turns a list of examples into a batch.
         callbacks: callbacks in calling order.
         output_dir: folder of checkpoints.
         settings: settings of the run.
+        beside: further training examples, of which an epoch reads a part.
 
     Raises:
         ValueError: the launch is not supported; see `refuse_unsupported_launch`.
@@ -171,15 +173,16 @@ def build_trainer(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     count, batch_size, accumulation = processes(), settings.batch_size, settings.accumulation
-    per_epoch = steps_per_epoch(len(examples), batch_size, accumulation, count)
+    per_step = batch_size * accumulation * count
+    read = EpochExamples(examples, settings.seed, per_step, settings.order, beside)
+    per_epoch = steps_per_epoch(len(read), batch_size, accumulation, count)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: settings.lr_decay ** (settings.start_epoch + step // per_epoch)
     )
-    per_step = batch_size * accumulation * count
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=EpochExamples(examples, settings.seed, per_step, settings.order),
+        train_dataset=read,
         data_collator=collate,
         compute_loss_func=answer_loss,
         callbacks=list(callbacks),

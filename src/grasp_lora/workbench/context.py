@@ -32,7 +32,7 @@ from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.workbench.processes import is_main, join
 from grasp_lora.workbench.reporter import Reporter
-from grasp_lora.workbench.rows import RunData, load_run_data
+from grasp_lora.workbench.rows import RunData, load_run_data, without_held
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Context:
         return None if reach is None else int(reach)
 
     def examples(self, role: str, split: str) -> tuple[Example, ...]:
-        """Return the examples of role "source", "target" or "tests" in `split`; may be empty.
+        """Return the examples of a role in `split`; may be empty.
 
         They are those of `encoded`, in the same order.
         """
@@ -141,14 +141,31 @@ class Context:
     def on_target(self, labelled: Mapping[str, tuple[Example, ...]]) -> "Context":
         """Return a context with other labelled target examples; the test examples are the same.
 
+        Extra rows that share an id or a text with train examples that become dev examples are left
+        out: nothing else of the target may be like them.
+
         Args:
             labelled: "train", "dev" or "micro_dev" -> examples; a split that is missing is empty.
         """
         parts = self.data.parts["target"]
         kept = {name: rows for name, rows in parts.items() if name not in LABELLED}
-        data = replace(self.data, parts=self.data.parts | {"target": kept | dict(labelled)})
+        changed = {"target": kept | dict(labelled)}
+        extra, trained = self.data.parts.get("extra"), {e.id for e in parts.get("train", ())}
+        held = [example for example in labelled.get("dev", ()) if example.id in trained]
+        if extra is not None and held:
+            threshold = self.config.data.near_duplicates
+            changed["extra"] = {"train": without_held(extra["train"], held, threshold)}
+        same = self.data.parts.keys() - changed.keys()
         return Context(
-            self.config, data, self.backbone, self.task, self.reporter, self.clock, self.on_saved
+            self.config,
+            replace(self.data, parts=self.data.parts | changed),
+            self.backbone,
+            self.task,
+            self.reporter,
+            self.clock,
+            self.on_saved,
+            {k: v for k, v in self.encoding_reports.items() if k.partition("/")[0] in same},
+            {k: v for k, v in self._encoded.items() if k[0] in same},
         )
 
     def end_id(self, role: str, split: str) -> int:
@@ -287,7 +304,7 @@ def encode_part(
         config: the run's settings.
         data: the examples.
         tokenizer: the backbone's tokenizer.
-        role: "source", "target" or "tests".
+        role: "source", "target", "extra" or "tests".
         split: the split, or the name of a further test set.
         longest: the most tokens of an example; None takes `max_length(config)`.
         vocabulary: rows of the model's embedding; None if they are not known.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from grasp_lora.base.choice import not_finite
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.sections import Training
+from grasp_lora.models.batches import Beside
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
@@ -40,6 +41,7 @@ from grasp_lora.training.trainer import (
     processes,
     steps_per_epoch,
 )
+from grasp_lora.workbench.beside import NOTHING, Weights, read_beside, wanted_beside
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.processes import is_main, wait_for_all
 from grasp_lora.workbench.reporter import BarCallback
@@ -129,6 +131,7 @@ class FitOptions:
         reprune_every: steps between two calls of `reprune`.
         start_epoch: epochs trained before, for the learning-rate schedule.
         on_resume: called after a resumed run has its state back.
+        beside: sets that are trained on beside the examples of `role`.
     """
 
     training: Training
@@ -142,11 +145,33 @@ class FitOptions:
     reprune_every: int = 1
     start_epoch: float = 0.0
     on_resume: Callable[[], None] = lambda: None
+    beside: Weights = field(default_factory=dict)
 
 
-def run_steps(context: Context, training: Training, role: str) -> int:
-    """Return the number of optimizer steps planned for a training on the examples of `role`."""
-    count = len(context.examples(role, "train"))
+def rows_beside(context: Context, role: str, beside: Weights) -> list[Beside]:
+    """Return what a training on the examples of `role` reads of the sets beside them."""
+    labelled, found = len(context.encoded(role, "train")), list[Beside]()
+    for (other, split), weight in beside.items():
+        rows = context.encoded(other, split)
+        found.append(Beside(rows, read_beside(weight, labelled, len(rows))))
+    return found
+
+
+def epoch_rows(context: Context, role: str, beside: Weights) -> int:
+    """Return the rows that an epoch reads: the train examples of `role` and those beside them."""
+    read = [one.per_epoch for one in rows_beside(context, role, beside)]
+    return len(context.encoded(role, "train")) + sum(read)
+
+
+def epoch_steps(context: Context, training: Training, role: str, beside: Weights) -> int:
+    """Return the optimizer steps of an epoch on the examples of `role` and those beside them."""
+    count = epoch_rows(context, role, beside)
+    return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+
+
+def run_steps(context: Context, training: Training, role: str, beside: Weights = NOTHING) -> int:
+    """Return the optimizer steps planned for a training on the examples of `role`."""
+    count = epoch_rows(context, role, beside)
     return planned_steps(
         count, training.epochs, training.batch_size, training.accumulation, training.max_steps
     )
@@ -169,7 +194,8 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
     best = _best_callback(context, live, options)
     parts: list[Stateful] = [LiveAdapterState(live), *options.stateful, *([best] if best else [])]
     check_disk(checkpoints.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
-    total = run_steps(context, options.training, options.role)
+    total = run_steps(context, options.training, options.role, options.beside)
+    _say_what_is_short(context, options)
     with context.reporter.bar(options.title, total) as done:
         trainer = _trainer(context, live, options, checkpoints, (parts, best, done))
         checkpoint = _agreed_checkpoint(checkpoints)
@@ -200,6 +226,18 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
     )
 
 
+def _say_what_is_short(context: Context, options: FitOptions) -> None:
+    """Say for which sets beside the labelled rows an epoch reads fewer rows than it should."""
+    labelled = len(context.encoded(options.role, "train"))
+    for (role, split), weight in options.beside.items():
+        there, wanted = len(context.encoded(role, split)), wanted_beside(weight, labelled)
+        if there < wanted:
+            context.reporter.say(
+                f"{options.title}: {role} {split} has {there} rows of the {wanted} that an epoch "
+                f"should read beside {labelled} labelled rows; it reads all of them, once"
+            )
+
+
 def _restored(context: Context, best: BestCallback, title: str) -> Evaluation:
     """Put the best state back; a state whose dev loss is not finite is none, and is named."""
     losses = {evaluation.step: evaluation.loss for evaluation in best.evaluations}
@@ -220,8 +258,7 @@ def _groups(examples: EncodedExamples) -> tuple[str, ...]:
 
 
 def _per_epoch(context: Context, options: FitOptions) -> int:
-    count, training = len(context.encoded(options.role, "train")), options.training
-    return steps_per_epoch(count, training.batch_size, training.accumulation, processes())
+    return epoch_steps(context, options.training, options.role, options.beside)
 
 
 def _best_callback(context: Context, live: LiveAdapter, options: FitOptions) -> BestCallback | None:
@@ -282,6 +319,7 @@ def _trainer(
             report_to=context.config.report_to,
             on_cpu=context.backbone.device.type == "cpu",
         ),
+        rows_beside(context, options.role, options.beside),
     )
 
 

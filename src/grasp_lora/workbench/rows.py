@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.words import shown
-from grasp_lora.config.data_sections import ExampleSource, HubData, LanguageData, TestSet
+from grasp_lora.config.data_sections import (
+    ExampleSource,
+    ExtraData,
+    HubData,
+    LanguageData,
+    OneSet,
+    TestSet,
+)
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
@@ -29,15 +36,16 @@ from grasp_lora.tasks.base import Example, Task, task_named
 Parts = dict[str, tuple[Example, ...]]
 Say = Callable[[str], None]
 Given = Mapping[str, Mapping[str, Iterable[Mapping[str, Any]]]]
-"""Role ("source", "target", "tests") -> split -> rows, such as a `datasets.Dataset`."""
+"""Role ("source", "target", "extra", "tests") -> split -> rows, such as a `datasets.Dataset`."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The examples of each role ("source", "target", "tests") and split, and their origin.
+    """The examples of each role ("source", "target", "extra", "tests") and split, and their origin.
 
     Attributes:
-        parts: role -> split -> examples; role "tests" has one entry for every further test set.
+        parts: role -> split -> examples; role "tests" has one entry for every further test set, and
+            role "extra" the split "train" alone.
         dropped: "role/split" -> number of examples left out because another split already has
             their context.
         sources: role, or "tests/<name>" -> where the examples came from.
@@ -120,6 +128,8 @@ def load_run_data(
     if config.data.source is not None:
         used = [example for rows in target.values() for example in rows]
         parts = {"source": reader.language("source", config.data.source, used)} | parts
+    if config.data.extra is not None:
+        parts["extra"] = {"train": reader.extra(config.data.extra, target)}
     if config.data.tests:
         trained = [
             e for r in parts for split in parts[r] if split != "test" for e in parts[r][split]
@@ -135,6 +145,8 @@ def load_run_data(
     spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
     tested = sum(map(len, [target.get("test", ()), *parts.get("tests", {}).values()]))
     say(f"target labels used: {spent or 'none'}; tested on {tested}")
+    if "extra" in parts:
+        say(f"extra rows, which are no labels: {len(parts['extra']['train'])}")
     for where, count in reader.dropped.items():
         say(f"{where}: {count} rows left out (their context would be in two splits)")
     return RunData(parts, reader.dropped, reader.sources, leaks)
@@ -149,6 +161,7 @@ def _check_given(config: RunConfig, given: Given) -> None:
     parts = {"train", "dev", "micro_dev", "test"}
     known = {"target": parts, "tests": set(config.data.tests)}
     known |= {"source": parts} if config.data.source is not None else {}
+    known |= {"extra": {"train"}} if config.data.extra is not None else {}
     for role, rows in given.items():
         if role not in known:
             raise ValueError(
@@ -180,8 +193,7 @@ def _check_target(target: Parts) -> None:
 def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
     leaks = find_leaks(named, threshold=config.data.near_duplicates)
-    # Two test sets may share examples: nothing is trained on either.
-    counted = tuple(leak for leak in leaks if not _are_tests(leak.first[0], leak.second[0]))
+    counted = tuple(leak for leak in leaks if not _may_share(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
     if counted:
@@ -192,8 +204,33 @@ def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[
     return counted
 
 
-def _are_tests(*splits: str) -> bool:
+def _may_share(*splits: str) -> bool:
+    """Return whether two splits may share examples.
+
+    Two test sets may, as nothing is trained on either. Extra rows may share them with what judges
+    no target adapter: the target train rows and the source rows, of which they may be translations.
+    """
+    if "extra/train" in splits:
+        return all(
+            split in ("extra/train", "target/train") or split.startswith("source/")
+            for split in splits
+        )
     return all(split.startswith("tests/") or split.endswith("/test") for split in splits)
+
+
+def without_held(
+    rows: Sequence[Example], held: Sequence[Example], threshold: float
+) -> tuple[Example, ...]:
+    """Return the rows whose group shares no id, group or text with examples that judge them.
+
+    Args:
+        rows: rows to be trained on.
+        held: examples that judge the training.
+        threshold: Jaccard similarity from which texts count as the same; see `find_leaks`.
+    """
+    kept, _ = drop_parallel(rows, held)
+    parts, _ = drop_repeated_texts({"dev": held, "train": kept}, threshold=threshold)
+    return parts["train"]
 
 
 @dataclass
@@ -254,16 +291,7 @@ class _Reader:
         self, name: str, section: TestSet, trained: Sequence[Example]
     ) -> tuple[Example, ...]:
         """Return the examples of a further test set, without translations of `trained` examples."""
-        if name in self.given.get("tests", {}):
-            rows = self._load(self.given["tests"][name], section, name)
-            self.sources[f"tests/{name}"] = "given in Python"
-        elif isinstance(section.files, Path):
-            rows = self._load(section.files, section, section.files.name, "test")
-            self.sources[f"tests/{name}"] = section.files.name
-        else:
-            found = self._found(section.files, section, "target")
-            rows = found.examples[found.drawn_from["test"]]
-            self.sources[f"tests/{name}"] = found.record()
+        rows = self._one_set(f"tests/{name}", section, self.given.get("tests", {}).get(name))
         others = [e for e in trained if e.language != section.language]
         kept, count = drop_parallel(rows, others)
         if count:
@@ -271,6 +299,42 @@ class _Reader:
         if section.rows is None:
             return kept
         return split_by_group(kept, {name: section.rows}, self.seed).parts[name]
+
+    def extra(self, section: ExtraData, target: Parts) -> tuple[Example, ...]:
+        """Return the extra rows, without those that the target has beyond its train rows.
+
+        Raises:
+            ValueError: no row is left, or fewer than `data.extra.rows`.
+        """
+        rows = self._one_set("extra", section, self.given.get("extra", {}).get("train"))
+        held = [e for split in target if split != "train" for e in target[split]]
+        kept, count = drop_parallel(rows, held)
+        if count:
+            name = "target dev, micro-dev or test"
+            self.say(f"extra: {parallel_notice(rows, held, count, name)}")
+        if not kept:
+            raise ValueError(
+                f"data.extra: all {count} rows are left out, as they or others of their context "
+                "share an id with a target row that is not trained on; give other rows, or other "
+                "ids if they are no translations of them"
+            )
+        if section.rows is None:
+            return kept
+        return split_by_group(kept, {"extra": section.rows}, self.seed).parts["extra"]
+
+    def _one_set(
+        self, where: str, section: OneSet, given: Iterable[Mapping[str, Any]] | None
+    ) -> tuple[Example, ...]:
+        """Return the examples of a section that is not divided; `where` names it."""
+        if given is not None:
+            self.sources[where] = "given in Python"
+            return self._load(given, section, where.removeprefix("tests/"))
+        if isinstance(section.files, Path):
+            self.sources[where] = section.files.name
+            return self._load(section.files, section, section.files.name, section.part)
+        found = self._found(section.files, section, "target")
+        self.sources[where] = found.record()
+        return found.examples[found.drawn_from[section.part]]
 
     def _published(self, role: str, section: LanguageData, used: Iterable[Example] | None) -> Parts:
         found = self._found(section.files, section, role)
