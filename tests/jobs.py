@@ -54,9 +54,9 @@ def with_trainings(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Tests may give the values of the trainings beside each other as well: plain keys of "train" are
     those of both adapters, "search" is that of the search, and "finetune" holds those of the final
-    run beside its own settings.
+    run beside its own settings. The recipe is the published one, unless the values have another.
     """
-    found = dict(values)
+    found = {"recipe": "grasp"} | dict(values)
     given, search, final = (found.pop(name, {}) for name in ("train", "search", "finetune"))
     plain = {key: value for key, value in given.items() if key in TRAINING_KEYS}
     train = dict(TRAIN) | (of_adapters(plain) if plain else {})

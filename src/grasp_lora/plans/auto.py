@@ -22,6 +22,8 @@ from grasp_lora.core.recipes.chooser import (
     Trial,
     ask,
     decide,
+    simple_recipe,
+    spent_on,
 )
 from grasp_lora.plans.auto_plan import (
     HELD,
@@ -38,6 +40,7 @@ from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import System
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import facts_of
+from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Input, Sizes
 from grasp_lora.training.trainer import Diverged
 from grasp_lora.workbench.context import LABELLED
@@ -55,6 +58,7 @@ class Chosen:
         task: what was to be chosen.
         told: the outcomes of the trials.
         simple: simple system -> loss of each held example, in nats.
+        refused: simple system -> why it cannot be used here.
         decision: what is shipped.
         config: the run's settings.
         labels: number of all labelled examples.
@@ -67,6 +71,7 @@ class Chosen:
     task: Task
     told: tuple[Told, ...]
     simple: Mapping[str, tuple[float, ...]]
+    refused: Mapping[str, str]
     decision: Decision
     config: RunConfig
     labels: int
@@ -92,11 +97,11 @@ def chosen(config: RunConfig, session: Session, sizes: Sizes, options: Options) 
         ValueError: nothing has a finite loss on the held examples.
     """
     out, build = config.output, AutoPlan(config, session.data)
-    build.simple()
-    work_off(build.plan.build(), out, session, options)
     held = [example.group for split in HELD for example in session.context.encoded("target", split)]
     task, told = task_of(config, sizes, held), ()
-    simple = {name: _losses(out / "evaluations" / name) for name in SIMPLE if name not in STARTS}
+    least = ask(task, ())  # a budget that is too small is refused before any work
+    assert least, "the least budget allows a trial"
+    simple, refused = _simple_losses(build, out, session, options)
     while asked := ask(task, told):
         session.context.reporter.say(_asked_line(task, told, asked, config))
         told = (*told, *(_tried(build, trial, out, session, options) for trial in asked))
@@ -107,16 +112,17 @@ def chosen(config: RunConfig, session: Session, sizes: Sizes, options: Options) 
     work_off(plan, out, session, options)
     labels = sum(len(session.context.encoded("target", split)) for split in LABELLED)
     epochs = sum(one.epochs for one in decision.finalists)
-    probed = plan.cost(sizes)["ratio-probe"].tokens
-    spent = _spent(task, told) + epochs * task.prices.labelled + probed
-    parts = (task, told, simple, decision, config, labels, spent)
+    spent = spent_on(task, told) + epochs * task.prices.labelled
+    parts = (task, told, simple, refused, decision, config, labels, spent)
     return Chosen(plan, build.adapters, tuple(build.systems), *parts)
 
 
 def first_plan(config: RunConfig, data: RunData) -> Plan:
     """Return the plan up to the first trials; later stages depend on their results."""
     build = AutoPlan(config, data)
-    build.simple()
+    for name in SIMPLE:
+        if not simple_recipe(name).shots:  # solved examples may not fit this model
+            build.simple(name)
     return build.plan.build()
 
 
@@ -189,14 +195,39 @@ def _tried(build: AutoPlan, trial: Trial, out: Path, session: Session, options: 
     name = build.trial(trial)
     try:
         work_off(build.plan.build(), out, session, options)
-    except Diverged as error:
+    except (Diverged, NotApplicable) as error:
+        build.drop(name)
         return Told(trial, (), str(error))
     rows = facts_of(out / name)["rows"]
     return Told(trial, tuple(tuple(_known(loss) for loss in one) for one in rows))
 
 
+def _simple_losses(
+    build: AutoPlan, out: Path, session: Session, options: Options
+) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
+    """Score what needs no training; return its losses of the held examples, and why some cannot."""
+    losses: dict[str, tuple[float, ...]] = {}
+    refused: dict[str, str] = {}
+    for name in SIMPLE:
+        stage = build.simple(name)
+        if stage is None:
+            continue
+        try:
+            work_off(build.plan.build(), out, session, options)
+        except NotApplicable as error:
+            build.drop(stage)
+            refused[name] = str(error)
+            continue
+        if name not in STARTS:
+            losses[name] = _losses(out / stage)
+    return losses, refused
+
+
 def _losses(folder: Path) -> tuple[float, ...]:
-    """Return the losses of the held examples of an evaluation, in nats."""
+    """Return the losses of the held examples of an evaluation or a measurement, in nats."""
+    measured = facts_of(folder).get("rows")
+    if measured:
+        return tuple(_known(loss) for loss in measured[0])
     stored = read_json(folder / "losses.json")
     return tuple(_known(loss) for split in HELD for loss in stored.get(split, []))
 
@@ -206,12 +237,8 @@ def _known(loss: float | None) -> float:
     return math.nan if loss is None else loss
 
 
-def _spent(task: Task, told: Sequence[Told]) -> float:
-    return task.spent + sum(one.tokens(task.prices) for one in told)
-
-
 def _asked_line(task: Task, told: Sequence[Told], asked: Sequence[Trial], config: RunConfig) -> str:
-    paid = _spent(task, told)
+    paid = spent_on(task, told)
     most = sum(task.prices.trial(one.epochs) for one in asked)
     names = ", ".join(slug_of(one.recipe) for one in asked)
     runs = task.prices.plain

@@ -21,12 +21,14 @@ from grasp_lora.plans.recipes import Case, changed_settings, settings_of, start_
 from grasp_lora.plans.run_plan import System
 from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.stage import Input, Sizes, Split, Stage
+from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.beside import beside_target, target_epoch
 from grasp_lora.workbench.context import LABELLED
 from grasp_lora.workbench.rows import RunData
 
 STARTS = ("source", "average")
 """Starts that are fine-tuned in trials."""
+RATIO_PROBE = "ratio-probe"
 HELD = ("dev", "micro_dev")
 """Splits of the target examples that trials are measured on, in this order."""
 SIMPLE: Mapping[str, str] = {
@@ -48,12 +50,15 @@ def task_of(config: RunConfig, sizes: Sizes, groups: Sequence[str]) -> Task:
         groups: group of each held example.
     """
     prices = prices_of(config, sizes)
-    read = len([name for name in SIMPLE if name not in STARTS])
+    examples = ("target", "train")
+    solved = sum(simple_recipe(name).shots for name in SIMPLE) * sizes.length(examples)
+    read = sum(name not in STARTS for name in SIMPLE) * prices.held
+    probe = Stage(RATIO_PROBE, "probe", config, options={"choice": "ratio"})
     return Task(
         starts=STARTS,
         prices=prices,
         budget=config.budget * prices.plain,
-        spent=read * prices.held,
+        spent=read + solved + KINDS[probe.kind].cost(probe, sizes).tokens,
         epochs=config.training("finetune").epochs,
         groups=tuple(groups),
     )
@@ -87,7 +92,6 @@ class AutoPlan:
     def __init__(self, config: RunConfig, data: RunData):
         self.config, self.plan = config, PlanBuilder()
         self.count = target_epoch(config, data)
-        self.scored = bool(data.test_sets()) and config.evaluate.baselines
         self.tests = bool(data.test_sets())
         self.adapters = add_adapters(self.plan, config)
         self.systems: list[System] = []
@@ -98,14 +102,30 @@ class AutoPlan:
         case = replace(case, job=f"starts/{name}")
         return start_of(case, name)[0]
 
-    def simple(self) -> None:
-        """Add the systems that need no training; their held examples are measured too."""
-        for name, title in SIMPLE.items():
-            recipe = simple_recipe(name)
-            assert isinstance(recipe.start, str), "a simple system is no mean"
-            adapter = self.start(recipe.start)
-            options = {"labelled": True, "shots": recipe.shots or None}
-            self._score(System(title, name, adapter), options)
+    def simple(self, name: str) -> str | None:
+        """Add the scoring of a system that needs no training; return the name of the stage.
+
+        Its held examples are measured too, unless a trial begins from it and measures them. Without
+        test examples adapters are measured alone: None is returned for the bare backbone.
+        """
+        recipe = simple_recipe(name)
+        assert isinstance(recipe.start, str), "a simple system is no mean"
+        if not self.tests:
+            return self._measured(name, self.start(recipe.start))
+        options = {"labelled": name not in STARTS, "shots": recipe.shots or None}
+        return self._score(System(SIMPLE[name], name, self.start(recipe.start)), options)
+
+    def _measured(self, name: str, adapter: Input | None) -> str | None:
+        if adapter is None or name in STARTS:
+            return None
+        options = {"untrained": True, "micro_dev": True}
+        stage = Stage(f"trials/{name}", "prune", self.config, {"start": adapter}, options)
+        return self.plan.add(replace(stage, title=SIMPLE[name]))
+
+    def drop(self, name: str) -> None:
+        """Take out a stage that cannot be done."""
+        self.plan.drop(name)
+        self.systems = [one for one in self.systems if f"evaluations/{one.slug}" != name]
 
     def trial(self, trial: Trial) -> str:
         """Add a trial and return its name."""
@@ -130,31 +150,37 @@ class AutoPlan:
         )
 
     def final(self, finalists: Sequence[Finalist]) -> str:
-        """Add the result, the mean of the finalists."""
-        inputs = {f"adapter {n}": self.whole(one) for n, one in enumerate(finalists)}
-        final = self.plan.add(Stage("final", "merge", self.config, inputs, {"rule": "mean"}))
-        probed = self._probed(finalists[0])
-        if probed is not None:
-            inputs = {"adapter": probed}
-            self.plan.add(Stage("ratio-probe", "probe", self.config, inputs, {"choice": "ratio"}))
+        """Add the result: the mean of the finalists, or the prompt of the bare backbone."""
+        first = finalists[0].recipe
+        if first.start == "backbone":
+            options = {"shots": first.shots or None}
+            final = self.plan.add(Stage("final", "prompt", self.config, {}, options))
+            scored = System("final", "final", None)
+        else:
+            inputs = {f"adapter {n}": self.whole(one) for n, one in enumerate(finalists)}
+            final = self.plan.add(Stage("final", "merge", self.config, inputs, {"rule": "mean"}))
+            self.plan.add(self.ratio_probe(self._probed(finalists[0])))
+            options, scored = {}, System("final", "final", final)
         if self.tests:
-            self._score(System("final", "final", final), {}, always=True)
+            self._score(scored, options)
         return final
 
-    def _probed(self, finalist: Finalist) -> Input | None:
+    def ratio_probe(self, adapter: Input) -> Stage:
+        """Return the stage that prunes an adapter without training, and judges the ratios."""
+        inputs, options = {"adapter": adapter}, {"choice": "ratio"}
+        return Stage(RATIO_PROBE, "probe", self.config, inputs, options)
+
+    def _probed(self, finalist: Finalist) -> Input:
         """Return the adapter that ratios are probed on: one that no held example trained."""
         if finalist.epochs:
             return f"trials/{slug_of(finalist.recipe)}"
-        assert isinstance(finalist.recipe.start, str), "a finalist starts from one adapter"
-        return self.start(finalist.recipe.start)
+        return self._start_of(finalist.recipe)
 
-    def _score(self, system: System, options: Mapping[str, Any], always: bool = False) -> None:
-        if not (self.scored or always or options.get("labelled")):
-            return
+    def _score(self, system: System, options: Mapping[str, Any]) -> str:
         inputs = {} if system.adapter is None else {"adapter": system.adapter}
         name, title = f"evaluations/{system.slug}", f"evaluate {system.name}"
-        self.plan.add(Stage(name, "evaluate", self.config, inputs, dict(options), title))
         self.systems.append(system)
+        return self.plan.add(Stage(name, "evaluate", self.config, inputs, dict(options), title))
 
     def _start_of(self, recipe: Recipe) -> Input:
         assert isinstance(recipe.start, str), "a trial starts from one adapter"

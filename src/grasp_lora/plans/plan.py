@@ -58,6 +58,11 @@ class PlanBuilder:
         self._known[identity] = stage.name
         return stage.name
 
+    def drop(self, name: str) -> None:
+        """Take a stage out that no other stage needs, such as one that cannot be done."""
+        del self._stages[name]
+        self._known = {identity: one for identity, one in self._known.items() if one != name}
+
     def built(self, name: str) -> Stage:
         """Return a stage that was added."""
         return self._stages[name]

@@ -47,7 +47,7 @@ _WEIGHTED = {n: one for n, one in UNTRAINED_MERGES.items() if one.group in ("mer
 
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
-RATIO_EXAMPLES = 48
+RATIO_EXAMPLES = 16
 
 
 def run(work: Work) -> Mapping[str, Any]:

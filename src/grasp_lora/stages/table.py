@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from grasp_lora.stages.evaluate import EVALUATE
 from grasp_lora.stages.merge import MERGE
 from grasp_lora.stages.probe import PROBE
+from grasp_lora.stages.prompt import PROMPT
 from grasp_lora.stages.prune import PRUNE
 from grasp_lora.stages.search import SEARCH
 from grasp_lora.stages.stage import Kind
@@ -16,6 +17,7 @@ KINDS: Mapping[str, Kind] = {
     "probe": PROBE,
     "search": SEARCH,
     "prune": PRUNE,
+    "prompt": PROMPT,
     "evaluate": EVALUATE,
 }
 """Name -> kind. To add a kind of stage, write its file and add an entry here."""

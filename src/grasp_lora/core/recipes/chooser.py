@@ -22,8 +22,6 @@ FIRST: Mapping[str, float] = {"source": 3.0, "average": 1.0}
 go, an average is near and overshoots at a larger step."""
 STEPS = (1.0, 3.0, 10.0)
 """Multiples of the configured step size, in order."""
-MOST = 2
-"""Finalists, at most, that are trained on all labels."""
 _SHOTS = "few-shot-"
 PATIENCE = 2
 """Epochs without a lower loss of the held examples after which a trial stops."""
@@ -58,7 +56,7 @@ class Task:
         starts: keys of `recipe.STARTS` that can be fine-tuned here, the most promising first.
         prices: what readings cost.
         budget: tokens that may be spent, the trainings on all labels included.
-        spent: tokens that are spent before the first trial.
+        spent: tokens that are spent beside trials and trainings on all labels.
         epochs: the longest trial.
         groups: group of each held example.
     """
@@ -145,46 +143,67 @@ class Decision:
     why: str
 
 
+def least_budget(task: Task) -> float:
+    """Return the smallest budget that works, in tokens: one trial of one epoch, then all labels."""
+    return task.spent + task.prices.trial(1) + task.prices.labelled
+
+
 def ask(task: Task, told: Sequence[Told]) -> tuple[Trial, ...]:
     """Return the trials to do next; none when the decision can be made.
 
     First every start is tried at its step of `FIRST`. What is left of the budget goes to the start
     with the lowest loss: to a larger step where its loss still fell at the last epoch, to a smaller
-    one where it fell for one epoch at most.
+    one where it fell for one epoch at most. A training on all labels, as long as the best trial,
+    is always kept in reserve.
 
     Args:
         task: what is to be chosen.
         told: the outcomes of all trials that were asked for before.
+
+    Raises:
+        ValueError: the budget is below `least_budget`.
     """
+    prices = task.prices
+    if task.budget < least_budget(task):
+        runs = (task.budget / prices.plain, least_budget(task) / prices.plain)
+        raise ValueError(
+            f"budget: {runs[0]:.3g} plain runs is too small to try anything and train on all "
+            f"labels; the least that works here is {_up(runs[1])}"
+        )
     known = {one.trial.recipe for one in told}
-    paid = task.spent + sum(one.tokens(task.prices) for one in told)
-    left = task.budget - paid
-    asked: list[Trial] = []
-    for start in task.starts:
-        recipe = Recipe(start, FIRST[start])
-        trial = _affordable(task, recipe, left - _final(task))
-        if recipe not in known and trial is not None:
-            asked.append(trial)
-            left -= task.prices.trial(trial.epochs)
-    if asked or not told:
-        return tuple(asked)
+    left = task.budget - spent_on(task, told)
+    firsts = _affordable_starts(task)
+    waiting = [r for r in (Recipe(s, FIRST[s]) for s in firsts) if r not in known]
+    if waiting:
+        return tuple(Trial(recipe, _longest(task, len(firsts))) for recipe in waiting)
     recipe = _next_step(told)
     if recipe is None or recipe in known:
         return ()
-    trial = _affordable(task, recipe, left - 2 * _final(task))
-    return () if trial is None else (trial,)
+    reserve = prices.labelled * max(one.best for one in told)
+    epochs = int((left - reserve - prices.held) / (prices.train + prices.held))
+    return (Trial(recipe, min(task.epochs, epochs)),) if epochs >= 1 else ()
 
 
-def _final(task: Task) -> float:
-    """Return the tokens that the longest training on all labels takes."""
-    return task.prices.labelled * task.epochs
+def spent_on(task: Task, told: Sequence[Told]) -> float:
+    """Return the tokens that were spent so far."""
+    return task.spent + sum(one.tokens(task.prices) for one in told)
 
 
-def _affordable(task: Task, recipe: Recipe, left: float) -> Trial | None:
-    """Return a trial as long as the budget allows; None below two epochs."""
+def _up(runs: float) -> str:
+    return f"{math.ceil(runs * 100) / 100:g}"
+
+
+def _affordable_starts(task: Task) -> tuple[str, ...]:
+    """Return the starts that the budget can try for an epoch at least, in order."""
+    counts = range(len(task.starts), 0, -1)
+    return task.starts[: next((n for n in counts if _longest(task, n) >= 1), 1)]
+
+
+def _longest(task: Task, starts: int) -> int:
+    """Return the epochs of the first trials; a training on all labels as long fits beside them."""
     prices = task.prices
-    epochs = min(task.epochs, int((left - prices.held) / (prices.train + prices.held)))
-    return Trial(recipe, epochs) if epochs >= min(2, task.epochs) else None
+    room = task.budget - task.spent - starts * prices.held
+    return min(task.epochs, int(room / (starts * (prices.train + prices.held) + prices.labelled)))
 
 
 def _next_step(told: Sequence[Told]) -> Recipe | None:
@@ -243,7 +262,13 @@ def decide(
     )
     near = sorted((tuned[int(place)] for place in within), key=lambda one: math.fsum(one.judged))
     kept = {one.recipe.start: one for one in reversed(near)}
-    finalists = [one for one in near if kept[one.recipe.start] is one][:MOST]
+    finalists: list[Finalist] = []
+    left = task.budget - spent_on(task, told)
+    for one in near:
+        price = one.epochs * task.prices.labelled
+        if kept[one.recipe.start] is one and (price <= left or not finalists):
+            finalists.append(one)
+            left -= price
     return Decision(tuple(finalists), least or "nothing", gain, "tuned")
 
 
