@@ -178,7 +178,10 @@ class AutoPlan:
         for number, one in enumerate(finalists):
             inputs[f"adapter {number}"] = whole_name(one) or self._start_of(one.recipe)
         # The inputs' names are no part of a key, so that the key must say what the mean is of.
-        options = {"rule": "mean", "of": [whole_name(one) or one.recipe.start for one in finalists]}
+        options = {
+            "rule": "mean",
+            "made_of": [whole_name(one) or one.recipe.start for one in finalists],
+        }
         return Stage("final", "merge", self.config, inputs, options)
 
     def final(self, finalists: Sequence[Finalist], probed: Input | None) -> str:

@@ -98,7 +98,7 @@ def run(
         config: the run's settings; `config.output` is the run folder.
         overwrite: replace results in the folder that were made with other settings. If there are
             none, do everything again. A run that chooses its recipe keeps the trials that are done
-            if it is not finished, or is asked to choose by another budget or preference.
+            if it is not finished, or any setting is another one.
         quiet: print nothing.
         rows: examples from Python, role -> split -> rows (a list of mappings, or a
             `datasets.Dataset`). They replace `data.<role>.files`; the languages are still those of
@@ -177,6 +177,7 @@ def _choosing(session: Session, options: Options) -> tuple[_Run, Chosen]:
         return current, chosen(task, session, sizes, replace(options, again=False))
     except FinalDiffers:
         decided_by_main(lambda: put_back(current.out, before))
+        decided_by_main(lambda: tidy_choice(current.out))
         raise
 
 
@@ -229,10 +230,10 @@ def _trained_adapters(current: _Run) -> list[str]:
 
 
 def _chooses_anew(current: _Run) -> bool:
-    """Return whether a finished run is asked to choose by another budget or preference."""
-    stored = read_config(current.out)
-    asked = current.config.to_dict()
-    return any(stored.get(name) != asked[name] for name in ("recipe", "budget", "prefer"))
+    """Return whether a finished run is asked to choose with other settings, such as a budget."""
+    stored, asked = read_config(current.out), jsonable(current.config.to_dict())
+    inert = {"output", "report_to"}
+    return any(stored.get(name) != asked[name] for name in asked.keys() - inert)
 
 
 def _check_before_work(current: _Run) -> None:
