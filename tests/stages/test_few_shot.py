@@ -292,3 +292,44 @@ def test_only_solved_examples_make_the_result_depend_on_train_rows(tmp_path):
         "the examples of target/train have changed"
     ]
     assert differences(keyed(None, data), keyed(None, fewer)) == []
+
+
+@pytest.mark.parametrize("shots", [None, 4])
+def test_measuring_alone_reads_the_same_losses_and_no_test_example(shots, tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    config = configured(tmp_path)
+    context = opened(config)
+    _, wanted, _ = evaluated(config, tmp_path / "answered", shots, context)
+    options = {"shots": shots, "labelled": True, "unanswered": True}
+    stage = Stage("out", "evaluate", config, options=options)
+    out, session = tmp_path / "alone" / "out", Session(config, context.data, context)
+    work_off(Plan({"out": stage}), out.parent, session)
+    assert read_json(out / "losses.json") == wanted
+    assert sorted(one.name for one in out.iterdir()) == ["losses.json", "stage.json"]
+    key = read_json(out / "stage.json")["key"]
+    assert not [name for name in key["settings"] if name.startswith(("evaluate.m", "evaluate.r"))]
+    if shots is None:
+        assert not [name for name in key["examples"] if name.endswith("test")]
+    sizes = sizes_of(config, context.data)
+    both = EVALUATE.cost(stage_of(config, shots), sizes)
+    alone = EVALUATE.cost(stage, sizes)
+    assert (alone.answers, both.answers) == (0, len(TESTED))
+    assert alone.forwards == both.forwards == sum(len(PLACES[s]) for s in ("dev", "micro_dev"))
+
+
+def test_the_prompt_that_is_shipped_is_the_one_that_was_scored(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    config = configured(tmp_path)
+    # The longest of all questions is a test question, so that it decides how many examples fit.
+    file = tmp_path / "test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["context"] += " It is yellow." * 8
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    context = opened(config)
+    scores, _, _ = evaluated(config, tmp_path, 6, context)
+    session = Session(config, context.data, context)
+    stage = Stage("final", "prompt", config, options={"shots": 6})
+    work_off(Plan({"final": stage}), tmp_path, session)
+    shipped = read_json(tmp_path / "final" / "prompt.json")
+    assert 0 < len(scores["shots"]["ids"]) < 6
+    assert shipped["ids"] == scores["shots"]["ids"]

@@ -51,3 +51,12 @@ def test_a_dev_loss_that_is_not_finite_is_never_kept_and_is_named(
 def test_where_no_dev_loss_is_finite_there_is_one_error(context, monkeypatch, tmp_path):
     with pytest.raises(Diverged, match="no dev loss is finite, at none of the steps"):
         fitted(context, monkeypatch, tmp_path, [math.nan, math.inf, math.nan])
+
+
+def test_what_diverged_is_told_without_its_place(context, monkeypatch, tmp_path):
+    with pytest.raises(Diverged) as caught:
+        fitted(context, monkeypatch, tmp_path, [math.nan, math.inf, math.nan])
+    error = caught.value
+    assert error.why.startswith("no dev loss is finite, at none of the steps [0, ")
+    assert str(error) == f"training: {error.why}"
+    assert error.steps == int(error.why.partition("]")[0].rpartition(" ")[2])
