@@ -54,6 +54,7 @@ WRITTEN = (
     "ratio-probe",
     "rank-probe",
     "recipe.json",
+    "recipe.png",
     "data.json",
     "rounds.jsonl",
     "ratio.json",

@@ -38,6 +38,7 @@ from grasp_lora.plans.executor import Options, work_off
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import System
 from grasp_lora.plans.session import Session
+from grasp_lora.report.pictures import plot_choice
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Input, Sizes
@@ -127,7 +128,9 @@ def first_plan(config: RunConfig, data: RunData) -> Plan:
 
 def publish_choice(out: Path, result: Chosen, config: RunConfig) -> None:
     """Write recipe.json and ratio.json into the run folder."""
-    write_json(out / "recipe.json", jsonable(about_choice(result)))
+    choice = jsonable(about_choice(result))
+    write_json(out / "recipe.json", choice)
+    plot_choice(choice, out / "recipe.png")
     ratio = read_json(out / "ratio-probe" / "ratio.json")
     changed = config.changed_from_preset()
     preset = f"{config.preset}, changed" if changed else config.preset

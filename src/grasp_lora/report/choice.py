@@ -53,6 +53,7 @@ def _ratio_line(ratio: Mapping[str, Any]) -> str:
 def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
     """Return the head of the report: what is shipped, then a table of all that was measured."""
     lines = [f"**{ship_line(choice, 'final')}**", "", choice["why"], ""]
+    lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
     lines += ["| what | dev loss | epochs | path |", "|---|---:|---:|---|"]
     for one in choice["tried"]:
         loss = NO_VALUE if one["dev_loss"] is None else f"{one['dev_loss']:.3f}"

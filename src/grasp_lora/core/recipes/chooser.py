@@ -251,7 +251,8 @@ def decide(
         told: the outcomes of all trials.
         simple: name -> loss of each held example, of what needs no training. Names that are keys of
             `recipe.STARTS` are starts.
-        prefer: "simple" ships what needs no training if it is within one standard error.
+        prefer: "simple" ships what needs no training if it is within one standard error, and one
+            finalist otherwise.
 
     Raises:
         ValueError: nothing has a finite loss.
@@ -284,7 +285,9 @@ def decide(
     left = task.budget - spent_on(task, told)
     for one in near:
         price = one.epochs * task.prices.labelled
-        if kept[one.recipe.start] is one and (price <= left or not finalists):
+        if finalists and (price > left or prefer == "simple"):
+            continue
+        if kept[one.recipe.start] is one:
             finalists.append(one)
             left -= price
     sure = None if gain is None else expected(gain, task.labels, task.trained)
