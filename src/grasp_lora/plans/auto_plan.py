@@ -220,7 +220,13 @@ def recipe_words(recipe: Recipe, config: RunConfig) -> str:
     if recipe.step is None:
         return title
     rate = config.training("finetune").learning_rate * recipe.step
-    return f"{title.removesuffix(', untrained')} fine-tuned at {rate:.2g}"
+    return f"{title.removesuffix(', untrained')} fine-tuned at {_rate_words(rate)}"
+
+
+def _rate_words(rate: float) -> str:
+    """Return a step size as people write it: 3e-4."""
+    digits, power = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def finalist_words(finalist: Finalist, config: RunConfig, labels: int) -> str:
