@@ -26,7 +26,8 @@ TRAIN = of_adapters({"epochs": 1}) | {"search": {"epochs": 2}, "finetune": {"epo
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
     """Return the settings of a job on the backbone in `folder`/base.
 
-    Sections given are replaced whole; of `train`, the values of a training are.
+    Sections given are replaced whole; of `train`, the values of a training are. With `recipe`
+    "auto" there is no `controller`, which a choice does without.
     """
     values = {
         "output": str(folder / "run"),
@@ -43,6 +44,8 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
         "train": TRAIN,
         "evaluate": QUIET_EVALUATION,
     }
+    if changes.get("recipe") == "auto":
+        del values["controller"]
     return with_trainings(values | changes)
 
 

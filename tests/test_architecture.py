@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "plans": (
         {"adapters", "base", "config", "core", "metrics", "models", "report", "scoring"}
-        | {"stages", "workbench"},
+        | {"stages", "training", "workbench"},
         {"torch"},
     ),
     "cli": (

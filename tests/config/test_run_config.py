@@ -367,7 +367,49 @@ def test_rows_that_do_not_fit_their_files_are_refused(tmp_path, monkeypatch, tar
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     data = {**MINIMAL["data"], "target": {"language": "es", **target}}
-    assert any(said in fault for fault in faults_of(written(tmp_path, data=data)))
+    faults = faults_of(written(tmp_path, data=data, recipe="grasp"))
+    assert any(said in fault for fault in faults)
+
+
+@pytest.mark.parametrize("judges", [{}, {"dev": 2}, {"micro_dev": 2}, {"dev": 0}])
+def test_a_choice_needs_no_part_that_judges_and_the_published_recipe_does(tmp_path, judges):
+    data = {**MINIMAL["data"], "target": {"language": "es", "rows": {"train": 9, **judges}}}
+    config = load_config(written(tmp_path, data=data))
+    assert config.faults() == []
+    found = {fault.split(":")[0].rpartition(".")[2] for fault in config.held_faults()}
+    assert found == {"dev", "micro_dev"} - {name for name, count in judges.items() if count}
+    assert faults_of(written(tmp_path, data=data, recipe="grasp")) == tuple(config.held_faults())
+
+
+def test_a_choice_refuses_the_settings_that_it_makes_itself(tmp_path):
+    sections = {"merge": {"when": "after", "kind": "linear"}, "controller": {"rounds": 3}}
+    sections["finetune"] = {"mode": "continue", "rows": "labelled", "mask_schedule": 2}
+    config = load_config(written(tmp_path, **sections, mask_unit="merged"))
+    assert config.faults() == [], "comparisons and single stages use them"
+    found = config.recipe_faults()
+    keys = ["merge.kind", "merge.when", "mask_unit", "controller"]
+    keys += ["finetune.mode", "finetune.rows", "finetune.mask_schedule"]
+    assert found == [
+        f"recipe: auto chooses {key} itself; leave it out, or set recipe: grasp" for key in keys
+    ]
+    assert load_config(written(tmp_path, **sections, recipe="grasp")).recipe_faults() == []
+    plain = {"merge": {"when": "before"}, "controller": {"preset": "standard"}}
+    assert load_config(written(tmp_path, **plain, importance="magnitude")).recipe_faults() == []
+
+
+def test_the_published_settings_have_the_published_recipe(tmp_path):
+    assert load_config(written(tmp_path, preset="paper")).recipe_faults() == []
+    config = load_config(written(tmp_path, preset="paper", recipe="auto"))
+    (fault,) = config.recipe_faults()
+    assert fault.startswith("preset: paper is the published recipe, but recipe is auto")
+
+
+@pytest.mark.parametrize("given", [{"budget": 3}, {"prefer": "simple"}])
+@pytest.mark.parametrize("fixed", [{"recipe": "grasp"}, {"preset": "paper"}])
+def test_nothing_is_chosen_by_a_budget_with_the_published_recipe(tmp_path, given, fixed):
+    (name,) = given
+    (fault,) = load_config(written(tmp_path, **given, **fixed)).recipe_faults()
+    assert fault.startswith(f"{name}: recipe: grasp chooses nothing within a budget")
 
 
 def test_missing_files_are_named_before_any_work(tmp_path, monkeypatch):

@@ -116,6 +116,18 @@ def open_run(path: Path, config: Mapping[str, Any], again: bool = False) -> None
     write_json(path / RUN_CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
 
 
+def marks_of(path: Path) -> dict[str, str]:
+    """Return the files that say which run is in a folder and whether it is finished, as text."""
+    files = [path / name for name in (RUN_CONFIG_FILE, DONE_FILE)]
+    return {one.name: one.read_text(encoding="utf-8") for one in files if one.exists()}
+
+
+def put_back(path: Path, marks: Mapping[str, str]) -> None:
+    """Make a folder that of an earlier run again, which `marks_of` told of."""
+    for name, text in marks.items():
+        write_text(path / name, text)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the configuration of the run in folder `path`.
 

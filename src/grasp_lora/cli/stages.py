@@ -41,11 +41,12 @@ def run(
     overwrite: Overwrite = False,
     profile: Profile = False,
 ) -> None:
-    """Do the whole run: adapters, merge, search, final fine-tuning, evaluation.
+    """Do the whole run: adapters, trials of recipes within a budget, the result, evaluation.
 
     Reads the configuration and the examples or adapters that it names. Writes the run folder:
-    final/ (the adapter), ratio.json, rounds.jsonl, ratio.png, scores.json, report.md. Run the same
-    command again to resume an interrupted run.
+    final/ (the adapter), recipe.json, ratio.json, scores.json, report.md. Run the same command
+    again to resume an interrupted run. With recipe: grasp the run merges, searches the prune ratio,
+    prunes and fine-tunes.
     """
     _run(load(config, settings, output, seed, allow_leakage), overwrite, profile)
 
@@ -67,7 +68,7 @@ def plan(
     from grasp_lora.plans.show import left, planned_run
     from grasp_lora.report.plan import cost_line, plan_table
 
-    stages = planned_run(loaded)
+    stages, rest = planned_run(loaded)
     console = Console(highlight=False)
     console.print(plan_table(stages))
     for one in stages:
@@ -75,6 +76,8 @@ def plan(
             console.print(f"{one.name}: {'; '.join(one.why)}", markup=False)
     waiting = sum(one.state != "done" for one in stages)
     console.print(cost_line(waiting, left(stages)))
+    if rest is not None:
+        console.print(rest)
 
 
 def demo(
@@ -342,7 +345,8 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         console.print(ship_line(choice, shown_path(folder / "final")), markup=False, style="bold")
         for table in score_tables(scores):
             console.print(table)
-        console.print("all scores with their 95 % intervals: report.md")
+        if scores["systems"]:
+            console.print("all scores with their 95 % intervals: report.md")
         for line in tried_lines(choice, ratio):
             console.print(line, markup=False)
         wrote(folder)

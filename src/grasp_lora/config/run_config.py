@@ -171,10 +171,38 @@ class RunConfig(Section):
                     f"{where}.files: the preset {section.files} is for the task {task}, but "
                     f"data.task is {shown(self.data.task)}; set data.task: {task}"
                 )
-        found += _part_faults("data.target", self.data.target, ("train", "dev", "micro_dev"))
+        judges = ("dev", "micro_dev") if self.recipe == "grasp" else ()
+        found += _part_faults("data.target", self.data.target, ("train", *judges))
         if self.data.source is not None:
             found += _part_faults("data.source", self.data.source, ("train",))
         return found
+
+    def held_faults(self) -> list[str]:
+        """Return one message for each part that judges and has no examples."""
+        return _part_faults("data.target", self.data.target, ("dev", "micro_dev"))
+
+    def recipe_faults(self) -> list[str]:
+        """Return one message for each setting that a whole run with this `recipe` would not use.
+
+        Single stages and comparisons use them whatever the recipe.
+        """
+        if self.recipe == "auto" and self.preset == "paper":
+            return [
+                "preset: paper is the published recipe, but recipe is auto; leave recipe out, or "
+                "set preset: standard"
+            ]
+        if self.recipe == "auto":
+            return [
+                f"recipe: auto chooses {key} itself; leave it out, or set recipe: grasp"
+                for key in _CHOSEN
+                if _value(self, key) != _value(_default(), key)
+            ]
+        return [
+            f"{key}: recipe: grasp chooses nothing within a budget; leave {key} out, or set "
+            "recipe: auto"
+            for key in ("budget", "prefer")
+            if _value(self, key) != _value(_default(), key)
+        ]
 
     def missing_files(self) -> list[str]:
         """Return one message for each file or folder named here that does not exist."""
@@ -216,6 +244,23 @@ class RunConfig(Section):
         # Where a training's value was written makes no difference.
         content["train"] = {name: content["train"][name] for name in TRAINING_DEFAULTS["restart"]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_CHOSEN = (
+    *("merge.kind", "merge.weights", "merge.rank", "merge.when", "mask_unit", "scope"),
+    *("controller", "finetune.mode", "finetune.rows", "finetune.mask_schedule"),
+)
+"""Settings that a run with `recipe: auto` would not use."""
+
+
+@functools.cache
+def _default() -> RunConfig:
+    """Return a configuration in which nothing is given that has a default."""
+    return RunConfig.model_validate({"model": "none", "data": {"target": {"language": "en"}}})
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 _OF_METHOD = ("lora", "merge", "controller", "finetune")

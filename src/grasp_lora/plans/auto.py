@@ -6,45 +6,69 @@ alone, so an interrupted run goes on from the trials that are done, with another
 """
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-from grasp_lora.base.files import jsonable, read_json, write_json
+from grasp_lora.base.files import read_json
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
+    PATIENCE,
     Decision,
+    Finalist,
     Task,
     Told,
     Trial,
     ask,
     decide,
-    simple_recipe,
     spent_on,
+    without_held,
 )
+from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans.auto_plan import (
     HELD,
     SIMPLE,
     STARTS,
     AutoPlan,
     finalist_words,
+    probe_tokens,
     recipe_words,
+    simple_tokens,
     slug_of,
-    task_of,
 )
-from grasp_lora.plans.executor import Options, work_off
+from grasp_lora.plans.executor import Options, state_of, work_off
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import System
 from grasp_lora.plans.session import Session
-from grasp_lora.report.pictures import plot_choice
+from grasp_lora.report.choice import asked_line, not_applicable
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.other_merges import NotApplicable
-from grasp_lora.stages.stage import Input, Sizes
+from grasp_lora.stages.stage import Input, Sizes, Stage
 from grasp_lora.training.trainer import Diverged
+from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import LABELLED
+from grasp_lora.workbench.fit import epoch_steps
+from grasp_lora.workbench.processes import decided_by_main
 from grasp_lora.workbench.rows import RunData
+
+
+class FinalDiffers(ValueError):
+    """The folder holds another result than the one that is chosen now."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A simple system on the held examples.
+
+    Attributes:
+        losses: loss of each held example, in nats.
+        path: the stage that measured them.
+    """
+
+    losses: tuple[float, ...]
+    path: str
 
 
 @dataclass(frozen=True)
@@ -57,12 +81,14 @@ class Chosen:
         systems: rows of the result table, the result last; empty where there is nothing to test on.
         task: what was to be chosen.
         told: the outcomes of the trials.
-        simple: simple system -> loss of each held example, in nats.
-        refused: simple system -> why it cannot be used here.
+        trials: recipe -> the stage of its trial.
+        simple: simple system -> what was measured.
+        refused: what cannot be used here, in words -> why.
         decision: what is shipped.
         config: the run's settings.
         labels: number of all labelled examples.
         spent: tokens of the choice: what was read, trained and retrained.
+        probed: whether prune ratios were judged.
     """
 
     plan: Plan
@@ -70,12 +96,14 @@ class Chosen:
     systems: tuple[System, ...]
     task: Task
     told: tuple[Told, ...]
-    simple: Mapping[str, tuple[float, ...]]
+    trials: Mapping[Recipe, str]
+    simple: Mapping[str, Measured]
     refused: Mapping[str, str]
     decision: Decision
     config: RunConfig
     labels: int
     spent: float
+    probed: bool
 
     @property
     def ships(self) -> str:
@@ -84,148 +112,260 @@ class Chosen:
         return parts[0] if len(parts) == 1 else f"mean of {len(parts)}: {'; '.join(parts)}"
 
 
-def chosen(config: RunConfig, session: Session, sizes: Sizes, options: Options) -> Chosen:
+def chosen(task: Task, session: Session, sizes: Sizes, options: Options) -> Chosen:
     """Do trials within the budget, decide, and make the result.
 
     Args:
-        config: the run's settings; results go below `config.output`.
-        session: examples and backbone.
+        task: what is to be chosen, see `first_asked`.
+        session: examples, backbone and settings; results go below `config.output`.
         sizes: the sizes of all sets of examples, for prices.
         options: how stages are done.
 
     Raises:
         ValueError: nothing has a finite loss on the held examples.
+        FinalDiffers: the folder holds another result, and `options.overwrite` is not set.
     """
-    out, build = config.output, AutoPlan(config, session.data)
-    held = [example.group for split in HELD for example in session.context.encoded("target", split)]
-    task, told = task_of(config, sizes, held), ()
-    least = ask(task, ())  # a budget that is too small is refused before any work
-    assert least, "the least budget allows a trial"
-    simple, refused = _simple_losses(build, out, session, options)
-    while asked := ask(task, told):
-        session.context.reporter.say(_asked_line(task, told, asked, config))
-        told = (*told, *(_tried(build, trial, out, session, options) for trial in asked))
-    simple |= {str(one.trial.recipe.start): one.losses[0] for one in told if one.losses}
-    decision = decide(task, told, simple, config.prefer)
-    build.final(decision.finalists)
-    plan = build.plan.build()
-    work_off(plan, out, session, options)
-    labels = sum(len(session.context.encoded("target", split)) for split in LABELLED)
-    epochs = sum(one.epochs for one in decision.finalists)
-    spent = spent_on(task, told) + epochs * task.prices.labelled
-    parts = (task, told, simple, refused, decision, config, labels, spent)
-    return Chosen(plan, build.adapters, tuple(build.systems), *parts)
+    work = _Choosing(task, session, sizes, options)
+    work.measure_simple()
+    if not task.groups:
+        decision = without_held(task)
+        session.context.reporter.say(decision.why)
+    else:
+        decision = work.tried_and_decided()
+    work.check_final(decision)
+    return work.finished(work.retrained(decision))
 
 
-def first_plan(config: RunConfig, data: RunData) -> Plan:
+def first_asked(task: Task) -> tuple[Trial, ...]:
+    """Return the trials of the first round; none where there are no held examples.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    if task.groups:
+        return ask(task, ())
+    without_held(task)
+    return ()
+
+
+def first_plan(config: RunConfig, data: RunData, asked: Sequence[Trial]) -> Plan:
     """Return the plan up to the first trials; later stages depend on their results."""
     build = AutoPlan(config, data)
     for name in SIMPLE:
-        if not simple_recipe(name).shots:  # solved examples may not fit this model
-            build.simple(name)
+        build.simple(name)
+    for trial in asked:
+        build.plan.add(build.trial_stage(trial))
     return build.plan.build()
 
 
-def publish_choice(out: Path, result: Chosen, config: RunConfig) -> None:
-    """Write recipe.json and ratio.json into the run folder."""
-    choice = jsonable(about_choice(result))
-    write_json(out / "recipe.json", choice)
-    plot_choice(choice, out / "recipe.png")
-    ratio = read_json(out / "ratio-probe" / "ratio.json")
-    changed = config.changed_from_preset()
-    preset = f"{config.preset}, changed" if changed else config.preset
-    write_json(out / "ratio.json", ratio | {"preset": preset, "changed_from_preset": changed})
+def tidy_choice(out: Path) -> None:
+    """Remove what stages that could not be done have left in a finished run folder."""
+    for folder in ("trials", "retrained", "evaluations", "starts"):
+        for left in (out / folder).glob("*.work"):
+            shutil.rmtree(left, ignore_errors=True)
+        for lock in (out / folder).glob("*.lock"):
+            lock.unlink(missing_ok=True)
 
 
-def about_choice(result: Chosen) -> dict[str, Any]:
-    """Return the content of recipe.json."""
-    task, decision = result.task, result.decision
-    judged = [fmean(one.judged) for one in decision.finalists]
-    simple = None if decision.simple is None else _about_simple(decision.simple, result)
-    gain = decision.gain
-    kept = {one.recipe.start: one.recipe.step for one in decision.finalists}
-    return {
-        "ships": result.ships,
-        "trained": any(one.epochs for one in decision.finalists),
-        "why": decision.why,
-        "finalists": [
-            {"recipe": slug_of(one.recipe), "epochs": one.epochs, "dev_loss": fmean(one.judged)}
-            for one in decision.finalists
-        ],
-        "dev_loss": fmean(judged),
-        "simple": simple,
-        "gain": None if gain is None else {"gain": gain.gain, "interval": (gain.low, gain.high)},
-        "measured": None if decision.measured is None else asdict(decision.measured),
-        "tried": [
-            _about_trial(one, result.config)
-            | {"shipped": kept.get(one.trial.recipe.start, 0) == one.trial.recipe.step}
-            for one in result.told
-        ],
-        "simple_systems": [_about_simple(name, result) for name in result.simple],
-        "price": {
-            "tokens": round(result.spent),
-            "plain_runs": result.spent / task.prices.plain,
-            "budget": result.config.budget,
-        },
-    }
+@dataclass
+class _Choosing:
+    """A choice that is under way."""
 
+    task: Task
+    session: Session
+    sizes: Sizes
+    options: Options
+    simple: dict[str, Measured] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    told: tuple[Told, ...] = ()
+    trials: dict[Recipe, str] = field(default_factory=dict)
+    spent: float = 0.0
 
-def _about_simple(name: str, result: Chosen) -> dict[str, Any]:
-    loss = fmean(result.simple[name])
-    return {"name": SIMPLE[name], "dev_loss": loss, "path": f"evaluations/{name}"}
+    def __post_init__(self) -> None:
+        self.config, self.out = self.session.config, self.session.config.output
+        self.build = AutoPlan(self.config, self.session.data)
 
+    def work(self, options: Options | None = None) -> None:
+        """Do all stages of the plan that are not done yet."""
+        work_off(self.build.plan.build(), self.out, self.session, options or self.options)
 
-def _about_trial(told: Told, config: RunConfig) -> dict[str, Any]:
-    recipe, means = told.trial.recipe, [fmean(one) for one in told.losses]
-    return {
-        "recipe": slug_of(recipe),
-        "says": recipe_words(recipe, config),
-        "path": f"trials/{slug_of(recipe)}",
-        "epochs": told.best if means else None,
-        "dev_loss": means[told.best] if means else None,
-        "curve": means,
-        "refused": told.refused,
-    }
+    def refuse(self, says: str, why: str) -> None:
+        """Note and say that something cannot be used here."""
+        self.refused[says] = why
+        self.session.context.reporter.say(f"{says}: {not_applicable(why)}")
 
+    def measure_simple(self) -> None:
+        """Score what needs no training, and measure its held examples."""
+        for name in SIMPLE:
+            stage = self.build.simple(name)
+            if stage is not None:
+                self._measure(name, stage, name not in STARTS and bool(self.task.groups))
 
-def _tried(build: AutoPlan, trial: Trial, out: Path, session: Session, options: Options) -> Told:
-    """Do a trial and return its outcome; one that diverges is told as such."""
-    name = build.trial(trial)
-    try:
-        work_off(build.plan.build(), out, session, options)
-    except (Diverged, NotApplicable) as error:
-        build.drop(name)
-        return Told(trial, (), str(error))
-    rows = facts_of(out / name)["rows"]
-    return Told(trial, tuple(tuple(_known(loss) for loss in one) for one in rows))
-
-
-def _simple_losses(
-    build: AutoPlan, out: Path, session: Session, options: Options
-) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
-    """Score what needs no training; return its losses of the held examples, and why some cannot."""
-    losses: dict[str, tuple[float, ...]] = {}
-    refused: dict[str, str] = {}
-    for name in SIMPLE:
-        stage = build.simple(name)
-        if stage is None:
-            continue
+    def _measure(self, name: str, stage: str, held: bool) -> None:
         try:
-            work_off(build.plan.build(), out, session, options)
+            self.work()
         except NotApplicable as error:
-            build.drop(stage)
-            refused[name] = str(error)
-            continue
-        if name not in STARTS:
-            losses[name] = _losses(out / stage)
-    return losses, refused
+            self.build.drop(stage)
+            self.refuse(SIMPLE[name], str(error))
+            return
+        if held:
+            self.simple[name] = Measured(_losses(self.out / stage), stage)
+            self.spent += simple_tokens(name, self.task.prices, self.sizes)
+
+    def tried_and_decided(self) -> Decision:
+        """Do the trials that the budget allows, and decide."""
+        while asked := ask(self.task, self.told):
+            spent = spent_on(self.task, self.told)
+            most = sum(self.task.prices.trial(one.epochs) for one in asked)
+            names = [slug_of(one.recipe) for one in asked]
+            plain = self.task.prices.plain
+            self.session.context.reporter.say(asked_line(names, spent / plain, most / plain))
+            self.told = (*self.told, *(self._tried(trial) for trial in asked))
+        for name in STARTS:
+            self._measure_start(name)
+        losses = {name: one.losses for name, one in self.simple.items()}
+        return decide(self.task, self.told, losses, self.config.prefer)
+
+    def _measure_start(self, name: str) -> None:
+        """Measure a start where no trial has done so."""
+        if name in self.simple or SIMPLE[name] in self.refused:
+            return
+        for one in self.told:
+            if one.trial.recipe.start == name and one.losses:
+                self.simple[name] = Measured(one.losses[0], self.trials[one.trial.recipe])
+                return
+        self._measure(name, self.build.measured(name), held=True)
+
+    def _tried(self, trial: Trial) -> Told:
+        """Do a trial and return its outcome.
+
+        One that diverges is told as one whose epochs have no finite loss.
+        """
+        stage = self._stage_of(trial)
+        name = self.trials[trial.recipe] = self.build.plan.add(stage)
+        says, start = recipe_words(trial.recipe, self.config), str(trial.recipe.start)
+        try:
+            self.work()
+        except NotApplicable as error:
+            self.build.drop(name)
+            self.refuse(says, str(error))
+            return Told(trial, (), str(error))
+        except Diverged as error:
+            self.build.drop(name)
+            self.refuse(says, error.why)
+            self._measure_start(start)
+            if start not in self.simple:
+                return Told(trial, (), error.why)
+            first = self.simple[start].losses
+            lost = (tuple(math.nan for _ in first),) * self._epochs_begun(stage, error)
+            return Told(trial, (first, *lost), error.why)
+        rows = facts_of(self.out / name)["rows"][: trial.epochs + 1]
+        return Told(trial, tuple(tuple(_known(loss) for loss in one) for one in rows))
+
+    def _epochs_begun(self, stage: Stage, error: Diverged) -> int:
+        context, training = self.session.context_of(stage), stage.config.training("finetune")
+        steps = epoch_steps(context, training, "target", beside_target(stage.config))
+        return max(1, math.ceil(error.steps / steps))
+
+    def _stage_of(self, trial: Trial) -> Stage:
+        """Return the stage of a trial, or a finished one that shows the same.
+
+        Training does not depend on the number of epochs to come. So a longer trial of the same
+        recipe shows what a shorter one would, and one that ran out of patience what a longer would.
+        """
+
+        def epochs() -> int:
+            for count in self._epochs_tried(trial):
+                stage = self.build.trial_stage(replace(trial, epochs=count))
+                done = state_of(stage, self.out, self.session).state == "done"
+                if done and _shows(facts_of(self.out / stage.name)["rows"], trial):
+                    return count
+            return trial.epochs
+
+        return self.build.trial_stage(replace(trial, epochs=decided_by_main(epochs)))
+
+    def _epochs_tried(self, trial: Trial) -> list[int]:
+        """Return the lengths of trials of a recipe that may be there, the one asked for first."""
+        before, after = f"{slug_of(trial.recipe)}-", "-epochs"
+        there = [one.name for one in (self.out / "trials").glob(f"{before}*{after}")]
+        counts = [name.removeprefix(before).removesuffix(after) for name in there]
+        found = {int(count) for count in counts if count.isdigit()}
+        return [trial.epochs, *sorted(found - {trial.epochs})]
+
+    def check_final(self, decision: Decision) -> None:
+        """Check that the folder holds no other result, before anything is trained for it.
+
+        Raises:
+            FinalDiffers: it does, and may not be replaced.
+        """
+        probed = self.build.probed(decision.finalists[0], self.trials)
+        stage = self.build.final_stage(decision.finalists, probed)
+        found = decided_by_main(lambda: state_of(stage, self.out, self.session))
+        if found.state == "differs" and not self.options.overwrite:
+            raise FinalDiffers(
+                f"{shown_path(self.out / stage.name)} would be another result: "
+                f"{'; '.join(found.why)}. It is kept as it is; pass --overwrite to replace it, no "
+                "finished trial is done again"
+            )
+
+    def retrained(self, decision: Decision) -> Decision:
+        """Train the finalists on all labels; leave out those that diverge."""
+        kept: list[Finalist] = []
+        for one in decision.finalists:
+            name = self.build.whole(one) if one.epochs else None
+            try:
+                self.work()
+            except Diverged as error:
+                assert isinstance(name, str), "what diverges is trained here"
+                self.build.drop(name)
+                self.refuse(f"{recipe_words(one.recipe, self.config)}, on all labels", error.why)
+            else:
+                kept.append(one)
+            self.spent += one.epochs * self.task.prices.labelled
+        if kept:
+            return replace(decision, finalists=tuple(kept))
+        if self.task.groups:
+            losses = {name: one.losses for name, one in self.simple.items()}
+            return decide(self.task, (), losses, self.config.prefer)
+        why = "no dev or micro-dev rows, and training on all labels diverged: nothing is trained"
+        return replace(decision, finalists=(Finalist(Recipe("source", None), 0, ()),), why=why)
+
+    def finished(self, decision: Decision) -> Chosen:
+        """Make the result, judge its ratios and score it."""
+        probed = self.build.probed(decision.finalists[0], self.trials)
+        self.build.final(decision.finalists, probed)
+        # What is made of the result is replaced with it; all else was compared before.
+        self.work(self.options.replacing())
+        context = self.session.context
+        spent = self.spent + sum(one.tokens(self.task.prices) for one in self.told)
+        spent += 0 if probed is None else probe_tokens(self.config, self.sizes)
+        return Chosen(
+            plan=self.build.plan.build(),
+            adapters=self.build.adapters,
+            systems=tuple(self.build.systems),
+            task=self.task,
+            told=self.told,
+            trials=self.trials,
+            simple={name: self.simple[name] for name in SIMPLE if name in self.simple},
+            refused=self.refused,
+            decision=decision,
+            config=self.config,
+            labels=sum(len(context.encoded("target", split)) for split in LABELLED),
+            spent=spent,
+            probed=probed is not None,
+        )
+
+
+def _shows(rows: Sequence[Sequence[float | None]], trial: Trial) -> bool:
+    """Return whether the losses of a finished trial show what another of its recipe would."""
+    found = Told(trial, tuple(tuple(_known(loss) for loss in one) for one in rows))
+    done = len(rows) - 1
+    # The adapter that is kept is that of the best epoch, which must be one of those asked for.
+    return found.best <= trial.epochs if done >= trial.epochs else done - found.best >= PATIENCE
 
 
 def _losses(folder: Path) -> tuple[float, ...]:
-    """Return the losses of the held examples of an evaluation or a measurement, in nats."""
-    measured = facts_of(folder).get("rows")
-    if measured:
-        return tuple(_known(loss) for loss in measured[0])
+    """Return the losses of the held examples of an evaluation, in nats."""
     stored = read_json(folder / "losses.json")
     return tuple(_known(loss) for split in HELD for loss in stored.get(split, []))
 
@@ -233,14 +373,3 @@ def _losses(folder: Path) -> tuple[float, ...]:
 def _known(loss: float | None) -> float:
     # JSON has null for a loss that is not finite.
     return math.nan if loss is None else loss
-
-
-def _asked_line(task: Task, told: Sequence[Told], asked: Sequence[Trial], config: RunConfig) -> str:
-    paid = spent_on(task, told)
-    most = sum(task.prices.trial(one.epochs) for one in asked)
-    names = ", ".join(slug_of(one.recipe) for one in asked)
-    runs = task.prices.plain
-    return (
-        f"budget {config.budget:g} plain runs ({task.budget:,.0f} tokens), spent "
-        f"{paid / runs:.2f}; next: {names}, at most {most / runs:.2f}"
-    )

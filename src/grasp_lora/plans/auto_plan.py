@@ -24,6 +24,7 @@ from grasp_lora.stages.stage import Input, Sizes, Split, Stage
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.beside import beside_target, target_epoch
 from grasp_lora.workbench.context import LABELLED
+from grasp_lora.workbench.merge_probes import LEAST_EXAMPLES
 from grasp_lora.workbench.rows import RunData
 
 STARTS = ("source", "average")
@@ -47,25 +48,35 @@ def task_of(config: RunConfig, sizes: Sizes, groups: Sequence[str]) -> Task:
     Args:
         config: the run's settings.
         sizes: the sizes of all sets of examples.
-        groups: group of each held example.
+        groups: group of each held example; none where nothing can be chosen.
     """
-    prices = prices_of(config, sizes)
-    examples = ("target", "train")
-    solved = sum(simple_recipe(name).shots for name in SIMPLE) * sizes.length(examples)
-    read = sum(name not in STARTS for name in SIMPLE) * prices.held
-    choices = ("ratio", "rank") if config.prefer == "small" else ("ratio",)
-    probes = [Stage(name, "probe", config, options={"choice": name}) for name in choices]
-    probed = sum(KINDS[one.kind].cost(one, sizes).tokens for one in probes)
+    prices, spent = prices_of(config, sizes), 0.0
+    if groups:
+        spent = sum(simple_tokens(name, prices, sizes) for name in SIMPLE if name not in STARTS)
+    if len(groups) >= LEAST_EXAMPLES:
+        spent += probe_tokens(config, sizes)
     return Task(
         starts=STARTS,
         prices=prices,
         budget=config.budget * prices.plain,
-        spent=read + solved + probed,
+        spent=spent,
         epochs=config.training("finetune").epochs,
         groups=tuple(groups),
-        trained=sizes.examples(examples),
+        trained=sizes.examples(("target", "train")),
         labels=sizes.examples(*_of_target(LABELLED)),
     )
+
+
+def simple_tokens(name: str, prices: Prices, sizes: Sizes) -> float:
+    """Return the tokens of measuring a simple system on the held examples."""
+    return prices.held + simple_recipe(name).shots * sizes.length(("target", "train"))
+
+
+def probe_tokens(config: RunConfig, sizes: Sizes) -> float:
+    """Return the tokens of the stages that judge prune ratios, and ranks where they are asked."""
+    choices = ("ratio", "rank") if config.prefer == "small" else ("ratio",)
+    probes = [Stage(choice, "probe", config, options={"choice": choice}) for choice in choices]
+    return sum(KINDS[one.kind].cost(one, sizes).tokens for one in probes)
 
 
 def prices_of(config: RunConfig, sizes: Sizes) -> Prices:
@@ -96,6 +107,7 @@ class AutoPlan:
     def __init__(self, config: RunConfig, data: RunData):
         self.config, self.plan = config, PlanBuilder()
         self.count = target_epoch(config, data)
+        self.held = sum(len(data.parts["target"].get(split, ())) for split in HELD)
         self.tests = bool(data.test_sets())
         self.adapters = add_adapters(self.plan, config)
         self.systems: list[System] = []
@@ -103,88 +115,112 @@ class AutoPlan:
     def start(self, name: str) -> Input | None:
         """Return a start: an adapter, or a merge that is made here; None is the bare backbone."""
         case = Case(self.plan, self.config, "starts", self.adapters, None, _no_other)
-        case = replace(case, job=f"starts/{name}")
-        return start_of(case, name)[0]
+        return start_of(case, name, name)[0]
 
     def simple(self, name: str) -> str | None:
-        """Add the scoring of a system that needs no training; return the name of the stage.
+        """Add what a system that needs no training is read for; return the name of the stage.
 
-        Its held examples are measured too, unless a trial begins from it and measures them. Without
-        test examples adapters are measured alone: None is returned for the bare backbone.
+        It is scored on the test examples where those are, unless no baselines are wanted. Its held
+        examples are measured too, unless a trial begins from it and measures them. None is returned
+        where there is nothing to read.
         """
+        if not (self.tests and self.config.evaluate.baselines):
+            return None if name in STARTS or not self.held else self.measured(name)
         recipe = simple_recipe(name)
         assert isinstance(recipe.start, str), "a simple system is no mean"
-        if not self.tests:
-            return self._measured(name, self.start(recipe.start))
-        options = {"labelled": name not in STARTS, "shots": recipe.shots or None}
+        options = {"labelled": name not in STARTS and self.held > 0, "shots": recipe.shots or None}
         return self._score(System(SIMPLE[name], name, self.start(recipe.start)), options)
 
-    def _measured(self, name: str, adapter: Input | None) -> str | None:
-        if adapter is None or name in STARTS:
-            return None
-        options = {"untrained": True, "micro_dev": True}
-        stage = Stage(f"trials/{name}", "prune", self.config, {"start": adapter}, options)
-        return self.plan.add(replace(stage, title=SIMPLE[name]))
+    def measured(self, name: str) -> str:
+        """Add the measuring of a simple system on the held examples alone."""
+        recipe = simple_recipe(name)
+        assert isinstance(recipe.start, str), "a simple system is no mean"
+        adapter = self.start(recipe.start)
+        inputs = {} if adapter is None else {"adapter": adapter}
+        options = {"labelled": True, "unanswered": True, "shots": recipe.shots or None}
+        title = f"measure {SIMPLE[name]}"
+        return self.plan.add(
+            Stage(f"trials/{name}", "evaluate", self.config, inputs, options, title)
+        )
 
     def drop(self, name: str) -> None:
-        """Take out a stage that cannot be done."""
+        """Take out a stage that cannot be done, and the merge that was made for it alone."""
+        needs = self.plan.built(name).needs()
         self.plan.drop(name)
         self.systems = [one for one in self.systems if f"evaluations/{one.slug}" != name]
+        others = {need for one in self.plan.build().stages.values() for need in one.needs()}
+        for need in needs:
+            if need.startswith("starts/") and need not in others:
+                self.drop(need)
 
-    def trial(self, trial: Trial) -> str:
-        """Add a trial and return its name."""
+    def trial_stage(self, trial: Trial) -> Stage:
+        """Return the stage of a trial."""
         config = self._settings(trial.recipe, trial.epochs)
         config = config.with_training("finetune", patience=PATIENCE)
-        start = self._start_of(trial.recipe)
-        name = f"trials/{slug_of(trial.recipe)}"
-        stage = Stage(name, "prune", config, {"start": start}, {"micro_dev": True})
-        return self.plan.add(replace(stage, title=recipe_words(trial.recipe, self.config)))
+        inputs = {"start": self._start_of(trial.recipe)}
+        title = recipe_words(trial.recipe, self.config)
+        return Stage(trial_name(trial), "prune", config, inputs, {"micro_dev": True}, title)
 
     def whole(self, finalist: Finalist) -> Input:
         """Add the training of a finalist on all labelled examples; return the adapter."""
-        start = self._start_of(finalist.recipe)
-        if finalist.epochs == 0:
+        start, name = self._start_of(finalist.recipe), whole_name(finalist)
+        if name is None:
             return start
         config = self._settings(finalist.recipe, finalist.epochs)
-        name = f"retrained/{slug_of(finalist.recipe)}"
-        options = {"labelled": True}
-        stage = Stage(name, "prune", config, {"start": start}, options)
-        return self.plan.add(
-            replace(stage, title=f"{recipe_words(finalist.recipe, self.config)}, all labels")
-        )
+        title = recipe_words(finalist.recipe, self.config)
+        inputs, options = {"start": start}, {"labelled": True}
+        return self.plan.add(Stage(name, "prune", config, inputs, options, title))
 
-    def final(self, finalists: Sequence[Finalist]) -> str:
-        """Add the result: the mean of the finalists, or the prompt of the bare backbone."""
+    def final_stage(self, finalists: Sequence[Finalist], probed: Input | None) -> Stage:
+        """Return the stage of the result: the mean of the finalists, or the backbone's prompt.
+
+        Args:
+            finalists: what the result is made of.
+            probed: the adapter whose ranks are judged where a small one is wanted; None where they
+                cannot be.
+        """
         first = finalists[0].recipe
         if first.start == "backbone":
             options = {"shots": first.shots or None}
-            final = self.plan.add(Stage("final", "prompt", self.config, {}, options))
-            scored = System("final", "final", None)
-        else:
-            inputs = {f"adapter {n}": self.whole(one) for n, one in enumerate(finalists)}
-            if self.config.prefer == "small":
-                inputs["rank"] = self.plan.add(self.rank_probe(self._probed(finalists[0])))
-            final = self.plan.add(Stage("final", "merge", self.config, inputs, {"rule": "mean"}))
-            self.plan.add(self.ratio_probe(self._probed(finalists[0])))
-            options, scored = {}, System("final", "final", final)
+            return Stage("final", "prompt", self.config, {}, options)
+        inputs: dict[str, Input] = {}
+        for number, one in enumerate(finalists):
+            inputs[f"adapter {number}"] = whole_name(one) or self._start_of(one.recipe)
+        if probed is not None and self.config.prefer == "small":
+            ranks = Stage(RANK_PROBE, "probe", self.config, {"adapter": probed}, {"choice": "rank"})
+            inputs["rank"] = self.plan.add(ranks)
+        # The inputs' names are no part of a key, so that the key must say what the mean is of.
+        options = {"rule": "mean", "of": [whole_name(one) or one.recipe.start for one in finalists]}
+        return Stage("final", "merge", self.config, inputs, options)
+
+    def final(self, finalists: Sequence[Finalist], probed: Input | None) -> str:
+        """Add the result, its scoring, and the judging of the prune ratios.
+
+        Args:
+            finalists: what the result is made of.
+            probed: the adapter whose ratios (and ranks) are judged; None where they cannot be.
+        """
+        final = self.plan.add(self.final_stage(finalists, probed))
+        first = finalists[0].recipe
+        if probed is not None:
+            inputs, options = {"adapter": probed}, {"choice": "ratio"}
+            self.plan.add(Stage(RATIO_PROBE, "probe", self.config, inputs, options))
         if self.tests:
-            self._score(scored, options)
+            adapter = None if first.start == "backbone" else final
+            self._score(System("final", "final", adapter), {"shots": first.shots or None})
         return final
 
-    def ratio_probe(self, adapter: Input) -> Stage:
-        """Return the stage that prunes an adapter without training, and judges the ratios."""
-        inputs, options = {"adapter": adapter}, {"choice": "ratio"}
-        return Stage(RATIO_PROBE, "probe", self.config, inputs, options)
+    def probed(self, finalist: Finalist, trials: Mapping[Recipe, str]) -> Input | None:
+        """Return the adapter that ratios are probed on: one that no held example trained.
 
-    def rank_probe(self, adapter: Input) -> Stage:
-        """Return the stage that finds the smallest rank that will do."""
-        inputs, options = {"adapter": adapter}, {"choice": "rank"}
-        return Stage(RANK_PROBE, "probe", self.config, inputs, options)
-
-    def _probed(self, finalist: Finalist) -> Input:
-        """Return the adapter that ratios are probed on: one that no held example trained."""
+        Args:
+            finalist: the first of the finalists.
+            trials: recipe -> the stage of its trial.
+        """
+        if self.held < LEAST_EXAMPLES or finalist.recipe.start == "backbone":
+            return None
         if finalist.epochs:
-            return f"trials/{slug_of(finalist.recipe)}"
+            return trials[replace(finalist.recipe, rows="train")]
         return self._start_of(finalist.recipe)
 
     def _score(self, system: System, options: Mapping[str, Any]) -> str:
@@ -212,6 +248,18 @@ def _no_other(method: str) -> Any:
 def slug_of(recipe: Recipe) -> str:
     """Return a name for folders."""
     return str(recipe.start) if recipe.step is None else f"{recipe.start}-{recipe.step:g}x"
+
+
+def trial_name(trial: Trial) -> str:
+    """Return the name of a trial's stage."""
+    return f"trials/{slug_of(trial.recipe)}-{trial.epochs}-epochs"
+
+
+def whole_name(finalist: Finalist) -> str | None:
+    """Return the name of the training on all labelled examples; None where nothing is trained."""
+    if not finalist.epochs:
+        return None
+    return f"retrained/{slug_of(finalist.recipe)}-{finalist.epochs}-epochs"
 
 
 def recipe_words(recipe: Recipe, config: RunConfig) -> str:

@@ -127,6 +127,7 @@ def checked_data(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
     faults = config.faults() + config.missing_files() + missing_metrics(config)
+    faults += config.held_faults() if config.recipe == "auto" else []
     if faults:
         raise ConfigError(faults)
     for _, folder in config.adapters:

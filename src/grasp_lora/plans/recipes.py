@@ -150,8 +150,14 @@ def made_by(case: Case, recipe: Recipe) -> Built:
     return _finetuned(case, recipe, start, made)
 
 
-def start_of(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
-    """Return the adapter that a recipe starts from (None: bare backbone), and its stages."""
+def start_of(case: Case, start: Any, name: str = "start") -> tuple[Input | None, tuple[str, ...]]:
+    """Return the adapter that a recipe starts from (None: bare backbone), and its stages.
+
+    Args:
+        case: what the recipe is built from.
+        start: a key of `STARTS`.
+        name: name of a merge that is made for it, in the folder of the case.
+    """
     if start in ("source", "target"):
         return case.adapters[start], ()
     if start == "backbone":
@@ -166,12 +172,12 @@ def start_of(case: Case, start: Any) -> tuple[Input | None, tuple[str, ...]]:
     merge = STARTS[start].merge
     assert merge is not None, f"{start} is a merge"
     if "rule" in merge:
-        merged = case.add("start", "merge", case.pair, **merge)
+        merged = case.add(name, "merge", case.pair, **merge)
         return merged, (merged,)
     plain = case.config.merge.model_dump() | {"rank": None} | dict(merge)
     section = type(case.config.merge).model_validate(plain)
     config = case.config.model_copy(update={"merge": section})
-    names = (f"{case.job}/start", f"{case.job}/weights")
+    names = (f"{case.job}/{name}", f"{case.job}/weights")
     merged, probe = add_merge(case.plan, config, case.pair, *names)
     return merged, (merged, *([probe] if probe else []))
 

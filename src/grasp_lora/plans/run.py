@@ -15,9 +15,11 @@ from grasp_lora.base.files import (
     check_run,
     finish_run,
     jsonable,
+    marks_of,
     open_run,
     peak_memory_bytes,
     provenance,
+    put_back,
     read_config,
     read_json,
     read_jsonl,
@@ -28,12 +30,21 @@ from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
-from grasp_lora.plans.auto import Chosen, chosen, first_plan, publish_choice
+from grasp_lora.plans.auto import (
+    Chosen,
+    FinalDiffers,
+    chosen,
+    first_asked,
+    first_plan,
+    tidy_choice,
+)
+from grasp_lora.plans.auto_plan import HELD, task_of
+from grasp_lora.plans.auto_record import publish_choice
 from grasp_lora.plans.executor import Options, check, work_off
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
 from grasp_lora.plans.session import Session
-from grasp_lora.plans.show import sizes_of
+from grasp_lora.plans.show import budget_words, held_groups, sizes_of
 from grasp_lora.report.pictures import plot_search
 from grasp_lora.report.run import write_report
 from grasp_lora.scoring.sets import compare_evaluations, missing_metrics
@@ -86,7 +97,8 @@ def run(
     Args:
         config: the run's settings; `config.output` is the run folder.
         overwrite: replace results in the folder that were made with other settings. If there are
-            none, do everything again.
+            none, do everything again. A run that chooses its recipe keeps the trials that are done
+            if it is not finished, or is asked to choose by another budget or preference.
         quiet: print nothing.
         rows: examples from Python, role -> split -> rows (a list of mappings, or a
             `datasets.Dataset`). They replace `data.<role>.files`; the languages are still those of
@@ -96,8 +108,9 @@ def run(
             counted in the part that waits for it.
 
     Returns:
-        The run folder, with `final/` (a PEFT adapter), `ratio.json`, `rounds.jsonl`,
-        `scores.json`, `ratio.png`, `data.json`, `provenance.json` and the stages' own folders;
+        The run folder, with `final/` (a PEFT adapter), `ratio.json`, `scores.json`, `data.json`,
+        `provenance.json`, `report.md` and the stages' own folders; `recipe.json` of a run that
+        chooses its recipe, `rounds.jsonl` and `ratio.png` of one that searches the ratio;
         for a profile `profile.json`, `profile.md` and `profile.png`.
 
     Raises:
@@ -108,8 +121,8 @@ def run(
     clock = open_clock(config, profile)
     join(config)
     faults = (
-        config.faults() + config.missing_files() + missing_metrics(config)
-        + objective_faults(config)
+        config.faults() + config.recipe_faults() + config.missing_files()
+        + missing_metrics(config) + objective_faults(config)
     )  # fmt: skip
     if faults:
         raise ConfigError(faults)
@@ -119,25 +132,52 @@ def run(
                 read_adapter(folder)
         data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
-    chooses = config.recipe == "auto"
-    fixed = None if chooses else run_plan(config, data)
-    current = _Run(config, session, first_plan(config, data) if fixed is None else fixed.plan)
-    again = decided_by_main(lambda: _check_folder(current, overwrite))
-    _check_before_work(current)
-    decided_by_main(lambda: _open_folder(current, again))
-    carry_times(session.context)
     options = Options(overwrite=overwrite, timed=True)
-    if fixed is None:
-        # A plan that grows is worked off several times: what one round did, the next one keeps.
-        growing = replace(options, again=False)
-        result = chosen(config, session, sizes_of(config, data), growing)
-    else:
-        work_off(fixed.plan, current.out, session, options)
-        result = fixed
+    work = _fixed if config.recipe == "grasp" else _choosing
+    current, result = work(session, options)
     if is_main():
         _finish(current, result, profile)
     wait_for_all()
     return current.out
+
+
+def _fixed(session: Session, options: Options) -> tuple[_Run, RunPlan]:
+    """Do the stages of the published recipe."""
+    config, data = session.config, session.data
+    result = run_plan(config, data)
+    current = _Run(config, session, result.plan)
+    again = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    _check_before_work(current)
+    decided_by_main(lambda: _open_folder(current, again))
+    carry_times(session.context)
+    work_off(result.plan, current.out, session, options)
+    return current, result
+
+
+def _choosing(session: Session, options: Options) -> tuple[_Run, Chosen]:
+    """Do the stages of a run that chooses its recipe.
+
+    Where the result in the folder may not be replaced, the folder still is that of the earlier run.
+    """
+    config, data = session.config, session.data
+    with session.clock.span("load"):
+        sizes = sizes_of(config, data)
+    asked = first_asked(task_of(config, sizes, held_groups(data)))
+    current = _Run(config, session, first_plan(config, data, asked))
+    again = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    _check_before_work(current)
+    held = [one.group for split in HELD for one in session.context.encoded("target", split)]
+    task = task_of(config, sizes, held)
+    session.context.reporter.say(budget_words(config, task, first_asked(task), sizes))
+    before = decided_by_main(lambda: marks_of(current.out))
+    decided_by_main(lambda: _open_folder(current, again))
+    carry_times(session.context)
+    try:
+        # A plan that grows is worked off several times: what one round did, the next one keeps.
+        return current, chosen(task, session, sizes, replace(options, again=False))
+    except FinalDiffers:
+        decided_by_main(lambda: put_back(current.out, before))
+        raise
 
 
 def publish_search(out: Path, search: Path, final: Path, config: RunConfig) -> None:
@@ -167,17 +207,25 @@ def _check_folder(current: _Run, overwrite: bool) -> bool:
     """
     finished = check_run(current.out)
     again = check(current.plan, current.out, current.session, overwrite)
+    chooses = current.config.recipe == "auto"
+    if chooses and (not finished or _chooses_anew(current)):
+        return False
+    # Later stages of a choice are not planned yet, and of the planned ones some may not work here.
+    needed = [*current.plan.stages] if not chooses else [*_trained_adapters(current), "final"]
     if (
         finished
         and not overwrite
-        and not _chooses_anew(current)
-        and all((current.out / name / "stage.json").exists() for name in current.plan.stages)
+        and all((current.out / name / "stage.json").exists() for name in needed)
     ):
         raise ValueError(
             f"{shown_path(current.out)} holds a finished run of this configuration; read its "
             "report.md, or pass --overwrite to run it again"
         )
     return again
+
+
+def _trained_adapters(current: _Run) -> list[str]:
+    return [name for name, stage in current.plan.stages.items() if stage.kind == "train"]
 
 
 def _chooses_anew(current: _Run) -> bool:
@@ -235,8 +283,9 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     scores = _scores(current, result)
     with context.clock.span("write"):
         if isinstance(result, Chosen):
-            publish_choice(out, result, current.config)
+            publish_choice(out, result)
         else:
+            (out / "recipe.json").unlink(missing_ok=True)
             publish_search(out, out / result.search, out / result.final, current.config)
             _add_findings(current, result, scores["systems"])
     write_json(out / "scores.json", scores)
@@ -245,6 +294,7 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     write_report(out)
     if profile:
         write_profile(out, times)
+    tidy_choice(out)
     finish_run(out)
 
 
@@ -274,7 +324,8 @@ def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for system in result.systems:
         facts = {} if system.adapter is None else facts_of(current.folder(system.adapter))
-        place = "" if system.adapter is None else str(current.folder(system.adapter))
+        # A stage is named by its folder within the run's, an adapter of the user by its path.
+        place = "" if system.adapter is None else str(system.adapter)
         rows.append(
             {"name": title if system.slug == "final" else system.name, "slug": system.slug}
             | read_json(out / "evaluations" / system.slug / "scores.json")

@@ -1,17 +1,21 @@
 """Shows a plan before anything starts: its stages, their states and their costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from grasp_lora.adapters.chat import put_template
-from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.core.recipes.chooser import EPOCHS_UNHELD, Task, Trial
 from grasp_lora.models.backbones import load_tokenizer
+from grasp_lora.plans.auto import first_asked, first_plan
+from grasp_lora.plans.auto_plan import HELD, task_of
 from grasp_lora.plans.executor import state_of
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import run_plan
 from grasp_lora.plans.session import Session
+from grasp_lora.report.choice import budget_line
 from grasp_lora.stages.folder import State
 from grasp_lora.stages.stage import Cost, Sizes, Split
 from grasp_lora.workbench.context import encode_part, model_spec, template_given
@@ -40,21 +44,46 @@ class Planned:
     cost: Cost
 
 
-def planned_run(config: RunConfig, quiet: bool = False) -> list[Planned]:
+def planned_run(config: RunConfig, quiet: bool = False) -> tuple[list[Planned], str | None]:
     """Return the stages of a run with their states and costs. No weights are loaded.
 
-    Nothing is written.
+    Nothing is written. Of a run that chooses its recipe these are the stages up to the first
+    trials, and one line on what else it may spend.
 
     Args:
         config: the run's settings.
         quiet: print nothing while the examples are read.
 
     Raises:
-        ValueError, FileNotFoundError: the examples or the tokenizer cannot be read.
+        ValueError, FileNotFoundError: the examples or the tokenizer cannot be read, or the budget
+            is too small.
     """
+    faults = config.recipe_faults()
+    if faults:
+        raise ConfigError(faults)
     data = load_run_data(config, Reporter(quiet).say)
-    plan = run_plan(config, data).plan
-    return planned(plan, config.output, Session(config, data), sizes_of(config, data))
+    sizes, rest = sizes_of(config, data), None
+    if config.recipe == "grasp":
+        plan = run_plan(config, data).plan
+    else:
+        task = task_of(config, sizes, held_groups(data))
+        asked = first_asked(task)
+        plan, rest = first_plan(config, data, asked), budget_words(config, task, asked, sizes)
+    return planned(plan, config.output, Session(config, data), sizes), rest
+
+
+def held_groups(data: RunData) -> list[str]:
+    """Return the group of each held example, in the order in which trials measure them."""
+    target = data.parts["target"]
+    return [example.group for split in HELD for example in target.get(split, ())]
+
+
+def budget_words(config: RunConfig, task: Task, asked: Sequence[Trial], sizes: Sizes) -> str:
+    """Return one line on what a choice may spend."""
+    training = config.training("finetune")
+    plain = (training.epochs, sizes.examples(("target", "train")), task.prices.plain)
+    longest = max((one.epochs for one in asked), default=EPOCHS_UNHELD)
+    return budget_line(config.budget, plain, (task.spent, longest * task.prices.labelled))
 
 
 def planned(plan: Plan, place: Path, session: Session, sizes: Sizes) -> list[Planned]:

@@ -6,6 +6,34 @@ from typing import Any
 NO_VALUE = "\N{EN DASH}"
 
 
+def not_applicable(why: str) -> str:
+    """Return how everything that is read says that something cannot be used here."""
+    return f"n/a: {why}"
+
+
+def budget_line(budget: float, plain: tuple[int, int, float], reserved: tuple[float, float]) -> str:
+    """Return what a choice may spend, what a plain run is, and what is kept in reserve.
+
+    Args:
+        budget: in plain runs.
+        plain: epochs, train examples and tokens of a plain run.
+        reserved: tokens kept for measurements, and for one training on all labels.
+    """
+    epochs, rows, tokens = plain
+    measured, labelled = (share / tokens for share in reserved)
+    return (
+        f"budget: {budget:g} plain runs ({budget * tokens:,.0f} tokens); a plain run fine-tunes an "
+        f"adapter as configured, {epochs} epochs of {rows} rows ({tokens:,.0f} tokens); reserved: "
+        f"{measured:.2f} runs for measurements, {labelled:.2f} for a training on all labels; what "
+        "is left goes to trials. The two adapters and the test scores are not counted"
+    )
+
+
+def asked_line(names: Sequence[str], spent: float, most: float) -> str:
+    """Return which trials are next, what was spent before and what they cost, in plain runs."""
+    return f"spent {spent:.2f} plain runs; next: {', '.join(names)}, at most {most:.2f}"
+
+
 def ship_line(choice: Mapping[str, Any], final: str) -> str:
     """Return the first line of the result.
 
@@ -13,7 +41,9 @@ def ship_line(choice: Mapping[str, Any], final: str) -> str:
         choice: the content of `recipe.json`.
         final: the path of the adapter.
     """
-    parts = [f"SHIP {final}: {choice['ships']}", f"dev {choice['dev_loss']:.3f}"]
+    parts = [f"SHIP {final}: {choice['ships']}"]
+    if choice["dev_loss"] is not None:
+        parts.append(f"dev {choice['dev_loss']:.3f}")
     simple, gain = choice["simple"], choice["gain"]
     if simple is not None and choice["trained"]:
         parts.append(f"best without training {simple['dev_loss']:.3f} ({simple['name']})")
@@ -25,7 +55,13 @@ def ship_line(choice: Mapping[str, Any], final: str) -> str:
 
 def tried_lines(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> list[str]:
     """Return a line for each thing that was tried and is not shipped, then one on the price."""
-    lines = [f"tried, not shipped: {_tried(one)}" for one in choice["tried"] if not one["shipped"]]
+    lines = [
+        f"tried, not shipped: {_tried(one)}"
+        for one in choice["tried"]
+        if not one["shipped"] and not one["refused"]
+    ]
+    lines += [f"{name}: {why}" for name, why in choice["not_applicable"].items()]
+    lines += choice["notes"]
     lines.append(_ratio_line(ratio))
     price = choice["price"]
     lines.append(
@@ -36,8 +72,6 @@ def tried_lines(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> list[str
 
 
 def _tried(one: Mapping[str, Any]) -> str:
-    if one["refused"]:
-        return f"{one['says']}: {one['refused']}"
     return f"{one['says']}: dev {one['dev_loss']:.3f} after {one['epochs']} epochs ({one['path']})"
 
 
@@ -53,15 +87,21 @@ def _ratio_line(ratio: Mapping[str, Any]) -> str:
 def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
     """Return the head of the report: what is shipped, then a table of all that was measured."""
     lines = [f"**{ship_line(choice, 'final')}**", "", choice["why"], ""]
-    lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
-    lines += ["| what | dev loss | epochs | path |", "|---|---:|---:|---|"]
-    for one in choice["tried"]:
+    if measured_trials(choice):
+        lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
+    measured = [one for one in choice["tried"] if not one["refused"]] + choice["simple_systems"]
+    if measured:
+        lines += ["| what | dev loss | epochs | path |", "|---|---:|---:|---|"]
+    for one in measured:
         loss = NO_VALUE if one["dev_loss"] is None else f"{one['dev_loss']:.3f}"
-        epochs = NO_VALUE if one["epochs"] is None else str(one["epochs"])
-        lines.append(f"| {one['says']} | {loss} | {epochs} | `{one['path']}` |")
-    for one in choice["simple_systems"]:
-        lines.append(f"| {one['name']} | {one['dev_loss']:.3f} | {NO_VALUE} | `{one['path']}` |")
+        epochs, what = str(one.get("epochs", NO_VALUE)), one.get("says") or one.get("name")
+        lines.append(f"| {what} | {loss} | {epochs} | `{one['path']}` |")
     return "\n".join([*lines, "", *(f"- {line}" for line in tried_lines(choice, ratio)), ""])
+
+
+def measured_trials(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the trials that measured anything."""
+    return [one for one in choice["tried"] if one["curve"] and not one["refused"]]
 
 
 def systems_with_paths(systems: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -83,7 +83,7 @@ def plot_choice(choice: Mapping[str, Any], path: Path) -> None:
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    trials = [one for one in choice["tried"] if one["curve"]]
+    trials = [one for one in choice["tried"] if one["curve"] and not one["refused"]]
     for one, colour in zip(trials, _TRIALS, strict=False):
         shipped = "shipped: " if one["shipped"] else ""
         epochs = range(len(one["curve"]))

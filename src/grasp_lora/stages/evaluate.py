@@ -7,7 +7,8 @@ With option `shots` the bare backbone has so many solved examples in its prompt 
 `grasp_lora.stages.few_shot`).
 
 The folder holds `scores.json`, `predictions.jsonl` and `provenance.json`. With option `labelled` it
-also holds `losses.json`, the losses of the micro-dev and dev examples.
+also holds `losses.json`, the losses of the micro-dev and dev examples. With option `unanswered`
+these losses are all that is measured: no test example is read.
 """
 
 import time
@@ -47,15 +48,15 @@ def run(work: Work) -> Mapping[str, Any]:
         NotApplicable: no solved example fits the model, see `few_shot`.
     """
     context, sets = work.context, work.context.data.test_sets()
-    if not sets:
+    answers = not work.stage.option("unanswered", False)
+    if answers and not sets:
         raise ValueError(NO_TEST_EXAMPLES)
     adapter, labelled = chosen_adapter(work.inputs), work.stage.option("labelled")
     started, clock, shots = time.perf_counter(), context.clock, None
     if work.stage.option("shots"):
         assert adapter is None, "solved examples are for the bare backbone"
-        measured = (*sets.values(), *(JUDGING if labelled else ()))
         with clock.span("load"):
-            shots = few_shot(context, work.stage.option("shots"), measured)
+            shots = few_shot(context, work.stage.option("shots"), (*sets.values(), *JUDGING))
     attached: Any = nullcontext(context.backbone.model)
     if adapter is not None:
         attached = model_with_adapter(context.backbone, adapter)
@@ -69,14 +70,15 @@ def run(work: Work) -> Mapping[str, Any]:
         with clock.span("generate"):
             predictions = {
                 name: _answers(context, model, one, f"{work.title}, {name}", shots)
-                for name, one in sets.items()
+                for name, one in (sets if answers else {}).items()
             }
     generated = time.perf_counter()
     losses = _labelled_losses(context, adapter, shots) if labelled else None
     if is_main():
         if losses is not None:
             write_json(work.out / "losses.json", losses)
-        _write(work, predictions, adapter, shots)
+        if answers:
+            _write(work, predictions, adapter, shots)
     ended = time.perf_counter()
     return {
         "seconds": ended - started,
@@ -143,8 +145,16 @@ def _write(
             scores["shots"] = shots.record()
         write_json(work.out / "scores.json", scores)
         made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
-        made |= {"adapter": str(adapter) if adapter else None, "data": data.manifest()}
+        made |= {"adapter": _named(work, adapter), "data": data.manifest()}
         write_json(work.out / "provenance.json", provenance() | made)
+
+
+def _named(work: Work, adapter: Path | None) -> str | None:
+    """Return a stage of the plan by its name, and another folder by its path."""
+    if adapter is None:
+        return None
+    folders = {work.inputs[role]: str(one) for role, one in work.stage.inputs.items()}
+    return folders.get(adapter, str(adapter))
 
 
 def _answers(
@@ -231,21 +241,26 @@ _OF_A_TEST = ("prompt", "language")
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:
+    encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
+    if stage.option("unanswered", False):
+        return ("seed", "model", "evaluate.batch_size", *encoding)
     own = [f"evaluate.{n}" for n in type(stage.config.evaluate).model_fields if n not in _NO_RESULT]
     # The key holds the content of the examples, so their files and columns are left out.
     tests = [f"data.tests.{n}.{key}" for n in stage.config.data.tests for key in _OF_A_TEST]
-    encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     return ("seed", "model", *own, *tests, *encoding, "data.target.language")
 
 
 def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
     tests = tuple(one for one in known if one[0] == "tests" or one == ("target", "test"))
-    judged = JUDGING if stage.option("labelled") else ()
-    return tests + judged + ((DRAWN_FROM,) if stage.option("shots") else ())
+    if stage.option("shots"):  # the solved examples must fit ahead of all that may be asked
+        return (*tests, *JUDGING, DRAWN_FROM)
+    tests = () if stage.option("unanswered", False) else tests
+    return tests + (JUDGING if stage.option("labelled") else ())
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
     tested = [(r, s) for r, s in sizes.count if r == "tests" or (r, s) == ("target", "test")]
+    tested = [] if stage.option("unanswered", False) else tested
     answers = sum(
         min(sizes.examples(one), stage.config.evaluate.limit or sizes.examples(one))
         for one in tested

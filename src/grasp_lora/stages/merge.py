@@ -43,7 +43,8 @@ def run(work: Work) -> Mapping[str, Any]:
         check_fits(adapter, context.backbone.model, str(folder))
     rule = work.stage.option("rule")
     merged, about = _configured(work, loaded) if rule is None else RULES[rule](work, loaded)
-    about |= {"sources": [str(folder) for folder in folders]}
+    named = [str(one) for role, one in work.stage.inputs.items() if role != WEIGHTS_INPUT]
+    about |= {"sources": named}
     if is_main():
         with context.clock.span("write"):
             write_merged(work.out, merged, context.backbone, about)

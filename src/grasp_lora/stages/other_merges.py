@@ -41,7 +41,8 @@ def by_mean(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge by the weighted mean of the deltas, exactly: the ranks add up.
 
     Option `weights` gives a weight for each adapter (default: equal ones). The input `rank`, the
-    folder of a probe, gives the best fit of that rank instead.
+    folder of a probe, gives the best fit of that rank instead. Option `of` only says in the key
+    what is merged.
     """
     weights = work.stage.option("weights") or average_weights(len(loaded))
     probe = work.inputs.get("rank")

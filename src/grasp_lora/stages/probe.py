@@ -24,6 +24,7 @@ from grasp_lora.base.files import write_json
 from grasp_lora.core.evidence.crossfit import gain_of_best, within_one_error_of_best
 from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.lora import average_weights
+from grasp_lora.core.pruning.importance import NEEDS_NORMS
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merge_probes import (
@@ -227,7 +228,13 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     if stage.options["choice"] == "rank":
         tried, most = 1 + len(RANKS), RANK_EXAMPLES
     count = tried * min(most, sizes.examples(*pool))
-    return Cost(0, round(count * sizes.length(*pool)), count)
+    return Cost(0, round(count * sizes.length(*pool)), count) + _norms(stage, sizes)
+
+
+def _norms(stage: Stage, sizes: Sizes) -> Cost:
+    """Return the cost of the input norms that masks of the activation rule are cut by."""
+    needed = stage.options["choice"] == "ratio" and stage.config.importance in NEEDS_NORMS
+    return sizes.reading(1 if needed else 0, ("target", "train"))
 
 
 PROBE = Kind(1, _settings, _examples, run, _cost)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grasp_lora.base.files import write_json
-from grasp_lora.stages.few_shot import DRAWN_FROM, few_shot
+from grasp_lora.stages.few_shot import DRAWN_FROM, JUDGING, few_shot
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.processes import is_main
 
@@ -23,7 +23,8 @@ def run(work: Work) -> Mapping[str, Any]:
     began, wanted = time.perf_counter(), work.stage.option("shots", 0)
     found: dict[str, Any] = {"prompt": "", "wanted": 0, "used": 0, "ids": [], "tokens": 0}
     if wanted:
-        shots = few_shot(work.context, wanted, _examples(work.stage, ())[1:])
+        tests = work.context.data.test_sets().values()
+        shots = few_shot(work.context, wanted, (*tests, *JUDGING))
         found = {"prompt": "".join(one.text for one in shots.solved)} | dict(shots.record())
     if is_main():
         write_json(work.out / "prompt.json", found | {"model": work.config.model.name})
@@ -37,7 +38,7 @@ def _settings(stage: Stage) -> tuple[str, ...]:
 
 def _examples(stage: Stage, known: tuple[Split, ...]) -> tuple[Split, ...]:
     tests = tuple(one for one in known if one[0] == "tests" or one == ("target", "test"))
-    return (DRAWN_FROM, ("target", "dev"), ("target", "micro_dev"), *tests)
+    return (DRAWN_FROM, *JUDGING, *tests)
 
 
 def _cost(_stage: Stage, _sizes: Sizes) -> Cost:

@@ -18,7 +18,16 @@ from grasp_lora.models.example_losses import IGNORED, answer_logits
 
 
 class Diverged(FloatingPointError):
-    """The training loss is NaN or infinite. It is raised before the optimizer step."""
+    """The training loss is NaN or infinite. It is raised before the optimizer step.
+
+    Attributes:
+        why: the cause, without the place of the run.
+        steps: optimizer steps that were begun; 0 where they are not known.
+    """
+
+    def __init__(self, message: str, why: str | None = None, steps: int = 0) -> None:
+        super().__init__(message)
+        self.why, self.steps = why or message, steps
 
 
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

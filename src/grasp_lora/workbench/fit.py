@@ -214,7 +214,8 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
         except Diverged as error:
             step, title = trainer.state.global_step, options.title
             last = _last_good(checkpoints, step)
-            raise Diverged(f"{title}, step {step + 1}: {error}; {last}") from None
+            message = f"{title}, step {step + 1}: {error}; {last}"
+            raise Diverged(message, f"step {step + 1}: {error.why}", step + 1) from None
     kept = None if best is None else _restored(context, best, options.title)
     return FitResult(
         tuple(best.evaluations) if best is not None else (),
@@ -243,11 +244,12 @@ def _restored(context: Context, best: BestCallback, title: str) -> Evaluation:
     losses = {evaluation.step: evaluation.loss for evaluation in best.evaluations}
     out = not_finite(losses)
     if len(out) == len(losses):
-        raise Diverged(
-            f"{title}: no dev loss is finite, at none of the steps {list(losses)}, so there is no "
-            "state to keep: lower the learning rate, or use dtype float32 if this model overflows "
-            "in half precision"
+        why = (
+            f"no dev loss is finite, at none of the steps {list(losses)}, so there is no state to "
+            "keep: lower the learning rate, or use dtype float32 if this model overflows in half "
+            "precision"
         )
+        raise Diverged(f"{title}: {why}", why, max(losses))
     if out:
         context.reporter.say(f"{title}: the dev loss is not finite at steps {out}; none is kept")
     return best.restore()

@@ -25,6 +25,7 @@ from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merged_folder import read_start
 
 EXAMPLES = 16
+LEAST_EXAMPLES = 4
 WHOLE = "whole"
 """Name of an adapter as it is, beside fits of lower rank."""
 MERGE = "merge"
@@ -200,9 +201,9 @@ def _drawn(context: Context, rows: int) -> tuple[list[EncodedExample], Any]:
     """
     config = context.config
     pool = context.rows("target", POOLS[config.controller.probe_rows])
-    if len(pool.encoded) < 4:
+    if len(pool.encoded) < LEAST_EXAMPLES:
         raise ValueError(
-            f"comparing merges needs at least 4 micro-dev or dev examples, got "
+            f"comparing merges needs at least {LEAST_EXAMPLES} micro-dev or dev examples, got "
             f"{len(pool.encoded)}; raise data.target.rows.micro_dev"
         )
     generator = torch.Generator().manual_seed(config.seed)

@@ -139,7 +139,7 @@ def load_run_data(
             for name, section in config.data.tests.items()
         }
     if training:
-        _check_target(parts["target"])
+        _check_target(config, parts["target"])
     leaks = _check_leaks(config, parts, say)
     budget = label_budget(parts["target"])
     spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
@@ -181,12 +181,15 @@ def _check_given(config: RunConfig, given: Given) -> None:
             )
 
 
-def _check_target(target: Parts) -> None:
-    empty = [split for split in ("train", "micro_dev") if not target.get(split)]
+def _check_target(config: RunConfig, target: Parts) -> None:
+    searches = config.recipe == "grasp"
+    needed = ("train", "micro_dev") if searches else ("train",)
+    empty = [split for split in needed if not target.get(split)]
     if empty:
+        why = "the search trains on train and probes micro_dev" if searches else "it is trained on"
         raise ValueError(
-            f"the target data has no examples in {' and '.join(empty)}; the search trains on"
-            " train and probes micro_dev: give data.target.rows or data.target.files for both"
+            f"the target data has no examples in {' and '.join(empty)}; {why}: give"
+            f" data.target.rows or data.target.files for {'both' if searches else 'it'}"
         )
 
 

@@ -26,6 +26,9 @@ STEPS = (1.0, 3.0, 10.0)
 _SHOTS = "few-shot-"
 PATIENCE = 2
 """Epochs without a lower loss of the held examples after which a trial stops."""
+EPOCHS_UNHELD = 2
+"""Passes over all labels where no held example tells when to stop. In the recorded runs of four
+languages the source adapter at this step was best after 1 to 4 passes; 2 lost 0.17 nats at most."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,31 @@ class Decision:
     measured: Gain | None
     gain: Expected | None
     why: str
+
+
+def without_held(task: Task) -> Decision:
+    """Return what is shipped where there are no held examples, so nothing can be chosen.
+
+    It is the source adapter, fine-tuned on all labels at its step of `FIRST`.
+
+    Raises:
+        ValueError: the budget is too small for that.
+    """
+    epochs = min(EPOCHS_UNHELD, task.epochs)
+    least = task.spent + epochs * task.prices.labelled
+    if task.budget < least:
+        runs = (task.budget / task.prices.plain, least / task.prices.plain)
+        raise ValueError(
+            f"budget: {runs[0]:.3g} plain runs is too small to train on all labels; the least that "
+            f"works here is {_up(runs[1])}"
+        )
+    recipe = Recipe("source", FIRST["source"], rows="labelled")
+    why = (
+        f"no dev or micro-dev rows, so nothing was chosen: the source adapter was fine-tuned on "
+        f"all labels for {epochs} epochs; the gain is not estimated, and there is no verdict on "
+        "the prune ratio"
+    )
+    return Decision((Finalist(recipe, epochs, ()),), None, None, None, why)
 
 
 def least_budget(task: Task) -> float:
