@@ -52,6 +52,7 @@ WRITTEN = (
     "trials",
     "retrained",
     "ratio-probe",
+    "rank-probe",
     "recipe.json",
     "data.json",
     "rounds.jsonl",

@@ -14,7 +14,6 @@ from typing import Any
 
 from grasp_lora.base.files import jsonable, read_json, write_json
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.core.evidence.groups import Gain, critical_value
 from grasp_lora.core.recipes.chooser import (
     Decision,
     Task,
@@ -139,10 +138,9 @@ def about_choice(result: Chosen) -> dict[str, Any]:
     """Return the content of recipe.json."""
     task, decision = result.task, result.decision
     judged = [fmean(one.judged) for one in decision.finalists]
-    simple = result.simple.get(decision.simple)
+    simple = None if decision.simple is None else _about_simple(decision.simple, result)
     gain = decision.gain
     kept = {one.recipe.start: one.recipe.step for one in decision.finalists}
-    simple_loss = None if simple is None else fmean(simple)
     return {
         "ships": result.ships,
         "trained": any(one.epochs for one in decision.finalists),
@@ -152,17 +150,15 @@ def about_choice(result: Chosen) -> dict[str, Any]:
             for one in decision.finalists
         ],
         "dev_loss": fmean(judged),
-        "simple": {"name": SIMPLE[decision.simple], "dev_loss": simple_loss},
-        "gain": None if gain is None else asdict(gain) | {"interval": interval_of(gain)},
+        "simple": simple,
+        "gain": None if gain is None else {"gain": gain.gain, "interval": (gain.low, gain.high)},
+        "measured": None if decision.measured is None else asdict(decision.measured),
         "tried": [
             _about_trial(one, result.config)
             | {"shipped": kept.get(one.trial.recipe.start, 0) == one.trial.recipe.step}
             for one in result.told
         ],
-        "simple_systems": [
-            {"name": SIMPLE[name], "dev_loss": fmean(losses), "path": f"evaluations/{name}"}
-            for name, losses in result.simple.items()
-        ],
+        "simple_systems": [_about_simple(name, result) for name in result.simple],
         "price": {
             "tokens": round(result.spent),
             "plain_runs": result.spent / task.prices.plain,
@@ -171,10 +167,9 @@ def about_choice(result: Chosen) -> dict[str, Any]:
     }
 
 
-def interval_of(gain: Gain) -> tuple[float, float]:
-    """Return the 95 % interval of a gain, in nats."""
-    half = critical_value(gain.groups - 1, 0.025) * gain.error
-    return gain.gain - half, gain.gain + half
+def _about_simple(name: str, result: Chosen) -> dict[str, Any]:
+    loss = fmean(result.simple[name])
+    return {"name": SIMPLE[name], "dev_loss": loss, "path": f"evaluations/{name}"}
 
 
 def _about_trial(told: Told, config: RunConfig) -> dict[str, Any]:

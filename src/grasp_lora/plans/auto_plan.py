@@ -28,7 +28,7 @@ from grasp_lora.workbench.rows import RunData
 
 STARTS = ("source", "average")
 """Starts that are fine-tuned in trials."""
-RATIO_PROBE = "ratio-probe"
+RATIO_PROBE, RANK_PROBE = "ratio-probe", "rank-probe"
 HELD = ("dev", "micro_dev")
 """Splits of the target examples that trials are measured on, in this order."""
 SIMPLE: Mapping[str, str] = {
@@ -53,14 +53,18 @@ def task_of(config: RunConfig, sizes: Sizes, groups: Sequence[str]) -> Task:
     examples = ("target", "train")
     solved = sum(simple_recipe(name).shots for name in SIMPLE) * sizes.length(examples)
     read = sum(name not in STARTS for name in SIMPLE) * prices.held
-    probe = Stage(RATIO_PROBE, "probe", config, options={"choice": "ratio"})
+    choices = ("ratio", "rank") if config.prefer == "small" else ("ratio",)
+    probes = [Stage(name, "probe", config, options={"choice": name}) for name in choices]
+    probed = sum(KINDS[one.kind].cost(one, sizes).tokens for one in probes)
     return Task(
         starts=STARTS,
         prices=prices,
         budget=config.budget * prices.plain,
-        spent=read + solved + KINDS[probe.kind].cost(probe, sizes).tokens,
+        spent=read + solved + probed,
         epochs=config.training("finetune").epochs,
         groups=tuple(groups),
+        trained=sizes.examples(examples),
+        labels=sizes.examples(*_of_target(LABELLED)),
     )
 
 
@@ -158,6 +162,8 @@ class AutoPlan:
             scored = System("final", "final", None)
         else:
             inputs = {f"adapter {n}": self.whole(one) for n, one in enumerate(finalists)}
+            if self.config.prefer == "small":
+                inputs["rank"] = self.plan.add(self.rank_probe(self._probed(finalists[0])))
             final = self.plan.add(Stage("final", "merge", self.config, inputs, {"rule": "mean"}))
             self.plan.add(self.ratio_probe(self._probed(finalists[0])))
             options, scored = {}, System("final", "final", final)
@@ -169,6 +175,11 @@ class AutoPlan:
         """Return the stage that prunes an adapter without training, and judges the ratios."""
         inputs, options = {"adapter": adapter}, {"choice": "ratio"}
         return Stage(RATIO_PROBE, "probe", self.config, inputs, options)
+
+    def rank_probe(self, adapter: Input) -> Stage:
+        """Return the stage that finds the smallest rank that will do."""
+        inputs, options = {"adapter": adapter}, {"choice": "rank"}
+        return Stage(RANK_PROBE, "probe", self.config, inputs, options)
 
     def _probed(self, finalist: Finalist) -> Input:
         """Return the adapter that ratios are probed on: one that no held example trained."""
