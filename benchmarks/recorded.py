@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import correlation, fmean
+from types import MappingProxyType
 from typing import Any, get_args
 
 from benchmarks import common, records
@@ -132,11 +133,7 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
         now = [method for method, of in missing[: options.jobs] if of == seed]
         found = compare_methods(config, queue, now, (seed,), Pool(options.jobs, options.threads))
         keep(queue, table, collection)
-        refused = {
-            job_name(name, seed): [{"not_applicable": why}]
-            for name, why in found["not_applicable"].items()
-        }
-        records.append(table, refused, collection, skip_known=True)
+        keep_refused(found, seed, table, collection)
         if found["failed"]:
             raise SystemExit(f"{pair}: {found['failed']}")
 
@@ -145,8 +142,29 @@ _BESIDE = ("key", "seconds", "peak_memory_bytes", "machine")
 """What a result's file holds beside the result; the first two in those of earlier versions."""
 
 
-def keep(queue: Path, table: Path, collection: str = records.RUNS) -> int:
-    """Add every finished run of a comparison to a table; return how many are new."""
+def keep_refused(found: Mapping[str, Any], seed: int, table: Path, collection: str) -> None:
+    """Add the methods that a comparison with one seed names as not applicable to a table."""
+    refused = {
+        job_name(name, seed): [{"not_applicable": why}]
+        for name, why in found["not_applicable"].items()
+    }
+    records.append(table, refused, collection, skip_known=True)
+
+
+def keep(
+    queue: Path,
+    table: Path,
+    collection: str = records.RUNS,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    """Add every finished run of a comparison to a table; return how many are new.
+
+    Args:
+        queue: the comparison's folder.
+        table: receives the runs.
+        collection: that they belong to.
+        more: facts that every new record has too.
+    """
     known = records.jobs(table, collection)
     new: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(queue.glob(f"*/{RESULT_FILE}")):
@@ -160,7 +178,7 @@ def keep(queue: Path, table: Path, collection: str = records.RUNS) -> int:
         # Those of the machine that it ran on, which need not be this one.
         made = found["provenance"]
         versions = made["packages"] | {"python": made["python"]}
-        new[job] = [jsonable(record | {"versions": versions})]
+        new[job] = [jsonable(record | {"versions": versions} | dict(more))]
     return records.append(table, new, collection, skip_known=True)
 
 
@@ -245,6 +263,7 @@ def outcomes_in(table: Path, collection: str = records.RUNS) -> dict[str, Method
 _PAID_TOO: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("late-merge", "grasp-late"), ("source-finetuned",)),
     "source-finetuned-labelled": ("source-finetuned",),
+    "source-finetuned-3x-labelled": ("source-finetuned-3x",),
     "average-finetuned-labelled": ("average-finetuned",),
     "late-merge-labelled": ("source-finetuned", "source-finetuned-labelled"),
 }

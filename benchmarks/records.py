@@ -126,7 +126,7 @@ def tables_with(folder: Path, collection: str) -> list[Path]:
     Raises:
         ValueError: none does.
     """
-    held = {table: _collections(table) for table in sorted(folder.glob("*.parquet"))}
+    held = {table: collections(table) for table in sorted(folder.glob("*.parquet"))}
     found = [table for table, names in held.items() if collection in names]
     if not found:
         known = ", ".join(sorted(set().union(*held.values()))) or "none"
@@ -139,7 +139,8 @@ def beside(table: Path, kind: str) -> Path:
     return table.parent / kind / table.name
 
 
-def _collections(table: Path) -> set[str]:
+def collections(table: Path) -> set[str]:
+    """Return the collections of a table."""
     return set(pq.read_table(table, columns=["collection"]).column("collection").to_pylist())
 
 

@@ -298,7 +298,8 @@ class _Choosing:
         Raises:
             FinalDiffers: it does, and may not be replaced.
         """
-        stage = self.build.final_stage(decision.finalists)
+        probed = self.build.probed(decision.finalists[0], self.trials)
+        stage = self.build.final_stage(decision.finalists, probed)
         found = decided_by_main(lambda: state_of(stage, self.out, self.session))
         if found.state == "differs" and not self.options.overwrite:
             raise FinalDiffers(
@@ -308,12 +309,16 @@ class _Choosing:
             )
 
     def retrained(self, decision: Decision) -> Decision:
-        """Train the finalists on all labels; leave out those that diverge."""
+        """Train the finalists on all labels; leave out those that diverge.
+
+        What is there of an earlier result is replaced: `check_final` has allowed it, and all else
+        was compared before.
+        """
         kept: list[Finalist] = []
         for one in decision.finalists:
             name = self.build.whole(one) if one.epochs else None
             try:
-                self.work()
+                self.work(self.options.replacing())
             except Diverged as error:
                 assert isinstance(name, str), "what diverges is trained here"
                 self.build.drop(name)
@@ -321,8 +326,10 @@ class _Choosing:
             else:
                 kept.append(one)
             self.spent += one.epochs * self.task.prices.labelled
+        lost = len(decision.finalists) - len(kept)
         if kept:
-            return replace(decision, finalists=tuple(kept))
+            why = f"{decision.why} {lost} that diverged on all labels left out." if lost else ""
+            return replace(decision, finalists=tuple(kept), why=why or decision.why)
         if self.task.groups:
             losses = {name: one.losses for name, one in self.simple.items()}
             return decide(self.task, (), losses, self.config.prefer)
@@ -333,7 +340,6 @@ class _Choosing:
         """Make the result, judge its ratios and score it."""
         probed = self.build.probed(decision.finalists[0], self.trials)
         self.build.final(decision.finalists, probed)
-        # What is made of the result is replaced with it; all else was compared before.
         self.work(self.options.replacing())
         context = self.session.context
         spent = self.spent + sum(one.tokens(self.task.prices) for one in self.told)

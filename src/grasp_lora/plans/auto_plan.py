@@ -29,7 +29,7 @@ from grasp_lora.workbench.rows import RunData
 
 STARTS = ("source", "average")
 """Starts that are fine-tuned in trials."""
-RATIO_PROBE = "ratio-probe"
+RATIO_PROBE, RANK_PROBE = "ratio-probe", "rank-probe"
 HELD = ("dev", "micro_dev")
 """Splits of the target examples that trials are measured on, in this order."""
 SIMPLE: Mapping[str, str] = {
@@ -62,6 +62,8 @@ def task_of(config: RunConfig, sizes: Sizes, groups: Sequence[str]) -> Task:
         spent=spent,
         epochs=config.training("finetune").epochs,
         groups=tuple(groups),
+        trained=sizes.examples(("target", "train")),
+        labels=sizes.examples(*_of_target(LABELLED)),
     )
 
 
@@ -71,9 +73,10 @@ def simple_tokens(name: str, prices: Prices, sizes: Sizes) -> float:
 
 
 def probe_tokens(config: RunConfig, sizes: Sizes) -> float:
-    """Return the tokens of the stage that judges the prune ratios."""
-    probe = Stage(RATIO_PROBE, "probe", config, options={"choice": "ratio"})
-    return KINDS[probe.kind].cost(probe, sizes).tokens
+    """Return the tokens of the stages that judge prune ratios, and ranks where they are asked."""
+    choices = ("ratio", "rank") if config.prefer == "small" else ("ratio",)
+    probes = [Stage(choice, "probe", config, options={"choice": choice}) for choice in choices]
+    return sum(KINDS[one.kind].cost(one, sizes).tokens for one in probes)
 
 
 def prices_of(config: RunConfig, sizes: Sizes) -> Prices:
@@ -168,8 +171,14 @@ class AutoPlan:
         inputs, options = {"start": start}, {"labelled": True}
         return self.plan.add(Stage(name, "prune", config, inputs, options, title))
 
-    def final_stage(self, finalists: Sequence[Finalist]) -> Stage:
-        """Return the stage of the result: the mean of the finalists, or the backbone's prompt."""
+    def final_stage(self, finalists: Sequence[Finalist], probed: Input | None) -> Stage:
+        """Return the stage of the result: the mean of the finalists, or the backbone's prompt.
+
+        Args:
+            finalists: what the result is made of.
+            probed: the adapter whose ranks are judged where a small one is wanted; None where they
+                cannot be.
+        """
         first = finalists[0].recipe
         if first.start == "backbone":
             options = {"shots": first.shots or None}
@@ -177,10 +186,14 @@ class AutoPlan:
         inputs: dict[str, Input] = {}
         for number, one in enumerate(finalists):
             inputs[f"adapter {number}"] = whole_name(one) or self._start_of(one.recipe)
-        # The inputs' names are no part of a key, so that the key must say what the mean is of.
+        if probed is not None and self.config.prefer == "small":
+            ranks = Stage(RANK_PROBE, "probe", self.config, {"adapter": probed}, {"choice": "rank"})
+            inputs["rank"] = self.plan.add(ranks)
+        # Neither the inputs' names nor missing ones are part of a key, so that it must say them.
+        made_of = [whole_name(one) or one.recipe.start for one in finalists]
         options = {
             "rule": "mean",
-            "made_of": [whole_name(one) or one.recipe.start for one in finalists],
+            "made_of": [*made_of, *(["a smaller rank"] * ("rank" in inputs))],
         }
         return Stage("final", "merge", self.config, inputs, options)
 
@@ -189,9 +202,9 @@ class AutoPlan:
 
         Args:
             finalists: what the result is made of.
-            probed: the adapter whose ratios are judged; None where they cannot be.
+            probed: the adapter whose ratios (and ranks) are judged; None where they cannot be.
         """
-        final = self.plan.add(self.final_stage(finalists))
+        final = self.plan.add(self.final_stage(finalists, probed))
         first = finalists[0].recipe
         if probed is not None:
             inputs, options = {"adapter": probed}, {"choice": "ratio"}
@@ -259,7 +272,13 @@ def recipe_words(recipe: Recipe, config: RunConfig) -> str:
     if recipe.step is None:
         return title
     rate = config.training("finetune").learning_rate * recipe.step
-    return f"{title.removesuffix(', untrained')} fine-tuned at {rate:.2g}"
+    return f"{title.removesuffix(', untrained')} fine-tuned at {_rate_words(rate)}"
+
+
+def _rate_words(rate: float) -> str:
+    """Return a step size as people write it: 3e-4."""
+    digits, power = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def finalist_words(finalist: Finalist, config: RunConfig, labels: int) -> str:

@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.base.files import jsonable, read_json, write_json
-from grasp_lora.core.evidence.groups import Gain, critical_value
 from grasp_lora.core.recipes.chooser import Finalist, Told
 from grasp_lora.plans.auto import Chosen
 from grasp_lora.plans.auto_plan import RATIO_PROBE, SIMPLE, recipe_words, slug_of, whole_name
-from grasp_lora.report.choice import not_applicable
+from grasp_lora.report.choice import measured_trials, not_applicable
+from grasp_lora.report.pictures import plot_choice
 
 NOT_PROBED = "not-probed"
 """Verdict on the prune ratio where no ratio was tried."""
@@ -21,7 +21,10 @@ _OF_SEARCH = ("rounds.jsonl", "ratio.png")
 def publish_choice(out: Path, result: Chosen) -> None:
     """Write recipe.json and ratio.json into the run folder."""
     config = result.config
-    write_json(out / "recipe.json", jsonable(about_choice(result)))
+    choice = jsonable(about_choice(result))
+    write_json(out / "recipe.json", choice)
+    if measured_trials(choice):
+        plot_choice(choice, out / "recipe.png")
     ratio: dict[str, Any] = {"ratio": 0.0, "verdict": NOT_PROBED, "trained": False, "evidence": {}}
     if result.probed:
         ratio = read_json(out / RATIO_PROBE / "ratio.json")
@@ -35,8 +38,11 @@ def publish_choice(out: Path, result: Chosen) -> None:
 def about_choice(result: Chosen) -> dict[str, Any]:
     """Return the content of recipe.json."""
     task, decision = result.task, result.decision
-    simple, gain = result.simple.get(decision.simple), decision.gain
-    named = {"name": SIMPLE[decision.simple], "dev_loss": fmean(simple.losses)} if simple else None
+    gain = decision.gain
+    named = None
+    if decision.simple is not None:
+        loss = fmean(result.simple[decision.simple].losses)
+        named = {"name": SIMPLE[decision.simple], "dev_loss": loss}
     return {
         "ships": result.ships,
         "trained": any(one.epochs for one in decision.finalists),
@@ -45,7 +51,8 @@ def about_choice(result: Chosen) -> dict[str, Any]:
         "finalists": [_about_finalist(one) for one in decision.finalists],
         "dev_loss": _mean([x for one in decision.finalists for x in one.judged]),
         "simple": named,
-        "gain": None if gain is None else asdict(gain) | {"interval": interval_of(gain)},
+        "gain": None if gain is None else {"gain": gain.gain, "interval": (gain.low, gain.high)},
+        "measured": None if decision.measured is None else asdict(decision.measured),
         "tried": [_about_trial(one, result) for one in result.told],
         "simple_systems": [
             {"name": SIMPLE[name], "dev_loss": _mean(one.losses), "path": one.path}
@@ -58,12 +65,6 @@ def about_choice(result: Chosen) -> dict[str, Any]:
             "budget": result.config.budget,
         },
     }
-
-
-def interval_of(gain: Gain) -> tuple[float, float]:
-    """Return the 95 % interval of a gain, in nats."""
-    half = critical_value(gain.groups - 1, 0.025) * gain.error
-    return gain.gain - half, gain.gain + half
 
 
 def _mean(losses: Sequence[float]) -> float | None:

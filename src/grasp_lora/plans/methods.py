@@ -205,6 +205,11 @@ METHODS: Mapping[str, Method] = {
         Recipe("source", 3.0),
         seeds="all",
     ),
+    "source-finetuned-3x-labelled": row(
+        f"source adapter fine-tuned with three times the learning rate, {_RETRAINED}",
+        Recipe("source", 3.0, rows="labelled"),
+        seeds="all",
+    ),
     "source-finetuned-labelled": row(
         f"source adapter fine-tuned, {_RETRAINED}", Recipe("source", rows="labelled"), seeds="all"
     ),

@@ -87,6 +87,8 @@ def _ratio_line(ratio: Mapping[str, Any]) -> str:
 def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
     """Return the head of the report: what is shipped, then a table of all that was measured."""
     lines = [f"**{ship_line(choice, 'final')}**", "", choice["why"], ""]
+    if measured_trials(choice):
+        lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
     measured = [one for one in choice["tried"] if not one["refused"]] + choice["simple_systems"]
     if measured:
         lines += ["| what | dev loss | epochs | path |", "|---|---:|---:|---|"]
@@ -95,6 +97,11 @@ def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
         epochs, what = str(one.get("epochs", NO_VALUE)), one.get("says") or one.get("name")
         lines.append(f"| {what} | {loss} | {epochs} | `{one['path']}` |")
     return "\n".join([*lines, "", *(f"- {line}" for line in tried_lines(choice, ratio)), ""])
+
+
+def measured_trials(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the trials that measured anything."""
+    return [one for one in choice["tried"] if one["curve"] and not one["refused"]]
 
 
 def systems_with_paths(systems: Sequence[Mapping[str, Any]]) -> list[str]:

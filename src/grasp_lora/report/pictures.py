@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from grasp_lora.base.files import machine_names
@@ -63,6 +64,56 @@ def plot_search(
     tops[2].set_xlim(0, max([last, *(float(e["step"]) for e in evaluations)]) * 1.02)
     outcome = f"Search for the prune ratio: {ratio['ratio']:.3f} ({ratio['verdict']})"
     figure.suptitle(outcome, color=INK, fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+_TRIALS = (BLUE, ORANGE, GREEN, "#7b5ea7", "#17616b")
+_FARTHEST = 1.5
+"""Systems without training that are worse than this multiple of the trials' highest end are left
+out of the picture: they would press everything else flat."""
+
+
+def plot_choice(choice: Mapping[str, Any], path: Path) -> None:
+    """Draw a choice as a PNG: the held loss of each trial by epoch, and what needs no training.
+
+    Args:
+        choice: the content of `recipe.json`.
+        path: path of the PNG; its folder is made.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    trials = [one for one in choice["tried"] if one["curve"] and not one["refused"]]
+    for one, colour in zip(trials, _TRIALS, strict=False):
+        shipped = "shipped: " if one["shipped"] else ""
+        points = [(n, loss) for n, loss in enumerate(one["curve"]) if loss is not None]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=shipped + one["says"])
+        if one["epochs"] is not None:
+            marked = ([one["epochs"]], [one["dev_loss"]])
+            axes.plot(*marked, color=colour, marker="*", markersize=16, linestyle="none")
+    # JSON has null for a loss that is not finite.
+    ends = [[loss for loss in one["curve"][1:] if loss is not None] for one in trials]
+    top = max((max(losses) for losses in ends if losses), default=float("inf"))
+    known = [one for one in choice["simple_systems"] if one["dev_loss"] is not None]
+    near = [one for one in known if one["dev_loss"] <= _FARTHEST * top]
+    for one in near:
+        axes.axhline(one["dev_loss"], color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            one["name"],
+            (1, one["dev_loss"]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=INK,
+        )
+    axes.set_xlabel("epochs on the train examples")
+    axes.set_ylabel("loss of the held examples (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if trials:
+        axes.legend(loc="upper right", fontsize=9)
+    _style_axes(axes)
+    figure.suptitle("What was tried; a star marks the best epoch", color=INK, fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -21,7 +21,7 @@ from grasp_lora.workbench.rows import RunData
 Key = dict[str, Any]
 STAGE_FILE = "stage.json"
 """The marker of a finished stage: its key and facts about it."""
-_READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json")
+_READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json", "rank.json")
 
 
 def key_of(

@@ -21,6 +21,11 @@ from grasp_lora.workbench.merged_folder import write_merged
 from grasp_lora.workbench.processes import is_main
 
 WEIGHTS_INPUT = "weights"
+RANK_INPUT = "rank"
+"""The folder of a probe that found the smallest rank that will do, for rule "mean"."""
+
+
+_NO_ADAPTERS = {WEIGHTS_INPUT, RANK_INPUT}
 
 
 def run(work: Work) -> Mapping[str, Any]:
@@ -32,14 +37,14 @@ def run(work: Work) -> Mapping[str, Any]:
     """
     began = time.perf_counter()
     context = work.context
-    folders = [folder for role, folder in work.inputs.items() if role != WEIGHTS_INPUT]
+    folders = [folder for role, folder in work.inputs.items() if role not in _NO_ADAPTERS]
     loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
     rule = work.stage.option("rule")
     merged, about = _configured(work, loaded) if rule is None else RULES[rule](work, loaded)
-    named = [str(one) for role, one in work.stage.inputs.items() if role != WEIGHTS_INPUT]
-    about |= {"sources": named}
+    named = {role: str(one) for role, one in work.stage.inputs.items()}
+    about |= {"sources": [one for role, one in named.items() if role not in _NO_ADAPTERS]}
     if is_main():
         with context.clock.span("write"):
             write_merged(work.out, merged, context.backbone, about)

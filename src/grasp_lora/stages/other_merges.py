@@ -11,7 +11,7 @@ from typing import Any
 from grasp_lora.adapters.folder import LoadedAdapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.choice import lowest
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import read_json, write_json
 from grasp_lora.core.lora import (
     LoraFactors,
     MergedModule,
@@ -40,11 +40,13 @@ class NotApplicable(ValueError):
 def by_mean(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge by the weighted mean of the deltas, exactly: the ranks add up.
 
-    Option `weights` gives a weight for each adapter (default: equal ones). Option `rank` gives the
-    best fit of that rank instead. Option `made_of` only says in the key what is merged.
+    Option `weights` gives a weight for each adapter (default: equal ones). The input `rank`, the
+    folder of a probe, gives the best fit of that rank instead. Option `made_of` only says in
+    the key what is merged.
     """
     weights = work.stage.option("weights") or average_weights(len(loaded))
-    rank = work.stage.option("rank")
+    probe = work.inputs.get("rank")
+    rank = None if probe is None else read_json(probe / "rank.json")["rank"]
     kind: MergeKind = "cat" if rank is None else "svd"
     merged = merge(kind, [one.adapter for one in loaded], list(weights), rank)
     return merged, {"kind": kind, "weights": list(weights)}

@@ -9,12 +9,14 @@ Option `choice` is "weights" (the weights and the strength of a merge that is tr
 finite, and the evidence.
 
 With choice "ratio" the only input is a finished `adapter`. It is pruned at the ratios of `RATIOS`
-and measured, without any training, and `ratio.json` says whether one of them gains.
+and measured, without any training, and `ratio.json` says whether one of them gains. With choice
+"rank" the `adapter` is measured as its best fit of lower ranks, and `rank.json` holds the smallest
+rank that is not worse by one standard error.
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grasp_lora.base.choice import lowest, not_finite
@@ -29,10 +31,12 @@ from grasp_lora.workbench.merge_probes import (
     EXAMPLES,
     MERGE,
     UNTRAINED_MERGES,
+    WHOLE,
     Probed,
     UntrainedMerge,
     mean_losses,
     measure,
+    measure_ranks,
     measure_ratios,
     weights_of,
 )
@@ -49,6 +53,8 @@ _WEIGHTED = {n: one for n, one in UNTRAINED_MERGES.items() if one.group in ("mer
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
 RATIO_EXAMPLES = 16
+RANKS = (1, 2, 4, 8, 16, 32)
+RANK_EXAMPLES = 48
 
 
 def run(work: Work) -> Mapping[str, Any]:
@@ -59,13 +65,14 @@ def run(work: Work) -> Mapping[str, Any]:
             merge has a finite loss.
     """
     began = time.perf_counter()
-    if work.stage.options["choice"] == "ratio":
-        found = _judged_ratios(work)
+    choice = work.stage.options["choice"]
+    if choice in _OF_ONE:
+        found = _OF_ONE[choice](work)
         if is_main():
-            write_json(work.out / "ratio.json", found)
+            write_json(work.out / f"{choice}.json", found)
         forwards = len(found["rows"]) * len(found["losses"])
         return {"seconds": time.perf_counter() - began, "forwards": forwards}
-    choose = {"weights": _chosen_weights, "shares": _chosen_share}[work.stage.options["choice"]]
+    choose = {"weights": _chosen_weights, "shares": _chosen_share}[choice]
     found, gain = choose(work)
     evidence = None
     if gain is not None:
@@ -152,6 +159,29 @@ def _judged_ratios(work: Work) -> dict[str, Any]:
     }
 
 
+def _smallest_rank(work: Work) -> dict[str, Any]:
+    """Return the losses of the adapter at lower ranks, and the smallest rank that will do.
+
+    A rank will do if its losses are at most one standard error above the lowest. None keeps the
+    adapter as it is.
+    """
+    context = work.context
+    with context.clock.span("probe"):
+        found = measure_ranks(context, work.inputs["adapter"], RANKS, RANK_EXAMPLES)
+    within = within_one_error_of_best(found.losses, found.groups)
+    ranks = [int(name) for name in within if name != WHOLE]
+    return {"rank": min(ranks, default=None), "rows": found.ids, "groups": found.groups} | {
+        "losses": found.losses
+    }
+
+
+_OF_ONE: Mapping[str, Callable[[Work], dict[str, Any]]] = {
+    "ratio": _judged_ratios,
+    "rank": _smallest_rank,
+}
+"""Choice -> what judges one adapter."""
+
+
 def _chosen(
     context: Context, found: Probed, best: str, weights: tuple[float, ...]
 ) -> dict[str, Any]:
@@ -172,7 +202,7 @@ def _chosen(
 def _settings(stage: Stage) -> tuple[str, ...]:
     encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
     own = ("merge.kind", "merge.rank", "mask_unit", "controller.probe_rows")
-    if stage.options["choice"] == "ratio":
+    if stage.options["choice"] in _OF_ONE:
         own = ("importance", "structure", "controller.probe_rows")
     return ("seed", "model", *own, "evaluate.batch_size", *encoding)
 
@@ -195,6 +225,8 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
         tried, most = len(SHARES), SHARE_EXAMPLES
     if stage.options["choice"] == "ratio":
         tried, most = 1 + len(RATIOS), RATIO_EXAMPLES
+    if stage.options["choice"] == "rank":
+        tried, most = 1 + len(RANKS), RANK_EXAMPLES
     count = tried * min(most, sizes.examples(*pool))
     return Cost(0, round(count * sizes.length(*pool)), count) + _norms(stage, sizes)
 

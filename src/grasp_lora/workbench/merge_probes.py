@@ -26,6 +26,8 @@ from grasp_lora.workbench.merged_folder import read_start
 
 EXAMPLES = 16
 LEAST_EXAMPLES = 4
+WHOLE = "whole"
+"""Name of an adapter as it is, beside fits of lower rank."""
 MERGE = "merge"
 """Name of the merge as configured."""
 
@@ -164,6 +166,30 @@ def measure_ratios(context: Context, folder: Path, ratios: Sequence[float], rows
         live.model.eval()
         found = {str(0.0): example_losses(live.model, batches, len(examples))}
         found |= _pruned(context, live, pruned, batches, len(examples))
+    return Probed([one.id for one in examples], [one.group for one in examples], found)
+
+
+def measure_ranks(context: Context, folder: Path, ranks: Sequence[int], rows: int) -> Probed:
+    """Return the losses of an adapter, whole ("whole") and as its best fit of each rank.
+
+    Args:
+        context: examples and backbone.
+        folder: an adapter folder.
+        ranks: ranks of the fits.
+        rows: as in `measure`.
+
+    Raises:
+        ValueError: the adapter does not fit the backbone, or there are fewer than 4 examples.
+    """
+    adapter = read_adapter(folder, context.backbone.model).adapter
+    examples, batches = _drawn(context, rows)
+    found: dict[str, list[float]] = {}
+    for rank in (None, *ranks):
+        merged = merge("cat" if rank is None else "svd", [adapter], [1.0], rank)
+        with context.live(merged, "merged") as live:
+            live.model.eval()
+            name = WHOLE if rank is None else str(rank)
+            found[name] = example_losses(live.model, batches, len(examples))
     return Probed([one.id for one in examples], [one.group for one in examples], found)
 
 

@@ -20,7 +20,7 @@ PRICES = Prices(plain=1000.0, train=60.0, held=40.0, labelled=100.0)
 
 def task(budget: float, **changes) -> Task:
     values = {"starts": ("source", "average"), "prices": PRICES, "budget": budget, "spent": 300.0}
-    values |= {"epochs": 5, "groups": tuple("abcdefgh")}
+    values |= {"epochs": 5, "groups": tuple("abcdefgh"), "trained": 8, "labels": 16}
     return Task(**values | changes)
 
 

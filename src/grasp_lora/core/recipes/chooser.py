@@ -14,6 +14,7 @@ from typing import Literal
 
 from grasp_lora.core.evidence.crossfit import finite_only, gain_of_best, within_one_error_of_best
 from grasp_lora.core.evidence.groups import Gain
+from grasp_lora.core.recipes.gain import Expected, expected
 from grasp_lora.core.recipes.recipe import Recipe
 
 Prefer = Literal["best", "small", "simple"]
@@ -62,6 +63,8 @@ class Task:
         spent: tokens that are spent beside trials and trainings on all labels.
         epochs: the longest trial.
         groups: group of each held example.
+        trained: number of train examples.
+        labels: number of all labelled examples.
     """
 
     starts: tuple[str, ...]
@@ -70,6 +73,8 @@ class Task:
     spent: float
     epochs: int
     groups: tuple[Hashable, ...]
+    trained: int
+    labels: int
 
 
 @dataclass(frozen=True)
@@ -134,15 +139,19 @@ class Decision:
 
     Attributes:
         finalists: what the result is the mean of; one is shipped as it is.
-        simple: name of the best system that needs no choice, and that the gain is over.
-        gain: what the choice saves over `simple`, on held examples that it was not made on, in
-            nats; None with fewer than four groups.
+        simple: name of the best system that needs no training, and that the gain is over; None if
+            there is none with finite losses.
+        measured: what the choice saves over `simple`, on held examples that it was not made on, in
+            nats, before the training on all labels; None with fewer than four groups, and where a
+            simple system is shipped.
+        gain: what the shipped adapter is expected to save over `simple`; None with `measured`.
         why: the decision in words.
     """
 
     finalists: tuple[Finalist, ...]
-    simple: str
-    gain: Gain | None
+    simple: str | None
+    measured: Gain | None
+    gain: Expected | None
     why: str
 
 
@@ -168,12 +177,20 @@ def without_held(task: Task) -> Decision:
         f"all labels for {epochs} epochs; the gain is not estimated, and there is no verdict on "
         "the prune ratio"
     )
-    return Decision((Finalist(recipe, epochs, ()),), "nothing", None, why)
+    return Decision((Finalist(recipe, epochs, ()),), None, None, None, why)
 
 
 def least_budget(task: Task) -> float:
     """Return the smallest budget that works, in tokens: one trial of one epoch, then all labels."""
     return task.spent + task.prices.trial(1) + task.prices.labelled
+
+
+_SIMPLE = "No trial has a lower loss on the held examples than what needs no training."
+_ONE = "It has the lowest loss on the held examples, and no other start is level with it."
+_MEAN = (
+    "The starts are within one standard error of each other on the held examples, so none is "
+    "picked: the mean of their adapters is shipped."
+)
 
 
 def ask(task: Task, told: Sequence[Told]) -> tuple[Trial, ...]:
@@ -262,7 +279,8 @@ def decide(
         told: the outcomes of all trials.
         simple: name -> loss of each held example, of what needs no training. Names that are keys of
             `recipe.STARTS` are starts.
-        prefer: "simple" ships what needs no training if it is within one standard error.
+        prefer: "simple" ships what needs no training if it is within one standard error, and one
+            finalist otherwise.
 
     Raises:
         ValueError: nothing has a finite loss.
@@ -284,7 +302,8 @@ def decide(
     if best is None or (least is not None and _level(best, plain[least], task, prefer)):
         assert least is not None, "something has a finite loss"
         start = simple_recipe(least)
-        return Decision((Finalist(start, 0, tuple(plain[least])),), least, None, "simple")
+        only = (Finalist(start, 0, tuple(plain[least])),)
+        return Decision(only, least, None, None, _SIMPLE)
     within = within_one_error_of_best(
         {str(place): one.judged for place, one in enumerate(tuned)}, task.groups
     )
@@ -294,10 +313,14 @@ def decide(
     left = task.budget - spent_on(task, told)
     for one in near:
         price = one.epochs * task.prices.labelled
-        if kept[one.recipe.start] is one and (price <= left or not finalists):
+        if finalists and (price > left or prefer == "simple"):
+            continue
+        if kept[one.recipe.start] is one:
             finalists.append(one)
             left -= price
-    return Decision(tuple(finalists), least or "nothing", gain, "tuned")
+    sure = None if gain is None else expected(gain, task.labels, task.trained)
+    why = _ONE if len(finalists) == 1 else _MEAN
+    return Decision(tuple(finalists), least, gain, sure, why)
 
 
 def _tuned(told: Sequence[Told]) -> list[Finalist]:
