@@ -575,6 +575,10 @@ def test_processes_give_the_same_as_this_one(done, settings, tmp_path):
         (["--only", "nonsense"], "no method 'nonsense'; choose from zero-shot"),
         (["--seeds", "1,1"], "different numbers"),
         (["--set", "data.target.rows={train: 8, dev: 4, micro_dev: 4}"], "no test rows"),
+        (
+            ["--set", "recipe=auto", "--set", "data.target.rows={train: 8, dev: 4, test: 4}"],
+            "data.target.rows.micro_dev: required, not given",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_any_work(settings, tmp_path, arguments, message):

@@ -8,7 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from grasp_lora.base.clock import PARTS
-from grasp_lora.report.pictures import PART_COLOURS, plot_comparison, plot_profile, plot_search
+from grasp_lora.report.pictures import (
+    PART_COLOURS,
+    plot_choice,
+    plot_comparison,
+    plot_profile,
+    plot_search,
+)
 
 
 def round_record(number: int, **changes: Any) -> dict[str, Any]:
@@ -166,3 +172,22 @@ def test_names_of_methods_do_not_overlap(tmp_path, drawn):
     boxes = [Text.get_window_extent(text) for text in texts]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
     assert len({text.xy for text in texts}) == len(names), "the points do not move"
+
+
+def test_the_picture_of_a_choice_leaves_out_losses_that_are_not_finite(tmp_path, drawn):
+    def trial(name: str, curve: list[float | None], **changes: Any) -> dict[str, Any]:
+        facts = {"says": name, "curve": curve, "epochs": 1, "dev_loss": curve[1], "refused": None}
+        return {**facts, "shipped": False, **changes}
+
+    choice = {
+        "tried": [
+            trial("one", [2.0, 1.5, None], shipped=True),
+            trial("lost", [2.0, None], epochs=None, refused="n/a: diverged"),
+        ],
+        "simple_systems": [{"name": "a", "dev_loss": None}, {"name": "b", "dev_loss": 1.9}],
+    }
+    plot_choice(choice, tmp_path / "recipe.png")
+    (figure,) = drawn
+    assert line(figure, 0, "shipped: one") == [(0.0, 2.0), (1.0, 1.5)]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"b"}
+    assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")

@@ -208,6 +208,14 @@ def test_an_input_folder_counts_by_content_not_by_place(tmp_path):
     assert input_content("start", two) != input_content("start", one)
 
 
+def test_the_rank_that_a_probe_found_counts(tmp_path):
+    contents = []
+    for rank in (2, 4):
+        write_json(tmp_path / f"at {rank}" / "rank.json", {"rank": rank})
+        contents.append(input_content("rank", tmp_path / f"at {rank}"))
+    assert contents[0] != contents[1]
+
+
 def test_of_a_search_that_gives_the_ratio_the_ratio_alone_counts(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "learned"})
     content = input_content("ratio", tmp_path)
