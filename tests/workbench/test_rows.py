@@ -32,9 +32,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def loaded(data: dict[str, Any], **options: Any) -> tuple[RunData, list[str]]:
+def loaded(data: dict[str, Any], recipe: str = "auto", **options: Any) -> tuple[RunData, list[str]]:
     said: list[str] = []
-    config = make_config({"model": "smollm2", "data": data}, training=False)
+    values = {"model": "smollm2", "data": data, "recipe": recipe}
+    config = make_config(values, training=False)
     return load_run_data(config, said.append, **options), said
 
 
@@ -231,7 +232,9 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path):
         "language": "es",
         "files": {"test": write(tmp_path / "t.jsonl", rows_of("q", range(3)))},
     }
-    with pytest.raises(ValueError, match="no examples in train and micro_dev"):
+    with pytest.raises(ValueError, match="no examples in train and micro_dev; the search"):
+        loaded({"target": section}, "grasp")
+    with pytest.raises(ValueError, match="no examples in train; it is trained on: give"):
         loaded({"target": section})
     data, _ = loaded({"target": section}, training=False)
     assert data.test_sets() == {"test": ("target", "test")}

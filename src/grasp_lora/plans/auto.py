@@ -333,7 +333,7 @@ class _Choosing:
         if self.task.groups:
             losses = {name: one.losses for name, one in self.simple.items()}
             return decide(self.task, (), losses, self.config.prefer)
-        why = "no dev or micro-dev rows, and training on all labels diverged: nothing is trained"
+        why = "No dev or micro-dev rows, and training on all labels diverged: nothing is trained."
         return replace(decision, finalists=(Finalist(Recipe("source", None), 0, ()),), why=why)
 
     def finished(self, decision: Decision) -> Chosen:

@@ -96,7 +96,8 @@ def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
         loss = NO_VALUE if one["dev_loss"] is None else f"{one['dev_loss']:.3f}"
         epochs, what = str(one.get("epochs", NO_VALUE)), one.get("says") or one.get("name")
         lines.append(f"| {what} | {loss} | {epochs} | `{one['path']}` |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in tried_lines(choice, ratio)), ""])
+    told = [f"- {line}" for line in tried_lines(choice, ratio) if line != choice["why"]]
+    return "\n".join([*lines, "", *told, ""])
 
 
 def measured_trials(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:

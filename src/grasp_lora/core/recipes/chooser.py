@@ -173,9 +173,9 @@ def without_held(task: Task) -> Decision:
         )
     recipe = Recipe("source", FIRST["source"], rows="labelled")
     why = (
-        f"no dev or micro-dev rows, so nothing was chosen: the source adapter was fine-tuned on "
-        f"all labels for {epochs} epochs; the gain is not estimated, and there is no verdict on "
-        "the prune ratio"
+        "No dev or micro-dev rows, so nothing is chosen: the source adapter, fine-tuned on all "
+        f"labels for {epochs} epochs, is shipped; the gain is not estimated, and there is no "
+        "verdict on the prune ratio."
     )
     return Decision((Finalist(recipe, epochs, ()),), None, None, None, why)
 
