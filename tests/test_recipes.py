@@ -289,7 +289,9 @@ def test_new_pairs_are_run_on_purpose_alone(capsys):
 def test_runs_are_recorded_as_they_finish_and_not_run_again(tmp_path, monkeypatch, capsys):
     tiny_backbone_folder(tmp_path / "base")
     steps = {"epochs": 1, "batch_size": 2}
-    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
+    evaluate = {"max_new_tokens": 2}
+    values = job(tmp_path, recipe=AUTO, train=of_adapters(steps), evaluate=evaluate)
+    config = load_config(write_job(tmp_path / "run.yaml", values))
     monkeypatch.setattr(recorded, "config_of", lambda pair: config)
     records_at, table = tmp_path / "kept", tmp_path / "kept" / "xx-yy.parquet"
     command = ["run", "xx-yy", "--work", str(tmp_path / "work"), "--records", str(records_at)]

@@ -144,6 +144,8 @@ def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
     assert scores["systems"][-1]["name"] == f"final: {choice['ships']}"
     for one in (*choice["tried"], *choice["simple_systems"]):
         assert (whole / one["path"] / "stage.json").exists(), one["path"]
+    simple = [one["path"] for one in choice["simple_systems"]]
+    assert simple == [f"evaluations/{one['slug']}" for one in scores["systems"][:-1]]
     for one in choice["tried"]:
         assert one["dev_loss"] == min(one["curve"]) == one["curve"][one["epochs"]]
     assert read_json(whole / "ratio.json")["verdict"] in ("flat", "learned")

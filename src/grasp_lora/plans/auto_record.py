@@ -54,10 +54,7 @@ def about_choice(result: Chosen) -> dict[str, Any]:
         "gain": None if gain is None else {"gain": gain.gain, "interval": (gain.low, gain.high)},
         "measured": None if decision.measured is None else asdict(decision.measured),
         "tried": [_about_trial(one, result) for one in result.told],
-        "simple_systems": [
-            {"name": SIMPLE[name], "dev_loss": _mean(one.losses), "path": one.path}
-            for name, one in result.simple.items()
-        ],
+        "simple_systems": [_about_simple(name, result) for name in result.simple],
         "not_applicable": {name: not_applicable(why) for name, why in result.refused.items()},
         "price": {
             "tokens": round(result.spent),
@@ -81,6 +78,13 @@ def _notes(result: Chosen) -> list[str]:
     elif not result.config.evaluate.baselines:
         notes.append("only the shipped adapter was scored (evaluate.baselines: false)")
     return notes
+
+
+def _about_simple(name: str, result: Chosen) -> dict[str, Any]:
+    measured = result.simple[name]
+    scored = name in [system.slug for system in result.systems]
+    path = f"evaluations/{name}" if scored else measured.path
+    return {"name": SIMPLE[name], "dev_loss": _mean(measured.losses), "path": path}
 
 
 def _about_finalist(one: Finalist) -> dict[str, Any]:

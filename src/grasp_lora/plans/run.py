@@ -116,7 +116,7 @@ def run(
     Raises:
         ValueError, FileNotFoundError: a setting, a file, an adapter or the machine does not allow
             the run; raised before any work.
-        Diverged: a training loss became NaN.
+        Diverged: a training loss became NaN: that of an adapter, or with `recipe: grasp` any.
     """
     clock = open_clock(config, profile)
     join(config)
