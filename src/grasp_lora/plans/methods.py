@@ -247,6 +247,14 @@ METHODS: Mapping[str, Method] = {
         Recipe("average", rows="labelled"),
         seeds="all",
     ),
+    "mean-labelled": row(
+        "mean of two: the source adapter (three times the learning rate) and the average, each "
+        f"fine-tuned, {_RETRAINED}",
+        Recipe(
+            (Recipe("source", 3.0, rows="labelled"), Recipe("average", rows="labelled")), step=None
+        ),
+        seeds="all",
+    ),
     **{
         name: row(f"{STARTS[name].says}, fine-tuned unpruned", Recipe(name))
         for name in ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75")

@@ -143,11 +143,17 @@ def made_by(case: Case, recipe: Recipe) -> Built:
         return _post_hoc(case, recipe.ratio == "learned")
     start, made = start_of(case, recipe.start)
     if not recipe.trained:
-        return Built(case.job, final=start, paid=made)
+        return Built(case.job, final=start, paid=made, unseen=not _on_all_labels(recipe))
     assert start is not None, "the bare backbone has nothing to fine-tune"
     if recipe.ratio == "learned":
         return _learned(case, start, made)
     return _finetuned(case, recipe, start, made)
+
+
+def _on_all_labels(recipe: Recipe) -> bool:
+    """Return whether a recipe, or one that it is the mean of, trains on all labelled examples."""
+    parts = recipe.start if isinstance(recipe.start, tuple) else ()
+    return recipe.rows == "labelled" or any(_on_all_labels(part) for part in parts)
 
 
 def start_of(case: Case, start: Any, name: str = "start") -> tuple[Input | None, tuple[str, ...]]:
@@ -155,9 +161,11 @@ def start_of(case: Case, start: Any, name: str = "start") -> tuple[Input | None,
 
     Args:
         case: what the recipe is built from.
-        start: a key of `STARTS`.
+        start: a key of `STARTS`, or recipes, the mean of whose adapters is the start.
         name: name of a merge that is made for it, in the folder of the case.
     """
+    if isinstance(start, tuple):
+        return _mean_of(case, start, name)
     if start in ("source", "target"):
         return case.adapters[start], ()
     if start == "backbone":
@@ -180,6 +188,23 @@ def start_of(case: Case, start: Any, name: str = "start") -> tuple[Input | None,
     names = (f"{case.job}/{name}", f"{case.job}/weights")
     merged, probe = add_merge(case.plan, config, case.pair, *names)
     return merged, (merged, *([probe] if probe else []))
+
+
+def _mean_of(case: Case, recipes: tuple[Recipe, ...], name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the mean of what recipes give, and the stages of all of them."""
+    finals: dict[str, Input] = {}
+    paid: tuple[str, ...] = ()
+    for number, recipe in enumerate(recipes):
+        config = case.config
+        for key, value in settings_of(recipe).items():
+            config = _changed(config, key, value)
+        part = replace(case, config=config, job=f"{case.job}/of-{number}")
+        built = made_by(part, recipe)
+        assert built.final is not None, "the bare backbone has no mean"
+        finals[f"adapter {number}"] = built.final
+        paid += built.paid
+    mean = case.add(name, "merge", finals, rule="mean")
+    return mean, (*dict.fromkeys(paid), mean)
 
 
 def _finetuned(case: Case, recipe: Recipe, start: Input, made: tuple[str, ...]) -> Built:

@@ -85,3 +85,104 @@ def test_without_held_examples_the_source_adapter_is_trained_on_all_labels():
     assert shorter.finalists[0].epochs == 1
     with pytest.raises(ValueError, match=r"budget: 0.199 plain runs .* works here is 0.2"):
         without_held(task(199.0, groups=(), spent=0.0))
+
+
+def flat(value: float, epochs: int, slope: float = 0.0) -> tuple[tuple[float, ...], ...]:
+    """Return losses of eight examples, a group each, that change by `slope` an epoch."""
+    return tuple(tuple(value + slope * e + 0.01 * n for n in range(8)) for e in range(epochs + 1))
+
+
+def told_of(one: Task, curves) -> list[Told]:
+    """Return the outcomes of a choice in which a recipe has the losses that `curves` gives."""
+    told: list[Told] = []
+    while asked := ask(one, told):
+        told += [Told(t, tuple(curves(t.recipe)[: t.epochs + 1])) for t in asked]
+    return told
+
+
+def test_the_first_trials_are_each_start_at_its_own_step():
+    asked = ask(task(5000.0), ())
+    assert [(t.recipe.start, t.recipe.step) for t in asked] == list(FIRST.items())
+
+
+def test_what_is_left_goes_to_a_larger_step_where_the_loss_still_fell():
+    told = told_of(task(9000.0), lambda r: flat(2.0 if r.start == "source" else 2.5, 5, -0.1))
+    assert [(t.trial.recipe.start, t.trial.recipe.step) for t in told] == [
+        ("source", 3.0), ("average", 1.0), ("source", 10.0),
+    ]  # fmt: skip
+
+
+def test_what_is_left_goes_to_a_smaller_step_where_the_loss_rose_at_once():
+    told = told_of(task(9000.0), lambda r: flat(2.0 if r.start == "source" else 2.5, 5, 0.1))
+    assert [(t.trial.recipe.start, t.trial.recipe.step) for t in told][2] == ("source", 1.0)
+
+
+def test_nothing_is_left_over_for_a_best_epoch_in_the_middle():
+    told = told_of(task(90000.0), lambda r: losses(str(r.start), 5))
+    assert len(told) == 2
+
+
+def test_one_start_that_is_ahead_is_shipped_alone():
+    one = task(9000.0)
+    told = told_of(one, lambda r: losses(str(r.start), 5))
+    made = decide(one, told, {"source": losses("source", 0)[0], "target": (9.0,) * 8})
+    assert [(f.recipe.start, f.recipe.step, f.epochs) for f in made.finalists] == [
+        ("source", 3.0, 2)
+    ]
+    assert made.finalists[0].recipe.rows == "labelled"
+    assert made.simple == "source"
+    assert made.measured is not None
+    assert made.measured.gain == pytest.approx(0.3 * 2.0)
+    assert made.gain is not None
+    assert made.gain.low < made.gain.gain < made.gain.high
+
+
+def level(recipe) -> tuple[tuple[float, ...], ...]:
+    """Return losses that two starts share but for noise of both signs."""
+    sign = 1 if recipe.start == "source" else -1
+    start = tuple(3.0 for _ in range(8))
+    after = tuple(2.0 + sign * (0.1 if n % 2 else -0.101) for n in range(8))
+    return (start, (2.5,) * 8, after, (2.6,) * 8, (2.6,) * 8, (2.6,) * 8)
+
+
+def test_starts_that_are_level_are_averaged_while_the_budget_allows():
+    one = task(9000.0)
+    told = told_of(one, level)
+    simple = {"target": (3.0,) * 8}
+    assert {f.recipe.start for f in decide(one, told, simple).finalists} == {"source", "average"}
+    assert len(decide(one, told, simple, "simple").finalists) == 1
+    poor = task(spent_on(one, told) + 250.0)  # one training of two epochs on all labels
+    assert len(decide(poor, told, simple).finalists) == 1
+
+
+def test_what_needs_no_training_is_shipped_where_nothing_beats_it():
+    one = task(9000.0)
+    told = told_of(one, lambda r: losses(str(r.start), 5))
+    made = decide(one, told, {"source": (3.0,) * 8, "few-shot-4": (0.5,) * 8})
+    (only,) = made.finalists
+    assert (only.recipe.start, only.recipe.shots, only.epochs) == ("backbone", 4, 0)
+    assert made.simple == "few-shot-4"
+    assert made.gain is None
+    assert made.measured is None
+
+
+def test_level_with_what_needs_no_training_only_simple_ships_that():
+    one = task(9000.0)
+    told = told_of(one, lambda r: losses(str(r.start), 5))
+    best = min((t.losses[t.best] for t in told), key=sum)
+    near = tuple(x + (0.2 if n % 2 else -0.19) for n, x in enumerate(best))
+    assert decide(one, told, {"average": near}).finalists[0].epochs == 2
+    assert decide(one, told, {"average": near}, "simple").finalists[0].epochs == 0
+
+
+def test_a_trial_that_is_lost_is_no_finalist():
+    one = task(9000.0)
+    asked = ask(one, ())
+    told = [Told(asked[0], (), "diverged"), Told(asked[1], losses("average", asked[1].epochs))]
+    made = decide(one, told, {"target": (9.0,) * 8})
+    assert [f.recipe.start for f in made.finalists] == ["average"]
+
+
+def test_nothing_finite_is_an_error():
+    with pytest.raises(ValueError, match="has a finite loss on the held examples"):
+        decide(task(9000.0), (), {"target": (float("nan"),) * 8})
