@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from grasp_lora.base.words import from_percent, shown, shown_path
+from grasp_lora.base.words import from_percent, printable, shown
 from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
@@ -342,7 +342,9 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     console = Console(highlight=False)
     if (folder / "recipe.json").exists():
         choice = read_json(folder / "recipe.json")
-        console.print(ship_line(choice, shown_path(folder / "final")), markup=False, style="bold")
+        console.print(
+            ship_line(choice, printable(str(folder / "final"))), markup=False, style="bold"
+        )
         for table in score_tables(scores):
             console.print(table)
         if scores["systems"]:

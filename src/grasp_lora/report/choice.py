@@ -49,7 +49,7 @@ def ship_line(choice: Mapping[str, Any], final: str) -> str:
         parts.append(f"best without training {simple['dev_loss']:.3f} ({simple['name']})")
         if gain is not None:
             low, high = gain["interval"]
-            parts.append(f"{-gain['gain']:+.3f} [{-high:+.3f}, {-low:+.3f}]")
+            parts.append(f"expected {-gain['gain']:+.3f} [{-high:+.3f}, {-low:+.3f}]")
     return " | ".join(parts)
 
 

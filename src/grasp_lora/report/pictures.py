@@ -69,13 +69,10 @@ def plot_search(
 
 
 _TRIALS = (BLUE, ORANGE, GREEN, "#7b5ea7", "#17616b")
-_FARTHEST = 1.5
-"""Systems without training that are worse than this multiple of the trials' highest end are left
-out of the picture: they would press everything else flat."""
 
 
 def plot_choice(choice: Mapping[str, Any], path: Path) -> None:
-    """Draw a choice as a PNG: the held loss of each trial by epoch, and what needs no training.
+    """Draw a choice as a PNG: the held loss of each trial by epoch, and the best without training.
 
     Args:
         choice: the content of `recipe.json`.
@@ -86,21 +83,18 @@ def plot_choice(choice: Mapping[str, Any], path: Path) -> None:
     trials = [one for one in choice["tried"] if one["curve"] and not one["refused"]]
     for one, colour in zip(trials, _TRIALS, strict=False):
         shipped = "shipped: " if one["shipped"] else ""
+        # JSON has null for a loss that is not finite.
         points = [(n, loss) for n, loss in enumerate(one["curve"]) if loss is not None]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=shipped + one["says"])
         if one["epochs"] is not None:
             marked = ([one["epochs"]], [one["dev_loss"]])
             axes.plot(*marked, color=colour, marker="*", markersize=16, linestyle="none")
-    # JSON has null for a loss that is not finite.
-    ends = [[loss for loss in one["curve"][1:] if loss is not None] for one in trials]
-    top = max((max(losses) for losses in ends if losses), default=float("inf"))
-    known = [one for one in choice["simple_systems"] if one["dev_loss"] is not None]
-    near = [one for one in known if one["dev_loss"] <= _FARTHEST * top]
-    for one in near:
-        axes.axhline(one["dev_loss"], color=INK, linewidth=0.8, linestyle=":")
+    simple = choice["simple"]
+    if simple is not None:
+        axes.axhline(simple["dev_loss"], color=INK, linewidth=0.8, linestyle=":")
         axes.annotate(
-            one["name"],
-            (1, one["dev_loss"]),
+            f"best without training: {simple['name']}",
+            (1, simple["dev_loss"]),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
