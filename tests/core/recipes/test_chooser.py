@@ -1,6 +1,7 @@
 """The choice within a budget: what holds whatever its policy."""
 
 import pytest
+from scipy import stats
 
 from grasp_lora.core.recipes.chooser import (
     EPOCHS_UNHELD,
@@ -152,7 +153,22 @@ def test_starts_that_are_level_are_averaged_while_the_budget_allows():
     assert {f.recipe.start for f in decide(one, told, simple).finalists} == {"source", "average"}
     assert len(decide(one, told, simple, "simple").finalists) == 1
     poor = task(spent_on(one, told) + 250.0)  # one training of two epochs on all labels
-    assert len(decide(poor, told, simple).finalists) == 1
+    only = decide(poor, told, simple)
+    assert len(only.finalists) == 1
+    assert "no room for a second one" in only.why
+
+
+@pytest.mark.parametrize(("apart", "count"), [(0.11, 2), (0.13, 1)])
+def test_a_start_is_left_out_where_it_is_shown_to_be_worse_at_five_percent(apart, count):
+    """Eight contexts with the gaps (apart - 0.25 ... apart + 0.25): t is about `apart` / 0.062."""
+    gaps = [apart + 0.5 * (n / 7 - 0.5) for n in range(8)]
+    t = float(stats.ttest_1samp(gaps, 0.0).statistic)
+    assert (t > stats.t.isf(0.05, 7)) == (count == 1)
+    rows = {"source": (2.0,) * 8, "average": tuple(2.0 + gap for gap in gaps)}
+    one = task(9000.0)
+    curves = {start: ((3.0,) * 8, (2.9,) * 8, *[row] * 4) for start, row in rows.items()}
+    told = told_of(one, lambda r: curves[r.start])
+    assert len(decide(one, told, {"target": (9.0,) * 8}).finalists) == count
 
 
 def test_what_needs_no_training_is_shipped_where_nothing_beats_it():

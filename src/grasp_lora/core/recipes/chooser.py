@@ -10,10 +10,10 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from grasp_lora.core.evidence.crossfit import finite_only, gain_of_best, within_one_error_of_best
-from grasp_lora.core.evidence.groups import Gain
+from grasp_lora.core.evidence.groups import Gain, mean_gain
 from grasp_lora.core.recipes.gain import Expected, expected
 from grasp_lora.core.recipes.recipe import Recipe
 
@@ -186,10 +186,14 @@ def least_budget(task: Task) -> float:
 
 
 _SIMPLE = "No trial has a lower loss on the held examples than what needs no training."
-_ONE = "It has the lowest loss on the held examples, and no other start is level with it."
+_ONE = "It has the lowest loss on the held examples, and every other start is shown to be worse."
+_FIRST = (
+    "It has the lowest loss on the held examples. Another start is not shown to be worse, but one "
+    "adapter is asked for, or the budget has no room for a second one."
+)
 _MEAN = (
-    "The starts are within one standard error of each other on the held examples, so none is "
-    "picked: the mean of their adapters is shipped."
+    "The held examples show neither start to be worse, so none is picked: the mean of their "
+    "adapters is shipped."
 )
 
 
@@ -304,23 +308,27 @@ def decide(
         start = simple_recipe(least)
         only = (Finalist(start, 0, tuple(plain[least])),)
         return Decision(only, least, None, None, _SIMPLE)
-    within = within_one_error_of_best(
-        {str(place): one.judged for place, one in enumerate(tuned)}, task.groups
-    )
-    near = sorted((tuned[int(place)] for place in within), key=lambda one: math.fsum(one.judged))
-    kept = {one.recipe.start: one for one in reversed(near)}
+    level: dict[Any, Finalist] = {}
+    for one in sorted(tuned, key=lambda one: math.fsum(one.judged)):
+        if one.recipe.start not in level and not _worse(one, best, task):
+            level[one.recipe.start] = one
     finalists: list[Finalist] = []
     left = task.budget - spent_on(task, told)
-    for one in near:
+    for one in level.values():
         price = one.epochs * task.prices.labelled
-        if finalists and (price > left or prefer == "simple"):
-            continue
-        if kept[one.recipe.start] is one:
+        if not finalists or (price <= left and prefer != "simple"):
             finalists.append(one)
             left -= price
     sure = None if gain is None else expected(gain, task.labels, task.trained)
-    why = _ONE if len(finalists) == 1 else _MEAN
+    why = _MEAN if len(finalists) > 1 else _ONE if len(level) == 1 else _FIRST
     return Decision(tuple(finalists), least, gain, sure, why)
+
+
+def _worse(one: Finalist, best: Finalist, task: Task) -> bool:
+    """Return whether the held examples show a trial to be worse than the best one, at 5 %."""
+    gaps = [loss - least for loss, least in zip(one.judged, best.judged, strict=True)]
+    found = mean_gain(gaps, task.groups)
+    return found is not None and found.shown
 
 
 def _tuned(told: Sequence[Told]) -> list[Finalist]:
