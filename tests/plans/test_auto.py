@@ -1,6 +1,7 @@
 """A run that chooses its recipe, whole, on a tiny random backbone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.files import read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
 from grasp_lora.core.recipes.chooser import Decision, Finalist
@@ -436,6 +437,28 @@ def test_what_cannot_run_here_is_named_and_leaves_nothing_behind(place, tmp_path
         assert f"{name}: n/a: not even one solved example" in text
     assert not [p.name for p in out.rglob("*") if p.suffix in (".work", ".lock", ".old")]
     assert not list((out / "evaluations").glob("few-shot*"))
+
+
+def test_of_the_prompts_both_are_measured_and_the_better_one_is_scored(place, tmp_path):
+    longer = shutil.copytree(place / "base", tmp_path / "base")
+    settings = read_json(longer / "config.json")
+    write_json(longer / "config.json", settings | {"max_position_embeddings": 8192})
+    evaluate = {"max_new_tokens": 2}
+    config = config_of(place, tmp_path / "run", model={"name": str(longer)}, evaluate=evaluate)
+    out = run(config, quiet=True)
+    losses = {
+        count: [x for split in ("dev", "micro_dev") for x in read_json(folder)[split]]
+        for count in (4, 8)
+        for folder in [out / "trials" / f"few-shot-{count}" / "losses.json"]
+    }
+    better = min(losses, key=lambda count: fmean(losses[count]))
+    assert [one.name for one in (out / "evaluations").glob("few-shot*")] == [f"few-shot-{better}"]
+    named = {one["name"]: one for one in read_json(out / "recipe.json")["simple_systems"]}
+    for count, rows in losses.items():
+        found = named[f"few-shot, {count} examples in the prompt"]
+        assert found["dev_loss"] == pytest.approx(fmean(rows))
+        place_of = "evaluations" if count == better else "trials"
+        assert found["path"] == f"{place_of}/few-shot-{count}"
 
 
 def test_a_trial_that_diverges_is_named_and_paid_for(place, tmp_path, monkeypatch):

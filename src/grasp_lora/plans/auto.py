@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
+from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import read_json
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
@@ -23,6 +25,7 @@ from grasp_lora.core.recipes.chooser import (
     Trial,
     ask,
     decide,
+    simple_recipe,
     spent_on,
     without_held,
 )
@@ -152,7 +155,10 @@ def first_plan(config: RunConfig, data: RunData, asked: Sequence[Trial]) -> Plan
     """Return the plan up to the first trials; later stages depend on their results."""
     build = AutoPlan(config, data)
     for name in SIMPLE:
-        build.simple(name)
+        if not simple_recipe(name).shots:
+            build.simple(name)
+        elif build.held:
+            build.measured(name)
     for trial in asked:
         build.plan.add(build.trial_stage(trial))
     return build.plan.build()
@@ -195,11 +201,30 @@ class _Choosing:
         self.session.context.reporter.say(f"{says}: {not_applicable(why)}")
 
     def measure_simple(self) -> None:
-        """Score what needs no training, and measure its held examples."""
+        """Score what needs no training, and measure its held examples.
+
+        Answers after a long prompt take long, so of the prompts only the best one is scored.
+        """
+        held = bool(self.task.groups)
         for name in SIMPLE:
-            stage = self.build.simple(name)
+            prompt = simple_recipe(name).shots > 0
+            stage = self.build.simple(name) if not prompt else None
+            if prompt and held:
+                stage = self.build.measured(name)
             if stage is not None:
-                self._measure(name, stage, name not in STARTS and bool(self.task.groups))
+                self._measure(name, stage, name not in STARTS and held)
+        self._score_best_prompt()
+
+    def _score_best_prompt(self) -> None:
+        prompts = {n: fmean(one.losses) for n, one in self.simple.items() if simple_recipe(n).shots}
+        best = lowest(prompts)
+        if best is None or not self.build.scores_simple:
+            return
+        stage = self.build.simple(best)
+        assert stage is not None, "simple systems are scored"
+        self._measure(best, stage, held=False)
+        if SIMPLE[best] not in self.refused:
+            self.simple[best] = replace(self.simple[best], path=stage)
 
     def _measure(self, name: str, stage: str, held: bool) -> None:
         try:

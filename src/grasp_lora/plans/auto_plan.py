@@ -112,6 +112,11 @@ class AutoPlan:
         self.adapters = add_adapters(self.plan, config)
         self.systems: list[System] = []
 
+    @property
+    def scores_simple(self) -> bool:
+        """Whether systems that need no training are scored on test examples."""
+        return self.tests and self.config.evaluate.baselines
+
     def start(self, name: str) -> Input | None:
         """Return a start: an adapter, or a merge that is made here; None is the bare backbone."""
         case = Case(self.plan, self.config, "starts", self.adapters, None, _no_other)
@@ -124,11 +129,13 @@ class AutoPlan:
         examples are measured too, unless a trial begins from it and measures them. None is returned
         where there is nothing to read.
         """
-        if not (self.tests and self.config.evaluate.baselines):
+        if not self.scores_simple:
             return None if name in STARTS or not self.held else self.measured(name)
         recipe = simple_recipe(name)
         assert isinstance(recipe.start, str), "a simple system is no mean"
-        options = {"labelled": name not in STARTS and self.held > 0, "shots": recipe.shots or None}
+        # Prompts are measured by themselves, because only the best of them is scored.
+        labelled = name not in STARTS and self.held > 0 and not recipe.shots
+        options = {"labelled": labelled, "shots": recipe.shots or None}
         return self._score(System(SIMPLE[name], name, self.start(recipe.start)), options)
 
     def measured(self, name: str) -> str:
