@@ -48,7 +48,6 @@ class Method:
         seeds: `all`, `first` (one run with the first seed), or `none` (one run; nothing is random).
         role: `baseline` (what a user would do without pruning; the other methods are tested against
             the best baseline by dev loss), or `other`.
-        recipe: the recipe that the method is; None for a method that is more than one recipe.
     """
 
     about: str
@@ -56,7 +55,6 @@ class Method:
     changes: Mapping[str, Any] = field(default_factory=dict)
     seeds: str = "first"
     role: str = "other"
-    recipe: Recipe | None = None
 
 
 def row(
@@ -64,7 +62,7 @@ def row(
 ) -> Method:
     """Return the method that a recipe is, with further changes of settings."""
     every = settings_of(recipe) | dict(changes or {})
-    return Method(about, by(recipe), every, recipe=recipe, **rest)
+    return Method(about, by(recipe), every, **rest)
 
 
 def _random_masks(ratio: float) -> Build:
