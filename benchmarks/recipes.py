@@ -16,7 +16,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks import common, recipes_report, recorded, records
@@ -206,6 +206,41 @@ def _seconds_per_token(model: str, folder: Path) -> tuple[float | None, str]:
     return (median(found), "other machines") if found else (None, "")
 
 
+REPLAYED = (
+    *("source-finetuned", "source-finetuned-3x", "average-finetuned", "weights-75-25"),
+    *("weights-25-75", "shrunk-0.75", "shrunk-0.5", "weight-decay", "learned-weights"),
+    *("svd-finetuned", "linear-finetuned", "late-merge", "average", "source", "target"),
+    "sum-finetuned",
+)
+"""Recipes that are trained on the train examples alone, so that dev losses can choose."""
+FIRST_TRIALS = ("source-finetuned-3x", "average-finetuned")
+"""The two trials that a run begins with, as rows of the main comparison."""
+
+
+def replay(table: Path, seed: int = recorded.SEEDS[0]) -> dict[str, float]:
+    """Return what a choice by the lowest held loss loses on the test rows, in nats.
+
+    Args:
+        table: recorded runs of the main comparison.
+        seed: of the runs.
+
+    Returns:
+        "all" and "first trials" -> test loss of the chosen recipe less the lowest of all.
+    """
+    runs = records.read_runs(table)
+    found: dict[str, tuple[float, float]] = {}
+    for name in REPLAYED:
+        record = runs[job_of(name, seed)]
+        held = [x for split in ("dev", "micro_dev") for x in record["losses"][split]]
+        found[name] = (fmean(held), record["scores"]["test"]["loss"])
+    least = min(test for _, test in found.values())
+    among = {"all": REPLAYED, "first trials": FIRST_TRIALS}
+    return {
+        label: found[min(names, key=lambda name: found[name][0])][1] - least
+        for label, names in among.items()
+    }
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -223,6 +258,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     tables = commands.add_parser("tables", help="write recipes.json, tables and pictures")
     tables.add_argument("--out", type=Path, required=True)
     tables.add_argument("--main-records", type=Path, default=records.FOLDER, help="shown beside")
+    replaying = commands.add_parser("replay", help="choose among the runs of the main comparison")
+    replaying.add_argument("--main-records", type=Path, default=records.FOLDER)
     for one in (running, tables):
         one.add_argument("--records", type=Path, default=recipes_report.FOLDER)
     options = parser.parse_args(argv)
@@ -245,6 +282,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parsed(argv)
     if options.what == "tables":
         recipes_report.write(options.records, options.main_records, options.out)
+        return
+    if options.what == "replay":
+        for table in records.tables_with(options.main_records, records.RUNS):
+            if table.stem != "embedded":
+                gaps = "; ".join(f"{label} {gap:.3f}" for label, gap in replay(table).items())
+                print(f"{table.stem}: {gaps}")
         return
     common.ready(options)
     common.versions()  # the code that is loaded is that of now, whatever is committed meanwhile

@@ -350,3 +350,13 @@ def test_a_recipe_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     assert asked == [("average", 42), ("svd-finetuned", 42)]
     kept = records.read_runs(tmp_path / "kept" / "xx-yy.parquet", FIRST)
     assert kept == {"svd-finetuned-s42": {"not_applicable": "ranks"}}
+
+
+def test_a_replay_tells_what_the_choice_by_held_losses_loses_on_the_test_rows(tmp_path):
+    table = tmp_path / "en-xx.parquet"
+    for place, name in enumerate(recipes.REPLAYED):
+        losses = {"dev": [3.0 + place] * 2, "micro_dev": [3.0]}
+        scores = {"test": {"loss": 2.0 - 0.01 * place}}
+        record = {"losses": losses, "scores": scores}
+        records.append(table, {recipes.job_of(name, 42): [record]})
+    assert recipes.replay(table) == pytest.approx({"all": 0.15, "first trials": 0.14})
