@@ -38,13 +38,12 @@ class NotApplicable(ValueError):
 
 
 def by_mean(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
-    """Merge by the weighted mean of the deltas, exactly: the ranks add up.
+    """Merge by the mean of the deltas, exactly: the ranks add up.
 
-    Option `weights` gives a weight for each adapter (default: equal ones). The input `rank`, the
-    folder of a probe, gives the best fit of that rank instead. Option `made_of` only says in
-    the key what is merged.
+    The input `rank`, the folder of a probe, gives the best fit of that rank instead. Option
+    `made_of` only says in the key what is merged.
     """
-    weights = work.stage.option("weights") or average_weights(len(loaded))
+    weights = average_weights(len(loaded))
     probe = work.inputs.get("rank")
     rank = None if probe is None else read_json(probe / "rank.json")["rank"]
     kind: MergeKind = "cat" if rank is None else "svd"
