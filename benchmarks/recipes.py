@@ -98,7 +98,9 @@ def run(pair: str, options: argparse.Namespace, until: float) -> list[str]:
 
 
 def _settings(pair: str, adapters_seed: int | None) -> RunConfig:
+    """Return a pair's settings without its further test sets, which no table of recipes shows."""
     config = with_split_seed(recorded.config_of(pair))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tests": {}})})
     return config if adapters_seed is None else config.model_copy(update={"seed": adapters_seed})
 
 

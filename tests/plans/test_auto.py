@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
-from grasp_lora.core.recipes.chooser import Decision, Finalist
+from grasp_lora.core.recipes.chooser import BESIDE, Decision, Finalist
 from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans import auto, executor, session
 from grasp_lora.plans.run import run
@@ -111,6 +111,7 @@ def whole_of(recipe: str, step: float, epochs: int) -> Finalist:
 
 
 SOURCE, AVERAGE = whole_of("source", 3.0, 1), whole_of("average", 1.0, 2)
+NEW = Finalist(BESIDE, 2, ())
 
 
 def weights(out: Path) -> bytes:
@@ -207,7 +208,9 @@ def test_the_result_is_the_mean_of_the_finalists(place, tmp_path, monkeypatch):
         "retrained/source-3x-1-epochs",
         "retrained/average-1x-2-epochs",
     ]
-    assert choice["ships"].startswith("mean of 2: source adapter fine-tuned at 3e-2 on all 20")
+    assert choice["ships"].startswith(
+        "mean of 2 on all 20 labels, unpruned: source adapter fine-tuned at 3e-2; "
+    )
     parts = [deltas(out / one["path"]) for one in choice["finalists"]]
     final = deltas(out / "final")
     assert final.keys() == parts[0].keys()
@@ -217,6 +220,58 @@ def test_the_result_is_the_mean_of_the_finalists(place, tmp_path, monkeypatch):
     for one, epochs in zip(choice["finalists"], (1, 2), strict=True):
         # 20 labelled rows by fours
         assert read_json(out / one["path"] / "stage.json")["steps"] == 5 * epochs
+
+
+def test_a_new_adapter_beside_has_the_shape_of_the_target_adapter(place, tmp_path, monkeypatch):
+    tiny_adapter_folder(tmp_path / "small", tiny_model(), r=2, alpha=6, targets=["k_proj"], seed=3)
+    decides(monkeypatch, SOURCE, NEW)
+    adapters = {"source": str(place / "source"), "target": str(tmp_path / "small")}
+    out = run(config_of(place, tmp_path / "run", adapters=adapters), quiet=True)
+    choice = read_json(out / "recipe.json")
+    assert choice["ships"] == (
+        "mean of 2 on all 20 labels, unpruned: source adapter fine-tuned at 3e-2; "
+        "a new adapter trained at 3e-2"
+    )
+    source, new = (deltas(out / one["path"]) for one in choice["finalists"])
+    about = read_json(out / choice["finalists"][1]["path"] / "adapter_config.json")
+    assert (about["r"], about["lora_alpha"], about["rank_pattern"]) == (2, 6, {})
+    assert new.keys() == deltas(tmp_path / "small").keys() != source.keys()
+    assert all(delta.abs().max() > 0 for delta in new.values())
+    final = deltas(out / "final")
+    assert final.keys() == source.keys() | new.keys()
+    for name, found in final.items():
+        parts = [one[name] for one in (source, new) if name in one]
+        torch.testing.assert_close(found, sum(parts) / 2, atol=1e-6, rtol=1e-5)
+    facts = read_json(out / choice["finalists"][1]["path"] / "stage.json")
+    assert (facts["rows_trained"], facts["steps"]) == (20, 10)  # by fours, two passes
+    assert choice["finalists"][1]["dev_loss"] is None
+    assert choice["dev_loss"] == choice["finalists"][0]["dev_loss"]
+
+
+def test_where_only_the_new_adapter_does_not_diverge_a_simple_system_is_shipped(
+    place, tmp_path, monkeypatch
+):
+    def fails(context, live, options, checkpoints):
+        if options.title.endswith("all labels"):
+            raise Diverged("the loss became NaN")
+        return fit(context, live, options, checkpoints)
+
+    fit = prune.fit
+    monkeypatch.setattr(prune, "fit", fails)
+    decide = auto.decide
+    calls: list[Decision] = []
+
+    def first_so(*args):
+        made = decide(*args)
+        calls.append(made)
+        return replace(made, finalists=(SOURCE, NEW)) if len(calls) == 1 else made
+
+    monkeypatch.setattr(auto, "decide", first_so)
+    out = run(config_of(place, tmp_path / "run"), quiet=True)
+    choice = read_json(out / "recipe.json")
+    assert not choice["trained"]
+    assert len(calls) == 2
+    assert any("on all labels" in name for name in choice["not_applicable"])
 
 
 def test_one_finalist_is_shipped_as_it_was_trained(place, tmp_path, monkeypatch):

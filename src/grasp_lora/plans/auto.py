@@ -35,9 +35,9 @@ from grasp_lora.plans.auto_plan import (
     SIMPLE,
     STARTS,
     AutoPlan,
-    finalist_words,
     probe_tokens,
     recipe_words,
+    shipped_words,
     simple_tokens,
     slug_of,
 )
@@ -111,8 +111,7 @@ class Chosen:
     @property
     def ships(self) -> str:
         """The result in words."""
-        parts = [finalist_words(one, self.config, self.labels) for one in self.decision.finalists]
-        return parts[0] if len(parts) == 1 else f"mean of {len(parts)}: {'; '.join(parts)}"
+        return shipped_words(self.decision.finalists, self.config, self.labels)
 
 
 def chosen(task: Task, session: Session, sizes: Sizes, options: Options) -> Chosen:
@@ -352,7 +351,8 @@ class _Choosing:
                 kept.append(one)
             self.spent += one.epochs * self.task.prices.labelled
         lost = len(decision.finalists) - len(kept)
-        if kept:
+        judged = any(one.judged for one in kept)
+        if judged or (kept and not self.task.groups):
             why = f"{decision.why} {lost} that diverged on all labels left out." if lost else ""
             return replace(decision, finalists=tuple(kept), why=why or decision.why)
         if self.task.groups:

@@ -15,9 +15,10 @@ from grasp_lora.core.recipes.chooser import (
     simple_recipe,
 )
 from grasp_lora.core.recipes.recipe import SHOTS, Recipe
+from grasp_lora.core.recipes.recipe import STARTS as ALL_STARTS
 from grasp_lora.plans.parts import add_adapters
 from grasp_lora.plans.plan import PlanBuilder
-from grasp_lora.plans.recipes import Case, changed_settings, settings_of, start_of
+from grasp_lora.plans.recipes import Case, changed_settings, new_adapter, settings_of, start_of
 from grasp_lora.plans.run_plan import System
 from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.stage import Input, Sizes, Split, Stage
@@ -170,11 +171,15 @@ class AutoPlan:
 
     def whole(self, finalist: Finalist) -> Input:
         """Add the training of a finalist on all labelled examples; return the adapter."""
-        start, name = self._start_of(finalist.recipe), whole_name(finalist)
+        name = whole_name(finalist)
         if name is None:
-            return start
+            return self._start_of(finalist.recipe)
         config = self._settings(finalist.recipe, finalist.epochs)
         title = recipe_words(finalist.recipe, self.config)
+        if finalist.recipe.start == "fresh":
+            like, title = self.adapters["target"], f"{title}, all labels"
+            return self.plan.add(new_adapter(name, config, like, finalist.epochs, title))
+        start = self._start_of(finalist.recipe)
         inputs, options = {"start": start}, {"labelled": True}
         return self.plan.add(Stage(name, "prune", config, inputs, options, title))
 
@@ -275,10 +280,13 @@ def whole_name(finalist: Finalist) -> str | None:
 
 def recipe_words(recipe: Recipe, config: RunConfig) -> str:
     """Return a recipe in words: its start, and its step size where it trains."""
-    title = SIMPLE[simple_name(recipe)]
+    name = simple_name(recipe)
+    title = SIMPLE.get(name) or ALL_STARTS[name].says
     if recipe.step is None:
         return title
     rate = config.training("finetune").learning_rate * recipe.step
+    if name == "fresh":
+        return f"{title} trained at {_rate_words(rate)}"
     return f"{title.removesuffix(', untrained')} fine-tuned at {_rate_words(rate)}"
 
 
@@ -288,9 +296,8 @@ def _rate_words(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-def finalist_words(finalist: Finalist, config: RunConfig, labels: int) -> str:
-    """Return a finalist in words: its recipe, and what it was trained on."""
-    says = recipe_words(finalist.recipe, config)
-    if not finalist.epochs:
-        return says
-    return f"{says} on all {labels} labels, unpruned"
+def shipped_words(finalists: Sequence[Finalist], config: RunConfig, labels: int) -> str:
+    """Return the result in words: the recipes of its parts, and what they were trained on."""
+    parts = [recipe_words(one.recipe, config) for one in finalists]
+    trained = f" on all {labels} labels, unpruned" if any(one.epochs for one in finalists) else ""
+    return f"mean of {len(parts)}{trained}: {'; '.join(parts)}" if parts[1:] else parts[0] + trained

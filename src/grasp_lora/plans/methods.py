@@ -253,6 +253,15 @@ METHODS: Mapping[str, Method] = {
         ),
         seeds="all",
     ),
+    "mean-new-labelled": row(
+        f"mean of two: the source adapter (three times the learning rate), {_RETRAINED}, and a new "
+        "adapter trained on all labelled rows",
+        Recipe(
+            (Recipe("source", 3.0, rows="labelled"), Recipe("fresh", 3.0, rows="labelled")),
+            step=None,
+        ),
+        seeds="all",
+    ),
     **{
         name: row(f"{STARTS[name].says}, fine-tuned unpruned", Recipe(name))
         for name in ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75")

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core.recipes.chooser import EPOCHS_UNHELD
 from grasp_lora.core.recipes.recipe import STARTS, Recipe
 from grasp_lora.plans.parts import (
     add_final,
@@ -141,6 +142,11 @@ def made_by(case: Case, recipe: Recipe) -> Built:
     """
     if recipe.merge == "after":
         return _post_hoc(case, recipe.ratio == "learned")
+    if recipe.start == "fresh" and recipe.rows == "labelled":
+        like, epochs = case.adapters["target"], EPOCHS_UNHELD
+        stage = new_adapter(f"{case.job}/final", case.config, like, epochs, case.job)
+        final = case.plan.add(stage)
+        return Built(case.job, final=final, paid=(final,), unseen=False)
     start, made = start_of(case, recipe.start)
     if not recipe.trained:
         return Built(case.job, final=start, paid=made, unseen=not _on_all_labels(recipe))
@@ -148,6 +154,24 @@ def made_by(case: Case, recipe: Recipe) -> Built:
     if recipe.ratio == "learned":
         return _learned(case, start, made)
     return _finetuned(case, recipe, start, made)
+
+
+def new_adapter(name: str, config: RunConfig, like: Input, epochs: int, title: str) -> Stage:
+    """Return the stage that trains a new adapter on all labelled examples.
+
+    Args:
+        name: of the stage.
+        config: settings; the new adapter is trained as `train.finetune` says.
+        like: the adapter whose modules, ranks and scaling the new one takes.
+        epochs: passes over all labelled examples.
+        title: of the stage.
+    """
+    training = config.training("finetune").model_copy(
+        update={"epochs": epochs, "patience": None, "max_steps": None}
+    )
+    config = config.with_training("target", **training.model_dump())
+    options = {"role": "target", "labelled": True}
+    return Stage(name, "train", config, {"like": like}, options, title)
 
 
 def _on_all_labels(recipe: Recipe) -> bool:

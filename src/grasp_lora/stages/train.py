@@ -9,6 +9,10 @@ Options:
         fold. Examples of one context are in one fold. `folds` without `fold` trains on all labelled
         target examples, for the number of epochs at which the inputs "fold 0", "fold 1", ... have
         the lowest mean loss.
+    labelled: train on all labelled target examples; nothing is measured meanwhile.
+
+Inputs:
+    like: an adapter whose modules, ranks and scaling the new one takes; else `lora` says them.
 """
 
 import math
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 
+from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
@@ -58,8 +63,7 @@ def run(work: Work) -> Mapping[str, Any]:
     if work.stage.option("adalora"):
         result, plain, scaling = train_adalora(context, options, work.checkpoints)
     else:
-        scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
-        fresh = fresh_adapter(context.backbone.model, config)
+        fresh, scaling = _fresh(work)
         with context.live(fresh, "merged", config.lora.dropout, scaling) as live:
             result = fit(context, live, options, work.checkpoints)
             plain = live.plain_factors()
@@ -74,6 +78,9 @@ def _examples_and_training(work: Work) -> tuple[Context, Training, dict[str, Any
     stage, context = work.stage, work.context
     training = work.config.training(stage.options["role"])
     number, count = stage.option("fold"), stage.option("folds")
+    if stage.option("labelled"):
+        whole = context.on_all_labels()
+        return whole, training, {"rows_trained": len(whole.examples("target", "train"))}
     if count is None:
         return context, training, {}
     rows = [e for split in LABELLED for e in context.examples("target", split)]
@@ -137,23 +144,48 @@ def folds_of(rows: Sequence[Example], count: int) -> list[list[Example]]:
     return folds
 
 
+def _fresh(work: Work) -> tuple[dict[str, MergedModule], float]:
+    """Return untrained factors, and the factor on what they add to the backbone."""
+    model, config, like = work.context.backbone.model, work.config, work.inputs.get("like")
+    if like is None:
+        scaling = lora_scaling(config.lora.r, config.lora.alpha, use_rslora=False)
+        return fresh_adapter(model, config), scaling
+    given = read_adapter(like, model).adapter
+    ranks = {name: one.rank for name, one in given.items()}
+    # One factor serves all modules; adapters in which it differs from module to module are rare.
+    scaling = statistics.mode(one.scaling for one in given.values())
+    return untrained_factors(model, ranks, config.seed), scaling
+
+
 def fresh_adapter(model: torch.nn.Module, config: RunConfig) -> dict[str, MergedModule]:
+    """Return untrained factors of the rank and on the modules that `lora` says."""
+    names = resolve_targets(model, config.lora.target_modules)
+    return untrained_factors(model, dict.fromkeys(names, config.lora.r), config.seed)
+
+
+def untrained_factors(
+    model: torch.nn.Module, ranks: Mapping[str, int], seed: int
+) -> dict[str, MergedModule]:
     """Return untrained factors as PEFT initialises them: A Kaiming-uniform, B zero.
 
     The factors are drawn from a generator of our own, in the order of the module names, so that an
     adapter depends on the seed alone.
+
+    Args:
+        model: has the modules, linear layers.
+        ranks: module name -> rank.
+        seed: of the generator.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
     fresh: dict[str, MergedModule] = {}
-    for name in resolve_targets(model, config.lora.target_modules):
+    for name, rank in ranks.items():
         shape = linear_shape(modules[name])
-        assert shape is not None, "resolve_targets returns linear layers only"
+        assert shape is not None, "LoRA is on linear layers only"
         inputs, outputs = shape
         bound = 1 / math.sqrt(inputs)  # Kaiming with a = sqrt(5)
-        a = (torch.rand(config.lora.r, inputs, generator=generator) * 2 - 1) * bound
-        b = torch.zeros(outputs, config.lora.r)
-        fresh[name] = MergedModule("cat", (Part(0, a, b),))
+        a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound
+        fresh[name] = MergedModule("cat", (Part(0, a, torch.zeros(outputs, rank)),))
     return fresh
 
 
@@ -172,17 +204,20 @@ def _beside(stage: Stage) -> Weights:
 
 
 def _examples(stage: Stage, _known: tuple[Split, ...]) -> tuple[Split, ...]:
-    splits = LABELLED if stage.option("folds") else ("train", "dev")
+    whole = stage.option("folds") or stage.option("labelled")
+    splits = LABELLED if whole else ("train", "dev")
     return (*((stage.options["role"], split) for split in splits), *_beside(stage))
 
 
 def _cost(stage: Stage, sizes: Sizes) -> Cost:
     role, count = stage.options["role"], stage.option("folds")
     training, beside, seed = stage.config.training(role), _beside(stage), stage.config.seed
+    whole = tuple((role, split) for split in LABELLED)
+    if stage.option("labelled"):
+        return steps_cost(training, sizes, Rows(whole, beside, seed))
     if count is None:
         rows = Rows(((role, "train"),), beside, seed)
         return training_cost(training, sizes, rows, (role, "dev"))
-    whole = tuple((role, split) for split in LABELLED)
     if stage.option("fold") is None:
         return steps_cost(training, sizes, Rows(whole, beside, seed))
     # The smallest fold is held back from the training, the largest one is measured.

@@ -4,6 +4,7 @@ import pytest
 from scipy import stats
 
 from grasp_lora.core.recipes.chooser import (
+    BESIDE,
     EPOCHS_UNHELD,
     FIRST,
     Prices,
@@ -169,6 +170,56 @@ def test_a_start_is_left_out_where_it_is_shown_to_be_worse_at_five_percent(apart
     curves = {start: ((3.0,) * 8, (2.9,) * 8, *[row] * 4) for start, row in rows.items()}
     told = told_of(one, lambda r: curves[r.start])
     assert len(decide(one, told, {"target": (9.0,) * 8}).finalists) == count
+
+
+def beside(one: Task, target: float, prefer: str = "best", start: str = "source") -> bool:
+    """Return whether a new adapter is shipped beside what was chosen.
+
+    The source adapter goes from 2.035 to 1.435. The best trial is that of `start`.
+    """
+    told = told_of(one, lambda r: losses("source" if r.start == start else "average", 5))
+    simple = {"source": losses("source", 0)[0], "target": (target,) * 8}
+    made = decide(one, told, simple, prefer)
+    shipped = [f for f in made.finalists if f.recipe == BESIDE]
+    assert ("new adapter" in made.why) == bool(shipped)
+    assert all((f.epochs, f.judged) == (EPOCHS_UNHELD, ()) for f in shipped)
+    return bool(shipped)
+
+
+@pytest.mark.parametrize(("target", "shipped"), [(1.5, True), (1.73, True), (1.74, False)])
+def test_a_new_adapter_goes_into_the_result_where_the_target_adapter_is_near(target, shipped):
+    assert beside(task(9000.0), target) == shipped
+
+
+def test_a_new_adapter_is_not_asked_for_where_one_adapter_or_a_small_one_is_wanted():
+    assert not beside(task(9000.0), 1.5, "simple")
+    assert not beside(task(9000.0), 1.5, "small")
+
+
+def test_a_new_adapter_goes_with_the_fine_tuned_source_adapter_only():
+    assert not beside(task(9000.0), 1.5, start="average")
+
+
+@pytest.mark.parametrize(("room", "shipped"), [(400.0, True), (399.0, False)])
+def test_a_new_adapter_is_trained_where_the_budget_has_room(room, shipped):
+    """Two passes over all labels for the source adapter, two for the new one: 400 tokens."""
+    one = task(9000.0)
+    told = told_of(one, lambda r: losses(str(r.start), 5))
+    simple = {"source": losses("source", 0)[0], "target": (1.5,) * 8}
+    made = decide(task(spent_on(one, told) + room), told, simple)
+    assert (BESIDE in [f.recipe for f in made.finalists]) == shipped
+
+
+def test_a_further_step_leaves_room_for_a_new_adapter():
+    def curves(recipe):
+        return flat(2.0 if recipe.start == "source" else 2.5, 5, -0.1)
+
+    one = task(9000.0)
+    first = [Told(t, curves(t.recipe)) for t in ask(one, ())]
+    whole, epoch = (5 + EPOCHS_UNHELD) * PRICES.labelled, PRICES.train + PRICES.held
+    for room, epochs in ((PRICES.held + epoch, [1]), (PRICES.held + epoch - 1, [])):
+        left = task(spent_on(one, first) + whole + room)
+        assert [t.epochs for t in ask(left, first)] == epochs
 
 
 def test_what_needs_no_training_is_shipped_where_nothing_beats_it():
