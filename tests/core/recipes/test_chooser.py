@@ -7,6 +7,7 @@ from grasp_lora.core.recipes.chooser import (
     BESIDE,
     EPOCHS_UNHELD,
     FIRST,
+    Prefer,
     Prices,
     Task,
     Told,
@@ -172,7 +173,7 @@ def test_a_start_is_left_out_where_it_is_shown_to_be_worse_at_five_percent(apart
     assert len(decide(one, told, {"target": (9.0,) * 8}).finalists) == count
 
 
-def beside(one: Task, target: float, prefer: str = "best", start: str = "source") -> bool:
+def beside(one: Task, target: float, prefer: Prefer = "best", start: str = "source") -> bool:
     """Return whether a new adapter is shipped beside what was chosen.
 
     The source adapter goes from 2.035 to 1.435. The best trial is that of `start`.
