@@ -58,8 +58,15 @@ def run(work: Work) -> Mapping[str, Any]:
             f"there are no {role} examples to train on: give data.{role}.files and rows"
         )
     stopwatch = Stopwatch()
-    title, beside = f"train {role} adapter", _beside(work.stage)
-    options = FitOptions(training, title, role=role, stateful=(stopwatch,), beside=beside)
+    whole = bool(work.stage.option("labelled"))
+    title = work.title if whole else f"train {role} adapter"
+    options = FitOptions(
+        *(training, title),
+        role=role,
+        choose_best=not whole,
+        stateful=(stopwatch,),
+        beside=_beside(work.stage),
+    )
     if work.stage.option("adalora"):
         result, plain, scaling = train_adalora(context, options, work.checkpoints)
     else:
