@@ -226,6 +226,18 @@ def test_goals_are_met_at_their_bounds_and_not_beyond():
     assert measured(rows((0.015, -0.016, 0.015, -0.016), saved))["best"] is True
 
 
+def test_a_published_recipe_that_is_not_recorded_is_taken_from_the_main_comparison():
+    rows = [row(pair, AUTO, 1.0 + more) for pair in PAIRS for more in (0, 1)]
+    losses = {"grasp-paper-scaled": [1.6, 1.7], "average-finetuned": [9.0]}
+    others = dict.fromkeys((*PAIRS, "e"), losses)
+    found = {one.about: one for one in goals(rows, others)}
+    scaled = found["loss below grasp-paper-scaled in the main comparison"]
+    assert (scaled.measured, scaled.met) == ("+0.150", True)
+    assert found["loss below average-finetuned"].met is None
+    part = dict.fromkeys(PAIRS[1:], losses)
+    assert {o.about: o.met for o in goals(rows, part)}["loss below grasp-paper-scaled"] is None
+
+
 @pytest.mark.parametrize(("better", "met"), [(2, False), (3, True), (4, True)])
 def test_answers_are_judged_by_f1_and_headlines_by_rouge(better, met):
     rows = []
