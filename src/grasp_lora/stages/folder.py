@@ -28,8 +28,8 @@ from grasp_lora.base.files import (
     write_sealed,
 )
 from grasp_lora.base.words import shown_path
-from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 from grasp_lora.stages.keys import READ, Key, differences, hash_of
+from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
 
 State = Literal["absent", "begun", "done", "differs", "damaged"]
 
