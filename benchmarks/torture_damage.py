@@ -1,4 +1,4 @@
-"""Damage to the files of half-done and finished runs: is any of it carried into a result unseen?
+"""Damage to files of half-done and finished runs: is any of it carried into a result unseen?
 
 A small model is run once in each kind, whole and up to the middle of a training. Then one file of
 one of these folders is damaged, and the same command is given again. It must end with the result of
@@ -97,13 +97,17 @@ class Laboratory:
             self._results[kind] = result_of(self.kept(kind, "whole"))
         return self._results[kind]
 
-    def command(self, kind: str) -> tuple[int, str]:
+    def command(self, kind: str, name: str = "run") -> tuple[int, str]:
         """Do the command of a kind; return its exit code, or `STOPPED`, and what it said.
+
+        Args:
+            kind: the kind of run.
+            name: the command, where the kind is no comparison.
 
         Raises:
             Exception: the command ended with a traceback.
         """
-        config, arguments = self._folder / f"{kind}.json", ["run"]
+        config, arguments = self._folder / f"{kind}.json", [name]
         values = self._job(self._base.parent, output=str(self.out(kind)), **_settings(kind))
         config.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
         if kind == "compare":
@@ -170,14 +174,13 @@ def damage(file: Path, way: str, seed: int = 0) -> None:
     """Delete a file, cut it in half, empty it, turn one of its bits, or fill it with zeros."""
     content = file.read_bytes()
     file.unlink()
-    if way == "flip" and content:
-        drawn = random.Random(seed)
-        changed = bytearray(content)
+    drawn, changed = random.Random(seed), bytearray(content)
+    if content:
         changed[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
-        file.write_bytes(changed)
-    elif way != "gone":
-        left = {"cut": content[: len(content) // 2], "zeros": bytes(len(content))}
-        file.write_bytes(left.get(way, b""))
+    left = {"cut": content[: len(content) // 2], "emptied": b"", "flip": bytes(changed)}
+    left["zeros"] = bytes(len(content))
+    if way != "gone":
+        file.write_bytes(left[way])
 
 
 def result_of(out: Path) -> dict[str, Any]:

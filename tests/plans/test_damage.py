@@ -77,6 +77,20 @@ def test_what_was_damaged_in_a_finished_run_is_named_kept_and_made_again(laborat
     assert (out / "config.json.damaged").read_bytes().strip(b"\0") == b""
 
 
+def test_a_plan_shows_what_is_damaged_and_changes_nothing(laboratory):
+    out = laboratory.out("grasp")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(laboratory.kept("grasp", "half"), out)
+    damage(out / "merged" / "merge.json", "gone")
+    before = sorted(out.rglob("*"))
+    code, said = laboratory.command("grasp", "plan")
+    assert code == 0, said
+    states = [word for word in said.split() if word in ("done", "damaged", "resumes")]
+    assert states == ["done", "done", "damaged", "resumes"]
+    assert "merged: 'merge.json' is missing" in said
+    assert sorted(out.rglob("*")) == before
+
+
 def test_a_finished_run_of_an_earlier_version_is_refused_as_before(laboratory):
     out = laboratory.out("grasp")
     shutil.rmtree(out, ignore_errors=True)

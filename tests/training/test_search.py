@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from benchmarks.torture_damage import WAYS, damage
 from transformers import TrainerCallback
 
 from grasp_lora.core.controller import rounds
@@ -307,21 +308,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):
     assert said == [], "a crash in the writing of a checkpoint is no damage"
 
 
-def damage_by(way: str, file: Path) -> None:
-    """Delete a file, cut it in half, empty it, fill it with zeros, or turn a bit of its middle."""
-    content = file.read_bytes()
-    changed = {
-        "cut": content[: len(content) // 2],
-        "emptied": b"",
-        "zeros": bytes(len(content)),
-        "flip": content[:20] + bytes([content[20] ^ 1]) + content[21:],
-    }
-    file.unlink()
-    if way != "gone":
-        file.write_bytes(changed[way])
-
-
-@pytest.mark.parametrize("way", ["gone", "cut", "emptied", "zeros", "flip"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_damaged_checkpoint_is_never_gone_on_from(tmp_path, way):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with pytest.raises(Crash):
@@ -332,14 +319,14 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(tmp_path, way):
         if name == MARKER_FILE and way == "gone":
             continue  # a checkpoint without a marker is incomplete
         shutil.copytree(whole, broken)
-        damage_by(way, broken / "checkpoint-4" / name)
+        damage(broken / "checkpoint-4" / name, way)
         said = []
         assert newest_whole(broken, said.append) == broken / "checkpoint-2"
         (line,) = said
         assert line.startswith(f"checkpoint-4 is damaged ('{name}' ")
         assert line.endswith("; going on from checkpoint-2")
         assert (broken / "damaged-checkpoint-4").is_dir()
-        damage_by(way, broken / "checkpoint-2" / "optimizer.pt")
+        damage(broken / "checkpoint-2" / "optimizer.pt", way)
         assert newest_whole(broken, said.append) is None
         assert said[1].endswith("; no other is whole, so this begins again at the first step")
         shutil.rmtree(broken)
