@@ -233,25 +233,26 @@ def test_threads_are_those_of_the_first_start(run, added, tmp_path, monkeypatch)
         run(tmp_path / "q", added("a"), jobs=1, threads=2)
 
 
-@pytest.mark.parametrize("text", [None, "", '{"threads": 5}'])
+@pytest.mark.parametrize("way", ["gone", "emptied", "changed"])
 def test_a_lost_plan_is_written_again_once_its_threads_are_told(
-    run, added, tmp_path, monkeypatch, capsys, text
+    run, added, tmp_path, monkeypatch, capsys, way
 ):
     monkeypatch.setattr(launch.os, "cpu_count", lambda: 6)
     place = tmp_path / "q"
     run(place, added("a"), jobs=2)
     plan = place / PLAN_FILE
-    whole = plan.read_bytes()
+    whole = plan.read_text()
     plan.unlink()
-    if text is not None:
-        plan.write_text(text)
+    left = {"emptied": "", "changed": whole.replace('"threads": 3', '"threads": 4')}
+    if way != "gone":
+        plan.write_text(left[way])
     with pytest.raises(ValueError, match=r"plan\.json' is lost or damaged.* give --threads as at"):
         run(place, added("a"), added("b"), jobs=2)
     run(place, added("a"), jobs=2, threads=3, quiet=False)
-    assert plan.read_bytes() == whole
+    assert plan.read_text() == whole
     assert starts(place, "a") == 1
-    if text is not None:
-        assert (place / f"{PLAN_FILE}.damaged").read_text() == text
+    if way != "gone":
+        assert (place / f"{PLAN_FILE}.damaged").read_text() == left[way]
         assert "'plan.json.damaged'" in capsys.readouterr().err
 
 
