@@ -244,8 +244,8 @@ def main(given: Sequence[str] | None = None) -> int:
     made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
     options = made.parse_args(given)
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import tiny_backbone_folder  # type: ignore[import-not-found]
-    from jobs import job  # type: ignore[import-not-found]
+    from helpers import tiny_backbone_folder
+    from jobs import job
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
