@@ -739,3 +739,23 @@ def test_the_published_recipe_in_the_folder_of_a_choice_leaves_no_trace_of_it(pl
     run(config_of(place, tmp_path / "run"), overwrite=True, quiet=True)
     assert not (out / "ratio.png").exists()
     assert json.loads((out / "recipe.json").read_text())["tried"]
+
+
+def test_what_was_damaged_in_a_finished_choice_is_made_again(whole, place, tmp_path, capsys):
+    evaluate = {"max_new_tokens": 2}
+    config = config_of(place, tmp_path / "run", adapters={}, evaluate=evaluate)
+    shutil.copytree(whole, config.output)
+    with pytest.raises(ValueError, match="holds a finished run of this configuration"):
+        run(config, quiet=True)
+    trial = config.output / first_trial(whole)["path"]
+    (trial / "adapter_model.safetensors").write_bytes(b"")
+    (config.output / "recipe.json").write_text("{}")
+    run(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is damaged: 'adapter_model.safetensors' has 0 bytes" in said
+    assert "recipe.json' has 2 bytes, not" in said
+    assert weights(config.output) == weights(whole)
+    assert read_json(config.output / "recipe.json") == read_json(whole / "recipe.json")
+    assert (trial / "adapter_model.safetensors").stat().st_size > 0
+    with pytest.raises(ValueError, match="holds a finished run of this configuration"):
+        run(config, quiet=True)

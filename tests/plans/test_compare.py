@@ -552,6 +552,33 @@ def test_the_command_does_nothing_twice(done, settings):
     assert "ties-finetuned: not applicable" in result.output
 
 
+def test_a_damaged_result_that_is_not_asked_for_does_not_leave_the_tables_unsaid(
+    done, settings, tmp_path
+):
+    out = tmp_path / "copy"
+    shutil.copytree(done[1], out)
+    config, marker = load_config(settings), out / "grasp-restart-s1" / "final" / "stage.json"
+    weights, tables = marker.with_name("adapter_model.safetensors"), out / "comparison.json"
+    for file, said in (
+        (weights, r"final' is damaged: 'adapter_model\.safetensors' is missing. Its method is not"),
+        (marker, r"final' is not empty and no result of grasp-lora \(it has no stage\.json\)"),
+    ):
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match=said):
+            compare_methods(config, out, ("zero-shot",), (1, 2), quiet=True)
+        file.write_bytes(content)
+    before = tables.read_text()
+    tables.write_text(before.replace("ties-finetuned", "tees-finetuned"))
+    with pytest.raises(ValueError, match=r"comparison\.json' is damaged, so it is not known which"):
+        compare_methods(config, out, ("zero-shot",), (1, 2), quiet=True)
+    tables.write_text(before)
+    (out / "grid-0.4-s1" / "result.json").write_text("")
+    compare_methods(config, out, ("zero-shot",), (1, 2), quiet=True)
+    assert tables.read_text() == before
+    assert read_json(out / "grid-0.4-s1" / "result.json")["result"]["ratio"] == 0.4
+
+
 def test_processes_give_the_same_as_this_one(done, settings, tmp_path):
     found, out = done
     names = ("source-finetuned", "grasp-restart", "random-masks")

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from benchmarks.torture_damage import WAYS, damage
 from transformers import TrainerCallback
 
 from grasp_lora.core.controller import rounds
@@ -26,7 +28,7 @@ from grasp_lora.training.checkpoint import (
     CheckpointCallback,
     LiveAdapterState,
     complete_checkpoints,
-    remove_incomplete,
+    newest_whole,
 )
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.search_callback import (
@@ -300,9 +302,43 @@ def test_an_incomplete_checkpoint_is_passed_over_and_removed(tmp_path):
     newest = complete_checkpoints(tmp_path)[0]
     assert newest.name == "checkpoint-4"
     (newest / MARKER_FILE).unlink()
-    remove_incomplete(tmp_path)
-    assert complete_checkpoints(tmp_path)[0].name == "checkpoint-2"
+    said = []
+    assert newest_whole(tmp_path, said.append) == tmp_path / "checkpoint-2"
     assert not newest.exists()
+    assert said == [], "a crash in the writing of a checkpoint is no damage"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_checkpoint_is_never_gone_on_from(tmp_path, way):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with pytest.raises(Crash):
+        train(whole, crash_at=5)
+    names = [one.name for one in (whole / "checkpoint-4").iterdir()]
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"} <= {*names}
+    for name in names:
+        if name == MARKER_FILE and way == "gone":
+            continue  # a checkpoint without a marker is incomplete
+        shutil.copytree(whole, broken)
+        damage(broken / "checkpoint-4" / name, way)
+        said = []
+        assert newest_whole(broken, said.append) == broken / "checkpoint-2"
+        (line,) = said
+        assert line.startswith(f"checkpoint-4 is damaged ('{name}' ")
+        assert line.endswith("; going on from checkpoint-2")
+        assert (broken / "damaged-checkpoint-4").is_dir()
+        damage(broken / "checkpoint-2" / "optimizer.pt", way)
+        assert newest_whole(broken, said.append) is None
+        assert said[1].endswith("; no other is whole, so this begins again at the first step")
+        shutil.rmtree(broken)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from_unchecked(tmp_path):
+    with pytest.raises(Crash):
+        train(tmp_path, crash_at=5)
+    marker = tmp_path / "checkpoint-4" / MARKER_FILE
+    stored = json.loads(marker.read_text())
+    marker.write_text(json.dumps({n: v for n, v in stored.items() if n not in ("files", "sha256")}))
+    assert newest_whole(tmp_path, print) == tmp_path / "checkpoint-4"
 
 
 def test_at_least_two_complete_checkpoints_are_kept(tmp_path):

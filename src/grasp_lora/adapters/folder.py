@@ -38,6 +38,7 @@ from grasp_lora.adapters.rules import (
     refuse_tensor,
     refuse_unknown,
 )
+from grasp_lora.base.files import files_below, sync, sync_folder
 from grasp_lora.base.words import shown
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
@@ -409,6 +410,7 @@ def write_adapter(
         text = json.dumps(notes, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / NOTES_FILE).write_text(text + "\n", encoding="utf-8")
         config.save_pretrained(str(staging))
+        sync(staging, files_below(staging))
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -428,6 +430,8 @@ def _finite(module: str, side: str, tensor: Tensor) -> Tensor:
 def _publish(staging: Path, folder: Path) -> None:
     if not folder.exists():
         staging.rename(folder)
+        sync_folder(folder.parent)
         return
     for name in (WEIGHTS_FILE, NOTES_FILE, ADAPTER_CONFIG_FILE):
         os.replace(staging / name, folder / name)
+    sync_folder(folder)

@@ -1,11 +1,14 @@
 """Write and read the files of a run folder so that a crash does no harm; record the provenance.
 
 A file is written beside its final path, synced and renamed, so a reader sees the old or the new
-content, never a part of it. `config.json` is written first and marks a folder as a run folder.
-`done.json` is written last and marks the run as complete. JSON has no NaN and no infinity: such
-numbers are written as null.
+content, never a part of it. What a marker stands for is synced before the marker is written, so
+that a power cut leaves no marker without it. `config.json` is written first and marks a folder as a
+run folder. `done.json` is written last and marks the run as complete. JSON has no NaN and no
+infinity: such numbers are written as null.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -14,11 +17,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.seal import FILES, OWN, broken, damage_of, sealed, stamp
 from grasp_lora.base.words import shown_path
 
 PACKAGES = (
@@ -32,6 +36,8 @@ PACKAGES = (
     "numpy",
 )
 RUN_CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
+TIMES_FILE = "timing.json"
 DONE_FILE = "done.json"
 _FORMAT = "grasp-lora run"
 _TEMPORARY = ".part"
@@ -55,14 +61,14 @@ WRITTEN = (
     "rank-probe",
     "recipe.json",
     "recipe.png",
-    "data.json",
+    DATA_FILE,
     "rounds.jsonl",
     "ratio.json",
     "ratio.png",
     "scores.json",
     "report.md",
     "provenance.json",
-    "timing.json",
+    TIMES_FILE,
     "profile.json",
     "profile.md",
     "profile.png",
@@ -85,6 +91,8 @@ def check_run(path: Path) -> bool:
         raise ValueError(
             f"{shown_path(path)} is a file, but a run needs a folder; set another output"
         )
+    if _has_sealed_mark(path):
+        return (path / DONE_FILE).exists()
     if (path / RUN_CONFIG_FILE).exists():
         read_config(path)
         return (path / DONE_FILE).exists()
@@ -112,20 +120,20 @@ def open_run(path: Path, config: Mapping[str, Any], again: bool = False) -> None
     written = (*WRITTEN, RUN_CONFIG_FILE) if again else ()
     beside = [f"{name}.{end}" for name in written for end in ("work", "old")]
     _remove(path / name for name in (DONE_FILE, *beside, *written))
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     write_json(path / RUN_CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
 
 
-def marks_of(path: Path) -> dict[str, str]:
-    """Return the files that say which run is in a folder and whether it is finished, as text."""
-    files = [path / name for name in (RUN_CONFIG_FILE, DONE_FILE)]
-    return {one.name: one.read_text(encoding="utf-8") for one in files if one.exists()}
+def marks_of(path: Path) -> dict[str, bytes]:
+    """Return the files that say which run is in a folder and whether it is finished."""
+    files = [path / name for name in (RUN_CONFIG_FILE, DATA_FILE, DONE_FILE)]
+    return {one.name: one.read_bytes() for one in files if one.exists()}
 
 
-def put_back(path: Path, marks: Mapping[str, str]) -> None:
+def put_back(path: Path, marks: Mapping[str, bytes]) -> None:
     """Make a folder that of an earlier run again, which `marks_of` told of."""
-    for name, text in marks.items():
-        write_text(path / name, text)
+    for name, content in marks.items():
+        write_bytes(path / name, content)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -136,7 +144,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: its config.json was not written by grasp-lora.
     """
     stored = read_json(path / RUN_CONFIG_FILE)
-    if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
+    known = isinstance(stored, dict) and stored.get("format") == _FORMAT
+    if not known or not isinstance(stored.get("config"), dict):
         raise ValueError(
             f"{shown_path(path / RUN_CONFIG_FILE)} was not written by grasp-lora; "
             "set another output for the run"
@@ -144,18 +153,135 @@ def read_config(path: Path) -> dict[str, Any]:
     return stored["config"]
 
 
-def finish_run(path: Path) -> None:
-    """Mark the run as finished. Call it last, because the marker says that the run is complete."""
-    write_json(path / DONE_FILE, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+def finish_run(path: Path, names: Sequence[str] = ()) -> None:
+    """Mark the run as finished. Call it last, because the marker says that the run is complete.
+
+    Args:
+        path: the run folder.
+        names: files of the folder that the marker seals, see `write_sealed`.
+    """
+    finished = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_sealed(path / DONE_FILE, finished, names)
+
+
+def write_sealed(
+    marker: Path, value: Mapping[str, Any], names: Iterable[str] | None = None
+) -> None:
+    """Write a marker with a seal of the files that it stands for; they are synced before it.
+
+    Args:
+        marker: the file to write.
+        value: its content besides the seal; JSON values, of which NaN and infinity are kept.
+        names: files relative to the marker's folder; None seals all files in and below it.
+    """
+    folder = marker.parent
+    make_folder(folder)
+    names = files_below(folder) - {marker.name} if names is None else set(names)
+    sync(folder, names)
+    content = sealed(value, folder, names)
+    write_text(marker, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def damage(marker: Path) -> dict[str, str]:
+    """Return file name -> what is wrong with it; empty where all is as it was written.
+
+    Args:
+        marker: a marker, which need not be sealed. If it is damaged itself, only that is told.
+    """
+    if not marker.is_file():
+        return {marker.name: "is missing"}
+    files = _sealed_by(marker, stamp(marker))
+    return {marker.name: "is damaged"} if files is None else damage_of(marker.parent, files)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sealed_by(marker: Path, _stamped: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return file name -> size and hash, as a marker has them; None if the marker is damaged.
+
+    A process looks at the same markers many times, and reads each once as long as its stamp stays.
+    """
+    try:
+        content = read_json(marker)
+    except ValueError:
+        return None
+    return None if broken(content) else content.get(FILES, {})
+
+
+def damage_words(found: Mapping[str, str]) -> str:
+    """Return what is wrong with the files of a folder, in words; the first three are named."""
+    words = [f"{shown_path(name)} {why}" for name, why in found.items()]
+    more = f", and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + more
+
+
+def put_aside(path: Path, name: str | None = None) -> Path:
+    """Rename what is damaged, so that it can be made again; return its new place.
+
+    Args:
+        path: a file or folder.
+        name: its new name; None adds ".damaged". A number follows if there is one already.
+    """
+    name = name or f"{path.name}.damaged"
+    place, count = path.with_name(name), 1
+    while place.exists():
+        count += 1
+        place = path.with_name(f"{name}-{count}")
+    path.rename(place)
+    sync_folder(path.parent)
+    return place
+
+
+def files_below(folder: Path) -> set[str]:
+    """Return all files in and below a folder, relative to it, with "/" between their parts."""
+    return {one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file()}
+
+
+def sync(folder: Path, names: Iterable[str]) -> None:
+    """Bring files and their names to the disk, so that a power cut cannot take them.
+
+    Args:
+        folder: the folder that holds them.
+        names: the files, relative to the folder.
+    """
+    folders = {folder}
+    for name in names:
+        file = folder / name
+        _sync_file(file)
+        folders |= {one for one in file.parents if one.is_relative_to(folder)}
+    for one in folders:
+        sync_folder(one)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can: Windows opens no folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and bring their names to the disk."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync_folder(one.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that `path` has either the old or the new content at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes so that `path` has either the old or the new content at any moment."""
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only the owner can read, but others may read results.
@@ -164,6 +290,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -310,6 +437,25 @@ def check_disk(path: Path, needed: int) -> None:
             f"{shown_path(path)} needs about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
             "are free; free some space or set another output"
         )
+
+
+def _has_sealed_mark(path: Path) -> bool:
+    """Return whether a run has left a sealed file in a folder, which nobody else writes."""
+    for name in (DONE_FILE, TIMES_FILE):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            content = read_json(path / name)
+            if not broken(content) and OWN in content:
+                return True
+    return False
+
+
+def _sync_file(file: Path) -> None:
+    # Windows syncs only what is open for writing.
+    handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(paths: Iterable[Path]) -> None:

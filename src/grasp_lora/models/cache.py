@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from grasp_lora.base.files import files_below, sync, sync_folder
 from grasp_lora.base.words import shown, shown_path
 
 Notice = Callable[[str], None]
@@ -132,7 +133,8 @@ def _digest(path: Path) -> str:
 def converted_backbone(source: GgufSource, notice: Notice) -> Path:
     """Return the cache folder with a GGUF source's model and tokenizer; convert it on first use.
 
-    The folder is written under another name and renamed, so a folder in the cache is complete.
+    The folder is written under another name, synced and renamed, so a folder in the cache is
+    complete.
 
     Raises:
         ValueError: the `gguf` package is missing, or transformers cannot read the file.
@@ -150,8 +152,10 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
     staging.mkdir(parents=True)
     try:
         _convert(source, staging)
+        sync(staging, files_below(staging))
         try:
             staging.rename(target)
+            sync_folder(target.parent)
         except OSError:
             if not target.is_dir():  # another process may have finished first
                 raise

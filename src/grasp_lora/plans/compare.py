@@ -9,14 +9,16 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.opening import check_openable
 from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import (
+    damage,
     jsonable,
     machine_name,
     provenance,
     read_json,
     write_json,
+    write_sealed,
     write_text,
 )
-from grasp_lora.base.words import shown
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.core.evidence.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
@@ -88,8 +90,8 @@ def compare_methods(
     asked = part_of(plan, tuple(stages_of(built, wanted)))
     session = Session(with_split_seed(config), data, quiet=quiet)
     sizes = sizes_of(config, data)
-    stages = work_off_many(asked, out, session, sizes, pool, overwrite)
     asked_for = {method_of(job) for job in wanted} | _refused_before(out)
+    stages = work_off_many(asked, out, session, sizes, pool, overwrite)
     outcomes = method_outcomes(_of_interest(built, asked_for, out), plan, out, stages, sizes)
     # The tables also have what earlier starts with other names or seeds have finished.
     for seed in _seeds_in(out) or list(seeds):
@@ -100,7 +102,7 @@ def compare_methods(
     outcomes = _in_order(outcomes)
     _keep_results(outcomes, out)
     found = summary(config, outcomes)
-    write_json(out / COMPARISON_FILE, found)
+    write_sealed(out / COMPARISON_FILE, jsonable(found), ())
     write_text(out / "comparison.csv", comparison_csv(found))
     plot_comparison(found, out)
     write_text(out / "comparison.md", comparison_markdown(found))
@@ -150,8 +152,17 @@ def plan_of(
 
 
 def _refused_before(out: Path) -> set[str]:
-    """Return the methods that an earlier start in this folder recorded as not applicable."""
+    """Return the methods that an earlier start in this folder recorded as not applicable.
+
+    Raises:
+        ValueError: the tables of that start are damaged.
+    """
     file = out / COMPARISON_FILE
+    if damage(file) and file.exists():
+        raise ValueError(
+            f"{shown_path(file)} is damaged, so it is not known which methods were not applicable; "
+            "rename it, and ask for all methods that should be in the tables"
+        )
     return set(read_json(file)["not_applicable"]) if file.exists() else set()
 
 
@@ -188,6 +199,9 @@ def finished_stages(plan: Plan, place: Path, session: Session) -> dict[str, Outc
     """Return stage -> outcome for the stages of a plan that are finished or not applicable.
 
     A result counts as finished only if it was made from the inputs of the plan.
+
+    Raises:
+        ValueError: a result is damaged, so that the tables would lack it.
     """
     found: dict[str, Outcome] = {}
     for name, stage in plan.stages.items():
@@ -197,10 +211,13 @@ def finished_stages(plan: Plan, place: Path, session: Session) -> dict[str, Outc
         if lost is not None:
             found[name] = lost
             continue
-        try:
-            state = state_of(stage, place, session).state
-        except ValueError:
-            continue
+        there = state_of(stage, place, session)
+        state = there.state
+        if state == "damaged":
+            raise ValueError(
+                f"{shown_path(place / name)} is damaged: {there.why[0]}. Its method is not among "
+                "those asked for: ask for it too, to have it made again, or rename the folder"
+            )
         refused = work_folder(place / name) / REFUSED_FILE
         if state == "done":
             found[name] = Outcome(place / name)
@@ -229,7 +246,7 @@ def _keep_results(outcomes: Mapping[str, MethodOutcome], out: Path) -> None:
         whole = {"result": one.result, "peak_memory_bytes": one.peak_memory_bytes}
         whole["machine"] = one.machines[0] if one.machines else None
         file = out / job / RESULT_FILE
-        known = read_json(file) if file.exists() else {}
+        known = {} if damage(file) else read_json(file)
         if jsonable(whole) != {name: known.get(name) for name in whole}:
             write_json(file, whole | {"provenance": provenance()})
 

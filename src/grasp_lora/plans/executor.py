@@ -1,8 +1,8 @@
 """The executor: does the stages of a plan one after the other.
 
 A stage is skipped if its result exists and was made from the same inputs. An interrupted stage
-resumes from its checkpoints. The places of all stages are checked before any work, so a folder with
-other results is refused at once.
+resumes from its checkpoints. A result that was damaged since is put aside and made again. The
+places of all stages are checked before any work, so a folder with other results is refused at once.
 """
 
 import traceback
@@ -12,15 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import peak_memory_bytes, write_text
+from grasp_lora.base.files import damage, peak_memory_bytes, write_text
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
-from grasp_lora.stages.folder import Found, alone, begin, look, publish, refusal, tidy
+from grasp_lora.stages.folder import (
+    STAGE_FILE,
+    Found,
+    alone,
+    begin,
+    check_input,
+    look,
+    publish,
+    refusal,
+    tidy,
+    without_damage,
+)
 from grasp_lora.stages.keys import Key, input_content, key_of, splits_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
+from grasp_lora.workbench.reporter import Reporter
 
 REFUSED_FILE = "not-applicable.txt"
 """File in the work folder of a stage: the reason why its last attempt could not run."""
@@ -84,7 +96,8 @@ def work_off(
         Stage name -> outcome, in the order of the plan.
 
     Raises:
-        ValueError: a place holds a result made from other inputs; raised before any work.
+        ValueError: a place holds a result made from other inputs, or a given input folder was
+            damaged since a stage wrote it; raised before any work.
     """
     again = decided_by_main(lambda: check(plan, place, session, options.overwrite))
     again = again if options.again is None else options.again
@@ -152,7 +165,10 @@ def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
 
 
 def state_of(stage: Stage, place: Path, session: Session) -> Found:
-    """Return what is in the place of a stage. Inputs that do not exist yet are not compared."""
+    """Return what is in the place of a stage.
+
+    Inputs that other stages have not made yet, or will make again, are not compared.
+    """
     folders = _folders(stage, place)
     known = {role: folder for role, folder in folders.items() if _is_there(stage, role, folder)}
     key = _key(stage, session, known)
@@ -160,7 +176,7 @@ def state_of(stage: Stage, place: Path, session: Session) -> Found:
 
 
 def _is_there(stage: Stage, role: str, folder: Path) -> bool:
-    return isinstance(stage.inputs[role], Path) or (folder / "stage.json").exists()
+    return isinstance(stage.inputs[role], Path) or not damage(folder / STAGE_FILE)
 
 
 def _folders(stage: Stage, place: Path) -> dict[str, Path]:
@@ -170,6 +186,8 @@ def _folders(stage: Stage, place: Path) -> dict[str, Path]:
 
 
 def _key(stage: Stage, session: Session, folders: Mapping[str, Path]) -> Key:
+    for folder in folders.values():
+        check_input(folder)
     inputs = {role: input_content(role, folder) for role, folder in folders.items()}
     return key_of(stage, KINDS[stage.kind], session.data, session.base, inputs, session.template)
 
@@ -185,7 +203,8 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
 
     def prepared() -> tuple[Key, bool]:
         key = _key(stage, session, folders)
-        found = look(out, key)
+        while (found := look(out, key)).state == "damaged":
+            Reporter(session.quiet).say(without_damage(found))
         if found.state == "differs" and not options.overwrite:
             raise ValueError(refusal(out, found))
         return key, found.state == "done" and not again

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from grasp_lora.base.files import holds_something
+from grasp_lora.base.files import RUN_CONFIG_FILE, damage, holds_something, put_aside
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.plans.executor import (
     Options,
@@ -32,6 +32,7 @@ from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.stored import PLAN_FILE, read_plan_file, write_plan
 from grasp_lora.plans.worker import AGAIN, NOT_APPLICABLE, OVERWRITE
+from grasp_lora.stages.folder import STAGE_FILE
 from grasp_lora.stages.stage import Cost, Sizes
 from grasp_lora.workbench.reporter import Reporter, duration
 
@@ -139,6 +140,9 @@ def work_off_many(
     reporter = Reporter(session.quiet)
     done = {n for n, one in plan.stages.items() if state_of(one, place, session).state == "done"}
     waiting = [name for name in plan.stages if again or name not in done]
+    if damage(place / PLAN_FILE) and (place / PLAN_FILE).exists():
+        kept = shown_path(put_aside(place / PLAN_FILE).name)
+        reporter.say(f"{shown_path(place / PLAN_FILE)} is damaged; it is kept as {kept}")
     write_plan(place, plan, threads)
     progress = _Progress(plan.cost(sizes), waiting, reporter)
     with reporter.long_bar(f"{len(waiting)} stages", progress.total) as show:
@@ -156,12 +160,20 @@ def _checked(place: Path, pool: Pool) -> int | None:
         raise ValueError(f"threads must be at least 1, got {pool.threads}")
     if pool.on not in LAUNCHERS:
         raise ValueError(f"no launcher {shown(pool.on)}; choose from {', '.join(LAUNCHERS)}")
-    there = (place / PLAN_FILE).exists()
+    there = (place / PLAN_FILE).exists() or _lost_its_plan(place)
     if place.exists() and not there and (not place.is_dir() or holds_something(place)):
         raise ValueError(
             f"{shown_path(place)} is not empty and holds no stages of this command (it has no "
             f"{PLAN_FILE}); choose another folder, or empty it yourself"
         )
+    if there and damage(place / PLAN_FILE):
+        if pool.jobs and pool.threads is None:
+            raise ValueError(
+                f"{shown_path(place / PLAN_FILE)} is lost or damaged, and with it the number of "
+                "threads of a process, on which the last digits of results depend; give --threads "
+                "as at the first start (without it: the cores of the machine over --jobs)"
+            )
+        there = False
     kept = read_plan_file(place)["threads"] if there else None
     if pool.jobs == 0:
         return kept
@@ -172,6 +184,13 @@ def _checked(place: Path, pool: Pool) -> int | None:
             "folder"
         )
     return kept or pool.threads or max(1, (os.cpu_count() or 1) // pool.jobs)
+
+
+def _lost_its_plan(place: Path) -> bool:
+    """Return whether a folder holds stages of a plan that is gone; a run has its own file."""
+    if (place / PLAN_FILE).exists() or (place / RUN_CONFIG_FILE).exists():
+        return False
+    return any(any(place.glob(f"{depth}/{STAGE_FILE}")) for depth in ("*", "*/*"))
 
 
 class _Progress:

@@ -11,9 +11,9 @@ import torch
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.clock import time_summary
 from grasp_lora.base.files import (
+    DATA_FILE,
     check_disk,
     check_run,
-    finish_run,
     jsonable,
     marks_of,
     open_run,
@@ -41,6 +41,7 @@ from grasp_lora.plans.auto import (
 from grasp_lora.plans.auto_plan import HELD, task_of
 from grasp_lora.plans.auto_record import publish_choice
 from grasp_lora.plans.executor import Options, check, work_off
+from grasp_lora.plans.finished import damage_in_run, mark_finished, put_files_aside
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
 from grasp_lora.plans.session import Session
@@ -201,7 +202,7 @@ def _check_folder(current: _Run, overwrite: bool) -> bool:
     """Check before any work that the run can be written to its folder.
 
     Returns:
-        Whether all stages must be done again.
+        Whether all stages must be done again. What is damaged is made again in any case.
 
     Raises:
         ValueError: the folder holds a finished run or other results, and `overwrite` is not set.
@@ -209,6 +210,8 @@ def _check_folder(current: _Run, overwrite: bool) -> bool:
     finished = check_run(current.out)
     again = check(current.plan, current.out, current.session, overwrite)
     chooses = current.config.recipe == "auto"
+    if finished and not overwrite and damage_in_run(current.out):
+        return False
     if chooses and (not finished or _chooses_anew(current)):
         return False
     # Later stages of a choice are not planned yet, and of the planned ones some may not work here.
@@ -231,7 +234,11 @@ def _trained_adapters(current: _Run) -> list[str]:
 
 def _chooses_anew(current: _Run) -> bool:
     """Return whether a finished run is asked to choose with other settings, such as a budget."""
-    stored, asked = read_config(current.out), jsonable(current.config.to_dict())
+    try:
+        stored = read_config(current.out)
+    except (ValueError, FileNotFoundError):
+        return False
+    asked = jsonable(current.config.to_dict())
     inert = {"output", "report_to"}
     return any(stored.get(name) != asked[name] for name in asked.keys() - inert)
 
@@ -274,8 +281,11 @@ def _fresh_entries(context: Context) -> int:
 
 
 def _open_folder(current: _Run, again: bool) -> None:
+    if not again:
+        for line in put_files_aside(current.out):
+            current.session.context.reporter.say(line)
     open_run(current.out, current.config.to_dict(), again)
-    write_json(current.out / "data.json", jsonable(current.session.data.manifest()))
+    write_json(current.out / DATA_FILE, jsonable(current.session.data.manifest()))
 
 
 def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
@@ -296,7 +306,7 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     if profile:
         write_profile(out, times)
     tidy_choice(out)
-    finish_run(out)
+    mark_finished(out, result.plan.stages)
 
 
 def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str, Any]]) -> None:

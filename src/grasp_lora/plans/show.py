@@ -32,7 +32,7 @@ class Planned:
         kind: kind of the stage.
         needs: its inputs, names of other stages and given folders.
         state: what is in the place of its result.
-        why: for state "differs", one line for each difference.
+        why: for state "differs", one line for each difference; for "damaged", one about the files.
         cost: the cost of the stage, an upper bound.
     """
 

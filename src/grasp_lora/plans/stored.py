@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import jsonable, read_json, write_json
+from grasp_lora.base.files import damage, jsonable, read_json, write_sealed
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import Plan
@@ -27,7 +27,8 @@ def write_plan(place: Path, plan: Plan, threads: int | None = None) -> None:
         threads: threads of each process that does a stage; later starts use the same number.
     """
     stages = [_to_json(stage, place) for stage in plan.stages.values()]
-    write_json(place / PLAN_FILE, {"format": _FORMAT, "threads": threads, "stages": stages})
+    whole = {"format": _FORMAT, "threads": threads, "stages": stages}
+    write_sealed(place / PLAN_FILE, jsonable(whole), ())
 
 
 def read_stage(place: Path, name: str) -> Stage:
@@ -49,9 +50,13 @@ def read_plan_file(place: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no plan.
-        ValueError: the file was not written by grasp-lora.
+        ValueError: the file was not written by grasp-lora, or is damaged.
     """
     stored = read_json(place / PLAN_FILE)
+    if damage(place / PLAN_FILE):
+        raise ValueError(
+            f"{shown_path(place / PLAN_FILE)} is damaged; start the command that wrote it again"
+        )
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise ValueError(
             f"{shown_path(place / PLAN_FILE)} was not written by grasp-lora; choose another folder"

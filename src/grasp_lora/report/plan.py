@@ -5,7 +5,13 @@ from typing import Any
 
 from rich.table import Table
 
-STATES = {"absent": "to do", "begun": "resumes", "done": "done", "differs": "other result"}
+STATES = {
+    "absent": "to do",
+    "begun": "resumes",
+    "done": "done",
+    "differs": "other result",
+    "damaged": "damaged",
+}
 
 
 def plan_table(stages: Sequence[Any]) -> Table:

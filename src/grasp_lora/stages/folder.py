@@ -2,7 +2,9 @@
 
 While a stage works, `<result>.work` holds its key (`stage.json`), the Trainer's checkpoints and
 `result/`, the folder that is being written. The result's own `stage.json` is written last. Then
-`result/` is renamed to `<result>`, so a result folder that exists is complete.
+`result/` is renamed to `<result>`, so a result folder that exists is complete. The marker seals the
+files of the result (`base/seal.py`), so a result that was damaged since is not taken for whole: it
+is put aside and made again.
 """
 
 import os
@@ -10,15 +12,26 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from grasp_lora.base.files import holds_something, read_json, write_json
+from grasp_lora.base.files import (
+    damage,
+    damage_words,
+    holds_something,
+    jsonable,
+    make_folder,
+    put_aside,
+    read_json,
+    sync_folder,
+    write_sealed,
+)
 from grasp_lora.base.words import shown_path
+from grasp_lora.stages.keys import READ, Key, differences, hash_of
 from grasp_lora.stages.keys import STAGE_FILE as STAGE_FILE
-from grasp_lora.stages.keys import Key, differences, hash_of
 
-State = Literal["absent", "begun", "done", "differs"]
+State = Literal["absent", "begun", "done", "differs", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +39,16 @@ class Found:
     """What is in the place of a result.
 
     Attributes:
-        state: "absent"; "begun" (interrupted, with the same key); "done" (with the same key); or
-            "differs" (begun or done with another key).
-        why: for "differs", one line for each difference.
+        state: "absent"; "begun" (interrupted, with the same key); "done" (with the same key);
+            "differs" (begun or done with another key); or "damaged" (begun or done, but not as it
+            was written).
+        why: for "differs", one line for each difference; for "damaged", one about the files.
+        place: for "damaged", the folder that is.
     """
 
     state: State
     why: tuple[str, ...] = ()
+    place: Path | None = None
 
 
 def work_folder(out: Path) -> Path:
@@ -54,19 +70,68 @@ def look(out: Path, key: Key) -> Found:
     if out.is_file() or (out.exists() and not finished.exists() and holds_something(out)):
         raise ValueError(
             f"{shown_path(out)} is not empty and no result of grasp-lora (it has no {STAGE_FILE}); "
-            "choose another folder, or empty it yourself"
+            "choose another folder, or rename this one"
         )
     if finished.exists():
-        why = differences(read_json(finished)["key"], key)
-        return Found("differs", tuple(why)) if why else Found("done")
-    if begun.exists():
-        why = differences(read_json(begun)["key"], key)
-        if not why:
-            return Found("begun")
-        # Without a checkpoint there is no work that a user could want to keep.
-        if any(begun.parent.glob("checkpoint-*")):
-            return Found("differs", tuple(why))
+        return _compared(finished, key, "done")
+    # Without a checkpoint there is no work that a user could want to keep.
+    worth = any(begun.parent.glob("checkpoint-*"))
+    if begun.exists() or worth:
+        found = _compared(begun, key, "begun")
+        if worth or found.state == "begun":
+            return found
     return Found("absent")
+
+
+def _compared(marker: Path, key: Key, state: State) -> Found:
+    """Return the state of what a marker stands for, which is `state` if nothing is wrong."""
+    wrong = damage(marker)
+    if wrong:
+        return Found("damaged", (damage_words(wrong),), marker.parent)
+    why = differences(read_json(marker).get("key", {}), key)
+    return Found("differs", tuple(why)) if why else Found(state)
+
+
+def without_damage(found: Found) -> str:
+    """Rename a damaged folder, so that its stage can be done again; return a line about it."""
+    assert found.place is not None, "only what is damaged is put aside"
+    kept = put_aside(found.place)
+    return (
+        f"{shown_path(found.place)} is damaged: {found.why[0]}. It is kept as "
+        f"{shown_path(kept.name)} and made again"
+    )
+
+
+def check_input(folder: Path) -> None:
+    """Check that what stages read of a folder is as the stage that wrote it left it.
+
+    Other files may be gone, as in a copy of an adapter. A folder that no stage wrote is not
+    checked.
+
+    Args:
+        folder: the folder of a result, or a folder in it, such as `adapter/` of a search.
+
+    Raises:
+        ValueError: a file that stages read was lost or changed since.
+    """
+    for marker, below in (
+        (folder / STAGE_FILE, ""),
+        (folder.parent / STAGE_FILE, f"{folder.name}/"),
+    ):
+        if not marker.exists():
+            continue
+        wrong = {
+            name: why
+            for name, why in damage(marker).items()
+            if name == STAGE_FILE
+            or (name.startswith(below) and any(fnmatch(Path(name).name, one) for one in READ))
+        }
+        if wrong:
+            raise ValueError(
+                f"{shown_path(marker.parent)} is damaged: {damage_words(wrong)}. Copy it again, or "
+                f"make it again; if the change is yours, remove its {STAGE_FILE}"
+            )
+        return
 
 
 def refusal(out: Path, found: Found) -> str:
@@ -119,30 +184,32 @@ def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
         The empty folder to write the result to, and the folder for checkpoints.
     """
     work = work_folder(out)
-    begun = work / STAGE_FILE
-    if again or not begun.exists() or differences(read_json(begun)["key"], key):
+    if again or _compared(work / STAGE_FILE, key, "begun").state != "begun":
         shutil.rmtree(work, ignore_errors=True)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
-    result.mkdir(parents=True)
-    write_json(work / STAGE_FILE, {"key": key})
+    make_folder(result)
+    write_sealed(work / STAGE_FILE, {"key": jsonable(key)}, ())
     return result, work
 
 
 def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
     """Write the marker into the finished folder, and rename the folder into its place.
 
+    All files are on the disk before the marker is, and the folder is before its checkpoints go.
     An older result is first renamed to `<result>.old`, and removed once the new one is in place.
     """
     result, old = work_folder(out) / "result", out.with_name(f"{out.name}.old")
-    write_json(result / STAGE_FILE, {"key": key, "hash": hash_of(key)} | dict(facts))
+    whole = {"key": key, "hash": hash_of(key)} | dict(facts)
+    write_sealed(result / STAGE_FILE, jsonable(whole))
     if (out / STAGE_FILE).exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     elif out.exists():
         shutil.rmtree(out)  # `look` made sure that it holds at most temporary files of a crash
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     result.rename(out)
+    sync_folder(out.parent)
     tidy(out)
 
 

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.adapters.chat import TEMPLATE_FILE
 from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.base.files import jsonable, read_json
+from grasp_lora.base.seal import stamp
 from grasp_lora.base.words import shortened
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.stages.stage import Kind, Split, Stage
@@ -21,7 +23,9 @@ from grasp_lora.workbench.rows import RunData
 Key = dict[str, Any]
 STAGE_FILE = "stage.json"
 """The marker of a finished stage: its key and facts about it."""
-_READ = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json", "rank.json")
+_CONTENT = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json", "rank.json")
+READ = (*_CONTENT, "ratio.json", TEMPLATE_FILE)
+"""Files that stages read from an input folder, as patterns."""
 
 
 def key_of(
@@ -167,14 +171,9 @@ def input_content(role: str, folder: Path) -> str:
         files = [folder / "ratio.json"]
     else:
         place = adapter_in(folder)
-        files = sorted(file for pattern in _READ for file in place.glob(pattern))
+        files = sorted(file for pattern in _CONTENT for file in place.glob(pattern))
         files += [folder / STAGE_FILE] if kind in _FACTS else []
-    return _content(kind, tuple((file, *_stamp(file)) for file in files))
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return _content(kind, tuple((file, *stamp(file)) for file in files))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -33,12 +33,7 @@ from grasp_lora.stages.probe import pool_of
 from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
-from grasp_lora.training.checkpoint import (
-    complete_checkpoints,
-    read_state,
-    remove_incomplete,
-    write_state,
-)
+from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
@@ -48,13 +43,14 @@ from grasp_lora.workbench.fit import (
     FitOptions,
     FitResult,
     Stopwatch,
+    checkpoint_to_resume,
     epoch_steps,
     fit,
     run_steps,
 )
 from grasp_lora.workbench.merged_folder import read_start, write_merged
 from grasp_lora.workbench.objective import objective_of
-from grasp_lora.workbench.processes import is_main, wait_for_all
+from grasp_lora.workbench.processes import is_main
 
 
 def check_search(context: Context) -> int:
@@ -105,7 +101,7 @@ def run(work: Work) -> Mapping[str, Any]:
         if not _untrained(work.stage):
             result = _fit(work, live, searcher, stopwatch, write)
         else:
-            _untrained_rounds(searcher, stopwatch, planned, work.checkpoints)
+            _untrained_rounds(work, searcher, stopwatch, planned)
             result = NOTHING_TRAINED
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
@@ -201,18 +197,16 @@ def _findings(
 
 
 def _untrained_rounds(
-    searcher: SearchCallback, stopwatch: Stopwatch, planned: int, checkpoints: Path
+    work: Work, searcher: SearchCallback, stopwatch: Stopwatch, planned: int
 ) -> None:
     """Run the rounds on an adapter that is not trained; resume after the last checkpoint."""
-    if is_main():
-        remove_incomplete(checkpoints)
-    wait_for_all()
-    for last in complete_checkpoints(checkpoints)[:1]:
+    last = checkpoint_to_resume(work.context, work.checkpoints, "search")
+    if last is not None:
         read_state(last, [searcher, stopwatch])
     for number in range(len(searcher.controller.records) + 1, planned + 1):
         searcher.run_untrained_round(number)
         if is_main():
-            write_state(checkpoints / f"checkpoint-{number}", [searcher, stopwatch])
+            write_state(work.checkpoints / f"checkpoint-{number}", [searcher, stopwatch])
 
 
 def _epochs(work: Work, steps: int) -> float:

@@ -5,7 +5,6 @@ objects. Callbacks here need such references, so their state is in two additiona
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
+from grasp_lora.base.files import damage, damage_words, make_folder, put_aside, write_sealed
 from grasp_lora.training.live import LiveAdapter
 
 MARKER_FILE = "grasp.json"
@@ -59,7 +59,8 @@ class CheckpointCallback(TrainerCallback):
     """Writes the state of several objects into the Trainer's checkpoints, and reads it back.
 
     The Trainer does not save atomically. The marker file is written last, by a rename, so a folder
-    with a marker is complete. This must be the first callback, so that the others have their state
+    with a marker is complete. It seals all files of the checkpoint, those of the Trainer too. This
+    must be the first callback, so that the others have their state
     when training begins.
 
     Args:
@@ -103,20 +104,15 @@ class CheckpointCallback(TrainerCallback):
 
 
 def write_state(folder: Path, parts: Sequence[Stateful]) -> None:
-    """Write the state of `parts` into a checkpoint folder, and the marker file last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the state of `parts` into a checkpoint folder, and last the marker, which seals it."""
+    make_folder(folder)
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for part in parts:
         own, values[part.name] = part.state()
         tensors |= {f"{part.name}/{n}": t.contiguous() for n, t in own.items()}
     save_file(tensors, folder / TENSORS_FILE)
-    draft = folder / f"{MARKER_FILE}.tmp"
-    with draft.open("w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / MARKER_FILE)
+    write_sealed(folder / MARKER_FILE, values)
 
 
 def read_state(folder: Path, parts: Sequence[Stateful]) -> None:
@@ -134,11 +130,27 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     return [folder for folder in _checkpoints(output_dir) if (folder / MARKER_FILE).exists()]
 
 
-def remove_incomplete(output_dir: Path) -> None:
-    """Delete the checkpoints that a crash left incomplete."""
+def newest_whole(output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is as it was written; None if there is none.
+
+    Checkpoints that a crash left incomplete are deleted. A damaged one that is newer is renamed, so
+    that it is never gone on from, and said.
+    """
     for folder in _checkpoints(output_dir):
         if not (folder / MARKER_FILE).exists():
             shutil.rmtree(folder)
+    damaged: list[str] = []
+    for folder in complete_checkpoints(output_dir):
+        wrong = damage(folder / MARKER_FILE)
+        if not wrong:
+            if damaged:
+                say(f"{'; '.join(damaged)}; going on from {folder.name}")
+            return folder
+        put_aside(folder, f"damaged-{folder.name}")
+        damaged.append(f"{folder.name} is damaged ({damage_words(wrong)})")
+    if damaged:
+        say(f"{'; '.join(damaged)}; no other is whole, so this begins again at the first step")
+    return None
 
 
 def checkpoint_step(folder: Path) -> int:

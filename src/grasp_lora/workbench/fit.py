@@ -26,8 +26,8 @@ from grasp_lora.training.checkpoint import (
     Stateful,
     checkpoint_step,
     complete_checkpoints,
+    newest_whole,
     read_state,
-    remove_incomplete,
 )
 from grasp_lora.training.clock_callbacks import SaveClock, StepClock
 from grasp_lora.training.live import LiveAdapter
@@ -43,7 +43,7 @@ from grasp_lora.training.trainer import (
 )
 from grasp_lora.workbench.beside import NOTHING, Weights, read_beside, wanted_beside
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.processes import is_main, wait_for_all
+from grasp_lora.workbench.processes import decided_by_main
 from grasp_lora.workbench.reporter import BarCallback
 
 COPIES_PER_CHECKPOINT = 8
@@ -178,7 +178,7 @@ def run_steps(context: Context, training: Training, role: str, beside: Weights =
 
 
 def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: Path) -> FitResult:
-    """Train the live adapter; resume from the newest complete checkpoint if there is one.
+    """Train the live adapter; resume from the newest whole checkpoint if there is one.
 
     Args:
         context: examples and backbone.
@@ -198,7 +198,7 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
     _say_what_is_short(context, options)
     with context.reporter.bar(options.title, total) as done:
         trainer = _trainer(context, live, options, checkpoints, (parts, best, done))
-        checkpoint = _agreed_checkpoint(checkpoints)
+        checkpoint = checkpoint_to_resume(context, checkpoints, options.title)
         if checkpoint is not None:
             context.reporter.say(f"{options.title}: resuming from {checkpoint.name}")
         try:
@@ -363,12 +363,16 @@ def checkpoint_bytes(entries: int) -> int:
     return 3 * entries * 4 * COPIES_PER_CHECKPOINT
 
 
-def _agreed_checkpoint(checkpoints: Path) -> Path | None:
-    # The main process removes incomplete checkpoints first, so all processes see the same folders.
-    if is_main():
-        remove_incomplete(checkpoints)
-    wait_for_all()
-    return next(iter(complete_checkpoints(checkpoints)), None)
+def checkpoint_to_resume(context: Context, checkpoints: Path, title: str) -> Path | None:
+    """Return the newest whole checkpoint; None to begin at the first step.
+
+    The main process looks, so that all processes go on from the same one.
+    """
+
+    def say(line: str) -> None:
+        context.reporter.say(f"{title}: {line}")
+
+    return decided_by_main(lambda: newest_whole(checkpoints, say))
 
 
 def _ran_out(checkpoint: Path, best: BestCallback) -> bool:

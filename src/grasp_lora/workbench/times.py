@@ -6,15 +6,22 @@ from typing import Any
 import torch
 
 from grasp_lora.base.clock import PARTS, Clock
-from grasp_lora.base.files import read_json, write_json, write_text
+from grasp_lora.base.files import (
+    TIMES_FILE,
+    damage,
+    put_aside,
+    read_json,
+    write_json,
+    write_sealed,
+    write_text,
+)
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import choose_device
 from grasp_lora.report.pictures import plot_profile
 from grasp_lora.report.time_words import profile_markdown
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.processes import is_main
-
-TIMES_FILE = "timing.json"
 
 
 def open_clock(config: RunConfig, profile: bool) -> Clock:
@@ -29,10 +36,20 @@ def open_clock(config: RunConfig, profile: bool) -> Clock:
 
 
 def carry_times(context: Context) -> None:
-    """Add the times of earlier processes of this run; write them now and at checkpoints."""
+    """Add the times of earlier processes of this run; write them now and at checkpoints.
+
+    Damaged times are put aside and said: they change no result.
+    """
     kept = context.config.output / TIMES_FILE
     if is_main() and kept.exists():
-        context.clock.add(read_json(kept))
+        if damage(kept):
+            where = shown_path(put_aside(kept).name)
+            context.reporter.say(
+                f"{shown_path(kept)} is damaged, so earlier times are not counted; it is kept as "
+                f"{where}"
+            )
+        else:
+            context.clock.add(read_json(kept))
     keep_times(context)
     context.on_saved = lambda: keep_times(context)
 
@@ -41,7 +58,7 @@ def keep_times(context: Context) -> dict[str, Any]:
     """Write the times so far into the run folder, and return them (see `Clock.to_json`)."""
     times = context.clock.to_json()
     if is_main():
-        write_json(context.config.output / TIMES_FILE, times)
+        write_sealed(context.config.output / TIMES_FILE, times, ())
     return times
 
 
