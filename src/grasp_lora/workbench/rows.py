@@ -195,7 +195,7 @@ def _check_target(config: RunConfig, target: Parts) -> None:
 
 def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
-    leaks = find_leaks(named, threshold=config.data.near_duplicates)
+    leaks = find_leaks(named, threshold=config.data.near_duplicates, say=say)
     counted = tuple(leak for leak in leaks if not _may_share(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
@@ -408,7 +408,9 @@ class _Reader:
 
     def _without_repeats(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
         """Return the drawn splits without texts that another split has; record what is left out."""
-        parts, lost = drop_repeated_texts(drawn, threshold=self.config.data.near_duplicates)
+        parts, lost = drop_repeated_texts(
+            drawn, threshold=self.config.data.near_duplicates, say=self.say
+        )
         for split, count in lost.items():
             if count:
                 self.say(
