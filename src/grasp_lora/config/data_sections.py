@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,10 +18,29 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.languages import language_code
 from grasp_lora.config.sections import LocalPath, Section
 
+PARTS = ("train", "dev", "micro_dev", "test")
+"""The parts of a role's examples, in the order in which they are drawn, read and shown."""
+
 if TYPE_CHECKING:  # code that reads a configuration treats these keys as plain text
     PartName: TypeAlias = str
 else:
-    PartName = Literal["train", "dev", "micro_dev", "test"]
+    PartName = Literal[PARTS]
+
+_V = TypeVar("_V")
+
+
+def in_order(parts: Mapping[str, _V]) -> dict[str, _V]:
+    """Return parts in the order of `PARTS`, whatever order they were written in."""
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def _by_name(named: Mapping[str, _V]) -> dict[str, _V]:
+    return dict(sorted(named.items()))
+
+
+InOrder = AfterValidator(in_order)
+ByName = AfterValidator(_by_name)
+"""The order in which keys are written has no meaning, so no result may depend on it."""
 
 PRESET_TASKS = {"xlsum": "summarization", "mlqa": "qa", "xquad": "qa"}
 
@@ -30,7 +49,7 @@ class HubData(Section):
     hub: str = Field(min_length=1, description="data set id, owner/name")
     config: str | None = Field(default=None, description="configuration of the data set")
     revision: str | None = Field(default=None, description="branch, tag or commit")
-    splits: Annotated[dict[PartName, str], Field(min_length=1)] = Field(
+    splits: Annotated[dict[PartName, str], Field(min_length=1), InOrder] = Field(
         description="part -> published split it is drawn from, such as {train: train, test: test}"
     )
 
@@ -60,7 +79,7 @@ Files: TypeAlias = Annotated[
     | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
     | Annotated[LocalPath, Tag("<one>")]
     | Annotated[HubData, Tag("<hub>")]
-    | Annotated[dict[PartName, LocalPath], Tag("<parts>")],
+    | Annotated[dict[PartName, LocalPath], InOrder, Tag("<parts>")],
     Discriminator(_files_kind),
 ]
 
@@ -74,7 +93,7 @@ class ExampleSource(Section):
     prompt: str | None = Field(
         default=None, description="prompt template in place of the task's own"
     )
-    columns: dict[str, str] = Field(
+    columns: Annotated[dict[str, str], ByName] = Field(
         default={},
         description="our name -> column of the files: id, group, the task's inputs and answers",
     )
@@ -86,7 +105,7 @@ class LanguageData(ExampleSource):
         description="builtin; a published set (xlsum, mlqa, xquad); {hub: owner/name, splits: "
         "{...}}; one labelled file, divided as `rows` says; or a file for each part",
     )
-    rows: dict[PartName, NonNegativeInt] = Field(
+    rows: Annotated[dict[PartName, NonNegativeInt], InOrder] = Field(
         default={},
         description="examples in each part; whole contexts stay in one part. Without train, dev "
         "and micro_dev, one file (less rows.test) is divided among them automatically",
@@ -204,7 +223,7 @@ class DataSettings(Section):
         "generated ones; `weight` of them (default 1) are trained on for every labelled row: "
         "{files, weight, language, prompt, columns, rows}",
     )
-    tests: dict[str, TestSet] = Field(
+    tests: Annotated[dict[str, TestSet], ByName] = Field(
         default={},
         description="more test sets by name, such as another domain: {NAME: {language, "
         "files, prompt, columns, rows}}",
