@@ -28,8 +28,6 @@ from grasp_lora.base.files import (
 )
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
-from grasp_lora.models.backbones import resolve_targets
-from grasp_lora.models.modules import linear_shape
 from grasp_lora.plans.auto import (
     Chosen,
     FinalDiffers,
@@ -54,7 +52,7 @@ from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
-from grasp_lora.workbench.given import check_given
+from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
 from grasp_lora.workbench.objective import objective_faults
 from grasp_lora.workbench.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.workbench.reporter import Reporter
@@ -243,12 +241,13 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
-    folders = [folder for _, folder in config.adapters if folder is not None]
-    loaded = check_given(context, folders)
+    given = {role: folder for role, folder in config.adapters if folder is not None}
+    loaded = check_given(context, list(given.values()))
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
     fresh = sum(folder is None for _, folder in config.adapters)
     if fresh:
-        entries += fresh * _fresh_entries(context)
+        own = fresh_adapter(context)
+        entries += fresh * sum(f.A.numel() + f.B.numel() for f in own.values())
     for role, parts in context.data.parts.items():
         for split in parts:
             context.encoded(role, split)
@@ -259,18 +258,12 @@ def _check_before_work(current: _Run) -> None:
         context.reporter.say("no test rows (data.target.rows.test): nothing will be scored")
     planned = ""
     if config.recipe == "grasp":
+        roles = zip(given, loaded, strict=True)
+        check_merge(context, {role: one.adapter for role, one in roles})
         rounds = check_search(context)
         planned = f"; {rounds} rounds of {config.controller.candidates} candidates planned"
     backbone = context.backbone
     context.reporter.say(f"backbone {backbone.public_name}, {backbone.dtype}{planned}")
-
-
-def _fresh_entries(context: Context) -> int:
-    """Return the number of entries of an adapter that this run trains."""
-    model, lora = context.backbone.model, context.config.lora
-    modules = dict(model.named_modules())
-    targets = resolve_targets(model, lora.target_modules)
-    return lora.r * sum(sum(linear_shape(modules[name]) or ()) for name in targets)
 
 
 def _open_folder(current: _Run, again: bool) -> None:
