@@ -22,7 +22,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"base", "tasks"}, {"datasets", "pyarrow", "huggingface_hub", "numpy"}),
     "config": ({"base", "core"}, {"pydantic", "pydantic_core", "yaml"}),
     "models": ({"base"}, {"torch", "transformers", "peft", "safetensors"}),
-    "adapters": ({"base", "core", "models"}, {"torch", "transformers", "peft", "safetensors"}),
+    "adapters": (
+        {"base", "core", "models"},
+        {"torch", "transformers", "peft", "safetensors", "pydantic"},
+    ),
     "training": (
         {"adapters", "base", "core", "models"},
         {"torch", "transformers", "peft", "safetensors", "accelerate"},
