@@ -58,15 +58,21 @@ def printable(text: str) -> str:
 
 
 def check_path(path: Path | str) -> None:
-    """Check that a text can be a path: it is no longer than a path, without control characters.
+    """Check that a text can be a path: no longer than a path, in UTF-8, without control characters.
 
     Raises:
-        ValueError: it holds a control character, such as a line break, or is too long.
+        ValueError: it holds a control character, such as a line break, bytes that are not UTF-8
+            (Python has them as halves of surrogate pairs), or is too long.
     """
     if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in Path(path).parts):
         raise ValueError(
             f"{shown_path(path)} is no path: a name in it has over {_LONGEST_NAME} bytes; give the "
             "path of a file or folder"
+        )
+    if any(unicodedata.category(c) == "Cs" for c in str(path)):
+        raise ValueError(
+            f"{shown_path(path)} is not UTF-8; rename the file or folder, as no record could hold "
+            "its name"
         )
     if any(unicodedata.category(c) == "Cc" for c in str(path)):
         raise ValueError(

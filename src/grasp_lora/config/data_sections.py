@@ -1,5 +1,6 @@
 """The sections of a configuration that say which examples a run reads."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -41,6 +42,9 @@ def _by_name(named: Mapping[str, _V]) -> dict[str, _V]:
 InOrder = AfterValidator(in_order)
 ByName = AfterValidator(_by_name)
 """The order in which keys are written has no meaning, so no result may depend on it."""
+
+_LONGEST_NAME = 60
+"""Characters of the name of a test set."""
 
 PRESET_TASKS = {"xlsum": "summarization", "mlqa": "qa", "xquad": "qa"}
 
@@ -242,10 +246,23 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _names_of_tests(self) -> "DataSettings":
-        bad = [name for name in self.tests if name in ("test", "mean", "worst") or "/" in name]
+        bad = [name for name in self.tests if not _may_name_a_test(name)]
         if bad:
             raise ValueError(
                 f"a test set cannot be called {shown(bad[0])}: the scores use test, mean and worst "
-                "for other things, and a name must not contain '/'; choose another name"
+                f"for other things, and a name has 1 to {_LONGEST_NAME} printable characters, no "
+                "slash or backslash, and does not begin with a dot; choose another name"
             )
         return self
+
+
+def _may_name_a_test(name: str) -> bool:
+    """Return whether a name can be that of a file and the title of a table."""
+    plain = re.sub("[\u200c\u200d]", "", name)  # joiners, which Persian and Indic words need
+    return (
+        name not in ("test", "mean", "worst")
+        and 1 <= len(name) <= _LONGEST_NAME
+        and plain.isprintable()
+        and not name.startswith(".")
+        and not any(mark in name for mark in "/\\")
+    )

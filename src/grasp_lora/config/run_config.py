@@ -41,7 +41,7 @@ from grasp_lora.config.sections import (
     TrainingName,
     TrainSettings,
 )
-from grasp_lora.config.yaml_text import Words, read_yaml, yaml_fault
+from grasp_lora.config.yaml_text import DEEPEST, Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
@@ -400,7 +400,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str], words: Word
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > DEEPEST:
             faults.append(f"--set {shown(text)}: not of the form key=value, such as train.epochs=3")
             continue
         try:
