@@ -633,3 +633,25 @@ def test_an_option_of_many_parts_is_refused():
     options = [".".join(["seed"] * 3000) + "=1"]
     with pytest.raises(ConfigError, match="not of the form key=value"):
         make_config({"model": "none", "data": {"target": {"language": "en"}}}, options)
+
+
+def test_one_file_is_not_of_two_roles_unless_it_is_read_in_another_way(tmp_path):
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path in (file, other):
+        path.write_text("{}")
+    same = str(tmp_path / "x" / ".." / "a.jsonl")
+    (tmp_path / "x").mkdir()
+
+    def faults(**sections) -> list[str]:
+        target = {"language": "es", "files": str(file)}
+        values = {"model": "none", "recipe": "auto", "data": {"target": target} | sections}
+        return [f for f in make_config(values, training=False).faults() if "is the file of" in f]
+
+    english = {"language": "en", "files": same}
+    (said,) = faults(source=english)
+    assert said.startswith("data.source.files: '")
+    assert "is the file of data.target, read the same way, so its rows would be of both" in said
+    assert len(faults(extra={"files": same})) == 1
+    assert faults(source=english | {"columns": {"context": "en"}}) == []
+    assert faults(source={"language": "en", "files": {"train": same}}) == []
+    assert faults(source={"language": "en", "files": str(other)}) == []

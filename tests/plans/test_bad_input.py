@@ -383,7 +383,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "more layers": (lambda f: adapter(f, model=tiny_model(layers=3)), r"layers\.2\."),
     "another width": (lambda f: adapter(f, model=tiny_model(width=32)), r"32.*16"),
-    "truncated": (truncated, r"is damaged or cut short .*copy it again"),
+    "truncated": (truncated, r"is damaged or cut short.*copy it again"),
     "NaN": (lambda f: changed(f, poisoned), r"holds NaN or infinite values"),
     "pickle": (pickled, r"only adapter_model\.bin, a pickle"),
     "DoRA": (lambda f: edited(f, CONFIG, use_dora=True), r"use_dora=True means DoRA"),

@@ -26,7 +26,11 @@ def shown(value: object) -> str:
         length = "1 entry" if len(value) == 1 else f"{len(value)} entries"
     elif isinstance(value, str):
         length = f"{len(value)} characters"
-    return shortened(str(value) if isinstance(value, date) else repr(value), length)
+    try:
+        text = str(value) if isinstance(value, date) else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply to be shown"
+    return shortened(text, length)
 
 
 def shown_path(path: Path | str) -> str:
