@@ -61,6 +61,32 @@ def printable(text: str) -> str:
     )
 
 
+_OF_MARKDOWN = re.compile(r"[\\`*\[|~$]|(?<!\w)_|_(?!\w)")
+
+
+def in_markdown(text: str) -> str:
+    """Return a text so that Markdown and HTML show it as it is, on one line.
+
+    For everything that comes from data or from outside, such as ids, names and errors: it makes no
+    link, picture, table cell or element. The text must not stand between backticks.
+    """
+    line = printable(text).replace("\n", "\\n")
+    line = _OF_MARKDOWN.sub(lambda mark: "\\" + mark[0], line)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fenced(text: str) -> list[str]:
+    """Return a text as the lines of a block of code in Markdown, which it cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence, printable(text), fence]
+
+
+def in_picture(text: str) -> str:
+    """Return a text so that matplotlib draws it as it is, and takes none of it for a formula."""
+    return printable(text).replace("\n", "\\n").replace("$", r"\$")
+
+
 def check_path(path: Path | str) -> None:
     """Check that a text can be a path: no longer than a path, in UTF-8, without control characters.
 

@@ -41,7 +41,7 @@ from grasp_lora.stages.folder import work_folder
 from grasp_lora.workbench.beside import target_epoch
 from grasp_lora.workbench.context import POOLS
 from grasp_lora.workbench.merge_probes import check_pool, learns_weights
-from grasp_lora.workbench.objective import objective_faults
+from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
@@ -129,6 +129,7 @@ def checked_data(
         raise ValueError(f"no {kind} {shown(unknown[0])}; choose from {', '.join(known)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    say_code(config, Reporter(quiet).say)
     faults = config.faults() + config.missing_files()
     faults += missing_metrics(config) + objective_faults(config)
     faults += config.held_faults() if config.recipe == "auto" else []

@@ -53,7 +53,7 @@ from grasp_lora.stages.stage import Input
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
-from grasp_lora.workbench.objective import objective_faults
+from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import Given, load_run_data
@@ -118,6 +118,8 @@ def run(
     """
     clock = open_clock(config, profile)
     join(config)
+    say = Reporter(quiet or not is_main()).say
+    say_code(config, say)
     faults = (
         config.faults() + config.recipe_faults() + config.missing_files()
         + missing_metrics(config) + objective_faults(config)
@@ -128,7 +130,7 @@ def run(
         for _, folder in config.adapters:
             if folder is not None:
                 read_adapter(folder)
-        data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
+        data = load_run_data(config, say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
     options = Options(overwrite=overwrite, timed=True)
     work = _fixed if config.recipe == "grasp" else _choosing
