@@ -19,10 +19,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         | {"jieba", "nltk", "pythainlp", "transformers"},
     ),
     "tasks": ({"base"}, {"torch", "jinja2"}),
-    "data": ({"base", "tasks"}, {"datasets", "pyarrow", "datasketch", "huggingface_hub"}),
+    "data": ({"base", "tasks"}, {"datasets", "pyarrow", "huggingface_hub", "numpy"}),
     "config": ({"base", "core"}, {"pydantic", "pydantic_core", "yaml"}),
     "models": ({"base"}, {"torch", "transformers", "peft", "safetensors"}),
-    "adapters": ({"base", "core", "models"}, {"torch", "transformers", "peft", "safetensors"}),
+    "adapters": (
+        {"base", "core", "models"},
+        {"torch", "transformers", "peft", "safetensors", "pydantic"},
+    ),
     "training": (
         {"adapters", "base", "core", "models"},
         {"torch", "transformers", "peft", "safetensors", "accelerate"},

@@ -14,6 +14,7 @@ from benchmarks import (
     evaluation,
     generate,
     growth,
+    leaks,
     loading,
     masks,
     revival,
@@ -222,3 +223,11 @@ def test_a_design_of_the_budget_is_charged_for_the_rows_it_reads(tmp_path, monke
         assert 0 <= design["learned_clear"] <= 1
     assert whole["regret_difference"] == 0
     assert "| 4 rows | 96 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", leaks.KINDS)
+def test_the_benchmark_of_leaks_finds_what_comparing_all_pairs_finds(kind):
+    leaks.check(kind, 80)
+    figures = leaks.measure(kind, 80)
+    assert figures["rows"] == 80
+    assert (figures["leaks"] > 70) == (kind == "copies")

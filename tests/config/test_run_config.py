@@ -8,7 +8,13 @@ import pytest
 import yaml
 
 from grasp_lora.config.faults import OLD_KEYS
-from grasp_lora.config.run_config import ConfigError, RunConfig, load_config, paper_settings
+from grasp_lora.config.run_config import (
+    ConfigError,
+    RunConfig,
+    load_config,
+    make_config,
+    paper_settings,
+)
 from grasp_lora.config.sections import Training, TrainingName
 from grasp_lora.core import CONTROLLER_PRESETS, ControllerConfig
 
@@ -578,3 +584,74 @@ def test_the_demo_configuration_is_complete():
     path = Path(__file__).parents[2] / "src" / "grasp_lora" / "config" / "demo.yaml"
     assert path.read_text(encoding="utf-8").startswith("# grasp-lora demo")
     assert load_config(path).data.target.files == "builtin"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 010", "seed: YAML reads 010 as 8, in base 8; write 10 or 8"),
+        ("train: {epochs: 0012}", "train.epochs: YAML reads 0012 as 10, in base 8; write 12 or 10"),
+        ("seed: 1:30", "seed: YAML reads 1:30 as 90, in base 60; write it without colons"),
+        ("budget: 1:30.5", "budget: YAML reads 1:30.5 as 90.5, in base 60; write it"),
+        ("merge: {weights: [010, 1]}", "merge.weights.0: YAML reads 010 as 8, in base 8"),
+    ],
+)
+def test_a_number_that_yaml_reads_unlike_people_is_said(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: none\ndata: {{target: {{language: en}}}}\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, training=False)
+    assert caught.value.faults == (caught.value.faults[0],)
+    assert said in caught.value.faults[0]
+
+
+@pytest.mark.parametrize(("word", "number"), [("07", 7), ("0x10", 16), ("1_000", 1000), ("0", 0)])
+def test_other_numbers_are_read_as_written(tmp_path, word, number):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: none\ndata: {{target: {{language: en}}}}\nseed: {word}\n")
+    assert load_config(path, training=False).seed == number
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x1b[31m", "../up", "a\\b", ".hidden", "", "a\nb", "\u202egpj", "x" * 61, "\ud83d"]
+)
+def test_a_test_set_has_a_name_that_a_file_and_a_title_can_have(name):
+    tests = {name: {"language": "es", "files": "xquad"}}
+    data = {"target": {"language": "es"}, "tests": tests}
+    with pytest.raises(ConfigError, match="a test set cannot be called") as caught:
+        make_config({"model": "none", "data": data}, training=False)
+    assert str(caught.value).isprintable() or "\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["news", "समाचार", "خبر\u200cها", "a b.c-d", "<script>"])
+def test_test_sets_have_names_of_any_script(name):
+    data = {"target": {"language": "es"}, "tests": {name: {"language": "es", "files": "xquad"}}}
+    assert name in make_config({"model": "none", "data": data}, training=False).data.tests
+
+
+def test_an_option_of_many_parts_is_refused():
+    options = [".".join(["seed"] * 3000) + "=1"]
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        make_config({"model": "none", "data": {"target": {"language": "en"}}}, options)
+
+
+def test_one_file_is_not_of_two_roles_unless_it_is_read_in_another_way(tmp_path):
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path in (file, other):
+        path.write_text("{}")
+    same = str(tmp_path / "x" / ".." / "a.jsonl")
+    (tmp_path / "x").mkdir()
+
+    def faults(**sections) -> list[str]:
+        target = {"language": "es", "files": str(file)}
+        values = {"model": "none", "recipe": "auto", "data": {"target": target} | sections}
+        return [f for f in make_config(values, training=False).faults() if "is the file of" in f]
+
+    english = {"language": "en", "files": same}
+    (said,) = faults(source=english)
+    assert said.startswith("data.source.files: '")
+    assert "is the file of data.target, read the same way, so its rows would be of both" in said
+    assert len(faults(extra={"files": same})) == 1
+    assert faults(source=english | {"columns": {"context": "en"}}) == []
+    assert faults(source={"language": "en", "files": {"train": same}}) == []
+    assert faults(source={"language": "en", "files": str(other)}) == []

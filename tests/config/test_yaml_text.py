@@ -1,6 +1,8 @@
 """YAML as it is read, and the words in it that YAML does not read as text."""
 
 import datetime
+import json
+import time
 
 import pytest
 import yaml
@@ -45,7 +47,7 @@ def test_words_of_an_option_stand_below_its_setting():
 
 
 def test_text_that_repeats_itself_by_aliases_is_read_once():
-    nine = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    nine = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 4)]
     _, words = read_yaml("\n".join(["a0: &a0 [no]", *nine]))
     assert words.values == {("a0", "0"): "no"}
 
@@ -59,8 +61,25 @@ def test_text_that_repeats_itself_by_aliases_is_read_once():
         ("a: 1\na: 2", "line 2: 'a' is given twice; remove one of them"),
         ("[1]: 2", "line 1: a key must be one word, not a list or a block"),
         ("a: 2023-13-45", "month must be in 1..12"),
-        ("a: " + "9" * 5000, "4300 digits"),
-        ("a: &x [*x]", "found unconstructable recursive node"),
+        ("a: " + "9" * 5000, "a number has thousands of digits"),
+        ("a: &x [*x]", "line 1: the text stands for more than 10000 values, as aliases"),
+        ("a: &x {b: *x}", "line 1: the text stands for more than 10000 values, as aliases"),
+        ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels deep; write settings plainly"),
+        ("a: " + "[" * 20000 + "]" * 20000, "nested more than 50 levels deep"),
+        ("a: " + "{b: " * 9000 + "1" + "}" * 9000, "nested more than 50 levels deep"),
+        ("a: " + "x" * 1_000_001, "1000004 characters are no configuration; 1000000 at most"),
+        (
+            "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 99))]),
+            "nested more than 50 levels deep",
+        ),
+        ("a: !!bool abc", "a value does not fit its tag ('abc'); take the tag out"),
+        ("a: !!timestamp abc", "a value does not fit its tag"),
+        ("a: !foo {r: 1}", "line 1, column 4: the tag '!foo' is not allowed; take it out"),
+        (
+            "a: !!python/object/apply:os.system ['true']",
+            "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed; take it out",
+        ),
+        ('a: "\\ud83d"', "line 1: a text holds half of a character"),
     ],
 )
 def test_what_is_no_yaml_is_said_in_one_line(text, said):
@@ -71,3 +90,22 @@ def test_what_is_no_yaml_is_said_in_one_line(text, said):
 
 def test_a_path_in_double_quotes_is_told_to_take_others():
     assert "in single quotes, or with / in place of \\" in fault_of('a: "C:\\data"')
+
+
+ALIASES = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+MERGES = [f"k{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    "lines", [["a0: &a0 [x]", *ALIASES], ["k0: &m0 {x: 1}", *MERGES, "<<: *m11"]]
+)
+def test_a_text_that_stands_for_values_without_end_is_refused_at_once(lines):
+    began = time.perf_counter()
+    with pytest.raises(yaml.YAMLError, match="stands for more than 10000 values, as aliases"):
+        read_yaml("\n".join(lines))
+    assert time.perf_counter() - began < 2
+
+
+def test_two_escapes_of_json_are_one_character():
+    text = "a\U0001f600\U0001d518b\u4e2d"
+    assert read_yaml(json.dumps({"output": text}))[0] == {"output": text}

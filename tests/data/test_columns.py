@@ -68,6 +68,11 @@ def test_a_template_names_the_inputs_of_a_task_without_fields() -> None:
         ({"text": "x", "gold": "y"}, {}, "no column for context or passage or paragraph, question"
          " or query, answers or answer; its columns are 'text', 'gold'; .* {context: gold}"),
         (ROW, {"columns": {"answers": "context"}}, "'context' is both context and answers"),
+        (
+            ROW,
+            {"columns": {"question": "context"}},
+            "'context' is both context and question; each needs its own; name another column",
+        ),
         ({f"c{n}": "x" for n in range(30)}, {}, r"'c0', .*… \(30 columns\); name the right one"),
         ({}, {}, "rows: its rows have no columns; give each row its values by name"),
         (ROW, {"max_faulty": 1.5}, "share of rows in .0, 1., got 1.5"),

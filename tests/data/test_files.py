@@ -531,3 +531,36 @@ def test_a_long_id_is_cut_in_messages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the id 'i+… \(500 characters\) is used twice") as caught:
         read(write(tmp_path / "a.jsonl", long, long))
     assert "i" * 80 not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["id", "group"])
+def test_half_a_character_in_an_id_is_refused_and_in_a_text_counted(tmp_path: Path, name) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({**ROW, "group": "g"} | {name: "a\ud800"}) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .* '.*\\ud800' holds half of a character"):
+        read(path, columns={"group": "group"})
+    path.write_text("\n".join(map(json.dumps, [*GOOD, {**ROW, "context": "red \ud800"}])))
+    _, report = load_examples(path, QA, "en")
+    assert report.left_out == {"broken context": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}\n{}", "its rows have no columns; give each row its values by name"),
+        ("[{}]", "its rows have no columns"),
+        (json.dumps(ROW) + "\n{}", ":2: missing id, context, question, answers, which other rows"),
+    ],
+)
+def test_rows_without_values_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_value_nested_too_deeply_to_be_shown_is_told(tmp_path: Path) -> None:
+    deep: Any = "red"
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="answers must be a text, got a list nested too deeply"):
+        read([{**ROW, "answers": deep}])

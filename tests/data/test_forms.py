@@ -1,6 +1,7 @@
 import csv
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -328,3 +329,71 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
 def test_rows_that_are_no_mappings_are_refused(rows: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(given_records(rows))  # type: ignore[arg-type]
+
+
+def qa_table(rows: int = 300) -> pa.Table:
+    return pa.table(
+        {
+            "id": [f"q{n}" for n in range(rows)],
+            "context": [f"House {n} has {n + 2} rooms. " * 5 for n in range(rows)],
+            "question": [f"How many rooms has house {n}?" for n in range(rows)],
+            "answers": [[f"{n + 2} rooms"] for n in range(rows)],
+        }
+    )
+
+
+def test_a_damaged_parquet_file_is_told_in_one_line(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(qa_table(), whole, row_group_size=50, write_page_checksum=True)
+    content = whole.read_bytes()
+    draw = random.Random(3)
+    told: list[str] = []
+    for number in range(120):
+        data = bytearray(content)
+        kind = number % 4
+        if kind == 0:
+            data = data[: draw.randrange(len(data))]
+        elif kind == 1:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            place = len(data) - draw.randrange(8, 2000)
+            data[place : place + 8] = draw.randbytes(8)
+        else:
+            place = draw.randrange(len(data))
+            data[place : place + draw.randrange(1, 300)] = b""
+        path = tmp_path / "damaged.parquet"
+        path.write_bytes(data)
+        try:
+            list(read_records(path))
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 80
+    said = f"{tmp_path / 'damaged.parquet'} is not a Parquet file, or is damaged ("
+    assert [text for text in told if not text.startswith(said) or "\n" in text] == []
+
+
+def test_columns_of_one_name_in_a_parquet_file_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["id", "id"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: two columns are named 'id'"):
+        list(read_records(tmp_path / "a.parquet"))
+
+
+DEEP = '{"id": "1", "context": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (DEEP, "x.jsonl: lists and objects are nested too deeply"),
+        ('{"id": "1"}\n' + DEEP, "x.jsonl:2: lists and objects are nested too deeply"),
+        ('[{"id": 1, "id": 2}]', "x.jsonl: the key 'id' is given twice in one object; keep one"),
+        ('{"a": 1}\n{"id": 1, "id": 2}', "x.jsonl:2: the key 'id' is given twice"),
+        ('{"id": ' + "1" * 5000 + "}", "x.jsonl: a number has thousands of digits; write it as"),
+        ('{"a": 1}\n{"id": ' + "1" * 5000 + "}", "x.jsonl:2: a number has thousands of digits"),
+    ],
+)
+def test_json_that_python_cannot_read_rightly_is_told_with_its_place(tmp_path, text, said) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        list(read_records(tmp_path / "x.jsonl"))

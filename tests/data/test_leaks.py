@@ -384,3 +384,63 @@ def test_a_region_does_not_make_another_language() -> None:
     one = Example("1", "a", "en", {"article": text}, ("x",))
     other = Example("2", "b", "en-GB", {"article": f"{text} more"}, ("x",))
     assert [leak.kind for leak in find_leaks({"train": [one], "test": [other]})] == ["near"]
+
+
+def random_parts(seed: int) -> dict[str, list[Example]]:
+    """Return three splits with groups of equal and similar texts, and a few shared ids."""
+    draw = random.Random(seed)
+    bases = [[draw.randrange(300) for _ in range(30)] for _ in range(6)]
+    rows: list[Example] = []
+    for number in range(40):
+        numbers = list(draw.choice(bases))
+        for _ in range(draw.choice([0, 0, 1, 2, 4])):
+            numbers[draw.randrange(30)] = draw.randrange(300)
+        text = words(*numbers)
+        shares_id = number in (20, 30) and seed % 2
+        name = f"r{number - 20}" if shares_id else f"r{number}"
+        rows.append(row(name, text, group=draw.choice([text_key(text), f"g{number}"])))
+    return {"train": rows[:20], "dev": rows[20:30], "test": rows[30:]}
+
+
+def alike(one: Example, two: Example, threshold: float) -> bool:
+    sets = [set(zip(t, t[1:], t[2:], strict=False)) for t in
+            (one.fields["context"].split(), two.fields["context"].split())]  # fmt: skip
+    same = one.id == two.id or one.group == two.group
+    return same or len(sets[0] & sets[1]) / len(sets[0] | sets[1]) >= threshold
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_group_that_leaks_into_a_split_is_in_a_pair_with_it(seed: int) -> None:
+    parts = random_parts(seed)
+    leaks = find_leaks(parts, threshold=0.7)
+    rows = {(split, e.id): e for split in parts for e in reversed(parts[split])}
+    told = {
+        (split, rows[split, one].group, other)
+        for leak in leaks
+        for (split, one), other in ((leak.first, leak.second[0]), (leak.second, leak.first[0]))
+    }
+    wanted = {
+        (split, e.group, other)
+        for split, other in [(a, b) for a in parts for b in parts if a != b]
+        for e in parts[split]
+        if any(alike(e, two, 0.7) for two in parts[other])
+    }
+    assert told == wanted != set()
+    assert all(alike(rows[leak.first], rows[leak.second], 0.7) for leak in leaks)
+
+
+def test_copies_of_one_text_give_as_many_pairs_as_groups_and_not_as_pairs() -> None:
+    texts = [words(*range(60), 1000 + number) for number in range(400)]
+    rows = [row(str(n), text) for n, text in enumerate(texts)]
+    leaks = find_leaks({"train": rows[:200], "dev": rows[200:]})
+    assert len(leaks) == 399
+    same = [row(str(n), texts[0], group=f"g{n}") for n in range(400)]
+    assert len(find_leaks({"train": same[:200], "dev": same[200:]})) == 399
+
+
+def test_a_long_search_says_how_far_it_is(monkeypatch) -> None:
+    monkeypatch.setattr("grasp_lora.data.leaks._TOLD_EVERY", -1.0)
+    one, two = CHANGED["en"]
+    said: list[str] = []
+    find_leaks({"train": [row("1", one)], "dev": [row("2", two), row("3", "x")]}, say=said.append)
+    assert said == [f"looking for near-duplicates: {n} % of 2 texts" for n in (0, 50)]

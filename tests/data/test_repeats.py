@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from grasp_lora.data.leaks import find_leaks
@@ -57,3 +59,48 @@ def test_splits_without_repeats_are_left_alone() -> None:
     parts = {"train": (row("1", STORY),), "test": (row("2", "A short one"),)}
     assert drop_repeated_texts(parts) == (parts, {"train": 0, "test": 0})
     assert drop_repeated_texts({"train": (), "test": ()})[1] == {"train": 0, "test": 0}
+
+
+def by_all_pairs(
+    parts: dict[str, list[Example]], threshold: float
+) -> dict[str, tuple[Example, ...]]:
+    """Drop repeats one pair after the other: equal texts first, then similar ones."""
+    units = [(split, e) for split in ("train", "dev", "test") for e in parts[split]]
+    gone: set[tuple[str, str]] = set()
+
+    def similarity(one: Example, two: Example) -> float:
+        a, b = (
+            set(zip(t, t[1:], t[2:], strict=False))
+            for t in (one.fields["article"].split(), two.fields["article"].split())
+        )
+        return len(a & b) / len(a | b)
+
+    for least in (1.0, threshold):
+        for at, (split, e) in enumerate(units):
+            for other, before in units[:at]:
+                both = {(split, e.group), (other, before.group)}
+                if other != split and not both & gone and similarity(e, before) >= least:
+                    gone.add((other, before.group))
+    return {
+        split: tuple(e for e in parts[split] if (split, e.group) not in gone) for split in parts
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_kept_is_what_comparing_all_pairs_keeps(seed: int) -> None:
+    draw = random.Random(seed)
+    texts = [[f"word{draw.randrange(200)}" for _ in range(30)] for _ in range(5)]
+    rows: list[Example] = []
+    for number in range(40):
+        text = list(draw.choice(texts))
+        for _ in range(draw.choice([0, 1, 2, 4])):
+            text[draw.randrange(30)] = f"word{draw.randrange(200)}"
+        fields = {"article": " ".join(text)}
+        group = f"g{number // 15}-{draw.randrange(number + 1)}"
+        rows.append(Example(str(number), group, "en", fields, ("x",)))
+    parts = {"train": rows[:15], "dev": rows[15:30], "test": rows[30:]}
+    kept, _ = drop_repeated_texts(parts, threshold=0.7)
+    assert kept == by_all_pairs(parts, 0.7)
+    assert any(len(kept[split]) < len(parts[split]) for split in parts)
+    turned = {split: parts[split] for split in ("test", "train", "dev")}
+    assert drop_repeated_texts(turned, threshold=0.7)[0] == kept

@@ -202,6 +202,38 @@ def short_search(folder: Path, values: dict[str, Any]) -> None:
     values["controller"] = {"interval": 9, "rows": 4}
 
 
+def too_few_to_learn_weights(folder: Path, values: dict[str, Any]) -> None:
+    values["data"]["target"]["rows"] |= {"micro_dev": 2}
+    values["controller"] |= {"probe_rows": "micro-dev"}
+    values["merge"] = {"weights": "auto"}
+
+
+def too_few_to_merge_after(folder: Path, values: dict[str, Any]) -> None:
+    values["data"]["target"]["rows"] |= {"micro_dev": 2, "dev": 1}
+    values["merge"] = {"when": "after"}
+
+
+def linear_merge_of_other_ranks(folder: Path, values: dict[str, Any]) -> None:
+    values["adapters"] = {"source": str(adapter(folder, r=2))}
+    values["lora"] = {"r": 5}
+    values["merge"] = {"kind": "linear"}
+
+
+def unscaled_merge_of_two_scalings(folder: Path, values: dict[str, Any]) -> None:
+    path = edited(folder, CONFIG, alpha_pattern={"q_proj": 3})
+    values["adapters"] = {"source": str(path)}
+    values["merge"] = {"weights": "unscaled"}
+
+
+def scope_of_one_group(folder: Path, values: dict[str, Any]) -> None:
+    values["lora"] = {"target_modules": ["q_proj"]}
+    values["scope"] = "module-type"
+
+
+def reward_that_is_not_there(folder: Path, values: dict[str, Any]) -> None:
+    values["controller"] |= {"reward": "no_such_module:best"}
+
+
 def crossed_bounds(folder: Path, values: dict[str, Any]) -> None:
     values["controller"] = {"low": 0.6, "high": 0.2}
 
@@ -273,6 +305,12 @@ FAULTS: dict[Fault, str] = {
     extra_without_target_rows: r"1 fault\n  data\.target\.files\.train: required, not given",
     extra_without_target: r"1 fault\n  data\.target: required",
     short_search: r"has 4 optimizer steps, fewer than the 9 .*: raise train\.search\.epochs",
+    too_few_to_learn_weights: r"weights: auto.* at least 4 .* got 2; raise .*rows\.micro_dev",
+    too_few_to_merge_after: r"when: after.* at least 4 .* got 3; raise .*rows\.micro_dev",
+    linear_merge_of_other_ranks: r"'linear' merge .*equal ranks, but .*\[2, 5\]; use kind 'cat'",
+    unscaled_merge_of_two_scalings: r"need one scaling .* adapter 1 has .*merge\.weights as num",
+    scope_of_one_group: r"scope: 'module-type' needs at least two .* one, q_proj; set scope: glo",
+    reward_that_is_not_there: r"controller\.reward 'no_such_module:best' cannot be loaded",
     crossed_bounds: r"controller: .*0\.6.*0\.2",
     bound_of_one: r"controller: .*1\.0",
     negative_bound: r"controller: .*-0\.1",
@@ -345,7 +383,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "more layers": (lambda f: adapter(f, model=tiny_model(layers=3)), r"layers\.2\."),
     "another width": (lambda f: adapter(f, model=tiny_model(width=32)), r"32.*16"),
-    "truncated": (truncated, r"is damaged or cut short .*copy it again"),
+    "truncated": (truncated, r"is damaged or cut short.*copy it again"),
     "NaN": (lambda f: changed(f, poisoned), r"holds NaN or infinite values"),
     "pickle": (pickled, r"only adapter_model\.bin, a pickle"),
     "DoRA": (lambda f: edited(f, CONFIG, use_dora=True), r"use_dora=True means DoRA"),

@@ -1,10 +1,16 @@
 """Steps are counted like in the Trainer and accelerate."""
 
+import math
+import re
+from types import SimpleNamespace
+
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from grasp_lora.training.trainer import steps_per_epoch
+from grasp_lora.tasks.encoding import IGNORED
+from grasp_lora.training.trainer import Diverged, answer_loss, steps_per_epoch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -19,3 +25,19 @@ def test_an_epoch_has_as_many_steps_as_a_process_has_full_or_partial_accumulatio
         steps = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
         counted = steps_per_epoch(rows, batch_size, accumulation, processes)
         assert counted == len(steps), rows
+
+
+@pytest.mark.parametrize(
+    ("logits", "label", "said"),
+    [
+        (0.0, IGNORED, "there are no answer tokens to learn from: check for an example without"),
+        (math.nan, 1, "the model's own logits are not finite"),
+        (3e38, 1, "the logits, of up to 3e+38, are too large for it"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_told_with_its_cause(logits, label, said):
+    values = torch.zeros(1, 2, 4)
+    values[0, 0] = torch.tensor([logits, -logits, 0.0, 0.0])
+    outputs = SimpleNamespace(logits=values)
+    with pytest.raises(Diverged, match=re.escape(said)):
+        answer_loss(outputs, torch.tensor([[IGNORED, label]]))

@@ -1,10 +1,12 @@
 """Test which state a training keeps where dev losses are not finite."""
 
 import math
+import re
 
 import pytest
 
 from grasp_lora.config.run_config import load_config
+from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.stages.train import fresh_adapter
 from grasp_lora.training import best
 from grasp_lora.training.trainer import Diverged
@@ -60,3 +62,32 @@ def test_what_diverged_is_told_without_its_place(context, monkeypatch, tmp_path)
     assert error.why.startswith("no dev loss is finite, at none of the steps [0, ")
     assert str(error) == f"training: {error.why}"
     assert error.steps == int(error.why.partition("]")[0].rpartition(" ")[2])
+
+
+def test_an_adapter_that_is_too_large_is_told_and_not_the_learning_rate(
+    context, monkeypatch, tmp_path
+):
+    options = FitOptions(context.config.training("finetune"), "training")
+    fresh = fresh_adapter(context.backbone.model, context.config)
+    with context.live(fresh, "merged") as live:
+        for parameter in live.params.values():
+            parameter.data.fill_(1e30)
+        with pytest.raises(Diverged) as caught:
+            fit(context, live, options, tmp_path / "checkpoints")
+    said = str(caught.value)
+    assert re.match(
+        r"training, step \d: .* what it starts from, with values up to 1e\+30, is", said
+    )
+    assert "check the adapters" in said
+    assert "learning rate" not in said
+
+
+def test_a_score_that_is_no_number_is_told_with_its_stage_and_step(context, monkeypatch, tmp_path):
+    def reprune(_optimizer):
+        raise NotANumber("importance scores must be numbers, got NaN")
+
+    options = FitOptions(context.config.training("finetune"), "training", reprune=reprune)
+    fresh = fresh_adapter(context.backbone.model, context.config)
+    said = r"^training, step \d+: importance scores must be numbers, got NaN: "
+    with context.live(fresh, "merged") as live, pytest.raises(Diverged, match=said):
+        fit(context, live, options, tmp_path / "checkpoints")

@@ -1,6 +1,7 @@
 """The rows of a run from every kind of place, and what is refused about them."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import pytest
 from datasets import Dataset
 
 from grasp_lora.config.run_config import make_config
+from grasp_lora.data.files import load_examples
 from grasp_lora.data.hub import load_hub
+from grasp_lora.data.splits import split_by_group
+from grasp_lora.tasks.base import TASKS
 from grasp_lora.workbench.rows import RunData, load_run_data
 from jobs import write_rows
 
@@ -480,3 +484,48 @@ def test_extra_rows_may_come_from_python(tmp_path):
         loaded(values, given={"extra": {"dev": rows}})
     with pytest.raises(ValueError, match="'extra', which the configuration does not have"):
         loaded({"target": target(tmp_path)}, given={"extra": {"train": rows}})
+
+
+@pytest.mark.parametrize("files", ["one file", "a file for each part", "builtin", "Python"])
+def test_no_order_of_keys_changes_who_is_in_which_split(tmp_path, files):
+    rows = {"train": 8, "dev": 4, "micro_dev": 3, "test": 4}
+    paths = {
+        part: write_rows(tmp_path / f"{part}.jsonl", range(10 * n, 10 * n + 4))
+        for n, part in enumerate(rows)
+    }
+    news = write_rows(tmp_path / "news.jsonl", range(50, 54), "n")
+    more = {n: {"language": "es", "files": str(news), "rows": 2} for n in ("a", "b")}
+    one = str(write_rows(tmp_path / "es.jsonl", range(60, 90)))
+
+    def divided(order: list[str], tests: dict[str, Any]) -> RunData:
+        section: dict[str, Any] = {"language": "es", "rows": {part: rows[part] for part in order}}
+        options: dict[str, Any] = {}
+        if files == "one file":
+            section["files"] = one
+        if files == "a file for each part":
+            section = {"language": "es", "files": {part: str(paths[part]) for part in order}}
+        if files == "Python":
+            given = {
+                part: [json.loads(line) for line in paths[part].read_text().splitlines()]
+                for part in order
+            }
+            options = {"given": {"target": given}}
+        return loaded({"target": section, "tests": tests}, **options)[0]
+
+    usual = divided(list(rows), more)
+    assert list(usual.parts["target"]) == list(rows)
+    for order in itertools.permutations(rows):
+        other = divided(list(order), dict(reversed(more.items())))
+        assert other.manifest() == usual.manifest()
+
+
+def test_the_division_of_the_usual_order_is_the_one_of_earlier_versions(tmp_path):
+    write_rows(tmp_path / "es.jsonl", range(30))
+    rows = {"test": 4, "micro_dev": 4, "dev": 4, "train": 8}
+    data, _ = loaded({"target": target(tmp_path, rows=rows)})
+    drawn = split_by_group(
+        load_examples(tmp_path / "es.jsonl", TASKS["qa"], "es")[0],
+        {"train": 8, "dev": 4, "micro_dev": 4, "test": 4},
+        seed=42,
+    )
+    assert data.parts["target"] == drawn.parts

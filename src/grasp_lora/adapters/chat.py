@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.adapters.folder import adapter_in, read_json_file
+from grasp_lora.base.words import shown
 
 TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -38,13 +39,24 @@ def saved_template(folder: str | Path) -> str | None:
     """
     place = adapter_in(folder)
     if (place / TEMPLATE_FILE).is_file():
-        return (place / TEMPLATE_FILE).read_text(encoding="utf-8")
+        try:
+            return (place / TEMPLATE_FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place / TEMPLATE_FILE} is not UTF-8 ({error}); restore the file"
+            ) from None
     if not (place / _TOKENIZER_FILE).is_file():
         return None
     found = read_json_file(place / _TOKENIZER_FILE).get("chat_template")
     if isinstance(found, list):
-        found = {one.get("name"): one.get("template") for one in found}
-    return _default(found)
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    chosen = _default(found)
+    if not isinstance(chosen, str | None):
+        raise ValueError(
+            f"{place / _TOKENIZER_FILE}: chat_template is {shown(chosen)}, which is no text; "
+            "restore the file"
+        )
+    return chosen
 
 
 def given_template(folders: Sequence[Path]) -> GivenTemplate | None:

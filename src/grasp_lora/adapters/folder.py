@@ -30,6 +30,7 @@ from grasp_lora.adapters.attach import (
     check_modules,
     lora_config,
 )
+from grasp_lora.adapters.config_content import check_patterns, check_types
 from grasp_lora.adapters.names import by_model_rules, names_of_today
 from grasp_lora.adapters.rules import (
     EMBEDDINGS,
@@ -39,7 +40,7 @@ from grasp_lora.adapters.rules import (
     refuse_unknown,
 )
 from grasp_lora.base.files import files_below, sync, sync_folder
-from grasp_lora.base.words import shown
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
 
@@ -124,8 +125,9 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAd
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: the adapter is not plain LoRA on linear modules, its files are damaged, a tensor
-            holds NaN or infinite values, a factor is missing, shapes or ranks do not agree, or
-            a setting that the installed PEFT does not know is in use.
+            holds NaN, infinite values or values beyond float32, a factor is missing, shapes or
+            ranks do not agree, a setting that the installed PEFT does not know is in use, or one
+            has another type or a regular expression that takes too long.
     """
     folder = adapter_in(folder)
     config = read_config_file(folder)
@@ -142,13 +144,11 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAd
     }
     factors = {key: t for key, t in tensors.items() if not _EMBEDDING_KEY.fullmatch(key)}
     pairs = _pair_factors(factors, folder)
-    notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
+    check_patterns(config, pairs, folder / ADAPTER_CONFIG_FILE)
+    notes = read_notes(folder)
     fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
     return LoadedAdapter(
-        adapter={
-            module: LoraFactors(A, B, _scaling(config, module, A.shape[0], folder))
-            for module, (A, B) in pairs.items()
-        },
+        adapter={module: _factors(config, module, pair, folder) for module, pair in pairs.items()},
         base_name=config.get("base_model_name_or_path") or None,
         fingerprint=fingerprint,
         config=config,
@@ -163,7 +163,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder or the file is missing.
-        ValueError: the file is not a JSON object.
+        ValueError: the file is not a JSON object, or a setting has another type than PEFT's.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -175,7 +175,28 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {ADAPTER_CONFIG_FILE}, so it is no PEFT adapter; give the folder "
             "that save_pretrained wrote"
         )
-    return read_json_file(folder / ADAPTER_CONFIG_FILE)
+    content = read_json_file(folder / ADAPTER_CONFIG_FILE)
+    check_types(content, folder / ADAPTER_CONFIG_FILE)
+    return content
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Return the content of `grasp_lora.json`; nothing if another tool wrote the folder.
+
+    Raises:
+        ValueError: the file is not a JSON object, or fingerprint or vocabulary are of another type.
+    """
+    file = folder / NOTES_FILE
+    if not file.is_file():
+        return {}
+    notes = read_json_file(file)
+    for name, kind in (("base_fingerprint", str), ("vocab_size", int)):
+        if not isinstance(notes.get(name), kind | None):
+            raise ValueError(
+                f"{shown_path(file)}: {name} is {shown(notes[name])}, which grasp-lora does not "
+                "write; restore the file"
+            )
+    return notes
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -186,6 +207,8 @@ def read_json_file(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read; restore the file") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(content, dict):
@@ -204,8 +227,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in weights_files(folder):
         try:
             tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}); copy it again") from error
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is damaged or cut short, or has an unknown number format ({error}); copy "
+                "it again"
+            ) from error
     if not tensors:
         raise ValueError(f"{folder / WEIGHTS_FILE} holds no tensors; save the adapter again")
     return tensors
@@ -265,12 +291,28 @@ def _checked(key: str, tensor: Tensor, folder: Path) -> Tensor:
             f"{folder}: tensor {key!r} is {tensor.dtype} {list(tensor.shape)}, but a LoRA factor "
             "is a non-empty floating-point matrix; save the adapter again, with all shards gathered"
         )
-    if not torch.isfinite(tensor).all():
+    return finite_floats(key, tensor, folder)
+
+
+def finite_floats(key: str, tensor: Tensor, folder: Path) -> Tensor:
+    """Return a tensor of a file in float32.
+
+    Raises:
+        ValueError: it holds NaN, infinite values, or values beyond float32.
+    """
+    plain = tensor.float()
+    if torch.isfinite(plain).all():
+        return plain
+    if torch.isfinite(tensor.double()).all():
         raise ValueError(
-            f"{folder}: tensor {key!r} holds NaN or infinite values, so the training diverged; use "
-            "an earlier checkpoint or train again with a lower learning rate"
+            f"{folder}: tensor {shown(key)} holds values up to "
+            f"{tensor.double().abs().max():.3g}, which float32 cannot hold; use an earlier "
+            "checkpoint or save the adapter again"
         )
-    return tensor.float()
+    raise ValueError(
+        f"{folder}: tensor {shown(key)} holds NaN or infinite values, so the training diverged; use"
+        " an earlier checkpoint or train again with a lower learning rate"
+    )
 
 
 def _checked_pair(module: str, sides: Mapping[str, Tensor], folder: Path) -> FactorPair:
@@ -307,6 +349,26 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) ->
             f"correct {ADAPTER_CONFIG_FILE}"
         )
     return lora_scaling(rank, alpha, bool(config.get("use_rslora")))
+
+
+def _factors(config: Mapping[str, Any], module: str, pair: FactorPair, folder: Path) -> LoraFactors:
+    """Return the factors of a module with their scaling.
+
+    Raises:
+        ValueError: as in `_scaling`, or what they may add to a weight is beyond float32, so that
+            nothing could be computed with them.
+    """
+    A, B = pair
+    scaling = _scaling(config, module, A.shape[0], folder)
+    largest = [float(factor.abs().max()) for factor in pair]
+    if A.shape[0] * largest[0] * largest[1] * abs(scaling) > torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"{folder}: the factors of {shown(module)}, up to {largest[0]:.3g} and "
+            f"{largest[1]:.3g}, with a scaling of {scaling:.3g} (of alpha and rank) add values "
+            "that float32 cannot hold; restore the weights, or lora_alpha and alpha_pattern in "
+            f"{ADAPTER_CONFIG_FILE}"
+        )
+    return LoraFactors(A, B, scaling)
 
 
 def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:

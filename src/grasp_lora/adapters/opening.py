@@ -23,13 +23,15 @@ from peft.utils import PeftType, TaskType
 from torch import Tensor, nn
 
 from grasp_lora.adapters.chat import given_template, put_template
+from grasp_lora.adapters.config_content import check_patterns
 from grasp_lora.adapters.folder import (
     ADAPTER_CONFIG_FILE,
     NOTES_FILE,
     WEIGHTS_FILE,
     adapter_in,
+    finite_floats,
     read_config_file,
-    read_json_file,
+    read_notes,
     read_tensors,
 )
 from grasp_lora.adapters.names import by_model_rules, names_of_today
@@ -53,6 +55,10 @@ from grasp_lora.models.modules import vocabulary_size
 from grasp_lora.models.preserve import quiet_wrapping
 
 _ADAPTER = "default"
+_SMALL = 1024
+"""A size that is allocated whatever the tensors are."""
+_OF_PEFT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What PEFT raises, in many places, for settings and tensors that it cannot use."""
 
 _REFUSED_TYPES: dict[PeftType, str] = {
     PeftType.XLORA: "it mixes other adapters that its folder does not hold; evaluate each of them",
@@ -235,6 +241,9 @@ def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Mo
     config = _peft_config(folder)
     tensors = by_model_rules(read_tensors(folder), config, backbone.model)
     _check_values(tensors, folder)
+    _check_extent(read_config_file(folder), tensors, folder)
+    names = [name for name, _ in backbone.model.named_modules()]
+    check_patterns(read_config_file(folder), names, folder / ADAPTER_CONFIG_FILE)
     _check_base(backbone, folder, _base_of(read_config_file(folder)))
     overwritten = _overwritten_weights(backbone.model, tensors)
     _check_sizes(overwritten, tensors, folder)
@@ -284,7 +293,7 @@ def _peft_config(folder: Path) -> PeftConfig:
     build = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         config = build.from_peft_type(**build.check_kwargs(**known_settings(content)))
-    except (TypeError, ValueError) as error:
+    except _OF_PEFT as error:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG_FILE} is no valid {kind.value} config ({error}); restore "
             "the file"
@@ -295,15 +304,28 @@ def _peft_config(folder: Path) -> PeftConfig:
 
 def _check_values(tensors: dict[str, Tensor], folder: Path) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point():
+            finite_floats(key, tensor, folder)
+
+
+def _check_extent(content: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that no size in the config is far beyond the tensors, as PEFT would allocate it.
+
+    Raises:
+        ValueError: a rank or a number of virtual tokens is larger than any side of any tensor.
+    """
+    most = max([_SMALL, *(side for tensor in tensors.values() for side in tensor.shape)])
+    for name in ("r", "init_r", "target_r", "num_virtual_tokens"):
+        size = content.get(name)
+        if isinstance(size, int) and size > most:
             raise ValueError(
-                f"{folder}: tensor {shown(key)} holds NaN or infinite values, so the training "
-                "diverged; use an earlier checkpoint or train again with a lower learning rate"
+                f"{folder / ADAPTER_CONFIG_FILE}: {name} is {shown(size)}, but no tensor of the "
+                f"adapter has a side over {most}; restore the file that belongs to the weights"
             )
 
 
 def _check_base(backbone: Backbone, folder: Path, named: str | None) -> None:
-    notes = read_json_file(folder / NOTES_FILE) if (folder / NOTES_FILE).is_file() else {}
+    notes = read_notes(folder)
     stored, vocabulary = notes.get("base_fingerprint"), notes.get("vocab_size")
     advice = f"load the base model it was trained on ({named})"
     actual = vocabulary_size(backbone.model)
@@ -352,7 +374,9 @@ def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> Peft
     try:
         with quiet_wrapping():
             return build(base, config, _ADAPTER)
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _OF_PEFT as error:
         raise ValueError(
             f"{folder} does not fit this model ({error}); load the base model it was trained on"
         ) from error
@@ -375,7 +399,7 @@ def _load_tensors(
         raise ValueError(f"{folder}: {_counted(missing)} no tensor in {WEIGHTS_FILE}; {advice}")
     try:
         set_peft_model_state_dict(model, dict(tensors), _ADAPTER)
-    except RuntimeError as error:
+    except _OF_PEFT as error:
         raise ValueError(
             f"{folder}: a tensor has another shape in this model ({str(error).splitlines()[-1]}); "
             f"{advice}"

@@ -26,7 +26,11 @@ def shown(value: object) -> str:
         length = "1 entry" if len(value) == 1 else f"{len(value)} entries"
     elif isinstance(value, str):
         length = f"{len(value)} characters"
-    return shortened(str(value) if isinstance(value, date) else repr(value), length)
+    try:
+        text = str(value) if isinstance(value, date) else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply to be shown"
+    return shortened(text, length)
 
 
 def shown_path(path: Path | str) -> str:
@@ -57,16 +61,48 @@ def printable(text: str) -> str:
     )
 
 
+_OF_MARKDOWN = re.compile(r"[\\`*\[|~$]|(?<!\w)_|_(?!\w)")
+
+
+def in_markdown(text: str) -> str:
+    """Return a text so that Markdown and HTML show it as it is, on one line.
+
+    For everything that comes from data or from outside, such as ids, names and errors: it makes no
+    link, picture, table cell or element. The text must not stand between backticks.
+    """
+    line = printable(text).replace("\n", "\\n")
+    line = _OF_MARKDOWN.sub(lambda mark: "\\" + mark[0], line)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fenced(text: str) -> list[str]:
+    """Return a text as the lines of a block of code in Markdown, which it cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence, printable(text), fence]
+
+
+def in_picture(text: str) -> str:
+    """Return a text so that matplotlib draws it as it is, and takes none of it for a formula."""
+    return printable(text).replace("\n", "\\n").replace("$", r"\$")
+
+
 def check_path(path: Path | str) -> None:
-    """Check that a text can be a path: it is no longer than a path, without control characters.
+    """Check that a text can be a path: no longer than a path, in UTF-8, without control characters.
 
     Raises:
-        ValueError: it holds a control character, such as a line break, or is too long.
+        ValueError: it holds a control character, such as a line break, bytes that are not UTF-8
+            (Python has them as halves of surrogate pairs), or is too long.
     """
     if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in Path(path).parts):
         raise ValueError(
             f"{shown_path(path)} is no path: a name in it has over {_LONGEST_NAME} bytes; give the "
             "path of a file or folder"
+        )
+    if any(unicodedata.category(c) == "Cs" for c in str(path)):
+        raise ValueError(
+            f"{shown_path(path)} is not UTF-8; rename the file or folder, as no record could hold "
+            "its name"
         )
     if any(unicodedata.category(c) == "Cc" for c in str(path)):
         raise ValueError(

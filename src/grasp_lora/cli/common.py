@@ -149,7 +149,7 @@ def numbers_in(text: str) -> tuple[int, ...]:
 def report_failures(failed: Mapping[str, str]) -> None:
     """Print the runs without a result, if any, and exit with code 1."""
     for name, why in failed.items():
-        typer.echo(f"{name}: {printable(why)}", err=True)
+        typer.echo(printable(f"{name}: {why}"), err=True)
     if failed:
         raise typer.Exit(1)
 

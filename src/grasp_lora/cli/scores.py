@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from grasp_lora.base.words import check_path, shown_path
+from grasp_lora.base.words import check_path, printable, shown_path
 from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
@@ -129,7 +129,7 @@ def describe(
     loaded = load(config, settings, None, seed, training=False)
     from grasp_lora.workbench.describe import describe_data
 
-    typer.echo(describe_data(loaded, out, overwrite=overwrite))
+    typer.echo(printable(describe_data(loaded, out, overwrite=overwrite)))
 
 
 def score(
@@ -218,8 +218,8 @@ def score(
         Console(highlight=False).print(words.score_table(result))
     else:
         result = recipe.compare_files(file, against, options, names, json, overwrite)
-        typer.echo("\n".join(words.comparison_lines(result)))
+        typer.echo(printable("\n".join(words.comparison_lines(result))))
     for note in words.result_notes(result):
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {printable(note)}", err=True)
     if json is not None:
-        typer.echo(f"wrote {json}")
+        typer.echo(f"wrote {printable(str(json))}")

@@ -73,7 +73,7 @@ def plan(
     console.print(plan_table(stages))
     for one in stages:
         if one.why:
-            console.print(f"{one.name}: {'; '.join(one.why)}", markup=False)
+            console.print(printable(f"{one.name}: {'; '.join(one.why)}"), markup=False)
     waiting = sum(one.state != "done" for one in stages)
     console.print(cost_line(waiting, left(stages)))
     if rest is not None:
@@ -236,7 +236,7 @@ def precheck(
 
     console = Console(highlight=False)
     console.print(precheck_table(found))
-    console.print(f"{found['advice']}: {found['why']}", markup=False)
+    console.print(printable(f"{found['advice']}: {found['why']}"), markup=False)
     console.print(
         f"{found['forwards']} forwards, {found['share_of_run']:.0%} of search and final run"
     )
@@ -311,7 +311,7 @@ def compare(
     for table in comparison_tables(found):
         console.print(table)
     for name, why in found["not_applicable"].items():
-        console.print(f"{name}: not applicable, {why}", markup=False)
+        console.print(printable(f"{name}: not applicable, {why}"), markup=False)
     wrote(out)
     report_failures(found["failed"])
 
@@ -350,7 +350,7 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
         if scores["systems"]:
             console.print("all scores with their 95 % intervals: report.md")
         for line in tried_lines(choice, ratio):
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
         wrote(folder)
         return
     for table in score_tables(scores):
@@ -358,13 +358,13 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     console.print("all scores with their 95 % intervals: report.md")
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
     for line in finding_lines(ratio):
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
     verdict, *pairs = comparison_words(scores).splitlines() or [""]
-    console.print(verdict, markup=False)
+    console.print(printable(verdict), markup=False)
     names = {row["slug"]: row["name"] for row in scores["systems"]}
     for line in pairs:
         if line.startswith(f"- against {names.get(unpruned_of(scores))}:"):
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
     wrote(folder)
 
 

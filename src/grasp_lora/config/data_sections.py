@@ -1,8 +1,9 @@
 """The sections of a configuration that say which examples a run reads."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,10 +19,32 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.languages import language_code
 from grasp_lora.config.sections import LocalPath, Section
 
+PARTS = ("train", "dev", "micro_dev", "test")
+"""The parts of a role's examples, in the order in which they are drawn, read and shown."""
+
 if TYPE_CHECKING:  # code that reads a configuration treats these keys as plain text
     PartName: TypeAlias = str
 else:
-    PartName = Literal["train", "dev", "micro_dev", "test"]
+    PartName = Literal[PARTS]
+
+_V = TypeVar("_V")
+
+
+def in_order(parts: Mapping[str, _V]) -> dict[str, _V]:
+    """Return parts in the order of `PARTS`, whatever order they were written in."""
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def _by_name(named: Mapping[str, _V]) -> dict[str, _V]:
+    return dict(sorted(named.items()))
+
+
+InOrder = AfterValidator(in_order)
+ByName = AfterValidator(_by_name)
+"""The order in which keys are written has no meaning, so no result may depend on it."""
+
+_LONGEST_NAME = 60
+"""Characters of the name of a test set."""
 
 PRESET_TASKS = {"xlsum": "summarization", "mlqa": "qa", "xquad": "qa"}
 
@@ -30,7 +53,7 @@ class HubData(Section):
     hub: str = Field(min_length=1, description="data set id, owner/name")
     config: str | None = Field(default=None, description="configuration of the data set")
     revision: str | None = Field(default=None, description="branch, tag or commit")
-    splits: Annotated[dict[PartName, str], Field(min_length=1)] = Field(
+    splits: Annotated[dict[PartName, str], Field(min_length=1), InOrder] = Field(
         description="part -> published split it is drawn from, such as {train: train, test: test}"
     )
 
@@ -60,7 +83,7 @@ Files: TypeAlias = Annotated[
     | Annotated[Literal["xlsum", "mlqa", "xquad"], Tag("<preset>")]
     | Annotated[LocalPath, Tag("<one>")]
     | Annotated[HubData, Tag("<hub>")]
-    | Annotated[dict[PartName, LocalPath], Tag("<parts>")],
+    | Annotated[dict[PartName, LocalPath], InOrder, Tag("<parts>")],
     Discriminator(_files_kind),
 ]
 
@@ -74,7 +97,7 @@ class ExampleSource(Section):
     prompt: str | None = Field(
         default=None, description="prompt template in place of the task's own"
     )
-    columns: dict[str, str] = Field(
+    columns: Annotated[dict[str, str], ByName] = Field(
         default={},
         description="our name -> column of the files: id, group, the task's inputs and answers",
     )
@@ -86,7 +109,7 @@ class LanguageData(ExampleSource):
         description="builtin; a published set (xlsum, mlqa, xquad); {hub: owner/name, splits: "
         "{...}}; one labelled file, divided as `rows` says; or a file for each part",
     )
-    rows: dict[PartName, NonNegativeInt] = Field(
+    rows: Annotated[dict[PartName, NonNegativeInt], InOrder] = Field(
         default={},
         description="examples in each part; whole contexts stay in one part. Without train, dev "
         "and micro_dev, one file (less rows.test) is divided among them automatically",
@@ -204,7 +227,7 @@ class DataSettings(Section):
         "generated ones; `weight` of them (default 1) are trained on for every labelled row: "
         "{files, weight, language, prompt, columns, rows}",
     )
-    tests: dict[str, TestSet] = Field(
+    tests: Annotated[dict[str, TestSet], ByName] = Field(
         default={},
         description="more test sets by name, such as another domain: {NAME: {language, "
         "files, prompt, columns, rows}}",
@@ -223,10 +246,23 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _names_of_tests(self) -> "DataSettings":
-        bad = [name for name in self.tests if name in ("test", "mean", "worst") or "/" in name]
+        bad = [name for name in self.tests if not _may_name_a_test(name)]
         if bad:
             raise ValueError(
                 f"a test set cannot be called {shown(bad[0])}: the scores use test, mean and worst "
-                "for other things, and a name must not contain '/'; choose another name"
+                f"for other things, and a name has 1 to {_LONGEST_NAME} printable characters, no "
+                "slash or backslash, and does not begin with a dot; choose another name"
             )
         return self
+
+
+def _may_name_a_test(name: str) -> bool:
+    """Return whether a name can be that of a file and the title of a table."""
+    plain = re.sub("[\u200c\u200d]", "", name)  # joiners, which Persian and Indic words need
+    return (
+        name not in ("test", "mean", "worst")
+        and 1 <= len(name) <= _LONGEST_NAME
+        and plain.isprintable()
+        and not name.startswith(".")
+        and not any(mark in name for mark in "/\\")
+    )

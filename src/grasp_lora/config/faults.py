@@ -8,7 +8,13 @@ from typing import Any, cast, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from grasp_lora.base.words import printable
-from grasp_lora.config.rule_words import dotted, key_fault, path_of, value_fault
+from grasp_lora.config.rule_words import (
+    dotted,
+    key_fault,
+    misread_number,
+    path_of,
+    value_fault,
+)
 from grasp_lora.config.sections import Training
 from grasp_lora.config.yaml_text import KeyPath, Words
 
@@ -89,7 +95,9 @@ def describe(
 
 
 def numbers_from_words(given: Any, used: Any, words: Words, path: KeyPath = ()) -> list[str]:
-    """Return one message for each number of the settings that true or false was taken for.
+    """Return one message for each number of the settings that was hardly meant as read.
+
+    These are true and false, a leading 0 (`010` is 8) and numbers with colons (`1:30` is 90).
 
     Args:
         given: the values that were validated.
@@ -101,6 +109,9 @@ def numbers_from_words(given: Any, used: Any, words: Words, path: KeyPath = ()) 
         kind = "int_type" if isinstance(used, int) else "float_type"
         fault = {"type": kind, "input": given}
         return [f"{dotted(path, words)}: {value_fault(path, [fault], words)}"]
+    if isinstance(given, int | float) and isinstance(used, int | float):
+        why = misread_number(words.values.get(path, ""), given)
+        return [f"{dotted(path, words)}: {why}"] if why else []
     pairs: list[tuple[Any, Any, Any]] = []
     if isinstance(given, Mapping) and isinstance(used, Mapping):
         pairs = [(key, one, used[key]) for key, one in given.items() if key in used]

@@ -1,5 +1,6 @@
 """What pydantic says of a value, in words: where it stands, what was given, what is allowed."""
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -93,6 +94,26 @@ def value_fault(path: KeyPath, faults: Sequence[Mapping[str, Any]], words: Words
     if isinstance(value, bool) and word is not None and word.lower() != _read_as(value):
         as_read = f" ({word} in YAML)"
     return f"got {shown(value)}{as_read}; give {rules}{advice}"
+
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
+
+def misread_number(word: str, value: float) -> str:
+    """Return what to say where YAML reads a number unlike people do; "" if it does not.
+
+    Args:
+        word: the number as it was written.
+        value: the number that YAML takes it for.
+    """
+    octal = _OCTAL.fullmatch(word) and int(value) != int(word)
+    if octal:
+        return (
+            f"YAML reads {shortened(word)} as {value:g}, in base 8; write {int(word)} or {value:g}"
+        )
+    if ":" in word:
+        return f"YAML reads {shortened(word)} as {value:g}, in base 60; write it without colons"
+    return ""
 
 
 def key_fault(path: KeyPath, key: Any, words: Words) -> str:

@@ -8,6 +8,7 @@ user's own.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -41,7 +42,7 @@ from grasp_lora.config.sections import (
     TrainingName,
     TrainSettings,
 )
-from grasp_lora.config.yaml_text import Words, read_yaml, yaml_fault
+from grasp_lora.config.yaml_text import DEEPEST, Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
@@ -171,10 +172,31 @@ class RunConfig(Section):
                     f"{where}.files: the preset {section.files} is for the task {task}, but "
                     f"data.task is {shown(self.data.task)}; set data.task: {task}"
                 )
+        found += self._shared_files()
         judges = ("dev", "micro_dev") if self.recipe == "grasp" else ()
         found += _part_faults("data.target", self.data.target, ("train", *judges))
         if self.data.source is not None:
             found += _part_faults("data.source", self.data.source, ("train",))
+        return found
+
+    def _shared_files(self) -> list[str]:
+        """Return one message for each file whose rows would be of two roles.
+
+        One file may hold two languages in other columns, or several splits by name.
+        """
+        target = self.data.target
+        own = {(_place(path), part) for part, path in target.paths().items()}
+        found: list[str] = []
+        for role in ("source", "extra"):
+            section: LanguageData | OneSet | None = getattr(self.data, role)
+            if section is None or section.columns != target.columns:
+                continue
+            found += [
+                f"data.{role}.files: {shown_path(path)} is the file of data.target, read the same "
+                "way, so its rows would be of both; give each its own file"
+                for part, path in section.paths().items()
+                if (_place(path), part) in own
+            ]
         return found
 
     def held_faults(self) -> list[str]:
@@ -261,6 +283,11 @@ def _default() -> RunConfig:
 
 def _value(config: RunConfig, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
+
+
+def _place(path: Path) -> Path:
+    """Return where a path leads, so that two ways to write it are the same."""
+    return Path(os.path.realpath(path))
 
 
 _OF_METHOD = ("lora", "merge", "controller", "finetune")
@@ -400,7 +427,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Iterable[str], words: Word
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > DEEPEST:
             faults.append(f"--set {shown(text)}: not of the form key=value, such as train.epochs=3")
             continue
         try:

@@ -2,12 +2,25 @@
 
 YAML 1.1 reads `no`, `on`, `2023` and `1.10` without quotes as false, true and numbers, so the
 language `no` is lost. A message on a setting that must be text needs the word of the file.
+
+A small text can stand for values without end, by aliases, or for ones that no code can walk
+through. Such a text is refused before its values are made.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
+LONGEST = 1_000_000
+"""Characters of a text."""
+MOST_VALUES = 10_000
+"""Values that a text may stand for, with those that its aliases repeat."""
+DEEPEST = 50
+"""Levels of lists and blocks within each other."""
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 KeyPath = tuple[str, ...]
 """Keys and positions, as text, that lead to a value."""
@@ -52,29 +65,101 @@ def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> d
     return loader.construct_mapping(node, deep=True)
 
 
+def _text(loader: _StrictLoader, node: yaml.ScalarNode) -> str:
+    """Return a text; JSON writes a character beyond U+FFFF as two escapes, which are joined."""
+    text = _PAIR.sub(lambda pair: _joined(pair[0]), str(loader.construct_scalar(node)))
+    if _HALF.search(text):
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(
+            f"line {line}: a text holds half of a character (\\ud800 to \\udfff); write it whole"
+        )
+    return text
+
+
+def _joined(pair: str) -> str:
+    return pair.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def read_yaml(text: str) -> tuple[Any, Words]:
     """Return the plain values of a YAML text, like `yaml.safe_load`, and the words in it.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or a key occurs twice in the same place.
+        yaml.YAMLError: the text is not YAML, a key occurs twice in the same place, or the text
+            stands for more than `MOST_VALUES` values or for more than `DEEPEST` levels.
     """
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text)} characters are no configuration; {LONGEST} at most")
+    _check_depth(text)
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, Words()
-        try:
-            values = loader.construct_document(node)
-        except (ValueError, TypeError, OverflowError) as error:  # such as the date 2023-13-45
-            raise yaml.YAMLError(str(error)) from None
+        _extent(node, {})
+        values = loader.construct_document(node)
         words = Words()
         _collect(node, values, (), words, set())
         return values, words
+    except (ValueError, TypeError, OverflowError) as error:  # such as the date 2023-13-45
+        raise yaml.YAMLError(_short_of_digits(error)) from None
+    except (LookupError, AttributeError) as error:  # such as !!bool abc
+        raise yaml.YAMLError(f"a value does not fit its tag ({error}); take the tag out") from None
     finally:
         loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        if isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST:
+            raise _too_deep(event.start_mark)
+
+
+def _too_deep(mark: yaml.Mark) -> yaml.YAMLError:
+    return yaml.YAMLError(
+        f"line {mark.line + 1}: lists and blocks are nested more than {DEEPEST} levels deep; write "
+        "settings plainly"
+    )
+
+
+def _short_of_digits(error: Exception) -> str:
+    """Return what is wrong with a value; Python's advice on long numbers helps no one here."""
+    return "a number has thousands of digits" if "digits" in str(error) else str(error)
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values and levels a node stands for, an alias counted as what it repeats.
+
+    Raises:
+        yaml.YAMLError: they are too many, or a node holds itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = (MOST_VALUES, 0)  # of one that holds itself
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        found = [_extent(one, known) for one in below]
+        depth = 1 + max((depth for _, depth in found), default=0)
+        known[id(node)] = 1 + sum(count for count, _ in found), depth
+    count, depth = known[id(node)]
+    if count > MOST_VALUES:
+        raise yaml.YAMLError(
+            f"line {node.start_mark.line + 1}: the text stands for more than {MOST_VALUES} values, "
+            "as aliases (*name) repeat others; write the values themselves"
+        )
+    if depth > DEEPEST:
+        raise _too_deep(node.start_mark)
+    return count, depth
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
@@ -82,6 +167,8 @@ def yaml_fault(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     problem, mark = str(error.problem), error.problem_mark
+    if "constructor for the tag" in problem:
+        problem = f"the tag {problem.split()[-1]} is not allowed; take it out"
     if "escape" in problem:
         problem += (
             "; in double quotes a backslash begins an escape: write a path in single quotes, or "

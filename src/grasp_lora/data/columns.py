@@ -110,8 +110,8 @@ def match_columns(
         optional: names of inputs that may be empty.
 
     Raises:
-        ValueError: `given` has an unknown name or an absent column, a column is missing, or the
-            answer's column is also an input.
+        ValueError: `given` has an unknown name or an absent column, a column is missing, or one
+            column is that of two names.
     """
     if not available:
         raise ValueError(f"{source}: its rows have no columns; give each row its values by name")
@@ -133,12 +133,7 @@ def match_columns(
             f"{source}: no column for {wanted}; its columns are {_listed(available)}; name the "
             f"right one in columns, such as {{{missing[0]}: {available[-1]}}}"
         )
-    both = [name for name in inputs if found[name] == found[task.answer]]
-    if both:
-        raise ValueError(
-            f"{source}: the column {shown(found[task.answer])} is both {both[0]} and "
-            f"{task.answer}; the prompt would contain the answer; name another column in columns"
-        )
+    _check_apart({name: found[name] for name in (*inputs, task.answer)}, task.answer, source)
     fields = {name: found[name] for name in inputs}
     used = {*fields.values(), found[task.answer]}
     return Columns(
@@ -150,6 +145,19 @@ def match_columns(
         flags=tuple(name for name in UNANSWERABLE if name in available and name not in used),
         plausible=PLAUSIBLE in available and PLAUSIBLE not in used,
     )
+
+
+def _check_apart(columns: Mapping[str, str], answer: str, source: str) -> None:
+    """Check that no column is that of two names, inputs or the answer."""
+    owners: dict[str, str] = {}
+    for name, column in columns.items():
+        other = owners.setdefault(column, name)
+        if other != name:
+            why = "the prompt would contain the answer" if name == answer else "each needs its own"
+            raise ValueError(
+                f"{source}: the column {shown(column)} is both {other} and {name}; {why}; name "
+                "another column in columns"
+            )
 
 
 def _check_given(

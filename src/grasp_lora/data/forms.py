@@ -5,12 +5,13 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from grasp_lora.base.words import shown
+from grasp_lora.base.words import shortened, shown
 from grasp_lora.data.contents import PACKED_SUFFIXES, bytes_of, data_suffix, text_of
 
 DELIMITED: Mapping[str, str] = MappingProxyType({".csv": ",", ".tsv": "\t"})
@@ -24,6 +25,8 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Split -> the names that it has in files, if there are others than its own."""
 _SHOWN = 8
 """Number of names that a message lists."""
+_BATCH = 4096
+"""Rows of a Parquet file that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _record(where: str, row: Any, needed: str = "a JSON object") -> Record:
 
 def _json_records(path: Path, text: str, split: str | None) -> Opened:
     try:
-        document = json.loads(text)
+        document = _loaded(text, str(path))
     except json.JSONDecodeError as error:
         if not _has_json_line(text):
             raise ValueError(
@@ -127,6 +130,42 @@ def _json_records(path: Path, text: str, split: str | None) -> Opened:
     if any(isinstance(entry, Mapping) and "paragraphs" in entry for entry in articles):
         return Opened("squad", _squad_records(path, articles))
     return Opened("json", _list_records(f"{path}: data", articles))
+
+
+class _KeyTwice(Exception):
+    """An object of a JSON text has a key twice; Python would silently keep the last value."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _loaded(text: str, where: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        JSONDecodeError: the text is not JSON.
+        ValueError: it is, but cannot be read: a key stands twice in one object, the values are
+            nested too deeply, or a number has too many digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError:
+        raise
+    except _KeyTwice as error:
+        raise ValueError(
+            f"{where}: the key {shown(error.args[0])} is given twice in one object; keep one"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{where}: lists and objects are nested too deeply to be read; write plain rows"
+        ) from None
+    except ValueError:  # of Python's limit on the digits of a number
+        raise ValueError(f"{where}: a number has thousands of digits; write it as a text") from None
 
 
 def _object_records(path: Path, document: Mapping[str, Any], split: str | None) -> Opened:
@@ -188,7 +227,7 @@ def _has_json_line(text: str) -> bool:
     """Return whether the first line that is not blank is a complete JSON object."""
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     try:
-        return isinstance(json.loads(first), dict)
+        return isinstance(_loaded(first, ""), dict)
     except json.JSONDecodeError:
         return False
 
@@ -205,7 +244,7 @@ def _line_records(path: Path, text: str) -> Iterator[Record]:
             continue
         where = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = _loaded(line, where)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: not JSON ({error.msg}); write one JSON object a line"
@@ -297,20 +336,45 @@ def _numbered_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, li
 def _parquet_records(path: Path) -> Iterator[Record]:
     packed = path.suffix.lower() in PACKED_SUFFIXES
     try:
-        import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise ValueError(f"{path}: Parquet needs pyarrow; run `pip install pyarrow`") from None
+    with _readable_parquet(path):
+        # Checksums show pages that are damaged and still can be read.
+        source = io.BytesIO(bytes_of(path)) if packed else path
+        file = parquet.ParquetFile(source, page_checksum_verification=True)
+        names = file.schema_arrow.names
+        batches = file.iter_batches(batch_size=_BATCH)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: two columns are named {shown(twice)}; column names are unique")
+    return _parquet_rows(path, batches)
+
+
+@contextmanager
+def _readable_parquet(path: Path) -> Iterator[None]:
+    """Say of whatever pyarrow raises on a damaged file what the file is.
+
+    It has no common class of errors: a damaged file gives any of `OSError`, `ValueError`,
+    `TypeError`, `KeyError`, `OverflowError`, `MemoryError` and more.
+    """
     try:
-        file = parquet.ParquetFile(io.BytesIO(bytes_of(path)) if packed else path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}); write it again") from None
-    return _parquet_rows(path, file.iter_batches())
+        yield
+    except Exception as error:
+        why = shortened(str(error).split("\n")[0]) or type(error).__name__
+        raise ValueError(
+            f"{path} is not a Parquet file, or is damaged ({why}); fetch or write it again"
+        ) from None
 
 
-def _parquet_rows(path: Path, batches: Iterable[Any]) -> Iterator[Record]:
+def _parquet_rows(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
     index = 0
-    for batch in batches:
-        for row in batch.to_pylist():
+    while True:
+        with _readable_parquet(path):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
             yield Record(f"{path}[{index}]", row)
             index += 1

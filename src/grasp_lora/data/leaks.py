@@ -4,19 +4,21 @@ The texts compared are the context or the article, or all inputs of an example t
 Near-duplicates are searched among contexts and articles of the same language.
 """
 
-import re
-import unicodedata
-import zlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
-from typing import Any, Literal, NoReturn, cast
+from itertools import combinations, islice
+from typing import Literal, NoReturn, TypeVar
 
-from grasp_lora.base.texts import normal_form, without_vowel_marks
+import numpy as np
+
+from grasp_lora.base.texts import normal_form
 from grasp_lora.base.words import shown
+from grasp_lora.data.compared import Unit, bodies_by_language, shingles, units_of
+from grasp_lora.data.similar import SimilarSets
 from grasp_lora.data.splits import Parts
-from grasp_lora.tasks.records import Example, main_language
+from grasp_lora.tasks.records import Example
 
 Kind = Literal["id", "group", "text", "near"]
 KINDS: Mapping[Kind, str] = {
@@ -27,19 +29,11 @@ KINDS: Mapping[Kind, str] = {
 }
 """Kind of leak -> its description, the strongest kind first."""
 
-BODIES = ("context", "article")
-"""Inputs that count as an example's body."""
+Say = Callable[[str], None]
+"""Takes a line for the user."""
 
-SHORTEST = {"words": 10, "characters": 20}
-"""Least length for near-duplicates. Shorter texts are only compared for equality."""
-
-# Han, kana, Thai, Lao, Burmese and Khmer are written without spaces between words.
-_UNSEGMENTED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-_PERMUTATIONS = 128
-_MISS_PROBABILITY = 1e-4
+_TOLD_EVERY = 10.0
+"""Seconds between two lines on how far a search for near-duplicates is."""
 _SHOWN = 5
 
 
@@ -63,8 +57,8 @@ class Leak:
         return f"{rows} ({KINDS[self.kind]}{near})"
 
 
-def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
-    """Return the leaks between splits, the strongest kind first, then in the order of examples.
+def find_leaks(parts: Parts, *, threshold: float = 0.8, say: Say | None = None) -> list[Leak]:
+    """Return leaks between splits, the strongest kind first, then in the order of examples.
 
     Every shared id is a leak. Two groups (such as the questions on two contexts) without a shared
     id are reported at most once, by their first examples and the strongest kind that applies. The
@@ -72,29 +66,40 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8) -> list[Leak]:
     white space and Arabic vowel marks; and texts of one language whose shingles have a Jaccard
     similarity of at least `threshold`. Ids and groups are compared in normal form too.
 
-    Shingles are 3 words, or 5 characters in languages written without spaces. Candidates come from
-    MinHash, which misses a pair at the threshold with a probability below 1e-4 if the threshold is
-    at least 0.1. Reported similarities are exact. The result is deterministic.
+    A group that leaks into another split is in at least one pair with that split. Where many groups
+    of two splits are alike not every pair is reported, so that pairs are no more than groups.
+
+    Shingles are 3 words, or 5 characters in languages written without spaces. The search is exact:
+    no pair at the threshold is missed.
 
     Args:
         parts: split -> examples; to compare roles and languages, pass all their splits together.
         threshold: Jaccard similarity in (0, 1] from which texts are nearly the same.
+        say: is told how far a long search is.
 
     Raises:
         ValueError: the threshold is not in (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is a Jaccard similarity in (0, 1], got {threshold}")
-    search = _Search(_units(parts))
+    check_threshold(threshold)
+    search = _Search(units_of(parts))
     _report_shared_ids(parts, search)
     search.report_equal("group", lambda unit: normal_form(unit.group))
     search.report_equal("text", lambda unit: unit.key)
-    for language in dict.fromkeys(unit.language for unit in search.units):
-        units = [unit for unit in search.units if unit.language == language and unit.is_body]
-        for one, two, similarity in _near_pairs(units, threshold):
+    for units in bodies_by_language(search.units):
+        for one, two, similarity in _near_pairs(units, threshold, say):
             search.report("near", one, two, similarity)
     rank = list(KINDS)
     return sorted(search.leaks, key=lambda leak: rank.index(leak.kind))
+
+
+def check_threshold(threshold: float) -> None:
+    """Check a Jaccard similarity from which texts are nearly the same.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is a Jaccard similarity in (0, 1], got {threshold}")
 
 
 def check_disjoint(
@@ -182,66 +187,44 @@ def parallel_notice(
     )
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A distinct text of a split, with the id of the first example that contains it."""
-
-    split: str
-    id: str
-    group: str
-    language: str
-    text: str
-    key: str
-    is_body: bool
-    """Whether the text is a context or an article; other texts may be a shared instruction."""
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """Split and group."""
-        return self.split, self.group
-
-
 @dataclass
 class _Search:
     """The leaks found so far."""
 
-    units: Sequence[_Unit]
+    units: Sequence[Unit]
     leaks: list[Leak] = field(default_factory=list)
     linked: set[tuple[tuple[str, str], tuple[str, str]]] = field(default_factory=set)
     """Pairs of groups, each with its split, that were reported."""
 
-    def report_equal(self, kind: Kind, key: Callable[[_Unit], str]) -> None:
+    def report_equal(self, kind: Kind, key: Callable[[Unit], str]) -> None:
         """Report the units of different splits that have the same key."""
-        alike: dict[str, list[_Unit]] = {}
+        alike: dict[str, dict[tuple[str, str], Unit]] = {}
         for unit in self.units:
-            alike.setdefault(key(unit), []).append(unit)
-        for units in alike.values():
             # One unit per group is enough, and avoids pairing all units of a large group.
-            distinct: dict[tuple[str, str], _Unit] = {}
-            for unit in units:
-                distinct.setdefault(unit.place, unit)
-            for one, two in combinations(distinct.values(), 2):
+            alike.setdefault(key(unit), {}).setdefault(unit.place, unit)
+        for units in alike.values():
+            for one, two in _pairs_of_alike(list(units.values())):
                 self.report(kind, one, two)
 
-    def report(self, kind: Kind, one: _Unit, two: _Unit, similarity: float = 1.0) -> None:
-        """Add a leak, unless both units are in one split or their groups were reported."""
-        if one.split == two.split or (one.place, two.place) in self.linked:
+    def report(self, kind: Kind, one: Unit, two: Unit, similarity: float = 1.0) -> None:
+        """Add a leak, unless the groups were reported."""
+        if (one.place, two.place) in self.linked:
             return
         self.linked.add((one.place, two.place))
         self.leaks.append(Leak(kind, (one.split, one.id), (two.split, two.id), similarity))
 
 
-def _units(parts: Parts) -> list[_Unit]:
-    found: dict[tuple[str, ...], _Unit] = {}
-    for split, examples in parts.items():
-        for e in examples:
-            text, named = _body(e), any(e.fields.get(name) for name in BODIES)
-            identity = (split, e.language, e.group, text)
-            if identity not in found:
-                found[identity] = _Unit(
-                    split, e.id, e.group, main_language(e.language), text, _key(text), named
-                )
-    return list(found.values())
+def _pairs_of_alike(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
+    """Return pairs of units that are all alike: the first of each split with all of each other."""
+    by_split: dict[str, list[int]] = {}
+    for number, unit in enumerate(units):
+        by_split.setdefault(unit.split, []).append(number)
+    pairs = [
+        pair
+        for ones, others in combinations(by_split.values(), 2)
+        for pair in [(ones[0], o) for o in others] + [(o, others[0]) for o in ones[1:]]
+    ]
+    return [(units[one], units[two]) for one, two in sorted(pairs)]
 
 
 def _report_shared_ids(parts: Parts, search: _Search) -> None:
@@ -256,95 +239,41 @@ def _report_shared_ids(parts: Parts, search: _Search) -> None:
             earlier.setdefault(split, example)
 
 
-def _body(example: Example) -> str:
-    named = next((example.fields[name] for name in BODIES if example.fields.get(name)), None)
-    return "\n".join(example.fields.values()) if named is None else named
+def _near_pairs(
+    units: Sequence[Unit], threshold: float, say: Say | None
+) -> list[tuple[Unit, Unit, float]]:
+    """Return (unit, unit, similarity) for similar units of different splits, all in one language.
 
-
-class _Table(dict[int, str | None]):
-    """Translation table that replaces punctuation, separators and controls by a substitute."""
-
-    def __init__(self, substitute: str | None) -> None:
-        super().__init__()
-        self.substitute = substitute
-
-    def __missing__(self, code: int) -> str | None:
-        letter = chr(code)
-        self[code] = self.substitute if unicodedata.category(letter)[0] in "PZC" else letter
-        return self[code]
-
-
-_DROPPED = _Table(None)
-_SPACED = _Table(" ")
-
-
-def _plain(text: str) -> str:
-    bare = without_vowel_marks(normal_form(text))
-    return unicodedata.normalize("NFKC", bare).casefold()
-
-
-def _key(text: str) -> str:
-    """Return the text for comparison; a text that is only punctuation keeps its punctuation."""
-    plain = _plain(text)
-    return plain.translate(_DROPPED) or " ".join(plain.split())
-
-
-def _near_pairs(units: Sequence[_Unit], threshold: float) -> Iterator[tuple[_Unit, _Unit, float]]:
-    """Yield (unit, unit, similarity) for similar units of different splits, all in one language."""
-    if len({unit.split for unit in units}) < 2:
-        return
-    from datasketch import MinHash, MinHashLSH
-
-    letters = sum(len(unit.key) for unit in units)
-    unsegmented = sum(len(_UNSEGMENTED.findall(unit.key)) for unit in units)
-    shingles = _character_shingles if 2 * unsegmented > letters else _word_shingles
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
-    start = MinHash(num_perm=_PERMUTATIONS, hashfunc=zlib.crc32)
-    waiting: list[tuple[int, Any]] = []
+    Every unit with a similar one in another split is in a pair with that split. Once a unit is, it
+    is paired only with units that are in none yet.
+    """
+    by_split: dict[str, list[int]] = {}
     for number, unit in enumerate(units):
-        if waiting and units[waiting[0][0]].split != unit.split:
-            # The index contains only earlier splits, so that similar texts within a split are not
-            # compared.
-            for earlier, sketch in waiting:
-                index.insert(earlier, sketch)
-            waiting = []
-        own = shingles(unit)
-        if not own:
-            continue
-        sketch = start.copy()
-        sketch.update_batch([shingle.encode() for shingle in own])
-        for other in sorted(cast(list[int], index.query(sketch))):
-            similarity = _jaccard(own, shingles(units[other]), threshold)
-            if similarity >= threshold:
-                yield units[other], unit, similarity
-        waiting.append((number, sketch))
+        by_split.setdefault(unit.split, []).append(number)
+    if len(by_split) < 2:
+        return []
+    index = SimilarSets(shingles(units), threshold)
+    found: list[tuple[int, int, float]] = []
+    for ones, others in combinations(by_split.values(), 2):
+        waiting, met = (np.zeros(len(units), np.bool_) for _ in range(2))
+        waiting[ones] = True
+        for two in told(others, say):
+            new = list(index.similar(two, waiting)) if waiting.any() else []
+            waiting[[one for one, _ in new]] = False
+            met[[one for one, _ in new]] = True
+            new = new or list(islice(index.similar(two, met), 1))
+            found += [(two, one, similarity) for one, similarity in new]
+    return [(units[one], units[two], similarity) for two, one, similarity in sorted(found)]
 
 
-def _bands(threshold: float) -> tuple[int, int]:
-    """Return (bands, rows) of the index: the most rows that miss fewer than 1 pair in 10,000."""
-    for rows in (32, 16, 8, 4, 2):
-        bands = _PERMUTATIONS // rows
-        if (1 - threshold**rows) ** bands < _MISS_PROBABILITY:
-            return bands, rows
-    return _PERMUTATIONS, 1
+_T = TypeVar("_T")
 
 
-def _word_shingles(unit: _Unit) -> set[str]:
-    words = _plain(unit.text).translate(_SPACED).split()
-    if len(words) < SHORTEST["words"]:
-        return set()
-    return {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
-
-
-def _character_shingles(unit: _Unit) -> set[str]:
-    if len(unit.key) < SHORTEST["characters"]:
-        return set()
-    return {unit.key[i : i + 5] for i in range(len(unit.key) - 4)}
-
-
-def _jaccard(one: set[str], two: set[str], threshold: float) -> float:
-    # Sets of very different size cannot reach the threshold; intersecting them is slow.
-    if min(len(one), len(two)) / max(len(one), len(two)) < threshold:
-        return 0.0
-    shared = len(one & two)
-    return shared / (len(one) + len(two) - shared)
+def told(work: Sequence[_T], say: Say | None) -> Iterator[_T]:
+    """Yield what is to be compared, and say from time to time how much of it is done."""
+    next_line = time.monotonic() + _TOLD_EVERY
+    for done, one in enumerate(work):
+        if say is not None and time.monotonic() > next_line:
+            say(f"looking for near-duplicates: {100 * done // len(work)} % of {len(work)} texts")
+            next_line = time.monotonic() + _TOLD_EVERY
+        yield one

@@ -87,10 +87,16 @@ def id_value(value: Any, name: str, where: str) -> str:
         where: place of the record, for messages.
 
     Raises:
-        ValueError: the value is neither a text that is not blank nor a whole number.
+        ValueError: the value is neither a text that is not blank nor a whole number, or the text
+            is cut within a character.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError(f"{where}: {name} must be a text or a whole number, got {_shown(value)}")
+    if SURROGATE.search(str(value)):
+        raise ValueError(
+            f"{where}: {name} {shown(value)} holds half of a character (U+D800 to U+DFFF), which "
+            "no file can hold; write it whole"
+        )
     return str(value)
 
 

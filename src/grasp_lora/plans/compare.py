@@ -41,6 +41,9 @@ from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.scoring.sets import metric_options, missing_metrics
 from grasp_lora.stages.folder import work_folder
 from grasp_lora.workbench.beside import target_epoch
+from grasp_lora.workbench.context import POOLS
+from grasp_lora.workbench.merge_probes import check_pool, learns_weights
+from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
@@ -128,7 +131,9 @@ def checked_data(
         raise ValueError(f"no {kind} {shown(unknown[0])}; choose from {', '.join(known)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
-    faults = config.faults() + config.missing_files() + missing_metrics(config)
+    say_code(config, Reporter(quiet).say)
+    faults = config.faults() + config.missing_files()
+    faults += missing_metrics(config) + objective_faults(config)
     faults += config.held_faults() if config.recipe == "auto" else []
     if faults:
         raise ConfigError(faults)
@@ -136,7 +141,11 @@ def checked_data(
         if folder is not None:
             read_adapter(folder)
             check_openable(folder)
-    return load_run_data(config, Reporter(quiet).say)
+    data = load_run_data(config, Reporter(quiet).say)
+    if learns_weights(config):
+        pool = POOLS[config.controller.probe_rows]
+        check_pool(sum(len(data.parts["target"].get(split, ())) for split in pool))
+    return data
 
 
 def plan_of(

@@ -8,6 +8,7 @@ from grasp_lora.config.sections import TrainingName
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.stages.costs import lasting, passes_of
 from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.workbench.merge_probes import learns_weights
 
 ROLES = ("source", "target")
 
@@ -41,10 +42,9 @@ def add_merge(
     Returns:
         The names of the merge and of its probe; None instead of a probe that is not needed.
     """
-    post_hoc, given = config.merge.when == "after", config.merge.weights
     probe = None
-    if given == "auto" or (post_hoc and given is None):
-        choice = {"choice": "shares" if post_hoc else "weights"}
+    if learns_weights(config):
+        choice = {"choice": "shares" if config.merge.when == "after" else "weights"}
         probe = plan.add(Stage(weights, "probe", config, pair, choice))
     learned = {} if probe is None else {"weights": probe}
     return plan.add(Stage(name, "merge", config, dict(pair) | learned)), probe

@@ -28,8 +28,6 @@ from grasp_lora.base.files import (
 )
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
-from grasp_lora.models.backbones import resolve_targets
-from grasp_lora.models.modules import linear_shape
 from grasp_lora.plans.auto import (
     Chosen,
     FinalDiffers,
@@ -55,8 +53,8 @@ from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
-from grasp_lora.workbench.given import check_given
-from grasp_lora.workbench.objective import objective_faults
+from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
+from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.processes import decided_by_main, is_main, join, wait_for_all
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import Given, load_run_data
@@ -121,6 +119,8 @@ def run(
     """
     clock = open_clock(config, profile)
     join(config)
+    say = Reporter(quiet or not is_main()).say
+    say_code(config, say)
     faults = (
         config.faults() + config.recipe_faults() + config.missing_files()
         + missing_metrics(config) + objective_faults(config)
@@ -131,7 +131,7 @@ def run(
         for _, folder in config.adapters:
             if folder is not None:
                 read_adapter(folder)
-        data = load_run_data(config, Reporter(quiet or not is_main()).say, given=rows)
+        data = load_run_data(config, say, given=rows)
     session = Session(config, data, clock=clock, quiet=quiet)
     options = Options(overwrite=overwrite, timed=True)
     work = _fixed if config.recipe == "grasp" else _choosing
@@ -250,12 +250,13 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
-    folders = [folder for _, folder in config.adapters if folder is not None]
-    loaded = check_given(context, folders)
+    given = {role: folder for role, folder in config.adapters if folder is not None}
+    loaded = check_given(context, list(given.values()))
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
     fresh = sum(folder is None for _, folder in config.adapters)
     if fresh:
-        entries += fresh * _fresh_entries(context)
+        own = fresh_adapter(context)
+        entries += fresh * sum(f.A.numel() + f.B.numel() for f in own.values())
     for role, parts in context.data.parts.items():
         for split in parts:
             context.encoded(role, split)
@@ -266,18 +267,12 @@ def _check_before_work(current: _Run) -> None:
         context.reporter.say("no test rows (data.target.rows.test): nothing will be scored")
     planned = ""
     if config.recipe == "grasp":
+        roles = zip(given, loaded, strict=True)
+        check_merge(context, {role: one.adapter for role, one in roles})
         rounds = check_search(context)
         planned = f"; {rounds} rounds of {config.controller.candidates} candidates planned"
     backbone = context.backbone
     context.reporter.say(f"backbone {backbone.public_name}, {backbone.dtype}{planned}")
-
-
-def _fresh_entries(context: Context) -> int:
-    """Return the number of entries of an adapter that this run trains."""
-    model, lora = context.backbone.model, context.config.lora
-    modules = dict(model.named_modules())
-    targets = resolve_targets(model, lora.target_modules)
-    return lora.r * sum(sum(linear_shape(modules[name]) or ()) for name in targets)
 
 
 def _open_folder(current: _Run, again: bool) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grasp_lora.base.words import in_markdown
+
 NO_VALUE = "\N{EN DASH}"
 
 
@@ -86,7 +88,7 @@ def _ratio_line(ratio: Mapping[str, Any]) -> str:
 
 def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
     """Return the head of the report: what is shipped, then a table of all that was measured."""
-    lines = [f"**{ship_line(choice, 'final')}**", "", choice["why"], ""]
+    lines = [f"**{ship_line(choice, 'final')}**", "", in_markdown(choice["why"]), ""]
     if measured_trials(choice):
         lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
     measured = [one for one in choice["tried"] if not one["refused"]] + choice["simple_systems"]
@@ -96,7 +98,8 @@ def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
         loss = NO_VALUE if one["dev_loss"] is None else f"{one['dev_loss']:.3f}"
         epochs, what = str(one.get("epochs", NO_VALUE)), one.get("says") or one.get("name")
         lines.append(f"| {what} | {loss} | {epochs} | `{one['path']}` |")
-    told = [f"- {line}" for line in tried_lines(choice, ratio) if line != choice["why"]]
+    lines_told = [line for line in tried_lines(choice, ratio) if line != choice["why"]]
+    told = [f"- {in_markdown(line)}" for line in lines_told]
     return "\n".join([*lines, "", *told, ""])
 
 
@@ -107,4 +110,4 @@ def measured_trials(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def systems_with_paths(systems: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each system of a table that has a folder."""
-    return [f"- {one['name']}: `{one['path']}`" for one in systems if one.get("path")]
+    return [f"- {in_markdown(one['name'])}: `{one['path']}`" for one in systems if one.get("path")]

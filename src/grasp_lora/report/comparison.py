@@ -13,6 +13,7 @@ from rich.table import Table
 
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import machine_names
+from grasp_lora.base.words import in_markdown
 from grasp_lora.report.run import HEADLINES, NATIVE, NO_VALUE, TITLES, narrow_table
 
 ORACLE = "grid, chosen by the test rows"
@@ -44,7 +45,7 @@ def comparison_csv(found: Mapping[str, Any]) -> str:
 def comparison_markdown(found: Mapping[str, Any]) -> str:
     """Return the comparison as a Markdown document: scores and paired tests, then prices."""
     reference = found["reference"]
-    lines = [f"# Comparison {found['pair']}", ""]
+    lines = [f"# Comparison {in_markdown(found['pair'])}", ""]
     if reference:
         lines += [
             f"The best simple baseline by dev loss is `{reference}`: "
@@ -55,7 +56,12 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
             "",
         ]
     for test in _test_sets(found):
-        lines += [f"## Scores, {test}", "", *_markdown_lines(*score_rows(found, test)), ""]
+        lines += [
+            f"## Scores, {in_markdown(test)}",
+            "",
+            *_markdown_lines(*score_rows(found, test)),
+            "",
+        ]
         lines += empty_answers_note(found, test)
     lines += [*still_falling_note(found), "## Price", "", *_markdown_lines(*price_rows(found)), ""]
     lines += [
@@ -84,7 +90,8 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
         ("Chosen among fewer runs, without those that have no finite loss", _fewer(found)),
     ):
         if names:
-            lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
+            whys = (f"- `{name}`: {in_markdown(why)}" for name, why in names.items())
+            lines += [f"{title}:", "", *whys, ""]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from grasp_lora.base.files import machine_names
+from grasp_lora.base.words import in_picture
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
 # Orange is worse and blue is better than the reference of the round. Colour-blind readers can
@@ -149,7 +150,7 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     ):
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.subplots()
-        draw(axes, runs, f"{metric}, {test}")
+        draw(axes, runs, in_picture(f"{metric}, {test}"))
         _style_axes(axes)
         _separate_names(figure, axes)
         figure.savefig(folder / name, dpi=130)
@@ -270,7 +271,7 @@ def plot_profile(profile: Mapping[str, Any], path: Path) -> None:
         path: path of the PNG; its folder is made.
     """
     wall = profile["wall_seconds"]
-    stages = {name: parts for name, parts in profile["stages"].items() if parts}
+    stages = {in_picture(name): parts for name, parts in profile["stages"].items() if parts}
     figure = Figure(figsize=(9, 2.4 + 0.34 * len(stages)), layout="constrained")
     axes = figure.subplots()
     ends = _part_bars(axes, stages, profile["parts"], wall)

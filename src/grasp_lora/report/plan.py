@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from grasp_lora.scoring.cells import cell
+
 STATES = {
     "absent": "to do",
     "begun": "resumes",
@@ -25,7 +27,9 @@ def plan_table(stages: Sequence[Any]) -> Table:
         cost = one.cost
         numbers = (cost.steps, cost.tokens, cost.forwards, cost.answers)
         needs = ", ".join(one.needs)
-        table.add_row(one.name, one.kind, needs, STATES[one.state], *map(_number, numbers))
+        table.add_row(
+            cell(one.name), one.kind, cell(needs), STATES[one.state], *map(_number, numbers)
+        )
     return table
 
 

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, write_text
+from grasp_lora.base.words import in_markdown
 from grasp_lora.report.choice import choice_markdown, systems_with_paths
 from grasp_lora.report.time_words import times_section
+from grasp_lora.scoring.cells import cell
 
 # Metrics in the terminal, most informative first; the report has all metrics.
 HEADLINES: Mapping[str, tuple[str, ...]] = {
@@ -41,7 +43,7 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
     tables: list[Table] = []
     for name, first in _sets(scores).items():
         shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
-        table = Table(title=_set_title(scores, name, first))
+        table = Table(title=cell(_set_title(scores, name, first)))
         table.add_column("system", overflow="fold")
         for title in (*(TITLES.get(m, m) for m in shown), *_zeros_titles(scores)):
             table.add_column(title, justify="right", no_wrap=True)
@@ -51,7 +53,9 @@ def score_tables(scores: Mapping[str, Any]) -> list[Table]:
                 NO_VALUE if value is None else _format_value(value, metric)
                 for metric, value in zip(shown, found, strict=True)
             ]
-            table.add_row(row["name"], *cells, *(_zeros_cell(row) for _ in _zeros_titles(scores)))
+            table.add_row(
+                cell(row["name"]), *cells, *(_zeros_cell(row) for _ in _zeros_titles(scores))
+            )
         tables.append(table)
     return tables
 
@@ -85,7 +89,7 @@ def narrow_table(
 ) -> Table:
     """Return a terminal table with the columns in `shown`; the first column holds names."""
     places = [titles.index(name) for name in shown]
-    table = Table(title=title)
+    table = Table(title=cell(title))
     table.add_column(shown[0], no_wrap=True)
     for name in shown[1:]:
         table.add_column(name, justify="right", overflow="fold")
@@ -116,7 +120,8 @@ def ablation_markdown(found: Mapping[str, Any]) -> str:
     lines += ["Variants:", "", *abouts, ""]
     for title, names in (("Left out", found["left_out"]), ("Without a result", found["failed"])):
         if names:
-            lines += [f"{title}:", "", *(f"- `{name}`: {why}" for name, why in names.items()), ""]
+            whys = (f"- `{name}`: {in_markdown(why)}" for name, why in names.items())
+            lines += [f"{title}:", "", *whys, ""]
     return "\n".join(lines)
 
 
@@ -173,7 +178,7 @@ def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in scores["systems"]:
         cells = [_score_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
-        system = row["name"].replace("|", "\\|")
+        system = in_markdown(row["name"])
         cells += [_zeros_cell(row) for _ in _zeros_titles(scores)]
         lines.append(f"| {' | '.join([system, *cells])} |")
     return "\n".join(lines) + "\n"
@@ -200,7 +205,7 @@ def write_report(run: Path) -> Path:
             "run on the train examples alone. Dev losses are those of the first run.",
             "",
         ]
-    lines += [f"- {line}" for line in finding_lines(ratio)]
+    lines += [f"- {in_markdown(line)}" for line in finding_lines(ratio)]
     lines += [""] if finding_lines(ratio) else []
     if (run / "ratio.png").exists():
         lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
@@ -216,7 +221,7 @@ def write_report(run: Path) -> Path:
 
 def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
     for name, first in _sets(scores).items():
-        yield f"## {_set_title(scores, name, first)}"
+        yield f"## {in_markdown(_set_title(scores, name, first))}"
         yield ""
         yield (
             "In brackets: 95 % bootstrap interval over contexts. Scores are 0 to 100. The loss is "
@@ -262,6 +267,11 @@ def _pruning_verdict(loss: Mapping[str, Any] | None) -> str:
     """Return whether pruning changed the test loss, in words; empty without a loss."""
     if loss is None:
         return ""
+    if loss["p_value"] is None:
+        return (
+            "The test examples are of one context, so no test can say whether pruning changed "
+            "their loss."
+        )
     if not _significant(loss) or loss["difference"] == 0:
         return "Pruning did not change the test loss significantly over these test examples."
     direction = "lower" if loss["difference"] < 0 else "higher"
@@ -322,10 +332,10 @@ def _over_sets_section(scores: Mapping[str, Any]) -> Iterator[str]:
     for row in scores["systems"]:
         cells = [
             f"{_format_value(row['mean'][m], m)}, {_format_value(row['worst'][m]['value'], m)} "
-            f"({row['worst'][m]['set']})"
+            f"({in_markdown(row['worst'][m]['set'])})"
             for m in shown
         ]
-        yield f"| {row['name']} | {' | '.join(cells)} |"
+        yield f"| {in_markdown(row['name'])} | {' | '.join(cells)} |"
     yield ""
 
 
@@ -338,7 +348,7 @@ def _settings_section(scores: Mapping[str, Any]) -> Iterator[str]:
     for name, first in sets.items():
         for metric, score in first["scores"].items():
             settings = ", ".join(f"{k}: {v}" for k, v in score["settings"].items())
-            yield f"- {name}, {TITLES.get(metric, metric)}: {settings}"
+            yield in_markdown(f"- {name}, {TITLES.get(metric, metric)}: {settings}")
     yield ""
 
 
@@ -351,7 +361,9 @@ def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         for leak in leaks[:20]:
             first, second = (" ".join(leak[side]) for side in ("first", "second"))
-            yield f"- {leak['kind']}: {first} and {second}, similarity {leak['similarity']:.2f}"
+            yield in_markdown(
+                f"- {leak['kind']}: {first} and {second}, similarity {leak['similarity']:.2f}"
+            )
         yield "" if len(leaks) <= 20 else "- ... (all in data.json)\n"
 
 

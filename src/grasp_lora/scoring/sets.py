@@ -10,6 +10,7 @@ from grasp_lora.base.files import read_json, read_jsonl
 from grasp_lora.base.texts import normal_form
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
+from grasp_lora.scoring.cells import cell
 from grasp_lora.scoring.files import resampling_settings
 from grasp_lora.tasks.base import task_named
 
@@ -121,7 +122,7 @@ def evaluation_tables(folder: Path) -> list[Table]:
     tables: list[Table] = []
     for name, one in scores["sets"].items():
         empty = f", {one['empty']} empty answers" if one.get("empty") else ""
-        table = Table(title=f"{name}: {one['language']}, {one['n']} rows{empty}")
+        table = Table(title=cell(f"{name}: {one['language']}, {one['n']} rows{empty}"))
         for title in ("score", "value", "95 % interval"):
             table.add_column(title, justify="left" if title == "score" else "right")
         for metric, found in one["scores"].items():
@@ -134,7 +135,7 @@ def evaluation_tables(folder: Path) -> list[Table]:
             table.add_column(title, justify="right" if title in ("mean", "worst") else "left")
         for metric, value in scores["mean"].items():
             worst = scores["worst"][metric]
-            table.add_row(metric, f"{value:.2f}", f"{worst['value']:.2f}", worst["set"])
+            table.add_row(metric, f"{value:.2f}", f"{worst['value']:.2f}", cell(worst["set"]))
         tables.append(table)
     return tables
 

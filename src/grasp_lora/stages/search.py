@@ -27,6 +27,7 @@ from grasp_lora.core.controller.rounds import (
 )
 from grasp_lora.core.lora import MergedModule, Part
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.findings import search_findings
 from grasp_lora.stages.probe import pool_of
@@ -36,6 +37,7 @@ from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.live import LiveAdapter
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
+from grasp_lora.training.trainer import Diverged
 from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.fit import (
@@ -101,7 +103,13 @@ def run(work: Work) -> Mapping[str, Any]:
         if not _untrained(work.stage):
             result = _fit(work, live, searcher, stopwatch, write)
         else:
-            _untrained_rounds(work, searcher, stopwatch, planned)
+            try:
+                _untrained_rounds(work, searcher, stopwatch, planned)
+            except NotANumber as error:
+                raise Diverged(
+                    f"{work.title}: {error}: nothing is trained here, so the merge is too large "
+                    "for this backbone: check the adapters, or use model.dtype float32"
+                ) from None
             result = NOTHING_TRAINED
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())

@@ -51,16 +51,17 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     loss = total / items
     if not torch.isfinite(loss):
-        logits_finite = bool(torch.isfinite(logits).all())
-        cause = (
-            "the logits are finite, so the labels are wrong: check for an example without answer"
-            " tokens"
-            if logits_finite
-            else "the model's own logits are not finite: lower the learning rate, or use"
-            " dtype float32 if this model overflows in half precision"
-        )
-        raise Diverged(f"training loss is {loss.item()}; {cause}")
+        raise Diverged(f"training loss is {loss.item()}; {_cause(logits, int(items))}")
     return loss
+
+
+def _cause(logits: Tensor, items: int) -> str:
+    """Return why a loss is not finite, from the logits and the number of answer tokens."""
+    if items == 0:
+        return "there are no answer tokens to learn from: check for an example without an answer"
+    if not torch.isfinite(logits).all():
+        return "the model's own logits are not finite"
+    return f"the logits, of up to {float(logits.abs().max()):.3g}, are too large for it"
 
 
 def steps_per_epoch(examples: int, batch_size: int, accumulation: int, processes: int = 1) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grasp_lora.adapters.chat import put_template
 from grasp_lora.base.files import write_text
-from grasp_lora.base.words import shown_path
+from grasp_lora.base.words import fenced, in_markdown, shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
@@ -63,14 +63,21 @@ def describe_data(
     tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
     notes += put_template(tokenizer, template_given(config))
     lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
-    lines += ["", *(f"- {note}" for note in notes), "", _HEAD, "|---|---|" + "---:|" * 9]
+    lines += [
+        "",
+        *(f"- {in_markdown(note)}" for note in notes),
+        "",
+        _HEAD,
+        "|---|---|" + "---:|" * 9,
+    ]
     shown: dict[str, list[str]] = {}
     lost: list[str] = []
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
         encoded, report = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
         examples = fitting(data.parts[role][split], report.left_out)
         if report.left_out:
-            lost.append(f"- {role} {split}: {left_out_line(report, max_length(config))}")
+            why = left_out_line(report, max_length(config))
+            lost.append(f"- {in_markdown(f'{role} {split}: {why}')}")
         language = section_of(config, role, split).language
         lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
         if language not in shown and examples:
@@ -94,7 +101,7 @@ def _verdict(data: RunData) -> Iterator[str]:
     yield ""
     for leak in data.leaks[:10]:
         first, second = (" ".join(side) for side in (leak.first, leak.second))
-        yield f"- {leak.kind}: {first} and {second}, similarity {leak.similarity:.2f}"
+        yield in_markdown(f"- {leak.kind}: {first} and {second}, similarity {leak.similarity:.2f}")
     if len(data.leaks) > 10:
         yield f"- and {len(data.leaks) - 10} more"
 
@@ -107,11 +114,11 @@ def _row(
     report: EncodingReport,
 ) -> str:
     if not examples:
-        return f"| {where} | {language} | 0 |{' |' * 8}"
+        return f"| {in_markdown(where)} | {language} | 0 |{' |' * 8}"
     prompts = sorted(row.prompt_length for row in encoded)
     labels = [row.label_tokens for row in encoded]
     cells = [
-        where,
+        in_markdown(where),
         language,
         str(len(examples)),
         str(len({e.group for e in examples})),
@@ -148,9 +155,7 @@ def _examples(
         ids = list(row.input_ids)
         prompt = tokenizer.decode(ids[: row.prompt_length])
         answer = tokenizer.decode(ids[row.prompt_length :])
-        yield f"Row {example.id} of {where}:"
+        yield f"Row {in_markdown(example.id)} of {in_markdown(where)}:"
         yield ""
-        yield "```"
-        yield f"{PROMPT_MARK}{prompt}{ANSWER_MARK}{answer}{END_MARK}"
-        yield "```"
+        yield from fenced(f"{PROMPT_MARK}{prompt}{ANSWER_MARK}{answer}{END_MARK}")
         yield ""

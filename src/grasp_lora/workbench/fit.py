@@ -14,6 +14,7 @@ from grasp_lora.base.choice import not_finite
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.sections import Training
+from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.models.batches import Beside
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
@@ -196,6 +197,7 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
     check_disk(checkpoints.parent, checkpoint_bytes(sum(p.numel() for p in live.params.values())))
     total = run_steps(context, options.training, options.role, options.beside)
     _say_what_is_short(context, options)
+    largest = max(float(p.detach().abs().max()) for p in live.params.values())
     with context.reporter.bar(options.title, total) as done:
         trainer = _trainer(context, live, options, checkpoints, (parts, best, done))
         checkpoint = checkpoint_to_resume(context, checkpoints, options.title)
@@ -211,11 +213,12 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
                 device, say = context.backbone.device, context.reporter.say
                 with repeatable_attention(device, lambda: _one_gradient(context, live, first), say):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Diverged as error:
+        except (Diverged, NotANumber) as error:
             step, title = trainer.state.global_step, options.title
-            last = _last_good(checkpoints, step)
-            message = f"{title}, step {step + 1}: {error}; {last}"
-            raise Diverged(message, f"step {step + 1}: {error.why}", step + 1) from None
+            why = f"step {step + 1}: {error}: {_advice(step, largest)}"
+            raise Diverged(
+                f"{title}, {why}; {_last_good(checkpoints, step)}", why, step + 1
+            ) from None
     kept = None if best is None else _restored(context, best, options.title)
     return FitResult(
         tuple(best.evaluations) if best is not None else (),
@@ -225,6 +228,26 @@ def fit(context: Context, live: LiveAdapter, options: FitOptions, checkpoints: P
         trainer.state.global_step,
         _groups(context.rows(options.role, ["dev"])) if best is not None else (),
     )
+
+
+_HUGE = 1e3
+"""A value that no training gives a factor of an adapter; usual ones are below 10."""
+
+
+def _advice(step: int, largest: float) -> str:
+    """Return what to do about a training that diverged.
+
+    Args:
+        step: optimizer steps that were done.
+        largest: largest value of the adapter that it started from.
+    """
+    half = "model.dtype float32 if this model overflows in half precision"
+    if step == 0 or largest > _HUGE:
+        return (
+            f"what it starts from, with values up to {largest:.3g}, is too large or does not "
+            f"belong to this backbone: check the adapters, or use {half}"
+        )
+    return f"lower the learning rate, or use {half}"
 
 
 def _say_what_is_short(context: Context, options: FitOptions) -> None:

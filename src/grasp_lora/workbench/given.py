@@ -1,11 +1,19 @@
-"""Checks of the adapters that the user gives, made before any other work."""
+"""Checks of the adapters of a run and of their merge, made before any other work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.adapters.opening import lines_about_all, model_with_adapter
-from grasp_lora.workbench.context import Context
+from grasp_lora.core.lora import Adapter, LoraFactors, merge
+from grasp_lora.models.backbones import resolve_targets
+from grasp_lora.models.modules import linear_shape
+from grasp_lora.training.groups import SCOPES
+from grasp_lora.training.live import Block
+from grasp_lora.workbench.context import POOLS, Context
+from grasp_lora.workbench.merge_probes import check_pool, configured_weights, learns_weights
 
 
 def check_given(context: Context, folders: Sequence[Path]) -> list[LoadedAdapter]:
@@ -32,3 +40,52 @@ def say_other_bases(context: Context, folders: Sequence[Path]) -> None:
     """Print which adapters name another base model, and what else the user should know of them."""
     for line in lines_about_all(folders, context.config.model.name, context.backbone):
         context.reporter.say(line)
+
+
+def fresh_adapter(context: Context) -> dict[str, LoraFactors]:
+    """Return an adapter of zeros with the modules, ranks and scaling of one that is trained here.
+
+    It takes no memory: its zeros are one number.
+    """
+    model, lora = context.backbone.model, context.config.lora
+    modules = dict(model.named_modules())
+    shapes = {n: linear_shape(modules[n]) for n in resolve_targets(model, lora.target_modules)}
+    zero = torch.zeros(1, 1)
+    return {
+        name: LoraFactors(
+            zero.expand(lora.r, shape[0]), zero.expand(shape[1], lora.r), lora.alpha / lora.r
+        )
+        for name, shape in shapes.items()
+        if shape is not None
+    }
+
+
+def check_merge(context: Context, given: Mapping[str, Adapter]) -> None:
+    """Check that the merge and the search can be done as configured, once all adapters are there.
+
+    Args:
+        context: examples, backbone and settings.
+        given: role -> adapter that the user gave; the others are trained.
+
+    Raises:
+        ValueError: the kind or the weights of the merge do not fit the adapters, there are too few
+            examples to choose weights by, or `scope` has no two groups here.
+    """
+    config = context.config
+    fresh = fresh_adapter(context)
+    adapters = [given.get(role, fresh) for role in ("source", "target")]
+    weights = configured_weights(config.merge.weights, adapters)
+    if config.merge.kind == "linear":
+        merge(config.merge.kind, adapters, weights)
+    if learns_weights(config):
+        pool = POOLS[config.controller.probe_rows]
+        check_pool(sum(len(context.encoded("target", split)) for split in pool))
+    blocks = [
+        Block(name, source, "", "", slice(0)) for source, one in enumerate(adapters) for name in one
+    ]
+    groups = sorted({SCOPES[config.scope](block) for block in blocks})
+    if config.scope != "global" and len(groups) < 2:
+        raise ValueError(
+            f"scope: {config.scope!r} needs at least two groups of modules, but those adapted here "
+            f"are all of one, {groups[0]}; set scope: global, or adapt more modules"
+        )

@@ -15,6 +15,7 @@ import torch
 
 from grasp_lora.adapters.folder import check_fits, read_adapter
 from grasp_lora.base.choice import lowest
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
 from grasp_lora.core.pruning.importance import IMPORTANCE
@@ -193,6 +194,29 @@ def measure_ranks(context: Context, folder: Path, ranks: Sequence[int], rows: in
     return Probed([one.id for one in examples], [one.group for one in examples], found)
 
 
+def learns_weights(config: RunConfig) -> bool:
+    """Return whether the weights of the configured merge are chosen by probes."""
+    given = config.merge.weights
+    return given == "auto" or (config.merge.when == "after" and given is None)
+
+
+def check_pool(count: int) -> None:
+    """Check that there are enough examples to compare merges on.
+
+    Args:
+        count: micro-dev examples, with the dev examples where the settings probe these too.
+
+    Raises:
+        ValueError: there are fewer than 4.
+    """
+    if count < LEAST_EXAMPLES:
+        raise ValueError(
+            f"comparing merges (merge.weights: auto, merge.when: after) needs at least "
+            f"{LEAST_EXAMPLES} micro-dev or dev examples, got {count}; raise "
+            "data.target.rows.micro_dev"
+        )
+
+
 def _drawn(context: Context, rows: int) -> tuple[list[EncodedExample], Any]:
     """Return the examples that untrained adapters are measured on, and their batches.
 
@@ -201,11 +225,7 @@ def _drawn(context: Context, rows: int) -> tuple[list[EncodedExample], Any]:
     """
     config = context.config
     pool = context.rows("target", POOLS[config.controller.probe_rows])
-    if len(pool.encoded) < LEAST_EXAMPLES:
-        raise ValueError(
-            f"comparing merges needs at least {LEAST_EXAMPLES} micro-dev or dev examples, got "
-            f"{len(pool.encoded)}; raise data.target.rows.micro_dev"
-        )
+    check_pool(len(pool.encoded))
     generator = torch.Generator().manual_seed(config.seed)
     drawn = draw_examples([e.group for e in pool.encoded], rows, generator)
     return [pool.encoded[i] for i in drawn], pool.batches(drawn)

@@ -29,6 +29,13 @@ UserReward = Callable[[list[str], list[tuple[str, ...]]], Sequence[float]]
 All texts are in normal form."""
 
 
+def say_code(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Say that the settings name code of the user's, before it is imported."""
+    if ":" in config.controller.reward:
+        module = config.controller.reward.partition(":")[0]
+        say(f"controller.reward runs the code of the Python module {module} (danger)")
+
+
 def objective_faults(config: RunConfig) -> list[str]:
     """Return what is wrong with `controller.reward`, before any work is done."""
     name = config.controller.reward

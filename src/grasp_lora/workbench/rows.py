@@ -9,12 +9,14 @@ from typing import Any
 
 from grasp_lora.base.words import shown
 from grasp_lora.config.data_sections import (
+    PARTS,
     ExampleSource,
     ExtraData,
     HubData,
     LanguageData,
     OneSet,
     TestSet,
+    in_order,
 )
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
@@ -158,7 +160,7 @@ def _check_given(config: RunConfig, given: Given) -> None:
     Raises:
         ValueError: it lacks one, or the rows of a role are no mapping.
     """
-    parts = {"train", "dev", "micro_dev", "test"}
+    parts = set(PARTS)
     known = {"target": parts, "tests": set(config.data.tests)}
     known |= {"source": parts} if config.data.source is not None else {}
     known |= {"extra": {"train"}} if config.data.extra is not None else {}
@@ -195,7 +197,7 @@ def _check_target(config: RunConfig, target: Parts) -> None:
 
 def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
-    leaks = find_leaks(named, threshold=config.data.near_duplicates)
+    leaks = find_leaks(named, threshold=config.data.near_duplicates, say=say)
     counted = tuple(leak for leak in leaks if not _may_share(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
@@ -267,8 +269,8 @@ class _Reader:
         """
         if role in self.given:
             self.sources[role] = "given in Python"
-            rows = self.given[role].items()
-            return {part: self._load(source, section, part) for part, source in rows}
+            rows = in_order(self.given[role])
+            return {part: self._load(source, section, part) for part, source in rows.items()}
         paths = section.paths()
         if section.files == "builtin":
             self.sources[role] = "builtin"
@@ -408,7 +410,9 @@ class _Reader:
 
     def _without_repeats(self, role: str, drawn: Parts, dropped: dict[str, int]) -> Parts:
         """Return the drawn splits without texts that another split has; record what is left out."""
-        parts, lost = drop_repeated_texts(drawn, threshold=self.config.data.near_duplicates)
+        parts, lost = drop_repeated_texts(
+            drawn, threshold=self.config.data.near_duplicates, say=self.say
+        )
         for split, count in lost.items():
             if count:
                 self.say(

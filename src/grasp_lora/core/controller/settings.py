@@ -83,7 +83,8 @@ class ControllerConfig:
     """Source of the probing rows: a fixed micro-dev set, or a new draw from micro-dev and dev."""
     reward: str = "loss"
     """Measure of a trial: `loss`, a metric of generated answers (chrf, token_f1, exact_match,
-    rougeL, ...), or your own `module:function`. Metrics of few rows are coarse."""
+    rougeL, ...), or your own `module:function`, which runs its Python code (danger). Metrics of few
+    rows are coarse."""
     lr: float = _BY_PRESET
     """Step size of the policy update; for `standard` 1 is the full natural step."""
     anchor: float = _BY_PRESET

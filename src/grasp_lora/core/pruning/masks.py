@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 
+class NotANumber(ValueError):
+    """A score is NaN: the weights, or what the scores are computed from, are not finite."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """A keep mask in storage: one bit per entry, an eighth of the size of a bool tensor.
@@ -84,14 +88,12 @@ def keep_masks(scores: Tensor, ratios: Sequence[float]) -> list[Tensor]:
         ratios: fractions removed, each in [0, 1].
 
     Raises:
-        ValueError: If a score is NaN, or a ratio is not in [0, 1].
+        NotANumber: If a score is NaN.
+        ValueError: If a ratio is not in [0, 1].
     """
     flat = scores.detach().reshape(-1)
     if flat.numel() > 0 and bool(torch.isnan(flat.max())):
-        raise ValueError(
-            "importance scores must be numbers, got NaN; the weights have probably diverged, "
-            "so lower the learning rate"
-        )
+        raise NotANumber("importance scores must be numbers, got NaN, so no mask can be cut")
     counts = [pruned_count(flat.numel(), ratio) for ratio in ratios]
     inner = sorted({count for count in counts if 0 < count < flat.numel()})
     borders = dict(zip(inner, _kth_smallest(flat, inner), strict=True))
