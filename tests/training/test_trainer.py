@@ -3,8 +3,9 @@
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers.integrations import integration_utils
 
-from grasp_lora.training.trainer import steps_per_epoch
+from grasp_lora.training.trainer import PACKAGES, steps_per_epoch, tracker_faults
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -19,3 +20,31 @@ def test_an_epoch_has_as_many_steps_as_a_process_has_full_or_partial_accumulatio
         steps = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
         counted = steps_per_epoch(rows, batch_size, accumulation, processes)
         assert counted == len(steps), rows
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("wandb", "wandb"), ("comet_ml", "comet"), ("azure_ml", "azureml"), ("flyte", "flytekit")],
+)
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, name, asked):
+    for there, faults in ((True, 0), (False, 1)):
+        monkeypatch.setattr(integration_utils, f"is_{asked}_available", lambda there=there: there)
+        found = tracker_faults([name])
+        assert len(found) == faults
+    assert found[0].startswith(f"report_to: the tracker {name} is not installed; install")
+
+
+def test_every_tracker_that_transformers_knows_can_be_asked_for():
+    """A tracker of its own name would be taken for one that is there."""
+    unasked = [
+        name
+        for name in integration_utils.INTEGRATION_TO_CALLBACK
+        if not hasattr(integration_utils, f"is_{PACKAGES.get(name, name)}_available")
+    ]
+    assert unasked == []
+
+
+def test_a_tracker_that_nobody_knows_is_refused():
+    (fault,) = tracker_faults(["wanndb"])
+    assert fault.startswith("report_to: there is no tracker 'wanndb'; choose from azure_ml, ")
+    assert tracker_faults(["none"]) == tracker_faults(["all"]) == tracker_faults([]) == []

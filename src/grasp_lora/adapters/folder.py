@@ -38,6 +38,7 @@ from grasp_lora.adapters.rules import (
     refuse_tensor,
     refuse_unknown,
 )
+from grasp_lora.base.files import follow_umask
 from grasp_lora.base.words import shown
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
@@ -409,6 +410,7 @@ def write_adapter(
         text = json.dumps(notes, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / NOTES_FILE).write_text(text + "\n", encoding="utf-8")
         config.save_pretrained(str(staging))
+        follow_umask(staging, staging / NOTES_FILE)
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

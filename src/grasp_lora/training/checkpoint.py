@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
+from grasp_lora.base.files import follow_umask
 from grasp_lora.training.live import LiveAdapter
 
 MARKER_FILE = "grasp.json"
@@ -116,6 +117,7 @@ def write_state(folder: Path, parts: Sequence[Stateful]) -> None:
         json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
+    follow_umask(folder, draft)
     os.replace(draft, folder / MARKER_FILE)
 
 
