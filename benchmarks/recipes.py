@@ -107,7 +107,7 @@ def _settings(pair: str, adapters_seed: int | None) -> RunConfig:
 def _chosen(config: RunConfig, seed: int, out: Path) -> Path:
     """Let a run choose, unless the folder holds that run finished; return the folder."""
     asked = config.model_copy(update={"recipe": AUTO, "seed": seed, "output": out})
-    if check_run(out) and read_config(out) == jsonable(asked.to_dict()):
+    if check_run(out) and read_config(out) == asked.to_record():
         return out  # finished, and stopped before it was recorded
     return run_whole(asked)
 

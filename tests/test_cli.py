@@ -1,5 +1,6 @@
 """The command line: arguments arrive at the functions behind it, faults arrive as one message."""
 
+import errno
 import json
 import os
 import subprocess
@@ -370,6 +371,72 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode == 1
     assert "FileNotFoundError" in done.stderr
     assert "Traceback" in done.stderr
+
+
+def test_an_option_shows_the_traceback_too(called, config, monkeypatch):
+    def full(*_: Any, **__: Any) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x/y.json")
+
+    monkeypatch.setattr(sys.modules["grasp_lora.plans.single"], "search_ratio", full)
+    arguments = ("search", config, "--merged", "m", "--out", "there")
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "error: 'x/y.json': no space is left on the disk; free some space, then" in done.output
+    assert "Traceback" not in done.output
+    assert isinstance(invoke("--debug", *arguments).exception, OSError)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+)
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(tmp_path, environment):
+    path = tmp_path / "answers.jsonl"
+    rows = [{"id": f"مدينة {n}", "prediction": "北京", "references": ["北京"]} for n in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    written = tmp_path / "مدينة.json"
+    arguments = ["score", str(path), "--metrics", "exact_match", "--json", str(written)]
+    done = command(*arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path}" in done.stdout
+    assert written.exists()
+    done = command("score", str(tmp_path / "مدينة"), **environment)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: no prediction file at ")
+
+
+def test_a_finished_run_is_shown_again_and_said_to_be_done(called, config, tmp_path):
+    write_scores(tmp_path)
+    write_json(tmp_path / "done.json", {"finished": "2026-01-02T03:04:05+0000"})
+    done = invoke("run", config, "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "ratio 0.400, verdict learned" in done.output
+    said = done.output.replace("\n", "")
+    assert f"{tmp_path} holds this finished run already; --overwrite makes it again" in said
+    assert "wrote" not in done.output
+
+
+@pytest.mark.parametrize("kind", ["config", "ratio"])
+def test_a_file_that_a_command_reads_is_not_overwritten_with_the_result(called, tmp_path, kind):
+    out = tmp_path / "out"
+    files = {"config": out / "run.yaml", "ratio": out / "ratio.json"}
+    paths = {name: tmp_path / f"{name}.x" for name in files} | {kind: files[kind]}
+    out.mkdir()
+    paths["config"].write_text(YAML, encoding="utf-8")
+    write_json(paths["ratio"], {"ratio": 0.5})
+    arguments = ["finetune", str(paths["config"]), "--ratio", str(paths["ratio"]), "--start", "m"]
+    done = invoke(*arguments, "--out", str(out), "--overwrite")
+    assert done.exit_code == 2
+    assert "would be replaced, but" in done.output
+    assert not called
+
+
+def test_a_description_does_not_replace_its_configuration(config):
+    done = invoke("data", "describe", config, "--out", config, "--overwrite")
+    assert done.exit_code == 2
+    assert "would be replaced, but" in done.output
+    assert Path(config).read_text(encoding="utf-8") == YAML
 
 
 def test_a_bug_is_not_dressed_as_a_users_fault(called, config, monkeypatch):

@@ -1,8 +1,11 @@
 """Test the run folder: resume, refusals, writes that survive a crash."""
 
+import errno
 import json
 import math
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,17 @@ from grasp_lora.base.files import (
     check_disk,
     check_run,
     finish_run,
+    finished_at,
+    follow_umask,
     open_run,
     peak_memory_bytes,
+    protect,
     provenance,
     read_config,
     read_json,
     read_jsonl,
+    threads_of,
+    touch,
     write_json,
     write_jsonl,
     write_text,
@@ -180,3 +188,98 @@ def test_check_disk_refuses_what_does_not_fit(tmp_path):
     check_disk(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(ValueError, match="only .* GB are free"):
         check_disk(tmp_path / "not" / "yet" / "there", 10**18)
+
+
+def test_a_finished_run_says_when_and_keeps_its_number_of_threads(tmp_path):
+    assert (finished_at(tmp_path), threads_of(tmp_path)) == (None, None)
+    open_run(tmp_path, CONFIG, threads=3)
+    assert (finished_at(tmp_path), threads_of(tmp_path)) == (None, 3)
+    finish_run(tmp_path)
+    assert finished_at(tmp_path) == read_json(tmp_path / "done.json")["finished"]
+
+
+def test_a_full_disk_names_the_file_and_keeps_its_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_json(path, {"new": 2})
+    assert caught.value.filename == str(path)
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Set the permissions that new files do not get."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, umask):
+    write_text(tmp_path / "x.json", "{}")
+    assert mode(tmp_path / "x.json") == 0o666 & ~umask
+    (tmp_path / "deep").mkdir()
+    weights = tmp_path / "deep" / "weights"
+    weights.touch(mode=0o600)
+    follow_umask(tmp_path, tmp_path / "x.json")
+    assert mode(weights) == 0o666 & ~umask
+
+
+def test_what_cannot_be_written_is_known_before_and_nothing_stays(tmp_path):
+    touch(tmp_path / "a" / "b" / "x.json")
+    assert os.listdir(tmp_path) == []
+    write_text(tmp_path / "x.json", "old")
+    touch(tmp_path / "x.json")
+    assert (tmp_path / "x.json").read_text() == "old"
+    with pytest.raises(IsADirectoryError):
+        touch(tmp_path)
+    with pytest.raises(OSError, match="'.*x.json/y.json'"):
+        touch(tmp_path / "x.json" / "y.json")
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def place(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(parents=True)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["out", "out/adapter", "out/adapter/../adapter", "link", "link/adapter", "./out/adapter/file"],
+)
+def test_an_input_that_would_be_removed_is_kept_however_it_is_named(tmp_path, monkeypatch, given):
+    place(tmp_path, "out/adapter")
+    (tmp_path / "out" / "adapter" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"'out' would be replaced, but '{Path(given)}' is read"):
+        protect([Path(given)], [Path("out")])
+    protect([Path("out")], [Path("absent"), Path("other")])
+    protect([Path("absent")], [Path("out")])
+
+
+def test_a_removed_link_counts_as_what_it_leads_to(tmp_path):
+    adapter = place(tmp_path, "adapter")
+    (tmp_path / "final").symlink_to(adapter)
+    with pytest.raises(ValueError, match="is read from there"):
+        protect([adapter], [tmp_path / "final"])
+    with pytest.raises(ValueError, match="is read from there"):
+        protect([tmp_path / "final"], [tmp_path / "final"])
+
+
+def test_what_lies_in_an_adapter_may_not_be_removed_either(tmp_path):
+    """An adapter may lie in the only subfolder of the folder that is given."""
+    inner = place(tmp_path, "given/adapter")
+    protect([tmp_path / "given"], [inner])
+    with pytest.raises(ValueError, match="adapter' would be replaced, but '.*given' is read"):
+        protect([tmp_path / "given"], [inner], whole=True)

@@ -13,6 +13,7 @@ from grasp_lora.base.words import (
     shortened,
     shown,
     shown_path,
+    without_home,
 )
 
 
@@ -100,3 +101,18 @@ def test_other_paths_are_left_alone():
 )
 def test_percentages_become_fractions(value, fraction):
     assert from_percent(value) == fraction
+
+
+def test_the_home_folder_is_not_told(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    monkeypatch.setenv("USERPROFILE", "/home/anna")
+    assert without_home("/home/anna/models/llama") == "~/models/llama"
+    assert without_home(Path("/home/anna")) == "~"
+    for other in (
+        "/data/models/llama",
+        "/home/annabel/x",
+        "models/llama",
+        "owner/model",
+        "smollm2",
+    ):
+        assert without_home(other) == other

@@ -1,9 +1,11 @@
 """Backbones: locating, loading, error messages, and looking up parts of a model."""
 
 import copy
+import errno
 import gc
 import importlib.machinery
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel
 
 from grasp_lora.adapters.attach import attach_adapter
+from grasp_lora.base.machine import machine_fault
 from grasp_lora.models import backbones, cache
 from grasp_lora.models.backbones import ModelSpec, load_backbone, plan_memory
 from grasp_lora.models.cache import GgufSource, cache_folder, converted_backbone, gguf_source
@@ -302,7 +305,44 @@ def test_a_failed_conversion_leaves_no_folder(
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf file at all")
     with pytest.raises(ValueError, match=r"cannot read .*bad\.gguf"):
         converted_backbone(gguf_source(tmp_path / "bad.gguf"), lambda line: None)
-    assert list((tmp_path / "cache" / "backbones").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_conversion_has_the_usual_permissions_and_sweeps_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_convert", save_tiny)
+    (tmp_path / "backbones" / ".tiny-d1.12345.tmp").mkdir(parents=True)
+    before = os.umask(0o027)
+    try:
+        found = converted_backbone(fake_source(tmp_path, []), lambda line: None)
+    finally:
+        os.umask(before)
+    assert [p.name for p in (tmp_path / "backbones").iterdir()] == ["tiny-d1"]
+    assert {p.stat().st_mode & 0o777 for p in found.iterdir()} == {0o640}
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError) as caught:
+        converted_backbone(fake_source(tmp_path, []), lambda line: None)
+    assert "a part of this path is a file" in str(machine_fault(caught.value))
+
+
+def test_a_full_disk_is_not_taken_for_a_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache.AutoTokenizer, "from_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        converted_backbone(fake_source(tmp_path, []), lambda line: None)
 
 
 def test_another_file_of_the_same_name_is_another_source(tmp_path: Path) -> None:

@@ -30,6 +30,30 @@ def test_auto_is_the_cpu_without_cuda(monkeypatch):
     assert choose_device("auto") == torch.device("cpu")
 
 
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:1", "mps", "xpu", "meta"])
+def test_a_device_that_is_not_here_is_refused(monkeypatch, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device '{wanted}' is not available here; use 'auto'"):
+        choose_device(wanted)
+
+
+def test_a_gpu_beyond_those_of_the_machine_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device 'cuda:2' is not available here"):
+        choose_device("cuda:2")
+
+
+def test_an_accelerator_that_is_here_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert choose_device("mps") == torch.device("mps")
+    with pytest.raises(ValueError, match="not available here"):
+        choose_device("xpu")
+
+
 @pytest.fixture
 def cudnn_attention():
     before = torch.backends.cuda.cudnn_sdp_enabled()

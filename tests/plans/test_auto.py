@@ -344,21 +344,24 @@ def test_a_longer_trial_shows_what_a_shorter_one_would(place, tmp_path, training
     assert (tried[2]["path"] == tried[4]["path"]) == same
 
 
-def test_a_finished_run_is_refused_unless_it_is_to_choose_anew(
+def test_a_finished_run_is_left_as_it_is_unless_it_is_to_choose_anew(
     place, tmp_path, monkeypatch, trainings
 ):
     decides(monkeypatch, SOURCE)
     settings = partial(config_of, place, tmp_path / "run")
     out = run(settings(), quiet=True)
-    before, count = weights(out), len(trainings)
-    with pytest.raises(ValueError, match="holds a finished run of this configuration"):
-        run(settings(), quiet=True)
+    before, count, done = weights(out), len(trainings), read_json(out / "done.json")
+    times = (out / "done.json").stat().st_mtime_ns
+    run(settings(report_to=()), quiet=True)
+    assert (read_json(out / "done.json"), (out / "done.json").stat().st_mtime_ns) == (done, times)
+    assert len(trainings) == count
     run(settings(budget=6, prefer="simple"), quiet=True)
     assert read_json(out / "recipe.json")["price"]["budget"] == 6
     assert weights(out) == before
     assert len(trainings) <= count + 2, "at most trials of another length, none of them twice"
-    with pytest.raises(ValueError, match="holds a finished run of this configuration"):
-        run(settings(budget=6, prefer="simple"), quiet=True)
+    times = (out / "done.json").stat().st_mtime_ns
+    run(settings(budget=6, prefer="simple"), quiet=True)
+    assert (out / "done.json").stat().st_mtime_ns == times
 
 
 def test_another_result_is_refused_before_it_is_trained_and_replaced_if_asked(

@@ -261,10 +261,6 @@ def another_run(folder: Path, values: dict[str, Any]) -> None:
     begun_run(folder, values | {"seed": 1})
 
 
-def finished_run(folder: Path, values: dict[str, Any]) -> None:
-    run(load_config(write_job(folder / "same.yaml", values)), quiet=True)
-
-
 def changed_rows(folder: Path, values: dict[str, Any]) -> None:
     parts = files(folder, values)
     begun_run(folder, values)
@@ -316,7 +312,6 @@ FAULTS: dict[Fault, str] = {
     negative_bound: r"controller: .*-0\.1",
     unknown_modules: r"'q_prj'.*q_proj",
     another_run: r"/target' holds a finished .* inputs: seed was 1, is 42; .* Choose .* pass --ov",
-    finished_run: r"holds a finished run of this configuration; read its report\.md, or pass",
     changed_rows: r"other inputs: the examples of target/train have changed\. Choose another",
     foreign_folder: r"is not empty and no run of grasp-lora.*set another output",
 }

@@ -1,6 +1,9 @@
 """The executor: what is done, what is not done again, what is refused, what a failure stops."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +13,23 @@ import torch
 from safetensors.torch import load_file
 
 from grasp_lora.base.files import read_json, write_json
+from grasp_lora.base.owner import Owned, lock_beside
 from grasp_lora.config.run_config import RunConfig, make_config
 from grasp_lora.plans import executor
 from grasp_lora.plans.executor import PLAIN, Options, work_off
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
 from grasp_lora.plans.session import Session
-from grasp_lora.plans.single import evaluate_adapter, prune_adapter, train_adapter
+from grasp_lora.plans.single import (
+    evaluate_adapter,
+    merge_adapters,
+    prune_adapter,
+    train_adapter,
+)
 from grasp_lora.stages.stage import Input, Stage
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.context import Context, open_context
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job
+from jobs import job, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -311,3 +320,90 @@ def test_a_setting_that_came_in_since_does_not_undo_what_was_done(given, tmp_pat
     write_json(file, stored)
     with pytest.raises(ValueError, match=r'old\.switch was "on", is none\.'):
         work_off(plan, tmp_path, session, PLAIN)
+
+
+def test_an_adapter_that_is_given_is_not_removed_by_the_result_that_would_replace_it(
+    given, tmp_path, ran
+):
+    def pruned(start: Path, out: Path, **more) -> Path:
+        options = {"untrained": True}
+        return prune_adapter(
+            given.config, start, 0.5, out, context=given.context, options=options, **more
+        )
+
+    kept = pruned(given.pair[0], tmp_path / "kept")
+    link = tmp_path / "link"
+    link.symlink_to(kept)
+    before = {p: p.read_bytes() for p in kept.rglob("*")}
+    ran.clear()
+    for start in (kept, link, tmp_path / "link" / ".." / "kept"):
+        with pytest.raises(ValueError, match=r"kept' would be replaced, but '.*' is read"):
+            pruned(start, kept, overwrite=True)
+    below = pruned(given.pair[1], kept / "below")
+    with pytest.raises(ValueError, match=r"below' would be replaced, but '.*kept' is read from th"):
+        pruned(kept, below, overwrite=True)
+    shutil.rmtree(below)
+    assert ran == ["below"]
+    assert {p: p.read_bytes() for p in kept.rglob("*")} == before
+
+
+def test_examples_and_the_base_model_are_not_removed_either(given, tmp_path, ran):
+    session, plan = session_of(given.context), plan_of(given.config, given.pair)
+    work_off(plan, tmp_path, session)
+    rows = write_rows(tmp_path / "merged" / "rows.jsonl", range(4))
+    tests = {"tests": {"mine": {"language": "es", "files": str(rows)}}}
+    values = given.config.to_dict()
+    for changes in (
+        {"model": values["model"] | {"name": str(tmp_path / "merged")}},
+        {"data": values["data"] | tests},
+    ):
+        session.config = RunConfig.model_validate(values | changes)
+        ran.clear()
+        with pytest.raises(ValueError, match=r"merged' would be replaced, but '.*merged"):
+            work_off(plan, tmp_path, session, Options(overwrite=True))
+        assert ran == []
+    assert rows.exists()
+
+
+def test_weights_have_the_permissions_of_the_other_files(given, tmp_path):
+    before = os.umask(0o027)
+    try:
+        work_off(plan_of(given.config, given.pair), tmp_path, session_of(given.context))
+    finally:
+        os.umask(before)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "merged").iterdir()}
+    assert len(modes) > 4
+    assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_a_stage_waits_for_a_process_of_a_killed_plan(given, tmp_path, capfd):
+    """The lock beside the place of the result is held for a second."""
+    lock = lock_beside(tmp_path / "merged")
+    hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
+    hold += "; print('holds', flush=True); time.sleep(1)"
+    command = [sys.executable, "-c", hold, str(lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        work_off(plan_of(given.config, given.pair), tmp_path, session_of(given.context))
+        assert process.wait() == 0
+    assert (tmp_path / "merged" / "stage.json").exists()
+    said = " ".join(capfd.readouterr().err.split())
+    assert "is in use by another process: waiting until that has ended" in said
+
+
+def test_a_stage_command_is_refused_where_another_process_makes_the_result(given, tmp_path, ran):
+    code = "import sys; from pathlib import Path; from grasp_lora.base.owner import owned_place"
+    code += "\nwith owned_place(Path(sys.argv[1]), print): print('holds', flush=True); input()"
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(Owned, match=f"out' is in use by process {process.pid} on "):
+            merge_adapters(given.config, given.pair, out, context=given.context)
+        assert ran == []
+        process.communicate(b"\n")
+    merge_adapters(given.config, given.pair, out, context=given.context)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -1,6 +1,8 @@
 """The whole job on a tiny random backbone and the built-in questions."""
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -511,3 +513,83 @@ def test_a_run_with_extra_rows_records_them_and_does_nothing_twice(workplace):
     write_rows(path, range(6), prefix="x")
     with pytest.raises(ValueError, match="the examples of extra/train have changed"):
         run(config, quiet=True)
+
+
+def in_process(code: str, *arguments: Path) -> subprocess.Popen[bytes]:
+    """Start Python; return once it has printed a line."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from grasp_lora.base.owner import owned
+with owned(Path(sys.argv[1]), print):
+    print("holds", flush=True)
+    input()
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_before_any_work(workplace):
+    config = settings(workplace, evaluate=QUICK)
+    with in_process(OWNER, config.output) as process:
+        with pytest.raises(ValueError, match=rf"run' is in use by process {process.pid} on "):
+            run(config, quiet=True)
+        process.communicate(b"\n")
+    assert not config.output.exists()
+
+
+def test_a_run_keeps_the_threads_it_was_begun_with_and_its_adapters(workplace, monkeypatch, capsys):
+    """A resumed run has the same number; an input that --overwrite would remove is refused."""
+    config, begun = settings(workplace, evaluate=QUICK), torch.get_num_threads()
+    numbers: list[int] = []
+    prune = KINDS["prune"]
+
+    def killed(_work):
+        raise KeyboardInterrupt
+
+    def noted(work):
+        numbers.append(torch.get_num_threads())
+        return prune.run(work)
+
+    monkeypatch.setattr(executor, "KINDS", dict(KINDS) | {"prune": replace(prune, run=killed)})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, quiet=True)
+    assert read_json(config.output / "config.json")["threads"] == begun
+    monkeypatch.setattr(executor, "KINDS", dict(KINDS) | {"prune": replace(prune, run=noted)})
+    torch.set_num_threads(begun + 1)
+    try:
+        run(config)
+        assert torch.get_num_threads() == begun + 1, "the caller has its own number again"
+    finally:
+        torch.set_num_threads(begun)
+    assert set(numbers) == {begun}
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"was begun with {begun} threads, so {begun} are used again in place of" in said
+    assert not list(config.output.rglob("*.lock"))
+
+    trained = config.output / "adapters"
+    adapters = {"source": str(trained / "source"), "target": str(trained / "target")}
+    given = settings(workplace, evaluate=QUICK, adapters=adapters)
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    with pytest.raises(ValueError, match=r"adapters' would be replaced, but '.*source' is read"):
+        run(given, overwrite=True, quiet=True)
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+def test_paths_of_the_home_folder_are_in_no_file_of_a_run(workplace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workplace))
+    monkeypatch.setenv("USERPROFILE", str(workplace))
+    rows = write_rows(workplace / "more.jsonl", range(100, 104))
+    data = settings(workplace).to_dict()["data"]
+    data |= {"tests": {"more": {"language": "es", "files": str(rows)}}}
+    out = run(settings(workplace, evaluate=QUICK, data=data), quiet=True)
+    told = [p for p in out.rglob("*") if p.is_file() and str(workplace).encode() in p.read_bytes()]
+    assert told == []
+    made = read_json(out / "final" / "adapter_config.json")
+    assert made["base_model_name_or_path"] == "~/base"
+    evaluate_adapter(settings(workplace, evaluate=QUICK), out / "final", workplace / "again")

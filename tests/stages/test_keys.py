@@ -325,3 +325,15 @@ def test_joint_batches_read_the_source_rows(place, data):
     ]
     never = replace(plain, options={"ratio": 0.5, "joint": False})
     assert hash_of(key_of(never, KINDS["prune"], data, BASE, {})) == hash_of(one)
+
+
+def test_which_gpu_of_several_is_used_does_not_matter(place, data):
+    def key(device: str) -> Key:
+        model = job(place)["model"] | {"device": device}
+        return keys(settings(place, model=model), data)["train"]
+
+    assert (
+        differences(key("cuda:0"), key("cuda:1")) == differences(key("cuda"), key("cuda:3")) == []
+    )
+    assert hash_of(key("cuda:0")) == hash_of(key("cuda"))
+    assert differences(key("cpu"), key("cuda:1")) == ['model.device was "cpu", is "cuda"']

@@ -122,7 +122,7 @@ kind = Kind(1, nothing, nothing, lambda work: worked.append(work.out) or {}, lam
 executor.KINDS = {"merge": kind}
 config = RunConfig.model_validate({"model": "none", "data": {"target": {"language": "en"}}})
 context = SimpleNamespace(on_saved=lambda: None)
-session = SimpleNamespace(data=RunData({}), base=None, template=None, clock=Clock())
+session = SimpleNamespace(data=RunData({}), base=None, template=None, clock=Clock(), quiet=True)
 session.context_of = lambda _: context
 if not PartialState(cpu=True).is_main_process:
     time.sleep(1)

@@ -39,7 +39,7 @@ from grasp_lora.adapters.rules import (
     refuse_tensor,
     refuse_unknown,
 )
-from grasp_lora.base.files import files_below, sync, sync_folder
+from grasp_lora.base.files import files_below, follow_umask, sync, sync_folder
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
@@ -472,6 +472,7 @@ def write_adapter(
         text = json.dumps(notes, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / NOTES_FILE).write_text(text + "\n", encoding="utf-8")
         config.save_pretrained(str(staging))
+        follow_umask(staging, staging / NOTES_FILE)
         sync(staging, files_below(staging))
         _publish(staging, folder)
     finally:

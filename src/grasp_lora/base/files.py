@@ -7,17 +7,19 @@ run folder. `done.json` is written last and marks the run as complete. JSON has 
 infinity: such numbers are written as null.
 """
 
-import contextlib
+import errno
 import functools
 import json
 import math
 import os
 import platform
+import secrets
 import shutil
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ RUN_CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 TIMES_FILE = "timing.json"
 DONE_FILE = "done.json"
+FOLDER_LOCK = ".grasp-lora.lock"
+"""Lock file in a folder that a process works in (`base.owner`)."""
 _FORMAT = "grasp-lora run"
 _TEMPORARY = ".part"
 
@@ -104,24 +108,38 @@ def check_run(path: Path) -> bool:
     return False
 
 
-def open_run(path: Path, config: Mapping[str, Any], again: bool = False) -> None:
+def open_run(
+    path: Path, config: Mapping[str, Any], again: bool = False, threads: int | None = None
+) -> None:
     """Make a folder the folder of a run that is under way.
 
     Args:
         path: the folder; made if absent.
         config: JSON-able configuration.
         again: remove all results of an earlier run in the folder. Files that no run writes stay.
+        threads: threads that the run computes with, see `threads_of`.
 
     Raises:
         ValueError: as `check_run`.
     """
     check_run(path)
     # The marker goes last: a folder that a crash leaves behind is still known to be a run.
-    written = (*WRITTEN, RUN_CONFIG_FILE) if again else ()
-    beside = [f"{name}.{end}" for name in written for end in ("work", "old")]
-    _remove(path / name for name in (DONE_FILE, *beside, *written))
+    removed = (*written_in(path), path / RUN_CONFIG_FILE) if again else ()
+    _remove((path / DONE_FILE, *removed))
     make_folder(path)
-    write_json(path / RUN_CONFIG_FILE, {"format": _FORMAT, "config": jsonable(config)})
+    marker = {"format": _FORMAT, "threads": threads, "config": jsonable(config)}
+    write_json(path / RUN_CONFIG_FILE, marker)
+
+
+def written_in(path: Path) -> list[Path]:
+    """Return the places of all that a run writes into its folder."""
+    return [path / f"{name}{end}" for end in (".work", ".old", "") for name in WRITTEN]
+
+
+def threads_of(path: Path) -> int | None:
+    """Return the number of threads that the run in a folder computes with; None if not recorded."""
+    file = path / RUN_CONFIG_FILE
+    return read_json(file).get("threads") if file.exists() else None
 
 
 def marks_of(path: Path) -> dict[str, bytes]:
@@ -254,7 +272,7 @@ def sync(folder: Path, names: Iterable[str]) -> None:
 
 def sync_folder(path: Path) -> None:
     """Bring the names in a folder to the disk, where the system can: Windows opens no folder."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -270,27 +288,90 @@ def make_folder(path: Path) -> None:
         sync_folder(one.parent)
 
 
+def finished_at(path: Path) -> str | None:
+    """Return when the run in a folder was finished; None if it is not, or its marker is damaged."""
+    marker = path / DONE_FILE
+    with suppress(FileNotFoundError, ValueError):
+        content = read_json(marker)
+        return None if broken(content) else content.get("finished")
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that `path` has either the old or the new content at any moment."""
+    """Write UTF-8 text, see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes so that `path` has either the old or the new content at any moment."""
+    """Write bytes so that `path` has either the old or the new content at any moment.
+
+    The file has the permissions that the umask gives new files.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
     make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only the owner can read, but others may read results.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        os.replace(part, path)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # a full disk names no file
         raise
     sync_folder(path.parent)
+
+
+def touch(path: Path) -> None:
+    """Check that a file can be written, by writing an empty one beside its place; nothing stays.
+
+    Raises:
+        OSError: it cannot; the error names it.
+    """
+    made = [one for one in path.absolute().parents if not one.exists()]
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        write_text(beside, "")
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed processes have left in a folder and below it.
+
+    The folders that stages work in are left out: a process of a killed plan may live on in one, and
+    who takes up its work removes them.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [one for one in folders if not one.endswith(".work")]
+        for name in names:
+            if name.startswith(".") and name.endswith(_TEMPORARY):
+                Path(place, name).unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path, like: Path) -> None:
+    """Give all files of a folder and below it the permissions of one that was just made.
+
+    Writers of weights make files that only their owner can read, whatever the umask.
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -414,8 +495,52 @@ def peak_memory_bytes() -> int | None:
 
 
 def holds_something(path: Path) -> bool:
-    """Return whether a folder holds anything except temporary files of a crash."""
-    return any(not child.name.endswith(_TEMPORARY) for child in path.iterdir())
+    """Return whether a folder holds anything except its lock and temporary files of a crash."""
+    names = (child.name for child in path.iterdir())
+    return any(name != FOLDER_LOCK and not name.endswith(_TEMPORARY) for name in names)
+
+
+def protect(inputs: Iterable[Path], removed: Iterable[Path], whole: bool = False) -> None:
+    """Check that nothing that is read would be removed or replaced.
+
+    Links, `..` and names that differ in case are seen through: what exists is told by its identity.
+
+    Args:
+        inputs: files and folders that are read; those that do not exist are left out.
+        removed: what would be removed or replaced; what does not exist is left out.
+        whole: also keep what lies within an input.
+
+    Raises:
+        ValueError: an input is removed, lies in what is removed or, for `whole`, holds it.
+    """
+    lost = [one for one in removed if _identities(one)]
+    for given in (one for one in inputs if _identities(one)):
+        for one in lost:
+            if _identities(one) & _line(given) or (whole and _identities(given) & _line(one)):
+                raise ValueError(
+                    f"{shown_path(one)} would be replaced, but {shown_path(given)} is read from "
+                    "there; choose another folder for the results, or move the input elsewhere"
+                )
+
+
+Identity = tuple[int, int]
+"""Device and number of a file, which all names of it share."""
+
+
+def _line(path: Path) -> set[Identity]:
+    """Return the identities of a path and of all folders above it, as written and as linked."""
+    ends = (Path(os.path.abspath(path)), path.resolve())
+    return {i for end in ends for one in (end, *end.parents) for i in _identities(one)}
+
+
+def _identities(path: Path) -> set[Identity]:
+    """Return the identity of a path and that of what it leads to; none if it does not exist."""
+    found: set[Identity] = set()
+    for look in (path.lstat, path.resolve().stat):
+        with suppress(OSError):
+            state = look()
+            found.add((state.st_dev, state.st_ino))
+    return found
 
 
 def check_disk(path: Path, needed: int) -> None:
@@ -442,7 +567,7 @@ def check_disk(path: Path, needed: int) -> None:
 def _has_sealed_mark(path: Path) -> bool:
     """Return whether a run has left a sealed file in a folder, which nobody else writes."""
     for name in (DONE_FILE, TIMES_FILE):
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, ValueError):
             content = read_json(path / name)
             if not broken(content) and OWN in content:
                 return True

@@ -39,6 +39,18 @@ def shown_path(path: Path | str) -> str:
     return shown(text) if len(text) > _LONGEST_NAME else repr(text)
 
 
+def without_home(path: Path | str) -> str:
+    """Return a path with `~` in place of the user's home folder, for files that are passed on.
+
+    Names that are no absolute path, such as those of a hub, are returned as they are.
+    """
+    try:
+        below = Path(path).relative_to(Path.home())
+    except (ValueError, RuntimeError):  # elsewhere, or there is no home folder
+        return str(path)
+    return str(Path("~", below))
+
+
 def shortened(text: str, length: str = "") -> str:
     """Return a text on one line in at most `MOST` characters, escaped as in `printable`.
 

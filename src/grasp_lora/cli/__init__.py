@@ -1,14 +1,17 @@
 """The command line. A command builds settings from its arguments, does the work, prints the folder.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. Errors
-that the user can correct are printed as `error: ...` with exit code 2. Set GRASP_LORA_DEBUG=1 to
-see the traceback instead.
+of the user and of the machine are printed as `error: ...` with exit code 2. `grasp-lora --debug`,
+or GRASP_LORA_DEBUG=1, shows the traceback instead.
 """
+
+import sys
+from io import TextIOWrapper
 
 import typer
 
 from grasp_lora.cli import scores, stages
-from grasp_lora.cli.common import Commands
+from grasp_lora.cli.common import Commands, Debug
 
 __all__ = ["app", "main"]
 
@@ -22,6 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     **_LOOK,
 )
+
+
+@app.callback()
+def options(debug: Debug = False) -> None:
+    # The group itself looks at the option when it prints errors.
+    del debug
+
+
 for command in (
     stages.run,
     stages.plan,
@@ -46,4 +57,8 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Entry point of the `grasp-lora` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that cannot show a letter gets its number.
+            stream.reconfigure(errors="backslashreplace")
     app()

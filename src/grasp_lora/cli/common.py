@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from grasp_lora.base.files import protect
+from grasp_lora.base.machine import machine_fault
 from grasp_lora.base.words import check_path, printable, shown
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ Output = Annotated[
     typer.Option("--output", help="Run folder; replaces the configuration's.", **AS_PATH),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed; replaces the configuration's.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error arose.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing result instead of resuming.")
 ]
@@ -71,24 +74,36 @@ Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
-        help="Threads of each process; default: cores / --jobs. Later starts keep the number.",
+        help="Threads of each process; default: cores / --jobs, or with --jobs 0 what it has. "
+        "Later starts keep the number.",
     ),
 ]
 
 
+_CORRECTED = (ValueError, FloatingPointError)
+"""Errors whose message says what the user can do."""
+
+
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Print an error that the user can correct and exit with code 2, or with 130 on Ctrl-C."""
+def user_errors(debug: bool = False) -> Iterator[None]:
+    """Print an error of the user or the machine and exit with code 2, or with 130 on Ctrl-C.
+
+    Args:
+        debug: show where the error was raised instead.
+    """
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("\ninterrupted; run the same command to resume", err=True)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("GRASP_LORA_DEBUG") == "1":
+    except BrokenPipeError:
+        raise  # whoever reads the output has enough: click ends without a word
+    except Exception as error:
+        told = str(error) if isinstance(error, _CORRECTED) else machine_fault(error)
+        if debug or told is None or os.environ.get("GRASP_LORA_DEBUG") == "1":
             raise
         where = "" if prints() else f" in process {os.environ['RANK']}"
-        typer.echo(f"error{where}: {printable(str(error))}", err=True)
+        typer.echo(f"error{where}: {printable(told)}", err=True)
         sys.exit(2)
 
 
@@ -96,7 +111,7 @@ class Commands(TyperGroup):
     """The group of commands; it prints errors that the user can correct before click sees them."""
 
     def invoke(self, ctx: Any) -> Any:
-        with user_errors():
+        with user_errors(ctx.params.get("debug", False)):
             return super().invoke(ctx)
 
 
@@ -154,8 +169,19 @@ def report_failures(failed: Mapping[str, str]) -> None:
         raise typer.Exit(1)
 
 
-def stage(out: Path, overwrite: bool, work: Callable[[], Path]) -> None:
-    """Do the work of a stage command, and print whether its folder was written or already done."""
+def stage(
+    out: Path, overwrite: bool, work: Callable[[], Path], reads: Sequence[Path | None]
+) -> None:
+    """Do the work of a stage command, and print whether its folder was written or already done.
+
+    Args:
+        out: the folder.
+        overwrite: whether a result there is replaced.
+        work: does the work; returns the folder.
+        reads: files that the command itself has read, which must not lie in what is replaced.
+    """
+    if overwrite:
+        protect([one for one in reads if one is not None], [out])
     before = (out / "stage.json").exists() and not overwrite
     folder = work()
     if before and prints():

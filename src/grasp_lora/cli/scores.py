@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from grasp_lora.base.files import protect
 from grasp_lora.base.words import check_path, printable, shown_path
 from grasp_lora.cli.common import (
     AS_PATH,
@@ -98,7 +99,12 @@ def evaluate(
     folder = None if bare else Path(adapter)
     from grasp_lora.plans.single import evaluate_adapter
 
-    stage(out, overwrite, lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite))
+    stage(
+        out,
+        overwrite,
+        lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite),
+        reads=[config],
+    )
     if prints():
         from rich.console import Console
 
@@ -127,6 +133,8 @@ def describe(
     marked, and whether splits share examples. Writes the file of --out, if given.
     """
     loaded = load(config, settings, None, seed, training=False)
+    if out is not None:
+        protect([config], [out])
     from grasp_lora.workbench.describe import describe_data
 
     typer.echo(printable(describe_data(loaded, out, overwrite=overwrite)))

@@ -114,7 +114,12 @@ def train(
     loaded = load(config, settings, None, seed, allow_leakage)
     from grasp_lora.plans.single import train_adapter
 
-    stage(out, overwrite, lambda: train_adapter(loaded, role, out, overwrite=overwrite))
+    stage(
+        out,
+        overwrite,
+        lambda: train_adapter(loaded, role, out, overwrite=overwrite),
+        reads=[config],
+    )
 
 
 def merge(
@@ -142,7 +147,12 @@ def merge(
         )
     from grasp_lora.plans.single import merge_adapters
 
-    stage(out, overwrite, lambda: merge_adapters(loaded, folders, out, overwrite=overwrite))
+    stage(
+        out,
+        overwrite,
+        lambda: merge_adapters(loaded, folders, out, overwrite=overwrite),
+        reads=[config],
+    )
 
 
 def search(
@@ -163,7 +173,12 @@ def search(
     loaded = load(config, settings, None, seed, allow_leakage)
     from grasp_lora.plans.single import search_ratio
 
-    stage(out, overwrite, lambda: search_ratio(loaded, merged, out, overwrite=overwrite))
+    stage(
+        out,
+        overwrite,
+        lambda: search_ratio(loaded, merged, out, overwrite=overwrite),
+        reads=[config],
+    )
 
 
 def finetune(
@@ -203,6 +218,7 @@ def finetune(
             overwrite=overwrite,
             options={"spread": spread, "untrained": not train},
         ),
+        reads=[config, at_home(Path(ratio))],
     )
 
 
@@ -327,11 +343,24 @@ def settings_list() -> None:
 
 
 def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
+    from grasp_lora.base.files import finished_at
     from grasp_lora.plans.run import run as run_all
 
+    before = finished_at(config.output)
     folder = run_all(config, overwrite=overwrite, profile=profile)
     if not prints():
         return
+    _show_run(folder)
+    if before is not None and finished_at(folder) == before:
+        typer.echo(
+            f"{printable(str(folder))} holds this finished run already; --overwrite makes it again"
+        )
+    else:
+        wrote(folder)
+
+
+def _show_run(folder: Path) -> None:
+    """Print what a finished run found."""
     from rich.console import Console
 
     from grasp_lora.base.files import read_json
@@ -351,7 +380,6 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
             console.print("all scores with their 95 % intervals: report.md")
         for line in tried_lines(choice, ratio):
             console.print(printable(line), markup=False)
-        wrote(folder)
         return
     for table in score_tables(scores):
         console.print(table)
@@ -365,7 +393,6 @@ def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     for line in pairs:
         if line.startswith(f"- against {names.get(unpruned_of(scores))}:"):
             console.print(printable(line), markup=False)
-    wrote(folder)
 
 
 def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | None]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from grasp_lora.base.words import shown, shown_path
+from grasp_lora.base.files import jsonable
+from grasp_lora.base.words import shown, shown_path, without_home
 from grasp_lora.config.data_sections import (
     PRESET_TASKS,
     DataSettings,
@@ -228,16 +229,20 @@ class RunConfig(Section):
 
     def missing_files(self) -> list[str]:
         """Return one message for each file or folder named here that does not exist."""
+        return [
+            f"{key}: {shown_path(path)} does not exist; correct the path (relative to the current "
+            "folder)"
+            for key, path in self.named_paths().items()
+            if not path.exists()
+        ]
+
+    def named_paths(self) -> dict[str, Path]:
+        """Return setting -> path, of the adapters and of the files of examples."""
         named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
         for where, section in self._sections().items():
             for part, path in section.paths().items():
                 named[f"{where}.files{'.' if part else ''}{part}"] = path
-        return [
-            f"{key}: {shown_path(path)} does not exist; correct the path (relative to the current "
-            "folder)"
-            for key, path in named.items()
-            if not path.exists()
-        ]
+        return named
 
     def _sections(self) -> dict[str, LanguageData | OneSet]:
         """Return dotted name -> section, of all sections of examples that are given."""
@@ -250,6 +255,12 @@ class RunConfig(Section):
         """Return the whole configuration in JSON's types; `RunConfig(**it)` gives it back."""
         return self.model_dump(mode="json")
 
+    def to_record(self) -> dict[str, Any]:
+        """Return `to_dict` for files that are passed on: with `~` for the home folder in paths."""
+        whole = _without_home(self.model_dump())
+        whole["model"]["name"] = without_home(self.model.name)
+        return jsonable(whole)
+
     def changed_from_preset(self) -> list[str]:
         """Return the dotted settings of the method that differ from those of `preset`.
 
@@ -261,11 +272,35 @@ class RunConfig(Section):
 
     def config_hash(self) -> str:
         """Return 16 hex digits of a SHA-256 over all settings that can change the results."""
-        inert = {"output", "report_to"}
-        content = {key: value for key, value in self.to_dict().items() if key not in inert}
+        content = deciding(self.to_dict())
         # Where a training's value was written makes no difference.
         content["train"] = {name: content["train"][name] for name in TRAINING_DEFAULTS["restart"]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def deciding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a configuration without what changes no result.
+
+    That is the place of the results, the trackers, and which of several devices of a kind is used.
+
+    Args:
+        content: what `RunConfig.to_dict` returned.
+    """
+    found = {key: value for key, value in content.items() if key not in ("output", "report_to")}
+    model = found.get("model", {})
+    kind = device_kind(str(model["device"])) if "device" in model else None
+    return found | ({"model": model | {"device": kind}} if kind else {})
+
+
+def _without_home(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_home(item) for key, item in value.items()}
+    return without_home(value) if isinstance(value, Path) else value
+
+
+def device_kind(device: str) -> str:
+    """Return a device without its number, such as "cuda" for "cuda:1"."""
+    return device.partition(":")[0]
 
 
 _CHOSEN = (

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from grasp_lora.base.words import shown, shown_path
+from grasp_lora.base.words import shown, shown_path, without_home
 from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.cache import (
     SHORT_NAMES,
@@ -135,8 +135,8 @@ class Backbone:
     Attributes:
         model: the base model.
         tokenizer: its tokenizer.
-        public_name: the name that adapters record for their base model. For packaged backbones it
-            is the hub id, not a local path.
+        public_name: the name that adapters record for their base model, with `~` for the home
+            folder. For packaged backbones it is the hub id, not a local path.
         fingerprint: `base_fingerprint` of the weights; None if they are quantized or float16.
         dtype: number format of the weights and activations.
         device: device of the model.
@@ -309,7 +309,7 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
                 else f"{shown_path(folder)} has no config.json, so it is not a transformers model; "
                 "give a folder that save_pretrained wrote"
             )
-        return str(folder), spec.name
+        return str(folder), without_home(spec.name)
     return spec.name, spec.name
 
 

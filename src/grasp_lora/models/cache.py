@@ -22,8 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from grasp_lora.base.files import files_below, sync, sync_folder
-from grasp_lora.base.words import shown, shown_path
+from grasp_lora.base.files import files_below, follow_umask, sync, sync_folder
+from grasp_lora.base.owner import held, lock_beside
+from grasp_lora.base.words import shown, shown_path, without_home
 
 Notice = Callable[[str], None]
 """Receives a one-line message for the user."""
@@ -106,7 +107,7 @@ def gguf_source(path: Path) -> GgufSource:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{shown_path(path)} is not a file; give the path of a .gguf file")
-    return GgufSource(path.stem, _digest(path), str(path), lambda _: path)
+    return GgufSource(path.stem, _digest(path), without_home(path), lambda _: path)
 
 
 def _package_folder(package: str, name: str, extra: str) -> Path:
@@ -138,6 +139,7 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
 
     Raises:
         ValueError: the `gguf` package is missing, or transformers cannot read the file.
+        OSError: the cache cannot be written.
     """
     target = cache_folder() / "backbones" / f"{source.label}-{source.digest}"
     if target.is_dir():
@@ -146,12 +148,21 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
         raise ValueError("reading .gguf files needs the package gguf; run: pip install gguf")
     if source.terms:
         notice(source.terms)
-    notice(f"Converting {source.label} once (up to a minute for 100M parameters) to {target}")
+    with held(lock_beside(target), target, notice, wait=True):
+        if not target.is_dir():  # another process may have converted it meanwhile
+            notice(f"Converting {source.label} once (a minute for 100M parameters) to {target}")
+            _convert_into(source, target)
+    return target
+
+
+def _convert_into(source: GgufSource, target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # by a killed process
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)  # a killed process with the same id may have left it
     staging.mkdir(parents=True)
     try:
         _convert(source, staging)
+        follow_umask(staging, staging / "config.json")
         sync(staging, files_below(staging))
         try:
             staging.rename(target)
@@ -161,7 +172,6 @@ def converted_backbone(source: GgufSource, notice: Notice) -> Path:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def _convert(source: GgufSource, staging: Path) -> None:
@@ -182,6 +192,8 @@ def _convert(source: GgufSource, staging: Path) -> None:
             tokenizer.save_pretrained(staging)
             _remove_indentation(staging / "tokenizer.json")
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, such as a full disk
         raise ValueError(
             f"transformers cannot read {shown_path(file)} ({error}); use a GGUF file of a "
             "supported architecture, or the model's original folder"

@@ -18,7 +18,7 @@ def choose_device(wanted: str) -> torch.device:
     GPU.
 
     Raises:
-        ValueError: the name is not a device, or it names CUDA and there is none.
+        ValueError: the name is not a device, or there is no such device here.
     """
     if wanted == "auto":
         if not torch.cuda.is_available():
@@ -32,9 +32,21 @@ def choose_device(wanted: str) -> torch.device:
         raise ValueError(
             f"device {shown(wanted)} is unknown; use 'auto', 'cpu' or 'cuda'"
         ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not _is_there(device):
         raise ValueError(f"device {shown(wanted)} is not available here; use 'auto' or 'cpu'")
     return device
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    if device.type == "cuda":
+        number = device.index or 0
+        return torch.cuda.is_available() and number < max(1, torch.cuda.device_count())
+    if not torch.accelerator.is_available():
+        return False
+    kind = torch.accelerator.current_accelerator()
+    return kind is not None and kind.type == device.type
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -17,7 +17,7 @@ from grasp_lora.base.files import write_json, write_text
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.plans.compare import checked_data, finished_stages
-from grasp_lora.plans.launch import HERE, Pool, work_off_many
+from grasp_lora.plans.launch import HERE, Pool, plan_folder, work_off_many
 from grasp_lora.plans.methods import SHARED_MERGE, searched
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
@@ -115,13 +115,25 @@ def ablate(
 
     Raises:
         ValueError: a name in `only` is unknown, the settings or the examples cannot work, or
-            `merge.when` is `after`.
+            `merge.when` is `after`; as `plan_folder`.
     """
     if config.merge.when == "after":
         raise ValueError(
             "merge.when is after: nothing is trained while the ratio is searched, so there is no "
             "controller in training to take apart; set merge.when: before"
         )
+    with plan_folder(out, pool, quiet):
+        return _ablated(config, out, only, seeds, (pool, overwrite, quiet))
+
+
+def _ablated(
+    config: RunConfig,
+    out: Path,
+    only: Sequence[str],
+    seeds: Sequence[int],
+    how: tuple[Pool, bool, bool],
+) -> dict[str, Any]:
+    pool, overwrite, quiet = how
     data = checked_data(config, "variant", only, CHANGES, seeds, quiet)
     wanted = [name for name in CHANGES if not only or name in only or name == AS_CONFIGURED]
     chosen, left_out = _chosen(config, data, wanted)

@@ -22,6 +22,7 @@ from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
 from grasp_lora.core.evidence.findings import MANY_EMPTY
 from grasp_lora.metrics import compare_means
+from grasp_lora.models.devices import choose_device
 from grasp_lora.plans.executor import (
     REFUSED_FILE,
     Outcome,
@@ -29,7 +30,7 @@ from grasp_lora.plans.executor import (
     state_of,
     without_result,
 )
-from grasp_lora.plans.launch import HERE, Pool, work_off_many
+from grasp_lora.plans.launch import HERE, Pool, plan_folder, work_off_many
 from grasp_lora.plans.methods import METHODS, build_methods, method_of
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
 from grasp_lora.plans.recipes import Built, with_split_seed
@@ -40,6 +41,7 @@ from grasp_lora.report.comparison import comparison_csv, comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 from grasp_lora.scoring.sets import metric_options, missing_metrics
 from grasp_lora.stages.folder import work_folder
+from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.beside import target_epoch
 from grasp_lora.workbench.context import POOLS
 from grasp_lora.workbench.merge_probes import check_pool, learns_weights
@@ -79,8 +81,21 @@ def compare_methods(
         The content of `comparison.json`.
 
     Raises:
-        ValueError: a name in `only` is unknown, or the settings or the examples cannot work.
+        ValueError: a name in `only` is unknown, or the settings or the examples cannot work; as
+            `plan_folder`.
     """
+    with plan_folder(out, pool, quiet):
+        return _compared(config, out, only, tuple(seeds), (pool, overwrite, quiet))
+
+
+def _compared(
+    config: RunConfig,
+    out: Path,
+    only: Sequence[str],
+    seeds: tuple[int, ...],
+    how: tuple[Pool, bool, bool],
+) -> dict[str, Any]:
+    pool, overwrite, quiet = how
     data = checked_data(config, "method", only, METHODS, seeds, quiet)
     if not data.test_sets():
         raise ValueError(
@@ -88,7 +103,7 @@ def compare_methods(
             "data.target.files.test or data.tests"
         )
     count = target_epoch(config, data)
-    plan, built = plan_of(config, tuple(seeds), count)
+    plan, built = plan_of(config, seeds, count)
     wanted = [job for job in built if not only or method_of(job) in only]
     asked = part_of(plan, tuple(stages_of(built, wanted)))
     session = Session(with_split_seed(config), data, quiet=quiet)
@@ -124,7 +139,7 @@ def checked_data(
 
     Raises:
         ValueError: a name is unknown, there are no seeds or equal ones, or the settings, the
-            examples or a given adapter cannot work.
+            examples, a given adapter or the device cannot work.
     """
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -134,9 +149,11 @@ def checked_data(
     say_code(config, Reporter(quiet).say)
     faults = config.faults() + config.missing_files()
     faults += missing_metrics(config) + objective_faults(config)
+    faults += tracker_faults(config.report_to)
     faults += config.held_faults() if config.recipe == "auto" else []
     if faults:
         raise ConfigError(faults)
+    choose_device(config.model.device)
     for _, folder in config.adapters:
         if folder is not None:
             read_adapter(folder)

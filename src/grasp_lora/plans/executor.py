@@ -6,22 +6,24 @@ places of all stages are checked before any work, so a folder with other results
 """
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import damage, peak_memory_bytes, write_text
+from grasp_lora.base.files import damage, peak_memory_bytes, protect, write_text
+from grasp_lora.base.owner import held, lock_beside
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import (
     STAGE_FILE,
     Found,
-    alone,
     begin,
     check_input,
     look,
+    places_of,
     publish,
     refusal,
     tidy,
@@ -153,15 +155,40 @@ def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
         made from other inputs.
 
     Raises:
-        ValueError: a place holds a result made from other inputs and `overwrite` is not set, or a
-            place holds files that no stage wrote.
+        ValueError: a place holds a result made from other inputs and `overwrite` is not set, a
+            place holds files that no stage wrote, or `overwrite` would remove an input.
     """
+    if overwrite:
+        outs = [place / name for name in plan.stages]
+        protect_inputs(session.config, given_to(plan), [p for out in outs for p in places_of(out)])
     found = {name: state_of(stage, place, session) for name, stage in plan.stages.items()}
     differing = [name for name, one in found.items() if one.state == "differs"]
     if differing and not overwrite:
         first = differing[0]
         raise ValueError(refusal(place / first, found[first]))
     return overwrite and not differing
+
+
+def given_to(plan: Plan) -> list[Path]:
+    """Return the folders that the user gives to stages of a plan."""
+    stages = plan.stages.values()
+    return [one for stage in stages for one in stage.inputs.values() if isinstance(one, Path)]
+
+
+def protect_inputs(config: RunConfig, folders: Sequence[Path], removed: Sequence[Path]) -> None:
+    """Check that no input of a plan would be removed or replaced.
+
+    Args:
+        config: names examples, adapters and the base model.
+        folders: further adapters that are read.
+        removed: the places that would be removed or replaced.
+
+    Raises:
+        ValueError: an input is or lies there, or such a place lies in an adapter that is read.
+    """
+    adapters = [path for _, path in config.adapters if path is not None]
+    protect([*config.named_paths().values(), Path(config.model.name).expanduser()], removed)
+    protect([*adapters, *folders], removed, whole=True)
 
 
 def state_of(stage: Stage, place: Path, session: Session) -> Found:
@@ -193,8 +220,12 @@ def _key(stage: Stage, session: Session, folders: Mapping[str, Path]) -> Key:
 
 
 def do(stage: Stage, place: Path, session: Session, options: Options, again: bool) -> None:
-    """Do one stage unless it is done; a second process waits for the first."""
-    with alone(place / stage.name) if is_main() else nullcontext():
+    """Do one stage unless it is done.
+
+    A process of a killed plan may still be at it: its end is waited for.
+    """
+    out, say = place / stage.name, Reporter(session.quiet).say
+    with held(lock_beside(out), out, say, wait=True) if is_main() else nullcontext():
         _do(stage, place, session, options, again)
 
 

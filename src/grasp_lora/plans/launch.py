@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grasp_lora.base.files import RUN_CONFIG_FILE, damage, holds_something, put_aside
+from grasp_lora.base.owner import owned
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.plans.executor import (
     Options,
@@ -34,6 +35,7 @@ from grasp_lora.plans.stored import PLAN_FILE, read_plan_file, write_plan
 from grasp_lora.plans.worker import AGAIN, NOT_APPLICABLE, OVERWRITE
 from grasp_lora.stages.folder import STAGE_FILE
 from grasp_lora.stages.stage import Cost, Sizes
+from grasp_lora.workbench.processes import threads_restored, use_threads
 from grasp_lora.workbench.reporter import Reporter, duration
 
 _PAUSE = 0.2
@@ -63,9 +65,9 @@ class Pool:
     Attributes:
         jobs: processes at once; 0 does all stages in this process, where the loaded backbone stays.
             On a machine with several GPUs each process gets one of them in turn.
-        threads: of each process; None is the machine's cores over `jobs`. The choice of the first
-            start is kept for the folder: sums in another number of threads differ in their last
-            digits, and training carries that on.
+        threads: of each process; None is the machine's cores over `jobs`, or what this process has
+            if it does all stages. The choice of the first start is kept for the folder: sums in
+            another number of threads differ in their last digits, and training carries that on.
         on: row of `LAUNCHERS`.
     """
 
@@ -133,9 +135,43 @@ def work_off_many(
         Stage -> outcome, in the order of the plan.
 
     Raises:
-        ValueError: the folder holds something else; raised before any work.
+        ValueError: as `plan_folder`, or as `executor.check`; raised before any work.
     """
-    threads = _checked(place, pool)
+    with plan_folder(place, pool, session.quiet) as threads:
+        return _worked_off(plan, place, session, sizes, (pool, threads, overwrite))
+
+
+@contextmanager
+def plan_folder(place: Path, pool: Pool, quiet: bool) -> Iterator[int]:
+    """Be the only process that works in a plan's folder during the body.
+
+    This process then computes with the folder's number of threads, if it does the stages itself.
+
+    Args:
+        place: the folder; made if absent, and removed again if it is left empty.
+        pool: the processes that do the stages.
+        quiet: print nothing.
+
+    Yields:
+        The threads of each process.
+
+    Raises:
+        ValueError: the pool is none, the folder holds something else or was begun with another
+            number of threads, or another process works in it.
+        OSError: the folder cannot be written.
+    """
+    kept, say = _checked(place, pool), Reporter(quiet).say
+    with owned(place, say), threads_restored():
+        wanted = kept or pool.threads
+        if pool.jobs == 0:
+            wanted = use_threads(wanted, place, say)
+        yield wanted or max(1, (os.cpu_count() or 1) // pool.jobs)
+
+
+def _worked_off(
+    plan: Plan, place: Path, session: Session, sizes: Sizes, how: tuple[Pool, int, bool]
+) -> dict[str, Outcome]:
+    pool, threads, overwrite = how
     again = check(plan, place, session, overwrite)
     reporter = Reporter(session.quiet)
     done = {n for n, one in plan.stages.items() if state_of(one, place, session).state == "done"}
@@ -153,7 +189,7 @@ def work_off_many(
 
 
 def _checked(place: Path, pool: Pool) -> int | None:
-    """Check the folder and the pool; return the threads of each process."""
+    """Check the folder and the pool; return the threads that the folder was begun with, if any."""
     if pool.jobs < 0:
         raise ValueError(f"jobs must be at least 0, got {pool.jobs}; 0 is this process alone")
     if pool.threads is not None and pool.threads < 1:
@@ -175,15 +211,13 @@ def _checked(place: Path, pool: Pool) -> int | None:
             )
         there = False
     kept = read_plan_file(place)["threads"] if there else None
-    if pool.jobs == 0:
-        return kept
     if kept is not None and pool.threads not in (None, kept):
         raise ValueError(
             f"{shown_path(place)} was begun with {kept} threads a process, and {pool.threads} "
             "would change the last digits of what is left; leave --threads out, or choose another "
             "folder"
         )
-    return kept or pool.threads or max(1, (os.cpu_count() or 1) // pool.jobs)
+    return kept
 
 
 def _lost_its_plan(place: Path) -> bool:
@@ -236,7 +270,7 @@ def _processes(
     place: Path,
     session: Session,
     options: Options,
-    how: tuple[Pool, int | None, bool],
+    how: tuple[Pool, int, bool],
 ) -> dict[str, Outcome]:
     """Start a process for every stage as soon as its inputs are there."""
     pool, threads, again = how
@@ -275,7 +309,7 @@ def _processes(
 
 
 def _started(
-    place: Path, name: str, pool: Pool, slot: tuple[int | None, int], flags: tuple[str, ...]
+    place: Path, name: str, pool: Pool, slot: tuple[int, int], flags: tuple[str, ...]
 ) -> Process:
     threads, number = slot
     count = str(threads)

@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.choice import lowest, not_finite
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import touch, write_json
 from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
@@ -30,7 +30,9 @@ from grasp_lora.workbench.merge_probes import (
     measure,
     weights_of,
 )
-from grasp_lora.workbench.processes import is_main, join
+from grasp_lora.workbench.processes import decided_by_main, is_main, join
+
+PRECHECK_FILE = "precheck.json"
 
 
 def precheck(
@@ -54,6 +56,7 @@ def precheck(
     Raises:
         ValueError: the configuration does not name both adapters, an adapter does not fit the
             backbone, there are fewer than 4 examples, or no variant has a finite loss.
+        OSError: `out` cannot be written; raised before any work.
     """
     join(config)
     source, target = config.adapters.source, config.adapters.target
@@ -64,6 +67,8 @@ def precheck(
         )
     if rows < 4:
         raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
+    if out is not None:
+        decided_by_main(lambda: touch(out / PRECHECK_FILE))
     adapters = [read_adapter(folder).adapter for folder in (source, target)]
     usual = configured_weights(config.merge.weights, adapters)
     context = context or open_context(config)
@@ -79,7 +84,7 @@ def precheck(
         "seconds": time.perf_counter() - began,
     }
     if out is not None and is_main():
-        write_json(out / "precheck.json", found)
+        write_json(out / PRECHECK_FILE, found)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from grasp_lora.adapters.folder import weights_files
 from grasp_lora.base.choice import lowest, not_finite
 from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.words import without_home
 from grasp_lora.plans.executor import Outcome
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.recipes import Built
@@ -111,7 +112,7 @@ def _result(
     tried = {name: facts[name]["best"]["loss"] for name in built.chooses.get("trials", ())}
     found = _scores(scores) | {"left_out": not_finite(tried)}
     found |= {
-        "adapter": None if adapter is None else str(adapter),
+        "adapter": None if adapter is None else _place_of(adapter, place),
         "best": about.get("best"),
         "dev": [(one["step"], one["loss"]) for one in about.get("evaluations", [])],
         "zeros": about.get("zeros", {}).get("exported"),
@@ -127,6 +128,12 @@ def _result(
     if built.probe is not None:
         found["weights"] = read_json(place / built.probe / "weights.json")["weights"]
     return found
+
+
+def _place_of(adapter: Path, place: Path) -> str:
+    """Return where an adapter is: within the folder of the results, or as the user named it."""
+    inside = adapter.is_relative_to(place)
+    return adapter.relative_to(place).as_posix() if inside else without_home(adapter)
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,11 +23,14 @@ from grasp_lora.base.files import (
     read_config,
     read_json,
     read_jsonl,
+    threads_of,
     write_json,
     write_jsonl,
+    written_in,
 )
-from grasp_lora.base.words import shown_path
-from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.base.owner import owned
+from grasp_lora.base.words import without_home
+from grasp_lora.config.run_config import ConfigError, RunConfig, deciding
 from grasp_lora.plans.auto import (
     Chosen,
     FinalDiffers,
@@ -38,7 +41,7 @@ from grasp_lora.plans.auto import (
 )
 from grasp_lora.plans.auto_plan import HELD, task_of
 from grasp_lora.plans.auto_record import publish_choice
-from grasp_lora.plans.executor import Options, check, work_off
+from grasp_lora.plans.executor import Options, check, given_to, protect_inputs, work_off
 from grasp_lora.plans.finished import damage_in_run, mark_finished, put_files_aside
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
@@ -51,14 +54,26 @@ from grasp_lora.stages.findings import add_run_findings
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
+from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
 from grasp_lora.workbench.objective import objective_faults, say_code
-from grasp_lora.workbench.processes import decided_by_main, is_main, join, wait_for_all
+from grasp_lora.workbench.processes import (
+    decided_by_main,
+    is_main,
+    join,
+    kept_by_main,
+    threads_restored,
+    use_threads,
+    wait_for_all,
+)
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import Given, load_run_data
 from grasp_lora.workbench.times import carry_times, keep_times, open_clock, write_profile
+
+Standing = Literal["open", "again", "finished"]
+"""How a run's folder stands: there is something to do, all is done again, nothing is to be done."""
 
 NO_DEV_EXAMPLES = (
     "finetune.rows: labelled has no target dev rows to choose the epochs by: give"
@@ -119,44 +134,48 @@ def run(
     """
     clock = open_clock(config, profile)
     join(config)
-    say = Reporter(quiet or not is_main()).say
+    out, say = config.output, Reporter(quiet or not is_main()).say
     say_code(config, say)
     faults = (
         config.faults() + config.recipe_faults() + config.missing_files()
-        + missing_metrics(config) + objective_faults(config)
+        + missing_metrics(config) + objective_faults(config) + tracker_faults(config.report_to)
     )  # fmt: skip
     if faults:
         raise ConfigError(faults)
-    with clock.span("load"):
-        for _, folder in config.adapters:
-            if folder is not None:
-                read_adapter(folder)
-        data = load_run_data(config, say, given=rows)
-    session = Session(config, data, clock=clock, quiet=quiet)
-    options = Options(overwrite=overwrite, timed=True)
-    work = _fixed if config.recipe == "grasp" else _choosing
-    current, result = work(session, options)
-    if is_main():
-        _finish(current, result, profile)
-    wait_for_all()
-    return current.out
+    decided_by_main(lambda: check_run(out))
+    with kept_by_main(owned(out, say)), threads_restored():
+        with clock.span("load"):
+            for _, folder in config.adapters:
+                if folder is not None:
+                    read_adapter(folder)
+            data = load_run_data(config, say, given=rows)
+        session = Session(config, data, clock=clock, quiet=quiet)
+        options = Options(overwrite=overwrite, timed=True)
+        work = _fixed if config.recipe == "grasp" else _choosing
+        done = work(session, options)
+        if done is not None and is_main():
+            _finish(*done, profile)
+        wait_for_all()
+    return out
 
 
-def _fixed(session: Session, options: Options) -> tuple[_Run, RunPlan]:
-    """Do the stages of the published recipe."""
+def _fixed(session: Session, options: Options) -> tuple[_Run, RunPlan] | None:
+    """Do the stages of the published recipe; return None if they are done."""
     config, data = session.config, session.data
     result = run_plan(config, data)
     current = _Run(config, session, result.plan)
-    again = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    state: Standing = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    if state == "finished":
+        return None
     _check_before_work(current)
-    decided_by_main(lambda: _open_folder(current, again))
+    _open_folder(current, state)
     carry_times(session.context)
     work_off(result.plan, current.out, session, options)
     return current, result
 
 
-def _choosing(session: Session, options: Options) -> tuple[_Run, Chosen]:
-    """Do the stages of a run that chooses its recipe.
+def _choosing(session: Session, options: Options) -> tuple[_Run, Chosen] | None:
+    """Do the stages of a run that chooses its recipe; return None if they are done.
 
     Where the result in the folder may not be replaced, the folder still is that of the earlier run.
     """
@@ -165,13 +184,15 @@ def _choosing(session: Session, options: Options) -> tuple[_Run, Chosen]:
         sizes = sizes_of(config, data)
     asked = first_asked(task_of(config, sizes, held_groups(data)))
     current = _Run(config, session, first_plan(config, data, asked))
-    again = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    state: Standing = decided_by_main(lambda: _check_folder(current, options.overwrite))
+    if state == "finished":
+        return None
     _check_before_work(current)
     held = [one.group for split in HELD for one in session.context.encoded("target", split)]
     task = task_of(config, sizes, held)
     session.context.reporter.say(budget_words(config, task, first_asked(task), sizes))
     before = decided_by_main(lambda: marks_of(current.out))
-    decided_by_main(lambda: _open_folder(current, again))
+    _open_folder(current, state)
     carry_times(session.context)
     try:
         # A plan that grows is worked off several times: what one round did, the next one keeps.
@@ -198,34 +219,39 @@ def publish_search(out: Path, search: Path, final: Path, config: RunConfig) -> N
     plot_search(rounds, stage["log"], finetuned["evaluations"], ratio, out / "ratio.png")
 
 
-def _check_folder(current: _Run, overwrite: bool) -> bool:
-    """Check before any work that the run can be written to its folder.
+def _check_folder(current: _Run, overwrite: bool) -> Standing:
+    """Check before any work that the run can be written to its folder; return how it stands.
 
-    Returns:
-        Whether all stages must be done again. What is damaged is made again in any case.
+    What is damaged is made again in any case.
 
     Raises:
-        ValueError: the folder holds a finished run or other results, and `overwrite` is not set.
+        ValueError: the folder holds results of other inputs and `overwrite` is not set, or an input
+            lies where results are removed or replaced.
     """
     finished = check_run(current.out)
+    protect_inputs(current.config, given_to(current.plan), _replaced(current, overwrite))
     again = check(current.plan, current.out, current.session, overwrite)
     chooses = current.config.recipe == "auto"
     if finished and not overwrite and damage_in_run(current.out):
-        return False
+        return "open"
     if chooses and (not finished or _chooses_anew(current)):
-        return False
+        return "open"
     # Later stages of a choice are not planned yet, and of the planned ones some may not work here.
     needed = [*current.plan.stages] if not chooses else [*_trained_adapters(current), "final"]
-    if (
-        finished
-        and not overwrite
-        and all((current.out / name / "stage.json").exists() for name in needed)
-    ):
-        raise ValueError(
-            f"{shown_path(current.out)} holds a finished run of this configuration; read its "
-            "report.md, or pass --overwrite to run it again"
-        )
-    return again
+    done = all((current.out / name / "stage.json").exists() for name in needed)
+    if finished and done and not overwrite:
+        return "finished"
+    return "again" if again else "open"
+
+
+def _replaced(current: _Run, overwrite: bool) -> list[Path]:
+    """Return the places in the folder that the run may remove or replace, beside its stages."""
+    places = written_in(current.out)
+    if overwrite:
+        return places
+    # A choice that went another way replaces the result; files are written anew at every end.
+    result = ("final", "retrained") if current.config.recipe == "auto" else ()
+    return [one for one in places if one.name in result or one.is_file()]
 
 
 def _trained_adapters(current: _Run) -> list[str]:
@@ -235,12 +261,11 @@ def _trained_adapters(current: _Run) -> list[str]:
 def _chooses_anew(current: _Run) -> bool:
     """Return whether a finished run is asked to choose with other settings, such as a budget."""
     try:
-        stored = read_config(current.out)
+        stored = deciding(read_config(current.out))
     except (ValueError, FileNotFoundError):
         return False
-    asked = jsonable(current.config.to_dict())
-    inert = {"output", "report_to"}
-    return any(stored.get(name) != asked[name] for name in asked.keys() - inert)
+    asked = deciding(current.config.to_record())
+    return any(stored.get(name) != value for name, value in asked.items())
 
 
 def _check_before_work(current: _Run) -> None:
@@ -275,12 +300,25 @@ def _check_before_work(current: _Run) -> None:
     context.reporter.say(f"backbone {backbone.public_name}, {backbone.dtype}{planned}")
 
 
-def _open_folder(current: _Run, again: bool) -> None:
-    if not again:
-        for line in put_files_aside(current.out):
-            current.session.context.reporter.say(line)
-    open_run(current.out, current.config.to_dict(), again)
-    write_json(current.out / DATA_FILE, jsonable(current.session.data.manifest()))
+def _open_folder(current: _Run, state: Standing) -> None:
+    """Mark the folder as that of this run, and compute with its number of threads from now on."""
+    again, out = state == "again", current.out
+    say = current.session.context.reporter.say
+
+    def cleared() -> int | None:
+        if again:
+            return None
+        for line in put_files_aside(out):
+            say(line)
+        return threads_of(out)
+
+    threads = use_threads(decided_by_main(cleared), out, say)
+
+    def write() -> None:
+        open_run(out, current.config.to_record(), again, threads)
+        write_json(out / DATA_FILE, jsonable(current.session.data.manifest()))
+
+    decided_by_main(write)
 
 
 def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
@@ -331,7 +369,7 @@ def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:
     for system in result.systems:
         facts = {} if system.adapter is None else facts_of(current.folder(system.adapter))
         # A stage is named by its folder within the run's, an adapter of the user by its path.
-        place = "" if system.adapter is None else str(system.adapter)
+        place = "" if system.adapter is None else without_home(system.adapter)
         rows.append(
             {"name": title if system.slug == "final" else system.name, "slug": system.slug}
             | read_json(out / "evaluations" / system.slug / "scores.json")

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.base.owner import owned_place
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
-from grasp_lora.plans.executor import Options, work_off
+from grasp_lora.plans.executor import Options, given_to, work_off
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.run import NO_DEV_EXAMPLES
 from grasp_lora.plans.session import Session
 from grasp_lora.scoring.sets import missing_metrics
 from grasp_lora.stages.evaluate import NO_TEST_EXAMPLES
 from grasp_lora.stages.stage import Input, Stage
+from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.given import say_other_bases
 from grasp_lora.workbench.merged_folder import epochs_trained
 from grasp_lora.workbench.objective import objective_faults
-from grasp_lora.workbench.processes import is_main, join
+from grasp_lora.workbench.processes import is_main, join, kept_by_main
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import load_run_data
 
@@ -198,25 +200,28 @@ def _done(
     config, kind = stages[-1].config, stages[-1].kind
     join(config)
     evaluates = kind == "evaluate"
-    if context is None:
-        faults = missing_metrics(config) if evaluates else []
-        if faults:
-            raise ConfigError(faults)
-        say = Reporter(not is_main()).say
-        data = load_run_data(config, say, training=not evaluates)
-    else:
-        data = context.data
-    if evaluates and not data.test_sets():
-        raise ValueError(NO_TEST_EXAMPLES)
-    labelled = config.finetune.rows == "labelled" and len(stages) > 1
-    if labelled and not data.parts["target"].get("dev"):
-        raise ValueError(NO_DEV_EXAMPLES)
-    plan = PlanBuilder()
-    for stage in stages:
-        plan.add(stage)
-    given = [one for stage in stages for one in stage.inputs.values() if isinstance(one, Path)]
-    session = Session(config, data, context, training=not evaluates, inputs=given)
-    if context is None and named and not (out / "stage.json").exists():
-        say_other_bases(session.context, named)
-    work_off(plan.build(), out.parent, session, Options(overwrite=overwrite))
+    trains = kind in ("train", "search", "prune")
+    faults = missing_metrics(config) if evaluates and context is None else []
+    faults += tracker_faults(config.report_to) if trains else []
+    if faults:
+        raise ConfigError(faults)
+    say = Reporter(not is_main()).say if context is None else context.reporter.say
+    with kept_by_main(owned_place(out, say)):
+        if context is None:
+            data = load_run_data(config, say, training=not evaluates)
+        else:
+            data = context.data
+        if evaluates and not data.test_sets():
+            raise ValueError(NO_TEST_EXAMPLES)
+        labelled = config.finetune.rows == "labelled" and len(stages) > 1
+        if labelled and not data.parts["target"].get("dev"):
+            raise ValueError(NO_DEV_EXAMPLES)
+        builder = PlanBuilder()
+        for stage in stages:
+            builder.add(stage)
+        plan = builder.build()
+        session = Session(config, data, context, training=not evaluates, inputs=given_to(plan))
+        if context is None and named and not (out / "stage.json").exists():
+            say_other_bases(session.context, named)
+        work_off(plan, out.parent, session, Options(overwrite=overwrite))
     return out

@@ -1,7 +1,7 @@
 """Plans stored in a file, so that another process or another machine can do a stage.
 
 The path of an input folder that lies in the plan's folder is stored relative to it, so the plan's
-folder may be moved.
+folder may be moved. In other paths `~` stands for the home folder.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import damage, jsonable, read_json, write_sealed
-from grasp_lora.base.words import shown, shown_path
+from grasp_lora.base.words import shown, shown_path, without_home
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import Plan
 from grasp_lora.stages.stage import Input, Stage
@@ -77,13 +77,13 @@ def _to_json(stage: Stage, place: Path) -> dict[str, Any]:
         "title": stage.title,
         "options": jsonable(stage.options),
         "inputs": inputs,
-        "config": {k: v for k, v in stage.config.to_dict().items() if k != "output"},
+        "config": {k: v for k, v in stage.config.to_record().items() if k != "output"},
     }
 
 
 def _from_json(stored: dict[str, Any], place: Path) -> Stage:
     inputs: dict[str, Input] = {
-        role: one["stage"] if "stage" in one else place / one["folder"]
+        role: one["stage"] if "stage" in one else place / Path(one["folder"]).expanduser()
         for role, one in stored["inputs"].items()
     }
     return Stage(
@@ -98,4 +98,4 @@ def _from_json(stored: dict[str, Any], place: Path) -> Stage:
 
 def _relative(folder: Path, place: Path) -> str:
     whole, root = folder.absolute(), place.absolute()
-    return os.path.relpath(whole, root) if whole.is_relative_to(root) else str(whole)
+    return os.path.relpath(whole, root) if whole.is_relative_to(root) else without_home(whole)

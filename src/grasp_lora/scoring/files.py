@@ -3,13 +3,12 @@
 The rows, the metrics and the output path are all checked before anything is scored.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import protect, touch, write_json
 from grasp_lora.base.texts import NORMAL_FORM
 from grasp_lora.base.words import shown
 from grasp_lora.metrics.answers import OF_MLQA
@@ -258,12 +257,7 @@ def _check_out(out: Path | None, overwrite: bool, read: Sequence[Path]) -> None:
         return
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a JSON file to write")
-    if out.resolve() in [path.resolve() for path in read]:
-        raise ValueError(f"{out} is a file of predictions to read; name another file to write")
+    protect(read, [out])
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; name another file to write, or pass --overwrite")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"{out} cannot be written, because {folder} is not writable; name another path"
-        )
+    touch(out)

@@ -22,6 +22,7 @@ from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.adapters.opening import lines_about, model_with_adapter
 from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import provenance, write_json, write_jsonl
+from grasp_lora.base.words import without_home
 from grasp_lora.generation.answer import answer_examples, can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import Row
@@ -144,7 +145,7 @@ def _write(
         if shots is not None:
             scores["shots"] = shots.record()
         write_json(work.out / "scores.json", scores)
-        made = {"settings": config.to_dict(), "dtype": str(context.backbone.dtype)}
+        made = {"settings": config.to_record(), "dtype": str(context.backbone.dtype)}
         made |= {"adapter": _named(work, adapter), "data": data.manifest()}
         write_json(work.out / "provenance.json", provenance() | made)
 
@@ -154,7 +155,7 @@ def _named(work: Work, adapter: Path | None) -> str | None:
     if adapter is None:
         return None
     folders = {work.inputs[role]: str(one) for role, one in work.stage.inputs.items()}
-    return folders.get(adapter, str(adapter))
+    return without_home(folders.get(adapter, adapter))
 
 
 def _answers(

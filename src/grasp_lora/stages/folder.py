@@ -7,10 +7,8 @@ files of the result (`base/seal.py`), so a result that was damaged since is not 
 is put aside and made again.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, Literal
 from grasp_lora.base.files import (
     damage,
     damage_words,
+    follow_umask,
     holds_something,
     jsonable,
     make_folder,
@@ -54,6 +53,15 @@ class Found:
 def work_folder(out: Path) -> Path:
     """Return the folder that a stage works in until its result is published."""
     return out.with_name(f"{out.name}.work")
+
+
+def places_of(out: Path) -> tuple[Path, ...]:
+    """Return all places that a stage writes: its result, its work, and the result it replaces."""
+    return out, work_folder(out), _old(out)
+
+
+def _old(out: Path) -> Path:
+    return out.with_name(f"{out.name}.old")
 
 
 def look(out: Path, key: Key) -> Found:
@@ -143,35 +151,6 @@ def refusal(out: Path, found: Found) -> str:
     )
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the lock of a result's place during the body; a process that dies frees it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock: do not start twice in one folder there
-        yield
-        return
-    place = out.with_name(f"{out.name}.lock")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(place, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(place, file.fileno()):
-                continue  # the last holder has removed this file, so the lock protects nothing
-            try:
-                yield
-            finally:
-                place.unlink(missing_ok=True)
-            return
-
-
-def _is_still(place: Path, opened: int) -> bool:
-    try:
-        return place.stat().st_ino == os.fstat(opened).st_ino
-    except FileNotFoundError:
-        return False
-
-
 def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
     """Prepare the work on a result; checkpoints made from other inputs are removed.
 
@@ -196,12 +175,14 @@ def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
 def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
     """Write the marker into the finished folder, and rename the folder into its place.
 
-    All files are on the disk before the marker is, and the folder is before its checkpoints go.
-    An older result is first renamed to `<result>.old`, and removed once the new one is in place.
+    All files get the permissions that the umask gives the marker. They are on the disk before the
+    marker is, and the folder is before its checkpoints go. An older result is first renamed to
+    `<result>.old`, and removed once the new one is in place.
     """
-    result, old = work_folder(out) / "result", out.with_name(f"{out.name}.old")
+    result, old = work_folder(out) / "result", _old(out)
     whole = {"key": key, "hash": hash_of(key)} | dict(facts)
     write_sealed(result / STAGE_FILE, jsonable(whole))
+    follow_umask(result, result / STAGE_FILE)
     if (out / STAGE_FILE).exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
@@ -216,7 +197,7 @@ def publish(out: Path, key: Key, facts: Mapping[str, Any]) -> None:
 def tidy(out: Path) -> None:
     """Remove the checkpoints of a finished stage, and the result that it replaced."""
     shutil.rmtree(work_folder(out), ignore_errors=True)
-    shutil.rmtree(out.with_name(f"{out.name}.old"), ignore_errors=True)
+    shutil.rmtree(_old(out), ignore_errors=True)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.base.files import jsonable, read_json
 from grasp_lora.base.seal import stamp
 from grasp_lora.base.words import shortened
-from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.run_config import RunConfig, device_kind
 from grasp_lora.stages.stage import Kind, Split, Stage
 from grasp_lora.workbench.rows import RunData
 
@@ -96,7 +96,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def hash_of(key: Key) -> str:
     """Return a hash of a key, 16 hex digits; settings at their defaults are left out of it."""
-    whole = key | {"settings": _without_defaults(key["settings"])}
+    whole = key | {"settings": _without_defaults(_of_one_kind(key["settings"]))}
     return hashlib.sha256(json.dumps(jsonable(whole), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -119,7 +119,7 @@ def differences(stored: Key, wanted: Key) -> list[str]:
         found.append("the weights of the base model are others")
     if stored.get("template") != wanted.get("template"):
         found.append("the chat template of the adapters is another")
-    old, new = jsonable(stored.get("settings", {})), jsonable(wanted["settings"])
+    old, new = (_of_one_kind(jsonable(one.get("settings", {}))) for one in (stored, wanted))
     defaults = default_settings() if old.keys() != new.keys() else {}
     for name in sorted(old.keys() | new.keys()):
         was, now = (one.get(name, defaults.get(name)) for one in (old, new))
@@ -208,6 +208,13 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
     "trial": ("ratio", "best"),
 }
 """First word of an input's role -> the facts in its marker that a stage reads."""
+
+
+def _of_one_kind(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which a device has no number, since all of a kind compute the same."""
+    if "model.device" not in settings:
+        return settings
+    return settings | {"model.device": device_kind(settings["model.device"])}
 
 
 def _without_places(merge: dict[str, Any]) -> dict[str, Any]:

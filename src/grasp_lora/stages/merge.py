@@ -13,6 +13,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.base.files import read_json
+from grasp_lora.base.words import without_home
 from grasp_lora.core.lora import Adapter, merge
 from grasp_lora.stages.other_merges import RULES, Merged, NotApplicable, lorahub_cost
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
@@ -43,7 +44,7 @@ def run(work: Work) -> Mapping[str, Any]:
         check_fits(adapter, context.backbone.model, str(folder))
     rule = work.stage.option("rule")
     merged, about = _configured(work, loaded) if rule is None else RULES[rule](work, loaded)
-    named = {role: str(one) for role, one in work.stage.inputs.items()}
+    named = {role: without_home(one) for role, one in work.stage.inputs.items()}
     about |= {"sources": [one for role, one in named.items() if role not in _NO_ADAPTERS]}
     if is_main():
         with context.clock.span("write"):

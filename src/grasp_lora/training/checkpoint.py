@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
-from grasp_lora.base.files import damage, damage_words, make_folder, put_aside, write_sealed
+from grasp_lora.base.files import (
+    damage,
+    damage_words,
+    follow_umask,
+    make_folder,
+    put_aside,
+    write_sealed,
+)
 from grasp_lora.training.live import LiveAdapter
 
 MARKER_FILE = "grasp.json"
@@ -113,6 +120,7 @@ def write_state(folder: Path, parts: Sequence[Stateful]) -> None:
         tensors |= {f"{part.name}/{n}": t.contiguous() for n, t in own.items()}
     save_file(tensors, folder / TENSORS_FILE)
     write_sealed(folder / MARKER_FILE, values)
+    follow_umask(folder, folder / MARKER_FILE)
 
 
 def read_state(folder: Path, parts: Sequence[Stateful]) -> None:

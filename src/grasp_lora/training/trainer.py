@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grasp_lora.base.words import shown
 from grasp_lora.models.batches import Beside, EpochExamples
 from grasp_lora.models.example_losses import IGNORED, answer_logits
 
@@ -110,6 +113,33 @@ def refuse_unsupported_launch(on_cpu: bool) -> None:
             " DataParallel (not supported): set CUDA_VISIBLE_DEVICES=0, or launch one process per"
             " GPU with torchrun"
         )
+
+
+PACKAGES = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+"""Tracker -> its name where transformers asks whether it is installed, if that is another one."""
+
+
+def tracker_faults(trackers: Sequence[str]) -> list[str]:
+    """Return one message for each tracker that transformers does not know or that is not installed.
+
+    Args:
+        trackers: the setting `report_to`.
+    """
+    found: list[str] = []
+    for name in trackers:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            found.append(f"report_to: there is no tracker {shown(name)}; choose from {known}")
+            continue
+        there = getattr(integration_utils, f"is_{PACKAGES.get(name, name)}_available", None)
+        if there is not None and not there():
+            found.append(
+                f"report_to: the tracker {name} is not installed; install its package with pip, or "
+                "leave it out"
+            )
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from grasp_lora.adapters.chat import put_template
-from grasp_lora.base.files import write_text
+from grasp_lora.base.files import protect, touch, write_text
 from grasp_lora.base.words import fenced, in_markdown, shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
@@ -48,12 +48,17 @@ def describe_data(
 
     Raises:
         FileNotFoundError, ValueError: the examples or the tokenizer cannot be read, a token of an
-            example has no row in the model's embedding, or `out` exists and `overwrite` is not set.
+            example has no row in the model's embedding, `out` exists and `overwrite` is not set, or
+            `out` is a file of examples.
+        OSError: `out` cannot be written; raised before any work.
     """
     if out is not None and out.exists() and not overwrite:
         raise ValueError(
             f"{shown_path(out)} exists; name another file, or pass --overwrite to replace it"
         )
+    if out is not None:
+        protect(config.named_paths().values(), [out])
+        touch(out)
     notes: list[str] = []
     tolerant = config.model_copy(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}

@@ -1,7 +1,9 @@
 """Several processes that share one job: the main process decides about files and writes them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from grasp_lora.base.files import cpu_name
+from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.models.devices import choose_device
 from grasp_lora.training.trainer import refuse_unsupported_launch
@@ -57,7 +60,7 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     has just written, and decide differently. Use it also for functions whose result may vary.
 
     Raises:
-        ValueError, FileNotFoundError: `decide` raised it; every process then raises it.
+        ValueError, OSError: `decide` raised it; every process then raises it.
         RuntimeError: `decide` raised another exception, and there are several processes.
     """
     if PartialState().num_processes == 1:
@@ -68,9 +71,56 @@ def decided_by_main(decide: Callable[[], T]) -> T:
             outcome[0] = decide()
         except Exception as error:
             # Some exceptions cannot be sent to other processes, which would then wait for ever.
-            sendable = isinstance(error, ValueError | FileNotFoundError)
+            sendable = isinstance(error, ValueError | OSError)
             outcome[1] = error if sendable else RuntimeError(f"{type(error).__name__}: {error}")
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def kept_by_main(holding: AbstractContextManager[Any]) -> Iterator[None]:
+    """Let the main process enter a context for the body, such as the ownership of a folder.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `decided_by_main`, in every process.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(holding)
+
+        decided_by_main(enter)
+        yield
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Give this process its own number of threads back after the body."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def use_threads(kept: int | None, folder: Path, say: Callable[[str], object]) -> int:
+    """Compute with the threads that a folder was begun with; return their number.
+
+    Sums in another number of threads differ in their last digits, and training carries that on.
+
+    Args:
+        kept: the number of the first start; None takes that of this process.
+        folder: the folder, for the message.
+        say: told of another number than this process has.
+    """
+    own = torch.get_num_threads()
+    if kept is None or kept == own:
+        return own
+    torch.set_num_threads(kept)
+    say(
+        f"{shown_path(folder)} was begun with {kept} threads, so {kept} are used again in place of "
+        f"{own}: another number changes last digits"
+    )
+    return kept
