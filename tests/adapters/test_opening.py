@@ -298,6 +298,18 @@ def test_adapters_of_different_bases_are_told(backbone: Backbone, tmp_path: Path
     assert "different base models (asked, an/other)" in told(backbone.public_name, "an/other")[-1]
 
 
+def test_one_base_below_the_home_folder_is_one_however_it_is_written(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder = tiny_adapter_folder(tmp_path / "adapter", tiny_model("llama"))
+    for named, asked in ((str(tmp_path / "base"), "~/base"), ("~/base", str(tmp_path / "base"))):
+        name_base(folder, named)
+        assert lines_about_all([folder], asked, backbone) == []
+        assert lines_about_all([folder], "~/other", backbone) != []
+
+
 def test_a_model_without_an_adapter_opens_bare(base_folder: Path) -> None:
     with open_model(base_folder) as (backbone, model):
         assert model is backbone.model

@@ -25,9 +25,9 @@ def laboratory(tmp_path_factory):
     return Laboratory(folder, tiny_backbone_folder(folder / "base"), job)
 
 
-def refused_as_finished(laboratory: Laboratory) -> bool:
+def taken_for_finished(laboratory: Laboratory) -> bool:
     code, said = laboratory.command("grasp")
-    return code == 2 and "holds a finished run of this configuration" in " ".join(said.split())
+    return code == 0 and "holds this finished run already" in " ".join(said.split())
 
 
 def test_no_damage_is_carried_into_a_result_unseen(laboratory):
@@ -58,11 +58,7 @@ def test_what_was_damaged_in_a_finished_run_is_named_kept_and_made_again(laborat
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(laboratory.kept("grasp", "whole"), out)
     before = (out / "final" / "adapter_model.safetensors").read_bytes()
-    code, said = laboratory.command("grasp")
-    assert (code, "holds a finished run of this configuration" in " ".join(said.split())) == (
-        2,
-        True,
-    )
+    assert taken_for_finished(laboratory)
     for name in ("final/adapter_model.safetensors", "scores.json", "config.json"):
         damage(out / name, "zeros")
     code, said = laboratory.command("grasp")
@@ -91,12 +87,12 @@ def test_a_plan_shows_what_is_damaged_and_changes_nothing(laboratory):
     assert sorted(out.rglob("*")) == before
 
 
-def test_a_finished_run_of_an_earlier_version_is_refused_as_before(laboratory):
+def test_a_finished_run_of_an_earlier_version_is_taken_as_it_is(laboratory):
     out = laboratory.out("grasp")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(laboratory.kept("grasp", "whole"), out)
     for marker in (out / "done.json", out / "timing.json", *out.rglob("stage.json")):
         stored = read_json(marker)
         write_json(marker, {n: v for n, v in stored.items() if n not in ("files", "sha256")})
-    damage(out / "scores.json", "flip")
-    assert refused_as_finished(laboratory)
+    damage(out / "report.md", "flip")
+    assert taken_for_finished(laboratory)

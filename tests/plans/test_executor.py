@@ -365,6 +365,21 @@ def test_examples_and_the_base_model_are_not_removed_either(given, tmp_path, ran
     assert rows.exists()
 
 
+def test_a_damaged_result_in_which_an_input_lies_stays_where_it_is(given, tmp_path, ran):
+    session, plan = session_of(given.context), plan_of(given.config, given.pair)
+    work_off(plan, tmp_path, session)
+    rows = write_rows(tmp_path / "merged" / "rows.jsonl", range(4))
+    (tmp_path / "merged" / WEIGHTS).write_bytes(b"")
+    tests = {"tests": {"mine": {"language": "es", "files": str(rows)}}}
+    values = given.config.to_dict()
+    session.config = RunConfig.model_validate(values | {"data": values["data"] | tests})
+    ran.clear()
+    with pytest.raises(ValueError, match=r"merged' would be replaced, but '.*rows\.jsonl' is read"):
+        work_off(plan, tmp_path, session)
+    assert ran == []
+    assert rows.exists()
+
+
 def test_weights_have_the_permissions_of_the_other_files(given, tmp_path):
     before = os.umask(0o027)
     try:

@@ -443,7 +443,8 @@ def write_adapter(
         folder: folder to write.
         modules: full module name -> (A, B).
         model: the base model.
-        base_name: base model name for the PEFT config.
+        base_name: base model name for the PEFT config. A `~` becomes the home folder, which PEFT
+            and other readers would take for a folder of that name.
         fingerprint: `base_fingerprint` of the base model, or None.
         extra: further JSON values for `grasp_lora.json`.
         scaling: LoRA scaling of every module.
@@ -459,7 +460,7 @@ def write_adapter(
         for side, tensor in zip("AB", pair, strict=True)
     }
     config = lora_config(modules, model, scaling=scaling)
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path = base_name and os.path.expanduser(base_name)
     config.inference_mode = True
     config.target_modules = sorted(modules)  # PEFT stores a set, whose order differs between runs
     notes = {**(extra or {}), "base_fingerprint": fingerprint, "vocab_size": vocabulary_size(model)}

@@ -48,7 +48,7 @@ from grasp_lora.adapters.virtual_tokens import (
     PrefixModel,
     VirtualTokenModel,
 )
-from grasp_lora.base.words import shown
+from grasp_lora.base.words import shown, without_home
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
 from grasp_lora.models.modules import vocabulary_size
@@ -124,7 +124,7 @@ def lines_about(name: str | Path, asked_for: str, backbone: Backbone) -> list[st
         lines.append(f"{name} holds one adapter, in the subfolder {folder.name}; it is used")
     config = read_config_file(folder)
     named = _base_of(config)
-    if named not in (None, asked_for, backbone.public_name):
+    if named is not None and not _is_of(named, asked_for, backbone):
         lines.append(f"{name} names {named} as its base model; it is put on {asked_for}")
     unknown = unknown_settings(config)
     if unknown:
@@ -139,14 +139,19 @@ def lines_about_all(names: Sequence[str | Path], asked_for: str, backbone: Backb
     """Return `lines_about` each adapter, and one if the adapters name different base models."""
     lines = [line for name in names for line in lines_about(name, asked_for, backbone)]
     named = [_base_of(read_config_file(adapter_in(name))) for name in names]
-    own = (asked_for, backbone.public_name)
-    bases = dict.fromkeys(asked_for if base in own else base for base in named if base is not None)
+    known = (base for base in named if base is not None)
+    bases = dict.fromkeys(asked_for if _is_of(b, asked_for, backbone) else b for b in known)
     if len(bases) > 1:
         lines.append(
             f"the adapters name different base models ({', '.join(bases)}); merging them is useful "
             "only if those have the same weights"
         )
     return lines
+
+
+def _is_of(named: str, asked_for: str, backbone: Backbone) -> bool:
+    """Return whether an adapter names the backbone; a home folder may be written as `~`."""
+    return without_home(named) in (without_home(asked_for), without_home(backbone.public_name))
 
 
 def is_adapter(name: str | Path) -> bool:

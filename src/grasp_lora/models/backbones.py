@@ -135,8 +135,8 @@ class Backbone:
     Attributes:
         model: the base model.
         tokenizer: its tokenizer.
-        public_name: the name that adapters record for their base model, with `~` for the home
-            folder. For packaged backbones it is the hub id, not a local path.
+        public_name: the name that reports and records have for the base model, with `~` for the
+            home folder. For packaged backbones it is the hub id, not a local path.
         fingerprint: `base_fingerprint` of the weights; None if they are quantized or float16.
         dtype: number format of the weights and activations.
         device: device of the model.

@@ -156,12 +156,15 @@ def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
 
     Raises:
         ValueError: a place holds a result made from other inputs and `overwrite` is not set, a
-            place holds files that no stage wrote, or `overwrite` would remove an input.
+            place holds files that no stage wrote, or an input would be removed: by `overwrite`, or
+            because it lies in a result that is damaged.
     """
+    given = given_to(plan)
     if overwrite:
         outs = [place / name for name in plan.stages]
-        protect_inputs(session.config, given_to(plan), [p for out in outs for p in places_of(out)])
+        protect_inputs(session.config, given, [p for out in outs for p in places_of(out)])
     found = {name: state_of(stage, place, session) for name, stage in plan.stages.items()}
+    protect_inputs(session.config, given, [one.place for one in found.values() if one.place])
     differing = [name for name, one in found.items() if one.state == "differs"]
     if differing and not overwrite:
         first = differing[0]
