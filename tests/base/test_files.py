@@ -198,6 +198,13 @@ def test_a_finished_run_says_when_and_keeps_its_number_of_threads(tmp_path):
     assert finished_at(tmp_path) == read_json(tmp_path / "done.json")["finished"]
 
 
+@pytest.mark.parametrize("content", ["", "null", "[1]", '{"sha256": "0", "finished": "now"}'])
+def test_a_damaged_marker_says_that_nothing_is_finished(tmp_path, content):
+    finish_run(tmp_path)
+    (tmp_path / "done.json").write_text(content)
+    assert finished_at(tmp_path) is None
+
+
 def test_a_full_disk_names_the_file_and_keeps_its_old_content(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})

@@ -32,6 +32,14 @@ def test_a_marker_has_the_size_and_the_hash_of_every_file(tmp_path):
     assert damage(marker) == {}, "what came in later is nobody's loss"
 
 
+def test_a_name_that_the_locale_does_not_know_is_sealed_as_it_will_be_read(tmp_path):
+    """Python has the bytes of such a name as halves of surrogate pairs."""
+    marker = tmp_path / "marker.json"
+    write_sealed(marker, {"path": "مدينة".encode().decode("ascii", "surrogateescape")})
+    assert json.loads(marker.read_text(encoding="utf-8"))["path"] == "مدينة"
+    assert damage(marker) == {}
+
+
 def test_each_damage_is_told_by_the_name_of_its_file(tmp_path):
     marker = sealed(tmp_path)
     (tmp_path / "a.bin").unlink()

@@ -92,6 +92,11 @@ def test_a_text_that_is_too_long_for_a_path_is_refused():
 
 def test_other_paths_are_left_alone():
     check_path(Path("C:\\data") / "مدينة \u202e.jsonl")
+    # The bytes of the same name where the locale's encoding does not know them.
+    check_path("مدينة".encode().decode("ascii", "surrogateescape"))
+    for broken in ("\udcff", "caf\udce9", "\ud800"):
+        with pytest.raises(ValueError, match="is not UTF-8; rename"):
+            check_path(broken)
 
 
 @pytest.mark.parametrize(

@@ -298,8 +298,11 @@ def finished_at(path: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text, see `write_bytes`.
+
+    The bytes of a path that the locale's encoding does not know are written as they are.
+    """
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -26,8 +26,10 @@ def sealed(value: Mapping[str, Any], folder: Path, names: Iterable[str]) -> dict
         names: files to seal, relative to the folder, with "/" between their parts.
     """
     found = {name: _of(folder / name) for name in sorted(names)}
-    whole = dict(value) | ({FILES: found} if found else {})
-    return whole | {OWN: _own(whole)}
+    whole = json.dumps(dict(value) | ({FILES: found} if found else {}), ensure_ascii=False)
+    # As it will be read: names are texts then, and so are bytes that Python kept of a path.
+    as_read = json.loads(whole.encode("utf-8", "surrogateescape"))
+    return as_read | {OWN: _own(as_read)}
 
 
 def broken(marker: Any) -> bool:
@@ -84,6 +86,4 @@ def _digest(file: Path) -> str:
 
 
 def _own(content: Mapping[str, Any]) -> str:
-    # As it will be read: JSON turns numbers that are names into texts, which sort otherwise.
-    as_read = json.loads(json.dumps(content))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Values, paths and texts of the user as messages show them: on one line, escaped, not too long."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Sized
@@ -104,14 +105,15 @@ def check_path(path: Path | str) -> None:
 
     Raises:
         ValueError: it holds a control character, such as a line break, bytes that are not UTF-8
-            (Python has them as halves of surrogate pairs), or is too long.
+            (Python has these as halves of surrogate pairs), or is too long. A name in UTF-8 that
+            the locale's encoding does not know can be a path.
     """
     if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in Path(path).parts):
         raise ValueError(
             f"{shown_path(path)} is no path: a name in it has over {_LONGEST_NAME} bytes; give the "
             "path of a file or folder"
         )
-    if any(unicodedata.category(c) == "Cs" for c in str(path)):
+    if any(unicodedata.category(c) == "Cs" for c in str(path)) and not _is_utf8(path):
         raise ValueError(
             f"{shown_path(path)} is not UTF-8; rename the file or folder, as no record could hold "
             "its name"
@@ -121,6 +123,15 @@ def check_path(path: Path | str) -> None:
             f"{shown_path(path)} holds a control character (in double quotes YAML reads \\n and \\t"
             " as such): write the path in single quotes, or with / in place of \\"
         )
+
+
+def _is_utf8(path: Path | str) -> bool:
+    """Return whether the bytes of a path are UTF-8, whatever the encoding of the locale."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def from_percent(value: object) -> float | None:
