@@ -261,7 +261,7 @@ def test_empty_answers_are_counted_and_can_be_forbidden(place):
     rows = [f"--data={place / 'one.jsonl'}", "--language=en"]
     assert evaluated(place, "base", *rows)["sets"]["test"]["empty"] == 6
     (table,) = evaluation_tables(place / "scores-base")
-    assert table.title == "test: en, 6 rows, 6 empty answers"
+    assert str(table.title) == "test: en, 6 rows, 6 empty answers"
     shutil.rmtree(place / "scores-base")
     scores = evaluated(place, "base", *rows, "--set=evaluate.min_new_tokens=1")
     assert scores["sets"]["test"]["empty"] == 0
