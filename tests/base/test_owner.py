@@ -1,6 +1,7 @@
 """One owner a folder: who is refused, what a dead owner leaves, what lies there afterwards."""
 
 import errno
+import fcntl
 import os
 import platform
 import signal
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
 import pytest
 
 from grasp_lora.base import owner
@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_told_once_and_used(tmp_path, monkeypatch
         raise OSError(number, os.strerror(number))
 
     said: list[str] = []
-    monkeypatch.setattr(filelock._unix, "lock_fd_nonblocking", absent)
+    monkeypatch.setattr(fcntl, "flock", absent)
     monkeypatch.setattr(owner, "_said_no_locks", set())
     for _ in range(2):
         with owned(tmp_path / "run", said.append):

@@ -266,7 +266,7 @@ def test_empty_answers_are_counted_and_can_be_forbidden(place):
     scores = evaluated(place, "base", *rows, "--set=evaluate.min_new_tokens=1")
     assert scores["sets"]["test"]["empty"] == 0
     (table,) = evaluation_tables(place / "scores-base")
-    assert table.title == "test: en, 6 rows"
+    assert str(table.title) == "test: en, 6 rows"
     texts = {row["prediction"][:1] for row in read_jsonl(place / "scores-base/predictions.jsonl")}
     assert texts == {"x"}
 
