@@ -236,13 +236,9 @@ def torture(
     return found
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Print what was tried and what survived; return the exit code."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    made.add_argument("--tries", type=int, default=60, help="damages; 0 tries every one")
-    made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
-    options = made.parse_args(given)
+@contextmanager
+def of_tiny_models() -> Iterator[Laboratory]:
+    """A laboratory in a temporary folder, on the tiny models and jobs of `tests/`."""
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import tiny_backbone_folder
     from jobs import job
@@ -250,7 +246,17 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         base = tiny_backbone_folder(Path(folder) / "base")
-        laboratory = Laboratory(Path(folder), base, job)
+        yield Laboratory(Path(folder), base, job)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Print what was tried and what survived; return the exit code."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    made.add_argument("--tries", type=int, default=60, help="damages; 0 tries every one")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
+    options = made.parse_args(given)
+    with of_tiny_models() as laboratory:
         chosen = cases(laboratory, options.kind or KINDS, options.tries or None, options.seed)
         found = torture(laboratory, chosen, options.seed)
     rows = [(*name, str(tried), str(survived)) for name, (tried, survived) in found.items()]

@@ -21,7 +21,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,10 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from benchmarks.common import ROOT, table
-from benchmarks.torture_damage import KINDS, Laboratory, result_of
+from benchmarks.common import table
+from benchmarks.torture_damage import KINDS, Laboratory, of_tiny_models, result_of
 
 LIMIT = 300
 """Seconds after which a run hangs."""
@@ -271,14 +268,7 @@ def main(given: Sequence[str] | None = None) -> int:
     made.add_argument("--way", choices=WAYS, action="append", help="only this")
     made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
     options = made.parse_args(given)
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import tiny_backbone_folder  # type: ignore[import-not-found]
-    from jobs import job  # type: ignore[import-not-found]
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        base = tiny_backbone_folder(Path(folder) / "base")
-        laboratory = Laboratory(Path(folder), base, job)
+    with of_tiny_models() as laboratory:
         ways, kinds = options.way or WAYS, options.kind or KINDS
         found = torture(laboratory, options.tries, options.seed, ways, kinds)
     rows = [(*name, str(count), str(survived)) for name, (count, survived) in found.items()]

@@ -19,7 +19,7 @@ def of_system(number: int, place: str | None = None) -> OSError:
     [
         (of_system(errno.ENOSPC, "a/x.json"), "'a/x.json': no space is left on the disk; free"),
         (of_system(errno.ENOSPC), "no space is left on the disk; free some space"),
-        (of_system(errno.EACCES, "/root/x"), "'/root/x': permission denied; get the right to it"),
+        (of_system(errno.EACCES, "/data/x"), "'/data/x': permission denied; get the right to it"),
         (of_system(errno.EROFS, "/x"), "'/x': the file system is read-only; name a path that can"),
         (of_system(errno.ENOTDIR, "a/b"), "'a/b': a part of this path is a file, not a folder;"),
         (of_system(errno.EIO, "x"), "'x': Input/output error"),
