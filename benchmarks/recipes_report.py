@@ -491,9 +491,9 @@ def _panels(pairs: Sequence[str], height: float) -> tuple[Any, list[Any]]:
     columns = min(2, len(pairs))
     lines = -(-len(pairs) // columns)
     figure = Figure(figsize=(6 * columns, height * lines + 0.8), layout="constrained")
-    places = figure.subplots(lines, columns, squeeze=False).flat
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
     panels = [axes for _, axes in zip(pairs, places, strict=False)]
-    for axes in list(places)[len(pairs) :]:
+    for axes in places[len(pairs) :]:
         axes.remove()
     for pair, axes in zip(pairs, panels, strict=True):
         axes.set_title(pair, color=INK, fontsize=11)
