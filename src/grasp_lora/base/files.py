@@ -281,9 +281,16 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and bring their names to the disk."""
+    """Make a folder and those above it, and bring their names to the disk.
+
+    Raises:
+        NotADirectoryError: a file of this name, or of one above it, is there.
+    """
     missing = [one for one in (path, *path.parents) if not one.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     for one in missing:
         sync_folder(one.parent)
 
