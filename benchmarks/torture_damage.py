@@ -40,6 +40,9 @@ SAVES = {"grasp": 21, "auto": 21, "compare": 21}
 
 STOPPED = -1
 
+Tally = dict[tuple[str, str], tuple[int, int]]
+"""(what was done, to what) -> (times tried, times survived)."""
+
 _TIMES = {"sha256", "files", "finished", "machine", "machines", "peak_memory_bytes", "provenance"}
 _APART = {"timing.json", "done.json", "provenance.json", "plan.json"}
 """Files that tell times and machines, not results."""
@@ -224,9 +227,9 @@ def cases(laboratory: Laboratory, kinds: Sequence[str], most: int | None, seed: 
 
 def torture(
     laboratory: Laboratory, chosen: Sequence[Case], seed: int, say: Callable[[str], None] = print
-) -> dict[tuple[str, str], tuple[int, int]]:
+) -> Tally:
     """Try every case; return (kind, state) -> (tried, survived). Each loss is said."""
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    found: Tally = {}
     for number, case in enumerate(chosen):
         lost = laboratory.tried(case, seed + number)
         if lost:
@@ -237,8 +240,12 @@ def torture(
 
 
 @contextmanager
-def of_tiny_models() -> Iterator[Laboratory]:
-    """A laboratory in a temporary folder, on the tiny models and jobs of `tests/`."""
+def of_tiny_models(runs: Path | None = None) -> Iterator[Laboratory]:
+    """A laboratory on the tiny models and jobs of `tests/`.
+
+    Args:
+        runs: existing folder for the runs; None takes a temporary one.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import tiny_backbone_folder
     from jobs import job
@@ -246,7 +253,14 @@ def of_tiny_models() -> Iterator[Laboratory]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         base = tiny_backbone_folder(Path(folder) / "base")
-        yield Laboratory(Path(folder), base, job)
+        yield Laboratory(runs or Path(folder), base, job)
+
+
+def shown(title: str, found: Tally) -> int:
+    """Print a table of what was tried and survived; return the exit code, 1 for any loss."""
+    rows = [(*name, str(tried), str(survived)) for name, (tried, survived) in found.items()]
+    table(title, ("what", "to what", "tried", "survived"), rows)
+    return int(any(tried != survived for tried, survived in found.values()))
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -259,9 +273,7 @@ def main(given: Sequence[str] | None = None) -> int:
     with of_tiny_models() as laboratory:
         chosen = cases(laboratory, options.kind or KINDS, options.tries or None, options.seed)
         found = torture(laboratory, chosen, options.seed)
-    rows = [(*name, str(tried), str(survived)) for name, (tried, survived) in found.items()]
-    table("damaged files", ("kind", "state", "tried", "survived"), rows)
-    return int(any(tried != survived for tried, survived in found.values()))
+    return shown("damaged files", found)
 
 
 if __name__ == "__main__":

@@ -2,37 +2,39 @@
 
     python -m benchmarks.torture_input
 
-prints how many of each kind were tried and survived. A case survives if the work is done, or ends
-in an error for people (exit code 2 of a command) that can be printed, within `LIMIT` seconds. The
-cases are drawn with a seed, so that one that fails can be made again.
+prints how many of each kind were tried and survived. Each case is a command given in this process:
+a configuration is planned, a data file described, an adapter merged with another. A case survives
+if the command ends within `LIMIT` seconds with exit code 0, or with 2 and one error. The cases are
+drawn with a seed, so that one that fails can be made again.
+
+Needs the tiny models of `tests/`: run it from the root of a checkout.
 """
 
 import argparse
 import json
+import os
 import random
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from grasp_lora.adapters.folder import read_adapter
-from grasp_lora.adapters.opening import check_openable
-from grasp_lora.base.words import printable
-from grasp_lora.config.run_config import load_config
-from grasp_lora.data.files import load_examples
-from grasp_lora.data.leaks import find_leaks
-from grasp_lora.tasks.base import TASKS
+from benchmarks.common import ROOT
+from benchmarks.torture_damage import Tally, shown
+from grasp_lora.cli import app
 
 LIMIT = 20
 COUNTS = {"configurations": 300, "data files": 300, "adapters": 150}
-FOR_PEOPLE = (ValueError, FileNotFoundError, FloatingPointError)
 
 _VALUES = (
     *("", "0", "-1", "010", "1:30", "1e999", ".inf", ".nan", "9" * 5000, "null", "~", "yes", "no"),
@@ -54,24 +56,62 @@ _ODD: tuple[Any, ...] = (
 )
 
 
-def odd_config(draw: random.Random, folder: Path) -> None:
-    """Read a configuration with odd values, keys and bytes."""
-    lines = ["model: smollm2", "data:", "  target: {language: es}", "  source: {language: en}"]
+class Inputs:
+    """A backbone, an adapter of it, and the settings of a small job, in a temporary folder."""
+
+    def __init__(self, folder: Path):
+        sys.path.insert(0, str(ROOT / "tests"))
+        from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+        from jobs import job
+
+        tiny_backbone_folder(folder / "base")
+        self.adapter = tiny_adapter_folder(folder / "adapter", tiny_model(), targets=["q_proj"])
+        self._folder, self._job = folder, job
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of a job that can run."""
+        return self._job(self._folder)
+
+
+@contextmanager
+def inputs() -> Iterator[Inputs]:
+    """Inputs in a temporary folder; no hub is asked for anything."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, HF_HUB_OFFLINE="1"):
+        yield Inputs(Path(folder))
+
+
+def odd_config(draw: random.Random, folder: Path, given: Inputs) -> list[str]:
+    """Plan a run by a configuration with odd values, keys and bytes."""
+    values, changes = given.settings(), []
     for _ in range(draw.randrange(1, 4)):
-        key, value = draw.choice(_KEYS), draw.choice(_VALUES)
-        lines.insert(draw.randrange(len(lines) + 1), f"{key.replace('.', ': {', 1)}: {value}")
-    aliases = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
-    if draw.random() < 0.1:
-        lines += ["a0: &a0 [x]", *aliases]
+        key = draw.choice(_KEYS)
+        if draw.random() < 0.5:
+            changes += ["--set", f"{key}={draw.choice(_VALUES)}"]
+        else:
+            _put(values, key, draw.choice(_ODD))
+    lines = [json.dumps(values)]
+    if draw.random() < 0.4:  # not one mapping of JSON, but lines of YAML
+        lines = [f"{name}: {json.dumps(value)}" for name, value in values.items()]
+        lines.insert(draw.randrange(len(lines)), f"{draw.choice(_KEYS)}: {draw.choice(_VALUES)}")
+        aliases = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+        lines += ["a0: &a0 [x]", *aliases] if draw.random() < 0.2 else []
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
     path = folder / "config.yaml"
     path.write_bytes(_damaged(draw, content) if draw.random() < 0.3 else content)
-    key, value = draw.choice(_KEYS), draw.choice(_VALUES)
-    load_config(path, [f"{key}={value}"] if draw.random() < 0.5 else [])
+    return ["plan", *changes, str(path)]
 
 
-def odd_data(draw: random.Random, folder: Path) -> None:
-    """Read rows with odd values in any format, damaged or not, and compare their texts."""
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    values[last] = value
+
+
+def odd_data(draw: random.Random, folder: Path, given: Inputs) -> list[str]:
+    """Describe rows with odd values in any format, damaged or not."""
     rows: list[dict[str, Any]] = []
     for number in range(draw.randrange(12)):
         row: dict[str, Any] = {"id": f"q{number}", "context": f"House {number}." * 9}
@@ -84,12 +124,13 @@ def odd_data(draw: random.Random, folder: Path) -> None:
     content = _written(draw, kind, rows, folder)
     path.write_bytes(_damaged(draw, content) if draw.random() < 0.5 else content)
     columns = {"context": draw.choice(["context", "question", "none"])}
-    task, share = TASKS["qa"], draw.choice([0.1, 1.0])
-    given = columns if draw.random() < 0.2 else None
-    examples, report = load_examples(path, task, "en", columns=given, max_faulty=share)
-    report.line()
-    half = len(examples) // 2
-    json.dumps([str(leak) for leak in find_leaks({"a": examples[:half], "b": examples[half:]})])
+    values = given.settings()
+    target = {"language": draw.choice(["en", "ar", "zh", "sw", "th"]), "files": str(path)}
+    target |= {"columns": columns} if draw.random() < 0.2 else {}
+    values["data"] |= {"target": target, "max_faulty": draw.choice([0.1, 1.0])}
+    config = folder / "config.json"
+    config.write_text(json.dumps(values), encoding="utf-8")
+    return ["data", "describe", str(config)]
 
 
 def _written(draw: random.Random, kind: str, rows: list[dict[str, Any]], folder: Path) -> bytes:
@@ -115,10 +156,12 @@ def _written(draw: random.Random, kind: str, rows: list[dict[str, Any]], folder:
     return ("\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]").encode()
 
 
-def odd_adapter(draw: random.Random, folder: Path) -> None:
-    """Read an adapter with odd settings, tensors and bytes."""
+def odd_adapter(draw: random.Random, folder: Path, given: Inputs) -> list[str]:
+    """Merge an adapter with odd settings, tensors and bytes with a plain one."""
     config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}
-    config |= {"lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "base"}
+    config |= {"lora_alpha": 4, "target_modules": ["q_proj"]}
+    values = given.settings()
+    config["base_model_name_or_path"] = values["model"]["name"]
     for _ in range(draw.randrange(3)):
         odd = ["rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "layers_pattern"]
         config[draw.choice([*config, *odd, "modules_to_save", "unheard_of"])] = draw.choice(_ODD)
@@ -129,8 +172,8 @@ def odd_adapter(draw: random.Random, folder: Path) -> None:
     kinds = [torch.float32, torch.float64, torch.float16, torch.float8_e4m3fn, torch.int64]
     scale = draw.choice([1.0, 1.0, 1e30, 1e300, float("nan"), float("inf")])
     tensors = {
-        f"base_model.model.layers.{n}.q_proj.lora_{side}.weight": (
-            torch.full((2, 4) if side == "A" else (4, 2), scale, dtype=torch.float64)
+        f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_{side}.weight": (
+            torch.full((2, 16) if side == "A" else (16, 2), scale, dtype=torch.float64)
         ).to(draw.choice(kinds[: 1 + draw.randrange(5)]))
         for n in range(2)
         for side in "AB"
@@ -144,7 +187,12 @@ def odd_adapter(draw: random.Random, folder: Path) -> None:
     if draw.random() < 0.1:
         content = (folder / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(content.replace(b"F32", b"F4 "))
-    draw.choice([read_adapter, check_openable])(folder)
+    pair = [str(given.adapter), str(folder)]
+    draw.shuffle(pair)
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps(values), encoding="utf-8")
+    adapters = [word for one in pair for word in ("--adapter", one)]
+    return ["merge", "--out", str(folder / "merged"), *adapters, str(config_file)]
 
 
 def _damaged(draw: random.Random, content: bytes) -> bytes:
@@ -162,7 +210,7 @@ def _damaged(draw: random.Random, content: bytes) -> bytes:
     return bytes(data)
 
 
-CASES: dict[str, Callable[[random.Random, Path], None]] = {
+CASES: dict[str, Callable[[random.Random, Path, Inputs], list[str]]] = {
     "configurations": odd_config,
     "data files": odd_data,
     "adapters": odd_adapter,
@@ -187,54 +235,68 @@ def _in_time(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fault_of(kind: str, number: int, seed: int) -> str:
+def fault_of(given: Inputs, kind: str, number: int, seed: int) -> str:
     """Return why a case did not survive; "" if it did.
 
     Args:
+        given: inputs that are in order, for what the case leaves as it is.
         kind: a key of `CASES`.
         number: number of the case.
         seed: seed of all cases.
     """
     draw = random.Random(f"{kind} {number} {seed}")
     with tempfile.TemporaryDirectory() as folder:
+        command = CASES[kind](draw, Path(folder), given)
         try:
             with _in_time(LIMIT):
-                CASES[kind](draw, Path(folder))
-        except FOR_PEOPLE as error:
-            try:
-                printable(str(error)).encode("utf-8")
-            except UnicodeError:
-                return "its error cannot be printed"
+                done = CliRunner().invoke(app, command)
         except _TooLong:
             return f"took more than {LIMIT} s"
-        except Exception as error:
-            return f"{type(error).__name__}: {ascii(str(error))[:200]}"
+    error = done.exception
+    if error is not None and not isinstance(error, SystemExit):
+        return f"{type(error).__name__}: {ascii(str(error))[:200]}"
+    if done.exit_code not in (0, 2):
+        return f"exit code {done.exit_code}: {ascii(done.output)[-200:]}"
+    if done.exit_code == 2 and done.output.count("error:") + done.output.count("Error:") != 1:
+        return f"not one error: {ascii(done.output)[-200:]}"
     return ""
 
 
-def main(count: float = 1.0, seed: int = 0) -> int:
-    """Try all cases and print a table; return how many did not survive.
+def torture(
+    count: float,
+    seed: int,
+    kinds: Sequence[str] = tuple(COUNTS),
+    say: Callable[[str], None] = print,
+) -> Tally:
+    """Try cases of every kind; return ("odd input", kind) -> (tried, survived).
 
     Args:
         count: share of `COUNTS` that is tried of each kind.
         seed: seed of all cases.
+        kinds: keys of `CASES`.
+        say: gets a line for each case that did not survive.
     """
-    lost = 0
-    print("| input | tried | survived |")
-    print("|---|---:|---:|")
-    for kind, whole in COUNTS.items():
-        tried = max(1, round(count * whole))
-        faults = {number: fault_of(kind, number, seed) for number in range(tried)}
-        bad = {number: fault for number, fault in faults.items() if fault}
-        lost += len(bad)
-        print(f"| {kind} | {tried} | {tried - len(bad)} |")
-        for number, fault in bad.items():
-            print(f"<!-- {kind} {number} of seed {seed}: {fault} -->")
-    return lost
+    found: Tally = {}
+    with inputs() as given:
+        for kind in kinds:
+            tried = max(1, round(count * COUNTS[kind]))
+            faults = {number: fault_of(given, kind, number, seed) for number in range(tried)}
+            for number, fault in faults.items():
+                if fault:
+                    say(f"LOST {kind} {number} of seed {seed}: {fault}")
+            found["odd input", kind] = tried, sum(not fault for fault in faults.values())
+    return found
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Print what was tried and what survived; return the exit code."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    made.add_argument("--count", type=float, default=1.0, help="share of all cases")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--kind", choices=list(CASES), action="append", help="only this kind")
+    options = made.parse_args(given)
+    return shown("odd input", torture(options.count, options.seed, options.kind or tuple(CASES)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--count", type=float, default=1.0, help="share of all cases")
-    parser.add_argument("--seed", type=int, default=0)
-    raise SystemExit(main(**vars(parser.parse_args())) > 0)
+    sys.exit(main())

@@ -1,13 +1,15 @@
-"""Kills, a full disk and two owners: does a run ever end with another result, or with a traceback?
+"""Kills, power cuts, a full disk, two owners: does a run ever end otherwise, or with a traceback?
 
     python -m benchmarks.torture_runs --tries 20
 
 Each run is a process of its own, forked from this one. Its operations on files (write, sync,
 rename, make and remove) are counted. A *kill* ends the process at one of them, without a chance to
-tidy up. A *full disk* makes each operation that needs room fail from one of them on: the command
-must end in one line and exit code 2. *Two owners*: a run is stopped at one of them while a second
-one is started in its folder, which must be refused. After each, the same command is given again and
-must end with the result of an undisturbed run, byte for byte but for times.
+tidy up. A *power cut* ends it too, and leaves of its files what a disk promises to hold then; on
+*ext4*, where this machine may mount one, what that file system does hold. A *full disk* makes each
+operation that needs room fail from one of them on: the command must end in one line and exit code
+2. *Two owners*: a run is stopped at one of them while a second one is started in its folder, which
+must be refused. After each, the same command is given again and must end with the result of an
+undisturbed run, byte for byte but for times.
 
 Needs the tiny models of `tests/`: run it from the root of a checkout.
 """
@@ -21,19 +23,19 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.common import table
-from benchmarks.torture_damage import KINDS, Laboratory, of_tiny_models, result_of
+from benchmarks.torture_damage import KINDS, Laboratory, Tally, of_tiny_models, result_of, shown
+from benchmarks.torture_power import LOST, OPTIONS, CannotMount, Disk, Ext4
 
 LIMIT = 300
 """Seconds after which a run hangs."""
-WAYS = ("kill", "full disk", "two owners")
 _KILLED = 137
 _OF_OS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 _NEED_ROOM = ("fsync", "mkdir", "open")
@@ -82,16 +84,21 @@ class Child:
         laboratory: does the command.
         kind: the kind of run.
         meet: called before each operation on files, in the process.
+        within: entered in the process, around the command.
     """
 
     def __init__(
-        self, laboratory: Laboratory, kind: str, meet: Callable[[str, int], None] | None = None
+        self,
+        laboratory: Laboratory,
+        kind: str,
+        meet: Callable[[str, int], None] = lambda _name, _count: None,
+        within: AbstractContextManager[Any] | None = None,
     ):
         self._told, told = _FORK.Pipe(duplex=False)
 
         def work() -> None:
             os.setpgid(0, 0)
-            with at_operation(meet or (lambda _name, _count: None)):
+            with within or nullcontext(), at_operation(meet):
                 try:
                     answer = laboratory.command(kind)
                 except BaseException as error:
@@ -157,6 +164,23 @@ def killed(laboratory: Laboratory, kind: str, at: int) -> None:
     Child(laboratory, kind, meet).ended()
 
 
+def power_cut(laboratory: Laboratory, kind: str, at: int) -> None:
+    """Kill a run at an operation; of its folder, what was not synced is lost."""
+    out, disk = laboratory.out(kind), Disk()
+    left = out.with_name(f"{out.name}-left")
+
+    def meet(_name: str, count: int) -> None:
+        if count == at:
+            if out.exists():
+                disk.survivors(out, left, LOST[at % len(LOST)])
+            os._exit(_KILLED)
+
+    Child(laboratory, kind, meet, disk.watching()).ended()
+    if left.exists():
+        shutil.rmtree(out)
+        left.rename(out)
+
+
 def full_disk(laboratory: Laboratory, kind: str, at: int) -> None:
     """Let the disk be full from an operation on.
 
@@ -205,18 +229,48 @@ def two_owners(laboratory: Laboratory, kind: str, at: int) -> None:
         raise Lost(f"the first owner ended with exit code {code}: {said[-300:]}")
 
 
-DISTURBED: dict[str, Callable[[Laboratory, str, int], None]] = {
+Disturbance = Callable[[Laboratory, str, int], None]
+
+WAYS: dict[str, Disturbance] = {
     "kill": killed,
+    "power cut": power_cut,
     "full disk": full_disk,
     "two owners": two_owners,
 }
 
 
-def tried(laboratory: Laboratory, way: str, kind: str, at: int, wanted: dict[str, Any]) -> str:
+def cut_on(disk: Ext4) -> Disturbance:
+    """Return what cuts the power of the disk that a laboratory works on."""
+
+    def disturb(laboratory: Laboratory, kind: str, at: int) -> None:
+        stopped = _FORK.Event()
+
+        def meet(_name: str, count: int) -> None:
+            if count == at:
+                stopped.set()
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        child = Child(laboratory, kind, meet)
+
+        def end() -> None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.ended()
+
+        if not stopped.wait(LIMIT):
+            raise Lost(f"operation {at} was not met in {LIMIT} s")
+        time.sleep(0.1)  # the stop follows the event
+        disk.cut(end)
+
+    return disturb
+
+
+def tried(
+    laboratory: Laboratory, disturb: Disturbance, kind: str, at: int, wanted: dict[str, Any]
+) -> str:
     """Disturb a run and give its command again; return what was lost, "" if nothing was."""
     out = _cleared(laboratory, kind)
     try:
-        DISTURBED[way](laboratory, kind, at)
+        disturb(laboratory, kind, at)
         code, said = Child(laboratory, kind).ended()
     except Lost as error:
         return str(error)
@@ -231,32 +285,52 @@ def torture(
     laboratory: Laboratory,
     tries: int,
     seed: int,
-    ways: Sequence[str] = WAYS,
+    ways: Mapping[str, Disturbance] = WAYS,
     kinds: Sequence[str] = KINDS,
     say: Callable[[str], None] = print,
-) -> dict[tuple[str, str], tuple[int, int]]:
+) -> Tally:
     """Try every way on every kind of run; return (way, kind) -> (tried, survived).
 
     Args:
         laboratory: does the runs.
         tries: of each way on each kind.
         seed: draws the operations.
-        ways: of `WAYS`.
+        ways: name -> what disturbs a run.
         kinds: kinds of run.
         say: gets a line for each loss.
     """
     draw = random.Random(seed)
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    found: Tally = {}
     for kind in kinds:
         most = operations_of(laboratory, kind)
         wanted = result_of(laboratory.out(kind))
-        for way in ways:
-            places = [draw.randrange(1, most + 1) for _ in range(tries)]
-            lost = {at: tried(laboratory, way, kind, at, wanted) for at in places}
-            for at, why in lost.items():
+        for way, disturb in ways.items():
+            lost = 0
+            for at in [draw.randrange(1, most + 1) for _ in range(tries)]:
+                why = tried(laboratory, disturb, kind, at, wanted)
                 if why:
+                    lost += 1
                     say(f"LOST {kind}, {way} at operation {at} of {most}: {why}")
-            found[way, kind] = tries, tries - sum(bool(lost[at]) for at in places)
+            found[way, kind] = tries, tries - lost
+    return found
+
+
+def torture_ext4(tries: int, seed: int, kinds: Sequence[str] = KINDS) -> Tally:
+    """Cut the power on a file system of its own; return as `torture` does.
+
+    Raises:
+        CannotMount: not on this machine.
+    """
+    found: Tally = {}
+    for number, options in enumerate(OPTIONS):
+        with tempfile.TemporaryDirectory() as folder:
+            disk = Ext4(Path(folder), options)
+            try:
+                with of_tiny_models(disk.root) as laboratory:
+                    ways = {f"power cut, ext4 {options.split(',')[0]}": cut_on(disk)}
+                    found |= torture(laboratory, tries, seed + number, ways, kinds)
+            finally:
+                disk.close()
     return found
 
 
@@ -265,15 +339,21 @@ def main(given: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     made.add_argument("--tries", type=int, default=4, help="of each way on each kind of run")
     made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--way", choices=WAYS, action="append", help="only this")
+    made.add_argument("--way", choices=[*WAYS, "ext4"], action="append", help="only this")
     made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
     options = made.parse_args(given)
+    asked, kinds = options.way or [*WAYS, "ext4"], options.kind or KINDS
+    found: Tally = {}
     with of_tiny_models() as laboratory:
-        ways, kinds = options.way or WAYS, options.kind or KINDS
-        found = torture(laboratory, options.tries, options.seed, ways, kinds)
-    rows = [(*name, str(count), str(survived)) for name, (count, survived) in found.items()]
-    table("disturbed runs", ("what", "kind", "tried", "survived"), rows)
-    return int(any(count != survived for count, survived in found.values()))
+        ways = {name: disturb for name, disturb in WAYS.items() if name in asked}
+        if ways:
+            found |= torture(laboratory, options.tries, options.seed, ways, kinds)
+    if "ext4" in asked:
+        try:
+            found |= torture_ext4(options.tries, options.seed, kinds)
+        except CannotMount as error:
+            print(f"no power cut on ext4 here: {error}")
+    return shown("disturbed runs", found)
 
 
 if __name__ == "__main__":

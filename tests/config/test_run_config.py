@@ -337,6 +337,13 @@ def test_unknown_part_of_the_rows_is_named_once(tmp_path):
     )
 
 
+def test_a_key_with_a_dot_is_said_to_be_one_key(tmp_path):
+    faults = faults_of(written(tmp_path, **{"data.tests": {}}))
+    assert faults == (
+        "data.tests: YAML reads this as one key; write data: and, indented below it, tests:",
+    )
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

@@ -60,8 +60,12 @@ def test_text_that_repeats_itself_by_aliases_is_read_once():
         ("a: [1\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
         ("a: 1\na: 2", "line 2: 'a' is given twice; remove one of them"),
         ("[1]: 2", "line 1: a key must be one word, not a list or a block"),
-        ("a: 2023-13-45", "month must be in 1..12"),
+        (
+            "a: 1\nb: 2023-13-45",
+            "line 2: '2023-13-45' cannot be read: month must be in 1..12; put it in quotes if",
+        ),
         ("a: " + "9" * 5000, "a number has thousands of digits"),
+        ("a: &x 1\nb: &x 2", "line 2, column 4: duplicate anchor 'x'; name it otherwise"),
         ("a: &x [*x]", "line 1: the text stands for more than 10000 values, as aliases"),
         ("a: &x {b: *x}", "line 1: the text stands for more than 10000 values, as aliases"),
         ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels deep; write settings plainly"),
@@ -72,8 +76,11 @@ def test_text_that_repeats_itself_by_aliases_is_read_once():
             "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 99))]),
             "nested more than 50 levels deep",
         ),
-        ("a: !!bool abc", "a value does not fit its tag ('abc'); take the tag out"),
-        ("a: !!timestamp abc", "a value does not fit its tag"),
+        (
+            "a: !!bool abc",
+            "line 1: 'abc' cannot be read: it does not fit its tag; take the tag out",
+        ),
+        ("a: !!timestamp abc", "it does not fit its tag"),
         ("a: !foo {r: 1}", "line 1, column 4: the tag '!foo' is not allowed; take it out"),
         (
             "a: !!python/object/apply:os.system ['true']",

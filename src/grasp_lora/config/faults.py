@@ -133,6 +133,9 @@ def _unknown(path: KeyPath, value: Any, schema: type[BaseModel]) -> Iterator[tup
         yield path, "removed; write train.search"
     elif key in OLD_KEYS:
         yield path, f"removed; {OLD_KEYS[key]}"
+    elif path and "." in path[-1]:
+        outer, _, inner = path[-1].partition(".")
+        yield path, f"YAML reads this as one key; write {outer}: and, indented below it, {inner}:"
     else:
         yield path, f"unknown key{_nearest(key, schema)}"
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from grasp_lora.base.words import shown
+
 LONGEST = 1_000_000
 """Characters of a text."""
 MOST_VALUES = 10_000
@@ -49,6 +51,17 @@ class Words:
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice; YAML itself would silently keep the last."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
+            # Such as the date 2023-13-45, or !!bool abc.
+            line, word = node.start_mark.line + 1, shown(str(node.value))
+            tagged = not isinstance(error, ValueError | OverflowError)
+            why = "it does not fit its tag" if tagged else _short_of_digits(error)
+            do = "take the tag out" if tagged else "put it in quotes if it is meant as text"
+            raise yaml.YAMLError(f"line {line}: {word} cannot be read: {why}; {do}") from None
 
 
 def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -104,10 +117,6 @@ def read_yaml(text: str) -> tuple[Any, Words]:
         words = Words()
         _collect(node, values, (), words, set())
         return values, words
-    except (ValueError, TypeError, OverflowError) as error:  # such as the date 2023-13-45
-        raise yaml.YAMLError(_short_of_digits(error)) from None
-    except (LookupError, AttributeError) as error:  # such as !!bool abc
-        raise yaml.YAMLError(f"a value does not fit its tag ({error}); take the tag out") from None
     finally:
         loader.dispose()
 
@@ -167,6 +176,8 @@ def yaml_fault(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     problem, mark = str(error.problem), error.problem_mark
+    if "duplicate anchor" in str(error.context):
+        problem = f"{str(error.context).split(';')[0].removeprefix('found ')}; name it otherwise"
     if "constructor for the tag" in problem:
         problem = f"the tag {problem.split()[-1]} is not allowed; take it out"
     if "escape" in problem:

@@ -91,7 +91,10 @@ def id_value(value: Any, name: str, where: str) -> str:
             is cut within a character.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{where}: {name} must be a text or a whole number, got {_shown(value)}")
+        raise ValueError(
+            f"{where}: {name} must be a text or a whole number, got {_shown(value)}; correct "
+            "it, or name another column in columns"
+        )
     if SURROGATE.search(str(value)):
         raise ValueError(
             f"{where}: {name} {shown(value)} holds half of a character (U+D800 to U+DFFF), which "
