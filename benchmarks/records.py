@@ -17,8 +17,8 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import common
 from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.owner import held
 
 Record = dict[str, Any]
 Records = Mapping[str, Sequence[Record]]
@@ -236,20 +237,9 @@ def _column(values: Sequence[Any]) -> tuple[pa.Array, str]:
     raise ValueError(f"no column can hold {values!r:.200}")
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> AbstractContextManager[None]:
     """Hold a lock of the folder for the body, so that no other process writes a table there."""
-    try:
-        import fcntl  # noqa: PLC0415
-    except ImportError:  # Windows: nothing keeps two writers apart there
-        yield
-        return
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(place)
+    return held(folder / ".records.lock", folder, print, wait=True)
 
 
 def shown(

@@ -139,7 +139,7 @@ def encode(
             least + kept_free,
         )
     if not fit.ids:
-        raise ValueError(f"row {shown(example_id)}: the prompt is empty")
+        raise ValueError(f"row {shown(example_id)}: the prompt is empty; give it a text")
     ids = (*fit.ids, *answer)
     return EncodedExample(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
 
@@ -269,7 +269,7 @@ class Collator:
         """
         unlabelled = [example.id for example in examples if example.label_tokens == 0]
         if unlabelled:
-            raise ValueError(f"row {shown(unlabelled[0])} has no answer, so it has no loss")
+            raise ValueError(f"row {shown(unlabelled[0])} has no answer, so it has no loss; give it one")
         batch = self._padded([example.input_ids for example in examples])
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)
