@@ -78,11 +78,16 @@ def main(given: Sequence[str] | None = None) -> int:
         for number, part in enumerate(asked):
             try:
                 found |= part.result()
+                print(f"part {number + 1} of {len(asked)} done, {_since(began)}", flush=True)
             except Exception as error:
-                print(f"LOST part {number} as a whole: {type(error).__name__}: {error}")
-                found[f"part {number}", "as a whole"] = 1, 0
+                print(f"LOST part {number + 1} as a whole: {type(error).__name__}: {error}")
+                found[f"part {number + 1}", "as a whole"] = 1, 0
+    return shown(f"tried and survived, in {_since(began)}", found)
+
+
+def _since(began: float) -> str:
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    return shown(f"tried and survived, in {minutes}:{seconds:02d}", found)
+    return f"{minutes}:{seconds:02d}"
 
 
 if __name__ == "__main__":

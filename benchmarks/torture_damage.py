@@ -35,7 +35,7 @@ STATES = ("half", "whole")
 WAYS = ("gone", "cut", "emptied", "flip", "zeros")
 METHODS = ("average-finetuned", "grasp-restart")
 """Methods of the comparison: one that trains, and one that searches and trains."""
-SAVES = {"grasp": 21, "auto": 21, "compare": 21}
+SAVES = {"grasp": 21, "auto": 18, "compare": 21}
 """Kind -> checkpoints that are written before a half-done run ends."""
 
 STOPPED = -1

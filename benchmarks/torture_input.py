@@ -12,7 +12,6 @@ Needs the tiny models of `tests/`: run it from the root of a checkout.
 
 import argparse
 import json
-import os
 import random
 import signal
 import sys
@@ -76,7 +75,9 @@ class Inputs:
 @contextmanager
 def inputs() -> Iterator[Inputs]:
     """Inputs in a temporary folder; no hub is asked for anything."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, HF_HUB_OFFLINE="1"):
+    # The hub's client reads the variable once, when it is imported.
+    offline = patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with tempfile.TemporaryDirectory() as folder, offline:
         yield Inputs(Path(folder))
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,23 @@ def test_a_full_disk_names_the_file_and_keeps_its_old_content(tmp_path, monkeypa
     assert caught.value.filename == str(path)
     assert read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EIO, True), (errno.EINVAL, False)])
+def test_a_disk_that_fails_is_told_but_not_one_that_syncs_no_folders(
+    tmp_path, monkeypatch, number, refused
+):
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(runs.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output") if refused else nullcontext():
+        write_json(tmp_path / "x.json", {"new": 2})
+    assert read_json(tmp_path / "x.json") == {"new": 2}
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

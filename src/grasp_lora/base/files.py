@@ -45,6 +45,8 @@ FOLDER_LOCK = ".grasp-lora.lock"
 """Lock file in a folder that a process works in (`base.owner`)."""
 _FORMAT = "grasp-lora run"
 _TEMPORARY = ".part"
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Errors of a file system that syncs no folders."""
 
 
 # All files and folders that a run writes. Nothing else is ever removed.
@@ -271,13 +273,22 @@ def sync(folder: Path, names: Iterable[str]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can: Windows opens no folder."""
-    with suppress(OSError):
+    """Bring the names in a folder to the disk, where the system can: Windows opens no folder.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    try:
         handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path) -> None:
