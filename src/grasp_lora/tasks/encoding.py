@@ -269,7 +269,8 @@ class Collator:
         """
         unlabelled = [example.id for example in examples if example.label_tokens == 0]
         if unlabelled:
-            raise ValueError(f"row {shown(unlabelled[0])} has no answer, so it has no loss; give it one")
+            row = shown(unlabelled[0])
+            raise ValueError(f"row {row} has no answer, so it has no loss; give it one")
         batch = self._padded([example.input_ids for example in examples])
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)
