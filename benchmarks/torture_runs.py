@@ -267,7 +267,10 @@ def cut_on(disk: Ext4) -> Disturbance:
 def tried(
     laboratory: Laboratory, disturb: Disturbance, kind: str, at: int, wanted: dict[str, Any]
 ) -> str:
-    """Disturb a run and give its command again; return what was lost, "" if nothing was."""
+    """Disturb a run and give its command again; return what was lost, "" if nothing was.
+
+    What is damaged would be made again with the same result: that is a loss too, of time.
+    """
     out = _cleared(laboratory, kind)
     try:
         disturb(laboratory, kind, at)
@@ -278,6 +281,8 @@ def tried(
     differing = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
     if code != 0 or differing:
         return f"then exit code {code}, other results: {', '.join(differing[:3])}; {said[-300:]}"
+    if " damaged" in said:
+        return f"what was called finished was not on the disk: {said[:600]}"
     return ""
 
 
