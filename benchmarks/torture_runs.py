@@ -1,15 +1,16 @@
-"""Kills, power cuts, a full disk, two owners: does a run ever end otherwise, or with a traceback?
+"""Kills, power cuts, a full disk, two owners: is anything lost, or shown as a traceback?
 
     python -m benchmarks.torture_runs --tries 20
 
 Each run is a process of its own, forked from this one. Its operations on files (write, sync,
 rename, make and remove) are counted. A *kill* ends the process at one of them, without a chance to
-tidy up. A *power cut* ends it too, and leaves of its files what a disk promises to hold then; on
-*ext4*, where this machine may mount one, what that file system does hold. A *full disk* makes each
-operation that needs room fail from one of them on: the command must end in one line and exit code
-2. *Two owners*: a run is stopped at one of them while a second one is started in its folder, which
-must be refused. After each, the same command is given again and must end with the result of an
-undisturbed run, byte for byte but for times.
+tidy up; an *interrupt* (Ctrl-C) ends it in good order. A *power cut* ends it too, and leaves of its
+files what a disk promises to hold then; on *ext4*, where this machine may mount one, what that file
+system does hold. A *full disk* makes each operation that needs room fail from one of them on: the
+command must end in one line and exit code 2. *Two owners*: a run is stopped at one of them while a
+second one is started in its folder, which must be refused. After each, the same command is given
+again. It must find nothing damaged, and end with the result of an undisturbed run, byte for byte
+but for times.
 
 Needs the tiny models of `tests/`: run it from the root of a checkout.
 """
@@ -164,6 +165,24 @@ def killed(laboratory: Laboratory, kind: str, at: int) -> None:
     Child(laboratory, kind, meet).ended()
 
 
+def interrupted(laboratory: Laboratory, kind: str, at: int) -> None:
+    """Press Ctrl-C at an operation.
+
+    Raises:
+        Lost: the command does not end with exit code 130.
+    """
+    met = _FORK.Value("b", 0)
+
+    def meet(_name: str, count: int) -> None:
+        if count == at:
+            met.value = 1
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code, said = Child(laboratory, kind, meet).ended()
+    if met.value and code != 130:
+        raise Lost(f"Ctrl-C ended with exit code {code}: {said[-300:]}")
+
+
 def power_cut(laboratory: Laboratory, kind: str, at: int) -> None:
     """Kill a run at an operation; of its folder, what was not synced is lost."""
     out, disk = laboratory.out(kind), Disk()
@@ -233,6 +252,7 @@ Disturbance = Callable[[Laboratory, str, int], None]
 
 WAYS: dict[str, Disturbance] = {
     "kill": killed,
+    "interrupt": interrupted,
     "power cut": power_cut,
     "full disk": full_disk,
     "two owners": two_owners,
