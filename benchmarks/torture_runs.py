@@ -99,6 +99,8 @@ class Child:
 
         def work() -> None:
             os.setpgid(0, 0)
+            # A program that was started in the background ignores Ctrl-C, and so do its children.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             with within or nullcontext(), at_operation(meet):
                 try:
                     answer = laboratory.command(kind)
