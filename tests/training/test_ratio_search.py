@@ -12,7 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from grasp_lora.adapters.merging import merge_adapters
 from grasp_lora.core.controller.rounds import state_to_json
@@ -342,6 +348,24 @@ def test_rows_are_measured_right_in_the_trainer(tmp_path):
     search = RatioSearch(Dataset.from_list(padded), controller=config)
     searched(tmp_path, search, model=model, learning_rate=0.0)
     assert search.rounds[0].rows == tuple(range(8))
+    assert search.rounds[0].baseline_rows == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_without_labels_get_those_that_the_trainer_trains_on(tmp_path):
+    """The rows may hold columns that the Trainer takes out of its own data set."""
+    rows = [{"input_ids": row["input_ids"], "text": "not for the model"} for row in MICRO_DEV]
+    collate = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
+    config = ControllerConfig(rounds=1, rows=8, low=0.3, baseline=True)
+    search = RatioSearch(rows, controller=config)
+    trainer = trainer_of(tmp_path, search, tiny_peft_model(tiny_model()), learning_rate=0.0)
+    trainer.train_dataset = Dataset.from_list(rows)
+    trainer.data_collator = collate
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            expected.append(float(trainer.model(input_ids=ids, labels=ids).loss))
+    trainer.train()
     assert search.rounds[0].baseline_rows == pytest.approx(expected, abs=1e-5)
 
 

@@ -41,7 +41,6 @@ from grasp_lora.training.trainer import refuse_unsupported_launch
 RowObjective = Callable[[nn.Module, Sequence[Any]], Sequence[float]]
 """(model in eval mode, rows) -> objective of each row; lower is better."""
 
-_STANDARD = ControllerConfig()
 _BATCH_SIZE = 8
 
 
@@ -100,7 +99,7 @@ class RatioSearch(TrainerCallback):
         self,
         micro_dev_rows: Iterable[Any],
         *,
-        controller: ControllerConfig = _STANDARD,
+        controller: ControllerConfig = ControllerConfig(),
         importance: Literal["activation", "magnitude"] = "activation",
         mask_unit: Literal["merged", "source"] = "merged",
         adapter: str | None = None,
