@@ -22,7 +22,7 @@ from grasp_lora.core.controller.rounds import (
 )
 from grasp_lora.core.evidence.verdict import Verdict
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
-from grasp_lora.models.example_losses import EncodedExamples
+from grasp_lora.models.example_losses import EncodedExamples, forward_tokens
 from grasp_lora.models.modules import base_fingerprint, forward_accepts
 from grasp_lora.models.token_rows import Collate, RightPadding, token_row
 from grasp_lora.training.activations import input_norms
@@ -40,8 +40,6 @@ from grasp_lora.training.trainer import refuse_unsupported_launch
 
 RowObjective = Callable[[nn.Module, Sequence[Any]], Sequence[float]]
 """(model in eval mode, rows) -> objective of each row; lower is better."""
-
-_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ class RatioSearch(TrainerCallback):
         self._choice = None
         live = adopt_adapter(kwargs["model"], self._adapter, self._mask_unit)
         self._live = live
-        rows = self._rows(live.model, kwargs.get("train_dataloader"))
+        rows = self._rows(args, live.model, kwargs.get("train_dataloader"))
         seed = args.seed if self._seed is None else self._seed
         begun = _Begun(self._facts(rows, state.max_steps, seed, live.adapter))
         folder = _checkpoint(args, state) if state.global_step else None
@@ -266,9 +264,10 @@ class RatioSearch(TrainerCallback):
             )
         return self._live, self._searcher
 
-    def _rows(self, model: nn.Module, dataloader: Any) -> EncodedExamples:
+    def _rows(self, args: Any, model: nn.Module, dataloader: Any) -> EncodedExamples:
         """Return the rows in the form that losses are measured on."""
         padding = RightPadding(forward_accepts(model, "logits_to_keep"))
+        batch_size = args.per_device_eval_batch_size
         if self._objective is not None and not _tokenised(self._given[0]):
             if self._importance in NEEDS_NORMS:
                 raise ValueError(
@@ -276,10 +275,10 @@ class RatioSearch(TrainerCallback):
                     "which are not tokenised: give tokenised rows, or set importance='magnitude'"
                 )
             groups = [_Opaque(str(place)) for place in range(len(self._given))]
-            return EncodedExamples(groups, padding, _BATCH_SIZE)
+            return EncodedExamples(groups, padding, batch_size)
         collate = _collator_of(dataloader)
         rows = [token_row(row, i, model, collate) for i, row in enumerate(self._given)]
-        return EncodedExamples(rows, padding, _BATCH_SIZE)
+        return EncodedExamples(rows, padding, batch_size, forward_tokens(args.device))
 
     def _measure(self, model: nn.Module, drawn: Sequence[int]) -> list[float]:
         """Return the user's objective of the rows at these places."""
