@@ -43,13 +43,8 @@ class RunResult:
         return self.folder / "final"
 
     @property
-    def ratio(self) -> float:
-        """The prune ratio of the result, in [0, 1)."""
-        return read_json(self.folder / "ratio.json")["ratio"]
-
-    @property
     def verdict(self) -> str:
-        """What the search of the ratio showed: `learned`, `flat` or `never-fired`."""
+        """What the search of the ratio showed: `learned`, `flat`, `never-fired` or `not-probed`."""
         return read_json(self.folder / "ratio.json")["verdict"]
 
     @property
@@ -110,7 +105,7 @@ def run(
         quiet: print nothing.
 
     Returns:
-        The result: `.final`, `.ratio`, `.verdict`, `.scores`, `.table()`.
+        The result: `.final`, `.verdict`, `.scores`, `.table()`.
 
     Raises:
         ValueError, FileNotFoundError: a setting, a file, an adapter or the machine does not allow
