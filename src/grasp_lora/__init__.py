@@ -11,14 +11,33 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConfigError": "grasp_lora.config.run_config",
+    "ControllerConfig": "grasp_lora.core.controller.settings",
+    "RatioSearch": "grasp_lora.training.ratio_search",
     "RunConfig": "grasp_lora.config.run_config",
+    "evaluate": "grasp_lora.plans.public",
     "load_config": "grasp_lora.config.run_config",
+    "merge_adapters": "grasp_lora.adapters.merging",
+    "run": "grasp_lora.plans.public",
 }
 
-__all__ = ["ConfigError", "RunConfig", "__version__", "load_config"]
+__all__ = [
+    "ConfigError",
+    "ControllerConfig",
+    "RatioSearch",
+    "RunConfig",
+    "__version__",
+    "evaluate",
+    "load_config",
+    "merge_adapters",
+    "run",
+]
 
 if TYPE_CHECKING:
+    from grasp_lora.adapters.merging import merge_adapters
     from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
+    from grasp_lora.core.controller.settings import ControllerConfig
+    from grasp_lora.plans.public import evaluate, run
+    from grasp_lora.training.ratio_search import RatioSearch
 
 
 def __getattr__(name: str) -> Any:

@@ -460,3 +460,46 @@ def test_a_scaled_adapter_is_the_scaled_delta_and_is_put_back(fails):
             raise RuntimeError("in the middle")
     assert [layer.scaling["default"] for layer in live.layers.values()] == scalings
     assert same(before, everything(live, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("make", "momentum"),
+    [
+        (lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9), "momentum_buffer"),
+        (lambda ps: torch.optim.RMSprop(ps, lr=0.05, momentum=0.9), "momentum_buffer"),
+        (lambda ps: torch.optim.AdamW(ps, lr=0.05, amsgrad=True), "exp_avg"),
+        (lambda ps: torch.optim.Adagrad(ps, lr=0.05), None),
+        (lambda ps: torch.optim.Adafactor(ps, lr=0.05), None),
+    ],
+)
+def test_masks_are_committed_under_any_optimizer(make, momentum):
+    live = live_of()
+    optimizer = make(list(live.params.values()))
+    for step in range(2):
+        train_step(live, optimizer, step)
+    live.commit(pruned_at(live, 0.5), optimizer)
+    train_step(live, optimizer, 2)
+    live.commit(pruned_at(live, 0.2), optimizer)
+    for name, param in live.params.items():
+        assert torch.equal(param == 0, ~live.keep(name))
+        state = optimizer.state[param]
+        if momentum is not None:
+            assert (state[momentum][~live.keep(name)] == 0).all()
+        for second in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
+            if second in state:
+                assert (state[second][live.keep(name)] > 0).all()
+
+
+def test_a_released_adapter_lets_all_gradients_pass():
+    live = live_of()
+    live.commit(pruned_at(live, 0.5))
+    ids = random_ids()
+
+    def pruned_gradients() -> bool:
+        live.model.zero_grad()
+        live.model(input_ids=ids, labels=ids).loss.backward()
+        return any(bool(p.grad[~live.keep(n)].any()) for n, p in live.params.items())
+
+    assert not pruned_gradients()
+    live.release()
+    assert pruned_gradients()

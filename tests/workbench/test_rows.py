@@ -170,17 +170,32 @@ def test_rows_from_python_take_the_place_of_files(tmp_path):
         "target": {
             "train": Dataset.from_list(rows[:8]),
             "micro_dev": rows[8:12],
-            "test": rows[12:],
+            "validation": rows[12:15],
+            "test": rows[15:],
         }
     }
     data, _ = loaded({"target": {"language": "es"}}, given=given)
-    assert [len(data.parts["target"][part]) for part in ("train", "micro_dev", "test")] == [8, 4, 8]
+    found = {part: len(examples) for part, examples in data.parts["target"].items()}
+    assert found == {"train": 8, "dev": 3, "micro_dev": 4, "test": 5}
     assert data.parts["target"]["train"][0].fields["context"] == rows[0]["context"]
     again, _ = loaded({"target": {"language": "es"}}, given=given)
     assert again.digest() == data.digest()
-    changed = {"target": {**given["target"], "test": rows[12:19]}}
+    changed = {"target": {**given["target"], "test": rows[15:19]}}
     other, _ = loaded({"target": {"language": "es"}}, given=changed)
     assert other.digest() != data.digest()
+
+
+@pytest.mark.parametrize("rows", [{}, {"test": 5}, {"train": 9, "dev": 4, "micro_dev": 2}])
+def test_one_set_from_python_is_divided_as_the_same_file_is(tmp_path, rows):
+    given = rows_of("p", range(30))
+    section = {"language": "es", "rows": rows}
+    data, _ = loaded({"target": section}, given={"target": Dataset.from_list(given)})
+    file = write(tmp_path / "rows.jsonl", given)
+    same, _ = loaded({"target": section | {"files": file}})
+    assert data.digest() == same.digest()
+    drawn = {part: len(examples) for part, examples in data.parts["target"].items()}
+    assert drawn.items() >= rows.items()
+    assert all(drawn[part] for part in ("train", "dev", "micro_dev"))
 
 
 def test_columns_and_another_task_reach_the_loader(tmp_path):
@@ -327,8 +342,10 @@ def test_the_split_has_a_seed_of_its_own(tmp_path):
             {"targets": {}},
             "'targets', which the configuration does not have; give rows for target, tests",
         ),
-        ({"target": {"validation": []}}, "got 'validation'"),
-        ({"target": []}, "got a list"),
+        ({"target": {"holdout": []}}, "got 'holdout'"),
+        ({"target": {"validation": [], "dev": []}}, "two are the same one"),
+        ({"target": "rows.jsonl"}, "got a str"),
+        ({"tests": []}, "got a list"),
         ({"tests": {"news": []}}, "none are configured"),
     ],
 )

@@ -116,9 +116,14 @@ class LanguageData(ExampleSource):
     )
 
     @property
+    def sizes_chosen_here(self) -> bool:
+        """Whether one set would be divided into train, dev and micro_dev of sizes chosen here."""
+        return not any(part != "test" for part in self.rows)
+
+    @property
     def divided_automatically(self) -> bool:
         """Whether one file is divided into train, dev and micro_dev of sizes chosen here."""
-        return isinstance(self.files, Path) and not any(part != "test" for part in self.rows)
+        return isinstance(self.files, Path) and self.sizes_chosen_here
 
     @model_validator(mode="after")
     def _rows_and_columns_fit_files(self) -> "LanguageData":

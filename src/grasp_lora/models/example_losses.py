@@ -35,20 +35,24 @@ Batch = Mapping[str, Tensor]
 
 
 def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 logits of the K answer positions, and the labels they predict.
+    """Return float32 logits of the K positions that answers are in, and the labels they predict.
+
+    K counts from the first position with a label to the end. The padding may be on either side.
 
     Args:
-        logits: [batch, kept, vocab]. `kept` is the number of answer positions if the model has the
-            argument `logits_to_keep`, else the whole length.
-        labels: [batch, length], with answers at the right end and `IGNORED` elsewhere.
+        logits: [batch, kept, vocab]. `kept` is K if the model has the argument `logits_to_keep`,
+            else the whole length.
+        labels: [batch, length], with `IGNORED` where there is no loss. That of the first position
+            is not looked at, because nothing predicts it.
 
     Returns:
         logits [batch, K, vocab], labels [batch, K].
     """
     length = labels.shape[1]
     if logits.shape[1] == length:
-        answers = int((labels != IGNORED).any(0).sum())
-        logits = logits[:, length - answers - 1 : length - 1]
+        labelled = (labels[:, 1:] != IGNORED).any(0).nonzero()
+        first = 1 + int(labelled[0]) if len(labelled) else length
+        logits = logits[:, first - 1 : length - 1]
     return logits.float(), labels[:, length - logits.shape[1] :]
 
 
@@ -67,6 +71,11 @@ def rank_and_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def forward_tokens(device: torch.device) -> int:
+    """Return the fixed time of a forward pass on a device, in the time of one token (about)."""
+    return 64 if device.type == "cpu" else 1024
 
 
 @dataclass(frozen=True)

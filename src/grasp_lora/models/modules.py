@@ -62,8 +62,12 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer that maps hidden states to logits, or None if the model names none."""
-    return bare_model(model).get_output_embeddings()  # type: ignore[operator]
+    """Return the layer that maps hidden states to logits, or None if the model names none.
+
+    If the layer has LoRA, its base layer is returned.
+    """
+    layer = bare_model(model).get_output_embeddings()  # type: ignore[operator]
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def vocabulary_size(model: nn.Module) -> int:

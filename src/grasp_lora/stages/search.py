@@ -22,7 +22,6 @@ from grasp_lora.core.controller.rounds import (
     ControllerState,
     RatioChoice,
     RoundRecord,
-    choose_ratio,
     planned_rounds,
 )
 from grasp_lora.core.lora import MergedModule, Part
@@ -114,7 +113,7 @@ def run(work: Work) -> Mapping[str, Any]:
         ended = _as_merged(live, start)
         entries = sum(param.numel() for param in live.params.values())
         groups = [example.group for example in context.rows("target", splits).encoded]
-        choice = choose_ratio(searcher.controller, config.controller, groups)
+        choice = searcher.choose()
         spread, forwards = None, searcher.forwards
         if config.scope != "global":
             spread = spread_ratio(context, live, norms, choice.ratio, splits)

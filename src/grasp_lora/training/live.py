@@ -90,6 +90,7 @@ class LiveAdapter:
         blocks: the mask units, which together cover all of `params`.
         layers: module name -> LoRA layer.
         structure: unit of pruning, a key of `core.pruning.masks.STRUCTURES`.
+        adapter: name of the adapter in the PeftModel.
     """
 
     def __init__(
@@ -99,16 +100,24 @@ class LiveAdapter:
         blocks: tuple[Block, ...],
         layers: Mapping[str, Any],
         structure: str = "entries",
+        adapter: str = "default",
     ):
         self._keep_masks = STRUCTURES[structure]
+        self.adapter = adapter
         self.model = model
         self.params = params
         self.blocks = blocks
         self.layers = layers
         self._keep: dict[str, Mask] = {}
         self._stash: dict[str, Tensor] = {}
-        for name, param in params.items():
-            param.register_hook(self._gradient_filter(name))
+        self._hooks = [
+            param.register_hook(self._gradient_filter(name)) for name, param in params.items()
+        ]
+
+    def release(self) -> None:
+        """Let gradients pass unfiltered again, for a model that goes on without this adapter."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _gradient_filter(self, name: str):
         # A gradient hook keeps pruned entries out of Adam's moments and out of the gradient norm
@@ -229,16 +238,16 @@ class LiveAdapter:
         Raises:
             RuntimeError: the body wrote to the weights.
         """
-        before = {name: layer.scaling["default"] for name, layer in self.layers.items()}
+        before = {name: layer.scaling[self.adapter] for name, layer in self.layers.items()}
         try:
             for name, layer in self.layers.items():
-                layer.scaling["default"] = before[name] * factor
+                layer.scaling[self.adapter] = before[name] * factor
             with preserved(self.model, self.params):
                 self.model.eval()
                 yield
         finally:
             for name, layer in self.layers.items():
-                layer.scaling["default"] = before[name]
+                layer.scaling[self.adapter] = before[name]
 
     def _leaving(self, name: str, masks: Masks) -> Tensor:
         """Return True for the entries that are kept now and removed by `masks`."""
@@ -352,11 +361,16 @@ class LiveAdapter:
         """Return module -> (A, B) of the equivalent plain LoRA adapter, on the CPU."""
         return {
             name: (
-                layer.lora_A["default"].weight.detach().cpu().clone(),  # type: ignore[union-attr]
-                layer.lora_B["default"].weight.detach().cpu().clone(),  # type: ignore[union-attr]
+                layer.lora_A[self.adapter].weight.detach().cpu().clone(),
+                layer.lora_B[self.adapter].weight.detach().cpu().clone(),
             )
             for name, layer in self.layers.items()
         }
+
+
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""Names that torch's optimizers, and those that follow them, give to states of a tensor's shape."""
 
 
 def _adjust_moments(
@@ -368,20 +382,27 @@ def _adjust_moments(
     bias correction goes by the step that all entries share, so it does not make up for that: a
     revived entry would step several times as far as its neighbours (`benchmarks.revival`).
 
+    Optimizers that hold no such states, or in another form (8 bit, factored), keep theirs.
+
     Args:
         state: the optimizer's state of the tensor; empty before the first step.
         kept: the keep mask until now.
         wanted: the keep mask from now on.
         clear_first: set the first moment of the entries that are pruned now to zero.
     """
-    if not state:
-        return
+
+    def moments(names: Sequence[str]) -> list[Tensor]:
+        found = [state[name] for name in names if isinstance(state.get(name), Tensor)]
+        return [one for one in found if one.shape == kept.shape and one.is_floating_point()]
+
     if clear_first:
-        state["exp_avg"].masked_fill_(kept & ~wanted, 0.0)
-    second, revived, staying = state["exp_avg_sq"], wanted & ~kept, kept & wanted
+        for first in moments(_FIRST_MOMENTS):
+            first.masked_fill_(kept & ~wanted, 0.0)
+    revived, staying = wanted & ~kept, kept & wanted
     if bool(revived.any()) and bool(staying.any()):
-        least = torch.masked_select(second, staying).mean()
-        second.copy_(torch.where(revived, second.clamp(min=least), second))
+        for second in moments(_SECOND_MOMENTS):
+            least = torch.masked_select(second, staying).mean()
+            second.copy_(torch.where(revived, second.clamp(min=least), second))
 
 
 def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:

@@ -16,7 +16,12 @@ from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.core.controller import rounds
-from grasp_lora.core.controller.rounds import ControllerConfig, ControllerState, RoundRecord
+from grasp_lora.core.controller.rounds import (
+    ControllerConfig,
+    ControllerState,
+    RatioChoice,
+    RoundRecord,
+)
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
 from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
@@ -158,15 +163,19 @@ class SearchCallback(TrainerCallback):
         self._round(number, None, masked=False)
 
     def _draw_examples(self) -> tuple[tuple[int, ...], list[tuple[list[int], Any]]]:
-        """Return (positions in the pool, batches) of the examples of this round."""
+        """Return (positions in the pool, batches) of the examples of this round.
+
+        An objective of its own reads no batches.
+        """
         examples = self._pool.examples
+        batches = examples.batches if self._objective is None else lambda _drawn: []
         if self._pool.fresh:
             groups = [e.group for e in examples.encoded]
             drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
-            return drawn, examples.batches(drawn)
+            return drawn, batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(examples.encoded))))
         if self._fixed is None:
-            self._fixed = examples.batches(drawn)
+            self._fixed = batches(drawn)
         return drawn, self._fixed
 
     def _measure(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
@@ -219,12 +228,23 @@ class SearchCallback(TrainerCallback):
         flipped = 0
         if record.committed and masked:
             with self._clock.span("masks"):
-                wanted = found.masks.get(record.mask_ratio)
-                if wanted is None:
-                    (wanted,) = self._live.masks(self._importance, [record.mask_ratio])
+                wanted = found.masks.get(record.mask_ratio) or self._masks(record.mask_ratio)
                 flipped = self._live.commit(wanted, optimizer, self._config.clear_moments)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
+
+    def _masks(self, ratio: float) -> Masks:
+        (masks,) = self._live.masks(self._importance, [ratio])
+        return masks
+
+    def choose(self) -> RatioChoice:
+        """Return the ratio that the rounds so far speak for, and the evidence."""
+        groups = [example.group for example in self._pool.examples.encoded]
+        return rounds.choose_ratio(self.controller, self._config, groups)
+
+    def cut(self, ratio: float) -> None:
+        """Make the masks of `ratio` those of an adapter that is not trained any further."""
+        self._live.commit(self._masks(ratio))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the random state and the history of the rounds."""

@@ -22,7 +22,11 @@ from grasp_lora.models.backbones import (
     load_backbone,
     plan_memory,
 )
-from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix
+from grasp_lora.models.example_losses import (
+    EncodedExamples,
+    can_share_prefix,
+    forward_tokens,
+)
 from grasp_lora.models.memory import MemoryPlan
 from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
@@ -181,13 +185,12 @@ class Context:
     def rows(self, role: str, splits: Sequence[str]) -> EncodedExamples:
         """Return the encoded examples of the splits in a form that losses are measured on."""
         encoded = [e for split in splits for e in self.encoded(role, split)]
-        forward_tokens = 64 if self.backbone.device.type == "cpu" else 1024
         longest = max((len(row.input_ids) for row in encoded), default=0)
         return EncodedExamples(
             encoded,
             self.collator,
             self.config.evaluate.batch_size,
-            forward_tokens,
+            forward_tokens(self.backbone.device),
             share_prefix=can_share_prefix(self.backbone.model, longest),
         )
 

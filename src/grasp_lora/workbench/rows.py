@@ -21,6 +21,7 @@ from grasp_lora.config.data_sections import (
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.data.builtin import DEFAULT_SIZES, builtin_splits
 from grasp_lora.data.files import load_examples
+from grasp_lora.data.forms import SPLIT_NAMES
 from grasp_lora.data.hub import (
     ALL,
     PUBLISHED_SETS,
@@ -37,8 +38,14 @@ from grasp_lora.tasks.base import Example, Task, task_named
 
 Parts = dict[str, tuple[Example, ...]]
 Say = Callable[[str], None]
-Given = Mapping[str, Mapping[str, Iterable[Mapping[str, Any]]]]
-"""Role ("source", "target", "extra", "tests") -> split -> rows, such as a `datasets.Dataset`."""
+Rows = Iterable[Mapping[str, Any]]
+"""Rows from Python, such as a `datasets.Dataset`."""
+Given = Mapping[str, Mapping[str, Rows] | Rows]
+"""Role ("source", "target", "extra", "tests") -> split -> rows.
+
+Rows of "source" and "target" may also be one set, which is divided like a file. Their splits may
+have the usual names (`data.forms.SPLIT_NAMES`).
+"""
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,9 @@ def load_run_data(
         ValueError: a file is empty or malformed, there are too few examples, or two splits share
             examples and `data.allow_leakage` is not set.
     """
-    _check_given(config, given or {})
-    reader = _Reader(config, task_named(config.data.task), say, given or {}, training)
+    given = _with_our_splits(given or {})
+    _check_given(config, given)
+    reader = _Reader(config, task_named(config.data.task), say, given, training)
     target = reader.language("target", config.data.target)
     parts: dict[str, Parts] = {"target": target}
     if config.data.source is not None:
@@ -154,6 +162,26 @@ def load_run_data(
     return RunData(parts, reader.dropped, reader.sources, leaks)
 
 
+def _with_our_splits(given: Given) -> dict[str, Any]:
+    """Return rows whose splits of source and target have our names, such as dev for validation.
+
+    Raises:
+        ValueError: two splits of a role have the same name then.
+    """
+    names = {theirs: ours for ours, known in SPLIT_NAMES.items() for theirs in known}
+    found: dict[str, Any] = dict(given)
+    for role in ("source", "target"):
+        splits = found.get(role)
+        if isinstance(splits, Mapping):
+            found[role] = {names.get(name, name): rows for name, rows in splits.items()}
+            if len(found[role]) < len(splits):
+                raise ValueError(
+                    f"of the splits given for {role}, {shown(sorted(splits))}, two are the same "
+                    "one; leave one out"
+                )
+    return found
+
+
 def _check_given(config: RunConfig, given: Given) -> None:
     """Check that the configuration has the roles and splits of the rows from Python.
 
@@ -171,6 +199,8 @@ def _check_given(config: RunConfig, given: Given) -> None:
                 f"rows for {', '.join(known)}"
             )
         named = set(rows) if isinstance(rows, Mapping) else None
+        if named is None and role in ("source", "target") and not isinstance(rows, str):
+            continue
         if named is None or named - known[role]:
             wrong = (
                 f"a {type(rows).__name__}"
@@ -245,7 +275,7 @@ class _Reader:
     config: RunConfig
     task: Task
     say: Say
-    given: Given
+    given: Mapping[str, Any]
     training: bool = True
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
@@ -269,8 +299,11 @@ class _Reader:
         """
         if role in self.given:
             self.sources[role] = "given in Python"
-            rows = in_order(self.given[role])
-            return {part: self._load(source, section, part) for part, source in rows.items()}
+            given = self.given[role]
+            if isinstance(given, Mapping):
+                parts = in_order(given)
+                return {part: self._load(source, section, part) for part, source in parts.items()}
+            return self._divided(role, section, self._load(given, section, f"{role} rows"), used)
         paths = section.paths()
         if section.files == "builtin":
             self.sources[role] = "builtin"
@@ -281,10 +314,18 @@ class _Reader:
         read = {
             part: self._load(path, section, path.name, part or None) for part, path in paths.items()
         }
-        if "" not in read:
-            return read
-        rows = self._without_parallel(role, read[""], used)
-        if section.divided_automatically:
+        return self._divided(role, section, read[""], used) if "" in read else read
+
+    def _divided(
+        self,
+        role: str,
+        section: LanguageData,
+        rows: tuple[Example, ...],
+        used: Iterable[Example] | None,
+    ) -> Parts:
+        """Return split -> examples of one set, which is divided as `rows` of the section say."""
+        rows = self._without_parallel(role, rows, used)
+        if section.sizes_chosen_here:
             test = section.rows.get("test", 0)
             return self._without_repeats(
                 role, *_split_automatically(rows, test, self.seed, self.training)
