@@ -475,7 +475,7 @@ def plan_memory(
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
-    location, _ = _locate(spec, notice)
+    location, *_ = _locate(spec, notice)
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     dtype = choose_dtype(spec.dtype, choose_device(spec.device))
     return plan_config_memory(
