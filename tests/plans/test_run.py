@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -90,6 +91,11 @@ def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, dra
     entries = sum(t.numel() for t in tensors.values())
     assert ratio["zeros"]["exported"] == pytest.approx(zeros / entries)
     assert not list(out.rglob("*.work")), "checkpoints are removed when a stage is done"
+    card = ModelCard.load(out / "final" / "README.md")
+    assert card.data.language == ["es", "en"]
+    assert "{context}" in card.text, "the template in force"
+    final = scores[-1]["sets"]["test"]["scores"]["loss"]["value"]
+    assert f"| test | 4 | loss | {final:.3f} |" in card.text
 
 
 def test_the_final_adapter_loads_in_plain_peft_with_the_evaluated_loss(workplace):

@@ -47,6 +47,7 @@ for command in (
     scores.evaluate,
     scores.score,
     exports.export,
+    exports.cost,
 ):
     app.command()(command)
 app.command(name="settings")(stages.settings_list)

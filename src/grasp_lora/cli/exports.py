@@ -1,4 +1,4 @@
-"""The command export: an adapter in the form that another program reads."""
+"""The commands export and cost: adapters for other programs, and what they cost to run."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from grasp_lora.base.words import printable
 from grasp_lora.cli.common import AS_PATH, wrote
+from grasp_lora.scoring.cells import cell
 
 
 def export(
@@ -88,3 +89,48 @@ def _check(engine: str, adapter: Path) -> None:
     if faults:
         raise typer.Exit(1)
     typer.echo(printable(f"{engine} reads {adapter} as PEFT does"))
+
+
+def cost(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(help="PEFT LoRA folders of one backbone.", show_default=False, **AS_PATH),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Base model; replaces the one that the first adapter names.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the base model, as model.dtype.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure what adapters cost: bytes on disk and in memory, time to load and switch, speed.
+
+    Reads the adapters and their base model, and prints a table. Writes nothing.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from grasp_lora.adapters.opening import named_base_model
+    from grasp_lora.export.cost import READ, costs
+    from grasp_lora.models.backbones import ModelSpec, load_backbone
+
+    name = named_base_model(adapters[0]) if model is None else os.path.expanduser(model)
+    backbone = load_backbone(ModelSpec(name, dtype, device=device), typer.echo)
+    table = Table(title=f"on {printable(backbone.public_name)}, {backbone.dtype}")
+    table.add_column("adapter", overflow="fold")
+    for title in ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in costs(adapters, backbone):
+        values = [
+            *(str(row.rank), f"{row.zeros:.0%}"),
+            *(f"{size / 1e6:.2f} MB" for size in (row.disk, row.memory)),
+            *(f"{1000 * seconds:.1f} ms" for seconds in (row.load, row.switch)),
+            f"{row.speed:,.0f}",
+        ]
+        table.add_row(cell(row.name), *values)
+    Console(highlight=False).print(table)
+    typer.echo(
+        f"Speed: {READ} tokens read at once. Zeros alone make nothing smaller or faster; a lower "
+        "rank (grasp-lora export --rank) or bfloat16 does."
+    )

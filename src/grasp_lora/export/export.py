@@ -19,7 +19,15 @@ from grasp_lora.adapters.attach import FactorPair
 from grasp_lora.adapters.chat import given_template, put_template
 from grasp_lora.adapters.folder import LoadedAdapter, adapter_in, check_fits, read_adapter
 from grasp_lora.adapters.opening import is_path, model_with_adapter, named_base_model
-from grasp_lora.base.files import files_below, follow_umask, make_folder, sync, write_text
+from grasp_lora.base.files import (
+    files_below,
+    follow_umask,
+    make_folder,
+    read_json,
+    sync,
+    write_json,
+    write_text,
+)
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.core.lora import LoraFactors
 from grasp_lora.export.factors import Ready, difference, ready
@@ -189,7 +197,9 @@ def _merged(job: _Job) -> None:
         wanted = _log_probabilities(adapted, ids)
     made = ready(loaded.adapter, request.rank, request.tolerance)
     _add_deltas(model, made.pairs)
-    model.to(job.dtype).save_pretrained(job.out)
+    nn.Module.to(model, job.dtype)
+    model.save_pretrained(job.out)
+    _name_rope_as_before(job.out / "config.json")
     backbone.tokenizer.save_pretrained(job.out)
     again = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32)
     found = _log_probabilities(again.eval(), ids)
@@ -199,6 +209,14 @@ def _merged(job: _Job) -> None:
         f"loaded again: {float(apart.mean()):.2e} nats (KL) from the adapter on its base in "
         f"float32, the same best token at {same} of {apart.numel()} places"
     )
+
+
+def _name_rope_as_before(file: Path) -> None:
+    """Repeat the base of the rotations where transformers 4 had it: mlx-lm reads no other place."""
+    content = read_json(file)
+    base = (content.get("rope_parameters") or {}).get("rope_theta")
+    if base is not None:
+        write_json(file, content | {"rope_theta": base})
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
