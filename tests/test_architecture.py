@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "generation": ({"adapters", "models"}, {"torch", "transformers"}),
     "scoring": ({"base", "config", "metrics", "tasks"}, {"rich"}),
-    "report": ({"base", "metrics", "scoring"}, {"huggingface_hub", "matplotlib", "rich"}),
+    "report": ({"base", "metrics", "scoring", "tasks"}, {"huggingface_hub", "matplotlib", "rich"}),
     "export": (
         {"adapters", "base", "core", "models", "report"},
         {"torch", "transformers", "peft", "safetensors"},

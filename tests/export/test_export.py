@@ -91,6 +91,22 @@ def test_bfloat16_is_half_the_size_and_its_error_is_told(place, tmp_path):
     assert 1e-4 < float(told.split(" by ")[1].split()[0]) < 1e-2
 
 
+def test_a_card_goes_along_unless_it_says_another_base_or_rank(place, tmp_path):
+    first, _ = written(place, tmp_path, "peft", public_name="owner/name")
+    card = first / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "mine\n", encoding="utf-8")
+
+    def again(name, **options):
+        out = export(Request(first, "peft", tmp_path / name, **options), lambda _line: None)
+        return (out / "README.md").read_text(encoding="utf-8")
+
+    assert again("same").endswith("mine\n")
+    trimmed = again("trimmed", rank=2)
+    assert "mine" not in trimmed
+    assert "has rank 2 and alpha 2" in trimmed
+    assert "base_model: owner/other" in again("renamed", public_name="owner/other")
+
+
 def test_a_local_path_does_not_go_out(place, tmp_path):
     named = tiny_adapter_folder(tmp_path / "named", tiny_model())
     file = named / "adapter_config.json"

@@ -7,9 +7,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from grasp_lora.adapters.folder import write_adapter
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import read_json, write_json
 from grasp_lora.models.modules import base_fingerprint
 from grasp_lora.report.card import CardFacts, facts_of_run, served_rank, write_card
+from grasp_lora.tasks.base import TASKS
 from helpers import tiny_model, tiny_peft_model
 
 HOSTILE = "<script>alert(1)</script> [x](http://y) | `z`"
@@ -41,7 +42,8 @@ def run_folder(folder, test_set=HOSTILE):
         "perplexity": {"value": None, "low": None, "high": None, "n": 100},
     }
     system = {"slug": "final", "sets": {test_set: {"n": 100, "scores": scores}}}
-    data = {"task": "qa", "chat": True, "source": {"language": "en"}, "target": {"language": "vi"}}
+    data = {"task": "qa", "chat": True, "source": {"language": "en"}}
+    data |= {"target": {"language": "vi", "prompt": PROMPT}}
     rows = {"splits": {"train": ["a", "b"], "dev": ["c"]}, "from": HOSTILE}
     for name, value in {
         "config": {"config": {"data": data}},
@@ -56,7 +58,7 @@ def run_folder(folder, test_set=HOSTILE):
 
 
 def test_hubs_read_base_languages_and_scores_with_their_intervals(tmp_path):
-    facts = facts_of_run(run_folder(tmp_path, "test"), PROMPT)
+    facts = facts_of_run(run_folder(tmp_path, "test"))
     card = ModelCard.load(write_card(adapter(tmp_path / "final"), facts))
     assert card.data.base_model == "owner/name"
     assert card.data.library_name == "peft"
@@ -75,7 +77,7 @@ def test_hubs_read_base_languages_and_scores_with_their_intervals(tmp_path):
 
 
 def test_no_text_from_outside_becomes_a_link_an_element_or_the_end_of_a_block(tmp_path):
-    facts = facts_of_run(run_folder(tmp_path), PROMPT)
+    facts = facts_of_run(run_folder(tmp_path))
     card = ModelCard.load(write_card(adapter(tmp_path / "final"), facts))
     assert "<script>" not in card.text
     assert "[x](http://y)" not in card.text.replace(r"\[", "")
@@ -91,6 +93,17 @@ def test_a_backbone_of_a_gguf_file_is_named_as_such(tmp_path):
     text = write_card(folder, CardFacts("x")).read_text(encoding="utf-8")
     assert f"the weights of the GGUF file small.gguf (SHA-256 {'a' * 64}), dequantised" in text
     assert json.loads((folder / "grasp_lora.json").read_text())["base_fingerprint"] in text
+
+
+def test_without_a_prompt_of_its_own_the_template_of_the_language_is_in_force(tmp_path):
+    config = read_json(run_folder(tmp_path) / "config.json")
+    config["config"]["data"]["target"]["prompt"] = None
+    write_json(tmp_path / "config.json", config)
+    facts = facts_of_run(tmp_path)
+    assert facts is not None
+    assert facts.prompt == TASKS["qa"].prompts["vi"]
+    (tmp_path / "scores.json").unlink()
+    assert facts_of_run(tmp_path) is None
 
 
 def test_without_a_name_scores_or_prompt_the_card_says_so(tmp_path):

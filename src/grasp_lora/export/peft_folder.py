@@ -18,7 +18,7 @@ from grasp_lora.adapters.folder import (
 )
 from grasp_lora.base.files import write_text
 from grasp_lora.export.factors import Ready
-from grasp_lora.report.card import CARD_FILE, CardFacts, write_card
+from grasp_lora.report.card import CARD_FILE, facts_of_run, write_card
 
 _KEPT_NOTES = ("base_fingerprint", "vocab_size", "base_file")
 
@@ -33,7 +33,8 @@ def write_peft(
 ) -> None:
     """Write the folder: PEFT's two files, `grasp_lora.json`, the chat template and a card.
 
-    The card of the source folder is taken along if it has one, since it may have been edited.
+    The card of the source folder is taken along, since it may have been edited, unless base or rank
+    have changed. A new one says what the run folder around the source says, if there is one.
 
     Args:
         out: an existing empty folder.
@@ -55,11 +56,12 @@ def write_peft(
     template = saved_template(source)
     if template is not None:
         write_text(out / TEMPLATE_FILE, template)
-    card = source / CARD_FILE
-    if card.is_file() and (source / NOTES_FILE).is_file():
+    card, before = source / CARD_FILE, loaded.config
+    same = (before["r"], before.get("base_model_name_or_path")) == (ready.rank, base)
+    if same and card.is_file() and (source / NOTES_FILE).is_file():
         write_text(out / CARD_FILE, card.read_text(encoding="utf-8"))
     else:
-        write_card(out, CardFacts("A LoRA adapter"))
+        write_card(out, facts_of_run(source.parent))
 
 
 def _config(config: Mapping[str, Any], ready: Ready, base: str | None) -> dict[str, Any]:

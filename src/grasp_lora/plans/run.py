@@ -57,7 +57,6 @@ from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
 from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.describe import prompt_in_force
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
 from grasp_lora.workbench.merged_folder import say_unnamed
@@ -340,7 +339,7 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     write_json(out / "provenance.json", _provenance(context, time_summary(times)))
     write_report(out)
     if (out / "final" / ADAPTER_CONFIG_FILE).is_file():
-        write_card(out / "final", facts_of_run(out, prompt_in_force(context.config)))
+        write_card(out / "final", facts_of_run(out))
     if profile:
         write_profile(out, times)
     tidy_choice(out)

@@ -12,6 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from grasp_lora.base.files import read_json, write_text
 from grasp_lora.base.words import fenced, in_markdown
 from grasp_lora.report.run import NATIVE, TITLES
+from grasp_lora.tasks.base import task_named
+from grasp_lora.tasks.prompts import template_for
 
 CARD_FILE = "README.md"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -66,13 +68,17 @@ def served_rank(rank: int) -> int:
     )
 
 
-def facts_of_run(run: Path, prompt: str) -> CardFacts:
+_OF_A_RUN = ("config.json", "data.json", "ratio.json", "scores.json", "provenance.json")
+
+
+def facts_of_run(run: Path) -> CardFacts | None:
     """Return what the card of a run's result says, from the files of the run folder.
 
     Args:
-        run: the folder, with config.json, data.json, ratio.json, scores.json and provenance.json.
-        prompt: the prompt template in force.
+        run: the folder; None is returned where it is not that of a finished run.
     """
+    if not all((run / name).is_file() for name in _OF_A_RUN):
+        return None
     config = read_json(run / "config.json")["config"]
     ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
     data, made = config["data"], read_json(run / "provenance.json")
@@ -95,7 +101,7 @@ def facts_of_run(run: Path, prompt: str) -> CardFacts:
         made=f"It was made by grasp-lora: {ships}.",
         languages=tuple(dict.fromkeys(code for code in (target, known) if code)),
         task=data["task"],
-        prompt=prompt,
+        prompt=data["target"].get("prompt") or template_for(task_named(data["task"]), target)[0],
         chat=data["chat"],
         facts=tuple(facts),
         sets=final[0]["sets"] if final else {},
@@ -119,15 +125,16 @@ def _rows_of(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def write_card(folder: Path, facts: CardFacts) -> Path:
+def write_card(folder: Path, facts: CardFacts | None) -> Path:
     """Write the card of an adapter beside it; return the file.
 
     What comes from outside is escaped, so that no text of it becomes a link, picture or element.
 
     Args:
         folder: an adapter folder that `write_adapter` wrote.
-        facts: what the card says besides.
+        facts: what the card says besides; None says no more.
     """
+    facts = facts or CardFacts("A LoRA adapter")
     config, notes = (read_json(folder / n) for n in ("adapter_config.json", "grasp_lora.json"))
     named, rank = config.get("base_model_name_or_path"), config["r"]
     template = resources.files("grasp_lora.report").joinpath("card.md").read_text(encoding="utf-8")

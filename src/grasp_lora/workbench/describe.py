@@ -12,7 +12,6 @@ from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
 from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
-from grasp_lora.tasks.prompts import template_for
 from grasp_lora.workbench.context import (
     encode_part,
     fitting,
@@ -31,12 +30,6 @@ _HEAD = (
     "| rows of | language | rows | contexts | context chars | prompt tokens (median, longest) "
     "| cut rows | tokens cut | answers cut off | label tokens (mean, longest) | fertility |"
 )
-
-
-def prompt_in_force(config: RunConfig) -> str:
-    """Return the template of the target's prompts: the one given, or that of task and language."""
-    target = config.data.target
-    return target.prompt or template_for(task_named(config.data.task), target.language)[0]
 
 
 def describe_data(
