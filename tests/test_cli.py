@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from grasp_lora.base.files import write_json
 from grasp_lora.cli import app
-from helpers import tiny_adapter_folder, tiny_model
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
@@ -514,6 +514,15 @@ def test_an_export_prints_its_difference_and_a_check_its_faults(tmp_path):
     again = invoke("export", str(out), "--check", "llama.cpp")
     assert again.exit_code == 0
     assert "llama.cpp reads" in again.stdout
+
+
+def test_costs_are_a_row_for_each_adapter_and_a_word_on_zeros(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    adapter = tiny_adapter_folder(tmp_path / "a", tiny_model(), r=4)
+    done = invoke("cost", str(adapter), "--model", str(tmp_path / "base"), "--dtype", "float32")
+    assert done.exit_code == 0
+    assert "no adapter" in done.stdout
+    assert "Zeros alone make nothing smaller or faster" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -111,17 +111,15 @@ def cost(
     from rich.console import Console
     from rich.table import Table
 
-    from grasp_lora.adapters.opening import named_base_model
-    from grasp_lora.export.cost import READ, costs
-    from grasp_lora.models.backbones import ModelSpec, load_backbone
+    from grasp_lora.export.cost import READ, costs_on
 
-    name = named_base_model(adapters[0]) if model is None else os.path.expanduser(model)
-    backbone = load_backbone(ModelSpec(name, dtype, device=device), typer.echo)
-    table = Table(title=f"on {printable(backbone.public_name)}, {backbone.dtype}")
+    place = None if model is None else os.path.expanduser(model)
+    name, rows = costs_on(place, adapters, dtype, device, typer.echo)
+    table = Table(title=f"on {cell(name)}")
     table.add_column("adapter", overflow="fold")
     for title in ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in costs(adapters, backbone):
+    for row in rows:
         values = [
             *(str(row.rank), f"{row.zeros:.0%}"),
             *(f"{size / 1e6:.2f} MB" for size in (row.disk, row.memory)),

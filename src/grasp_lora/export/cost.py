@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import nn
 
 from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, weights_files
-from grasp_lora.models.backbones import Backbone
+from grasp_lora.adapters.opening import named_base_model
+from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.preserve import quiet_wrapping
 
 READ = 256
@@ -46,6 +47,25 @@ class Cost:
     load: float = 0.0
     switch: float = 0.0
     speed: float = 0.0
+
+
+def costs_on(
+    model: str | None, folders: Sequence[Path], dtype: str, device: str, say: Callable[[str], None]
+) -> tuple[str, list[Cost]]:
+    """Load the backbone; return its name with the number format, and `costs`.
+
+    Args:
+        model: the base model; None takes the one that the first adapter names.
+        folders: PEFT LoRA folders.
+        dtype, device: as in `ModelSpec`.
+        say: called with lines for the user.
+
+    Raises:
+        FileNotFoundError, ValueError: see `costs` and `load_backbone`.
+    """
+    name = named_base_model(folders[0]) if model is None else model
+    backbone = load_backbone(ModelSpec(name, dtype, device=device), say)
+    return f"{backbone.public_name}, {backbone.dtype}", costs(folders, backbone)
 
 
 def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
