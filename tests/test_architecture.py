@@ -32,7 +32,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "generation": ({"adapters", "models"}, {"torch", "transformers"}),
     "scoring": ({"base", "config", "metrics", "tasks"}, {"rich"}),
-    "report": ({"base", "metrics", "scoring"}, {"matplotlib", "rich"}),
+    "report": ({"base", "metrics", "scoring", "tasks"}, {"huggingface_hub", "matplotlib", "rich"}),
+    "export": (
+        {"adapters", "base", "core", "models", "report"},
+        {"torch", "transformers", "peft", "safetensors"},
+    ),
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}
         | {"scoring", "tasks", "training"},
@@ -49,7 +53,17 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "rich"},
     ),
     "cli": (
-        {"adapters", "base", "config", "metrics", "plans", "report", "scoring", "workbench"},
+        {
+            "adapters",
+            "base",
+            "config",
+            "export",
+            "metrics",
+            "plans",
+            "report",
+            "scoring",
+            "workbench",
+        },
         {"typer", "rich"},
     ),
     "__init__": ({"adapters", "config", "core", "plans", "training"}, set()),

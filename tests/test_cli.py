@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 from grasp_lora.base.files import write_json
 from grasp_lora.cli import app
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
     "score",
+    "export",
+    "cost",
 ]
 FUNCTIONS = {
     "plans.run": ("run",),
@@ -493,3 +496,45 @@ def test_an_error_cannot_command_the_terminal(config, tmp_path):
 def test_a_language_option_is_text(tmp_path):
     done = CliRunner().invoke(app, ["score", str(tmp_path / "none.jsonl"), "--language", "no"])
     assert "no prediction file" in done.output
+
+
+def test_an_export_prints_its_difference_and_a_check_its_faults(tmp_path):
+    adapter = tiny_adapter_folder(tmp_path / "a", tiny_model(), r=4, alpha_pattern={"v_proj": 2})
+    checked = invoke("export", str(adapter), "--check", "llama.cpp")
+    assert checked.exit_code == 1
+    assert checked.stdout.startswith("llama.cpp: the global lora_alpha alone is read: 2 of 4")
+    out = tmp_path / "out"
+    done = invoke(
+        *("export", str(adapter), "--to", "peft", "--public-name", "owner/name"),
+        *("--out", str(out)),
+    )
+    assert done.exit_code == 0
+    assert "read back: the deltas differ from the adapter's by" in done.stdout
+    assert f"wrote {out}" in done.stdout
+    again = invoke("export", str(out), "--check", "llama.cpp")
+    assert again.exit_code == 0
+    assert "llama.cpp reads" in again.stdout
+
+
+def test_costs_are_a_row_for_each_adapter_and_a_word_on_zeros(tmp_path):
+    tiny_backbone_folder(tmp_path / "base")
+    adapter = tiny_adapter_folder(tmp_path / "a", tiny_model(), r=4)
+    done = invoke("cost", str(adapter), "--model", str(tmp_path / "base"), "--dtype", "float32")
+    assert done.exit_code == 0
+    assert "no adapter" in done.stdout
+    assert "Zeros alone make nothing smaller or faster" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --to and --out, or --check ENGINE"),
+        (["--to", "peft"], "give --to and --out, or --check ENGINE"),
+        (["--to", "peft", "--check", "vllm"], "--check writes nothing"),
+        (["--to", "peft", "--out", "x", "--public-name", "/a/b"], "is no hub id"),
+    ],
+)
+def test_an_export_that_says_too_little_or_too_much_is_refused(tmp_path, options, message):
+    done = invoke("export", str(tmp_path), *options)
+    assert done.exit_code == 2
+    assert message in done.stderr

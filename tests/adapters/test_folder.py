@@ -165,8 +165,8 @@ def test_cat_of_different_ranks_and_targets_keeps_the_sum_of_deltas(tmp_path: Pa
     folder = write(tmp_path / "m", {n: (m.A, m.B) for n, m in merged.items()}, model)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(first.keys() | second.keys())
-    # The alpha of each module equals its rank: a scaling of 1 everywhere.
-    assert config["alpha_pattern"] == config["rank_pattern"]
+    # One rank, and an alpha that equals it: a scaling of 1 for every reader.
+    assert config["alpha_pattern"] == config["rank_pattern"] == {}
     assert config["lora_alpha"] == config["r"] == 7
     deltas = {name: delta(f.A, f.B, 0.5 * f.scaling) for name, f in first.items()}
     for name, f in second.items():
@@ -191,6 +191,53 @@ def test_merging_one_adapter_gives_that_adapter(tmp_path: Path) -> None:
         PeftModel.from_pretrained(copy.deepcopy(model), source),
         atol=5e-6,  # the square roots of the scaling are rounded to float32
     )
+
+
+def test_folders_have_one_rank_and_what_is_added_is_zero(tmp_path: Path) -> None:
+    """A reader that knows the global alpha and each tensor's rank alone gets the same deltas."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    ranks = {"q_proj": 2, "k_proj": 5, "v_proj": 3}
+    modules = {
+        f"model.layers.1.self_attn.{name}": (
+            torch.randn(rank, 16, generator=generator),
+            torch.randn(16 if name == "q_proj" else 8, rank, generator=generator),
+        )
+        for name, rank in ranks.items()
+    }
+    folder = write(tmp_path / "a", modules, model)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (5, 5)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, (A, B) in modules.items():
+        seen_a = tensors[f"base_model.model.{name}.lora_A.weight"]
+        seen_b = tensors[f"base_model.model.{name}.lora_B.weight"]
+        assert seen_a.shape[0] == seen_b.shape[1] == 5
+        as_llama_cpp = delta(seen_a, seen_b, config["lora_alpha"] / seen_b.shape[1])
+        assert torch.equal(seen_a[: len(A)], A)
+        assert torch.equal(seen_b[:, : len(A)], B)
+        torch.testing.assert_close(as_llama_cpp, delta(A, B), rtol=1e-14, atol=1e-14)
+    plain = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    assert_same_logits(plain, with_deltas(model, {n: delta(*pair) for n, pair in modules.items()}))
+    own = {name: f.A.shape[0] for name, f in read_adapter(folder).adapter.items()}
+    assert own == {name: A.shape[0] for name, (A, _) in modules.items()}
+    assert read_adapter(folder).extra == {"ratio": 0.4}
+
+
+def test_a_component_that_was_trained_since_is_read(tmp_path: Path) -> None:
+    model = tiny_model()
+    q, v = (f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj"))
+    modules = {
+        q: (torch.ones(3, 16), torch.ones(16, 3)),
+        v: (torch.ones(1, 16), torch.ones(8, 1)),
+    }
+    folder = write(tmp_path / "a", modules, model)
+    assert read_adapter(folder).adapter[v].A.shape == (1, 16)
+
+    def grow(tensors: dict[str, Tensor]) -> None:
+        tensors[f"base_model.model.{v}.lora_A.weight"][2] = 1
+
+    assert read_adapter(edit_tensors(folder, grow)).adapter[v].A.shape == (3, 16)
 
 
 def test_a_written_folder_reads_back_exactly(tmp_path: Path) -> None:

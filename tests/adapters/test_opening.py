@@ -360,7 +360,24 @@ def test_a_public_name_means_the_packaged_weights_for_our_own_adapters_only(
     assert named_base_model("someone/tiny") == "someone/tiny"
 
 
-def ours(folder: Path, model: Any, base_name: str = "someone/tiny") -> Path:
+def test_a_result_of_a_stage_is_put_on_the_model_that_the_stage_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = ours(tmp_path / "ours", tiny_model("llama"), None)
+    (folder / "stage.json").write_text(json.dumps({"base_model": "~/base"}))
+    with pytest.raises(ValueError, match="does not say which base model"):
+        named_base_model(folder)
+    (tmp_path / "base").mkdir()
+    assert named_base_model(folder) == str(tmp_path / "base")
+
+
+def test_a_gguf_file_of_a_hub_is_no_path(tmp_path: Path) -> None:
+    folder = ours(tmp_path / "ours", tiny_model("llama"), "owner/model/q4/small.gguf")
+    assert named_base_model(folder) == "owner/model/q4/small.gguf"
+
+
+def ours(folder: Path, model: Any, base_name: str | None = "someone/tiny") -> Path:
     module = "model.layers.0.self_attn.q_proj"
     return write_adapter(
         folder,

@@ -662,3 +662,14 @@ def test_one_file_is_not_of_two_roles_unless_it_is_read_in_another_way(tmp_path)
     assert faults(source=english | {"columns": {"context": "en"}}) == []
     assert faults(source={"language": "en", "files": {"train": same}}) == []
     assert faults(source={"language": "en", "files": str(other)}) == []
+
+
+@pytest.mark.parametrize("name", ["/home/someone/model", "~/model", "a/b/c", "owner/", "ow ner/x"])
+def test_a_public_name_is_a_hub_id(name):
+    with pytest.raises(ValueError, match=r"model.public_name.* is no hub id; write owner/name"):
+        make_config(
+            {
+                "model": {"name": "smollm2", "public_name": name},
+                "data": {"target": {"language": "es"}},
+            }
+        )

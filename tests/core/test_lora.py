@@ -11,6 +11,7 @@ from grasp_lora.core.lora import (
     average_weights,
     lora_scaling,
     merge,
+    rank_errors,
     unscaled_weights,
 )
 
@@ -188,3 +189,22 @@ def test_unscaled_weights_need_one_scaling_for_each_adapter(scalings):
     adapter = {str(n): factors(n, scaling=scaling) for n, scaling in enumerate(scalings)}
     with pytest.raises(ValueError, match=r"adapter 2 has the scalings .*give merge\.weights as"):
         unscaled_weights([{"a": factors(0)}, adapter])
+
+
+def test_rank_errors_are_those_of_the_truncated_delta():
+    generator = torch.Generator().manual_seed(0)
+    factors = LoraFactors(
+        torch.randn(5, 9, generator=generator), torch.randn(7, 5, generator=generator), 0.5
+    )
+    whole = factors.B.double() @ factors.A.double()
+    U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+    expected = [
+        float((whole - (U[:, :k] * S[:k]) @ Vh[:k]).norm() / whole.norm()) for k in range(6)
+    ]
+    assert rank_errors(factors) == pytest.approx(expected, abs=1e-12)
+    zeros = LoraFactors(torch.zeros(2, 9), torch.randn(7, 2, generator=generator), 1.0)
+    assert rank_errors(zeros) == [0.0, 0.0, 0.0]
+    wide = LoraFactors(
+        torch.randn(5, 3, generator=generator), torch.randn(2, 5, generator=generator), 1.0
+    )
+    assert rank_errors(wide)[2:] == pytest.approx([0.0] * 4, abs=1e-12)

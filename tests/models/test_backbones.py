@@ -3,6 +3,7 @@
 import copy
 import errno
 import gc
+import hashlib
 import importlib.machinery
 import json
 import os
@@ -58,6 +59,7 @@ def test_a_folder_loads_frozen_with_its_own_logits(tmp_path: Path, arch: str) ->
     assert not any(p.requires_grad for p in backbone.model.parameters())
     assert not backbone.model.training
     assert backbone.public_name == str(folder)
+    assert backbone.base_name is None, "a path is no name for others"
     assert (backbone.pad_id, backbone.stop_ids) == (PAD_ID, (EOS_ID,))
     assert backbone.fingerprint == base_fingerprint(tiny_model(arch))
 
@@ -266,6 +268,21 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_folder() == Path("/mine")
 
 
+def test_a_model_of_a_folder_has_the_public_name_it_is_given(tmp_path: Path) -> None:
+    folder = tiny_backbone_folder(tmp_path / "base")
+    backbone = load_backbone(spec_of(folder, public_name="owner/name"))
+    assert (backbone.public_name, backbone.base_name) == ("owner/name", "owner/name")
+    assert backbone.gguf is None
+
+
+def test_a_gguf_file_is_told_by_its_name_and_its_whole_hash(tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    file.write_bytes(b"GGUF and more")
+    source = gguf_source(file)
+    assert source.file == "small.gguf"
+    assert source.sha256() == hashlib.sha256(b"GGUF and more").hexdigest()
+
+
 def fake_source(folder: Path, calls: list[Path], digest: str = "d1") -> GgufSource:
     def assemble(scratch: Path) -> Path:
         calls.append(scratch)
@@ -294,6 +311,7 @@ def test_a_gguf_is_converted_once_and_loaded_under_its_public_name(
     assert lines[0] == "Terms apply"
     assert lines[1].startswith("Converting tiny once")
     assert first.public_name == second.public_name == "someone/tiny"
+    assert first.base_name == "someone/tiny"
     assert first.model.dtype == torch.bfloat16
     assert [p.name for p in (tmp_path / "cache" / "backbones").iterdir()] == ["tiny-d1"]
 
@@ -363,6 +381,9 @@ def test_smollm2_converts_loads_and_speaks(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path))
     backbone = load_backbone(ModelSpec(name="smollm2", device="cpu", dtype="float32"))
     assert backbone.public_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert backbone.gguf is not None
+    assert backbone.gguf.file.endswith(".gguf")
+    assert len(backbone.gguf.sha256()) == 64
     ids = torch.tensor([backbone.tokenizer("The capital of France is").input_ids])
     best = logits_of(backbone.model, ids)[0, -1].argmax()
     assert backbone.tokenizer.decode([int(best)]).strip() == "Paris"

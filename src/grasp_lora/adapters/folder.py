@@ -5,6 +5,11 @@ error. Here modules and ranks are read from the tensors and checked against the 
 are written here also hold a fingerprint of the base weights.
 
 The weights may be one file, or several with an index, as transformers writes them.
+
+Folders are written with one rank for all modules and no patterns, because most readers know no
+others: llama.cpp ignores the patterns, SGLang and vLLM refuse them. Modules of a lower rank are
+filled up with zeros, which add nothing. Their own ranks are in `grasp_lora.json`, and here the
+zeros are left out again when a folder is read, so that none of them is trained or pruned.
 """
 
 import json
@@ -22,6 +27,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from grasp_lora.adapters.attach import (
     FactorPair,
@@ -58,6 +64,8 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
 NOTES_FILE = "grasp_lora.json"
+_RANKS = "ranks"
+"""In `grasp_lora.json`: module -> its own rank, where zeros fill it up to that of the others."""
 
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EMBEDDING_KEY = re.compile(
@@ -115,7 +123,8 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAd
     """Read a PEFT LoRA folder, or the one in its only subfolder.
 
     A module's scaling is alpha / rank, or alpha / sqrt(rank) with rsLoRA. Alpha comes from the
-    config and its `alpha_pattern`. The rank of the tensors and of the config must agree.
+    config and its `alpha_pattern`. The rank of the tensors and of the config must agree. Zeros that
+    `write_adapter` filled a module up with are left out.
 
     Args:
         folder: the folder.
@@ -147,8 +156,12 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAd
     check_patterns(config, pairs, folder / ADAPTER_CONFIG_FILE)
     notes = read_notes(folder)
     fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
+    ranks = notes.pop(_RANKS, {})
     return LoadedAdapter(
-        adapter={module: _factors(config, module, pair, folder) for module, pair in pairs.items()},
+        adapter={
+            module: _own_part(_factors(config, module, pair, folder), ranks.get(module))
+            for module, pair in pairs.items()
+        },
         base_name=config.get("base_model_name_or_path") or None,
         fingerprint=fingerprint,
         config=config,
@@ -184,13 +197,14 @@ def read_notes(folder: Path) -> dict[str, Any]:
     """Return the content of `grasp_lora.json`; nothing if another tool wrote the folder.
 
     Raises:
-        ValueError: the file is not a JSON object, or fingerprint or vocabulary are of another type.
+        ValueError: the file is not a JSON object, or fingerprint, vocabulary or ranks are of
+            another type.
     """
     file = folder / NOTES_FILE
     if not file.is_file():
         return {}
     notes = read_json_file(file)
-    for name, kind in (("base_fingerprint", str), ("vocab_size", int)):
+    for name, kind in (("base_fingerprint", str), ("vocab_size", int), (_RANKS, dict)):
         if not isinstance(notes.get(name), kind | None):
             raise ValueError(
                 f"{shown_path(file)}: {name} is {shown(notes[name])}, which grasp-lora does not "
@@ -371,6 +385,34 @@ def _factors(config: Mapping[str, Any], module: str, pair: FactorPair, folder: P
     return LoraFactors(A, B, scaling)
 
 
+def _own_part(factors: LoraFactors, rank: object) -> LoraFactors:
+    """Return factors without the zeros that fill them up; all of them if others are there."""
+    whole = factors.A.shape[0]
+    if not isinstance(rank, int) or not 0 < rank < whole:
+        return factors
+    if factors.A[rank:].any() or factors.B[:, rank:].any():
+        return factors  # the folder was trained further by a tool that does not know of the zeros
+    return LoraFactors(factors.A[:rank], factors.B[:, :rank], factors.scaling)
+
+
+def one_rank(modules: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
+    """Return the same factors with the largest rank among them; zeros fill up the others.
+
+    Args:
+        modules: full module name -> (A [rank, in], B [out, rank]).
+    """
+    rank = max(A.shape[0] for A, _ in modules.values())
+    return {
+        module: (pad(A, (0, 0, 0, rank - A.shape[0])), pad(B, (0, rank - B.shape[1])))
+        for module, (A, B) in modules.items()
+    }
+
+
+def its_base(named: str | None) -> str:
+    """Return the base model of an adapter in words, with the name that the adapter gives it."""
+    return "the base model it was trained on" + (f" ({named})" if named else "")
+
+
 def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
     """Check that an adapter belongs to a base model.
 
@@ -388,7 +430,7 @@ def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
     if loaded.vocab_size is not None and loaded.vocab_size != vocabulary:
         raise ValueError(
             f"{name} was trained with a vocabulary of {loaded.vocab_size} tokens, but this model "
-            f"has {vocabulary}; load the base model it was trained on ({loaded.base_name})"
+            f"has {vocabulary}; load {its_base(loaded.base_name)}"
         )
     factors = loaded.adapter
     check_modules({module: (f.A, f.B) for module, f in factors.items()}, model, name)
@@ -397,7 +439,7 @@ def check_fits(loaded: LoadedAdapter, model: nn.Module, name: str) -> None:
         raise ValueError(
             f"{name} was trained on other base weights (fingerprint "
             f"{loaded.fingerprint[:12]}, this "  # type: ignore[index]
-            f"model has {actual[:12]}); load the base model it was trained on ({loaded.base_name})"
+            f"model has {actual[:12]}); load {its_base(loaded.base_name)}"
         )
     for weight, saved in loaded.embeddings.items():
         _check_embedding(weight, saved, bare_model(model).state_dict().get(weight), name)
@@ -435,16 +477,16 @@ def write_adapter(
 ) -> Path:
     """Write LoRA factors as a plain PEFT folder; return the folder.
 
-    Besides PEFT's two files the folder has `grasp_lora.json`, with the fingerprint and vocabulary
-    size of the base model and the values of `extra`. A new folder is created atomically. In an
+    All modules get the largest rank among them, see `one_rank`. Besides PEFT's two files the folder
+    has `grasp_lora.json`, with the fingerprint and vocabulary size of the base model, the modules'
+    own ranks and the values of `extra`. A new folder is created atomically. In an
     existing folder each file is replaced atomically, the config last.
 
     Args:
         folder: folder to write.
         modules: full module name -> (A, B).
         model: the base model.
-        base_name: base model name for the PEFT config. A `~` becomes the home folder, which PEFT
-            and other readers would take for a folder of that name.
+        base_name: public name of the base model for the PEFT config; None leaves it out.
         fingerprint: `base_fingerprint` of the base model, or None.
         extra: further JSON values for `grasp_lora.json`.
         scaling: LoRA scaling of every module.
@@ -454,16 +496,20 @@ def write_adapter(
     """
     folder = Path(folder)
     check_modules(modules, model, str(folder))
+    ranks = {module: A.shape[0] for module, (A, _) in sorted(modules.items())}
+    modules = one_rank(modules)
     tensors = {
         f"base_model.model.{module}.lora_{side}.weight": _finite(module, side, tensor)
         for module, pair in sorted(modules.items())
         for side, tensor in zip("AB", pair, strict=True)
     }
     config = lora_config(modules, model, scaling=scaling)
-    config.base_model_name_or_path = base_name and os.path.expanduser(base_name)
+    config.base_model_name_or_path = base_name
     config.inference_mode = True
     config.target_modules = sorted(modules)  # PEFT stores a set, whose order differs between runs
     notes = {**(extra or {}), "base_fingerprint": fingerprint, "vocab_size": vocabulary_size(model)}
+    own = {module: rank for module, rank in ranks.items() if rank < config.r}
+    notes |= {_RANKS: own} if own else {}
 
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # a killed process with the same id may have left it

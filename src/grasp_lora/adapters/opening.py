@@ -30,6 +30,7 @@ from grasp_lora.adapters.folder import (
     WEIGHTS_FILE,
     adapter_in,
     finite_floats,
+    its_base,
     read_config_file,
     read_notes,
     read_tensors,
@@ -48,6 +49,7 @@ from grasp_lora.adapters.virtual_tokens import (
     PrefixModel,
     VirtualTokenModel,
 )
+from grasp_lora.base.files import BASE_FACT, STAGE_FILE, read_json
 from grasp_lora.base.words import shown, without_home
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
@@ -177,22 +179,25 @@ def is_adapter(name: str | Path) -> bool:
             f"{folder} holds neither {ADAPTER_CONFIG_FILE} (a PEFT adapter) nor config.json (a "
             "model); give the folder that save_pretrained wrote"
         )
-    if (isinstance(name, Path) or _is_path(name)) and not folder.is_file():
+    if (isinstance(name, Path) or is_path(name)) and not folder.is_file():
         raise FileNotFoundError(f"there is no {name}; give an adapter folder or a model")
     return False
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Return whether a name cannot be one of a hub (owner/name), so that it must be a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if name.startswith((".", "/", "~")) or "\\" in name:
+        return True
+    return name.count("/") > 1 and not name.endswith(".gguf")
 
 
 def named_base_model(name: str | Path) -> str:
     """Return the base model that an adapter folder names, or `name` itself if it is a model.
 
-    In folders that this library wrote, the public name of a packaged backbone stands for the
-    packaged weights, so its short name is returned. Other adapters were trained on the original
-    weights.
+    A result of a stage says which model the stage loaded; that one is returned while it is on this
+    machine. In other folders that this library wrote, the public name of a packaged backbone stands
+    for the packaged weights, so its short name is returned. Other adapters were trained on the
+    original weights.
 
     Raises:
         FileNotFoundError: see `is_adapter`.
@@ -201,18 +206,28 @@ def named_base_model(name: str | Path) -> str:
     if not is_adapter(name):
         return str(name)
     folder = adapter_in(name)
-    named = _base_of(read_config_file(folder))
+    named = _loaded_by_its_stage(folder) or _base_of(read_config_file(folder))
     if named is None:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG_FILE} does not say which base model the adapter belongs to "
             "(base_model_name_or_path is empty); give the base model as well (--model)"
         )
-    if _is_path(named) and not Path(named).expanduser().exists():
+    if is_path(named) and not Path(named).expanduser().exists():
         raise ValueError(
             f"the adapter {name} names {named!r} as its base model, a path that is not on this "
             "machine; pass --model with the folder or the hub id of that model"
         )
     return _short_name(named) if (folder / NOTES_FILE).is_file() else named
+
+
+def _loaded_by_its_stage(folder: Path) -> str | None:
+    """Return the place of the base model that the stage of this result used; None if it is gone."""
+    for marker in (folder / STAGE_FILE, folder.parent / STAGE_FILE):
+        if marker.is_file():
+            place = read_json(marker).get(BASE_FACT)
+            found = Path(place).expanduser() if place else None
+            return str(found) if found is not None and found.exists() else None
+    return None
 
 
 def _base_of(config: dict[str, Any]) -> str | None:
@@ -332,7 +347,7 @@ def _check_extent(content: Mapping[str, Any], tensors: Mapping[str, Tensor], fol
 def _check_base(backbone: Backbone, folder: Path, named: str | None) -> None:
     notes = read_notes(folder)
     stored, vocabulary = notes.get("base_fingerprint"), notes.get("vocab_size")
-    advice = f"load the base model it was trained on ({named})"
+    advice = f"load {its_base(named)}"
     actual = vocabulary_size(backbone.model)
     if vocabulary is not None and vocabulary != actual:
         raise ValueError(

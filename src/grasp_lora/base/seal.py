@@ -68,7 +68,12 @@ def _fault(file: Path, written: Mapping[str, Any]) -> str:
     size = file.stat().st_size
     if size != written["bytes"]:
         return f"has {size} bytes, not {written['bytes']}"
-    return "" if _read(file, stamp(file)) == written["sha256"] else "has another content"
+    return "" if digest_of(file) == written["sha256"] else "has another content"
+
+
+def digest_of(file: Path) -> str:
+    """Return the SHA-256 of a file, 64 hex digits; a process reads an unchanged file once."""
+    return _read(file, stamp(file))
 
 
 @functools.lru_cache(maxsize=4096)

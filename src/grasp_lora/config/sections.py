@@ -5,6 +5,7 @@ NaN or infinite. Rules that need two sections at once live in `grasp_lora.config
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -38,6 +39,18 @@ def at_home(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def hub_id(name: str) -> str:
+    """Return the name of a model on a hub as it is.
+
+    Raises:
+        ValueError: it cannot be one, because it is a path or holds other characters.
+    """
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{shown(name)} is no hub id; write owner/name")
+    return name
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(at_home(str(path))))]
 
 
@@ -70,6 +83,11 @@ class ModelSettings(Section):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    public_name: Annotated[str, AfterValidator(hub_id)] | None = Field(
+        default=None,
+        description="hub id of the backbone, owner/name, which adapters name as their base model; "
+        "default: model.name if it is one, else none",
+    )
 
 
 class AdapterFolders(Section):

@@ -228,6 +228,21 @@ def _linear(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part,
     return parts
 
 
+def rank_errors(factors: LoraFactors) -> list[float]:
+    """Return the relative error of the best approximation of a delta for every rank from 0.
+
+    Returns:
+        rank + 1 numbers in [0, 1], the last one 0: the Frobenius norm of what is lost, divided by
+        that of the delta (Eckart and Young). All are 0 for a delta of zeros.
+    """
+    core_B = torch.linalg.qr(factors.B.double())[1]
+    core_A = torch.linalg.qr(factors.A.double().T)[1]
+    squares = torch.linalg.svdvals(core_B @ core_A.T).square()
+    squares = torch.cat([squares, squares.new_zeros(factors.rank + 1 - squares.shape[0])])
+    lost = squares.flip(0).cumsum(0).flip(0)
+    return (lost / lost[0].clamp_min(torch.finfo(lost.dtype).tiny)).sqrt().tolist()
+
+
 def _svd(parts: tuple[Part, ...], rank: int | None, name: str) -> tuple[Part, ...]:
     """Truncate the SVD of the `cat` delta; QR of the factors avoids any [out, in] matrix."""
     A = torch.cat([part.A for part in parts], dim=0).double()  # [sum of ranks, in]

@@ -112,6 +112,9 @@ class ModelSpec:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
+    public_name: str | None = None
+    """Name of the model on a hub, for adapters that go out; None takes `name` if it is one."""
+
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError(
@@ -137,6 +140,8 @@ class Backbone:
         tokenizer: its tokenizer.
         public_name: the name that reports and records have for the base model, with `~` for the
             home folder. For packaged backbones it is the hub id, not a local path.
+        base_name: the public name that adapters record; None where only a path is known.
+        gguf: the GGUF file that the weights were dequantised from; None for other models.
         fingerprint: `base_fingerprint` of the weights; None if they are quantized or float16.
         dtype: number format of the weights and activations.
         device: device of the model.
@@ -154,6 +159,8 @@ class Backbone:
     stop_ids: tuple[int, ...]
     pad_id: int
     given_template: str | None = None
+    base_name: str | None = None
+    gguf: GgufSource | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -183,7 +190,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     _check_quantization(spec, device)
     avoid_faulty_kernels(device)
     use_repeatable_kernels(device)
-    location, public_name = _locate(spec, notice)
+    location, public_name, base_name = _locate(spec, notice)
     model = _load_model(spec, location, dtype, device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
     pad_id = _ensure_padding(tokenizer, vocabulary_size(model), public_name, notice)
@@ -209,6 +216,8 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
         device=device,
         stop_ids=stop_ids,
         pad_id=pad_id,
+        base_name=base_name,
+        gguf=gguf_source_of(spec),
     )
 
 
@@ -229,7 +238,7 @@ def load_tokenizer(
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
-    location, public_name = _locate(spec, notice)
+    location, public_name, _ = _locate(spec, notice)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
@@ -237,6 +246,15 @@ def load_tokenizer(
         stop_ids = _stop_ids(_generation_config(spec, location, config), tokenizer)
         check_tokens(stop_ids, tokenizer, vocabulary, _ENDS.format(public_name))
     return tokenizer, public_name, vocabulary
+
+
+def load_model_config(spec: ModelSpec, notice: Notice = _ignore) -> Any:
+    """Return transformers' configuration of a base model, without weights.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_backbone`.
+    """
+    return _call_hub(AutoConfig.from_pretrained, spec, _locate(spec, notice)[0])
 
 
 def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
@@ -293,11 +311,13 @@ def _download(location: str, revision: str | None, trust_remote_code: bool) -> P
     return Path(found)
 
 
-def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
-    """Return (folder or hub id to load from, public name)."""
+def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str, str | None]:
+    """Return (folder or hub id to load from, name in reports, name in adapters that go out)."""
     source = gguf_source_of(spec)
     if source is not None:
-        return str(converted_backbone(source, notice)), source.public_name
+        place, named = str(converted_backbone(source, notice)), source.public_name
+        local = spec.name not in SHORT_NAMES and Path(spec.name).is_file()
+        return place, spec.public_name or named, spec.public_name or (None if local else named)
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -309,8 +329,9 @@ def _locate(spec: ModelSpec, notice: Notice) -> tuple[str, str]:
                 else f"{shown_path(folder)} has no config.json, so it is not a transformers model; "
                 "give a folder that save_pretrained wrote"
             )
-        return str(folder), without_home(spec.name)
-    return spec.name, spec.name
+        return str(folder), spec.public_name or without_home(spec.name), spec.public_name
+    name = spec.public_name or spec.name
+    return spec.name, name, name
 
 
 def _call_hub(load: Callable[..., Any], spec: ModelSpec, location: str, **settings: Any) -> Any:
@@ -454,7 +475,7 @@ def plan_memory(
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
-    location, _ = _locate(spec, notice)
+    location, *_ = _locate(spec, notice)
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     dtype = choose_dtype(spec.dtype, choose_device(spec.device))
     return plan_config_memory(

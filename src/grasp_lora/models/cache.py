@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from grasp_lora.base.files import files_below, follow_umask, sync, sync_folder
 from grasp_lora.base.owner import held, lock_beside
+from grasp_lora.base.seal import digest_of
 from grasp_lora.base.words import shown, shown_path, without_home
 
 Notice = Callable[[str], None]
@@ -42,6 +43,8 @@ class GgufSource:
         public_name: the base model's name that adapters trained on it record.
         assemble: maps a folder for temporary files to the path of the file.
         terms: licence notice to show before the first use, or "".
+        file: name of the file.
+        sha256: returns the SHA-256 of the file, 64 hex digits.
     """
 
     label: str
@@ -49,6 +52,8 @@ class GgufSource:
     public_name: str
     assemble: Callable[[Path], Path]
     terms: str = ""
+    file: str = ""
+    sha256: Callable[[], str] = str
 
 
 def cache_folder() -> Path:
@@ -77,6 +82,8 @@ def _smollm2() -> GgufSource:
         digest=_digest(files[0]),
         public_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         assemble=lambda _: files[0],
+        file=files[0].name,
+        sha256=functools.partial(digest_of, files[0]),
     )
 
 
@@ -89,6 +96,8 @@ def _gemma3_270m() -> GgufSource:
         public_name="google/gemma-3-270m",
         assemble=lambda folder: package.assemble(folder / package.MODEL_NAME),
         terms="Gemma 3 is under the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
+        file=package.MODEL_NAME,
+        sha256=lambda: package.EXPECTED_SHA256,
     )
 
 
@@ -107,7 +116,14 @@ def gguf_source(path: Path) -> GgufSource:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{shown_path(path)} is not a file; give the path of a .gguf file")
-    return GgufSource(path.stem, _digest(path), without_home(path), lambda _: path)
+    return GgufSource(
+        label=path.stem,
+        digest=_digest(path),
+        public_name=without_home(path),
+        assemble=lambda _: path,
+        file=path.name,
+        sha256=functools.partial(digest_of, path),
+    )
 
 
 def _package_folder(package: str, name: str, extra: str) -> Path:

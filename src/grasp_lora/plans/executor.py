@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import damage, peak_memory_bytes, protect, write_text
+from grasp_lora.base.files import BASE_FACT, damage, peak_memory_bytes, protect, write_text
 from grasp_lora.base.owner import held, lock_beside
+from grasp_lora.base.words import without_home
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
@@ -262,6 +263,7 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
             result, work = decided_by_main(lambda: begin(out, key, again))
             facts = _facts(Work(stage, context, folders, result, work))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
+            facts |= {BASE_FACT: without_home(stage.config.model.name)}
             if is_main():
                 with session.clock.span("write"):
                     publish(out, key, facts)

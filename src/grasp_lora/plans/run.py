@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.adapters.folder import ADAPTER_CONFIG_FILE, read_adapter
 from grasp_lora.base.clock import time_summary
 from grasp_lora.base.files import (
     DATA_FILE,
@@ -47,6 +47,7 @@ from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import budget_words, held_groups, sizes_of
+from grasp_lora.report.card import facts_of_run, write_card
 from grasp_lora.report.pictures import plot_search
 from grasp_lora.report.run import write_report
 from grasp_lora.scoring.sets import compare_evaluations, missing_metrics
@@ -58,6 +59,7 @@ from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
+from grasp_lora.workbench.merged_folder import say_unnamed
 from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.processes import (
     decided_by_main,
@@ -336,10 +338,13 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     times = keep_times(context)
     write_json(out / "provenance.json", _provenance(context, time_summary(times)))
     write_report(out)
+    if (out / "final" / ADAPTER_CONFIG_FILE).is_file():
+        write_card(out / "final", facts_of_run(out))
     if profile:
         write_profile(out, times)
     tidy_choice(out)
     mark_finished(out, result.plan.stages)
+    say_unnamed(out / "final", context.reporter.say)
 
 
 def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from grasp_lora.stages.stage import Input, Stage
 from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.given import say_other_bases
-from grasp_lora.workbench.merged_folder import epochs_trained
+from grasp_lora.workbench.merged_folder import epochs_trained, say_unnamed
 from grasp_lora.workbench.objective import objective_faults
 from grasp_lora.workbench.processes import is_main, join, kept_by_main
 from grasp_lora.workbench.reporter import Reporter
@@ -224,4 +224,6 @@ def _done(
         if context is None and named and not (out / "stage.json").exists():
             say_other_bases(session.context, named)
         work_off(plan, out.parent, session, Options(overwrite=overwrite))
+        if is_main():
+            say_unnamed(out, say)
     return out

@@ -13,6 +13,7 @@ from typing import Any
 
 from grasp_lora.adapters.chat import TEMPLATE_FILE
 from grasp_lora.adapters.folder import adapter_in
+from grasp_lora.base.files import STAGE_FILE as STAGE_FILE
 from grasp_lora.base.files import jsonable, read_json
 from grasp_lora.base.seal import stamp
 from grasp_lora.base.words import shortened
@@ -21,8 +22,6 @@ from grasp_lora.stages.stage import Kind, Split, Stage
 from grasp_lora.workbench.rows import RunData
 
 Key = dict[str, Any]
-STAGE_FILE = "stage.json"
-"""The marker of a finished stage: its key and facts about it."""
 _CONTENT = ("*.safetensors", "adapter_config.json", "merge.json", "weights.json", "rank.json")
 READ = (*_CONTENT, "ratio.json", TEMPLATE_FILE)
 """Files that stages read from an input folder, as patterns."""
@@ -48,6 +47,7 @@ def key_of(
         template: chat template that the prompts get in place of the base model's.
     """
     settings = used_settings(stage, kind)
+    settings.pop("model.public_name", None)
     if base is not None:
         settings.pop("model.name", None)
     sets = kind.examples(stage, splits_of(data))

@@ -1,6 +1,6 @@
 """Adapter folders that stages exchange: merged adapters with the factors of each source."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.adapters.chat import TEMPLATE_FILE
-from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, write_adapter
+from grasp_lora.adapters.folder import (
+    ADAPTER_CONFIG_FILE,
+    adapter_in,
+    check_fits,
+    read_adapter,
+    read_config_file,
+    write_adapter,
+)
 from grasp_lora.base.files import read_json, write_json, write_text
-from grasp_lora.base.words import shown_path
+from grasp_lora.base.words import shown_path, without_home
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import MergedModule, Part, merge
 from grasp_lora.models.backbones import Backbone
@@ -58,6 +65,7 @@ def save_plain(
     """Write an ordinary PEFT adapter folder.
 
     A chat template that the backbone was given is written too, so that the adapter is asked in it.
+    A backbone dequantised from a GGUF file is told by the name and hash of that file.
 
     Args:
         folder: the folder to write.
@@ -65,16 +73,32 @@ def save_plain(
         backbone: the model that the adapter belongs to.
         scaling: factor on B A.
     """
+    gguf = backbone.gguf
     write_adapter(
         folder,
         plain,
         model=backbone.model,
         scaling=scaling,
-        base_name=backbone.public_name,
+        base_name=backbone.base_name,
         fingerprint=backbone.fingerprint,
+        extra=None if gguf is None else {"base_file": {"name": gguf.file, "sha256": gguf.sha256()}},
     )
     if backbone.given_template is not None:
         write_text(folder / TEMPLATE_FILE, backbone.given_template)
+
+
+def say_unnamed(folder: Path, say: Callable[[str], None]) -> None:
+    """Say what the user can do, if a folder holds an adapter that names no base model."""
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return
+    if read_config_file(folder).get("base_model_name_or_path"):
+        return
+    place = shown_path(without_home(folder))
+    say(
+        f"{place} names no base model: only its path is known, which says nothing elsewhere. Set "
+        "model.public_name to its hub id, or name it in a copy: grasp-lora export "
+        f"{place} --to peft --public-name owner/name --out FOLDER"
+    )
 
 
 def read_start(folder: Path, backbone: Backbone) -> dict[str, MergedModule]:

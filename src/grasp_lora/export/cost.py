@@ -1,0 +1,139 @@
+"""What adapters cost to keep, load, switch and run, measured with PEFT on one backbone.
+
+Zeros make nothing smaller or faster: PEFT stores and multiplies them like any other number. What
+counts is the rank and the number format.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, weights_files
+from grasp_lora.adapters.opening import named_base_model
+from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
+from grasp_lora.models.preserve import quiet_wrapping
+
+READ = 256
+"""Tokens that are read at once for the tokens a second."""
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one adapter costs; the backbone itself is a row without an adapter.
+
+    Attributes:
+        name: the folder, or "no adapter".
+        rank: largest rank of a module.
+        zeros: share of zeros in the factors.
+        disk: bytes of the weights files.
+        memory: bytes of the factors once PEFT has loaded them.
+        load: seconds to put it on the backbone.
+        switch: seconds to make it the one in force.
+        speed: tokens read a second.
+    """
+
+    name: str
+    rank: int = 0
+    zeros: float = 0.0
+    disk: int = 0
+    memory: int = 0
+    load: float = 0.0
+    switch: float = 0.0
+    speed: float = 0.0
+
+
+def costs_on(
+    model: str | None, folders: Sequence[Path], dtype: str, device: str, say: Callable[[str], None]
+) -> tuple[str, list[Cost]]:
+    """Load the backbone; return its name with the number format, and `costs`.
+
+    Args:
+        model: the base model; None takes the one that the first adapter names.
+        folders: PEFT LoRA folders.
+        dtype, device: as in `ModelSpec`.
+        say: called with lines for the user.
+
+    Raises:
+        FileNotFoundError, ValueError: see `costs` and `load_backbone`.
+    """
+    name = named_base_model(folders[0]) if model is None else model
+    backbone = load_backbone(ModelSpec(name, dtype, device=device), say)
+    return f"{backbone.public_name}, {backbone.dtype}", costs(folders, backbone)
+
+
+def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
+    """Return what adapters cost, that of the bare backbone first.
+
+    Each time is the median of `REPEATS`; the load is measured once.
+
+    Args:
+        folders: PEFT LoRA folders.
+        backbone: the model they belong to. It must not be used afterwards: PEFT has changed it.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder holds no plain LoRA adapter, or it does not fit.
+    """
+    for folder in folders:
+        check_fits(read_adapter(folder, backbone.model), backbone.model, str(folder))
+    ids = (torch.arange(READ) % backbone.vocabulary)[None].to(backbone.device)
+    speed = _speed(backbone.model, ids)
+    rows = [Cost("no adapter", speed=speed)]
+    model: PeftModel | None = None
+    for number, given in enumerate(folders):
+        folder, name = adapter_in(given), f"adapter{number}"
+        start = time.perf_counter()
+        with quiet_wrapping():
+            if model is None:
+                model = PeftModel.from_pretrained(backbone.model, str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), adapter_name=name)
+        loaded = time.perf_counter() - start
+        rows.append(_measured(given, folder, model, name, loaded, ids))
+    return rows
+
+
+def _measured(
+    given: Path, folder: Path, model: PeftModel, name: str, loaded: float, ids: torch.Tensor
+) -> Cost:
+    switch = _median(lambda: model.set_adapter(name))
+    held = [p for key, p in model.named_parameters() if f".{name}." in key]
+    factors = read_adapter(folder).adapter.values()
+    return Cost(
+        name=str(given),
+        rank=max(one.rank for one in factors),
+        zeros=sum(int((p == 0).sum()) for p in held) / sum(p.numel() for p in held),
+        disk=sum(file.stat().st_size for file in weights_files(folder)),
+        memory=sum(p.numel() * p.element_size() for p in held),
+        load=loaded,
+        switch=switch,
+        speed=_speed(model.eval(), ids),
+    )
+
+
+def _speed(model: nn.Module, ids: torch.Tensor) -> float:
+    def read() -> None:
+        with torch.no_grad():
+            model(input_ids=ids)
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+
+    read()  # the first reading pays for what is set up once
+    return ids.numel() / _median(read)
+
+
+def _median(work: Callable[[], object]) -> float:
+    """Return the median seconds of `REPEATS` calls."""
+    gc.collect()
+    times: list[float] = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[REPEATS // 2]

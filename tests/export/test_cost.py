@@ -1,0 +1,46 @@
+"""What adapters cost: counted bytes, and that zeros cost as much as other numbers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grasp_lora.export.cost import costs
+from grasp_lora.export.export import Request, export
+from grasp_lora.models.backbones import ModelSpec, load_backbone
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Return the costs of an adapter, of the same half pruned, and of the same trimmed."""
+    place = tmp_path_factory.mktemp("cost")
+    base = tiny_backbone_folder(place / "base")
+    whole = tiny_adapter_folder(place / "whole", tiny_model(), r=4)
+    pruned = tiny_adapter_folder(place / "pruned", tiny_model(), r=4)
+    file = pruned / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor.view(-1)[::2] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    trimmed = export(
+        Request(whole, "peft", place / "trimmed", dtype="float32", rank=2), lambda _line: None
+    )
+    backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
+    return costs([whole, pruned, trimmed], backbone), tensors
+
+
+def test_pruned_is_as_large_as_unpruned_and_trimmed_is_half(rows):
+    (bare, whole, pruned, trimmed), tensors = rows
+    assert (bare.name, bare.disk, bare.memory) == ("no adapter", 0, 0)
+    assert [one.rank for one in (whole, pruned, trimmed)] == [4, 4, 2]
+    assert whole.memory == pruned.memory == sum(t.nbytes for t in tensors.values())
+    assert 2 * trimmed.memory == whole.memory
+    assert whole.disk == pruned.disk > trimmed.disk
+    assert (whole.zeros, pruned.zeros) == (0, pytest.approx(0.5))
+
+
+def test_times_and_speed_are_measured(rows):
+    for one in rows[0]:
+        assert one.speed > 0
+        assert (one.load > 0) == (one.name != "no adapter")
+        assert torch.isfinite(torch.tensor([one.load, one.switch, one.speed])).all()
