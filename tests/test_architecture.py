@@ -32,7 +32,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "generation": ({"adapters", "models"}, {"torch", "transformers"}),
     "scoring": ({"base", "config", "metrics", "tasks"}, {"rich"}),
-    "report": ({"base", "metrics", "scoring"}, {"matplotlib", "rich"}),
+    "report": (
+        {"base", "core", "metrics", "scoring"},
+        {"jinja2", "markupsafe", "matplotlib", "rich", "safetensors"},
+    ),
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}
         | {"scoring", "tasks", "training"},

@@ -22,7 +22,7 @@ from grasp_lora.core.recipes.chooser import BESIDE, Decision, Finalist
 from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans import auto, executor, session
 from grasp_lora.plans.run import run
-from grasp_lora.report.choice import ship_line, tried_lines
+from grasp_lora.report.choice import ship_parts, tried_lines
 from grasp_lora.stages import prune
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.table import KINDS
@@ -482,7 +482,7 @@ def diverge(monkeypatch, meant: Callable[[str], bool]) -> None:
 def told(out: Path) -> str:
     """Return what the console says of a finished run."""
     choice, ratio = read_json(out / "recipe.json"), read_json(out / "ratio.json")
-    return "\n".join([ship_line(choice, "final"), *tried_lines(choice, ratio)])
+    return "\n".join([*ship_parts(choice, "final"), *tried_lines(choice, ratio)])
 
 
 def test_what_cannot_run_here_is_named_and_leaves_nothing_behind(place, tmp_path, capsys):

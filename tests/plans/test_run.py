@@ -66,7 +66,14 @@ def workplace(tmp_path):
 
 def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, drawing):
     out = run(settings(workplace), quiet=True)
-    for name in ("ratio.json", "rounds.jsonl", "scores.json", "ratio.png", "report.md"):
+    for name in (
+        "ratio.json",
+        "rounds.jsonl",
+        "scores.json",
+        "ratio.png",
+        "report.md",
+        "report.html",
+    ):
         assert (out / name).stat().st_size > 0
     ratio = read_json(out / "ratio.json")
     assert 0.0 <= ratio["ratio"] <= 0.8
@@ -454,7 +461,7 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace, drawing):
     time = read_json(out / "provenance.json")["time"]
     assert time["wall_seconds"] == profile["wall_seconds"]
     assert sum(time["shares"].values()) == pytest.approx(1)
-    assert "## Where the time went" in (out / "report.md").read_text()
+    assert "| wall time |" in (out / "report.md").read_text()
 
 
 def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

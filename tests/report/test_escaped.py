@@ -12,7 +12,8 @@ from grasp_lora.base.files import write_json
 from grasp_lora.base.words import fenced, in_markdown, in_picture
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
-from grasp_lora.report.run import score_tables, write_report
+from grasp_lora.report.run import score_tables
+from grasp_lora.report.run_report import write_report
 
 HOSTILE = [
     "<script>alert(1)</script>",
