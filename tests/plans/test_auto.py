@@ -134,7 +134,14 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
-    for name in ("recipe.json", "ratio.json", "scores.json", "report.md", "data.json", "done.json"):
+    for name in (
+        "recipe.json",
+        "ratio.json",
+        "scores.json",
+        "data.json",
+        "done.json",
+        "report.html",
+    ):
         assert (whole / name).stat().st_size > 0, name
     assert not [p.name for p in whole.rglob("*") if p.suffix in (".work", ".lock", ".old")]
     choice, scores = read_json(whole / "recipe.json"), read_json(whole / "scores.json")
@@ -150,6 +157,9 @@ def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
     assert simple == [f"evaluations/{one['slug']}" for one in scores["systems"][:-1]]
     for one in choice["tried"]:
         assert one["dev_loss"] == min(one["curve"]) == one["curve"][one["epochs"]]
+    prices = [one["plain_runs"] for one in (*choice["tried"], *choice["simple_systems"])]
+    assert all(price > 0 for price in prices[: len(choice["tried"])])
+    assert sum(prices) < choice["price"]["plain_runs"], "the retraining is not among them"
     assert read_json(whole / "ratio.json")["verdict"] in ("flat", "learned")
     assert (whole / "starts" / "average" / "adapter_model.safetensors").exists()
     shipped = [one for one in choice["tried"] if one["shipped"]]

@@ -28,6 +28,7 @@ from grasp_lora.plans.single import (
     search_ratio,
     train_adapter,
 )
+from grasp_lora.report.run_report import write_report
 from grasp_lora.stages.table import KINDS
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
@@ -75,6 +76,12 @@ def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, dra
         "report.html",
     ):
         assert (out / name).stat().st_size > 0
+    reports = [out / "report.md", out / "report.html"]
+    before = [one.read_bytes() for one in reports]
+    sealed = read_json(out / "done.json")["files"]
+    assert {one.name for one in reports} <= set(sealed)
+    write_report(out)
+    assert [one.read_bytes() for one in reports] == before
     ratio = read_json(out / "ratio.json")
     assert 0.0 <= ratio["ratio"] <= 0.8
     rounds = read_jsonl(out / "rounds.jsonl")

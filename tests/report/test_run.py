@@ -1,6 +1,7 @@
 """Test the tables and sentences that are made from records."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,15 @@ def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
     assert "qa, ar, test set news, 7 examples" in (tmp_path / "report.html").read_text("utf-8")
     assert "| final | 50.0 |" in text
     assert "| final | 40.0, 30.0 (news) |" in text
+
+
+def test_markdown_and_page_have_the_same_sections_in_the_same_order(tmp_path):
+    report_with(tmp_path)
+    leak = {"kind": "near", "first": ["a", "q1"], "second": ["b", "q2"], "similarity": 0.9}
+    write_json(tmp_path / "data.json", {"leaks": [leak]})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    headings = re.findall("^## (.*)", text, re.M)
+    assert headings == re.findall("<h2>(.*)</h2>", page)
+    assert headings == ["Systems", "Data and warnings", "Cost, settings, provenance"]
+    assert text.index("# Prune ratio") < text.index("**Ratio 0.400") < text.index("## Systems")
