@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 import typer
 
-from grasp_lora.cli import scores, stages
+from grasp_lora.cli import report, scores, stages
 from grasp_lora.cli.common import Commands, Debug
 
 __all__ = ["app", "main"]
@@ -46,6 +46,7 @@ for command in (
     stages.compare,
     scores.evaluate,
     scores.score,
+    report.report,
 ):
     app.command()(command)
 app.command(name="settings")(stages.settings_list)
