@@ -47,6 +47,7 @@ for command in (
     scores.evaluate,
     scores.score,
     report.report,
+    stages.schema,
 ):
     app.command()(command)
 app.command(name="settings")(stages.settings_list)

@@ -342,6 +342,19 @@ def settings_list() -> None:
     typer.echo(settings_markdown(), nl=False)
 
 
+def schema() -> None:
+    """Print the JSON schema of a configuration, by which editors complete and check the YAML.
+
+    Reads nothing. Writes nothing: `grasp-lora schema > FILE` keeps it, and a first line
+    `# yaml-language-server: $schema=FILE` of a configuration names it.
+    """
+    import json
+
+    from grasp_lora.config.reference import settings_schema
+
+    typer.echo(json.dumps(settings_schema(), indent=2))
+
+
 def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from grasp_lora.base.files import finished_at
     from grasp_lora.plans.run import run as run_all
