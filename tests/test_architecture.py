@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}
         | {"scoring", "tasks", "training"},
-        {"torch", "transformers", "safetensors", "accelerate", "rich"},
+        {"torch", "transformers", "safetensors", "accelerate", "rich", "packaging", "psutil"},
     ),
     "stages": (
         {"adapters", "base", "config", "core", "generation", "metrics", "models", "scoring"}

@@ -19,7 +19,7 @@ from grasp_lora.cli import app
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
-    "score",
+    *("score", "report", "schema", "init", "doctor"),
 ]
 FUNCTIONS = {
     "plans.run": ("run",),

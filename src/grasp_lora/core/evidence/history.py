@@ -156,7 +156,8 @@ def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], l
                 places[row] = len(places)
                 groups.append(group)
         rows = tuple(places[row] for row in line["rows"])
-        values = {name: value for name, value in line.items() if name in known} | {"rows": rows}
+        values: dict[str, Any] = {name: line[name] for name in line if name in known}
+        values["rows"] = rows
         for name in ("candidates", "rewards", "losses", "baseline_rows"):
             values[name] = tuple(values[name])
         values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
