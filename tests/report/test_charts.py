@@ -38,3 +38,13 @@ def test_lines_bands_and_points_are_in_the_picture_and_lost_losses_are_not():
     assert drawn.y.at(4) < drawn.y.at(1), "higher values are higher up"
     assert 0 < drawn.x.at(0) < drawn.x.at(5) < WIDTH
     assert 0 < drawn.y.at(4) < drawn.y.at(0.5) < HEIGHT
+
+
+def test_layers_and_steps_are_counted_and_ratios_are_not():
+    def labels(*xs: float) -> list[str]:
+        series = Series("a", tuple((x, 1.0) for x in xs))
+        return [text for _, text in drawing(Chart("t", "x", "y", (series,))).x.labels()]
+
+    assert labels(0, 1) == ["0", "1"]
+    assert labels(0, 39) == ["0", "10", "20", "30", "40"]
+    assert labels(0.0, 0.5) == ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]

@@ -73,7 +73,8 @@ def round_record(number: int) -> dict[str, Any]:
 
 def test_a_search_shows_the_curve_that_chose_the_ratio_zero_at_that_ratio(tmp_path):
     write_jsonl(tmp_path / "rounds.jsonl", [round_record(n) for n in range(3)])
-    write_json(tmp_path / "config.json", {"config": {"controller": vars(ControllerConfig())}})
+    settings = vars(ControllerConfig()) | {"of_an_earlier_version": 1}
+    write_json(tmp_path / "config.json", {"config": {"controller": settings}})
     (chart,) = charts(ratio_section(tmp_path, {"ratio": 0.2}, ""))
     points = {round(x, 3): y for x, y in chart.series[0].points}
     lows, highs = ({round(x, 3): end[n] for x, *end in chart.series[0].band} for n in (0, 1))

@@ -102,15 +102,24 @@ class Drawing:
     series: tuple[Drawn, ...]
 
 
-def axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return an axis over all finite values, with ticks at round numbers."""
+def axis(values: Sequence[float], start: float, end: float, counts: bool = False) -> Axis:
+    """Return an axis over all finite values, with ticks at round numbers.
+
+    Args:
+        values: the values.
+        start: place of the lowest, in units of the SVG.
+        end: place of the highest.
+        counts: whether ticks are whole numbers where all values are.
+    """
     known = [one for one in values if math.isfinite(one)] or [0.0, 1.0]
     low, high = min(known), max(known)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5
     room = 0.04 * (high - low)
     low, high = low - room, high + room
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    counts = counts and all(float(one).is_integer() for one in known)
+    locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=counts)
+    ticks = locator.tick_values(low, high)
     # Ends of floating-point steps, such as 0.30000000000000004, are no labels.
     inside = tuple(round(float(one), 12) for one in ticks if low <= one <= high)
     return Axis(low, high, start, end, inside)
@@ -122,7 +131,7 @@ def drawing(chart: Chart) -> Drawing:
     bands = [one for series in chart.series for one in series.band]
     across = [x for x, *_ in (*points, *bands)]
     across += [] if chart.marker is None else [chart.marker[0]]
-    x = axis(across, _LEFT, WIDTH - _RIGHT)
+    x = axis(across, _LEFT, WIDTH - _RIGHT, counts=True)
     y = axis([v for _, *values in (*points, *bands) for v in values], HEIGHT - _BOTTOM, _TOP)
     return Drawing(chart, x, y, tuple(_drawn(series, x, y) for series in chart.series))
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ def _searched_ratios(run: Path, ratio: Mapping[str, Any]) -> Iterator[Part]:
     seen = observations(records)
     if not seen:
         return
-    config = ControllerConfig(**read_json(run / "config.json")["config"]["controller"])
+    stored = read_json(run / "config.json")["config"]["controller"]
+    known = {field.name for field in fields(ControllerConfig)}  # an earlier version had others
+    config = ControllerConfig(**{name: stored[name] for name in stored if name in known})
     at, horizon = grid(config), config.rounds or len(records)
     values = fit_curve(seen, horizon).values(at)
     curves = resampled_curves(seen, horizon, config, _RESAMPLES, groups)
@@ -126,8 +129,8 @@ def _searched_ratios(run: Path, ratio: Mapping[str, Any]) -> Iterator[Part]:
             dots=False,
         ),
         ratio["ratio"],
-        f"The curve over all {len(records)} rounds, while the adapter was trained; steep losses "
-        "are compressed. Band: 95 % interval over resampled contexts.",
+        f"The curve over all {len(records)} rounds of the search; steep losses are compressed. "
+        "Band: 95 % interval over resampled contexts.",
     )
 
 
