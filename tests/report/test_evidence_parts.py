@@ -57,7 +57,7 @@ def test_ratios_have_the_t_interval_of_their_difference_to_the_one_in_force(tmp_
 def test_losses_of_one_context_have_no_interval(tmp_path):
     ratio = {"ratio": 0.0, "losses": LOSSES, "groups": ["a"] * 4}
     (table,) = tables(ratio_section(tmp_path, ratio, ""))
-    assert [row[3].text for row in table.rows] == ["–", "–"]
+    assert [(row[3].text, row[3].value) for row in table.rows] == [("–", None)] * 2
 
 
 def round_record(number: int) -> dict[str, Any]:

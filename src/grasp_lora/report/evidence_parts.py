@@ -61,7 +61,8 @@ def _probed_ratios(ratio: Mapping[str, Any]) -> Iterator[Part]:
     finite = {r: v for r, v in losses.items() if v and all(x is not None for x in v)}
     if ratio["ratio"] not in finite:
         return
-    gaps = [_gap(r, v, finite[ratio["ratio"]], ratio.get("groups")) for r, v in finite.items()]
+    reference, groups = finite[ratio["ratio"]], ratio.get("groups")
+    gaps = [_gap(at, finite[at], reference, groups) for at in sorted(finite)]
     yield _ratio_chart(
         Series(
             "loss less that of the ratio in force",
@@ -69,7 +70,7 @@ def _probed_ratios(ratio: Mapping[str, Any]) -> Iterator[Part]:
             tuple((one.ratio, one.low, one.high) for one in gaps),
         ),
         ratio["ratio"],
-        f"On {len(finite[ratio['ratio']])} held examples, without further training. Band: 95 % "
+        f"On {len(reference)} held examples, without further training. Band: 95 % "
         "interval over contexts of the difference on the same examples.",
     )
     yield Table(
@@ -79,7 +80,7 @@ def _probed_ratios(ratio: Mapping[str, Any]) -> Iterator[Part]:
                 Cell(f"{one.ratio:g}", one.ratio),
                 Cell(f"{one.loss:.3f}", one.loss),
                 Cell(f"{one.apart:+.3f}", one.apart),
-                Cell(_interval(one), one.low),
+                Cell(_interval(one), None if math.isnan(one.low) else one.low),
             )
             for one in gaps
         ),
@@ -172,7 +173,7 @@ def _tried_row(one: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 def _price_chart(measured: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     """Yield the loss of all that was tried against its price, where both are known."""
-    known = [one for one in measured if one.get("plain_runs") is not None and one["dev_loss"]]
+    known = [one for one in measured if None not in (one.get("plain_runs"), one["dev_loss"])]
     series = tuple(
         Series(
             one.get("says") or one["name"],
