@@ -11,10 +11,8 @@ trial to the best of its round (`grasp_lora.core.evidence.history.compressed`; t
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import records
 from grasp_lora.base.files import read_jsonl
@@ -26,25 +24,11 @@ from grasp_lora.core.evidence.history import (
     fit_curve,
     grid,
     observations_by_round,
+    records_of,
 )
 
 MULTIPLES = (1, 2, 4, math.inf)
 SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-
-
-def rounds_of(lines: Sequence[Mapping[str, Any]]) -> list[RoundRecord]:
-    """Return the rounds of a recorded search; rows are numbered in the order they come up."""
-    places: dict[str, int] = {}
-    found: list[RoundRecord] = []
-    known = {field.name for field in fields(RoundRecord)}
-    for line in lines:
-        rows = tuple(places.setdefault(row, len(places)) for row in line["rows"])
-        values = {name: value for name, value in line.items() if name in known} | {"rows": rows}
-        for name in ("candidates", "rewards", "losses", "baseline_rows"):
-            values[name] = tuple(values[name])
-        values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
-        found.append(RoundRecord(**values))
-    return found
 
 
 def searches_in(
@@ -52,11 +36,11 @@ def searches_in(
 ) -> Iterator[tuple[str, list[RoundRecord]]]:
     """Yield the name and the rounds of each search of a table, or of the one of a JSONL file."""
     if file.suffix == ".jsonl":
-        yield file.stem, rounds_of(read_jsonl(file))
+        yield file.stem, records_of(read_jsonl(file))[0]
         return
     for job, lines in records.read(file, collection).items():
         if not jobs or job in jobs:
-            yield job, rounds_of(lines)
+            yield job, records_of(lines)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "generation": ({"adapters", "models"}, {"torch", "transformers"}),
     "scoring": ({"base", "config", "metrics", "tasks"}, {"rich"}),
-    "report": ({"base", "metrics", "scoring", "tasks"}, {"huggingface_hub", "matplotlib", "rich"}),
+    "report": (
+        {"base", "core", "metrics", "scoring", "tasks"},
+        {"huggingface_hub", "jinja2", "markupsafe", "matplotlib", "rich", "safetensors"},
+    ),
     "export": (
         {"adapters", "base", "core", "models", "report"},
         {"torch", "transformers", "peft", "safetensors"},
@@ -40,7 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}
         | {"scoring", "tasks", "training"},
-        {"torch", "transformers", "safetensors", "accelerate", "rich"},
+        {"torch", "transformers", "safetensors", "accelerate", "rich", "packaging", "psutil"},
     ),
     "stages": (
         {"adapters", "base", "config", "core", "generation", "metrics", "models", "scoring"}

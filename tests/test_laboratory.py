@@ -34,7 +34,12 @@ from grasp_lora.base.files import jsonable, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.rounds import ControllerConfig
-from grasp_lora.core.evidence.history import compressed, curve_minimum, observations_by_round
+from grasp_lora.core.evidence.history import (
+    compressed,
+    curve_minimum,
+    observations_by_round,
+    records_of,
+)
 from grasp_lora.plans.compare import compare_methods
 from grasp_lora.plans.methods import METHODS, Choice
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -692,7 +697,7 @@ def test_replay_prints_where_the_curve_of_a_recorded_search_is_lowest(tmp_path, 
     replay.main([str(table), "--collection", "former", "--jobs", name])
     printed = capsys.readouterr().out
     rows = [line.split("|") for line in printed.splitlines() if " x median" in line]
-    rounds = replay.rounds_of(searches[name])
+    rounds = records_of(searches[name])[0]
     expected = [
         curve_minimum(
             compressed(observations_by_round(rounds), multiple), len(rounds), ControllerConfig()

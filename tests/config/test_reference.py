@@ -1,8 +1,14 @@
 """The list of settings is complete and true."""
 
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from grasp_lora.config.reference import all_settings, settings_markdown
+import pytest
+import yaml
+
+from grasp_lora.config.reference import all_settings, settings_markdown, settings_schema
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
 
@@ -49,3 +55,75 @@ def test_there_are_at_most_ninety_four_settings():
 
 def test_the_document_holds_the_settings_of_this_version():
     assert settings_markdown() in DOCUMENT.read_text(encoding="utf-8")
+
+
+def parts_of(schema: dict[str, Any], part: Any) -> list[dict[str, Any]]:
+    """Return the alternatives of a part of a schema, with references followed."""
+    if "$ref" in part:
+        return parts_of(schema, schema["$defs"][part["$ref"].rpartition("/")[2]])
+    return [one for other in part.get("anyOf", []) for one in parts_of(schema, other)] or [part]
+
+
+def faults(schema: dict[str, Any], part: Any, value: Any, at: str = "") -> Iterator[str]:
+    """Yield what a schema finds wrong with a value: its type, unknown keys, missing ones."""
+    kinds = {dict: "object", str: "string", bool: "boolean", list: "array", type(None): "null"}
+    kind = kinds.get(type(value))
+    fitting = [
+        one
+        for one in parts_of(schema, part)
+        if "type" not in one
+        or one["type"] == kind
+        or (kind is None and one["type"] in ("number", "integer"))
+    ]
+    if not fitting:
+        yield f"{at}: {value!r}"
+    elif isinstance(value, dict):
+        found = [list(_inner(schema, one, value, at)) for one in fitting]
+        yield from min(found, key=len)
+
+
+def _inner(schema: dict[str, Any], one: Any, value: Any, at: str) -> Iterator[str]:
+    yield from (f"{at}{name} is missing" for name in one.get("required", []) if name not in value)
+    for name, inner in value.items():
+        more = one.get("additionalProperties", True)
+        if name in one.get("properties", {}):
+            yield from faults(schema, one["properties"][name], inner, f"{at}{name}.")
+        elif more is False:
+            yield f"{at}{name} is unknown"
+        elif isinstance(more, dict):
+            yield from faults(schema, more, inner, f"{at}{name}.")
+
+
+EXAMPLES = [*(Path(__file__).parents[2] / "configs").glob("*.yaml")]
+EXAMPLES += [Path(str(resources.files("grasp_lora") / "config" / "demo.yaml"))]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_the_schema_takes_the_configurations_there_are(file):
+    schema = settings_schema()
+    assert list(faults(schema, schema, yaml.safe_load(file.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budgt": 5}, ["budgt is unknown"]),
+        ({"model": 5}, ["model.: 5"]),
+        ({"lora": {"r": "many"}}, ["lora.r.: 'many'"]),
+        ({"data": {"source": {"language": "en"}}}, ["data.target is missing"]),
+    ],
+)
+def test_the_schema_refuses_what_a_run_refuses(change, said):
+    both = {"source": {"language": "en"}, "target": {"language": "es"}}
+    schema = settings_schema()
+    assert list(faults(schema, schema, {"model": "x", "data": both} | change)) == said
+
+
+def test_every_setting_has_its_meaning_in_the_schema():
+    schema, meanings = settings_schema(), {s.key: s.meaning for s in all_settings()}
+    for key, meaning in meanings.items():
+        found = [schema]
+        for name in key.split("."):
+            inner = [one["properties"][name] for one in found if name in one.get("properties", {})]
+            found = [one for part in inner for one in (part, *parts_of(schema, part))]
+        assert meaning in [one.get("description") for one in found], key

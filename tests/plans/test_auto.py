@@ -22,7 +22,7 @@ from grasp_lora.core.recipes.chooser import BESIDE, Decision, Finalist
 from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans import auto, executor, session
 from grasp_lora.plans.run import run
-from grasp_lora.report.choice import ship_line, tried_lines
+from grasp_lora.report.choice import ship_parts, tried_lines
 from grasp_lora.stages import prune
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.table import KINDS
@@ -134,7 +134,14 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
-    for name in ("recipe.json", "ratio.json", "scores.json", "report.md", "data.json", "done.json"):
+    for name in (
+        "recipe.json",
+        "ratio.json",
+        "scores.json",
+        "data.json",
+        "done.json",
+        "report.html",
+    ):
         assert (whole / name).stat().st_size > 0, name
     assert not [p.name for p in whole.rglob("*") if p.suffix in (".work", ".lock", ".old")]
     choice, scores = read_json(whole / "recipe.json"), read_json(whole / "scores.json")
@@ -150,6 +157,9 @@ def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
     assert simple == [f"evaluations/{one['slug']}" for one in scores["systems"][:-1]]
     for one in choice["tried"]:
         assert one["dev_loss"] == min(one["curve"]) == one["curve"][one["epochs"]]
+    prices = [one["plain_runs"] for one in (*choice["tried"], *choice["simple_systems"])]
+    assert all(price > 0 for price in prices[: len(choice["tried"])])
+    assert sum(prices) < choice["price"]["plain_runs"], "the retraining is not among them"
     assert read_json(whole / "ratio.json")["verdict"] in ("flat", "learned")
     assert (whole / "starts" / "average" / "adapter_model.safetensors").exists()
     shipped = [one for one in choice["tried"] if one["shipped"]]
@@ -482,7 +492,7 @@ def diverge(monkeypatch, meant: Callable[[str], bool]) -> None:
 def told(out: Path) -> str:
     """Return what the console says of a finished run."""
     choice, ratio = read_json(out / "recipe.json"), read_json(out / "ratio.json")
-    return "\n".join([ship_line(choice, "final"), *tried_lines(choice, ratio)])
+    return "\n".join([*ship_parts(choice, "final"), *tried_lines(choice, ratio)])
 
 
 def test_what_cannot_run_here_is_named_and_leaves_nothing_behind(place, tmp_path, capsys):

@@ -29,6 +29,7 @@ from grasp_lora.plans.single import (
     search_ratio,
     train_adapter,
 )
+from grasp_lora.report.run_report import write_report
 from grasp_lora.stages.table import KINDS
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter
@@ -67,8 +68,21 @@ def workplace(tmp_path):
 
 def test_a_run_from_nothing_leaves_a_plain_adapter_and_its_report(workplace, drawing):
     out = run(settings(workplace), quiet=True)
-    for name in ("ratio.json", "rounds.jsonl", "scores.json", "ratio.png", "report.md"):
+    for name in (
+        "ratio.json",
+        "rounds.jsonl",
+        "scores.json",
+        "ratio.png",
+        "report.md",
+        "report.html",
+    ):
         assert (out / name).stat().st_size > 0
+    reports = [out / "report.md", out / "report.html"]
+    before = [one.read_bytes() for one in reports]
+    sealed = read_json(out / "done.json")["files"]
+    assert {one.name for one in reports} <= set(sealed)
+    write_report(out)
+    assert [one.read_bytes() for one in reports] == before
     ratio = read_json(out / "ratio.json")
     assert 0.0 <= ratio["ratio"] <= 0.8
     rounds = read_jsonl(out / "rounds.jsonl")
@@ -458,7 +472,7 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace, drawing):
     time = read_json(out / "provenance.json")["time"]
     assert time["wall_seconds"] == profile["wall_seconds"]
     assert sum(time["shares"].values()) == pytest.approx(1)
-    assert "## Where the time went" in (out / "report.md").read_text()
+    assert "| wall time |" in (out / "report.md").read_text()
 
 
 def break_off(config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

@@ -12,27 +12,10 @@ from grasp_lora.base.files import write_json
 from grasp_lora.base.words import fenced, in_markdown, in_picture
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
-from grasp_lora.report.run import score_tables, write_report
+from grasp_lora.report.run import score_tables
+from grasp_lora.report.run_report import write_report
+from hostile import HALF, HOSTILE
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "![x](http://example.org/a.png)",
-    "[click](http://example.org)",
-    "\x1b[31mred\x1b[0m",
-    "\x1b]8;;http://example.org\x1b\\link\x1b]8;;\x1b\\",
-    "\u202egnp.exe",
-    "a | b",
-    "[bold red]x[/bold red]",
-    "[/nothing]",
-    "$\\frac{1}$",
-    "$a$ $b",
-    "`code` **bold** _it_ ~~gone~~",
-    "a\nb\r\n# c",
-    "&lt;b&gt;",
-    "\\[x](y)",
-]
-HALF = "half \ud800"
-"""It cannot stand in a file, and no id or name has it, but a message may."""
 OBEYED = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

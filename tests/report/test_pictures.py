@@ -1,5 +1,6 @@
 """Test the pictures of a run."""
 
+import random
 import struct
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.text import Annotation, Text
 from grasp_lora.base.clock import PARTS
 from grasp_lora.report.pictures import (
     PART_COLOURS,
+    pareto_front,
     plot_choice,
     plot_comparison,
     plot_profile,
@@ -151,27 +153,60 @@ def test_every_part_has_a_colour_of_its_own():
     assert len(set(PART_COLOURS.values())) == len(PARTS)
 
 
-def test_names_of_methods_do_not_overlap(tmp_path, drawn):
-    names = ("grasp-restart", "grasp-continue", "late-merge", "grid", "source-finetuned")
-    rows = [
-        {
-            "method": name,
-            "ratio": 0.1 * place,
-            "scores": {"test": {"loss": 1.0 + 0.001 * place}},
-            "intervals": {"test": {"loss": (0.9, 1.1)}},
-            "seconds": 100.0 + place,
-            "tokens": 5,
-        }
-        for place, name in enumerate(names)
-    ]
-    plot_comparison({"rows": rows}, tmp_path)
-    pareto = drawn[0]
-    texts = [t for t in pareto.axes[0].texts if isinstance(t, Annotation)]
-    assert sorted(t.get_text() for t in texts) == sorted(names)
-    pareto.draw_without_rendering()
-    boxes = [Text.get_window_extent(text) for text in texts]
-    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
-    assert len({text.xy for text in texts}) == len(names), "the points do not move"
+def comparison(scores: dict[str, tuple[float, float]], metric: str) -> dict[str, Any]:
+    """Return the rows of a comparison: method -> (seconds, score)."""
+    return {
+        "rows": [
+            {
+                "method": name,
+                "ratio": 0.01 * place,
+                "scores": {"test": {metric: score}},
+                "intervals": {"test": {metric: (score - 0.1, score + 0.1)}},
+                "seconds": seconds,
+                "tokens": 5,
+            }
+            for place, (name, (seconds, score)) in enumerate(scores.items())
+        ]
+    }
+
+
+def names_in(figure: Figure) -> list[Annotation]:
+    return [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+
+
+@pytest.mark.parametrize("metric", ["loss", "chrf"])
+def test_of_60_methods_the_pareto_front_alone_has_names_and_they_do_not_overlap(
+    tmp_path, drawn, metric
+):
+    sign = -1 if metric == "loss" else 1
+    better = {f"grasp-{n}": (100.0 + n, 50 + sign * 0.001 * n) for n in range(12)}
+    worse = {f"late-{n}": (100.5 + 3 * n, 50 - sign * (1 + 0.01 * n)) for n in range(48)}
+    plot_comparison(comparison(worse | better, metric), tmp_path)
+    pareto, ratios, cost = drawn
+    for figure in (pareto, ratios):
+        texts = names_in(figure)
+        assert sorted(t.get_text() for t in texts) == sorted(better)
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(text) for text in texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+        assert len({text.xy for text in texts}) == len(better), "the points do not move"
+    assert len(cost.axes[0].get_yticklabels()) == 60, "all names stand here"
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_front_is_what_nothing_beats_in_cost_and_score(lower):
+    generator = random.Random(0)
+    means = {str(n): (generator.randrange(9), generator.randrange(9)) for n in range(60)}
+    sign = -1 if lower else 1
+
+    def beaten(one: tuple[int, int]) -> bool:
+        return any(
+            (c <= one[0] and sign * s >= sign * one[1]) and (c, s) != one for c, s in means.values()
+        )
+
+    front = pareto_front(means, lower)
+    assert {means[name] for name in front} == {one for one in means.values() if not beaten(one)}
+    assert [means[name][0] for name in front] == sorted({means[name][0] for name in front})
 
 
 def test_the_picture_of_a_choice_leaves_out_losses_that_are_not_finite(tmp_path, drawn):

@@ -1,6 +1,7 @@
 """Test the tables and sentences that are made from records."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from grasp_lora.base.files import write_json
-from grasp_lora.report.run import comparison_words, score_tables, scores_markdown, write_report
+from grasp_lora.report.run import difference_lines, score_tables, verdict_words
+from grasp_lora.report.run_report import write_report
 from grasp_lora.report.time_words import profile_markdown
 
 
@@ -66,13 +68,6 @@ def compared(**tests: Any) -> dict[str, Any]:
     return {"task": "qa", "seed": 1, "systems": systems, "comparisons": found}
 
 
-def test_the_table_holds_every_score_with_its_interval():
-    lines = scores_markdown(SCORES, "test").splitlines()
-    assert lines[0] == "| system | exact match | BLEU | loss | zeros (%) |"
-    assert lines[2] == "| zero-shot | 3.2 [0.0, 7.0] | 1.0 | 2.74 [2.50, 3.00] | – |"
-    assert lines[3] == "| a \\| b | 50.0 | – | 1.50 | 45.7 |"
-
-
 def test_the_terminal_table_holds_the_most_informative_scores():
     console = Console(width=100, record=True, file=io.StringIO())
     (table,) = score_tables(SCORES)
@@ -84,23 +79,27 @@ def test_the_terminal_table_holds_the_most_informative_scores():
     assert "BLEU" not in text
 
 
-def test_the_report_has_outcome_picture_scores_and_their_settings(tmp_path):
+def test_the_report_has_outcome_picture_and_every_score_the_page_their_settings_too(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES)
     (tmp_path / "ratio.png").touch()
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "**0.400**" in text
-    assert "no gain over the lowest ratio could be shown" in text
+    assert "**Ratio 0.400, verdict flat: no gain over the lowest ratio could be shown" in text
     assert "(ratio.png)" in text
-    assert scores_markdown(SCORES, "test") in text
-    assert "- test, loss: tokenizer: x" in text
+    lines = text.splitlines()
+    assert "| system | exact match | BLEU | loss | zeros (%) |" in lines
+    assert "| zero-shot | 3.2 \\[0.0, 7.0] | 1.0 | 2.74 \\[2.50, 3.00] | – |" in lines
+    assert "| a \\| b | 50.0 | – | 1.50 | 45.7 |" in lines
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'data-value="2.7404">2.74 [2.50, 3.00]</td>' in page
+    assert '<td dir="auto">tokenizer: x</td>' in page
 
 
 def test_a_column_with_scores_of_different_settings_has_a_warning(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES)
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "The column loss holds scores of different settings" in text
+    assert "The column loss of test holds scores of different settings" in text
     assert "The column exact match" not in text
 
 
@@ -133,7 +132,9 @@ def test_the_report_says_where_the_time_went(tmp_path):
     text = report_with(tmp_path)
     assert "| wall time | step | probe | I/O | idle |" in text
     assert "| 200 s | 50.0 % | 25.0 % | 12.5 % | 12.5 % |" in text
-    assert "Seconds of each stage: search 150, outside the stages 49.75." in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'data-value="150.0">150</td>' in page
+    assert 'data-value="49.75">49.75</td>' in page
     assert "merged: done by an earlier process whose times were not kept." in text
     assert "resumed" not in text
     assert "the device" not in text
@@ -191,7 +192,7 @@ def test_a_run_without_scores_has_no_report(tmp_path: Path):
     ],
 )
 def test_the_report_says_in_words_whether_pruning_paid(loss, said):
-    assert said in comparison_words(compared(loss=loss))
+    assert said in verdict_words(compared(loss=loss))
 
 
 @pytest.mark.parametrize("bad", [None, float("nan")])
@@ -201,24 +202,27 @@ def test_a_system_without_a_finite_loss_is_not_the_one_with_the_lowest(bad):
         if system["slug"] == "merged-finetuned":
             (one,) = system["sets"].values()
             one["scores"]["loss"]["value"] = bad
-    assert "The system with the lowest loss is: unpruned." not in comparison_words(scores)
+    assert "The system with the lowest loss is: unpruned." not in verdict_words(scores)
 
 
 def test_each_comparison_says_whether_the_difference_is_significant():
-    text = comparison_words(compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01)))
+    found = compared(exact_match=pair(2.0), loss=pair(-0.5, 0.01))
+    text = difference_lines(found)["merged-finetuned"]
     assert "exact match +2.0 [-1.0, +1.0], p 0.50, not significant" in text
     assert "loss -0.500 [-1.000, +1.000], p 0.01." in text
 
 
 def test_a_comparison_over_one_context_has_no_test():
-    said = comparison_words(compared(loss=pair(-0.5, None, None)))
+    said = verdict_words(compared(loss=pair(-0.5, None, None)))
     assert "one context, so no test can say whether pruning changed their loss." in said
     assert "significantly" not in said
 
 
 def test_without_baselines_nothing_is_compared():
     alone = system("final", "final", loss=score(1.0))
-    assert comparison_words({"task": "qa", "systems": [alone], "comparisons": {}}) == ""
+    scores = {"task": "qa", "systems": [alone], "comparisons": {}}
+    assert verdict_words(scores) == ""
+    assert difference_lines(scores) == {}
 
 
 def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
@@ -228,5 +232,18 @@ def test_several_test_sets_have_a_table_each_and_their_mean_and_worst(tmp_path):
     write_json(tmp_path / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
     write_json(tmp_path / "scores.json", SCORES | {"systems": [row]})
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "qa, ar, test set news, 7 examples" in text
+    assert "qa, ar, test set news, 7 examples" in (tmp_path / "report.html").read_text("utf-8")
+    assert "| final | 50.0 |" in text
     assert "| final | 40.0, 30.0 (news) |" in text
+
+
+def test_markdown_and_page_have_the_same_sections_in_the_same_order(tmp_path):
+    report_with(tmp_path)
+    leak = {"kind": "near", "first": ["a", "q1"], "second": ["b", "q2"], "similarity": 0.9}
+    write_json(tmp_path / "data.json", {"leaks": [leak]})
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    headings = re.findall("^## (.*)", text, re.M)
+    assert headings == re.findall("<h2>(.*)</h2>", page)
+    assert headings == ["Systems", "Data and warnings", "Cost, settings, provenance"]
+    assert text.index("# Prune ratio") < text.index("**Ratio 0.400") < text.index("## Systems")

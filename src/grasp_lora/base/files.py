@@ -77,6 +77,7 @@ WRITTEN = (
     "ratio.png",
     "scores.json",
     "report.md",
+    "report.html",
     "provenance.json",
     TIMES_FILE,
     "profile.json",

@@ -74,6 +74,16 @@ def printable(text: str) -> str:
     )
 
 
+# Joiners change the look of letters in Persian and in Indian scripts, direction marks that of
+# punctuation in Arabic and Hebrew; neither turns the text around it.
+_READ = {"\u200c", "\u200d", "\u200e", "\u200f", "\u061c"}
+
+
+def legible(text: str) -> str:
+    """Return a text as a page shows it: as `printable`, but with joiners and direction marks."""
+    return "".join(c if c in _READ else printable(c) for c in text)
+
+
 _OF_MARKDOWN = re.compile(r"[\\`*\[|~$]|(?<!\w)_|_(?!\w)")
 
 

@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 import typer
 
-from grasp_lora.cli import exports, scores, stages
+from grasp_lora.cli import exports, report, scores, stages, start
 from grasp_lora.cli.common import Commands, Debug
 
 __all__ = ["app", "main"]
@@ -48,6 +48,10 @@ for command in (
     scores.score,
     exports.export,
     exports.cost,
+    report.report,
+    stages.schema,
+    start.init,
+    start.doctor,
 ):
     app.command()(command)
 app.command(name="settings")(stages.settings_list)

@@ -44,9 +44,9 @@ def run(
     """Do the whole run: adapters, trials of recipes within a budget, the result, evaluation.
 
     Reads the configuration and the examples or adapters that it names. Writes the run folder:
-    final/ (the adapter), recipe.json, ratio.json, scores.json, report.md. Run the same command
-    again to resume an interrupted run. With recipe: grasp the run merges, searches the prune ratio,
-    prunes and fine-tunes.
+    final/ (the adapter), recipe.json, ratio.json, scores.json, report.html, report.md. Run the
+    same command again to resume an interrupted run. With recipe: grasp the run merges, searches the
+    prune ratio, prunes and fine-tunes.
     """
     _run(load(config, settings, output, seed, allow_leakage), overwrite, profile)
 
@@ -342,6 +342,19 @@ def settings_list() -> None:
     typer.echo(settings_markdown(), nl=False)
 
 
+def schema() -> None:
+    """Print the JSON schema of a configuration, by which editors complete and check the YAML.
+
+    Reads nothing. Writes nothing: `grasp-lora schema > FILE` keeps it, and a first line
+    `# yaml-language-server: $schema=FILE` of a configuration names it.
+    """
+    import json
+
+    from grasp_lora.config.reference import settings_schema
+
+    typer.echo(json.dumps(settings_schema(), indent=2))
+
+
 def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from grasp_lora.base.files import finished_at
     from grasp_lora.plans.run import run as run_all
@@ -364,35 +377,39 @@ def _show_run(folder: Path) -> None:
     from rich.console import Console
 
     from grasp_lora.base.files import read_json
-    from grasp_lora.report.choice import ship_line, tried_lines
-    from grasp_lora.report.run import comparison_words, finding_lines, score_tables, unpruned_of
+    from grasp_lora.report.choice import ship_parts, tried_lines
+    from grasp_lora.report.run import (
+        difference_lines,
+        finding_lines,
+        score_tables,
+        unpruned_of,
+        verdict_words,
+    )
 
     scores, ratio = read_json(folder / "scores.json"), read_json(folder / "ratio.json")
     console = Console(highlight=False)
     if (folder / "recipe.json").exists():
         choice = read_json(folder / "recipe.json")
-        console.print(
-            ship_line(choice, printable(str(folder / "final"))), markup=False, style="bold"
-        )
+        line = " | ".join(ship_parts(choice, printable(str(folder / "final"))))
+        console.print(line, markup=False, style="bold")
         for table in score_tables(scores):
             console.print(table)
         if scores["systems"]:
-            console.print("all scores with their 95 % intervals: report.md")
+            console.print("all scores with their 95 % intervals: report.html")
         for line in tried_lines(choice, ratio):
             console.print(printable(line), markup=False)
         return
     for table in score_tables(scores):
         console.print(table)
-    console.print("all scores with their 95 % intervals: report.md")
+    console.print("all scores with their 95 % intervals: report.html")
     console.print(f"ratio {ratio['ratio']:.3f}, verdict {ratio['verdict']}")
     for line in finding_lines(ratio):
         console.print(printable(line), markup=False)
-    verdict, *pairs = comparison_words(scores).splitlines() or [""]
-    console.print(printable(verdict), markup=False)
-    names = {row["slug"]: row["name"] for row in scores["systems"]}
-    for line in pairs:
-        if line.startswith(f"- against {names.get(unpruned_of(scores))}:"):
-            console.print(printable(line), markup=False)
+    if scores["systems"]:
+        console.print(printable(verdict_words(scores)), markup=False)
+        against = difference_lines(scores).get(unpruned_of(scores))
+        if against is not None:
+            console.print(printable(f"- {against}"), markup=False)
 
 
 def _ratio(text: str, config: "RunConfig") -> tuple[float, dict[str, float] | None]:

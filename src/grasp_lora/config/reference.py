@@ -1,4 +1,4 @@
-"""The table of all settings with default and meaning, taken from the settings classes."""
+"""All settings with default and meaning, as a table and as a schema, from the settings classes."""
 
 import ast
 import dataclasses
@@ -46,6 +46,36 @@ def settings_markdown() -> str:
         cells = (setting.key, setting.default, setting.meaning)
         lines.append("| `{}` | {} | {} |".format(*(c.replace("|", "\\|") for c in cells)))
     return "\n".join(lines) + "\n"
+
+
+def settings_schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration, by which editors complete and check the YAML.
+
+    It knows names, types, bounds and meanings. What two settings say together, such as splits
+    without rows, only `load_config` checks.
+    """
+    found = RunConfig.model_json_schema()
+    name = found["$defs"]["ModelSettings"]["properties"]["name"]
+    model = found["properties"]["model"]
+    found["properties"]["model"] = {
+        "description": model["description"],
+        "anyOf": [{"$ref": model["$ref"]}, {"type": "string", "minLength": name["minLength"]}],
+    }
+    controller = found["$defs"]["ControllerConfig"]["properties"]
+    for key, meaning in _attribute_docstrings(ControllerConfig).items():
+        if key in controller:
+            controller[key]["description"] = meaning
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | _any_of(found) | {"title": "grasp-lora configuration"}
+
+
+def _any_of(value: Any) -> Any:
+    """Return a schema whose alternatives may overlap: `builtin` is a path too, for a schema."""
+    if isinstance(value, list):
+        return [_any_of(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {"anyOf" if key == "oneOf" else key: _any_of(one) for key, one in value.items()}
 
 
 def _of_model(model: type[BaseModel], prefix: str) -> Iterator[Setting]:

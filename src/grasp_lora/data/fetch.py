@@ -78,3 +78,22 @@ def source_errors() -> tuple[type[Exception], ...]:
     # they are the base classes of HfHubHTTPError.
     client: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     return (RuntimeError, OSError, ValueError, DatasetsError, *client)
+
+
+def hub_access(timeout: float) -> str:
+    """Return in words whether the hub answers, and whether a token is set; the token is not shown.
+
+    Args:
+        timeout: seconds to wait for an answer.
+    """
+    from huggingface_hub import constants, get_session, get_token
+
+    token = "a token is set" if get_token() else "no token (private and gated models need one)"
+    if constants.HF_HUB_OFFLINE:
+        return f"{constants.ENDPOINT} is not asked: HF_HUB_OFFLINE is set; {token}"
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=timeout)
+    except source_errors() as error:
+        why = type(error).__name__
+        return f"{constants.ENDPOINT} does not answer ({why}): use local models and files; {token}"
+    return f"{constants.ENDPOINT} answers ({answer.status_code}); {token}"

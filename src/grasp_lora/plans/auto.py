@@ -68,10 +68,12 @@ class Measured:
     Attributes:
         losses: loss of each held example, in nats.
         path: the stage that measured them.
+        tokens: what that read; 0 where a trial measured them.
     """
 
     losses: tuple[float, ...]
     path: str
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,9 @@ class _Choosing:
             self.refuse(SIMPLE[name], str(error))
             return
         if held:
-            self.simple[name] = Measured(_losses(self.out / stage), stage)
-            self.spent += simple_tokens(name, self.task.prices, self.sizes)
+            tokens = simple_tokens(name, self.task.prices, self.sizes)
+            self.simple[name] = Measured(_losses(self.out / stage), stage, tokens)
+            self.spent += tokens
 
     def tried_and_decided(self) -> Decision:
         """Do the trials that the budget allows, and decide."""

@@ -84,7 +84,12 @@ def _about_simple(name: str, result: Chosen) -> dict[str, Any]:
     measured = result.simple[name]
     scored = name in [system.slug for system in result.systems]
     path = f"evaluations/{name}" if scored else measured.path
-    return {"name": SIMPLE[name], "dev_loss": _mean(measured.losses), "path": path}
+    return {
+        "name": SIMPLE[name],
+        "dev_loss": _mean(measured.losses),
+        "path": path,
+        "plain_runs": measured.tokens / result.task.prices.plain,
+    }
 
 
 def _about_finalist(one: Finalist) -> dict[str, Any]:
@@ -107,6 +112,7 @@ def _about_trial(told: Told, result: Chosen) -> dict[str, Any]:
         "epochs": None if lost else told.best,
         "dev_loss": None if lost else means[told.best],
         "curve": means,
+        "plain_runs": told.tokens(result.task.prices) / result.task.prices.plain,
         "refused": None if told.refused is None else not_applicable(told.refused),
         "shipped": not lost and steps.get(recipe.start, 0) == recipe.step,
     }

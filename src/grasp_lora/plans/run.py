@@ -49,7 +49,7 @@ from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import budget_words, held_groups, sizes_of
 from grasp_lora.report.card import facts_of_run, write_card
 from grasp_lora.report.pictures import plot_search
-from grasp_lora.report.run import write_report
+from grasp_lora.report.run_report import write_report
 from grasp_lora.scoring.sets import compare_evaluations, missing_metrics
 from grasp_lora.stages.findings import add_run_findings
 from grasp_lora.stages.folder import facts_of
@@ -125,9 +125,9 @@ def run(
 
     Returns:
         The run folder, with `final/` (a PEFT adapter), `ratio.json`, `scores.json`, `data.json`,
-        `provenance.json`, `report.md` and the stages' own folders; `recipe.json` of a run that
-        chooses its recipe, `rounds.jsonl` and `ratio.png` of one that searches the ratio;
-        for a profile `profile.json`, `profile.md` and `profile.png`.
+        `provenance.json`, `report.md`, `report.html` and the stages' own folders; `recipe.json`
+        of a run that chooses its recipe, `rounds.jsonl` and `ratio.png` of one that searches the
+        ratio; for a profile `profile.json`, `profile.md` and `profile.png`.
 
     Raises:
         ValueError, FileNotFoundError: a setting, a file, an adapter or the machine does not allow

@@ -3,10 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grasp_lora.base.words import in_markdown
-
-NO_VALUE = "\N{EN DASH}"
-
 
 def not_applicable(why: str) -> str:
     """Return how everything that is read says that something cannot be used here."""
@@ -36,8 +32,8 @@ def asked_line(names: Sequence[str], spent: float, most: float) -> str:
     return f"spent {spent:.2f} plain runs; next: {', '.join(names)}, at most {most:.2f}"
 
 
-def ship_line(choice: Mapping[str, Any], final: str) -> str:
-    """Return the first line of the result.
+def ship_parts(choice: Mapping[str, Any], final: str) -> list[str]:
+    """Return the first line of the result, in parts.
 
     Args:
         choice: the content of `recipe.json`.
@@ -52,7 +48,7 @@ def ship_line(choice: Mapping[str, Any], final: str) -> str:
         if gain is not None:
             low, high = gain["interval"]
             parts.append(f"expected {-gain['gain']:+.3f} [{-high:+.3f}, {-low:+.3f}]")
-    return " | ".join(parts)
+    return parts
 
 
 def tried_lines(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> list[str]:
@@ -64,7 +60,7 @@ def tried_lines(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> list[str
     ]
     lines += [f"{name}: {why}" for name, why in choice["not_applicable"].items()]
     lines += choice["notes"]
-    lines.append(_ratio_line(ratio))
+    lines.append(ratio_line(ratio))
     price = choice["price"]
     lines.append(
         f"cost: {price['plain_runs']:.2f} of {price['budget']:g} plain fine-tuning runs "
@@ -77,7 +73,8 @@ def _tried(one: Mapping[str, Any]) -> str:
     return f"{one['says']}: dev {one['dev_loss']:.3f} after {one['epochs']} epochs ({one['path']})"
 
 
-def _ratio_line(ratio: Mapping[str, Any]) -> str:
+def ratio_line(ratio: Mapping[str, Any]) -> str:
+    """Return the ratio, its verdict, and the gain of the best ratio where ratios were judged."""
     evidence = ratio.get("evidence") or {}
     shown = ""
     if evidence:
@@ -86,28 +83,6 @@ def _ratio_line(ratio: Mapping[str, Any]) -> str:
     return f"prune ratio {ratio['ratio']:g}, verdict {ratio['verdict']}{shown}"
 
 
-def choice_markdown(choice: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
-    """Return the head of the report: what is shipped, then a table of all that was measured."""
-    lines = [f"**{ship_line(choice, 'final')}**", "", in_markdown(choice["why"]), ""]
-    if measured_trials(choice):
-        lines += ["![loss of the held examples by trial and epoch](recipe.png)", ""]
-    measured = [one for one in choice["tried"] if not one["refused"]] + choice["simple_systems"]
-    if measured:
-        lines += ["| what | dev loss | epochs | path |", "|---|---:|---:|---|"]
-    for one in measured:
-        loss = NO_VALUE if one["dev_loss"] is None else f"{one['dev_loss']:.3f}"
-        epochs, what = str(one.get("epochs", NO_VALUE)), one.get("says") or one.get("name")
-        lines.append(f"| {what} | {loss} | {epochs} | `{one['path']}` |")
-    lines_told = [line for line in tried_lines(choice, ratio) if line != choice["why"]]
-    told = [f"- {in_markdown(line)}" for line in lines_told]
-    return "\n".join([*lines, "", *told, ""])
-
-
 def measured_trials(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the trials that measured anything."""
     return [one for one in choice["tried"] if one["curve"] and not one["refused"]]
-
-
-def systems_with_paths(systems: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each system of a table that has a folder."""
-    return [f"- {in_markdown(one['name'])}: `{one['path']}`" for one in systems if one.get("path")]

@@ -1,5 +1,6 @@
 """Draw pictures of runs: a search, the times of a run, and a comparison of methods."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.transforms import Bbox
 
 from grasp_lora.base.files import machine_names
 from grasp_lora.base.words import in_picture
+from grasp_lora.report.run import NATIVE
 
 INK, GRID, BLUE, ORANGE, GREEN = "#22313f", "#d8dee6", "#1f6fb4", "#d9730d", "#2e8b57"
 # Orange is worse and blue is better than the reference of the round. Colour-blind readers can
@@ -124,7 +126,8 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
     """Draw a `comparison.json` as three PNGs: score against cost, score against ratio, and cost.
 
     The score is the first metric of the first test set. The cost is in seconds, or in tokens if the
-    runs were made on more than one machine. The files are `pareto.png`, `ratios.png` and
+    runs were made on more than one machine. Of the points only those of the Pareto front have a
+    name. The files are `pareto.png`, `ratios.png` and
     `cost.png`. Nothing is written if no row has scores.
     """
     rows = [row for row in found["rows"] if row["scores"]]
@@ -143,9 +146,10 @@ def plot_comparison(found: Mapping[str, Any], folder: Path) -> None:
         )
         runs.setdefault(row["method"], []).append(point)
     folder.mkdir(parents=True, exist_ok=True)
+    front = pareto_front(_means(runs), lower=metric in NATIVE)
     for draw, name, height in (
-        (partial(_pareto_panel, unit=unit), "pareto.png", 5.0),
-        (_ratios_panel, "ratios.png", 5.0),
+        (partial(_pareto_panel, unit=unit, front=front), "pareto.png", 5.0),
+        (partial(_ratios_panel, front=front), "ratios.png", 5.0),
         (partial(_cost_panel, unit=unit), "cost.png", 1 + 0.28 * len(runs)),
     ):
         figure = Figure(figsize=(8, height), layout="constrained")
@@ -163,39 +167,56 @@ _NAME_GID = "name"
 _NAME_STEP = 2
 """Distance in points by which a name is moved at once."""
 _OUR_METHODS = ("grasp", "late")
-_ALWAYS_NAMED = (
-    *_OUR_METHODS, "grid", "optuna", "source-finetuned", "average-finetuned", "target-all",
-    "adaptive",
-)  # fmt: skip
 
 
-def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str) -> None:
-    shown = {name: points for name, points in runs.items() if not name.startswith(_CHOSEN_FROM)}
-    means = {
-        name: (_mean_of(p.cost for p in points), _mean_of(p.score for p in points))
-        for name, points in shown.items()
-    }
-    for method, points in shown.items():
-        cost, score = means[method]
+def _pareto_panel(axes: Axes, runs: _Runs, label: str, unit: str, front: Sequence[str]) -> None:
+    means = _means(runs)
+    for method, (cost, score) in means.items():
         colour = _method_colour(method)
-        known = [(low, high) for low, high in (p.interval for p in points) if low is not None]
+        faint = 1.0 if method in front else 0.45
+        ends = (p.interval for p in runs[method])
+        known = [(low, high) for low, high in ends if low is not None]
         if known:
             low, high = (_mean_of(ends) for ends in zip(*known, strict=True))
-            axes.plot([cost] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(cost, score, "o", color=colour)
-        # The names of all methods would overlap.
-        cheaper = [
-            other for c, other in means.values() if c <= cost and (c, other) != (cost, score)
-        ]
-        if method.startswith(_ALWAYS_NAMED) or all(other < score for other in cheaper):
-            _name_point(axes, method, cost, score)
+            axes.plot([cost] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5 * faint)
+        axes.plot(cost, score, "o", color=colour, alpha=faint)
+    axes.plot(*zip(*(means[name] for name in front), strict=True), color=INK, linewidth=0.6)
+    # The names of all methods would overlap; `cost.png` has them all.
+    for name in front:
+        _name_point(axes, name, *means[name])
     axes.set_xlim(left=0)
     axes.margins(0.1)
     axes.set_xlabel(f"{unit} from the two adapters to the final one")
     axes.set_ylabel(f"{label} (lines: 95 % intervals of a run)")
 
 
-def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
+def _means(runs: _Runs) -> dict[str, tuple[float, float]]:
+    """Return method -> mean cost and mean score, without the runs that a method chooses from."""
+    return {
+        name: (_mean_of(p.cost for p in points), _mean_of(p.score for p in points))
+        for name, points in runs.items()
+        if not name.startswith(_CHOSEN_FROM)
+    }
+
+
+def pareto_front(means: Mapping[str, tuple[float, float]], lower: bool = False) -> list[str]:
+    """Return the names that no other beats in cost and score at once, cheapest first.
+
+    Args:
+        means: name -> (cost, score).
+        lower: whether a lower score is better.
+    """
+    sign = 1 if lower else -1
+    front: list[str] = []
+    least = math.inf
+    for name in sorted(means, key=lambda name: (means[name][0], sign * means[name][1])):
+        if sign * means[name][1] < least:
+            least = sign * means[name][1]
+            front.append(name)
+    return front
+
+
+def _ratios_panel(axes: Axes, runs: _Runs, label: str, front: Sequence[str]) -> None:
     for prefix, colour in zip(_CHOSEN_FROM, (BLUE, GREEN), strict=True):
         grid = [points for method, points in runs.items() if method.startswith(prefix)]
         if grid:
@@ -212,7 +233,8 @@ def _ratios_panel(axes: Axes, runs: _Runs, label: str) -> None:
         if method.startswith("grasp"):
             for point in points:
                 axes.plot(point.ratio, point.score, "*", color=ORANGE, markersize=11)
-                _name_point(axes, method, point.ratio, point.score)
+            if method in front:
+                _name_point(axes, method, points[0].ratio, points[0].score)
     axes.set_xlim(left=-0.02)
     axes.set_xlabel("ratio (fraction removed)")
     axes.set_ylabel(label)

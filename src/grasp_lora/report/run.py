@@ -1,19 +1,15 @@
-"""Present a finished run to people: its outcome in words, its scores as tables.
+"""Present the outcome and the scores of a run to people, in words and tables.
 
 This module reads records only. No number of the run depends on it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from grasp_lora.base.choice import lowest, not_finite
-from grasp_lora.base.files import read_json, write_text
 from grasp_lora.base.words import in_markdown
-from grasp_lora.report.choice import choice_markdown, systems_with_paths
-from grasp_lora.report.time_words import times_section
 from grasp_lora.scoring.cells import cell
 
 # Metrics in the terminal, most informative first; the report has all metrics.
@@ -41,20 +37,20 @@ NO_VALUE = "\N{EN DASH}"
 def score_tables(scores: Mapping[str, Any]) -> list[Table]:
     """Return the scores of all systems in a `scores.json` as terminal tables, one per test set."""
     tables: list[Table] = []
-    for name, first in _sets(scores).items():
+    for name, first in sets_of(scores).items():
         shown = [m for m in HEADLINES.get(scores["task"], ()) if m in first["scores"]]
-        table = Table(title=cell(_set_title(scores, name, first)))
+        table = Table(title=cell(set_title(scores, name, first)))
         table.add_column("system", overflow="fold")
-        for title in (*(TITLES.get(m, m) for m in shown), *_zeros_titles(scores)):
+        for title in (*(TITLES.get(m, m) for m in shown), *zeros_titles(scores)):
             table.add_column(title, justify="right", no_wrap=True)
         for row in scores["systems"]:
             found = [row["sets"][name]["scores"][metric]["value"] for metric in shown]
             cells = [
-                NO_VALUE if value is None else _format_value(value, metric)
+                NO_VALUE if value is None else format_value(value, metric)
                 for metric, value in zip(shown, found, strict=True)
             ]
             table.add_row(
-                cell(row["name"]), *cells, *(_zeros_cell(row) for _ in _zeros_titles(scores))
+                cell(row["name"]), *cells, *(zeros_cell(row) for _ in zeros_titles(scores))
             )
         tables.append(table)
     return tables
@@ -171,96 +167,28 @@ def _comma_list(values: Sequence[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def scores_markdown(scores: Mapping[str, Any], name: str) -> str:
-    """Return all scores of the test set `name` as a Markdown table, each with its interval."""
-    shown = list(_sets(scores)[name]["scores"])
-    titles = ["system", *(TITLES.get(m, m) for m in shown), *_zeros_titles(scores)]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
-    for row in scores["systems"]:
-        cells = [_score_cell(row["sets"][name]["scores"][metric], metric) for metric in shown]
-        system = in_markdown(row["name"])
-        cells += [_zeros_cell(row) for _ in _zeros_titles(scores)]
-        lines.append(f"| {' | '.join([system, *cells])} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_report(run: Path) -> Path:
-    """Write `report.md` into a finished run folder and return its path.
-
-    The report has the outcome, the picture, the scores with their settings, and the times.
-
-    Raises:
-        FileNotFoundError: the run is not finished.
-    """
-    ratio, scores = read_json(run / "ratio.json"), read_json(run / "scores.json")
-    if (run / "recipe.json").exists():
-        choice = read_json(run / "recipe.json")
-        lines = ["# The adapter to ship, and scores", "", choice_markdown(choice, ratio)]
-    else:
-        lines = ["# Prune ratio and scores", "", _outcome_line(ratio), ""]
-    if "labelled_rows" in scores:
-        lines += [
-            f"Every fine-tuned system was retrained on all {scores['labelled_rows']} labelled "
-            "target examples, for the number of epochs that the dev examples had chosen in a first "
-            "run on the train examples alone. Dev losses are those of the first run.",
-            "",
-        ]
-    lines += [f"- {in_markdown(line)}" for line in finding_lines(ratio)]
-    lines += [""] if finding_lines(ratio) else []
-    if (run / "ratio.png").exists():
-        lines += ["![ratio, rewards and losses over the search](ratio.png)", ""]
-    lines += list(_score_section(scores))
-    if (run / "data.json").exists():
-        lines += list(_leak_section(read_json(run / "data.json")))
-    if (run / "provenance.json").exists():
-        made = read_json(run / "provenance.json")
-        lines += list(times_section(made["time"], made["device"]))
-    write_text(run / "report.md", "\n".join(lines))
-    return run / "report.md"
-
-
-def _score_section(scores: Mapping[str, Any]) -> Iterator[str]:
-    for name, first in _sets(scores).items():
-        yield f"## {in_markdown(_set_title(scores, name, first))}"
-        yield ""
-        yield (
-            "In brackets: 95 % bootstrap interval over contexts. Scores are 0 to 100. The loss is "
-            "in nats per answer token, a mean over examples."
-        )
-        yield ""
-        yield scores_markdown(scores, name)
-        yield from _mixed_settings(scores, name)
-        yield comparison_words(scores, name)
-    paths = systems_with_paths(scores["systems"])
-    if paths:
-        yield "Where each system is:"
-        yield ""
-        yield from paths
-        yield ""
-    if len(_sets(scores)) > 1:
-        yield from _over_sets_section(scores)
-    yield from _settings_section(scores)
-
-
-def comparison_words(scores: Mapping[str, Any], name: str = "test") -> str:
-    """Return in words whether pruning paid on a test set; empty without the unpruned baseline."""
+def difference_lines(scores: Mapping[str, Any], name: str = "test") -> dict[str, str]:
+    """Return slug -> the differences of the result to that system on a test set, in words."""
     metrics = HEADLINES.get(scores["task"], ())
-    found = scores.get("comparisons", {})
-    unpruned = unpruned_of(scores)
-    if name not in _sets(scores) or unpruned not in found:
+    names = {row["slug"]: row["name"] for row in scores["systems"]}
+    lines: dict[str, str] = {}
+    for slug, tested in scores.get("comparisons", {}).items():
+        pairs = tested[name]
+        words = [_difference_words(pairs[metric], metric) for metric in metrics if metric in pairs]
+        lines[slug] = f"against {names[slug]}: {'; '.join(words)}."
+    return lines
+
+
+def verdict_words(scores: Mapping[str, Any], name: str = "test") -> str:
+    """Return whether pruning changed the loss on a test set; empty without the unpruned system."""
+    found, unpruned = scores.get("comparisons", {}), unpruned_of(scores)
+    if name not in sets_of(scores) or unpruned not in found:
         return ""
     names = {row["slug"]: row["name"] for row in scores["systems"]}
-    lines: list[str] = []
-    for slug, sets in found.items():
-        shown = [metric for metric in metrics if metric in sets[name]]
-        words = [_difference_words(sets[name][metric], metric) for metric in shown]
-        lines.append(f"- against {names[slug]}: {'; '.join(words)}.")
     verdict = _pruning_verdict(found[unpruned][name].get("loss"))
     best = _lowest_loss(scores, name)
-    if best != "final":
-        verdict += f" The system with the lowest loss is: {names[best]}."
-    heading = f"{verdict} Differences of the result to each system on the same examples:".strip()
-    return "\n".join([heading, "", *lines, ""])
+    lowest_one = "" if best == "final" else f"The system with the lowest loss is: {names[best]}."
+    return f"{verdict} {lowest_one}".strip()
 
 
 def _pruning_verdict(loss: Mapping[str, Any] | None) -> str:
@@ -312,67 +240,13 @@ def _significant(pair: Mapping[str, Any]) -> bool:
     return pair["p_value"] is not None and pair["p_value"] < 0.05
 
 
-def _mixed_settings(scores: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield a warning for every metric that was scored with different settings across systems."""
-    for metric in _sets(scores)[name]["scores"]:
-        kinds = {str(row["sets"][name]["scores"][metric]["settings"]) for row in scores["systems"]}
-        if len(kinds) > 1:
-            yield (
-                f"The column {TITLES.get(metric, metric)} holds scores of different settings "
-                "(tokenizer, model or rescaling), so do not compare them.\n"
-            )
-
-
-def _over_sets_section(scores: Mapping[str, Any]) -> Iterator[str]:
-    shown = [m for m in HEADLINES.get(scores["task"], ()) if m in scores["systems"][0]["mean"]]
-    yield "## Over the test sets: mean and worst"
-    yield ""
-    yield f"| system | {' | '.join(TITLES.get(m, m) for m in shown)} |"
-    yield f"|---|{'---:|' * len(shown)}"
-    for row in scores["systems"]:
-        cells = [
-            f"{_format_value(row['mean'][m], m)}, {_format_value(row['worst'][m]['value'], m)} "
-            f"({in_markdown(row['worst'][m]['set'])})"
-            for m in shown
-        ]
-        yield f"| {in_markdown(row['name'])} | {' | '.join(cells)} |"
-    yield ""
-
-
-def _settings_section(scores: Mapping[str, Any]) -> Iterator[str]:
-    sets = _sets(scores)
-    if not sets:
-        return
-    yield "## Settings of the scores"
-    yield ""
-    for name, first in sets.items():
-        for metric, score in first["scores"].items():
-            settings = ", ".join(f"{k}: {v}" for k, v in score["settings"].items())
-            yield in_markdown(f"- {name}, {TITLES.get(metric, metric)}: {settings}")
-    yield ""
-
-
-def _leak_section(data: Mapping[str, Any]) -> Iterator[str]:
-    leaks: Sequence[Mapping[str, Any]] = data.get("leaks", [])
-    if leaks:
-        yield "## Leakage"
-        yield ""
-        yield f"{len(leaks)} pairs of examples are in two splits, and the settings allow it:"
-        yield ""
-        for leak in leaks[:20]:
-            first, second = (" ".join(leak[side]) for side in ("first", "second"))
-            yield in_markdown(
-                f"- {leak['kind']}: {first} and {second}, similarity {leak['similarity']:.2f}"
-            )
-        yield "" if len(leaks) <= 20 else "- ... (all in data.json)\n"
-
-
 def finding_lines(ratio: Mapping[str, Any]) -> list[str]:
     """Return one line per finding about the run."""
     return [f"{one['name']}: {one['says']}" for one in ratio.get("findings", [])]
 
 
-def _outcome_line(ratio: Mapping[str, Any]) -> str:
+def outcome_line(ratio: Mapping[str, Any]) -> str:
+    """Return the ratio, how sure it is, and what its verdict means."""
     verdicts = {
         "learned": "in the search, the ratio gained over the lowest ratio on examples that it was "
         "not chosen on; the scores show the effect after training",
@@ -387,36 +261,42 @@ def _outcome_line(ratio: Mapping[str, Any]) -> str:
         else f" (over resampled examples: {interval[0]:.2f} to {interval[1]:.2f})"
     )
     meaning = verdicts.get(verdict, "")
-    return f"Ratio **{ratio['ratio']:.3f}**{ends}, verdict **{verdict}**: {meaning}."
+    told = f": {meaning}" if meaning else ""
+    return f"Ratio {ratio['ratio']:.3f}{ends}, verdict {verdict}{told}."
 
 
-def _sets(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+def sets_of(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return test set -> what the first system has for it."""
     return scores["systems"][0]["sets"] if scores["systems"] else {}
 
 
-def _set_title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
+def set_title(scores: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> str:
+    """Return the title of a test set's scores."""
     where = "" if name == "test" else f", test set {name}"
     return f"{scores['task']}, {one['language']}{where}, {one['n']} examples, seed {scores['seed']}"
 
 
-def _score_cell(score: Mapping[str, Any], metric: str) -> str:
+def score_cell(score: Mapping[str, Any], metric: str) -> str:
+    """Return a score with its interval in brackets, where it has one."""
     if score["value"] is None:
         return NO_VALUE
     if score["low"] is None:
-        return _format_value(score["value"], metric)
-    ends = f"{_format_value(score['low'], metric)}, {_format_value(score['high'], metric)}"
-    return f"{_format_value(score['value'], metric)} [{ends}]"
+        return format_value(score["value"], metric)
+    ends = f"{format_value(score['low'], metric)}, {format_value(score['high'], metric)}"
+    return f"{format_value(score['value'], metric)} [{ends}]"
 
 
-def _format_value(value: float, metric: str) -> str:
+def format_value(value: float, metric: str) -> str:
+    """Return a score as tables show it."""
     return f"{value:.2f}" if metric in NATIVE else f"{value:.1f}"
 
 
-def _zeros_titles(scores: Mapping[str, Any]) -> list[str]:
+def zeros_titles(scores: Mapping[str, Any]) -> list[str]:
     """Return the title of the column of zeros, if the zeros of any system are known."""
     known = any(row.get("zeros") is not None for row in scores["systems"])
     return ["zeros (%)"] if known else []
 
 
-def _zeros_cell(row: Mapping[str, Any]) -> str:
+def zeros_cell(row: Mapping[str, Any]) -> str:
+    """Return the zeros of a system in per cent."""
     return NO_VALUE if row.get("zeros") is None else f"{100 * row['zeros']:.1f}"

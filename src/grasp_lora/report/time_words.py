@@ -16,27 +16,26 @@ _ASYNCHRONOUS_NOTE = (
 )
 
 
-def times_section(time: Mapping[str, Any], device: str) -> Iterator[str]:
-    """Yield the lines of the report section about times: shares, stages, and notes.
+def share_cells(time: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return titles and cells of a row on the wall time and the share of each kind of work."""
+    shares: Mapping[str, float] = time["shares"]
+    cells = [f"{100 * share:.1f} %" for share in shares.values()]
+    return ["wall time", *shares], [f"{_seconds(time['wall_seconds'])} s", *cells]
+
+
+def stage_times(time: Mapping[str, Any]) -> dict[str, str]:
+    """Return stage -> seconds, of the stages whose times are known."""
+    return {name: _seconds(s) for name, s in time["stages"].items() if s is not None}
+
+
+def time_notes(time: Mapping[str, Any], device: str) -> str:
+    """Return what the times of a run mean.
 
     Args:
         time: the time summary, as in `provenance.json`.
         device: device that the model ran on.
     """
-    shares: Mapping[str, float] = time["shares"]
-    stages: Mapping[str, float | None] = time["stages"]
-    yield "## Where the time went"
-    yield ""
-    yield f"| wall time | {' | '.join(shares)} |"
-    yield f"|{'---:|' * (len(shares) + 1)}"
-    cells = [f"{100 * share:.1f} %" for share in shares.values()]
-    yield f"| {_seconds(time['wall_seconds'])} s | {' | '.join(cells)} |"
-    yield ""
-    timed = [f"{name} {_seconds(s)}" for name, s in stages.items() if s is not None]
-    yield f"Seconds of each stage: {', '.join(timed)}."
-    yield ""
-    yield " ".join(_notes(time, [n for n, s in stages.items() if s is None], device))
-    yield ""
+    return " ".join(_notes(time, [n for n, s in time["stages"].items() if s is None], device))
 
 
 def profile_markdown(profile: Mapping[str, Any]) -> str:

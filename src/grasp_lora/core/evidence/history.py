@@ -14,7 +14,8 @@ arXiv 2601.06702, which keeps the single best reward difference.
 import math
 import statistics
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,6 +137,32 @@ class Curve:
     def values(self, at: Tensor) -> Tensor:
         """Return the posterior mean at the ratios `at` [m], in nats."""
         return self.weights(at) @ self.means
+
+
+def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], list[Hashable]]:
+    """Return the rounds of a `rounds.jsonl`, and the group of each example.
+
+    Args:
+        lines: the lines of the file, in order. Their examples are numbered in the order they come
+            up; one without a group is its own.
+    """
+    places: dict[str, int] = {}
+    groups: list[Hashable] = []
+    found: list[RoundRecord] = []
+    known = {field.name for field in fields(RoundRecord)}
+    for line in lines:
+        for row, group in zip(line["rows"], line.get("groups") or line["rows"], strict=True):
+            if row not in places:
+                places[row] = len(places)
+                groups.append(group)
+        rows = tuple(places[row] for row in line["rows"])
+        values: dict[str, Any] = {name: line[name] for name in line if name in known}
+        values["rows"] = rows
+        for name in ("candidates", "rewards", "losses", "baseline_rows"):
+            values[name] = tuple(values[name])
+        values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
+        found.append(RoundRecord(**values))
+    return found, groups
 
 
 def observations(records: Sequence[RoundRecord]) -> tuple[Observation, ...]:
