@@ -12,9 +12,9 @@ import grasp_lora
 
 HEAD = """# From Python
 
-These names are what `grasp_lora` offers to Python; everything else may change. Each is imported when
-it is first used, and typed (`py.typed`). [your-trainer.md](your-trainer.md) shows the ratio search in
-a training script of your own; `ControllerConfig` has the settings of `controller` in
+These names are what `grasp_lora` offers to Python; everything else may change. Each is imported
+when it is first used, and typed (`py.typed`). [your-trainer.md](your-trainer.md) shows the ratio
+search in a training script of your own; `ControllerConfig` has the settings of `controller` in
 [settings.md](settings.md), `RunConfig` all of them.
 """
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import api_page
-
 import grasp_lora
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """The parts of a report that show why."""
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,19 @@ def test_zeros_are_counted_by_layer_and_module(tmp_path):
         "up_proj": ((10, 100.0),),
     }
     assert said(section).startswith("50.0 % of the adapter's 12 entries are zero.")
+
+
+def test_zeros_that_fill_a_module_up_are_not_counted(tmp_path):
+    module = "model.layers.0.self_attn.q_proj"
+    down, up = torch.zeros(3, 2), torch.zeros(2, 3)
+    down[:2], up[:, :2] = torch.tensor([[0.0, 1.0], [2.0, 3.0]]), 1.0
+    final = tmp_path / "final"
+    final.mkdir()
+    tensors = {f"base_model.model.{module}.lora_A.weight": down}
+    tensors |= {f"base_model.model.{module}.lora_B.weight": up}
+    save_file(tensors, final / "adapter_model.safetensors")
+    (final / "grasp_lora.json").write_text(json.dumps({"ranks": {module: 2}}))
+    assert said(zeros_section(tmp_path)).startswith("12.5 % of the adapter's 8 entries are zero.")
 
 
 def answers(folder: Path, slug: str, texts: list[str], scores: list[float]) -> None:

@@ -222,7 +222,7 @@ def _points(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], 
 
 def zeros_section(run: Path) -> Section:
     """Return the share of zeros in the final adapter's factors, by layer and module."""
-    counted = _zeros(run / "final" / "adapter_model.safetensors")
+    counted = _zeros(run / "final")
     if not counted:
         return Section("Zeros", ())
     zeros, entries = (sum(one[n] for one in counted.values()) for n in (0, 1))
@@ -249,12 +249,17 @@ def zeros_section(run: Path) -> Section:
     return Section("Zeros", (Lines((told,)), chart))
 
 
-def _zeros(file: Path) -> dict[tuple[int, str], list[int]]:
-    """Return (layer, module) -> number of zeros and of all entries of its LoRA factors."""
+def _zeros(folder: Path) -> dict[tuple[int, str], list[int]]:
+    """Return (layer, module) -> number of zeros and of all entries of its LoRA factors.
+
+    Zeros that only fill a module up to the rank of the others are not counted.
+    """
+    file, notes = folder / "adapter_model.safetensors", folder / "grasp_lora.json"
     if not file.exists():
         return {}
     from safetensors import safe_open
 
+    own = read_json(notes).get("ranks", {}) if notes.exists() else {}
     found: dict[tuple[int, str], list[int]] = {}
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():
@@ -263,7 +268,10 @@ def _zeros(file: Path) -> dict[tuple[int, str], list[int]]:
                 continue
             module = factor[1] or factor[3]
             layer = _LAYER.search(module)
+            rank = own.get(module.removeprefix("base_model.model."))
+            down = (factor[2] or factor[4]) == "A"
             tensor = tensors.get_tensor(name)
+            tensor = tensor[:rank] if down else tensor[:, :rank]
             place = (int(layer[1]) if layer else 0, module.rsplit(".", 1)[-1])
             one = found.setdefault(place, [0, 0])
             one[0] += int((tensor == 0).sum())
