@@ -8,12 +8,13 @@ import sys
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers import DataCollatorForSeq2Seq as Collator
 
 from grasp_lora import RatioSearch
 
 name, train, micro_dev, out = sys.argv[1:]
+set_seed(42)  # a new adapter is drawn at random
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = get_peft_model(
     AutoModelForCausalLM.from_pretrained(name),

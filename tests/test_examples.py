@@ -38,8 +38,10 @@ def test_a_script_learns_a_ratio_and_saves_an_adapter(script, arguments, monkeyp
     runpy.run_path(str(script), run_name="__main__")
     (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("ratio ")]
     final = Path(arguments[-1]) / "final"
-    ratio = json.loads((final / "grasp_lora.json").read_text())["ratio"]
-    assert line == f"ratio {ratio:.2f}, verdict flat, saved in {final}"
+    notes = json.loads((final / "grasp_lora.json").read_text())
+    ratio, verdict = notes["ratio"], notes["verdict"]
+    assert verdict in ("flat", "learned")
+    assert line == f"ratio {ratio:.2f}, verdict {verdict}, saved in {final}"
     loaded = PeftModel.from_pretrained(tiny_model(), str(final))
     zeros = [float((p == 0).float().mean()) for n, p in loaded.named_parameters() if "lora_" in n]
     assert zeros == pytest.approx([ratio] * len(zeros), abs=0.02)
