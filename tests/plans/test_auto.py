@@ -507,10 +507,31 @@ def test_what_cannot_run_here_is_named_and_leaves_nothing_behind(place, tmp_path
     assert not list((out / "evaluations").glob("few-shot*"))
 
 
-def test_of_the_prompts_both_are_measured_and_the_better_one_is_scored(place, tmp_path):
-    longer = shutil.copytree(place / "base", tmp_path / "base")
+def with_many_positions(base: Path, into: Path) -> Path:
+    longer = shutil.copytree(base, into)
     settings = read_json(longer / "config.json")
     write_json(longer / "config.json", settings | {"max_position_embeddings": 8192})
+    return longer
+
+
+@pytest.mark.parametrize("shots", [4, 8])
+def test_a_prompt_with_solved_examples_can_be_shipped(place, tmp_path, monkeypatch, shots):
+    decides(monkeypatch, Finalist(Recipe("backbone", None, shots=shots), 0, (1.0, 1.0)))
+    longer = with_many_positions(place / "base", tmp_path / "base")
+    evaluate = {"max_new_tokens": 2}
+    config = config_of(place, tmp_path / "run", model={"name": str(longer)}, evaluate=evaluate)
+    out = run(config, quiet=True)
+    name = f"few-shot, {shots} examples in the prompt"
+    assert read_json(out / "recipe.json")["ships"] == name
+    scored = {one["slug"]: one for one in read_json(out / "scores.json")["systems"]}
+    assert scored["final"]["name"] == f"final: {name}"
+    again = scored.get(f"few-shot-{shots}", scored["final"])
+    assert scored["final"]["sets"] == again["sets"], "the same prompt, as a simple system"
+    assert read_json(out / "final" / "prompt.json")["prompt"]
+
+
+def test_of_the_prompts_both_are_measured_and_the_better_one_is_scored(place, tmp_path):
+    longer = with_many_positions(place / "base", tmp_path / "base")
     evaluate = {"max_new_tokens": 2}
     config = config_of(place, tmp_path / "run", model={"name": str(longer)}, evaluate=evaluate)
     out = run(config, quiet=True)

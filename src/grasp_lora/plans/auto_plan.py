@@ -222,8 +222,10 @@ class AutoPlan:
             inputs, options = {"adapter": probed}, {"choice": "ratio"}
             self.plan.add(Stage(RATIO_PROBE, "probe", self.config, inputs, options))
         if self.tests:
-            adapter = None if first.start == "backbone" else final
-            self._score(System("final", "final", adapter), {"shots": first.shots or None})
+            bare = first.start == "backbone"
+            # A prompt that was scored as a simple system is scored again, in its own place.
+            options = {"shots": first.shots or None, "shipped": bare}
+            self._score(System("final", "final", None if bare else final), options)
         return final
 
     def probed(self, finalist: Finalist, trials: Mapping[Recipe, str]) -> Input | None:
