@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 from benchmarks.torture_damage import KINDS, Laboratory, Tally, of_tiny_models, result_of, shown
 from benchmarks.torture_power import LOST, OPTIONS, CannotMount, Disk, Ext4
+from grasp_lora.base import files
 
 LIMIT = 300
 """Seconds after which a run hangs."""
@@ -368,7 +369,12 @@ def main(given: Sequence[str] | None = None) -> int:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--way", choices=[*WAYS, "ext4"], action="append", help="only this")
     made.add_argument("--kind", choices=KINDS, action="append", help="only this kind of run")
+    made.add_argument(
+        "--without-syncs", action="store_true", help="nothing is synced: power cuts must be losses"
+    )
     options = made.parse_args(given)
+    if options.without_syncs:
+        files._sync_file = files.sync_folder = lambda _path: None
     asked, kinds = options.way or [*WAYS, "ext4"], options.kind or KINDS
     found: Tally = {}
     with of_tiny_models() as laboratory:
