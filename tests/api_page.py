@@ -58,7 +58,7 @@ def _arguments(function: ast.FunctionDef) -> str:
 
 def _block(signature: str, text: str | None) -> Iterator[str]:
     lines = textwrap.wrap(signature, 96, subsequent_indent="    ")
-    yield "\n".join(["```", *lines, "", text or "", "```", ""])
+    yield "\n".join(["```text", *lines, "", text or "", "```", ""])
 
 
 if __name__ == "__main__":
