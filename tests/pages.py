@@ -33,7 +33,7 @@ from grasp_lora.plans.methods import METHODS
 from grasp_lora.tasks.base import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
 LANGUAGES = ("sh", "console", "python", "yaml", "text", "mermaid")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 UsageError = typer.BadParameter.__bases__[0]
