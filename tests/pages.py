@@ -8,6 +8,7 @@ checked) or `mermaid`.
 import argparse
 import functools
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from grasp_lora.tasks.base import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+NOTEBOOKS = tuple(sorted((ROOT / "examples").glob("*.ipynb")))
 LANGUAGES = ("sh", "console", "python", "yaml", "text", "mermaid")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 UsageError = typer.BadParameter.__bases__[0]
@@ -329,9 +331,12 @@ def _beneath(below: Any, above: Any) -> Any:
 
 
 def broken_links(path: Path) -> list[str]:
-    """Return the relative links of a page that lead nowhere."""
+    """Return the relative links of a page or a notebook that lead nowhere."""
     found = []
-    for token in _inline(path.read_text("utf-8")):
+    text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    for token in _inline(text):
         target = str(token.attrGet("href") or token.attrGet("src") or "")
         if target == "" or re.match(r"[a-z]+:", target):
             continue

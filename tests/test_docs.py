@@ -102,7 +102,7 @@ def test_a_block_of_python_runs(block, tmp_path, monkeypatch):
     exec(code, {}, Names(tmp_path))
 
 
-@pytest.mark.parametrize("path", pages.PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*pages.PAGES, *pages.NOTEBOOKS], ids=lambda path: path.name)
 def test_links_between_pages_lead_somewhere(path):
     assert pages.broken_links(path) == []
 
