@@ -38,7 +38,7 @@ PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = tuple(sorted((ROOT / "examples").glob("*.ipynb")))
 LANGUAGES = ("sh", "console", "python", "yaml", "text", "mermaid")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """What the command line raises for anything that it does not take."""
 INCOMPLETE = ("MissingParameter", "BadOptionUsage", "NoArgsIsHelpError")
 """Names of those that only say that something is left out."""

@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -62,7 +63,7 @@ def cells_of_code() -> list[str]:
     return ["".join(one["source"]) for one in cells if one["cell_type"] == "code"]
 
 
-def shown(cell: str, names: dict) -> object:
+def shown(cell: str, names: dict) -> Any:
     """Run a cell; return the value of its last line, as a notebook would show it."""
     tree = ast.parse(cell)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
