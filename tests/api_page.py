@@ -1,6 +1,6 @@
 """The page of the public names: signatures and docstrings, as they stand in the source.
 
-`PYTHONPATH=src:tests python -m api_page > docs/python.md` writes it.
+`make pages` writes it.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """The page of the commands: what `--help` of each one says.
 
-`PYTHONPATH=src:tests python -m cli_page > docs/cli.md` writes it.
+`make pages` writes it.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The index of all pages for language models, `llms.txt`: sections and names are the site's.
 
-`PYTHONPATH=tests python -m docs_index > llms.txt` writes it.
+`make pages` writes it.
 """
 
 import re

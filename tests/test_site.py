@@ -19,14 +19,13 @@ CHANGES = "CHANGELOG.md"
 
 def test_the_page_of_the_commands_is_current():
     page = (ROOT / "docs" / "cli.md").read_text("utf-8")
-    assert page == cli_page.page(), "write it again, see tests/cli_page.py"
-    assert page.count("\n## ") == 20
+    assert page == cli_page.page(), "make pages writes it again"
     assert "## `grasp-lora data describe`" in page
 
 
 def test_the_index_is_current_and_lists_every_page():
     text = (ROOT / "llms.txt").read_text("utf-8")
-    assert text == docs_index.index(), "write it again, see tests/docs_index.py"
+    assert text == docs_index.index(), "make pages writes it again"
     pages = {path for _, path in docs_index.pages(docs_index.site()["nav"])}
     there = {one.relative_to(ROOT).as_posix() for one in (ROOT / "docs").rglob("*.md")}
     assert pages == there | {"README.md", CHANGES}
