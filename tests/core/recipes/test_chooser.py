@@ -1,5 +1,7 @@
 """The choice within a budget: what holds whatever its policy."""
 
+import math
+
 import pytest
 from scipy import stats
 
@@ -17,6 +19,7 @@ from grasp_lora.core.recipes.chooser import (
     spent_on,
     without_held,
 )
+from grasp_lora.core.recipes.gain import RETRAINED
 
 PRICES = Prices(plain=1000.0, train=60.0, held=40.0, labelled=100.0)
 
@@ -125,9 +128,15 @@ def test_nothing_is_left_over_for_a_best_epoch_in_the_middle():
     assert len(told) == 2
 
 
-def test_one_start_that_is_ahead_is_shipped_alone():
+def far(recipe) -> tuple[tuple[float, ...], ...]:
+    """Return losses of which those of the average are far behind."""
+    behind = 0.0 if recipe.start == "source" else 0.5
+    return tuple(tuple(x + behind for x in row) for row in losses("source", 5))
+
+
+def test_one_start_that_is_far_ahead_is_shipped_alone():
     one = task(9000.0)
-    told = told_of(one, lambda r: losses(str(r.start), 5))
+    told = told_of(one, far)
     made = decide(one, told, {"source": losses("source", 0)[0], "target": (9.0,) * 8})
     assert [(f.recipe.start, f.recipe.step, f.epochs) for f in made.finalists] == [
         ("source", 3.0, 2)
@@ -151,8 +160,7 @@ def level(recipe) -> tuple[tuple[float, ...], ...]:
 def test_starts_that_are_level_are_averaged_while_the_budget_allows():
     one = task(9000.0)
     told = told_of(one, level)
-    simple = {"target": (2.1,) * 8, "source": (3.0,) * 8}
-    # They are a mean of different starts already, so that no new adapter is trained.
+    simple = {"target": (9.0,) * 8, "source": (3.0,) * 8}
     assert {f.recipe.start for f in decide(one, told, simple).finalists} == {"source", "average"}
     assert len(decide(one, told, simple, "simple").finalists) == 1
     poor = task(spent_on(one, told) + 250.0)  # one training of two epochs on all labels
@@ -161,17 +169,43 @@ def test_starts_that_are_level_are_averaged_while_the_budget_allows():
     assert "no room for a second one" in only.why
 
 
-@pytest.mark.parametrize(("apart", "count"), [(0.11, 2), (0.13, 1)])
-def test_a_start_is_left_out_where_it_is_shown_to_be_worse_at_five_percent(apart, count):
-    """Eight contexts with the gaps (apart - 0.25 ... apart + 0.25): t is about `apart` / 0.062."""
-    gaps = [apart + 0.5 * (n / 7 - 0.5) for n in range(8)]
-    t = float(stats.ttest_1samp(gaps, 0.0).statistic)
-    assert (t > stats.t.isf(0.05, 7)) == (count == 1)
+def apart(gaps: list[float]) -> int:
+    """Return how many starts are shipped where the average has these gaps to the source adapter.
+
+    The source adapter goes from 3.0 to 2.0, so that the middle is at 2.5.
+    """
     rows = {"source": (2.0,) * 8, "average": tuple(2.0 + gap for gap in gaps)}
     one = task(9000.0)
     curves = {start: ((3.0,) * 8, (2.9,) * 8, *[row] * 4) for start, row in rows.items()}
     told = told_of(one, lambda r: curves[r.start])
-    assert len(decide(one, told, {"target": (9.0,) * 8}).finalists) == count
+    return len(decide(one, told, {"target": (9.0,) * 8}).finalists)
+
+
+@pytest.mark.parametrize(("gap", "count"), [(0.49, 2), (0.51, 1)])
+def test_a_start_is_left_out_where_it_is_behind_by_half_of_what_training_gained(gap, count):
+    assert apart([gap + 0.01 * (n - 3.5) for n in range(8)]) == count
+
+
+@pytest.mark.parametrize(("wide", "count"), [(3.5, 2), (3.3, 1)])
+def test_a_start_is_left_out_only_where_it_is_shown_to_be_worse_at_five_percent(wide, count):
+    """Eight contexts with the gaps 0.8 - wide / 2 ... 0.8 + wide / 2."""
+    gaps = [0.8 + wide * (n / 7 - 0.5) for n in range(8)]
+    t = float(stats.ttest_1samp(gaps, 0.0).statistic)
+    assert (t > stats.t.isf(0.05, 7)) == (count == 1)
+    assert apart(gaps) == count
+
+
+def test_a_start_that_training_made_no_better_goes_into_the_mean_as_it_is():
+    def curves(recipe):
+        return losses("source", 5) if recipe.start == "source" else flat(1.5, 5, 0.1)
+
+    one = task(9000.0)
+    told = told_of(one, curves)
+    made = decide(one, told, {"source": losses("source", 0)[0], "average": flat(1.5, 0)[0]})
+    assert [(f.recipe.start, f.recipe.step, f.epochs) for f in made.finalists] == [
+        ("source", 3.0, 2), ("average", None, 0),
+    ]  # fmt: skip
+    assert made.finalists[1].judged == flat(1.5, 0)[0]
 
 
 def beside(one: Task, target: float, prefer: Prefer = "best", start: str = "source") -> bool:
@@ -199,17 +233,28 @@ def test_a_new_adapter_is_not_asked_for_where_one_adapter_or_a_small_one_is_want
 
 
 def test_a_new_adapter_goes_with_the_fine_tuned_source_adapter_only():
-    assert not beside(task(9000.0), 1.5, start="average")
+    one = task(9000.0)
+    asked = ask(one, ())
+    told = [Told(asked[0], (), "diverged"), Told(asked[1], losses("average", asked[1].epochs))]
+    made = decide(one, told, {"source": (9.0,) * 8, "target": (1.5,) * 8})
+    assert [f.recipe.start for f in made.finalists] == ["average"]
 
 
 @pytest.mark.parametrize(("room", "shipped"), [(400.0, True), (399.0, False)])
 def test_a_new_adapter_is_trained_where_the_budget_has_room(room, shipped):
     """Two passes over all labels for the source adapter, two for the new one: 400 tokens."""
     one = task(9000.0)
-    told = told_of(one, lambda r: losses(str(r.start), 5))
+    told = told_of(one, far)
     simple = {"source": losses("source", 0)[0], "target": (1.5,) * 8}
     made = decide(task(spent_on(one, told) + room), told, simple)
     assert (BESIDE in [f.recipe for f in made.finalists]) == shipped
+
+
+def test_a_mean_has_three_parts_where_the_budget_has_room():
+    one = task(9000.0)
+    told = told_of(one, level)
+    made = decide(one, told, {"source": (3.0,) * 8, "target": (2.1,) * 8})
+    assert [f.recipe.start for f in made.finalists] == ["source", "average", "fresh"]
 
 
 def test_a_further_step_leaves_room_for_a_new_adapter():
@@ -233,6 +278,27 @@ def test_what_needs_no_training_is_shipped_where_nothing_beats_it():
     assert made.simple == "few-shot-4"
     assert made.gain is None
     assert made.measured is None
+
+
+def shipped_beside(gaps, **changes) -> int:
+    """Return the epochs of what is shipped; few-shot examples lead the best trial by `gaps`."""
+    one = task(9000.0, **changes)
+    told = told_of(one, lambda r: losses(str(r.start), 5))
+    best = min((t.losses[t.best] for t in told), key=sum)
+    shots = tuple(x - gap for x, gap in zip(best, gaps, strict=True))
+    return decide(one, told, {"few-shot-8": shots}).finalists[0].epochs
+
+
+def test_the_gain_of_training_on_all_labels_counts_beside_what_needs_no_training():
+    """`RETRAINED` is the gain of 116 labels in place of 50; here 16 are in place of 8."""
+    expected = sum(RETRAINED) / len(RETRAINED) * math.log(2) / math.log(116 / 50)
+    wide = [0.3 if n % 2 else -0.3 for n in range(8)]
+    assert shipped_beside([expected - 0.001 + w for w in wide]) == 2
+    assert shipped_beside([expected + 0.001 + w for w in wide]) == 0
+    # No label is left over, so that nothing more is expected.
+    assert shipped_beside([0.001 + w for w in wide], labels=8) == 0
+    # A lead that is shown stays one, however small.
+    assert shipped_beside([expected / 2] * 8) == 0
 
 
 def test_level_with_what_needs_no_training_only_simple_ships_that():

@@ -51,7 +51,7 @@ def expected(measured: Gain, labels: int, trained: int) -> Expected:
         labels: examples that the shipped adapter is trained on.
         trained: examples that the judged adapter was trained on; at most `labels`.
     """
-    more = math.log(labels / trained) / math.log(RETRAINED_RATIO)
+    more = _share(labels, trained)
     pairs = len(RETRAINED)
     mean = math.fsum(RETRAINED) / pairs
     spread = math.fsum((one - mean) ** 2 for one in RETRAINED) / (pairs - 1)
@@ -66,3 +66,18 @@ def expected(measured: Gain, labels: int, trained: int) -> Expected:
     freedom = whole**2 / math.fsum(variance**2 / free for variance, free in parts)
     half = float(stats.t.isf((1 - LEVEL) / 2, freedom)) * math.sqrt(whole)
     return Expected(gain, gain - half, gain + half)
+
+
+def expected_of_labels(labels: int, trained: int) -> float:
+    """Return the nats that training on all labels is expected to save, from recorded pairs.
+
+    Args:
+        labels: examples that the shipped adapter is trained on.
+        trained: examples that the judged adapter was trained on; at most `labels`.
+    """
+    return _share(labels, trained) * math.fsum(RETRAINED) / len(RETRAINED)
+
+
+def _share(labels: int, trained: int) -> float:
+    """Return how far more labels go, as a part of the step of the recorded pairs, in logs."""
+    return math.log(labels / trained) / math.log(RETRAINED_RATIO)
