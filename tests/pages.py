@@ -107,7 +107,8 @@ PROGRAMS = ("grasp-lora", "python", "make", "pip", "torchrun", "mkdocs")
 def called(script: str, folder: Path) -> list[list[str]]:
     """Return every command that a script calls, with its arguments, by running it in bash.
 
-    The programs are stand-ins that only note how they were called; another program is an error.
+    The programs are stand-ins that only note how they were called. Another program is an error, and
+    so is a redirection: the shell is a restricted one, as what it sees is the repository itself.
 
     Args:
         script: the lines of a block.
@@ -124,7 +125,7 @@ def called(script: str, folder: Path) -> list[list[str]]:
     for one in ROOT.iterdir():
         (place / one.name).symlink_to(one)
     done = subprocess.run(
-        ["/bin/bash", "-eu", "-c", script],
+        ["/bin/bash", "-r", "-eu", "-c", script],
         cwd=place,
         env={"PATH": str(stubs)},
         capture_output=True,

@@ -134,6 +134,7 @@ def test_links_between_pages_lead_somewhere(path):
         "pip install 'grasp-lora[demo,no-such-extra]'",
         "cat $UNSET",
         "rm -rf runs",
+        "grasp-lora settings > docs/settings.md",
     ],
 )
 def test_a_command_that_is_wrong_is_found(command, tmp_path):
