@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from peft import LoraConfig
 
 import grasp_lora
 import pages
-from helpers import tiny_model, tiny_peft_model, tiny_tokenizer
+from helpers import tiny_backbone_folder, tiny_model, tiny_peft_model, tiny_tokenizer
 
 BLOCKS = pages.all_blocks()
 
@@ -50,18 +52,27 @@ def test_the_settings_of_a_block_are_taken(block):
 class Names(dict[str, Any]):
     """What a block of Python finds: a tiny model, rows, and what a script would have imported."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, raw: bool):
         super().__init__()
         self.made: dict[str, Callable[[], Any]] = {
             "RatioSearch": lambda: grasp_lora.RatioSearch,
             "grasp_lora": lambda: grasp_lora,
             "Trainer": lambda: importlib.import_module("transformers").Trainer,
+            "args": lambda: _arguments("transformers", "TrainingArguments", folder),
+            "collator": _collator,
             "model": lambda: tiny_peft_model(tiny_model()),
-            "args": lambda: _arguments(folder),
             "rows": lambda: _rows(24, 1),
             "micro_dev_rows": lambda: _rows(8, 2),
-            "collator": _collator,
         }
+        if raw:  # a trainer that tokenises by itself, and loads the model by its name
+            self.made |= {
+                "args": lambda: _arguments("trl", "SFTConfig", folder, bf16=False),
+                "SFTTrainer": lambda: importlib.import_module("trl").SFTTrainer,
+                "lora": lambda: LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+                "model": lambda: str(tiny_backbone_folder(folder / "base")),
+                "rows": lambda: _raw_rows(96, "train"),
+                "micro_dev_rows": lambda: _raw_rows(8, "held"),
+            }
 
     def __missing__(self, name: str) -> Any:
         if name not in self.made:
@@ -70,12 +81,9 @@ class Names(dict[str, Any]):
         return self[name]
 
 
-def _arguments(folder: Path) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        str(folder / "trainer"), num_train_epochs=4, use_cpu=True, report_to="none"
-    )
+def _arguments(package: str, name: str, folder: Path, **more: Any) -> Any:
+    values = {"num_train_epochs": 4, "use_cpu": True, "report_to": "none"} | more
+    return getattr(importlib.import_module(package), name)(str(folder / "trainer"), **values)
 
 
 def _collator() -> Any:
@@ -89,17 +97,24 @@ def _rows(count: int, seed: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": one, "labels": [-100] * 4 + one[4:]} for one in ids]
 
 
+def _raw_rows(count: int, name: str) -> Dataset:
+    rows = [{"prompt": f"{name} {i} is", "completion": f" {7 * i}"} for i in range(count)]
+    return Dataset.from_list(rows)
+
+
 # The libraries warn of their own ways, which a block cannot change.
 @pytest.mark.filterwarnings("ignore")
 @of("python")
 def test_a_block_of_python_runs(block, tmp_path, monkeypatch):
-    if "SFTTrainer" in block.text:
+    raw = "SFTTrainer" in block.text
+    if raw:
         pytest.importorskip("trl", reason="trl is not installed (pip install trl)")
     for one in pages.ROOT.iterdir():
         (tmp_path / one.name).symlink_to(one)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code = compile(block.text, str(block), "exec")
-    exec(code, {}, Names(tmp_path))
+    exec(code, {}, Names(tmp_path, raw))
 
 
 @pytest.mark.parametrize("path", [*pages.PAGES, *pages.NOTEBOOKS], ids=lambda path: path.name)
