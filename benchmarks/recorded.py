@@ -100,8 +100,11 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     folders: dict[str, Path] = {}
     for role in get_args(Role):
         rows, training = getattr(settings.data, role), settings.training(role)
-        made_of = [settings.model, settings.lora, training, settings.data.max_length, rows]
-        digest = hashlib.sha256(f"{made_of} {settings.seed}".encode()).hexdigest()[:8]
+        # Without defaults, a setting that comes new changes no name.
+        parts = (settings.model, settings.lora, training, rows)
+        made_of = [one.model_dump(mode="json", exclude_defaults=True) for one in parts]
+        whole = f"{made_of} {settings.data.max_length} {settings.seed}"
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
         language = "" if role == "source" else f"-{pair}"
         folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"
         if not (folders[role] / "adapter_model.safetensors").exists():

@@ -27,9 +27,9 @@ _SHOTS = "few-shot-"
 PATIENCE = 2
 """Epochs without a lower loss of the held examples after which a trial stops."""
 BESIDE = Recipe("fresh", 3.0, rows="labelled")
-"""What goes into the result beside the fine-tuned starts where the budget has room: a new adapter,
-for `EPOCHS_UNHELD` passes. What trainings from different starts get wrong is not the same, so their
-mean is better than they are on average."""
+"""What goes into the result where the source adapter is ahead and the budget has room: a new
+adapter, for `EPOCHS_UNHELD` passes. What trainings from different starts get wrong is not the same,
+so their mean is better than they are on average."""
 EPOCHS_UNHELD = 2
 """Passes over all labels where no held example tells when to stop. In the recorded runs of four
 languages the source adapter at this step was best after 1 to 4 passes; 2 lost 0.17 nats at most."""
@@ -333,23 +333,23 @@ def decide(
             left -= price
     why = _MEAN if len(finalists) > 1 else _ONE if len(level) == 1 else _FIRST
     room = EPOCHS_UNHELD * task.prices.labelled <= left
-    if prefer == "best" and room and _new_is_near(finalists, plain):
+    if prefer == "best" and room and _new_is_near(best, plain):
         finalists.append(Finalist(BESIDE, EPOCHS_UNHELD, ()))
         why += _BESIDE
     sure = None if gain is None else expected(gain, task.labels, task.trained)
     return Decision(tuple(finalists), least, gain, sure, why)
 
 
-def _new_is_near(finalists: Sequence[Finalist], simple: Mapping[str, Sequence[float]]) -> bool:
-    """Return whether the fine-tuned source adapter is shipped, and a new adapter will be near it.
+def _new_is_near(best: Finalist, simple: Mapping[str, Sequence[float]]) -> bool:
+    """Return whether the fine-tuned source adapter is ahead, and a new adapter will be near it.
 
     The target adapter as given tells what can be learned from the train examples alone. The mean
-    with an adapter that is far behind would be far behind too.
+    with an adapter that is far behind would be far behind too. Where the average is ahead, a new
+    adapter gained nothing in four recorded runs.
     """
-    tuned = [one.judged for one in finalists if one.recipe.start == "source"]
-    if not tuned or not {"source", "target"} <= simple.keys():
+    if best.recipe.start != "source" or not {"source", "target"} <= simple.keys():
         return False
-    return fmean(simple["target"]) <= _middle(simple["source"], tuned[0])
+    return fmean(simple["target"]) <= _middle(simple["source"], best.judged)
 
 
 def _middle(before: Sequence[float], after: Sequence[float]) -> float:
