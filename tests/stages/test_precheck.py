@@ -104,6 +104,7 @@ def losses_with(**gains):
         ({}, "merge", "take the merge"),
         ({"source alone": 0.5}, "do-not-merge", "source alone is better than every merge"),
         ({"target alone": 0.5}, "do-not-merge", "target alone is better than every merge"),
+        ({"no adapter": 0.5}, "do-not-merge", "train a new adapter instead of merging"),
         ({"pruned": 0.3}, "search", "a search is worth its cost"),
         ({"merge x 0.75": 0.3}, "reweight", "set merge.weights to [0.375, 0.375]"),
         (
@@ -122,6 +123,18 @@ def test_the_advice_follows_the_losses(gains, advice, said):
     assert found["advice"] == advice
     assert said in found["why"]
     json.dumps(found)
+
+
+@pytest.mark.parametrize(("recipe", "says"), [("auto", True), ("grasp", False)])
+def test_what_a_run_chooses_itself_is_not_advised_as_a_setting(given, monkeypatch, recipe, says):
+    config, _, _ = given
+    ids = [str(i) for i in range(16)]
+    measured = Probed(ids, ids, losses_with(**{"merge x 0.75": 0.3}))
+    monkeypatch.setattr("grasp_lora.plans.precheck.measure", lambda *_: measured)
+    context = open_context(config.model_copy(update={"recipe": recipe}), quiet=True)
+    found = precheck(context.config, context=context)
+    assert found["advice"] == "reweight"
+    assert ("recipe: auto chooses weights and ratio itself" in found["why"]) == says
 
 
 def test_rows_of_one_context_count_once():

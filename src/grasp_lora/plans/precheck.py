@@ -22,6 +22,7 @@ from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import epoch_rows
 from grasp_lora.workbench.given import say_other_bases
 from grasp_lora.workbench.merge_probes import (
+    BARE,
     EXAMPLES,
     MERGE,
     UNTRAINED_MERGES,
@@ -78,6 +79,8 @@ def precheck(
     forwards = len(UNTRAINED_MERGES) * len(probed.ids)
     found = {"rows": probed.ids, "groups": probed.groups}
     found |= conclusion(probed.losses, usual, probed.groups)
+    if config.recipe == "auto" and found["advice"] in ("search", "reweight"):
+        found["why"] += " (with recipe: grasp; recipe: auto chooses weights and ratio itself)"
     found |= {
         "forwards": forwards,
         "share_of_run": _share_of_run(context, forwards),
@@ -175,16 +178,19 @@ def _why(advice: str, best: str, found: Gain | None, usual: tuple[float, ...]) -
             "merge; a search may still find what training makes of a ratio"
         )
     weights = list(weights_of(best, usual))
+    alone = "fine-tune it instead of merging"
+    if best == BARE:
+        alone = "train a new adapter instead of merging (recipe: auto tries that)"
     if found is None or not found.shown:
         do = {
-            "do-not-merge": "fine-tune it instead of merging",
+            "do-not-merge": alone,
             "search": "a search is worth its cost",
             "reweight": f"set merge.weights to {weights}",
         }[advice]
         return f"the merge as configured has no finite loss, and the best that has is {best}: {do}"
     by = f"by {found.gain:.3f} nats (standard error {found.error:.3f})"
     return {
-        "do-not-merge": f"{best} is better than every merge {by}: fine-tune it instead of merging",
+        "do-not-merge": f"{best} is better than every merge {by}: {alone}",
         "search": f"pruned merges are better than all whole ones {by}: a search is worth its cost",
         "reweight": f"{best} is better than the merge as configured {by}: set merge.weights to "
         f"{weights}",

@@ -353,7 +353,8 @@ def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str,
     # An adapter that the user gives was not chosen on the dev examples of this run.
     target = result.adapters["target"]
     trained = {"target adapter": out / target} if isinstance(target, str) else {}
-    add_run_findings(out, out / result.final, baseline | trained, systems)
+    sections = dict.fromkeys(trained, "train.target")
+    add_run_findings(out, out / result.final, baseline | trained, systems, sections)
 
 
 def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:

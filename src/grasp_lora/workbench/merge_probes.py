@@ -31,6 +31,8 @@ WHOLE = "whole"
 """Name of an adapter as it is, beside fits of lower rank."""
 MERGE = "merge"
 """Name of the merge as configured."""
+BARE = "no adapter"
+"""Name of the bare backbone."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
     MERGE: UntrainedMerge("merge"),
     "source alone": UntrainedMerge("single", (1.0, 0.0)),
     "target alone": UntrainedMerge("single", (0.0, 1.0)),
-    "no adapter": UntrainedMerge("single", factor=0.0),
+    BARE: UntrainedMerge("single", factor=0.0),
     "source alone, x 0.75": UntrainedMerge("single", (1.0, 0.0), 0.75),
     "source alone, x 0.5": UntrainedMerge("single", (1.0, 0.0), 0.5),
     "weights 0.75 + 0.25": UntrainedMerge("weights", (0.75, 0.25)),
