@@ -147,7 +147,7 @@ def run(
     decided_by_main(lambda: check_run(out))
     with kept_by_main(owned(out, say)), threads_restored():
         with clock.span("load"):
-            for _, folder in config.adapters:
+            for folder in config.adapters.folders().values():
                 if folder is not None:
                     read_adapter(folder)
             data = load_run_data(config, say, given=rows)
@@ -277,10 +277,12 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
-    given = {role: folder for role, folder in config.adapters if folder is not None}
+    given = {
+        role: folder for role, folder in config.adapters.folders().items() if folder is not None
+    }
     loaded = check_given(context, list(given.values()))
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
-    fresh = sum(folder is None for _, folder in config.adapters)
+    fresh = sum(folder is None for folder in config.adapters.folders().values())
     if fresh:
         own = fresh_adapter(context)
         entries += fresh * sum(f.A.numel() + f.B.numel() for f in own.values())
