@@ -286,11 +286,14 @@ def precheck(
         return
     from rich.console import Console
 
+    from grasp_lora.report.data_words import known_line
     from grasp_lora.report.run import precheck_table
 
     console = Console(highlight=False)
     console.print(precheck_table(found))
     console.print(printable(f"{found['advice']}: {found['why']}"), markup=False)
+    if found["known"] is not None:
+        console.print(printable(known_line(found["known"])), markup=False)
     console.print(
         f"{found['forwards']} forwards, {found['share_of_run']:.0%} of search and final run"
     )

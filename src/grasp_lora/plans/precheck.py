@@ -17,6 +17,7 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
 from grasp_lora.core.evidence.groups import Gain, mean_gain
+from grasp_lora.core.evidence.known import LEAST_GROUPS, known_rows
 from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import epoch_rows
@@ -25,6 +26,8 @@ from grasp_lora.workbench.merge_probes import (
     BARE,
     EXAMPLES,
     MERGE,
+    SOURCE,
+    TARGET,
     UNTRAINED_MERGES,
     configured_weights,
     mean_losses,
@@ -34,6 +37,8 @@ from grasp_lora.workbench.merge_probes import (
 from grasp_lora.workbench.processes import decided_by_main, is_main, join
 
 PRECHECK_FILE = "precheck.json"
+HELD = ("micro_dev", "dev")
+"""Splits of the target that choose."""
 
 
 def precheck(
@@ -51,8 +56,9 @@ def precheck(
         context: examples and backbone, if they are open already.
 
     Returns:
-        The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, and the
-        losses of all variants.
+        The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, the
+        losses of all variants, and `known`, the examples that the target adapter may have been
+        trained on (None if nothing shows any).
 
     Raises:
         ValueError: the configuration does not name both adapters, an adapter does not fit the
@@ -81,7 +87,10 @@ def precheck(
     found |= conclusion(probed.losses, usual, probed.groups)
     if config.recipe == "auto" and found["advice"] in ("search", "reweight"):
         found["why"] += " (with recipe: grasp; recipe: auto chooses weights and ratio itself)"
+    known, read = _known(context, (source, target))
+    forwards += read
     found |= {
+        "known": known,
         "forwards": forwards,
         "share_of_run": _share_of_run(context, forwards),
         "seconds": time.perf_counter() - began,
@@ -89,6 +98,21 @@ def precheck(
     if out is not None and is_main():
         write_json(out / PRECHECK_FILE, found)
     return found
+
+
+def _known(context: Context, folders: tuple[Path, Path]) -> tuple[dict[str, Any] | None, int]:
+    """Return what the target adapter may have been trained on, and how many examples were read."""
+    held = [e for split in HELD for e in context.examples("target", split)]
+    if len({example.group for example in held}) < LEAST_GROUPS:
+        return None, 0
+    variants = {name: UNTRAINED_MERGES[name] for name in (TARGET, SOURCE, BARE)}
+    probed = measure(context, folders, variants, len(held), HELD)
+    own, *others = (probed.losses[name] for name in variants)
+    known = known_rows(own, others, probed.groups)
+    read = len(variants) * len(probed.ids)
+    if known is None:
+        return None, read
+    return asdict(known) | {"rows": [probed.ids[i] for i in known.rows], "all": len(own)}, read
 
 
 def conclusion(

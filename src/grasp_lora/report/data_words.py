@@ -4,6 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def known_line(facts: Mapping[str, Any]) -> str:
+    """Return a warning of examples that the target adapter may have been trained on.
+
+    Args:
+        facts: those of `core.evidence.known.KnownRows`, with `all`, the number of examples that
+            were looked at.
+    """
+    return (
+        f"adapters.target knows {len(facts['rows'])} of {facts['all']} dev and micro-dev rows "
+        f"suspiciously well (loss {facts['loss']:.3f}, and {facts['others']:.3f} at best without "
+        "it): if it was trained on them, they choose for it; name them in "
+        "adapters.trained_on.target"
+    )
+
+
 def trained_on_line(role: str, facts: Mapping[str, Any]) -> str:
     """Return a line on the rows that a given adapter was trained on.
 
