@@ -286,12 +286,15 @@ def precheck(
         return
     from rich.console import Console
 
-    from grasp_lora.report.data_words import known_line
+    from grasp_lora.report.data_words import known_line, prompt_lines
     from grasp_lora.report.run import precheck_table
 
     console = Console(highlight=False)
     console.print(precheck_table(found))
     console.print(printable(f"{found['advice']}: {found['why']}"), markup=False)
+    for role, facts in found["prompts"].items():
+        for line in prompt_lines(role, facts):
+            console.print(printable(line), markup=False)
     if found["known"] is not None:
         console.print(printable(known_line(found["known"])), markup=False)
     console.print(

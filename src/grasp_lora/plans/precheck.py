@@ -18,6 +18,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
 from grasp_lora.core.evidence.groups import Gain, mean_gain
 from grasp_lora.core.evidence.known import LEAST_GROUPS, known_rows
+from grasp_lora.workbench.asked import compare_prompts
 from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import epoch_rows
@@ -57,8 +58,8 @@ def precheck(
 
     Returns:
         The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, the
-        losses of all variants, and `known`, the examples that the target adapter may have been
-        trained on (None if nothing shows any).
+        losses of all variants, `known`, the examples that the target adapter may have been trained
+        on (None if nothing shows any), and `prompts`, what each adapter makes of other prompts.
 
     Raises:
         ValueError: the configuration does not name both adapters, an adapter does not fit the
@@ -88,9 +89,14 @@ def precheck(
     if config.recipe == "auto" and found["advice"] in ("search", "reweight"):
         found["why"] += " (with recipe: grasp; recipe: auto chooses weights and ratio itself)"
     known, read = _known(context, (source, target))
-    forwards += read
+    prompts = {
+        role: compare_prompts(context, role, folder, rows)
+        for role, folder in (("source", source), ("target", target))
+    }
+    forwards += read + sum(one["forwards"] for one in prompts.values())
     found |= {
         "known": known,
+        "prompts": prompts,
         "forwards": forwards,
         "share_of_run": _share_of_run(context, forwards),
         "seconds": time.perf_counter() - began,

@@ -56,6 +56,7 @@ from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
 from grasp_lora.training.trainer import tracker_faults
+from grasp_lora.workbench.asked import prompts_in_force
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
@@ -320,7 +321,9 @@ def _open_folder(current: _Run, state: Standing) -> None:
 
     def write() -> None:
         open_run(out, current.config.to_record(), again, threads)
-        write_json(out / DATA_FILE, jsonable(current.session.data.manifest()))
+        data, tokenizer = current.session.data, current.session.context.backbone.tokenizer
+        asked = {"prompts": prompts_in_force(current.config, data, tokenizer)}
+        write_json(out / DATA_FILE, jsonable(data.manifest() | asked))
 
     decided_by_main(write)
 
