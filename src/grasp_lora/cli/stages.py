@@ -286,7 +286,7 @@ def precheck(
         return
     from rich.console import Console
 
-    from grasp_lora.report.data_words import known_line, prompt_lines
+    from grasp_lora.report.data_words import different_prompts_line, known_line, prompt_lines
     from grasp_lora.report.run import precheck_table
 
     console = Console(highlight=False)
@@ -295,6 +295,9 @@ def precheck(
     for role, facts in found["prompts"].items():
         for line in prompt_lines(role, facts):
             console.print(printable(line), markup=False)
+    different = different_prompts_line(found["prompts"])
+    if different is not None:
+        console.print(printable(different), markup=False)
     if found["known"] is not None:
         console.print(printable(known_line(found["known"])), markup=False)
     console.print(

@@ -40,6 +40,22 @@ def prompt_lines(role: str, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def different_prompts_line(prompts: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return a line if the adapters know different prompts best; None if they know the same.
+
+    Args:
+        prompts: role -> facts of `workbench.asked.compare_prompts`.
+    """
+    best = {role: (one["better"] or {}).get("name", one["used"]) for role, one in prompts.items()}
+    if len(set(best.values())) < 2:
+        return None
+    told = ", ".join(f"adapters.{role} {name}" for role, name in best.items())
+    return (
+        f"the adapters know different prompts best ({told}), but a merge is asked in one, which "
+        "the other adapter knows less"
+    )
+
+
 def prompt_line(facts: Mapping[str, Any]) -> str:
     """Return a line with the prompt in force for the target, in quotes that YAML reads.
 
