@@ -157,7 +157,10 @@ def test_each_command_calls_its_recipe(called, config, arguments, name, args):
     assert done.exit_code == 0, done.output
     assert called["name"] == name
     assert called["args"] == (*args, Path("there"))
-    own = {"options": {"spread": None, "untrained": False}} if len(args) > 1 else {}
+    own = {
+        "finetune": {"options": {"spread": None, "untrained": False}},
+        "merge": {"weights": None},
+    }.get(arguments[0], {})
     assert called["kwargs"] == {"overwrite": False} | own
 
 

@@ -38,6 +38,7 @@ def test_init_writes_a_configuration_and_its_schema_and_describes_the_examples(p
     found = yaml.safe_load(out.read_text(encoding="utf-8"))
     assert found["model"] == str(place / "base")
     assert found["data"]["task"] == "qa"
+    assert '# prompt: "أجب بكلمات من النص.' in out.read_text(encoding="utf-8")
     schema = json.loads((tmp_path / "grasp-lora.schema.json").read_text(encoding="utf-8"))
     assert schema["properties"]["budget"]["type"] == "number"
     assert "Leakage: none found" in done.output

@@ -673,3 +673,21 @@ def test_a_public_name_is_a_hub_id(name):
                 "data": {"target": {"language": "es"}},
             }
         )
+
+
+def test_rows_that_an_adapter_was_trained_on_belong_to_a_given_adapter(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+
+    def config(**adapters: Any) -> RunConfig:
+        values = {"model": "none", "data": {"target": {"language": "es"}}, "adapters": adapters}
+        return make_config(values, training=False)
+
+    seen = {"target": str(tmp_path / "rows.jsonl")}
+    (said,) = [f for f in config(trained_on=seen).faults() if "trained_on" in f]
+    assert said.startswith("adapters.target: not given, but adapters.trained_on.target is; give")
+    given = config(target=str(tmp_path / "adapter"), trained_on=seen)
+    assert not [fault for fault in given.faults() if "trained_on" in fault]
+    assert given.named_paths()["adapters.trained_on.target"] == tmp_path / "rows.jsonl"
+    with pytest.raises(ConfigError, match=r"adapters.trained_on.source: 'no' does not exist"):
+        config(trained_on={"source": "no"})

@@ -30,6 +30,15 @@ def test_a_first_configuration_has_fewer_than_25_lines_and_names_its_schema(
     assert found["data"].get("source") == expected
 
 
+def test_the_commented_prompt_is_the_one_in_force_and_may_be_uncommented():
+    prompt = 'Say "yes".\nText: {context}\nQuestion: {question}'
+    text = starter_yaml(Start("m", "qa", "ar", "ar.jsonl", "s", "t", prompt=prompt))
+    assert "prompt" not in yaml.safe_load(text)["data"]["target"]
+    found = yaml.safe_load(text.replace("# prompt:", "prompt:"))
+    assert found["data"]["target"]["prompt"] == prompt
+    assert len(text.splitlines()) < 25
+
+
 @pytest.mark.parametrize("name", [*HOSTILE, "1e3", "no", "# x", "a: b", "~", "C:\\new", "null"])
 def test_any_name_stays_the_text_it_is(name):
     found = yaml.safe_load(starter_yaml(Start(name, "qa", "no", name, name, name)))

@@ -70,7 +70,8 @@ def test_a_run_that_ends_while_it_gets_better_is_undertrained(tmp_path, curve, n
         one = found["undertrained"]
         assert one["evidence"]["runs"] == "source"
         assert one["evidence"]["loss_less"] == pytest.approx(0.21)
-        assert "more epochs" in one["says"]
+        assert "more epochs or a larger learning_rate in train.finetune" in one["says"]
+        assert "train.target" not in one["says"]
 
 
 def test_all_that_were_still_getting_better_are_named_the_steepest_first(tmp_path):
@@ -93,6 +94,17 @@ def test_an_evaluation_that_is_not_finite_is_none_to_be_better_than(tmp_path, at
     stage = read_json(final / "stage.json")
     write_json(final / "stage.json", stage | {"rows": rows})
     assert ("undertrained" in found_in(tmp_path, final)) == named
+
+
+def test_the_settings_of_a_run_are_named_only_where_it_was_still_falling(tmp_path):
+    final = finished(tmp_path / "final", ROWS)
+    folder = finished(tmp_path / "target", [loss + 1 for loss in ROWS])
+    rows = [[loss + 1 for loss in ROWS], [loss + 1 for loss in better(0.5)]]
+    write_json(folder / "stage.json", read_json(folder / "stage.json") | {"rows": rows})
+    write_json(tmp_path / "ratio.json", {})
+    add_run_findings(tmp_path, final, {"t": folder}, sections={"t": "train.target"})
+    says = {one["name"]: one["says"] for one in read_json(tmp_path / "ratio.json")["findings"]}
+    assert says["undertrained"].endswith("larger learning_rate in train.target")
 
 
 def test_a_fall_that_may_be_chance_is_not_called_undertrained(tmp_path):

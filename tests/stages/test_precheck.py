@@ -82,8 +82,9 @@ def test_every_variant_has_the_loss_of_the_adapter_it_stands_for(given):
     assert measured["merge x 0.5"] == pytest.approx(losses(both, (0.25, 0.25)))
     assert measured["weights 0.25 + 0.75, x 0.75"] == pytest.approx(losses(both, (0.1875, 0.5625)))
     assert measured["no adapter"] == pytest.approx(losses(both, (0.0, 0.0)))
-    assert found["forwards"] == 24 * 6
-    assert found["share_of_run"] == pytest.approx(24 * 6 / 2 / (8 * 4))
+    read = 24 * 6 + 2 * 2 * 6  # and two prompts of both adapters; the contexts are too few for more
+    assert found["forwards"] == read
+    assert found["share_of_run"] == pytest.approx(read / 2 / (8 * 4))
 
 
 def losses_with(**gains):
@@ -104,6 +105,7 @@ def losses_with(**gains):
         ({}, "merge", "take the merge"),
         ({"source alone": 0.5}, "do-not-merge", "source alone is better than every merge"),
         ({"target alone": 0.5}, "do-not-merge", "target alone is better than every merge"),
+        ({"no adapter": 0.5}, "do-not-merge", "train a new adapter instead of merging"),
         ({"pruned": 0.3}, "search", "a search is worth its cost"),
         ({"merge x 0.75": 0.3}, "reweight", "set merge.weights to [0.375, 0.375]"),
         (
@@ -122,6 +124,18 @@ def test_the_advice_follows_the_losses(gains, advice, said):
     assert found["advice"] == advice
     assert said in found["why"]
     json.dumps(found)
+
+
+@pytest.mark.parametrize(("recipe", "says"), [("auto", True), ("grasp", False)])
+def test_what_a_run_chooses_itself_is_not_advised_as_a_setting(given, monkeypatch, recipe, says):
+    config, _, _ = given
+    ids = [str(i) for i in range(16)]
+    measured = Probed(ids, ids, losses_with(**{"merge x 0.75": 0.3}))
+    monkeypatch.setattr("grasp_lora.plans.precheck.measure", lambda *_: measured)
+    context = open_context(config.model_copy(update={"recipe": recipe}), quiet=True)
+    found = precheck(context.config, context=context)
+    assert found["advice"] == "reweight"
+    assert ("recipe: auto chooses weights and ratio itself" in found["why"]) == says
 
 
 def test_rows_of_one_context_count_once():
@@ -189,7 +203,8 @@ def test_the_command_prints_the_table_and_writes_where_it_is_told(given):
     found = read_json(folder / "check" / "precheck.json")
     assert f"{found['advice']}: " in done.output
     assert "source alone, x 0.75" in done.output
-    assert "96 forwards" in done.output
+    assert f"{24 * 4 + 2 * 2 * 4} forwards" in done.output
+    assert "adapters.target, loss of 4 train answers: the prompt " in done.output
 
 
 @pytest.mark.parametrize(

@@ -546,3 +546,166 @@ def test_the_division_of_the_usual_order_is_the_one_of_earlier_versions(tmp_path
         seed=42,
     )
     assert data.parts["target"] == drawn.parts
+
+
+def known(folder: Path, rows: list[dict[str, Any]], role: str = "target") -> dict[str, Any]:
+    """Return settings with a given adapter that was trained on these rows."""
+    (folder / "adapter").mkdir(exist_ok=True)
+    path = write(folder / f"known-{role}.jsonl", rows)
+    return {role: str(folder / "adapter"), "trained_on": {role: path}}
+
+
+def with_adapters(
+    adapters: dict[str, Any], data: dict[str, Any], training: bool = True
+) -> tuple[RunData, list[str]]:
+    said: list[str] = []
+    values = {"model": "smollm2", "data": data, "adapters": adapters}
+    config = make_config(values, training=False)
+    return load_run_data(config, said.append, training=training), said
+
+
+def ids(rows: Any) -> set[str]:
+    return {row.id if hasattr(row, "id") else row["id"] for row in rows}
+
+
+@pytest.mark.parametrize("rows", [{}, {"test": 5}, {"train": 14, "dev": 6, "micro_dev": 4}])
+@pytest.mark.parametrize("how", ["id", "text", "near"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_a_given_adapter_was_trained_on_are_in_no_split_but_train(
+    tmp_path, rows, how, seed
+):
+    long = " ".join(f"word{n}" for n in range(40))
+    pool = rows_of("q", range(30))
+    for row in pool:
+        row["context"] += f" {row['id']} {long}"
+    seen = [dict(row) for row in pool[::3]]
+    for row in seen:
+        if how != "id":
+            row["id"] = f"other {row['id']}"
+        if how == "near":
+            row["context"] += " more"
+        if how == "id":
+            row["context"] = f"another text {row['id']} {row['answers']}"
+    files = write(tmp_path / "pool.jsonl", pool)
+    section = {"language": "es", "files": files, "rows": rows}
+    data, said = with_adapters(known(tmp_path, seen), {"target": section, "split_seed": seed})
+    forced = ids(pool[::3])
+    split = data.parts["target"]
+    held = set().union(*(ids(split[part]) for part in split if part != "train"))
+    assert held
+    assert not held & forced
+    assert forced <= ids(split["train"])
+    line = "adapters.target was trained on the 10 rows of known-target.jsonl: 10 of the target"
+    assert any(one.startswith(line) for one in said)
+    facts = {"from": "known-target.jsonl", "rows": 10, "in_train": 10}
+    assert data.manifest()["trained_on"] == {"target": facts}
+    assert data.leaks == ()
+
+
+def test_a_context_goes_into_train_whole(tmp_path):
+    pool = rows_of("q", range(20))
+    twins = [row | {"id": f"twin {row['id']}", "question": "And how many doors?"} for row in pool]
+    files = write(tmp_path / "pool.jsonl", pool + twins)
+    section = {"language": "es", "files": files, "rows": {"train": 8, "dev": 20, "test": 8}}
+    data, _ = with_adapters(known(tmp_path, pool[:3]), {"target": section})
+    own = {name for row in pool[:3] for name in (row["id"], f"twin {row['id']}")}
+    assert own <= ids(data.parts["target"]["train"])
+
+
+def test_what_train_has_no_room_for_is_in_no_split(tmp_path):
+    pool = rows_of("q", range(20))
+    files = write(tmp_path / "pool.jsonl", pool)
+    section = {"language": "es", "files": files, "rows": {"dev": 6, "train": 4, "test": 4}}
+    data, _ = with_adapters(known(tmp_path, pool[:10]), {"target": section})
+    split = data.parts["target"]
+    assert ids(split["train"]) <= ids(pool[:10])
+    assert ids(split["dev"]) | ids(split["test"]) == ids(pool[10:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen", "said"),
+    [
+        ({"train": 8, "dev": 8, "test": 8}, 10, "need 24, there are 20 .*10 of them for train al"),
+        ({}, 19, "from 20 contexts, 19 of them for train alone.*; dev, micro_dev need one each"),
+        ({"test": 4}, 18, "need 4, there are 20 .*18 of them for train alone"),
+    ],
+)
+def test_too_few_rows_beside_them_are_one_error_with_numbers(tmp_path, rows, seen, said):
+    pool = rows_of("q", range(20))
+    files = write(tmp_path / "pool.jsonl", pool)
+    section = {"language": "es", "files": files, "rows": rows}
+    with pytest.raises(ValueError, match=said):
+        with_adapters(known(tmp_path, pool[:seen]), {"target": section})
+
+
+def test_files_of_their_own_for_each_part_are_not_changed_but_refused(tmp_path):
+    pool = rows_of("q", range(20))
+    parts = {"train": pool[:8], "dev": pool[8:12], "test": pool[12:]}
+    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in parts.items()}
+    data = {"target": {"language": "es", "files": files}}
+    loaded, _ = with_adapters(known(tmp_path, pool[:8]), data)
+    assert loaded.manifest()["trained_on"]["target"]["in_train"] == 8
+    leak = r"'q9' of target/dev and 'q9' of adapters\.trained_on\.target \(the same id\)"
+    with pytest.raises(ValueError, match=leak):
+        with_adapters(known(tmp_path, pool[9:10]), data)
+    allowed, _ = with_adapters(known(tmp_path, pool[9:10]), data | {"allow_leakage": True})
+    assert len(allowed.leaks) == 1
+    tests = {
+        "far": {"language": "es", "files": write(tmp_path / "far.jsonl", rows_of("t", range(3)))}
+    }
+    with pytest.raises(ValueError, match="of tests/far and"):
+        with_adapters(known(tmp_path, rows_of("t", range(1))), data | {"tests": tests})
+
+
+def test_numbers_as_ids_are_no_rows_of_another_file_in_the_same_language(tmp_path):
+    pool = [row | {"id": str(n)} for n, row in enumerate(rows_of("q", range(20)))]
+    seen = [row | {"id": str(n)} for n, row in enumerate(rows_of("other", range(20)))]
+    section = {"language": "es", "files": write(tmp_path / "pool.jsonl", pool)}
+    data, _ = with_adapters(known(tmp_path, [*seen, pool[3] | {"id": "99"}]), {"target": section})
+    assert data.manifest()["trained_on"]["target"]["in_train"] == 1
+    assert "3" in ids(data.parts["target"]["train"])
+
+
+def test_translations_that_a_source_adapter_was_trained_on_go_into_train(tmp_path):
+    pool = rows_of("q", range(20))
+    section = {"language": "es", "files": write(tmp_path / "pool.jsonl", pool)}
+    adapters = known(tmp_path, rows_of("q", range(4), " (en)"), "source")
+    data, _ = with_adapters(adapters, {"target": section, "source": {"language": "en"}})
+    assert ids(pool[:4]) <= ids(data.parts["target"]["train"])
+
+
+def test_a_given_target_adapter_of_unknown_rows_is_told_once(tmp_path):
+    section = {"language": "es", "files": write(tmp_path / "pool.jsonl", rows_of("q", range(20)))}
+    adapters = known(tmp_path, [])
+    del adapters["trained_on"]
+    for training in (True, False):
+        _, said = with_adapters(adapters, {"target": section}, training)
+        about = [line for line in said if "adapters.trained_on.target: FILE" in line]
+        assert len(about) == training
+    data, _ = with_adapters({}, {"target": section, "source": {"language": "en"}})
+    digest = data.digest_of("target", "train")
+    marker = {"key": {"examples": {"target/train": digest}}}
+    (tmp_path / "adapter" / "stage.json").write_text(json.dumps(marker))
+    _, said = with_adapters(adapters, {"target": section})
+    assert not any("trained_on" in line for line in said), "it was trained here, on these rows"
+
+
+def test_the_published_splits_of_the_hub_keep_them_out_too(tmp_path, monkeypatch):
+    published = {
+        "train": rows_of("a", range(10)),
+        "validation": rows_of("b", range(10)),
+    }
+
+    def load(_repo, _config, split, revision):
+        return Dataset.from_list(published[split])
+
+    monkeypatch.setattr(
+        "grasp_lora.workbench.rows.load_hub", functools.partial(load_hub, load=load)
+    )
+    hub = {"hub": "o/n", "splits": {"train": "train", "dev": "validation", "test": "validation"}}
+    section = {"language": "es", "files": hub, "rows": {"train": 4, "dev": 3, "test": 3}}
+    seen = published["train"][:3] + published["validation"][:4]
+    data, _ = with_adapters(known(tmp_path, seen), {"target": section})
+    split = data.parts["target"]
+    assert ids(published["train"][:3]) <= ids(split["train"])
+    assert ids(split["dev"]) | ids(split["test"]) == ids(published["validation"][4:])

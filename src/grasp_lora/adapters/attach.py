@@ -139,7 +139,7 @@ def check_modules(modules: Mapping[str, FactorPair], model: nn.Module, name: str
         if target is output_layer:
             raise ValueError(
                 f"{name} has LoRA on the output layer {module!r}, which may be tied to the input "
-                "embedding; train it without that module"
+                "embedding; give one without that module"
             )
         shape = linear_shape(target)
         if shape is None:

@@ -76,12 +76,17 @@ def put_template(tokenizer: Any, given: GivenTemplate | None) -> list[str]:
     """Make a tokenizer use a given chat template; return a line if there are others, else none."""
     if given is None:
         return []
-    own, tokenizer.chat_template = _default(tokenizer.chat_template), given.text
+    own, tokenizer.chat_template = own_template(tokenizer), given.text
     without = [f"{folder} has another" for folder in given.others]
     if own != given.text:
         without.append("the base model has none" if own is None else "the base model has another")
     used = f"the chat template is the one saved in {given.folder}"
     return [f"{used}; {', '.join(without)}"] if without else []
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """Return the chat template of a tokenizer; None if it has none."""
+    return _default(tokenizer.chat_template)
 
 
 def _default(template: Any) -> str | None:

@@ -325,7 +325,7 @@ def finite_floats(key: str, tensor: Tensor, folder: Path) -> Tensor:
         )
     raise ValueError(
         f"{folder}: tensor {shown(key)} holds NaN or infinite values, so the training diverged; use"
-        " an earlier checkpoint or train again with a lower learning rate"
+        " an earlier checkpoint or another adapter"
     )
 
 

@@ -63,5 +63,6 @@ def names_of_today(
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{folder}: PEFT cannot bring the tensors into the form that this model has today "
-            f"({str(error).splitlines()[0]}); train the adapter again with the installed versions"
+            f"({str(error).splitlines()[0]}); give an adapter "
+            "saved by newer versions, or install those that saved this one"
         ) from error

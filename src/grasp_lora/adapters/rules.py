@@ -15,28 +15,29 @@ from grasp_lora.base.words import shown
 # Initialisations that change the base weights, so that the factors belong to another base model.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_RETRAIN = "train the adapter without it"
+# Who gives an adapter has seldom trained it.
+_REMEDY = "give one trained without it; only grasp-lora evaluate takes other kinds"
 
 # Setting of PEFT's LoraConfig -> (whether a value means it is used, its meaning, the remedy).
 _REFUSED_SETTINGS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "use_dora": (bool, "DoRA (a learned magnitude beside A and B)", _RETRAIN),
-    "lora_bias": (bool, "a bias inside the LoRA factors", _RETRAIN),
-    "bias": (lambda value: value not in (None, "none"), "trained bias vectors", "use bias='none'"),
-    "modules_to_save": (bool, "modules trained in full beside LoRA", _RETRAIN),
-    "trainable_token_indices": (bool, "trained token embeddings", _RETRAIN),
+    "use_dora": (bool, "DoRA (a learned magnitude beside A and B)", _REMEDY),
+    "lora_bias": (bool, "a bias inside the LoRA factors", _REMEDY),
+    "bias": (lambda value: value not in (None, "none"), "trained bias vectors", _REMEDY),
+    "modules_to_save": (bool, "modules trained in full beside LoRA", _REMEDY),
+    "trainable_token_indices": (bool, "trained token embeddings", _REMEDY),
     "target_parameters": (
         bool,
         "LoRA on bare parameters (experts of a mixture)",
-        "target linear modules with target_modules",
+        _REMEDY,
     ),
-    "layer_replication": (bool, "replicated layers", _RETRAIN),
-    "alora_invocation_tokens": (bool, "activated LoRA (active only after an invocation)", _RETRAIN),
-    "use_qalora": (bool, "QALoRA (inputs pooled before A)", _RETRAIN),
-    "use_bdlora": (bool, "block-diagonal LoRA", _RETRAIN),
-    "velora_config": (bool, "VeLoRA", _RETRAIN),
-    "monteclora_config": (bool, "MonteCLoRA", _RETRAIN),
-    "kasa_config": (bool, "KaSA", _RETRAIN),
-    "arrow_config": (bool, "Arrow routing", _RETRAIN),
+    "layer_replication": (bool, "replicated layers", _REMEDY),
+    "alora_invocation_tokens": (bool, "activated LoRA (active only after an invocation)", _REMEDY),
+    "use_qalora": (bool, "QALoRA (inputs pooled before A)", _REMEDY),
+    "use_bdlora": (bool, "block-diagonal LoRA", _REMEDY),
+    "velora_config": (bool, "VeLoRA", _REMEDY),
+    "monteclora_config": (bool, "MonteCLoRA", _REMEDY),
+    "kasa_config": (bool, "KaSA", _REMEDY),
+    "arrow_config": (bool, "Arrow routing", _REMEDY),
     "init_lora_weights": (
         lambda value: isinstance(value, str) and value.lower().startswith(BASE_CHANGING_INITS),
         "an initialisation that changes the base weights",
@@ -159,7 +160,7 @@ def refuse_tensor(key: str, folder: object) -> None:
         if part in key:
             raise ValueError(
                 f"{folder}: tensor {shown(key)} is {meaning}; only A and B of linear modules can "
-                f"be merged and pruned: {_RETRAIN}"
+                f"be merged and pruned: {_REMEDY}"
             )
     raise ValueError(
         f"{folder}: tensor {shown(key)} has an unknown name; expected names like "
@@ -176,6 +177,6 @@ def refuse_output_layer(module: str, folder: object) -> None:
     if module.rsplit(".", 1)[-1] in _OUTPUT_LAYERS:
         raise ValueError(
             f"{folder}: LoRA on the output layer ({shown(module)}) is not supported, since it is "
-            "often tied to the input embedding and a merge would then change both; train the "
-            "adapter without it in target_modules"
+            "often tied to the input embedding and a merge would then change both; give one "
+            "without it in target_modules; only grasp-lora evaluate takes other kinds"
         )

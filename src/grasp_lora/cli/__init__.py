@@ -11,7 +11,7 @@ from io import TextIOWrapper
 import typer
 
 from grasp_lora.cli import exports, report, scores, stages, start
-from grasp_lora.cli.common import Commands, Debug
+from grasp_lora.cli.common import Commands, Debug, SeveralWeights
 
 __all__ = ["app", "main"]
 
@@ -38,7 +38,6 @@ for command in (
     stages.plan,
     stages.demo,
     stages.train,
-    stages.merge,
     stages.search,
     stages.finetune,
     stages.precheck,
@@ -54,6 +53,7 @@ for command in (
     start.doctor,
 ):
     app.command()(command)
+app.command(cls=SeveralWeights)(stages.merge)
 app.command(name="settings")(stages.settings_list)
 
 data = typer.Typer(help="Look at the examples of a configuration.", no_args_is_help=True, **_LOOK)

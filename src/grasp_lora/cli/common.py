@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from grasp_lora.base.files import protect
 from grasp_lora.base.machine import machine_fault
@@ -113,6 +113,37 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with user_errors(ctx.params.get("debug", False)):
             return super().invoke(ctx)
+
+
+class SeveralWeights(TyperCommand):
+    """A command whose option --weights takes all numbers that follow it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, one_by_one(args, "--weights"))
+
+
+def one_by_one(args: Sequence[str], option: str) -> list[str]:
+    """Return a command line in which every number that follows an option has it before itself.
+
+    click gives an option one value, and would take the others for arguments.
+    """
+    found: list[str] = []
+    after = False
+    for word in args:
+        if after and (_is_number(word) or found[-1] == option):
+            found += [word] if found[-1] == option else [option, word]
+            continue
+        after = word == option
+        found.append(word)
+    return found
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def load(

@@ -1,10 +1,14 @@
-"""Settings made from command-line options alone, for evaluations without a configuration."""
+"""Settings made from command-line options alone, for commands without a configuration."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from grasp_lora.adapters.opening import is_adapter, named_base_model
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.config.run_config import RunConfig, make_config
+from grasp_lora.config.sections import at_home
+from grasp_lora.workbench.starting import model_of
 
 
 def evaluation_config(
@@ -63,6 +67,52 @@ def evaluation_config(
         "data": {"task": task, "target": target, "tests": rows},
     }
     return make_config(settings, overrides, "command line", training=False)
+
+
+def merge_config(
+    folders: Sequence[Path],
+    weights: Sequence[float] | None = None,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Return settings to merge adapter folders; they name no examples.
+
+    Args:
+        folders: two or more PEFT adapter folders.
+        weights: a weight for each; None leaves it to `merge.weights`.
+        model: the backbone; None takes the one that all adapters name.
+        overrides: further settings as `key=value`.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: there are fewer than two folders, a folder is no adapter, the weights do not fit
+            them, or the adapters name no backbone or different ones.
+    """
+    if len(folders) < 2:
+        raise ValueError(
+            f"a merge needs two adapter folders or more, got {len(folders)}; name them all: "
+            "grasp-lora merge A B --out C"
+        )
+    if weights is not None:
+        _check_weights(weights, len(folders))
+    backbone = model_of(str(folder) for folder in folders) if model is None else at_home(model)
+    settings = {"model": {"name": backbone}, "data": {"target": {"language": "en", "files": {}}}}
+    config = make_config(settings, overrides, "command line", training=False)
+    if weights is not None and config.merge.weights is not None:
+        raise ValueError("the weights are given twice; leave --weights or merge.weights out")
+    return config
+
+
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise ValueError(
+            f"--weights gives {len(weights)} numbers for {count} adapters; give one for each, in "
+            "their order"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"--weights {shown(list(weights))}: weights are finite numbers, like 0.5")
+    if not any(weights):
+        raise ValueError("--weights are all 0, which merges nothing; make one of them non-zero")
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from grasp_lora.cli.common import (
     at_home,
     load,
     numbers_in,
+    overrides,
     prints,
     report_failures,
     stage,
@@ -123,35 +124,72 @@ def train(
 
 
 def merge(
-    config: Config,
+    what: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CONFIG|ADAPTER",
+            help="YAML configuration, or two or more PEFT adapter folders.",
+            show_default=False,
+            **AS_PATH,
+        ),
+    ],
     out: Out,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="W W...",
+            help="Weight of each adapter folder, in their order; default: their average.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Backbone of the folders; default: the one that they name."),
+    ] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", help="PEFT adapter folder; repeat it, source first.", **AS_PATH),
+        typer.Option(
+            "--adapter", help="With CONFIG: PEFT adapter; repeat it, source first.", **AS_PATH
+        ),
     ] = None,
     settings: Set = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge adapters of one backbone.
+    """Merge adapters of one backbone: folders, or those of a configuration.
 
-    Reads the adapters of --adapter; without it, adapters.source and adapters.target of the
-    configuration. Writes a PEFT adapter folder.
+    Reads the adapter folders; with CONFIG those of --adapter, without it adapters.source and
+    adapters.target. Writes a PEFT adapter folder. Folders need no configuration and no examples;
+    kind and rank of their merge are changed by --set merge.kind=svd.
     """
-    loaded = load(config, settings, None, seed)
-    named = (loaded.adapters.source, loaded.adapters.target)
-    folders = adapter or [folder for folder in named if folder is not None]
-    if not folders:
-        raise ValueError(
-            "no adapter to merge; give --adapter DIR, or set adapters.source and adapters.target"
-        )
     from grasp_lora.plans.single import merge_adapters
 
+    if len(what) == 1 and not what[0].is_dir():
+        given = [name for name, one in (("--weights", weights), ("--model", model)) if one]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} has no effect beside a configuration; use --set "
+                "merge.weights=[W,W] or --set model.name=NAME"
+            )
+        loaded, folders = load(what[0], settings, None, seed), adapter or []
+        named = (loaded.adapters.source, loaded.adapters.target)
+        folders = folders or [folder for folder in named if folder is not None]
+        if not folders:
+            raise ValueError(
+                "no adapter to merge; give --adapter DIR, or set adapters.source and "
+                "adapters.target"
+            )
+    else:
+        if adapter:
+            raise ValueError("--adapter belongs to a configuration; name the folders alone: A B")
+        from grasp_lora.cli.from_options import merge_config
+
+        folders = what
+        loaded = merge_config(folders, weights, model, overrides(settings, seed))
     stage(
         out,
         overwrite,
-        lambda: merge_adapters(loaded, folders, out, overwrite=overwrite),
-        reads=[config],
+        lambda: merge_adapters(loaded, folders, out, overwrite=overwrite, weights=weights),
+        reads=[one for one in what if one.is_file()],
     )
 
 
@@ -248,11 +286,20 @@ def precheck(
         return
     from rich.console import Console
 
+    from grasp_lora.report.data_words import different_prompts_line, known_line, prompt_lines
     from grasp_lora.report.run import precheck_table
 
     console = Console(highlight=False)
     console.print(precheck_table(found))
     console.print(printable(f"{found['advice']}: {found['why']}"), markup=False)
+    for role, facts in found["prompts"].items():
+        for line in prompt_lines(role, facts):
+            console.print(printable(line), markup=False)
+    different = different_prompts_line(found["prompts"])
+    if different is not None:
+        console.print(printable(different), markup=False)
+    if found["known"] is not None:
+        console.print(printable(known_line(found["known"])), markup=False)
     console.print(
         f"{found['forwards']} forwards, {found['share_of_run']:.0%} of search and final run"
     )

@@ -63,19 +63,21 @@ def init(
     from grasp_lora.config.run_config import load_config
     from grasp_lora.config.starter import SCHEMA_FILE, Start, starter_yaml
     from grasp_lora.workbench.describe import describe_data
-    from grasp_lora.workbench.starting import model_of, task_of_file
+    from grasp_lora.workbench.starting import model_of, prompt_of, task_of_file
 
     given = [str(one) for one in (source, target) if one is not None]
     language = language_code(language)
+    task = task or task_of_file(data, language)
     start = Start(
         model=model or model_of(given),
-        task=task or task_of_file(data, language),
+        task=task,
         language=language,
         data=str(data),
         source=None if source is None else str(source),
         target=None if target is None else str(target),
         source_language=language_code(source_language),
         source_data=None if source_data is None else str(source_data),
+        prompt=prompt_of(task, language),
     )
     schema = out.with_name(SCHEMA_FILE)
     protect([one for one in (data, source_data) if one is not None], [out, schema])

@@ -166,6 +166,13 @@ class RunConfig(Section):
                 "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
                 "mask_unit: source, or another scope"
             )
+        given = self.adapters.folders()
+        found += [
+            f"adapters.{role}: not given, but adapters.trained_on.{role} is; give the folder of "
+            "the adapter that was trained on these rows, or leave them out"
+            for role in self.adapters.trained_on.files()
+            if given[role] is None
+        ]
         for where, section in self._sections().items():
             task = PRESET_TASKS.get(str(section.files))
             if task not in (None, self.data.task):
@@ -238,7 +245,10 @@ class RunConfig(Section):
 
     def named_paths(self) -> dict[str, Path]:
         """Return setting -> path, of the adapters and of the files of examples."""
-        named = {f"adapters.{role}": path for role, path in self.adapters if path is not None}
+        given = self.adapters.folders().items()
+        named = {f"adapters.{role}": path for role, path in given if path is not None}
+        seen = self.adapters.trained_on.files()
+        named |= {f"adapters.trained_on.{role}": path for role, path in seen.items()}
         for where, section in self._sections().items():
             for part, path in section.paths().items():
                 named[f"{where}.files{'.' if part else ''}{part}"] = path

@@ -90,6 +90,22 @@ class ModelSettings(Section):
     )
 
 
+class TrainedOn(Section):
+    source: LocalPath | None = Field(
+        default=None,
+        description="file of the rows that the given source adapter was trained on; in the target "
+        "data they go into train, never into dev, micro_dev or test",
+    )
+    target: LocalPath | None = Field(
+        default=None, description="the same for the given target adapter"
+    )
+
+    def files(self) -> dict[str, Path]:
+        """Return role -> file, of those that are given."""
+        named = {"source": self.source, "target": self.target}
+        return {role: path for role, path in named.items() if path is not None}
+
+
 class AdapterFolders(Section):
     source: LocalPath | None = Field(
         default=None, description="folder of an existing PEFT adapter; none is trained then"
@@ -97,6 +113,14 @@ class AdapterFolders(Section):
     target: LocalPath | None = Field(
         default=None, description="folder of an existing PEFT adapter; none is trained then"
     )
+
+    trained_on: TrainedOn = Field(
+        default=TrainedOn(), description="rows that given adapters have seen already"
+    )
+
+    def folders(self) -> dict[str, Path | None]:
+        """Return role -> folder; None for an adapter that is trained."""
+        return {"source": self.source, "target": self.target}
 
 
 class LoraSettings(Section):

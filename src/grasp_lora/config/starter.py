@@ -20,6 +20,7 @@ class Start:
         target: adapter of the target language; None trains one on the labelled examples.
         source_language: language code of the source.
         source_data: file of the source's examples; None where its adapter is given.
+        prompt: the prompt template of task and language; "" leaves the line open.
         output: the run folder.
     """
 
@@ -31,6 +32,7 @@ class Start:
     target: str | None = None
     source_language: str = "en"
     source_data: str | None = None
+    prompt: str = ""
     output: str = "runs/first"
 
 
@@ -59,7 +61,8 @@ def starter_yaml(start: Start) -> str:
         f"    language: {_scalar(start.language)}",
         f"    files: {_scalar(start.data)}  # divided into train, dev and micro-dev by context",
         "    # rows: {train: 50, dev: 50, micro_dev: 16, test: 100}  # with test rows to be scored",
-        '    # prompt: "..."  # the one your adapters know; default: that of the language',
+        "    # The prompt in force; write the one that your adapters know, if it is another.",
+        f"    # prompt: {_scalar(start.prompt or '...')}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,7 @@ Only data files are read, since `datasets` 4 and later do not run a data set's o
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -173,7 +173,9 @@ def load_hub(
     return _load_first((source,), splits, read, source.repo, load)
 
 
-def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> Split:
+def split_published(
+    found: HubExamples, sizes: Mapping[str, int], seed: int, trained: Collection[str] = ()
+) -> Split:
     """Draw parts of given sizes from their published splits, so that no group is in two parts.
 
     Args:
@@ -181,6 +183,7 @@ def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> 
         sizes: part -> number of examples. -1 means all examples that no other part of the same
             published split gets.
         seed: seed of the assignment of groups to parts.
+        trained: groups that no part but train gets.
 
     Raises:
         ValueError: a part has no published split, two parts have the size -1 in the same one, a
@@ -201,10 +204,12 @@ def split_published(found: HubExamples, sizes: Mapping[str, int], seed: int) -> 
                 f"'{published}[:50]' and '{published}[50:100]'"
             )
         counted = {part: size for part, size in wanted.items() if size != ALL}
-        split = split_by_group(found.examples[published], counted, seed)
+        split = split_by_group(found.examples[published], counted, seed, trained)
         parts, dropped = parts | split.parts, dropped | split.dropped
         for part in unlimited:
-            parts[part] = _rest(found.examples[published], split, part, published)
+            kept_out = () if part == "train" else trained
+            rows = [e for e in found.examples[published] if e.group not in kept_out]
+            parts[part] = _rest(rows, split, part, published)
             dropped[part] = 0
     return Split({part: parts[part] for part in sizes}, {part: dropped[part] for part in sizes})
 

@@ -92,6 +92,22 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8, say: Say | None = None) 
     return sorted(search.leaks, key=lambda leak: rank.index(leak.kind))
 
 
+def groups_like(
+    examples: Sequence[Example], known: Sequence[Example], threshold: float, say: Say | None = None
+) -> frozenset[str]:
+    """Return the groups of `examples` that would be a leak beside `known` examples.
+
+    Args:
+        examples: examples that are compared.
+        known: what they are compared with.
+        threshold: see `find_leaks`.
+        say: is told how far a long search is.
+    """
+    groups = {example.id: example.group for example in examples}
+    leaks = find_leaks({"known": known, "rows": examples}, threshold=threshold, say=say)
+    return frozenset(groups[leak.second[1]] for leak in leaks)
+
+
 def check_threshold(threshold: float) -> None:
     """Check a Jaccard similarity from which texts are nearly the same.
 

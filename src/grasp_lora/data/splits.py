@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,12 @@ class Split:
     """Split -> examples of its last group beyond its size; they are in no split."""
 
 
-def split_by_group(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> Split:
+def split_by_group(
+    examples: Sequence[Example],
+    sizes: Mapping[str, int],
+    seed: int,
+    trained: Collection[str] = (),
+) -> Split:
     """Divide examples into splits of exact sizes; no group is in two splits.
 
     Groups are shuffled, and splits are filled in the given order. Excess examples of a split's last
@@ -38,6 +43,7 @@ def split_by_group(examples: Sequence[Example], sizes: Mapping[str, int], seed: 
         examples: the examples.
         sizes: split -> number of examples.
         seed: seed of the shuffle.
+        trained: groups that "train" is filled with first and that no other split gets.
 
     Raises:
         ValueError: a size is negative, or there are too few examples.
@@ -45,19 +51,22 @@ def split_by_group(examples: Sequence[Example], sizes: Mapping[str, int], seed: 
     for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"the size of split {name!r} must be 0 or more, got {size}")
-    waiting = _shuffled_groups(examples, seed)
+    waiting, seen = _shuffled_groups(examples, seed, trained)
     parts: dict[str, tuple[Example, ...]] = {}
     dropped: dict[str, int] = {}
     for name, size in sizes.items():
         rows: list[Example] = []
-        while len(rows) < size and waiting:
-            rows.extend(waiting.pop())
+        pools = (seen, waiting) if name == "train" else (waiting,)
+        for pool in pools:
+            while len(rows) < size and pool:
+                rows.extend(pool.pop())
         if len(rows) < size:
             lost = sum(dropped.values())
             raise ValueError(
                 f"too few rows: the splits {dict(sizes)} need {sum(sizes.values())}, there are "
                 f"{len(examples)} ({lost} of them not usable, as no context may be in two "
-                f"splits), so {name!r} gets only {len(rows)}; ask for fewer or give more rows"
+                f"splits{_for_train_alone(examples, trained)}), so {name!r} gets only "
+                f"{len(rows)}; ask for fewer or give more rows"
             )
         parts[name] = tuple(rows[:size])
         dropped[name] = len(rows) - size
@@ -83,22 +92,31 @@ def auto_sizes(n_rows: int) -> dict[str, int]:
     return {"train": n_rows - dev - micro_dev, "dev": dev, "micro_dev": micro_dev}
 
 
-def split_auto(examples: Sequence[Example], seed: int) -> Split:
+def split_auto(examples: Sequence[Example], seed: int, trained: Collection[str] = ()) -> Split:
     """Divide all examples into train, dev and micro_dev, with sizes close to `auto_sizes`.
 
     Each group goes as a whole to the split that lacks most examples. No example is dropped.
 
+    Args:
+        examples: the examples.
+        seed: seed of the shuffle.
+        trained: groups that go into train, however many they are.
+
     Raises:
-        ValueError: there are fewer than 8 examples or fewer than 3 groups.
+        ValueError: there are fewer than 8 examples, fewer than 3 groups, or fewer than 2 beside
+            those of `trained`.
     """
     sizes = auto_sizes(len(examples))
-    waiting = _shuffled_groups(examples, seed)
-    if len(waiting) < len(sizes):
-        raise ValueError(
-            f"the rows come from {len(waiting)} contexts; {', '.join(sizes)} need one each, "
-            f"so give at least {len(sizes)}"
-        )
+    waiting, seen = _shuffled_groups(examples, seed, trained)
     rows: dict[str, list[Example]] = {name: [] for name in sizes}
+    rows["train"] += [example for group in seen for example in group]
+    unfilled = [name for name in rows if not rows[name]]
+    if len(waiting) < len(unfilled):
+        raise ValueError(
+            f"the rows come from {len(waiting) + len(seen)} contexts"
+            f"{_for_train_alone(examples, trained)}; {', '.join(unfilled)} need one each, so "
+            f"give at least {len(unfilled) - len(waiting)} more"
+        )
     while waiting:
         empty = [name for name in rows if not rows[name]]
         open_to = empty if len(waiting) == len(empty) else list(rows)
@@ -107,13 +125,26 @@ def split_auto(examples: Sequence[Example], seed: int) -> Split:
     return Split({name: tuple(part) for name, part in rows.items()}, dict.fromkeys(rows, 0))
 
 
-def _shuffled_groups(examples: Sequence[Example], seed: int) -> list[list[Example]]:
+def _for_train_alone(examples: Sequence[Example], trained: Collection[str]) -> str:
+    count = sum(example.group in trained for example in examples)
+    return f", {count} of them for train alone, as a given adapter was trained on them" * bool(
+        count
+    )
+
+
+def _shuffled_groups(
+    examples: Sequence[Example], seed: int, trained: Collection[str] = ()
+) -> tuple[list[list[Example]], list[list[Example]]]:
+    """Return the groups in random order: the others, and those of `trained`."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.group, []).append(example)
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
-    return [groups[key] for key in keys]
+    return (
+        [groups[key] for key in keys if key not in trained],
+        [groups[key] for key in keys if key in trained],
+    )
 
 
 def manifest(parts: Parts) -> dict[str, Any]:

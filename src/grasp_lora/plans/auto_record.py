@@ -7,10 +7,12 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.base.files import jsonable, read_json, write_json
+from grasp_lora.core.evidence.known import known_rows
 from grasp_lora.core.recipes.chooser import Finalist, Told
 from grasp_lora.plans.auto import Chosen
 from grasp_lora.plans.auto_plan import RATIO_PROBE, SIMPLE, recipe_words, slug_of, whole_name
 from grasp_lora.report.choice import measured_trials, not_applicable
+from grasp_lora.report.data_words import known_line
 from grasp_lora.report.pictures import plot_choice
 
 NOT_PROBED = "not-probed"
@@ -77,7 +79,18 @@ def _notes(result: Chosen) -> list[str]:
         notes.append("no test rows, so nothing was scored")
     elif not result.config.evaluate.baselines:
         notes.append("only the shipped adapter was scored (evaluate.baselines: false)")
-    return notes
+    return notes + _known(result)
+
+
+def _known(result: Chosen) -> list[str]:
+    """Return a warning if a given target adapter may have been trained on held examples."""
+    wanted = ("target", "source", "backbone")
+    measured = [result.simple[name].losses for name in wanted if name in result.simple]
+    if result.config.adapters.target is None or len(measured) < len(wanted) or not measured[0]:
+        return []
+    own, *others = measured
+    known = known_rows(own, others, result.task.groups)
+    return [] if known is None else [known_line(asdict(known) | {"all": len(own)})]
 
 
 def _about_simple(name: str, result: Chosen) -> dict[str, Any]:

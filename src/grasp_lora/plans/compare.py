@@ -154,7 +154,7 @@ def checked_data(
     if faults:
         raise ConfigError(faults)
     choose_device(config.model.device)
-    for _, folder in config.adapters:
+    for folder in config.adapters.folders().values():
         if folder is not None:
             read_adapter(folder)
             check_openable(folder)

@@ -190,7 +190,7 @@ def protect_inputs(config: RunConfig, folders: Sequence[Path], removed: Sequence
     Raises:
         ValueError: an input is or lies there, or such a place lies in an adapter that is read.
     """
-    adapters = [path for _, path in config.adapters if path is not None]
+    adapters = [path for path in config.adapters.folders().values() if path is not None]
     protect([*config.named_paths().values(), Path(config.model.name).expanduser()], removed)
     protect([*adapters, *folders], removed, whole=True)
 

@@ -17,13 +17,18 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
 from grasp_lora.core.evidence.groups import Gain, mean_gain
+from grasp_lora.core.evidence.known import LEAST_GROUPS, known_rows
+from grasp_lora.workbench.asked import compare_prompts
 from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import Context, open_context
 from grasp_lora.workbench.fit import epoch_rows
 from grasp_lora.workbench.given import say_other_bases
 from grasp_lora.workbench.merge_probes import (
+    BARE,
     EXAMPLES,
     MERGE,
+    SOURCE,
+    TARGET,
     UNTRAINED_MERGES,
     configured_weights,
     mean_losses,
@@ -33,6 +38,8 @@ from grasp_lora.workbench.merge_probes import (
 from grasp_lora.workbench.processes import decided_by_main, is_main, join
 
 PRECHECK_FILE = "precheck.json"
+HELD = ("micro_dev", "dev")
+"""Splits of the target that choose."""
 
 
 def precheck(
@@ -50,8 +57,9 @@ def precheck(
         context: examples and backbone, if they are open already.
 
     Returns:
-        The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, and the
-        losses of all variants.
+        The content of `precheck.json`: `advice` and `why`, the evidence of each comparison, the
+        losses of all variants, `known`, the examples that the target adapter may have been trained
+        on (None if nothing shows any), and `prompts`, what each adapter makes of other prompts.
 
     Raises:
         ValueError: the configuration does not name both adapters, an adapter does not fit the
@@ -78,7 +86,17 @@ def precheck(
     forwards = len(UNTRAINED_MERGES) * len(probed.ids)
     found = {"rows": probed.ids, "groups": probed.groups}
     found |= conclusion(probed.losses, usual, probed.groups)
+    if config.recipe == "auto" and found["advice"] in ("search", "reweight"):
+        found["why"] += " (with recipe: grasp; recipe: auto chooses weights and ratio itself)"
+    known, read = _known(context, (source, target))
+    prompts = {
+        role: compare_prompts(context, role, folder, rows)
+        for role, folder in (("source", source), ("target", target))
+    }
+    forwards += read + sum(one["forwards"] for one in prompts.values())
     found |= {
+        "known": known,
+        "prompts": prompts,
         "forwards": forwards,
         "share_of_run": _share_of_run(context, forwards),
         "seconds": time.perf_counter() - began,
@@ -86,6 +104,21 @@ def precheck(
     if out is not None and is_main():
         write_json(out / PRECHECK_FILE, found)
     return found
+
+
+def _known(context: Context, folders: tuple[Path, Path]) -> tuple[dict[str, Any] | None, int]:
+    """Return what the target adapter may have been trained on, and how many examples were read."""
+    held = [e for split in HELD for e in context.examples("target", split)]
+    if len({example.group for example in held}) < LEAST_GROUPS:
+        return None, 0
+    variants = {name: UNTRAINED_MERGES[name] for name in (TARGET, SOURCE, BARE)}
+    probed = measure(context, folders, variants, len(held), HELD)
+    own, *others = (probed.losses[name] for name in variants)
+    known = known_rows(own, others, probed.groups)
+    read = len(variants) * len(probed.ids)
+    if known is None:
+        return None, read
+    return asdict(known) | {"rows": [probed.ids[i] for i in known.rows], "all": len(own)}, read
 
 
 def conclusion(
@@ -175,16 +208,19 @@ def _why(advice: str, best: str, found: Gain | None, usual: tuple[float, ...]) -
             "merge; a search may still find what training makes of a ratio"
         )
     weights = list(weights_of(best, usual))
+    alone = "fine-tune it instead of merging"
+    if best == BARE:
+        alone = "train a new adapter instead of merging (recipe: auto tries that)"
     if found is None or not found.shown:
         do = {
-            "do-not-merge": "fine-tune it instead of merging",
+            "do-not-merge": alone,
             "search": "a search is worth its cost",
             "reweight": f"set merge.weights to {weights}",
         }[advice]
         return f"the merge as configured has no finite loss, and the best that has is {best}: {do}"
     by = f"by {found.gain:.3f} nats (standard error {found.error:.3f})"
     return {
-        "do-not-merge": f"{best} is better than every merge {by}: fine-tune it instead of merging",
+        "do-not-merge": f"{best} is better than every merge {by}: {alone}",
         "search": f"pruned merges are better than all whole ones {by}: a search is worth its cost",
         "reweight": f"{best} is better than the merge as configured {by}: set merge.weights to "
         f"{weights}",

@@ -302,8 +302,8 @@ def best_of(results: Mapping[str, Mapping[str, Any]], judged: Sequence[str]) -> 
     chosen = lowest({job: judged_loss(result, judged) for job, result in results.items()})
     if chosen is None:
         raise ValueError(
-            f"none of {', '.join(results)} has a finite loss on {', '.join(judged)}; train them "
-            "with a lower learning rate"
+            f"none of {', '.join(results)} has a finite loss on {', '.join(judged)}: use "
+            "model.dtype float32 if the model overflows in half precision, or another adapter"
         )
     prices = [result["price"] for result in results.values()]
     price = {name: sum(one[name] for one in prices) for name in prices[0]}

@@ -56,6 +56,7 @@ from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
 from grasp_lora.training.trainer import tracker_faults
+from grasp_lora.workbench.asked import prompts_in_force
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
 from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
@@ -147,7 +148,7 @@ def run(
     decided_by_main(lambda: check_run(out))
     with kept_by_main(owned(out, say)), threads_restored():
         with clock.span("load"):
-            for _, folder in config.adapters:
+            for folder in config.adapters.folders().values():
                 if folder is not None:
                     read_adapter(folder)
             data = load_run_data(config, say, given=rows)
@@ -277,10 +278,12 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
-    given = {role: folder for role, folder in config.adapters if folder is not None}
+    given = {
+        role: folder for role, folder in config.adapters.folders().items() if folder is not None
+    }
     loaded = check_given(context, list(given.values()))
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
-    fresh = sum(folder is None for _, folder in config.adapters)
+    fresh = sum(folder is None for folder in config.adapters.folders().values())
     if fresh:
         own = fresh_adapter(context)
         entries += fresh * sum(f.A.numel() + f.B.numel() for f in own.values())
@@ -318,7 +321,9 @@ def _open_folder(current: _Run, state: Standing) -> None:
 
     def write() -> None:
         open_run(out, current.config.to_record(), again, threads)
-        write_json(out / DATA_FILE, jsonable(current.session.data.manifest()))
+        data, tokenizer = current.session.data, current.session.context.backbone.tokenizer
+        asked = {"prompts": prompts_in_force(current.config, data, tokenizer)}
+        write_json(out / DATA_FILE, jsonable(data.manifest() | asked))
 
     decided_by_main(write)
 
@@ -353,7 +358,8 @@ def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str,
     # An adapter that the user gives was not chosen on the dev examples of this run.
     target = result.adapters["target"]
     trained = {"target adapter": out / target} if isinstance(target, str) else {}
-    add_run_findings(out, out / result.final, baseline | trained, systems)
+    sections = dict.fromkeys(trained, "train.target")
+    add_run_findings(out, out / result.final, baseline | trained, systems, sections)
 
 
 def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.owner import owned_place
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
+from grasp_lora.core.lora import merge
 from grasp_lora.plans.executor import Options, given_to, work_off
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.run import NO_DEV_EXAMPLES
@@ -22,11 +23,12 @@ from grasp_lora.stages.stage import Input, Stage
 from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.given import say_other_bases
+from grasp_lora.workbench.merge_probes import configured_weights
 from grasp_lora.workbench.merged_folder import epochs_trained, say_unnamed
 from grasp_lora.workbench.objective import objective_faults
 from grasp_lora.workbench.processes import is_main, join, kept_by_main
 from grasp_lora.workbench.reporter import Reporter
-from grasp_lora.workbench.rows import load_run_data
+from grasp_lora.workbench.rows import RunData, load_run_data
 
 
 def train_adapter(
@@ -59,26 +61,31 @@ def merge_adapters(
     out: Path,
     overwrite: bool = False,
     context: Context | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Path:
-    """Merge PEFT adapters of one backbone, as `config.merge` says.
+    """Merge PEFT adapters of one backbone, as `config.merge` says. No examples are read.
 
     Args:
         config: the settings.
-        folders: adapter folders, in the order of `merge.weights`.
+        folders: adapter folders, in the order of the weights.
         out: folder of the merged adapter, an ordinary PEFT folder. It also holds the factors of
             each source, because `search` and `finetune` mask the sources separately.
         overwrite: replace another result.
         context: examples and backbone, if they are open already.
+        weights: a weight for each adapter; None takes `config.merge.weights`.
 
     Raises:
         FileNotFoundError, ValueError: a folder holds no adapter, an adapter does not fit this
             backbone, or the adapters cannot be merged exactly; the message names the reason.
     """
-    for folder in folders:
-        read_adapter(folder)
+    adapters = [read_adapter(folder).adapter for folder in folders]
+    given = configured_weights(config.merge.weights, adapters) if weights is None else weights
+    # What the factors alone tell is told before the backbone is loaded; an svd begins as a cat.
+    merge("linear" if config.merge.kind == "linear" else "cat", adapters, given)
     roles = ("source", "target", *(f"adapter {n}" for n in range(2, len(folders))))
     inputs: dict[str, Input] = dict(zip(roles, folders, strict=False))
-    stage = Stage(out.name, "merge", config, inputs)
+    options = {} if weights is None else {"weights": list(weights)}
+    stage = Stage(out.name, "merge", config, inputs, options)
     return _done(out, [stage], overwrite, context, named=folders)
 
 
@@ -207,10 +214,12 @@ def _done(
         raise ConfigError(faults)
     say = Reporter(not is_main()).say if context is None else context.reporter.say
     with kept_by_main(owned_place(out, say)):
-        if context is None:
-            data = load_run_data(config, say, training=not evaluates)
-        else:
+        if context is not None:
             data = context.data
+        elif kind == "merge":
+            data = RunData({"target": {}})
+        else:
+            data = load_run_data(config, say, training=trains)
         if evaluates and not data.test_sets():
             raise ValueError(NO_TEST_EXAMPLES)
         labelled = config.finetune.rows == "labelled" and len(stages) > 1
@@ -220,7 +229,7 @@ def _done(
         for stage in stages:
             builder.add(stage)
         plan = builder.build()
-        session = Session(config, data, context, training=not evaluates, inputs=given_to(plan))
+        session = Session(config, data, context, training=trains, inputs=given_to(plan))
         if context is None and named and not (out / "stage.json").exists():
             say_other_bases(session.context, named)
         work_off(plan, out.parent, session, Options(overwrite=overwrite))

@@ -10,6 +10,7 @@ from typing import Any
 
 from grasp_lora.base.files import read_json, write_text
 from grasp_lora.report.choice import ratio_line, ship_parts, tried_lines
+from grasp_lora.report.data_words import prompt_line, trained_on_line
 from grasp_lora.report.document import (
     Cell,
     Code,
@@ -207,10 +208,15 @@ def _data(data: Mapping[str, Any], warnings: Sequence[str]) -> Iterator[Part]:
             rows.append(cells((role, counts, came, one["sha256"][:16])))
     if rows:
         yield Table(("examples of", "rows", "from", "hash of ids"), tuple(rows), texts=True)
+    # Runs of earlier versions have no prompts there.
+    asked: Mapping[str, Any] = data.get("prompts", {}).get("target", {})
+    told = [prompt_line(asked)] if asked else []
     dropped: Mapping[str, int] = data.get("dropped", {})
-    told = [
+    told += [
         f"{where}: {count} left out, as another split has them" for where, count in dropped.items()
     ]
+    known: Mapping[str, Mapping[str, Any]] = data.get("trained_on", {})
+    told += [trained_on_line(role, facts) for role, facts in known.items()]
     leaks: Sequence[Mapping[str, Any]] = data.get("leaks", [])
     if leaks:
         told.append(f"{len(leaks)} pairs of examples are in two splits, and the settings allow it:")

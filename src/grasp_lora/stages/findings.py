@@ -45,7 +45,11 @@ def search_findings(
 
 
 def add_run_findings(
-    out: Path, final: Path, alone: dict[str, Path], systems: Sequence[Mapping[str, Any]] = ()
+    out: Path,
+    final: Path,
+    alone: dict[str, Path],
+    systems: Sequence[Mapping[str, Any]] = (),
+    sections: Mapping[str, str] | None = None,
 ) -> None:
     """Add to `ratio.json` the warnings that need the final run and the baselines.
 
@@ -54,6 +58,7 @@ def add_run_findings(
         final: folder of the final adapter.
         alone: name -> folder of a single adapter that was chosen on the same dev examples.
         systems: the evaluated systems, as `scores.json` lists them.
+        sections: name in `alone` -> settings of its training, if not `train.finetune`.
     """
     ratio, stage = read_json(out / "ratio.json"), read_json(final / STAGE_FILE)
     rows, groups = _best_rows(final), _groups(final)
@@ -69,7 +74,7 @@ def add_run_findings(
     curves = {name: _curve(folder) for name, folder in (folders | alone).items()}
     known_groups = {name: _groups(folder) for name, folder in (folders | alone).items()}
     grouped = {name: one for name, one in known_groups.items() if one is not None}
-    found.append(findings.undertrained(curves, grouped))
+    found.append(findings.undertrained(curves, grouped, sections))
     whole = _best_rows(unpruned)
     # A post-hoc merge is not trained: its baseline is another merge, not this one unpruned.
     if rows and len(whole) == len(rows) and stage["ratio"] > 0 and stage["steps"] > 0:

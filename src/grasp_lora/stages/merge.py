@@ -1,10 +1,10 @@
 """Stage `merge`: two adapters -> one merged adapter.
 
 The inputs `source` and `target` are PEFT adapter folders; further adapters are called "adapter 2",
-"adapter 3", ... The optional input `weights` is the folder of a probe that learned the weights. The
-result is an ordinary PEFT folder. It also holds the factors of each source, because later stages
-mask the sources separately. Option `rule` names a rule of `grasp_lora.stages.other_merges` to use
-in place of `config.merge`.
+"adapter 3", ... The optional input `weights` is the folder of a probe that learned the weights, the
+option `weights` gives them as numbers. The result is an ordinary PEFT folder. It also holds the
+factors of each source, because later stages mask the sources separately. Option `rule` names a rule
+of `grasp_lora.stages.other_merges` to use in place of `config.merge`.
 """
 
 import time
@@ -54,7 +54,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     """Merge as `config.merge` says."""
-    if WEIGHTS_INPUT not in work.inputs and work.config.merge.weights == "auto":
+    if not _given_weights(work.stage) and work.config.merge.weights == "auto":
         raise ValueError(
             "merge.weights: auto is learned by a run (or found by grasp-lora precheck); give the "
             "weights to merge by"
@@ -71,6 +71,9 @@ def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
 def _weights(work: Work, adapters: Sequence[Adapter]) -> tuple[float, ...]:
     if WEIGHTS_INPUT in work.inputs:
         return tuple(read_json(work.inputs[WEIGHTS_INPUT] / "weights.json")["weights"])
+    given = work.stage.option("weights")
+    if given is not None:
+        return tuple(given)
     return configured_weights(work.config.merge.weights, adapters)
 
 
@@ -78,8 +81,13 @@ def _settings(stage: Stage) -> tuple[str, ...]:
     if stage.option("rule") is not None:
         encoding = ("data.task", "data.max_length", "data.chat", "data.target.prompt")
         return ("model", "seed", *(("evaluate.batch_size", *encoding) if _reads(stage) else ()))
-    learned = WEIGHTS_INPUT in stage.inputs
-    return ("model.name", "merge.kind", "merge.rank", *(() if learned else ("merge.weights",)))
+    own = () if _given_weights(stage) else ("merge.weights",)
+    return ("model.name", "merge.kind", "merge.rank", *own)
+
+
+def _given_weights(stage: Stage) -> bool:
+    """Return whether an input or an option has the weights in place of the settings."""
+    return WEIGHTS_INPUT in stage.inputs or stage.option("weights") is not None
 
 
 def _reads(stage: Stage) -> bool:

@@ -122,6 +122,15 @@ def template_fields(task: Task, template: str) -> tuple[str, ...]:
     return names
 
 
+def bare_template(task: Task, template: str) -> str:
+    """Return the template that asks with the inputs of another one alone, a line for each.
+
+    Raises:
+        ValueError: see `template_fields`.
+    """
+    return "\n".join(f"{{{name}}}" for name in template_fields(task, template))
+
+
 def check_template(task: Task, template: str) -> None:
     """Check that a template can be rendered.
 

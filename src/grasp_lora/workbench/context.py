@@ -403,7 +403,7 @@ def template_given(config: RunConfig, inputs: Sequence[Path] = ()) -> GivenTempl
     """
     if not config.data.chat:
         return None
-    named = [folder for _, folder in config.adapters if folder is not None]
+    named = [folder for folder in config.adapters.folders().values() if folder is not None]
     return given_template([*named, *inputs])
 
 

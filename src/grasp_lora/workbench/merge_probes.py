@@ -31,6 +31,10 @@ WHOLE = "whole"
 """Name of an adapter as it is, beside fits of lower rank."""
 MERGE = "merge"
 """Name of the merge as configured."""
+BARE = "no adapter"
+"""Name of the bare backbone."""
+SOURCE, TARGET = "source alone", "target alone"
+"""Names of the adapters without a merge."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class UntrainedMerge:
 
 UNTRAINED_MERGES: Mapping[str, UntrainedMerge] = {
     MERGE: UntrainedMerge("merge"),
-    "source alone": UntrainedMerge("single", (1.0, 0.0)),
-    "target alone": UntrainedMerge("single", (0.0, 1.0)),
-    "no adapter": UntrainedMerge("single", factor=0.0),
+    SOURCE: UntrainedMerge("single", (1.0, 0.0)),
+    TARGET: UntrainedMerge("single", (0.0, 1.0)),
+    BARE: UntrainedMerge("single", factor=0.0),
     "source alone, x 0.75": UntrainedMerge("single", (1.0, 0.0), 0.75),
     "source alone, x 0.5": UntrainedMerge("single", (1.0, 0.0), 0.5),
     "weights 0.75 + 0.25": UntrainedMerge("weights", (0.75, 0.25)),
@@ -108,7 +112,11 @@ class Probed:
 
 
 def measure(
-    context: Context, folders: tuple[Path, Path], variants: Mapping[str, UntrainedMerge], rows: int
+    context: Context,
+    folders: tuple[Path, Path],
+    variants: Mapping[str, UntrainedMerge],
+    rows: int,
+    splits: Sequence[str] | None = None,
 ) -> Probed:
     """Return the losses of each variant on examples drawn for it.
 
@@ -116,8 +124,9 @@ def measure(
         context: examples and backbone.
         folders: the folders of the source and of the target adapter.
         variants: name -> the merge that is measured.
-        rows: how many examples are drawn from those that the controller probes; all are taken if
-            there are fewer.
+        rows: how many examples are drawn; all are taken if there are fewer.
+        splits: the splits of the target that they are drawn from; None takes those that the
+            controller probes.
 
     Raises:
         ValueError: an adapter does not fit the backbone, or there are fewer than 4 examples.
@@ -126,7 +135,7 @@ def measure(
     loaded = [read_adapter(folder, context.backbone.model) for folder in folders]
     for folder, adapter in zip(folders, loaded, strict=True):
         check_fits(adapter, context.backbone.model, str(folder))
-    examples, batches = _drawn(context, rows)
+    examples, batches = _drawn(context, rows, splits)
     kind, rank = config.merge.kind, config.merge.rank
     usual = configured_weights(config.merge.weights, [one.adapter for one in loaded])
     losses: dict[str, list[float]] = {}
@@ -217,14 +226,16 @@ def check_pool(count: int) -> None:
         )
 
 
-def _drawn(context: Context, rows: int) -> tuple[list[EncodedExample], Any]:
+def _drawn(
+    context: Context, rows: int, splits: Sequence[str] | None = None
+) -> tuple[list[EncodedExample], Any]:
     """Return the examples that untrained adapters are measured on, and their batches.
 
     Raises:
         ValueError: there are fewer than 4 examples.
     """
     config = context.config
-    pool = context.rows("target", POOLS[config.controller.probe_rows])
+    pool = context.rows("target", splits or POOLS[config.controller.probe_rows])
     check_pool(len(pool.encoded))
     generator = torch.Generator().manual_seed(config.seed)
     drawn = draw_examples([e.group for e in pool.encoded], rows, generator)

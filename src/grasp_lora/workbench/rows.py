@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.base.files import STAGE_FILE, read_json
 from grasp_lora.base.words import shown
 from grasp_lora.config.data_sections import (
     PARTS,
@@ -31,11 +32,20 @@ from grasp_lora.data.hub import (
     load_preset,
     split_published,
 )
-from grasp_lora.data.leaks import Leak, drop_parallel, find_leaks, parallel_notice, refuse_leaks
+from grasp_lora.data.leaks import (
+    Leak,
+    drop_parallel,
+    find_leaks,
+    groups_like,
+    parallel_notice,
+    refuse_leaks,
+)
 from grasp_lora.data.repeats import drop_repeated_texts
 from grasp_lora.data.splits import label_budget, manifest, split_auto, split_by_group
+from grasp_lora.report.data_words import trained_on_line
 from grasp_lora.tasks.base import Example, Task, task_named
 
+_KNOWN = "adapters.trained_on."
 Parts = dict[str, tuple[Example, ...]]
 Say = Callable[[str], None]
 Rows = Iterable[Mapping[str, Any]]
@@ -59,12 +69,15 @@ class RunData:
             their context.
         sources: role, or "tests/<name>" -> where the examples came from.
         leaks: pairs of examples that two splits share; filled only with `data.allow_leakage`.
+        trained_on: role of a given adapter -> the file of the rows it was trained on, how many they
+            are, and how many target train rows are of their contexts.
     """
 
     parts: dict[str, Parts]
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
+    trained_on: dict[str, dict[str, Any]] = field(default_factory=dict)
     _digests: dict[tuple[str, str], str] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -83,6 +96,7 @@ class RunData:
             record
             | {"rows_sha256": self.digest()}
             | {"dropped": self.dropped, "leaks": [asdict(leak) for leak in self.leaks]}
+            | {"trained_on": self.trained_on}
         )
 
     def digest(self) -> str:
@@ -127,12 +141,14 @@ def load_run_data(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is empty or malformed, there are too few examples, or two splits share
-            examples and `data.allow_leakage` is not set.
+        ValueError: a file is empty or malformed, there are too few examples, or two splits, or one
+            that judges and what a given adapter was trained on, share examples and
+            `data.allow_leakage` is not set.
     """
     given = _with_our_splits(given or {})
     _check_given(config, given)
     reader = _Reader(config, task_named(config.data.task), say, given, training)
+    reader.read_trained_on()
     target = reader.language("target", config.data.target)
     parts: dict[str, Parts] = {"target": target}
     if config.data.source is not None:
@@ -150,7 +166,7 @@ def load_run_data(
         }
     if training:
         _check_target(config, parts["target"])
-    leaks = _check_leaks(config, parts, say)
+    leaks = _check_leaks(config, parts, reader.known, say)
     budget = label_budget(parts["target"])
     spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
     tested = sum(map(len, [target.get("test", ()), *parts.get("tests", {}).values()]))
@@ -159,7 +175,32 @@ def load_run_data(
         say(f"extra rows, which are no labels: {len(parts['extra']['train'])}")
     for where, count in reader.dropped.items():
         say(f"{where}: {count} rows left out (their context would be in two splits)")
-    return RunData(parts, reader.dropped, reader.sources, leaks)
+    data = RunData(parts, reader.dropped, reader.sources, leaks, reader.trained_on(target))
+    for line in _lines_on_trained(config, data) if training else ():
+        say(line)
+    return data
+
+
+def _lines_on_trained(config: RunConfig, data: RunData) -> Iterator[str]:
+    """Yield what is known of the rows that given adapters were trained on."""
+    for role, one in data.trained_on.items():
+        yield trained_on_line(role, one)
+    target = config.adapters.target
+    if target is None or "target" in data.trained_on or _trained_here(target, data):
+        return
+    if any(data.parts["target"].get(split) for split in PARTS if split != "train"):
+        yield (
+            "adapters.target may have been trained on some of the dev, micro-dev and test rows: "
+            "adapters.trained_on.target: FILE keeps them in train"
+        )
+
+
+def _trained_here(adapter: Path, data: RunData) -> bool:
+    """Return whether an adapter is a result of this library, trained on these target train rows."""
+    marker = adapter / STAGE_FILE
+    key = read_json(marker).get("key", {}) if marker.is_file() else {}
+    trained = key.get("examples", {}).get("target/train")
+    return trained == data.digest_of("target", "train")
 
 
 def _with_our_splits(given: Given) -> dict[str, Any]:
@@ -225,8 +266,14 @@ def _check_target(config: RunConfig, target: Parts) -> None:
         )
 
 
-def _check_leaks(config: RunConfig, parts: dict[str, Parts], say: Say) -> tuple[Leak, ...]:
+def _check_leaks(
+    config: RunConfig,
+    parts: dict[str, Parts],
+    known: Mapping[str, tuple[Example, ...]],
+    say: Say,
+) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
+    named |= {f"{_KNOWN}{role}": rows for role, rows in known.items()}
     leaks = find_leaks(named, threshold=config.data.near_duplicates, say=say)
     counted = tuple(leak for leak in leaks if not _may_share(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
@@ -244,13 +291,21 @@ def _may_share(*splits: str) -> bool:
 
     Two test sets may, as nothing is trained on either. Extra rows may share them with what judges
     no target adapter: the target train rows and the source rows, of which they may be translations.
+    So may the rows that given adapters were trained on, with extra rows as well.
     """
+    if any(split.startswith(_KNOWN) for split in splits):
+        return not any(_judges(split) for split in splits)
     if "extra/train" in splits:
         return all(
             split in ("extra/train", "target/train") or split.startswith("source/")
             for split in splits
         )
     return all(split.startswith("tests/") or split.endswith("/test") for split in splits)
+
+
+def _judges(split: str) -> bool:
+    role, _, part = split.partition("/")
+    return role == "tests" or (role == "target" and part != "train")
 
 
 def without_held(
@@ -279,12 +334,48 @@ class _Reader:
     training: bool = True
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, tuple[Example, ...]] = field(default_factory=dict)
+    """Role of a given adapter -> the rows that it was trained on."""
 
     @property
     def seed(self) -> int:
         """The seed that divides examples into splits."""
         given = self.config.data.split_seed
         return self.config.seed if given is None else given
+
+    def read_trained_on(self) -> None:
+        """Read the rows that given adapters were trained on.
+
+        Numbers as ids tell rows of a file apart, not rows of two files of one language: such rows
+        are known by their texts.
+        """
+        data = self.config.data
+        for role, path in self.config.adapters.trained_on.files().items():
+            section = data.source if role == "source" and data.source else data.target
+            rows = self._load(path, section, f"adapters.trained_on.{role}", "train")
+            if section.language == data.target.language:
+                rows = tuple(
+                    replace(e, id=f"{_KNOWN}{role} {e.id}") if e.id.isdecimal() else e for e in rows
+                )
+            self.known[role] = rows
+
+    def trained_on(self, target: Parts) -> dict[str, dict[str, Any]]:
+        """Return role -> facts about the rows that a given adapter was trained on."""
+        found: dict[str, dict[str, Any]] = {}
+        for role, path in self.config.adapters.trained_on.files().items():
+            train = target.get("train", ())
+            groups = self._groups_like(train, self.known[role])
+            count = sum(e.group in groups for e in train)
+            found[role] = {"from": path.name, "rows": len(self.known[role]), "in_train": count}
+        return found
+
+    def _groups_like(self, rows: Sequence[Example], known: Sequence[Example]) -> frozenset[str]:
+        near = self.config.data.near_duplicates
+        return groups_like(rows, known, near, self.say) if known else frozenset()
+
+    def _trained(self, rows: Sequence[Example]) -> frozenset[str]:
+        """Return the groups of rows that a given adapter was trained on."""
+        return self._groups_like(rows, [e for known in self.known.values() for e in known])
 
     def language(
         self, role: str, section: LanguageData, used: Iterable[Example] | None = None
@@ -325,12 +416,13 @@ class _Reader:
     ) -> Parts:
         """Return split -> examples of one set, which is divided as `rows` of the section say."""
         rows = self._without_parallel(role, rows, used)
+        trained = self._trained(rows)
         if section.sizes_chosen_here:
             test = section.rows.get("test", 0)
             return self._without_repeats(
-                role, *_split_automatically(rows, test, self.seed, self.training)
+                role, *_split_automatically(rows, test, self.seed, self.training, trained)
             )
-        split = split_by_group(rows, section.rows, self.seed)
+        split = split_by_group(rows, section.rows, self.seed, trained)
         return self._without_repeats(role, dict(split.parts), dict(split.dropped))
 
     def test_set(
@@ -392,7 +484,8 @@ class _Reader:
         self.sources[role] = found.record()
         if used is not None:
             found = found.filtered(lambda rows: self._without_parallel(role, rows, used))
-        split = split_published(found, sizes, self.seed)
+        trained = self._trained([e for rows in found.examples.values() for e in rows])
+        split = split_published(found, sizes, self.seed, trained)
         return self._without_repeats(role, dict(split.parts), dict(split.dropped))
 
     def _found(self, files: Any, section: ExampleSource, role: str) -> HubExamples:
@@ -465,18 +558,19 @@ class _Reader:
 
 
 def _split_automatically(
-    rows: tuple[Example, ...], test: int, seed: int, training: bool
+    rows: tuple[Example, ...], test: int, seed: int, training: bool, trained: Collection[str]
 ) -> tuple[Parts, dict[str, int]]:
     """Return (split -> examples, split -> number left out), with splits chosen automatically.
 
     The test split is drawn first. The other examples are divided into train, dev and micro_dev. If
-    they are too few for that and `training` is False, there is only the test split.
+    they are too few for that and `training` is False, there is only the test split. Groups of
+    `trained` are in train alone.
     """
-    held = split_by_group(rows, {"test": test}, seed)
+    held = split_by_group(rows, {"test": test}, seed, trained)
     taken = {e.group for e in held.parts["test"]}
     others = [e for e in rows if e.group not in taken]
     try:
-        labelled = split_auto(others, seed)
+        labelled = split_auto(others, seed, trained)
     except ValueError:
         if training:
             raise

@@ -8,6 +8,7 @@ from grasp_lora.base.words import shown, shown_path
 from grasp_lora.data.columns import input_names, match_columns
 from grasp_lora.data.forms import open_records
 from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.prompts import template_for
 
 
 def model_of(adapters: Iterable[str]) -> str:
@@ -35,6 +36,11 @@ def model_of(adapters: Iterable[str]) -> str:
     if not found:
         raise ValueError("no adapter names the backbone: give --model")
     return next(iter(found))
+
+
+def prompt_of(task: str, language: str) -> str:
+    """Return the built-in prompt template of a task in a language; "" for an unknown task."""
+    return template_for(TASKS[task], language)[0] if task in TASKS else ""
 
 
 def task_of_file(file: Path, language: str) -> str:

@@ -167,6 +167,7 @@ def overfitting(best_step: int, steps: int) -> Finding | None:
 def undertrained(
     runs: Mapping[str, Sequence[Sequence[float]]],
     groups: Mapping[str, Sequence[Hashable]] | None = None,
+    sections: Mapping[str, str] | None = None,
 ) -> Finding | None:
     """Return a finding if the dev loss of a fine-tuning run was still falling at its last epoch.
 
@@ -176,6 +177,7 @@ def undertrained(
     Args:
         runs: name -> loss of each dev example at every evaluation of the run, in nats, in order.
         groups: name -> group of each dev example; without groups each example is its own.
+        sections: name -> settings of its training, if they are not those of `train.finetune`.
     """
     trained = {name: rows for name, rows in runs.items() if len(rows) > 1}
     falling: dict[str, Gain] = {}
@@ -192,12 +194,13 @@ def undertrained(
     names = sorted(falling, key=lambda each: -falling[each].gain)
     fell = falling[names[0]]
     listed = "; ".join(names)
+    settings = sorted({(sections or {}).get(name, "train.finetune") for name in names})
     return Finding(
         "undertrained",
         f"the dev loss was still falling in the last epoch: {listed} (that of the {names[0]} fell "
         f"by {fell.gain:.3f} nats in the last epoch, standard error {fell.error:.3f}), so longer "
-        "training may improve it: set more epochs or a larger learning_rate (train.target for a "
-        "target adapter, train.finetune for the others)",
+        "training may improve it: set more epochs or a larger learning_rate in "
+        f"{' and '.join(settings)}",
         {
             "runs": listed,
             "loss_less": fell.gain,
