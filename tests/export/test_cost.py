@@ -44,3 +44,12 @@ def test_times_and_speed_are_measured(rows):
         assert one.speed > 0
         assert (one.load > 0) == (one.name != "no adapter")
         assert torch.isfinite(torch.tensor([one.load, one.switch, one.speed])).all()
+
+
+def test_zeros_that_fill_up_a_rank_are_not_counted(tmp_path):
+    base = tiny_backbone_folder(tmp_path / "base")
+    mixed = tiny_adapter_folder(tmp_path / "mixed", tiny_model(), r=4, rank_pattern={"q_proj": 1})
+    one = export(Request(mixed, "peft", tmp_path / "one", dtype="float32"), lambda _line: None)
+    backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
+    (_, row) = costs([one], backbone)
+    assert (row.rank, row.zeros) == (4, 0)

@@ -31,7 +31,7 @@ class Cost:
     Attributes:
         name: the folder, or "no adapter".
         rank: largest rank of a module.
-        zeros: share of zeros in the factors.
+        zeros: share of zeros in the factors, without those that only fill up a rank.
         disk: bytes of the weights files.
         memory: bytes of the factors once PEFT has loaded them.
         load: seconds to put it on the backbone.
@@ -105,10 +105,11 @@ def _measured(
     switch = _median(lambda: model.set_adapter(name))
     held = [p for key, p in model.named_parameters() if f".{name}." in key]
     factors = read_adapter(folder).adapter.values()
+    own = [side for one in factors for side in (one.A, one.B)]
     return Cost(
         name=str(given),
         rank=max(one.rank for one in factors),
-        zeros=sum(int((p == 0).sum()) for p in held) / sum(p.numel() for p in held),
+        zeros=sum(int((side == 0).sum()) for side in own) / sum(side.numel() for side in own),
         disk=sum(file.stat().st_size for file in weights_files(folder)),
         memory=sum(p.numel() * p.element_size() for p in held),
         load=loaded,

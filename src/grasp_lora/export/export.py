@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import torch
@@ -30,7 +31,7 @@ from grasp_lora.base.files import (
 )
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.core.lora import LoraFactors
-from grasp_lora.export.factors import Ready, difference, ready
+from grasp_lora.export.factors import Ready, check_range, difference, ready
 from grasp_lora.export.gguf_files import (
     ADAPTER_FILE,
     MODEL_FILE,
@@ -119,11 +120,15 @@ def export(request: Request, say: Say) -> Path:
         raise ValueError(f"--to {shown(request.to)} is unknown; give one of: {', '.join(TARGETS)}")
     if request.dtype not in DTYPES:
         raise ValueError(f"--dtype {shown(request.dtype)}: give one of: {', '.join(DTYPES)}")
-    out = request.out
+    out, dtype = request.out.absolute(), DTYPES[request.dtype]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{shown_path(out)} is there already; choose another folder for --out")
+        raise ValueError(
+            f"{shown_path(request.out)} is there already; choose another folder for --out"
+        )
     loaded = read_adapter(request.adapter)
     made = ready(loaded.adapter, request.rank, request.tolerance)
+    for side, name in enumerate(("lora_A", "lora_B")):
+        check_range({f"{name} of {m}": pair[side] for m, pair in made.pairs.items()}, dtype)
     for line in _trimmed_lines(made):
         say(line)
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -140,7 +145,7 @@ def export(request: Request, say: Say) -> Path:
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return out
+    return request.out
 
 
 def _trimmed_lines(made: Ready) -> list[str]:
@@ -197,6 +202,7 @@ def _merged(job: _Job) -> None:
         wanted = _log_probabilities(adapted, ids)
     made = ready(loaded.adapter, request.rank, request.tolerance)
     _add_deltas(model, made.pairs)
+    check_range(dict(model.named_parameters()), job.dtype)
     nn.Module.to(model, job.dtype)
     model.save_pretrained(job.out)
     _name_rope_as_before(job.out / "config.json")
@@ -244,7 +250,7 @@ def _say_difference(job: _Job, written: Mapping[str, FactorPair]) -> None:
 
 def _serve_line(job: _Job) -> str:
     """Return the command that serves what was written, from the folder above it."""
-    place, base = f"./{job.request.out.name}", job.base_name or "BASE_MODEL"
+    place, base = quote(f"./{job.request.out.name}"), quote(job.base_name or "BASE_MODEL")
     if job.request.to == "peft" and job.ready.rank > SERVED_RANKS[-1]:
         return f"# vLLM serves adapters up to rank {SERVED_RANKS[-1]}: trim this one with --rank"
     if job.request.to == "peft":
