@@ -63,9 +63,7 @@ def export(
         return
     if to is None or out is None:
         raise ValueError("give --to and --out, or --check ENGINE")
-    from grasp_lora.config.sections import hub_id
-    from grasp_lora.export.export import Request
-    from grasp_lora.export.export import export as write
+    from grasp_lora.sharing.export import Request, write_export
 
     request = Request(
         adapter=adapter,
@@ -74,14 +72,14 @@ def export(
         dtype=dtype,
         rank=rank,
         tolerance=tolerance,
-        model=None if model is None else os.path.expanduser(model),
-        public_name=None if public_name is None else hub_id(public_name),
+        model=model,
+        public_name=public_name,
     )
-    wrote(write(request, lambda line: typer.echo(printable(line))))
+    wrote(write_export(request, lambda line: typer.echo(printable(line))))
 
 
 def _check(engine: str, adapter: Path) -> None:
-    from grasp_lora.export.engines import faults_for
+    from grasp_lora.sharing.engines import faults_for
 
     faults = faults_for(engine, adapter)
     for fault in faults:
@@ -111,7 +109,7 @@ def cost(
     from rich.console import Console
     from rich.table import Table
 
-    from grasp_lora.export.cost import READ, costs_on
+    from grasp_lora.sharing.cost import READ, costs_on
 
     place = None if model is None else os.path.expanduser(model)
     name, rows = costs_on(place, adapters, dtype, device, typer.echo)

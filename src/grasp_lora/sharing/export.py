@@ -30,9 +30,14 @@ from grasp_lora.base.files import (
     write_text,
 )
 from grasp_lora.base.words import shown, shown_path
+from grasp_lora.config.sections import at_home, hub_id
 from grasp_lora.core.lora import LoraFactors
-from grasp_lora.export.factors import Ready, check_range, difference, ready
-from grasp_lora.export.gguf_files import (
+from grasp_lora.models.backbones import ModelSpec, gguf_source_of, load_backbone, load_model_config
+from grasp_lora.models.devices import DTYPES
+from grasp_lora.models.modules import base_modules
+from grasp_lora.report.card import SERVED_RANKS, served_rank
+from grasp_lora.sharing.factors import Ready, check_range, difference, ready
+from grasp_lora.sharing.gguf_files import (
     ADAPTER_FILE,
     MODEL_FILE,
     layout_of,
@@ -41,12 +46,8 @@ from grasp_lora.export.gguf_files import (
     write_gguf_adapter,
     write_gguf_merged,
 )
-from grasp_lora.export.mlx_folder import read_mlx, write_mlx
-from grasp_lora.export.peft_folder import write_peft
-from grasp_lora.models.backbones import ModelSpec, gguf_source_of, load_backbone, load_model_config
-from grasp_lora.models.devices import DTYPES
-from grasp_lora.models.modules import base_modules
-from grasp_lora.report.card import SERVED_RANKS, served_rank
+from grasp_lora.sharing.mlx_folder import read_mlx, write_mlx
+from grasp_lora.sharing.peft_folder import write_peft
 
 Say = Callable[[str], None]
 SERVE_FILE = "serve.txt"
@@ -81,7 +82,8 @@ class Request:
     @property
     def spec(self) -> ModelSpec:
         """The base model, to be loaded in float32 on the CPU."""
-        return ModelSpec(self.model or named_base_model(self.adapter), "float32", device="cpu")
+        name = named_base_model(self.adapter) if self.model is None else at_home(self.model)
+        return ModelSpec(name, "float32", device="cpu")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class _Job:
         return None if named is None or is_path(named) or Path(named).exists() else named
 
 
-def export(request: Request, say: Say) -> Path:
+def write_export(request: Request, say: Say) -> Path:
     """Write an adapter for another program, load it again, and say how far it is from the adapter.
 
     Args:
@@ -120,6 +122,8 @@ def export(request: Request, say: Say) -> Path:
         raise ValueError(f"--to {shown(request.to)} is unknown; give one of: {', '.join(TARGETS)}")
     if request.dtype not in DTYPES:
         raise ValueError(f"--dtype {shown(request.dtype)}: give one of: {', '.join(DTYPES)}")
+    if request.public_name is not None:
+        hub_id(request.public_name)
     out, dtype = request.out.absolute(), DTYPES[request.dtype]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grasp_lora.adapters.attach import FactorPair
 from grasp_lora.base.words import shown, shown_path
-from grasp_lora.export.factors import Ready
+from grasp_lora.sharing.factors import Ready
 
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 

@@ -6,7 +6,7 @@ import pytest
 
 from grasp_lora.adapters.folder import read_adapter, write_adapter
 from grasp_lora.core.lora import merge
-from grasp_lora.export.engines import ENGINES, faults_for
+from grasp_lora.sharing.engines import ENGINES, faults_for
 from helpers import tiny_adapter_folder, tiny_model
 
 PEFT_ENGINES = [name for name in ENGINES if name != "mlx"]

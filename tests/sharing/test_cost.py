@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grasp_lora.export.cost import costs
-from grasp_lora.export.export import Request, export
 from grasp_lora.models.backbones import ModelSpec, load_backbone
+from grasp_lora.sharing.cost import costs
+from grasp_lora.sharing.export import Request, write_export
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 
@@ -22,7 +22,7 @@ def rows(tmp_path_factory):
     for tensor in tensors.values():
         tensor.view(-1)[::2] = 0
     save_file(tensors, file, metadata={"format": "pt"})
-    trimmed = export(
+    trimmed = write_export(
         Request(whole, "peft", place / "trimmed", dtype="float32", rank=2), lambda _line: None
     )
     backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
@@ -49,7 +49,9 @@ def test_times_and_speed_are_measured(rows):
 def test_zeros_that_fill_up_a_rank_are_not_counted(tmp_path):
     base = tiny_backbone_folder(tmp_path / "base")
     mixed = tiny_adapter_folder(tmp_path / "mixed", tiny_model(), r=4, rank_pattern={"q_proj": 1})
-    one = export(Request(mixed, "peft", tmp_path / "one", dtype="float32"), lambda _line: None)
+    one = write_export(
+        Request(mixed, "peft", tmp_path / "one", dtype="float32"), lambda _line: None
+    )
     backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
     (_, row) = costs([one], backbone)
     assert (row.rank, row.zeros) == (4, 0)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from grasp_lora.adapters.folder import read_adapter, write_adapter
 from grasp_lora.base.files import write_json
 from grasp_lora.core.lora import LoraFactors
-from grasp_lora.export.export import Request, export
-from grasp_lora.export.factors import ready
-from grasp_lora.export.gguf_files import Layout, write_gguf_merged
+from grasp_lora.sharing.export import Request, write_export
+from grasp_lora.sharing.factors import ready
+from grasp_lora.sharing.gguf_files import Layout, write_gguf_merged
 from helpers import (
     logits_of,
     random_ids,
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
 def written(place, tmp_path, to, adapter="mixed", **options):
     lines = []
     options = {"dtype": "float32", "model": str(place / "base")} | options
-    out = export(Request(place / adapter, to, tmp_path / "out", **options), lines.append)
+    out = write_export(Request(place / adapter, to, tmp_path / "out", **options), lines.append)
     return out, lines
 
 
@@ -101,7 +101,7 @@ def test_a_card_goes_along_unless_it_says_another_base_or_rank(place, tmp_path):
     card.write_text(card.read_text(encoding="utf-8") + "mine\n", encoding="utf-8")
 
     def again(name, **options):
-        out = export(Request(first, "peft", tmp_path / name, **options), lambda _line: None)
+        out = write_export(Request(first, "peft", tmp_path / name, **options), lambda _line: None)
         return (out / "README.md").read_text(encoding="utf-8")
 
     assert again("same").endswith("mine\n")
@@ -117,7 +117,7 @@ def test_a_local_path_does_not_go_out(place, tmp_path):
     content = json.loads(file.read_text()) | {"base_model_name_or_path": str(place / "base")}
     file.write_text(json.dumps(content))
     lines = []
-    out = export(Request(named, "peft", tmp_path / "out"), lines.append)
+    out = write_export(Request(named, "peft", tmp_path / "out"), lines.append)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     assert not [f.name for f in out.iterdir() if str(place).encode() in f.read_bytes()]
     assert "--public-name owner/name" in lines[-1]
@@ -182,9 +182,9 @@ def finished_run(folder):
 def test_scores_of_a_run_stand_on_the_card_of_its_result_alone(tmp_path):
     run = finished_run(tmp_path / "run")
 
-    def card(name, **options):
-        request = Request(run / name, "peft", tmp_path / "-".join([name, *options]), **options)
-        return (export(request, lambda _line: None) / "README.md").read_text(encoding="utf-8")
+    def card(name, rank=None):
+        request = Request(run / name, "peft", tmp_path / f"{name}-{rank}", rank=rank)
+        return (write_export(request, lambda _line: None) / "README.md").read_text(encoding="utf-8")
 
     assert "34.0" in card("final")
     assert "No scores are known" in card("merged")
@@ -203,8 +203,8 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
     )
     for to in ("peft", "mlx"):
         with pytest.raises(ValueError, match="values up to 1e.05, but float16 ends at 6.55e.04"):
-            export(Request(folder, to, tmp_path / "out", dtype="float16"), lambda _line: None)
-    export(Request(folder, "peft", tmp_path / "out", dtype="bfloat16"), lambda _line: None)
+            write_export(Request(folder, to, tmp_path / "out", dtype="float16"), lambda _line: None)
+    write_export(Request(folder, "peft", tmp_path / "out", dtype="bfloat16"), lambda _line: None)
 
 
 def test_commands_quote_the_names_in_them(place, tmp_path):
@@ -212,7 +212,7 @@ def test_commands_quote_the_names_in_them(place, tmp_path):
     file = named / "adapter_config.json"
     base = 'own"er/na$(date)me'
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
-    out = export(Request(named, "peft", tmp_path / "my out"), lambda _line: None)
+    out = write_export(Request(named, "peft", tmp_path / "my out"), lambda _line: None)
     line = (out / "serve.txt").read_text()
     assert shlex.split(line)[2] == base
     assert shlex.split(line)[-1] == "adapter=./my out"
@@ -254,7 +254,7 @@ def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(tmp_path, arch
     adapter = tiny_adapter_folder(tmp_path / "adapter", tiny_model(arch))
     lines = []
     request = Request(adapter, "merged", tmp_path / "out", "float32", model=str(base))
-    out = export(request, lines.append)
+    out = write_export(request, lines.append)
     again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with_peft = PeftModel.from_pretrained(copy.deepcopy(tiny_model(arch)), adapter)
     ids = random_ids()
@@ -364,5 +364,5 @@ def test_a_rank_above_those_of_vllm_is_told(tmp_path):
     folder = write_adapter(
         tmp_path / "wide", {module: pair}, model=model, base_name=None, fingerprint=None
     )
-    out = export(Request(folder, "peft", tmp_path / "out"), lambda _line: None)
+    out = write_export(Request(folder, "peft", tmp_path / "out"), lambda _line: None)
     assert "up to rank 512: trim this one with --rank" in (out / "serve.txt").read_text()
