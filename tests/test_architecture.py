@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "sharing": (
         {"adapters", "base", "config", "core", "models", "report"},
-        {"torch", "transformers", "peft", "safetensors"},
+        {"torch", "transformers", "peft", "safetensors", "huggingface_hub"},
     ),
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}

@@ -47,6 +47,7 @@ for command in (
     scores.evaluate,
     scores.score,
     exports.export,
+    exports.push,
     exports.cost,
     report.report,
     stages.schema,

@@ -1,6 +1,7 @@
-"""The commands export and cost: adapters for other programs, and what they cost to run."""
+"""The commands export, push and cost: adapters for others, and what they cost to run."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,42 @@ def _check(engine: str, adapter: Path) -> None:
     if faults:
         raise typer.Exit(1)
     typer.echo(printable(f"{engine} reads {adapter} as PEFT does"))
+
+
+def push(
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.")],
+    place: Annotated[
+        Path,
+        typer.Argument(metavar="[FOLDER]", help="Adapter folder or run folder.", **AS_PATH),
+    ] = Path("."),
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody read a new repository.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the upload.")] = False,
+) -> None:
+    """Upload an adapter with its card to the Hugging Face hub; of a run its reports too.
+
+    Reads the folder, and who is logged in (hf auth login, or HF_TOKEN). Shows what would be
+    uploaded, after looking through it for absolute paths and tokens, and asks. Writes one commit
+    to the repository, which is private unless --public; its other files stay.
+    """
+    from grasp_lora.sharing.upload import look_at, look_through, parcel_of, preview, upload
+
+    parcel = parcel_of(place)
+    look_through(parcel)
+    where = look_at(repo, public)
+    for line in preview(parcel, where):
+        typer.echo(printable(line))
+    if not yes:
+        if not asked_at_a_terminal():
+            raise ValueError("no terminal is there to ask; pass --yes to upload these files")
+        typer.confirm("Upload these files?", abort=True)
+    typer.echo(f"uploaded: {printable(upload(parcel, where))}")
+
+
+def asked_at_a_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin.isatty()
 
 
 def cost(
