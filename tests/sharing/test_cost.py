@@ -55,3 +55,15 @@ def test_zeros_that_fill_up_a_rank_are_not_counted(tmp_path):
     backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
     (_, row) = costs([one], backbone)
     assert (row.rank, row.zeros) == (4, 0)
+
+
+def test_energy_is_that_of_a_thousand_tokens(tmp_path, monkeypatch):
+    """A device that uses 2 J for each reading of 256 tokens."""
+    base = tiny_backbone_folder(tmp_path / "base")
+    backbone = load_backbone(ModelSpec(str(base), "float32", device="cpu"))
+    used = [0.0]
+    monkeypatch.setattr("grasp_lora.sharing.cost._LONG", 0.05)
+    backbone.model.register_forward_hook(lambda *_given: used.__setitem__(0, used[0] + 2.0))
+    (row,) = costs([], backbone, lambda: used[0])
+    assert row.energy == pytest.approx(1000 * 2 / 256)
+    assert costs([], backbone)[0].energy is None

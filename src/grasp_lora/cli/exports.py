@@ -141,7 +141,8 @@ def cost(
 ) -> None:
     """Measure what adapters cost: bytes on disk and in memory, time to load and switch, speed.
 
-    Reads the adapters and their base model, and prints a table. Writes nothing.
+    Reads the adapters and their base model, and prints a table, with the energy where the machine
+    tells it. Writes nothing.
     """
     from rich.console import Console
     from rich.table import Table
@@ -152,7 +153,9 @@ def cost(
     name, rows = costs_on(place, adapters, dtype, device, typer.echo)
     table = Table(title=f"on {cell(name)}")
     table.add_column("adapter", overflow="fold")
-    for title in ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s"):
+    known = all(row.energy is not None for row in rows)
+    titles = ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s")
+    for title in (*titles, *(["J/1,000 tokens"] if known else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         values = [
@@ -160,6 +163,7 @@ def cost(
             *(f"{size / 1e6:.2f} MB" for size in (row.disk, row.memory)),
             *(f"{1000 * seconds:.1f} ms" for seconds in (row.load, row.switch)),
             f"{row.speed:,.0f}",
+            *([f"{row.energy:.2f}"] if known else []),
         ]
         table.add_row(cell(row.name), *values)
     Console(highlight=False).print(table)

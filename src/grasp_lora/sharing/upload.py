@@ -218,13 +218,17 @@ _SAID: Mapping[int, str] = {
 }
 
 
+# The client's own errors differ between versions; in all they are the bases of the hub's.
+_OF_CLIENT: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+_OF_HUB = (RuntimeError, OSError, *_OF_CLIENT)
+
+
 @contextmanager
 def _hub_words() -> Iterator[None]:
     """Turn errors of the hub and of its client into one line."""
     try:
         yield
-    # The client's own errors differ between versions; in all they are the bases of this one.
-    except (RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__, OSError) as error:
+    except _OF_HUB as error:
         # A file that could not be sent is told by another error, which the first one caused.
         answer = getattr(error.__cause__ or error, "response", None)
         said = _SAID.get(getattr(answer, "status_code", 0))
