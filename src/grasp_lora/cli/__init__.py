@@ -15,7 +15,7 @@ from grasp_lora.cli.common import Commands, Debug
 
 __all__ = ["app", "main"]
 
-_LOOK = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+_LOOK = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 app = typer.Typer(
     name="grasp-lora",
