@@ -28,10 +28,10 @@ from typing import Any
 import gguf
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import common
-from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.models.backbones import Backbone, ModelSpec, gguf_source_of
 from grasp_lora.sharing.export import Request, write_export
 from grasp_lora.sharing.gguf_files import layout_of, tensor_names
@@ -52,6 +52,7 @@ FORMS = {
     "gguf, bfloat16": ("gguf", "bfloat16"),
     "mlx, bfloat16": ("mlx", "bfloat16"),
 }
+_PREFIX = "base_model.model."
 _MERGED = "gguf-merged, float32"
 _CONVERTED = "as its converter reads it"
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter.gguf")
@@ -140,16 +141,18 @@ def plain_base(source: Any, place: Path) -> Path:
 
 def as_converted(adapter: Path, layout: Any, out: Path) -> Path:
     """Write an adapter as llama.cpp's converter does: no patterns, the global alpha; return it."""
-    loaded = read_adapter(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
     writer = gguf.GGUFWriter(out, layout.architecture.lower())
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(loaded.config["lora_alpha"]))
-    names = tensor_names(layout, loaded.adapter)
-    for module, factors in loaded.adapter.items():
-        B = layout.in_order(module, factors.B)
-        writer.add_tensor(f"{names[module]}.lora_a", factors.A.contiguous().numpy())
-        writer.add_tensor(f"{names[module]}.lora_b", B.contiguous().numpy())
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    keys = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")]
+    names = tensor_names(layout, {key.removeprefix(_PREFIX): key for key in keys})
+    for module, name in names.items():
+        A, B = (tensors[f"{_PREFIX}{module}.lora_{side}.weight"].float() for side in "AB")
+        writer.add_tensor(f"{name}.lora_a", A.contiguous().numpy())
+        writer.add_tensor(f"{name}.lora_b", layout.in_order(module, B).contiguous().numpy())
     _finish(writer)
     return out
 
