@@ -36,9 +36,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"base", "core", "metrics", "scoring", "tasks"},
         {"huggingface_hub", "jinja2", "markupsafe", "matplotlib", "rich", "safetensors"},
     ),
-    "export": (
-        {"adapters", "base", "core", "models", "report"},
-        {"torch", "transformers", "peft", "safetensors"},
+    "sharing": (
+        {"adapters", "base", "config", "core", "models", "report"},
+        {"torch", "transformers", "peft", "safetensors", "huggingface_hub"},
     ),
     "workbench": (
         {"adapters", "base", "config", "core", "data", "generation", "metrics", "models", "report"}
@@ -60,16 +60,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "adapters",
             "base",
             "config",
-            "export",
             "metrics",
             "plans",
             "report",
             "scoring",
+            "sharing",
             "workbench",
         },
         {"typer", "rich"},
     ),
-    "__init__": ({"adapters", "config", "core", "plans", "training"}, set()),
+    "__init__": ({"adapters", "config", "core", "plans", "sharing", "training"}, set()),
     "__main__": ({"cli"}, set()),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

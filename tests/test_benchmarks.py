@@ -5,12 +5,14 @@ import importlib
 import json
 import math
 
+import gguf
 import pytest
 import torch
 from benchmarks import (
     budget,
     common,
     end_to_end,
+    engines,
     evaluation,
     generate,
     growth,
@@ -24,7 +26,9 @@ from benchmarks import (
 )
 from benchmarks.authors_schedule import Schedule
 
+from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.clock import Clock
+from grasp_lora.sharing.gguf_files import layout_of
 from helpers import drawing, tiny_backbone_folder, tiny_model
 
 FIGURES = {
@@ -37,6 +41,7 @@ FIGURES = {
         "speedup_vs_authors_schedule",
         "speedup_vs_authors_schedule_continue",
     ),
+    engines: ("bfloat16_share",),
     growth: (),
     loading: ("help_seconds",),
     masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
@@ -223,6 +228,31 @@ def test_a_design_of_the_budget_is_charged_for_the_rows_it_reads(tmp_path, monke
         assert 0 <= design["learned_clear"] <= 1
     assert whole["regret_difference"] == 0
     assert "| 4 rows | 96 |" in capsys.readouterr().out
+
+
+def test_an_engine_is_held_against_peft_by_its_tokens():
+    wanted = [{"first": {7: 0.5, 8: 0.25}, "answer": [7, 1]}, {"first": {3: 0.9}, "answer": [3, 2]}]
+    found = [{"first": {"7": 0.4}, "answer": [7, 1]}, {"first": {"3": 0.8}, "answer": [3, 9]}]
+    held = engines.held_against(wanted, found)
+    assert held == {"difference": 0.25, "same_first": 2, "same_answers": 1}
+
+
+def test_what_a_converter_without_patterns_reads_is_another_delta(tmp_path):
+    """The tensors as they are, and the global alpha: 8 / 12 in place of 6 / 12 for q_proj."""
+    model = tiny_model()
+    adapter = engines.mixed_adapter(model, tmp_path / "mixed")
+    file = engines.as_converted(adapter, layout_of(model.config), tmp_path / "a.gguf")
+    reader = gguf.GGUFReader(file)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {one.name: torch.tensor(one.data.copy()) for one in reader.tensors}
+    A, B = (tensors[f"blk.0.attn_v.weight.lora_{side}"] for side in "ab")
+    factors = read_adapter(adapter).adapter["model.layers.0.self_attn.v_proj"]
+    torch.testing.assert_close(
+        alpha / A.shape[0] * (B @ A), factors.scaling * factors.B @ factors.A
+    )
+    rank = tensors["blk.0.attn_q.weight.lora_a"].shape[0]
+    other = read_adapter(adapter).adapter["model.layers.0.self_attn.q_proj"].scaling
+    assert (alpha / rank, other) == (8 / 12, 6 / 12)
 
 
 @pytest.mark.parametrize("kind", leaks.KINDS)

@@ -20,7 +20,7 @@ from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
-    *("score", "export", "cost", "report", "schema", "init", "doctor"),
+    *("score", "export", "push", "cost", "report", "schema", "init", "doctor"),
 ]
 FUNCTIONS = {
     "plans.run": ("run",),

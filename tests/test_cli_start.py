@@ -1,6 +1,10 @@
-"""The command init, from its options to the description of the examples."""
+"""The command init, from its options to the description; completion of commands in a shell."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +86,27 @@ def test_init_replaces_no_file_of_examples(place, tmp_path):
     )
     assert done.exit_code == 2
     assert rows.read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_once_the_completion_is_installed(tmp_path):
+    """In a home folder of its own; the shell is found by the process that starts the command."""
+    command = tmp_path / "grasp-lora"
+    code = 'import sys; sys.argv[0] = "grasp-lora"; from grasp_lora.cli import main; main()'
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
+    command.chmod(0o755)
+    lines = [
+        "grasp-lora --install-completion",
+        "source ~/.bash_completions/grasp-lora.sh",
+        "COMP_WORDS=(grasp-lora pu); COMP_CWORD=1",
+        "_grasp_lora_completion grasp-lora",
+        'echo "completed: ${COMPREPLY[@]}"',
+        "grasp-lora --show-completion",
+    ]
+    own = {"HOME": str(tmp_path), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, env=os.environ | own
+    )
+    assert "completed: push\n" in done.stdout, done.stderr
+    assert "complete -o default -F _grasp_lora_completion grasp-lora" in done.stdout
+    assert "grasp-lora.sh" in (tmp_path / ".bashrc").read_text()

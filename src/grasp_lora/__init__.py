@@ -15,6 +15,7 @@ _HOMES = {
     "RatioSearch": "grasp_lora.training.ratio_search",
     "RunConfig": "grasp_lora.config.run_config",
     "evaluate": "grasp_lora.plans.public",
+    "export": "grasp_lora.sharing.public",
     "load_config": "grasp_lora.config.run_config",
     "merge_adapters": "grasp_lora.adapters.merging",
     "run": "grasp_lora.plans.public",
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "evaluate",
+    "export",
     "load_config",
     "merge_adapters",
     "run",
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
     from grasp_lora.core.controller.settings import ControllerConfig
     from grasp_lora.plans.public import evaluate, run
+    from grasp_lora.sharing.public import export
     from grasp_lora.training.ratio_search import RatioSearch
 
 

@@ -39,6 +39,7 @@ def test_a_text_cannot_end_the_block_of_code_it_stands_in():
     first, text, last = fenced("a\n````\nb")
     assert first == last == "`````"
     assert text == "a\n````\nb"
+    assert fenced("می\u200cخواهم \u202e")[1] == "می\u200cخواهم \\u202e"
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, HALF])

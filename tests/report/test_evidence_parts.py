@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from scipy import stats
 
-from grasp_lora.base.files import write_json, write_jsonl
+from grasp_lora.base.files import read_jsonl, write_json, write_jsonl
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.report.charts import Chart
 from grasp_lora.report.document import Lines, Section, Table
@@ -165,6 +165,17 @@ def test_answers_that_differ_show_gains_and_losses_in_turn(tmp_path):
     assert [row[0].text for row in table.rows] == ["q2", "q1", "q4", "q3"]
     assert [cell.text for cell in table.rows[0]] == ["q2", "yes", "yes", "no"]
     assert all(cell.outside for row in table.rows for cell in row)
+
+
+@pytest.mark.parametrize(("task", "title"), [("qa", "question"), ("summarization", "input")])
+def test_answers_stand_beside_their_question_where_it_is_known(tmp_path, task, title):
+    answers(tmp_path, "final", ["yes"], [100])
+    answers(tmp_path, "target", ["no"], [0])
+    file = tmp_path / "evaluations" / "final" / "predictions.jsonl"
+    write_jsonl(file, [row | {"question": "¿Sí?"} for row in read_jsonl(file)])
+    (table,) = tables(answers_section(tmp_path, task))
+    assert table.titles == ("example", title, "accepted", "shipped", "target adapter alone")
+    assert [cell.text for cell in table.rows[0]] == ["q0", "¿Sí?", "yes", "yes", "no"]
 
 
 def test_a_long_answer_is_cut(tmp_path):

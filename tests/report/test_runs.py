@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from grasp_lora.base.files import finish_run, open_run, write_json
+from grasp_lora.base.files import finish_run, open_run, read_json, write_json
 from grasp_lora.cli import app
 from grasp_lora.report.document import Dots, Lines, Section, Table
 from grasp_lora.report.runs import runs_document
@@ -145,3 +145,13 @@ def test_names_and_settings_from_outside_are_shown_as_they_are(tmp_path, name):
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert page.count("<script") == 1
     assert not re.search("[\x1b\u202e]", page)
+
+
+def test_runs_whose_result_was_not_scored_have_no_scores(tmp_path):
+    folders = [finished_run(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        scores = read_json(folder / "scores.json")
+        scores["systems"] = [row for row in scores["systems"] if row["slug"] != "final"]
+        write_json(folder / "scores.json", scores)
+    titles = [one.title for one in runs_document(folders).sections]
+    assert titles == ["Decisions", "Ratio and cost", "Settings that differ"]

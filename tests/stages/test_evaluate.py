@@ -110,6 +110,8 @@ def test_predictions_hold_what_every_score_is_made_of(place):
     scores = evaluated(place, "lora", f"--data={place / 'one.jsonl'}", "--language=en")
     rows = read_jsonl(place / "scores-lora/predictions.jsonl")
     assert [row["id"] for row in rows] == [f"q{n}" for n in range(6)]
+    given = read_jsonl(place / "one.jsonl")
+    assert [row["question"] for row in rows] == [row["question"] for row in given]
     for row in rows:
         assert row["exact_match"] == 100 * exact_match(row["prediction"], row["references"])
     told = scores["sets"]["test"]["scores"]

@@ -518,3 +518,31 @@ def test_the_state_of_the_search_in_a_checkpoint_is_the_controllers(whole):
     assert stored["search"]["controller"] == state_to_json(controller)
     assert {record.rows for record in controller.records} != {tuple(range(4))}
     assert token_row(MICRO_DEV[0], 0, tiny_model(), None).group == "0"
+
+
+class Noted(TrainerCallback):
+    """Keeps what trackers are given."""
+
+    def __init__(self):
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append({"step": state.global_step} | logs)
+
+
+def test_the_numbers_of_every_round_reach_the_trackers_of_the_trainer(tmp_path):
+    plain, before = searched(tmp_path / "a")
+    search, noted = RatioSearch(MICRO_DEV, controller=CONFIG), Noted()
+    trainer = trainer_of(tmp_path / "b", search, others=[noted])
+    search.log_to(trainer.log)
+    trainer.train()
+    told = [one for one in noted.logs if "grasp/ratio" in one]
+    assert [one["step"] for one in told] == [record.step for record in search.rounds]
+    assert [one["grasp/ratio"] for one in told] == [one.mask_ratio for one in search.rounds]
+    assert all(-10 < one["grasp/reward"] < 10 for one in told)
+    assert search.rounds == plain.rounds
+    losses = [
+        [one["loss"] for one in each.state.log_history if "loss" in one]
+        for each in (before, trainer)
+    ]
+    assert losses[0] == losses[1]

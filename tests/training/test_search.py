@@ -12,9 +12,11 @@ import pytest
 import torch
 from benchmarks.torture_damage import WAYS, damage
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.settings import ControllerConfig
+from grasp_lora.core.evidence.history import RoundRecord
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
@@ -90,6 +92,28 @@ def live_adapter(kind: str = "cat", dropout: float = 0.1) -> LiveAdapter:
             }
         )
     return attach_live_adapter(model, merge(kind, adapters, [0.5, 0.5]), "source", dropout)
+
+
+RECORD = RoundRecord(
+    round=0,
+    step=1,
+    kind="policy",
+    candidates=(0.2, 0.4),
+    rewards=(0.1, 0.3),
+    baseline=None,
+    losses=(1.1, 0.9),
+    committed=False,
+    ratio_before=0.1,
+    ratio=0.1,
+    mask_ratio=0.1,
+    best=0.4,
+    mu=0.3,
+    sigma=0.2,
+    rows=(),
+    per_row=(),
+    baseline_rows=(),
+    reason="",
+)
 
 
 @dataclasses.dataclass
@@ -186,6 +210,55 @@ def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bi
     assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
+
+
+class Tracker(TrainerCallback):
+    """A tracker that keeps what it is given, as TensorBoard's would."""
+
+    given: list[tuple[int, dict[str, float]]]
+
+    def __init__(self):
+        Tracker.given = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        Tracker.given.append((state.global_step, dict(logs)))
+
+
+def test_trackers_are_given_every_round_and_the_training_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "kept", Tracker)
+    plain, run = train(tmp_path / "a"), train(tmp_path / "b", report_to=("kept",))
+    records = run.searcher.controller.records
+    rounds = [(step, one) for step, one in Tracker.given if "grasp/ratio" in one]
+    assert [step for step, _ in rounds] == [record.step for record in records]
+    for (_, one), record, flipped in zip(rounds, records, run.searcher.flipped, strict=True):
+        best = record.candidates.index(record.best)
+        assert {name: value for name, value in one.items() if name != "epoch"} == {
+            "grasp/ratio": record.mask_ratio,
+            "grasp/incumbent": record.ratio,
+            "grasp/mu": record.mu,
+            "grasp/sigma": record.sigma,
+            "grasp/best": record.best,
+            "grasp/reward": record.rewards[best],
+            "grasp/loss": record.losses[best],
+            "grasp/flipped": flipped,
+        }
+    assert [one["loss"] for _, one in Tracker.given if "loss" in one] == [
+        entry["loss"] for entry in plain.log
+    ]
+    assert plain.log == run.log
+    assert same_weights(plain.live, run.live)
+
+
+def test_numbers_that_are_not_finite_are_left_out():
+    record = dataclasses.replace(
+        RECORD, candidates=(0.2, 0.4), rewards=(None, None), losses=(None, None), best=None
+    )
+    assert callback.scalars(record) == {
+        "grasp/ratio": 0.1,
+        "grasp/incumbent": 0.1,
+        "grasp/mu": 0.3,
+        "grasp/sigma": 0.2,
+    }
 
 
 def test_equal_candidates_are_measured_once(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
 NOTES_FILE = "grasp_lora.json"
-_RANKS = "ranks"
+RANKS_NOTE = "ranks"
 """In `grasp_lora.json`: module -> its own rank, where zeros fill it up to that of the others."""
 
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -156,7 +156,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAd
     check_patterns(config, pairs, folder / ADAPTER_CONFIG_FILE)
     notes = read_notes(folder)
     fingerprint, vocab_size = notes.pop("base_fingerprint", None), notes.pop("vocab_size", None)
-    ranks = notes.pop(_RANKS, {})
+    ranks = notes.pop(RANKS_NOTE, {})
     return LoadedAdapter(
         adapter={
             module: _own_part(_factors(config, module, pair, folder), ranks.get(module))
@@ -204,7 +204,7 @@ def read_notes(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     notes = read_json_file(file)
-    for name, kind in (("base_fingerprint", str), ("vocab_size", int), (_RANKS, dict)):
+    for name, kind in (("base_fingerprint", str), ("vocab_size", int), (RANKS_NOTE, dict)):
         if not isinstance(notes.get(name), kind | None):
             raise ValueError(
                 f"{shown_path(file)}: {name} is {shown(notes[name])}, which grasp-lora does not "
@@ -408,6 +408,16 @@ def one_rank(modules: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
     }
 
 
+def own_ranks(modules: Mapping[str, FactorPair]) -> dict[str, int]:
+    """Return module -> its rank, of the modules that `one_rank` fills up.
+
+    Args:
+        modules: full module name -> (A [rank, in], B [out, rank]).
+    """
+    ranks = {module: A.shape[0] for module, (A, _) in sorted(modules.items())}
+    return {module: rank for module, rank in ranks.items() if rank < max(ranks.values())}
+
+
 def its_base(named: str | None) -> str:
     """Return the base model of an adapter in words, with the name that the adapter gives it."""
     return "the base model it was trained on" + (f" ({named})" if named else "")
@@ -496,7 +506,7 @@ def write_adapter(
     """
     folder = Path(folder)
     check_modules(modules, model, str(folder))
-    ranks = {module: A.shape[0] for module, (A, _) in sorted(modules.items())}
+    own = own_ranks(modules)
     modules = one_rank(modules)
     tensors = {
         f"base_model.model.{module}.lora_{side}.weight": _finite(module, side, tensor)
@@ -508,8 +518,7 @@ def write_adapter(
     config.inference_mode = True
     config.target_modules = sorted(modules)  # PEFT stores a set, whose order differs between runs
     notes = {**(extra or {}), "base_fingerprint": fingerprint, "vocab_size": vocabulary_size(model)}
-    own = {module: rank for module, rank in ranks.items() if rank < config.r}
-    notes |= {_RANKS: own} if own else {}
+    notes |= {RANKS_NOTE: own} if own else {}
 
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # a killed process with the same id may have left it

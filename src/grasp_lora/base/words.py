@@ -102,7 +102,7 @@ def fenced(text: str) -> list[str]:
     """Return a text as the lines of a block of code in Markdown, which it cannot end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [fence, printable(text), fence]
+    return [fence, legible(text), fence]
 
 
 def in_picture(text: str) -> str:

@@ -15,7 +15,7 @@ from grasp_lora.cli.common import Commands, Debug, SeveralWeights
 
 __all__ = ["app", "main"]
 
-_LOOK = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+_LOOK = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 app = typer.Typer(
     name="grasp-lora",
@@ -46,6 +46,7 @@ for command in (
     scores.evaluate,
     scores.score,
     exports.export,
+    exports.push,
     exports.cost,
     report.report,
     stages.schema,

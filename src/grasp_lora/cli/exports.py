@@ -1,6 +1,7 @@
-"""The commands export and cost: adapters for other programs, and what they cost to run."""
+"""The commands export, push and cost: adapters for others, and what they cost to run."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -63,9 +64,7 @@ def export(
         return
     if to is None or out is None:
         raise ValueError("give --to and --out, or --check ENGINE")
-    from grasp_lora.config.sections import hub_id
-    from grasp_lora.export.export import Request
-    from grasp_lora.export.export import export as write
+    from grasp_lora.sharing.export import Request, write_export
 
     request = Request(
         adapter=adapter,
@@ -74,14 +73,14 @@ def export(
         dtype=dtype,
         rank=rank,
         tolerance=tolerance,
-        model=None if model is None else os.path.expanduser(model),
-        public_name=None if public_name is None else hub_id(public_name),
+        model=model,
+        public_name=public_name,
     )
-    wrote(write(request, lambda line: typer.echo(printable(line))))
+    wrote(write_export(request, lambda line: typer.echo(printable(line))))
 
 
 def _check(engine: str, adapter: Path) -> None:
-    from grasp_lora.export.engines import faults_for
+    from grasp_lora.sharing.engines import faults_for
 
     faults = faults_for(engine, adapter)
     for fault in faults:
@@ -89,6 +88,42 @@ def _check(engine: str, adapter: Path) -> None:
     if faults:
         raise typer.Exit(1)
     typer.echo(printable(f"{engine} reads {adapter} as PEFT does"))
+
+
+def push(
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.")],
+    place: Annotated[
+        Path,
+        typer.Argument(metavar="[FOLDER]", help="Adapter folder or run folder.", **AS_PATH),
+    ] = Path("."),
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody read a new repository.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the upload.")] = False,
+) -> None:
+    """Upload an adapter with its card to the Hugging Face hub; of a run its reports too.
+
+    Reads the folder, and who is logged in (hf auth login, or HF_TOKEN). Shows what would be
+    uploaded, after looking through it for absolute paths and tokens, and asks. Writes one commit
+    to the repository, which is private unless --public; its other files stay.
+    """
+    from grasp_lora.sharing.upload import look_at, look_through, parcel_of, preview, upload
+
+    parcel = parcel_of(place)
+    look_through(parcel)
+    where = look_at(repo, public)
+    for line in preview(parcel, where):
+        typer.echo(printable(line))
+    if not yes:
+        if not asked_at_a_terminal():
+            raise ValueError("no terminal is there to ask; pass --yes to upload these files")
+        typer.confirm("Upload these files?", abort=True)
+    typer.echo(f"uploaded: {printable(upload(parcel, where))}")
+
+
+def asked_at_a_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin.isatty()
 
 
 def cost(
@@ -106,18 +141,21 @@ def cost(
 ) -> None:
     """Measure what adapters cost: bytes on disk and in memory, time to load and switch, speed.
 
-    Reads the adapters and their base model, and prints a table. Writes nothing.
+    Reads the adapters and their base model, and prints a table, with the energy where the machine
+    tells it. Writes nothing.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from grasp_lora.export.cost import READ, costs_on
+    from grasp_lora.sharing.cost import READ, costs_on
 
     place = None if model is None else os.path.expanduser(model)
     name, rows = costs_on(place, adapters, dtype, device, typer.echo)
     table = Table(title=f"on {cell(name)}")
     table.add_column("adapter", overflow="fold")
-    for title in ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s"):
+    known = all(row.energy is not None for row in rows)
+    titles = ("rank", "zeros", "disk", "memory", "load", "switch", "tokens/s")
+    for title in (*titles, *(["J/1,000 tokens"] if known else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         values = [
@@ -125,6 +163,7 @@ def cost(
             *(f"{size / 1e6:.2f} MB" for size in (row.disk, row.memory)),
             *(f"{1000 * seconds:.1f} ms" for seconds in (row.load, row.switch)),
             f"{row.speed:,.0f}",
+            *([f"{row.energy:.2f}"] if known else []),
         ]
         table.add_row(cell(row.name), *values)
     Console(highlight=False).print(table)

@@ -16,6 +16,8 @@ from grasp_lora.tasks.base import task_named
 from grasp_lora.tasks.prompts import template_for
 
 CARD_FILE = "README.md"
+RESULT = "final"
+"""The folder of a run's result, in the run folder."""
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM takes for `--max-lora-rank`."""
 
@@ -26,6 +28,8 @@ _TASKS: Mapping[str, str] = {
 }
 """Our task -> the name that hubs have for it."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PLAIN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+"""Names that stand in code and in commands without quotes."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def facts_of_run(run: Path) -> CardFacts | None:
         ("seed", str(made["seed"])),
         ("made with", ", ".join(f"{n} {v}" for n, v in made["packages"].items() if v)),
     ]
-    final = [row for row in scores["systems"] if row["slug"] == "final"]
+    final = [row for row in scores["systems"] if row["slug"] == RESULT]
     return CardFacts(
         title=f"{data['task']} in {target}",
         made=f"It was made by grasp-lora: {ships}.",
@@ -154,7 +158,7 @@ def write_card(folder: Path, facts: CardFacts | None) -> Path:
         chat=" It is put into the tokenizer's chat template." if facts.chat else "",
         rank=rank,
         alpha=f"{config['lora_alpha']:g}",
-        base=named or "BASE_MODEL",
+        base=named if named and _PLAIN.fullmatch(named) else "BASE_MODEL",
         served_rank=next((one for one in SERVED_RANKS if rank <= one), rank),
     )
     write_text(folder / CARD_FILE, str(card))

@@ -306,8 +306,12 @@ def answers_section(run: Path, task: str) -> Section:
         told += f"; by {TITLES.get(metric, metric)} the shipped adapter is better in {better}, "
         told += f"worse in {worse}"
     shown = _some_of_both(apart)
-    titles = ("example", "accepted", "shipped", "target adapter alone")
-    table = Table(titles, tuple(_answers_row(one) for one in shown), texts=True, most=3)
+    # Records of an earlier version have no questions.
+    known = any("question" in one.row for one in shown)
+    asked = (("question" if task == "qa" else "input"),) if known else ()
+    titles = ("example", *asked, "accepted", "shipped", "target adapter alone")
+    rows = tuple(_answers_row(one, bool(asked)) for one in shown)
+    table = Table(titles, rows, texts=True, most=3)
     parts: tuple[Part, ...] = (Lines((f"{told}.",)), table) if both else ()
     return Section(title, parts)
 
@@ -329,10 +333,12 @@ def _some_of_both(apart: Sequence[_Apart]) -> list[_Apart]:
     return [*turns, *(one for one in apart if one.gain == 0)][:_MOST_EXAMPLES]
 
 
-def _answers_row(one: _Apart) -> tuple[Cell, ...]:
+def _answers_row(one: _Apart, asked: bool) -> tuple[Cell, ...]:
     row = one.row
     where = row["id"] if row["set"] == "test" else f"{row['set']}: {row['id']}"
-    texts = (where, " / ".join(row["references"]), row["prediction"], one.other["prediction"])
+    accepted = " / ".join(row["references"])
+    question = (row.get("question", ""),) if asked else ()
+    texts = (where, *question, accepted, row["prediction"], one.other["prediction"])
     return tuple(Cell(_cut(text), outside=True) for text in texts)
 
 

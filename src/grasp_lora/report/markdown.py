@@ -24,7 +24,18 @@ def to_markdown(document: Document, elsewhere: str = "report.html") -> str:
         lines = list(_lines(document, most, elsewhere))
         if len(lines) <= MOST_LINES:
             break
-    return "\n".join(lines[:MOST_LINES]) + "\n"
+    return "\n".join(_cut(lines, elsewhere)) + "\n"
+
+
+def _cut(lines: Sequence[str], elsewhere: str) -> list[str]:
+    """Return lines that are not too many, without a block of code that would have no end."""
+    if len(lines) <= MOST_LINES:
+        return list(lines)
+    kept = list(lines[: MOST_LINES - 2])
+    fences = [place for place, line in enumerate(kept) if line.startswith("```")]
+    if len(fences) % 2:
+        kept = kept[: fences[-1]]
+    return [*kept, "", f"More: {elsewhere}"]
 
 
 def _lines(document: Document, most: int, elsewhere: str) -> Iterator[str]:

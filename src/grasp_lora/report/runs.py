@@ -120,7 +120,9 @@ def runs_document(folders: Sequence[Path]) -> Document:
 
 
 def _tests(run: Run) -> list[str]:
-    return list(run.scores["systems"][0]["sets"]) if run.scores["systems"] else []
+    """Return the test sets on which the result was scored."""
+    rows = [row for row in run.scores["systems"] if row["slug"] == "final"]
+    return list(rows[0]["sets"]) if rows else []
 
 
 def _lowest(runs: Sequence[Run], tests: Sequence[str]) -> Iterator[str]:

@@ -139,7 +139,8 @@ def _write(
         device = str(context.backbone.device)
         scores, per_row = score_sets(config, data.test_sets(), predictions, name, device)
     with context.clock.span("write"):
-        write_jsonl(work.out / "predictions.jsonl", _records(predictions, per_row, name))
+        records = _records(predictions, per_row, name, _asked(context))
+        write_jsonl(work.out / "predictions.jsonl", records)
         if data.leaks:
             scores["leaks"] = [asdict(leak) for leak in data.leaks]
         if shots is not None:
@@ -215,16 +216,27 @@ def _losses(context: Context, model: Any, encoded: Sequence[EncodedExample]) -> 
     return example_losses(model, rows.batches(range(len(encoded))), len(encoded))
 
 
+def _asked(context: Context) -> dict[tuple[str, str], str]:
+    """Return (test set, id) -> what is asked: the last input of the task, cut if it is long."""
+    return {
+        (name, one.id): list(one.fields.values())[-1][:_MOST_ASKED]
+        for name, (role, split) in context.data.test_sets().items()
+        for one in context.examples(role, split)
+    }
+
+
 def _records(
     predictions: dict[str, list[Row]],
     per_row: dict[str, dict[str, tuple[float, ...]]],
     tokenizer: str,
+    asked: Mapping[tuple[str, str], str],
 ) -> list[dict[str, Any]]:
     return [
         {
             "set": name,
             "id": row.id,
             "group": row.group,
+            "question": asked[name, row.id],
             "prediction": row.prediction,
             "references": list(row.references),
             "tokens": row.tokens,
@@ -237,6 +249,8 @@ def _records(
     ]
 
 
+_MOST_ASKED = 600
+"""Characters of a question that `predictions.jsonl` has; an article is longer."""
 _NO_RESULT = ("baselines",)
 _OF_A_TEST = ("prompt", "language")
 

@@ -35,7 +35,7 @@ from grasp_lora.training.checkpoint import (
     write_state,
 )
 from grasp_lora.training.live import LiveAdapter
-from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
+from grasp_lora.training.search_callback import Log, ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import refuse_unsupported_launch
 
 RowObjective = Callable[[nn.Module, Sequence[Any]], Sequence[float]]
@@ -122,6 +122,7 @@ class RatioSearch(TrainerCallback):
         self._searcher: SearchCallback | None = None
         self._parts: list[Stateful] = []
         self._choice: RatioChoice | None = None
+        self._log: Log | None = None
 
     @property
     def choice(self) -> RatioChoice:
@@ -154,6 +155,17 @@ class RatioSearch(TrainerCallback):
     def rounds(self) -> tuple[RoundRecord, ...]:
         """The records of the rounds so far."""
         return () if self._searcher is None else self._searcher.controller.records
+
+    def log_to(self, log: Log) -> None:
+        """Hand the numbers of every round to a function: `trainer.log` brings them to its trackers.
+
+        Args:
+            log: is called with `grasp/ratio`, `grasp/incumbent`, `grasp/best`, `grasp/reward`,
+                `grasp/loss`, `grasp/mu`, `grasp/sigma` and `grasp/flipped`, those that are finite.
+        """
+        self._log = log
+        if self._searcher is not None:
+            self._searcher.log = log
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter, pruned at the learned ratio, as an ordinary PEFT folder.
@@ -229,6 +241,7 @@ class RatioSearch(TrainerCallback):
             on_round=lambda _state, _record: None,
             objective=None if self._objective is None else self._measure,
         )
+        self._searcher.log = self._log
         self._parts = [begun, LiveAdapterState(live), self._searcher]
         if folder is not None:
             _resume(folder, live, self._parts)

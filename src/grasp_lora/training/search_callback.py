@@ -70,6 +70,8 @@ class ProbePool:
     fresh: bool
 
 
+Log = Callable[[dict[str, float]], None]
+"""Takes numbers by name, as `Trainer.log` does."""
 Objective = Callable[[nn.Module, Sequence[int]], list[float]]
 """(model in eval mode, positions in the pool) -> objective of each example; lower is better."""
 
@@ -114,6 +116,26 @@ class _Measured:
     masks: Mapping[float, Masks]
 
 
+def scalars(record: RoundRecord) -> dict[str, float]:
+    """Return what trackers are given of a round; losses and rewards in nats.
+
+    `grasp/ratio` is the ratio of the mask in force, `grasp/incumbent` the current ratio of the
+    controller, `grasp/mu` and `grasp/sigma` its policy, `grasp/best` the candidate with the largest
+    reward, `grasp/reward` and `grasp/loss` its reward and loss. What was not finite is left out.
+    """
+    found = {
+        "ratio": record.mask_ratio,
+        "incumbent": record.ratio,
+        "mu": record.mu,
+        "sigma": record.sigma,
+        "best": record.best,
+    }
+    if record.best is not None:
+        place = record.candidates.index(record.best)
+        found |= {"reward": record.rewards[place], "loss": record.losses[place]}
+    return {f"grasp/{name}": value for name, value in found.items() if value is not None}
+
+
 class SearchCallback(TrainerCallback):
     """Runs a controller round at the steps that the settings name.
 
@@ -152,11 +174,24 @@ class SearchCallback(TrainerCallback):
         """For each round, the number of entries whose mask changed."""
         self.forwards = 0
         """Examples read in forward passes so far."""
+        self.log: Log | None = None
+        """Is given the `scalars` of every round of a training."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run a round if one is due."""
         if rounds.is_due(state.global_step, self._settings.total_steps, self._config):
             self._round(state.global_step, kwargs.get("optimizer"))
+            self._tell(control)
+
+    def _tell(self, control: Any) -> None:
+        """Hand the numbers of the last round on."""
+        if self.log is None:
+            return
+        wanted = control.should_log
+        flipped = {"grasp/flipped": float(self.flipped[-1])}
+        self.log(scalars(self.controller.records[-1]) | flipped)
+        # The Trainer takes any log for that of the step, which is still to come.
+        control.should_log = wanted
 
     def run_untrained_round(self, number: int) -> None:
         """Run round `number` on an adapter that is not trained, without changing its masks."""

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from grasp_lora.base.words import shown
 from grasp_lora.models.batches import Beside, EpochExamples
 from grasp_lora.models.example_losses import IGNORED, answer_logits
+from grasp_lora.training.search_callback import SearchCallback
 
 
 class Diverged(FloatingPointError):
@@ -192,7 +193,8 @@ def build_trainer(
 
     The optimizer is AdamW with the published schedule (arXiv 2601.06702): the learning rate is
     multiplied by `lr_decay` after each epoch. The Trainer does logging, saving and resuming. Its
-    progress bars are removed, since the caller shows its own.
+    progress bars are removed, since the caller shows its own. Trackers are given the rounds of a
+    search among the callbacks too.
 
     Args:
         model: the model to train.
@@ -228,6 +230,10 @@ def build_trainer(
         callbacks=list(callbacks),
         optimizers=(optimizer, schedule),
     )
+    if settings.report_to:
+        for one in callbacks:
+            if isinstance(one, SearchCallback):
+                one.log = trainer.log
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

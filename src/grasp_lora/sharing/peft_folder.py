@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from grasp_lora.adapters.chat import TEMPLATE_FILE, saved_template
 from grasp_lora.adapters.folder import (
     ADAPTER_CONFIG_FILE,
     NOTES_FILE,
+    RANKS_NOTE,
     WEIGHTS_FILE,
     LoadedAdapter,
     read_notes,
 )
 from grasp_lora.base.files import write_text
-from grasp_lora.export.factors import Ready
-from grasp_lora.report.card import CARD_FILE, facts_of_run, write_card
+from grasp_lora.report.card import CARD_FILE, RESULT, CardFacts, facts_of_run, write_card
+from grasp_lora.sharing.factors import Ready
 
 _KEPT_NOTES = ("base_fingerprint", "vocab_size", "base_file")
 
@@ -33,8 +35,9 @@ def write_peft(
 ) -> None:
     """Write the folder: PEFT's two files, `grasp_lora.json`, the chat template and a card.
 
-    The card of the source folder is taken along, since it may have been edited, unless base or rank
-    have changed. A new one says what the run folder around the source says, if there is one.
+    The card of the source folder is taken along, since it may have been edited, unless base, rank
+    or factors have changed. A new one says what the run folder around the source says, if the
+    source is its result. A trimmed adapter has no scores: they were measured before.
 
     Args:
         out: an existing empty folder.
@@ -52,16 +55,29 @@ def write_peft(
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     write_text(out / ADAPTER_CONFIG_FILE, _json(_config(loaded.config, ready, base)))
     notes = {name: one for name, one in read_notes(source).items() if name in _KEPT_NOTES}
+    notes |= {RANKS_NOTE: ready.own} if ready.own else {}
     write_text(out / NOTES_FILE, _json(notes))
     template = saved_template(source)
     if template is not None:
         write_text(out / TEMPLATE_FILE, template)
     card, before = source / CARD_FILE, loaded.config
-    same = (before["r"], before.get("base_model_name_or_path")) == (ready.rank, base)
-    if same and card.is_file() and (source / NOTES_FILE).is_file():
+    same = (before.get("r"), before.get("base_model_name_or_path")) == (ready.rank, base)
+    if same and not ready.lost and card.is_file() and (source / NOTES_FILE).is_file():
         write_text(out / CARD_FILE, card.read_text(encoding="utf-8"))
     else:
-        write_card(out, facts_of_run(source.parent))
+        write_card(out, _facts(source.resolve(), ready))
+
+
+def _facts(source: Path, ready: Ready) -> CardFacts | None:
+    found = facts_of_run(source.parent) if source.name == RESULT else None
+    if not ready.lost:
+        return found
+    found = found or CardFacts("A LoRA adapter")
+    words = (
+        f"to rank {ready.rank}, by singular values; relative error of a module's delta at most "
+        f"{max(ready.lost.values()):.2e}; not scored since"
+    )
+    return replace(found, facts=(*found.facts, ("trimmed", words)), sets={})
 
 
 def _config(config: Mapping[str, Any], ready: Ready, base: str | None) -> dict[str, Any]:

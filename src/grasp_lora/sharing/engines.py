@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from grasp_lora.adapters.folder import adapter_in, read_config_file, weights_files
-from grasp_lora.base.words import shown
+from grasp_lora.base.words import shown, shown_path
 from grasp_lora.report.card import SERVED_RANKS
 
 
@@ -64,17 +64,26 @@ def foreign_adapter(folder: Path) -> Foreign:
     config = read_config_file(folder)
     ranks: dict[str, int] = {}
     others: list[str] = []
-    for file in weights_files(folder):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                module, side, end = key.rpartition(".lora_A.weight")
-                if side and not end:
-                    ranks[module.removeprefix("base_model.model.")] = tensors.get_slice(
-                        key
-                    ).get_shape()[0]
-                elif not key.endswith(".lora_B.weight"):
-                    others.append(key)
+    for key, shape in _shapes(folder).items():
+        module, side, end = key.rpartition(".lora_A.weight")
+        if side and not end:
+            ranks[module.removeprefix("base_model.model.")] = shape[0]
+        elif not key.endswith(".lora_B.weight"):
+            others.append(key)
     return Foreign(config, ranks, _scalings(config, ranks), tuple(others))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in weights_files(folder):
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shown_path(file)} is damaged or cut short ({error}); copy it again"
+            ) from error
+    return shapes
 
 
 def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import torch
@@ -29,9 +30,14 @@ from grasp_lora.base.files import (
     write_text,
 )
 from grasp_lora.base.words import shown, shown_path
+from grasp_lora.config.sections import at_home, hub_id
 from grasp_lora.core.lora import LoraFactors
-from grasp_lora.export.factors import Ready, difference, ready
-from grasp_lora.export.gguf_files import (
+from grasp_lora.models.backbones import ModelSpec, gguf_source_of, load_backbone, load_model_config
+from grasp_lora.models.devices import DTYPES
+from grasp_lora.models.modules import base_modules
+from grasp_lora.report.card import SERVED_RANKS, served_rank
+from grasp_lora.sharing.factors import Ready, check_range, difference, ready
+from grasp_lora.sharing.gguf_files import (
     ADAPTER_FILE,
     MODEL_FILE,
     layout_of,
@@ -40,12 +46,8 @@ from grasp_lora.export.gguf_files import (
     write_gguf_adapter,
     write_gguf_merged,
 )
-from grasp_lora.export.mlx_folder import read_mlx, write_mlx
-from grasp_lora.export.peft_folder import write_peft
-from grasp_lora.models.backbones import ModelSpec, gguf_source_of, load_backbone, load_model_config
-from grasp_lora.models.devices import DTYPES
-from grasp_lora.models.modules import base_modules
-from grasp_lora.report.card import SERVED_RANKS, served_rank
+from grasp_lora.sharing.mlx_folder import read_mlx, write_mlx
+from grasp_lora.sharing.peft_folder import write_peft
 
 Say = Callable[[str], None]
 SERVE_FILE = "serve.txt"
@@ -80,7 +82,8 @@ class Request:
     @property
     def spec(self) -> ModelSpec:
         """The base model, to be loaded in float32 on the CPU."""
-        return ModelSpec(self.model or named_base_model(self.adapter), "float32", device="cpu")
+        name = named_base_model(self.adapter) if self.model is None else at_home(self.model)
+        return ModelSpec(name, "float32", device="cpu")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class _Job:
         return None if named is None or is_path(named) or Path(named).exists() else named
 
 
-def export(request: Request, say: Say) -> Path:
+def write_export(request: Request, say: Say) -> Path:
     """Write an adapter for another program, load it again, and say how far it is from the adapter.
 
     Args:
@@ -119,11 +122,17 @@ def export(request: Request, say: Say) -> Path:
         raise ValueError(f"--to {shown(request.to)} is unknown; give one of: {', '.join(TARGETS)}")
     if request.dtype not in DTYPES:
         raise ValueError(f"--dtype {shown(request.dtype)}: give one of: {', '.join(DTYPES)}")
-    out = request.out
+    if request.public_name is not None:
+        hub_id(request.public_name)
+    out, dtype = request.out.absolute(), DTYPES[request.dtype]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{shown_path(out)} is there already; choose another folder for --out")
+        raise ValueError(
+            f"{shown_path(request.out)} is there already; choose another folder for --out"
+        )
     loaded = read_adapter(request.adapter)
     made = ready(loaded.adapter, request.rank, request.tolerance)
+    for side, name in enumerate(("lora_A", "lora_B")):
+        check_range({f"{name} of {m}": pair[side] for m, pair in made.pairs.items()}, dtype)
     for line in _trimmed_lines(made):
         say(line)
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -140,7 +149,7 @@ def export(request: Request, say: Say) -> Path:
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return out
+    return request.out
 
 
 def _trimmed_lines(made: Ready) -> list[str]:
@@ -197,6 +206,7 @@ def _merged(job: _Job) -> None:
         wanted = _log_probabilities(adapted, ids)
     made = ready(loaded.adapter, request.rank, request.tolerance)
     _add_deltas(model, made.pairs)
+    check_range(dict(model.named_parameters()), job.dtype)
     nn.Module.to(model, job.dtype)
     model.save_pretrained(job.out)
     _name_rope_as_before(job.out / "config.json")
@@ -244,7 +254,7 @@ def _say_difference(job: _Job, written: Mapping[str, FactorPair]) -> None:
 
 def _serve_line(job: _Job) -> str:
     """Return the command that serves what was written, from the folder above it."""
-    place, base = f"./{job.request.out.name}", job.base_name or "BASE_MODEL"
+    place, base = quote(f"./{job.request.out.name}"), quote(job.base_name or "BASE_MODEL")
     if job.request.to == "peft" and job.ready.rank > SERVED_RANKS[-1]:
         return f"# vLLM serves adapters up to rank {SERVED_RANKS[-1]}: trim this one with --rank"
     if job.request.to == "peft":

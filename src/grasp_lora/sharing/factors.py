@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.adapters.attach import FactorPair
-from grasp_lora.adapters.folder import one_rank
+from grasp_lora.adapters.folder import one_rank, own_ranks
 from grasp_lora.core.lora import LoraFactors, merge, rank_errors
 
 
@@ -18,10 +18,12 @@ class Ready:
     Attributes:
         pairs: full module name -> (A [rank, in], B [out, rank]), float32.
         lost: module -> relative error of its trimmed delta; empty where nothing was trimmed.
+        own: module -> its own rank, where zeros fill it up to that of the others.
     """
 
     pairs: dict[str, FactorPair]
     lost: dict[str, float]
+    own: dict[str, int]
 
     @property
     def rank(self) -> int:
@@ -56,11 +58,13 @@ def ready(
         if tolerance is not None:
             wanted = max(_rank_within(one, tolerance) for one in errors.values())
     if wanted is None or wanted >= whole:
-        return Ready(one_rank(_pairs(adapter, None)), {})
-    return Ready(
-        one_rank(_pairs(adapter, wanted)),
-        {name: one[min(wanted, len(one) - 1)] for name, one in errors.items()},
-    )
+        return _ready(_pairs(adapter, None), {})
+    lost = {name: one[min(wanted, len(one) - 1)] for name, one in errors.items()}
+    return _ready(_pairs(adapter, wanted), lost)
+
+
+def _ready(pairs: Mapping[str, FactorPair], lost: dict[str, float]) -> Ready:
+    return Ready(one_rank(pairs), lost, own_ranks(pairs))
 
 
 def _rank_within(errors: list[float], tolerance: float) -> int:
@@ -72,6 +76,26 @@ def _pairs(adapter: Mapping[str, LoraFactors], rank: int | None) -> dict[str, Fa
     kind = "cat" if rank is None else "svd"
     merged = merge(kind, [adapter], [1.0], rank)
     return {name: (one.A, one.B) for name, one in merged.items()}
+
+
+def check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Check that a number format holds the largest values.
+
+    Args:
+        tensors: name -> finite values.
+        dtype: the number format.
+
+    Raises:
+        ValueError: values of a tensor would become infinite.
+    """
+    most = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        largest = float(tensor.abs().max())
+        if largest > most:
+            raise ValueError(
+                f"{name} holds values up to {largest:.3g}, but {str(dtype).removeprefix('torch.')} "
+                f"ends at {most:.3g}; give --dtype bfloat16 or float32"
+            )
 
 
 def difference(first: Mapping[str, FactorPair], second: Mapping[str, FactorPair]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grasp_lora.adapters.attach import FactorPair
 from grasp_lora.base.words import shown, shown_path
-from grasp_lora.export.factors import Ready
+from grasp_lora.sharing.factors import Ready
 
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 
@@ -60,11 +60,20 @@ class Layout:
         return _ARCHITECTURES[self.kind]
 
     def in_order(self, module: str, rows: Tensor) -> Tensor:
-        """Return rows [out, ...] of a module's weight, or of its B, in the order of the file."""
+        """Return rows [out, ...] of a module's weight, or of its B, in the order of the file.
+
+        Raises:
+            ValueError: the rows are not those of so many heads.
+        """
         name = module.rsplit(".", 1)[-1]
         if self.architecture != "LLAMA" or name not in _PERMUTED:
             return rows
         heads = self.heads if name == "q_proj" else self.key_heads
+        if rows.shape[0] % (2 * heads):
+            raise ValueError(
+                f"{module} has {rows.shape[0]} rows, which the base model's {heads} heads do not "
+                "divide; give the base model of the adapter with --model"
+            )
         halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
         return halves.swapaxes(1, 2).reshape(rows.shape)
 
@@ -210,6 +219,7 @@ def write_gguf_merged(
         raise ValueError(f"{shown_path(base)} has no tensor {lost[0]}; give the base's own file")
     kind = bytes(reader.fields[gguf.Keys.General.ARCHITECTURE].parts[-1]).decode()
     writer = gguf.GGUFWriter(out / MODEL_FILE, kind)
+    writer.data_alignment = reader.alignment
     for field in reader.fields.values():
         # The writer has set these, and the reader makes those of the header up.
         if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:

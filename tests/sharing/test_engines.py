@@ -6,7 +6,7 @@ import pytest
 
 from grasp_lora.adapters.folder import read_adapter, write_adapter
 from grasp_lora.core.lora import merge
-from grasp_lora.export.engines import ENGINES, faults_for
+from grasp_lora.sharing.engines import ENGINES, faults_for
 from helpers import tiny_adapter_folder, tiny_model
 
 PEFT_ENGINES = [name for name in ENGINES if name != "mlx"]
@@ -82,3 +82,11 @@ def test_other_kinds_of_adapters_and_engines_are_told(model, tmp_path):
     assert faults_for("vllm", edited(folder, peft_type="IA3")) == [
         "peft_type is 'IA3'; it reads LORA alone"
     ]
+
+
+def test_a_damaged_file_is_one_error(model, tmp_path):
+    folder = tiny_adapter_folder(tmp_path / "a", model)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match="adapter_model.safetensors' is damaged or cut short"):
+        faults_for("vllm", folder)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.adapters.attach import FactorPair
 from grasp_lora.base.files import write_json
-from grasp_lora.export.factors import Ready
+from grasp_lora.sharing.factors import Ready
 
 _IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(?P<key>.+)")
 

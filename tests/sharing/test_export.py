@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 
 import gguf
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora.adapters.folder import read_adapter, write_adapter
-from grasp_lora.export.export import Request, export
-from grasp_lora.export.gguf_files import Layout
+from grasp_lora.base.files import write_json
+from grasp_lora.core.lora import LoraFactors
+from grasp_lora.sharing.export import Request, write_export
+from grasp_lora.sharing.factors import ready
+from grasp_lora.sharing.gguf_files import Layout, write_gguf_merged
 from helpers import (
     logits_of,
     random_ids,
@@ -44,7 +48,7 @@ def place(tmp_path_factory):
 def written(place, tmp_path, to, adapter="mixed", **options):
     lines = []
     options = {"dtype": "float32", "model": str(place / "base")} | options
-    out = export(Request(place / adapter, to, tmp_path / "out", **options), lines.append)
+    out = write_export(Request(place / adapter, to, tmp_path / "out", **options), lines.append)
     return out, lines
 
 
@@ -97,7 +101,7 @@ def test_a_card_goes_along_unless_it_says_another_base_or_rank(place, tmp_path):
     card.write_text(card.read_text(encoding="utf-8") + "mine\n", encoding="utf-8")
 
     def again(name, **options):
-        out = export(Request(first, "peft", tmp_path / name, **options), lambda _line: None)
+        out = write_export(Request(first, "peft", tmp_path / name, **options), lambda _line: None)
         return (out / "README.md").read_text(encoding="utf-8")
 
     assert again("same").endswith("mine\n")
@@ -113,7 +117,7 @@ def test_a_local_path_does_not_go_out(place, tmp_path):
     content = json.loads(file.read_text()) | {"base_model_name_or_path": str(place / "base")}
     file.write_text(json.dumps(content))
     lines = []
-    out = export(Request(named, "peft", tmp_path / "out"), lines.append)
+    out = write_export(Request(named, "peft", tmp_path / "out"), lines.append)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     assert not [f.name for f in out.iterdir() if str(place).encode() in f.read_bytes()]
     assert "--public-name owner/name" in lines[-1]
@@ -131,7 +135,7 @@ def test_trimming_is_the_truncated_svd_and_tells_each_error(place, tmp_path, ran
         torch.testing.assert_close(trimmed, best, atol=1e-6, rtol=1e-5)
         error = float((delta - best).norm() / delta.norm())
         assert float(told[name]) == pytest.approx(error, abs=1e-3)
-        assert seen[name].A.shape[0] == rank
+        assert seen[name].A.shape[0] == min(rank, 2 if "k_proj" in name else rank)
 
 
 def test_a_tolerance_takes_the_lowest_rank_that_keeps_to_it(place, tmp_path):
@@ -148,13 +152,109 @@ def test_a_tolerance_takes_the_lowest_rank_that_keeps_to_it(place, tmp_path):
     assert worst(rank) <= 0.5 < worst(rank - 1)
 
 
+def test_modules_keep_their_own_ranks(place, tmp_path):
+    """What is trained or pruned later must not take the zeros that fill a module up."""
+    (tmp_path / "trimmed").mkdir()
+    ranks = {"q_proj": 4, "k_proj": 2, "v_proj": 4, "up_proj": 6}
+    for where, rank, most in (("", None, 6), ("trimmed", 3, 3)):
+        out, _ = written(place, tmp_path / where, "peft", rank=rank)
+        seen = {
+            name.rsplit(".", 1)[-1]: one.rank for name, one in read_adapter(out).adapter.items()
+        }
+        assert seen == {name: min(own, most) for name, own in ranks.items()}
+
+
+def finished_run(folder):
+    """Return the folder of a finished run whose result and merge are the same adapter."""
+    score = {"exact_match": {"value": 34.0, "low": 26.9, "high": 41.7, "n": 9}}
+    system = {"slug": "final", "sets": {"test": {"n": 9, "scores": score}}}
+    data = {"task": "qa", "chat": False, "source": None, "target": {"language": "es"}}
+    write_json(folder / "config.json", {"config": {"data": data}})
+    write_json(folder / "data.json", {})
+    write_json(folder / "ratio.json", {"ratio": 0.4, "verdict": "flat"})
+    write_json(folder / "scores.json", {"systems": [system]})
+    write_json(folder / "provenance.json", {"seed": 1, "packages": {}})
+    for name in ("final", "merged"):
+        tiny_adapter_folder(folder / name, tiny_model(), r=4)
+    return folder
+
+
+def test_scores_of_a_run_stand_on_the_card_of_its_result_alone(tmp_path):
+    run = finished_run(tmp_path / "run")
+
+    def card(name, rank=None):
+        request = Request(run / name, "peft", tmp_path / f"{name}-{rank}", rank=rank)
+        return (write_export(request, lambda _line: None) / "README.md").read_text(encoding="utf-8")
+
+    assert "34.0" in card("final")
+    assert "No scores are known" in card("merged")
+    trimmed = card("final", rank=2)
+    assert "No scores are known" in trimmed
+    assert "| trimmed | to rank 2, by singular values; " in trimmed
+    assert "| prune ratio | 0.400 (verdict: flat) |" in trimmed
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    model = tiny_model()
+    module = "model.layers.0.self_attn.q_proj"
+    pair = (torch.full((1, 16), 1e5), torch.full((16, 1), 1e-3))
+    folder = write_adapter(
+        tmp_path / "wide", {module: pair}, model=model, base_name=None, fingerprint=None
+    )
+    for to in ("peft", "mlx"):
+        with pytest.raises(ValueError, match="values up to 1e.05, but float16 ends at 6.55e.04"):
+            write_export(Request(folder, to, tmp_path / "out", dtype="float16"), lambda _line: None)
+    write_export(Request(folder, "peft", tmp_path / "out", dtype="bfloat16"), lambda _line: None)
+
+
+def test_commands_quote_the_names_in_them(place, tmp_path):
+    named = tiny_adapter_folder(tmp_path / "named", tiny_model())
+    file = named / "adapter_config.json"
+    base = 'own"er/na$(date)me'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    out = write_export(Request(named, "peft", tmp_path / "my out"), lambda _line: None)
+    line = (out / "serve.txt").read_text()
+    assert shlex.split(line)[2] == base
+    assert shlex.split(line)[-1] == "adapter=./my out"
+    code = (out / "README.md").read_text(encoding="utf-8").split("## How to load")[1]
+    assert "date" not in code
+    assert 'from_pretrained("BASE_MODEL")' in code
+
+
+def test_rows_that_no_heads_divide_are_refused():
+    with pytest.raises(
+        ValueError, match="has 6 rows, which the base model's 4 heads do not divide"
+    ):
+        Layout("llama", 2, 4, 2).in_order("model.layers.0.self_attn.q_proj", torch.zeros(6, 1))
+
+
+def test_a_merged_file_keeps_the_alignment_of_its_base(tmp_path):
+    model, module = tiny_model(), "model.layers.0.self_attn.v_proj"
+    weight = model.get_submodule(module).get_parameter("weight").detach()
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_custom_alignment(128)
+    other = torch.arange(5.0)
+    writer.add_tensor("output_norm.weight", other.numpy())
+    writer.add_tensor("blk.0.attn_v.weight", weight.numpy())
+    for end in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{end}_to_file")()
+    writer.close()
+    pair = (torch.ones(1, weight.shape[1]), torch.ones(weight.shape[0], 1))
+    made = ready({module: LoraFactors(*pair, 1.0)})
+    layout = Layout("llama", 2, 2, 1)
+    write_gguf_merged(tmp_path, tmp_path / "base.gguf", made, layout, torch.float32)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert torch.equal(torch.tensor(tensors["output_norm.weight"]), other)
+    torch.testing.assert_close(torch.tensor(tensors["blk.0.attn_v.weight"]), weight + 1)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3_text"])
 def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(tmp_path, arch):
     base = tiny_backbone_folder(tmp_path / "base", arch)
     adapter = tiny_adapter_folder(tmp_path / "adapter", tiny_model(arch))
     lines = []
     request = Request(adapter, "merged", tmp_path / "out", "float32", model=str(base))
-    out = export(request, lines.append)
+    out = write_export(request, lines.append)
     again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with_peft = PeftModel.from_pretrained(copy.deepcopy(tiny_model(arch)), adapter)
     ids = random_ids()
@@ -264,5 +364,5 @@ def test_a_rank_above_those_of_vllm_is_told(tmp_path):
     folder = write_adapter(
         tmp_path / "wide", {module: pair}, model=model, base_name=None, fingerprint=None
     )
-    out = export(Request(folder, "peft", tmp_path / "out"), lambda _line: None)
+    out = write_export(Request(folder, "peft", tmp_path / "out"), lambda _line: None)
     assert "up to rank 512: trim this one with --rank" in (out / "serve.txt").read_text()

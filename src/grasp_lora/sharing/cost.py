@@ -7,7 +7,7 @@ counts is the rank and the number format.
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,13 @@ from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, wei
 from grasp_lora.adapters.opening import named_base_model
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.preserve import quiet_wrapping
+from grasp_lora.sharing.energy import Joules, counter
 
 READ = 256
 """Tokens that are read at once for the tokens a second."""
 REPEATS = 5
+_LONG = 1.0
+"""Counters of energy are renewed every few milliseconds, on some GPUs every 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,13 @@ class Cost:
     Attributes:
         name: the folder, or "no adapter".
         rank: largest rank of a module.
-        zeros: share of zeros in the factors.
+        zeros: share of zeros in the factors, without those that only fill up a rank.
         disk: bytes of the weights files.
         memory: bytes of the factors once PEFT has loaded them.
         load: seconds to put it on the backbone.
         switch: seconds to make it the one in force.
         speed: tokens read a second.
+        energy: joules of the device for 1,000 tokens read; None where it is not told.
     """
 
     name: str
@@ -47,12 +51,15 @@ class Cost:
     load: float = 0.0
     switch: float = 0.0
     speed: float = 0.0
+    energy: float | None = None
 
 
 def costs_on(
     model: str | None, folders: Sequence[Path], dtype: str, device: str, say: Callable[[str], None]
 ) -> tuple[str, list[Cost]]:
     """Load the backbone; return its name with the number format, and `costs`.
+
+    Where the energy is not told, a line says why.
 
     Args:
         model: the base model; None takes the one that the first adapter names.
@@ -65,10 +72,14 @@ def costs_on(
     """
     name = named_base_model(folders[0]) if model is None else model
     backbone = load_backbone(ModelSpec(name, dtype, device=device), say)
-    return f"{backbone.public_name}, {backbone.dtype}", costs(folders, backbone)
+    joules = counter(backbone.device)
+    if isinstance(joules, str):
+        say(joules)
+    known = None if isinstance(joules, str) else joules
+    return f"{backbone.public_name}, {backbone.dtype}", costs(folders, backbone, known)
 
 
-def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
+def costs(folders: Sequence[Path], backbone: Backbone, joules: Joules | None = None) -> list[Cost]:
     """Return what adapters cost, that of the bare backbone first.
 
     Each time is the median of `REPEATS`; the load is measured once.
@@ -76,6 +87,7 @@ def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
     Args:
         folders: PEFT LoRA folders.
         backbone: the model they belong to. It must not be used afterwards: PEFT has changed it.
+        joules: counter of the device's energy; None measures none.
 
     Raises:
         FileNotFoundError, ValueError: a folder holds no plain LoRA adapter, or it does not fit.
@@ -83,8 +95,8 @@ def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
     for folder in folders:
         check_fits(read_adapter(folder, backbone.model), backbone.model, str(folder))
     ids = (torch.arange(READ) % backbone.vocabulary)[None].to(backbone.device)
-    speed = _speed(backbone.model, ids)
-    rows = [Cost("no adapter", speed=speed)]
+    speed, energy = _reading(backbone.model, ids, joules)
+    rows = [Cost("no adapter", speed=speed, energy=energy)]
     model: PeftModel | None = None
     for number, given in enumerate(folders):
         folder, name = adapter_in(given), f"adapter{number}"
@@ -95,29 +107,33 @@ def costs(folders: Sequence[Path], backbone: Backbone) -> list[Cost]:
             else:
                 model.load_adapter(str(folder), adapter_name=name)
         loaded = time.perf_counter() - start
-        rows.append(_measured(given, folder, model, name, loaded, ids))
+        kept = _kept(given, folder, model, name)
+        speed, energy = _reading(model.eval(), ids, joules)
+        rows.append(replace(kept, load=loaded, speed=speed, energy=energy))
     return rows
 
 
-def _measured(
-    given: Path, folder: Path, model: PeftModel, name: str, loaded: float, ids: torch.Tensor
-) -> Cost:
+def _kept(given: Path, folder: Path, model: PeftModel, name: str) -> Cost:
+    """Return what an adapter costs before anything is read with it."""
     switch = _median(lambda: model.set_adapter(name))
     held = [p for key, p in model.named_parameters() if f".{name}." in key]
     factors = read_adapter(folder).adapter.values()
+    own = [side for one in factors for side in (one.A, one.B)]
     return Cost(
         name=str(given),
         rank=max(one.rank for one in factors),
-        zeros=sum(int((p == 0).sum()) for p in held) / sum(p.numel() for p in held),
+        zeros=sum(int((side == 0).sum()) for side in own) / sum(side.numel() for side in own),
         disk=sum(file.stat().st_size for file in weights_files(folder)),
         memory=sum(p.numel() * p.element_size() for p in held),
-        load=loaded,
         switch=switch,
-        speed=_speed(model.eval(), ids),
     )
 
 
-def _speed(model: nn.Module, ids: torch.Tensor) -> float:
+def _reading(
+    model: nn.Module, ids: torch.Tensor, joules: Joules | None
+) -> tuple[float, float | None]:
+    """Return the tokens a second, and the joules for 1,000 tokens."""
+
     def read() -> None:
         with torch.no_grad():
             model(input_ids=ids)
@@ -125,7 +141,17 @@ def _speed(model: nn.Module, ids: torch.Tensor) -> float:
             torch.cuda.synchronize(ids.device)
 
     read()  # the first reading pays for what is set up once
-    return ids.numel() / _median(read)
+    speed = ids.numel() / _median(read)
+    return speed, None if joules is None else _energy(read, ids, joules)
+
+
+def _energy(read: Callable[[], None], ids: torch.Tensor, joules: Joules) -> float:
+    """Return the joules for 1,000 tokens, over at least `_LONG` seconds."""
+    before, start, count = joules(), time.perf_counter(), 0
+    while time.perf_counter() - start < _LONG:
+        read()
+        count += ids.numel()
+    return 1000 * (joules() - before) / count
 
 
 def _median(work: Callable[[], object]) -> float:

@@ -1,1 +1,0 @@
-"""Adapters in the forms that other programs read."""
