@@ -27,10 +27,10 @@ from markdown_it.token import Token
 from grasp_lora.cli import app
 from grasp_lora.cli.common import numbers_in
 from grasp_lora.config.run_config import RunConfig, load_config, make_config
-from grasp_lora.export.engines import ENGINES
-from grasp_lora.export.export import TARGETS
 from grasp_lora.plans.ablate import CHANGES
 from grasp_lora.plans.methods import METHODS
+from grasp_lora.sharing.engines import ENGINES
+from grasp_lora.sharing.export import TARGETS
 from grasp_lora.tasks.base import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def commands_in(block: Block) -> str:
     return "\n".join(typed)
 
 
-PROGRAMS = ("grasp-lora", "python", "make", "pip", "torchrun", "mkdocs")
+PROGRAMS = ("grasp-lora", "python", "make", "pip", "torchrun", "mkdocs", "npm")
 
 
 def called(script: str, folder: Path) -> list[list[str]]:
@@ -177,7 +177,15 @@ def _unhook(command: Any, taken: list[dict[str, Any]]) -> None:
     """Make every command note its values and do nothing."""
     for one in getattr(command, "commands", {}).values():
         _unhook(one, taken)
+    for option in command.params:
+        if option.name in ("install_completion", "show_completion"):
+            option.callback = _end  # its own would change the shell's files
     command.callback = lambda **values: taken.append(values)
+
+
+def _end(context: Any, _option: Any, given: Any) -> None:
+    if given:
+        context.exit()
 
 
 ONLY: Mapping[str, Mapping[str, Any]] = {"compare": METHODS, "ablate": CHANGES}
@@ -278,8 +286,8 @@ def _pip(arguments: Sequence[str], _whole: bool) -> None:
                     raise ValueError(f"pip install {word}: there is no extra {extra}")
 
 
-def _mkdocs(_arguments: Sequence[str], _whole: bool) -> None:
-    return
+def _others(_arguments: Sequence[str], _whole: bool) -> None:
+    """Take what is no program of this project as it is."""
 
 
 CHECKS: Mapping[str, Callable[[Sequence[str], bool], None]] = {
@@ -288,7 +296,8 @@ CHECKS: Mapping[str, Callable[[Sequence[str], bool], None]] = {
     "torchrun": _torchrun,
     "make": _make,
     "pip": _pip,
-    "mkdocs": _mkdocs,
+    "mkdocs": _others,
+    "npm": _others,
 }
 
 

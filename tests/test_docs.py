@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,8 @@ class Names(dict[str, Any]):
             "collator": _collator,
             "model": lambda: tiny_peft_model(tiny_model()),
             "rows": lambda: _rows(24, 1),
+            "search": lambda: grasp_lora.RatioSearch(_rows(8, 2)),
+            "trainer": lambda: SimpleNamespace(log=lambda numbers: None),
             "micro_dev_rows": lambda: _rows(8, 2),
         }
         if raw:  # a trainer that tokenises by itself, and loads the model by its name
