@@ -160,6 +160,8 @@ class Kind:
         examples: returns the sets that the stage reads; gets the stage and all existing sets.
         run: does the work; returns the facts for the marker of the result.
         cost: returns the cost of the stage, an upper bound.
+        loads: whether it needs the backbone and encoded examples. One that does not has no
+            `Work.context`.
     """
 
     format: int
@@ -167,3 +169,4 @@ class Kind:
     examples: Callable[[Stage, tuple[Split, ...]], tuple[Split, ...]]
     run: Callable[[Work], Mapping[str, Any]]
     cost: Callable[[Stage, Sizes], Cost]
+    loads: bool = True
