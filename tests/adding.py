@@ -126,7 +126,7 @@ def driver(place, stages, **pool):
 
 
 def wait_until(reached):
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -21,8 +21,12 @@ from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job
 
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install ray")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-pytestmark = pytest.mark.filterwarnings("ignore:::ray", "ignore::ResourceWarning")
+# Workers of Ray yield to all else by default; on a busy machine they would hardly move.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::ray", "ignore::ResourceWarning"),
+    pytest.mark.timeout(900),  # a cluster of its own takes half a minute and more
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from jobs import job, write_job
 
 pytest.importorskip("submitit", reason="needs the extra slurm: pip install submitit")
 
+pytestmark = pytest.mark.timeout(900)
+
 LOCAL = {"cluster": "local", "timeout_min": 10}
 
 
@@ -90,7 +92,7 @@ def test_a_job_that_is_preempted_is_queued_again(run, added, tmp_path):
     (parent,) = processes("submitit.core._submit", str(place))
     (child,) = processes("grasp_lora.plans.worker", str(place), "slow")
     parent.send_signal(signal.SIGUSR2)
-    assert process.wait(240) == 0
+    assert process.wait(600) == 0
     assert not child.is_running()
     assert sums(place, ["slow"]) == {"slow": 2}
     assert starts(place, "slow") == 2
@@ -125,7 +127,7 @@ def test_stopping_cancels_the_jobs(run, added, tmp_path, slurm):
     process = driver(place, stages, on="slurm")
     wait_until((place / "slow.starts").exists)
     process.terminate()
-    assert process.wait(240) == 128 + signal.SIGTERM
+    assert process.wait(600) == 128 + signal.SIGTERM
     wait_until(lambda: not processes("grasp_lora.plans.worker", str(place), "slow"))
 
 

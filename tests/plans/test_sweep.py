@@ -168,6 +168,24 @@ def test_a_second_start_does_only_what_is_missing(folder, done, monkeypatch):
     assert again == found
 
 
+def test_a_changed_setting_is_refused_and_replaces_with_overwrite(folder, tmp_path):
+    languages = {"es": {"data.target.files": str(folder / "es.jsonl")}}
+    for recipe, methods in (("grasp", ["target"]), ("grasp", [])):
+        out = tmp_path / f"out-{len(methods)}"
+
+        def in_tokens(most, recipe=recipe, methods=methods):
+            settings = {"recipe": recipe, "evaluate.max_new_tokens": most}
+            variant = {"settings": settings, "methods": methods}
+            return asked(folder, languages=languages, configurations={"one": variant})
+
+        sweep(in_tokens(2), out, in_pool(), quiet=True)
+        with pytest.raises(ValueError, match="evaluate.max_new_tokens was 2, is 3.*--overwrite"):
+            sweep(in_tokens(3), out, in_pool(), quiet=True)
+        found = sweep(in_tokens(3), out, in_pool(), overwrite=True, quiet=True)
+        assert found["failed"] == {}
+        assert len(found["cells"]) == 1
+
+
 def test_a_cell_that_fails_is_named_and_the_others_go_on(folder, tmp_path):
     broken = {"recipe": "grasp", "train.finetune.learning_rate": 1e30}
     languages = {"es": {"data.target.files": str(folder / "es.jsonl")}}

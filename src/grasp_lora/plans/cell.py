@@ -14,7 +14,6 @@ Inputs:
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import read_json, write_json
@@ -33,45 +32,49 @@ def _run(work: Work) -> Mapping[str, Any]:
     given = work.config.adapters.model_copy(update=adapters)
     config = work.config.model_copy(update={"adapters": given, "output": out})
     methods = tuple(work.stage.option("methods", ()))
-    rows = _of_methods(config, out, methods, seed) if methods else _of_run(config, out, seed)
-    write_json(work.out / CELL_FILE, {"seed": seed, "rows": rows})
+    if methods:
+        found = _of_methods(config, (methods, seed), work.overwrite)
+    else:
+        found = _of_run(config.model_copy(update={"seed": seed}), work.overwrite)
+    write_json(work.out / CELL_FILE, found)
     return {}
 
 
-def _of_run(config: RunConfig, out: Path, seed: int) -> list[dict[str, Any]]:
+def _of_run(config: RunConfig, overwrite: bool) -> dict[str, Any]:
     from grasp_lora.plans.run import run  # it does stages itself, by the table that has this one
 
-    run(config.model_copy(update={"seed": seed}))
+    out = run(config, overwrite)
     scores, ratio = read_json(out / "scores.json"), read_json(out / "ratio.json")
     final = [row for row in scores["systems"] if row["slug"] == "final"]
     sets = final[0]["sets"] if final else {}
     chosen = read_json(out / "recipe.json") if (out / "recipe.json").exists() else {}
-    return [
-        {
-            "system": config.recipe,
-            "ships": chosen.get("ships"),
-            "scores": {
-                test: {metric: found["value"] for metric, found in one["scores"].items()}
-                for test, one in sets.items()
-            },
-            "dev_loss": chosen.get("dev_loss"),
-            "ratio": ratio["ratio"],
-            "verdict": ratio["verdict"],
-        }
-    ]
+    row = {
+        "system": config.recipe,
+        "ships": chosen.get("ships"),
+        "scores": {
+            test: {metric: found["value"] for metric, found in one["scores"].items()}
+            for test, one in sets.items()
+        },
+        "dev_loss": chosen.get("dev_loss"),
+        "ratio": ratio["ratio"],
+        "verdict": ratio["verdict"],
+    }
+    return {"rows": [row], "not_applicable": {}}
 
 
 def _of_methods(
-    config: RunConfig, out: Path, methods: Sequence[str], seed: int
-) -> list[dict[str, Any]]:
+    config: RunConfig, asked: tuple[Sequence[str], int], overwrite: bool
+) -> dict[str, Any]:
     from grasp_lora.plans.compare import compare_methods  # as above
 
-    found = compare_methods(config, out, methods, (seed,))
+    methods, seed = asked
+    found = compare_methods(config, config.output, methods, (seed,), overwrite=overwrite)
     if found["failed"]:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in found["failed"].items()))
     kept = ("scores", "dev_loss", "ratio", "verdict")
     rows = [row for row in found["rows"] if row["method"] in methods]
-    return [{"system": row["method"]} | {name: row[name] for name in kept} for row in rows]
+    systems = [{"system": row["method"]} | {name: row[name] for name in kept} for row in rows]
+    return {"rows": systems, "not_applicable": found["not_applicable"]}
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:

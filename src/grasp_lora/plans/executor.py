@@ -270,7 +270,8 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
                 for role, split in KINDS[stage.kind].examples(stage, splits_of(session.data)):
                     context.encoded(role, split)
             result, work = decided_by_main(lambda: begin(out, key, again))
-            facts = _facts(Work(stage, cast(Any, context), folders, result, work))
+            whole = (stage, cast(Any, context), folders, result, work, options.overwrite)
+            facts = _facts(Work(*whole))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
             facts |= {BASE_FACT: without_home(stage.config.model.name)}
             if is_main():

@@ -150,6 +150,7 @@ def _found(
 ) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for part in parts:
         for seed in whole.seeds:
             name = cell_name(part, seed)
@@ -158,12 +159,14 @@ def _found(
                 failed[cell] = error
                 continue
             about = {"cell": cell, "language": part.language, "configuration": part.configuration}
-            rows = read_json(out / name / CELL_FILE)["rows"]
-            cells += [about | {"seed": seed} | row for row in rows]
+            stored = read_json(out / name / CELL_FILE)
+            cells += [about | {"seed": seed} | row for row in stored["rows"]]
+            refused |= {f"{cell}, {one}": why for one, why in stored["not_applicable"].items()}
     return {
         "task": parts[0].config.data.task,
         "configurations": variant_words(whole.configurations),
         "seeds": list(whole.seeds),
         "cells": cells,
+        "not_applicable": refused,
         "failed": failed,
     }

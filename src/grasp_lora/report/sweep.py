@@ -18,9 +18,10 @@ def sweep_markdown(found: Mapping[str, Any]) -> str:
     lines += [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
     lines += ["", "Configurations:", ""]
     lines += [f"- `{name}`: {in_markdown(what)}" for name, what in found["configurations"].items()]
-    if found["failed"]:
-        lines += ["", "Without a result:", ""]
-        lines += [f"- `{cell}`: {in_markdown(why)}" for cell, why in found["failed"].items()]
+    for title, named in (("Not applicable", "not_applicable"), ("Without a result", "failed")):
+        if found[named]:
+            lines += ["", f"{title}:", ""]
+            lines += [f"- `{cell}`: {in_markdown(why)}" for cell, why in found[named].items()]
     return "\n".join([*lines, ""])
 
 

@@ -67,6 +67,8 @@ class Work:
         inputs: role -> folder; all of them exist and are complete.
         out: the folder to write. It becomes the result once the function returns.
         checkpoints: a folder that survives a crash, for the Trainer's checkpoints.
+        overwrite: whether the user asked to replace what other inputs made; for a stage that does
+            a plan of its own.
     """
 
     stage: Stage
@@ -74,6 +76,7 @@ class Work:
     inputs: Mapping[str, Path]
     out: Path
     checkpoints: Path
+    overwrite: bool = False
 
     @property
     def config(self) -> RunConfig:
