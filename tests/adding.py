@@ -20,6 +20,7 @@ from grasp_lora.stages.stage import Stage
 
 STAND_IN = '''
 import os, signal, sys, time
+from pathlib import Path
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.stages import table
 from grasp_lora.stages.other_merges import NotApplicable
@@ -30,7 +31,7 @@ def add(work):
     options = work.stage.options
     with open(work.out.parent.parent / f"{work.stage.name}.starts", "a") as file:
         file.write(os.environ.get("OMP_NUM_THREADS", "?") + "\\n")
-    again = len(open(file.name).readlines()) > 1
+    again = len(Path(file.name).read_text().splitlines()) > 1
     time.sleep(0 if again and options.get("once") else options.get("sleep", 0))
     if options.get("kill") == "always" or (options.get("kill") and not again):
         os.kill(os.getpid(), signal.SIGKILL)
