@@ -110,14 +110,14 @@ def test_what_is_ready_at_once_is_an_array(run, added, tmp_path, slurm):
     assert read_json(tmp_path / "q" / FOLDER / "jobs.json")["b"]["job"] == "101_1"
 
 
-def test_a_driver_that_was_killed_joins_the_jobs_it_left(run, added, tmp_path, slurm):
+def test_a_driver_that_was_killed_joins_the_jobs_it_left(added, tmp_path, slurm):
     place, stages = tmp_path / "q", [added("slow", 2, sleep=25.0), added("c", needs=("slow",))]
     process = driver(place, stages, on="slurm")
     wait_until((place / "slow.starts").exists)
     process.kill()
     process.wait()
-    found = run(place, *stages, options={})
-    assert sums(place, found) == {"slow": 2, "c": 3}
+    assert driver(place, stages, on="slurm").wait(600) == 0
+    assert sums(place, ["slow", "c"]) == {"slow": 2, "c": 3}
     assert starts(place, "slow") == 1
     assert len((slurm / "calls").read_text().splitlines()) == 2, "slow and c, once each"
 
