@@ -27,6 +27,7 @@ from markdown_it.token import Token
 from grasp_lora.cli import app
 from grasp_lora.cli.common import numbers_in
 from grasp_lora.config.run_config import RunConfig, load_config, make_config
+from grasp_lora.config.sweep import Sweep
 from grasp_lora.plans.ablate import CHANGES
 from grasp_lora.plans.methods import METHODS
 from grasp_lora.sharing.engines import ENGINES
@@ -319,15 +320,30 @@ def _sample() -> dict[str, Any]:
 
 
 def check_yaml(text: str) -> None:
-    """Check a configuration; what a part leaves out is taken from a sample.
+    """Check a configuration, or a sweep; what a part leaves out is taken from a sample.
 
     Raises:
         ValueError: it would be refused.
     """
+    given = yaml.safe_load(text)
+    if isinstance(given, dict) and "languages" in given:
+        _check_sweep(Sweep.model_validate(given))
+        return
     with nothing_missing():
         config = make_config(_beneath(_sample(), yaml.safe_load(text)))
     if config.data.task not in TASKS:
         raise ValueError(f"data.task {config.data.task}: choose from {', '.join(TASKS)}")
+
+
+def _check_sweep(sweep: Sweep) -> None:
+    for own in sweep.languages.values():
+        for variant in sweep.configurations.values():
+            changes = own | variant.settings
+            with nothing_missing():
+                make_config(_sample(), [f"{key}={value}" for key, value in changes.items()])
+            for name in variant.methods:
+                if name not in METHODS:
+                    raise ValueError(f"methods {name}: choose from {', '.join(METHODS)}")
 
 
 def _beneath(below: Any, above: Any) -> Any:

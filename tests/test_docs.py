@@ -192,6 +192,9 @@ def test_commands_are_read_as_the_shell_reads_them(tmp_path):
         "budget: -1",
         "data: {task: qaa}",
         "- a list",
+        "{base: base.yaml, languages: {ar: {}}, seeds: []}",
+        "{base: base.yaml, languages: {ar: {data.targt.files: a}}}",
+        "{base: base.yaml, languages: {ar: {}}, configurations: {a: {methods: [grsap]}}}",
     ],
 )
 def test_a_setting_that_is_wrong_is_found(text):

@@ -1,72 +1,38 @@
 """The pool of processes: order, resume, failures, and what it refuses before any work."""
 
-import os
+import functools
 import signal
-import subprocess
-import sys
-import time
+from contextlib import contextmanager
 
 import pytest
 
+import adding
+from adding import driver, plan_of, starts, sums, wait_until
 from grasp_lora.base.files import read_json, write_json
 from grasp_lora.config.run_config import load_config
 from grasp_lora.plans import launch
 from grasp_lora.plans.executor import log_of
-from grasp_lora.plans.launch import LAUNCHERS, Pool, gpu_of, work_off_many
+from grasp_lora.plans.launch import LAUNCHERS, Pool, work_off_many
+from grasp_lora.plans.on_local import gpu_of
 from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.pool import Engine
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.stored import PLAN_FILE, read_stage
 from grasp_lora.plans.worker import work as work_here
 from grasp_lora.stages import table
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.keys import hash_of, key_of
-from grasp_lora.stages.stage import Kind, Sizes, Stage
+from grasp_lora.stages.stage import Kind, Sizes
 from grasp_lora.workbench.reporter import Reporter, duration
 from grasp_lora.workbench.rows import load_run_data
 from helpers import tiny_backbone_folder
 from jobs import job, write_job
 
-STAND_IN = '''
-import os, sys, time
-from grasp_lora.base.files import read_json, write_json
-from grasp_lora.stages import table
-from grasp_lora.stages.other_merges import NotApplicable
-from grasp_lora.stages.stage import Cost, Kind
-
-def add(work):
-    """Append a line per start, so that a test can count them."""
-    options = work.stage.options
-    with open(work.out.parent.parent / f"{work.stage.name}.starts", "a") as file:
-        file.write(os.environ.get("OMP_NUM_THREADS", "?") + "\\n")
-    time.sleep(options.get("sleep", 0))
-    if options.get("fail"):
-        print("this is why", file=sys.stderr)
-        raise ValueError("told to fail")
-    if options.get("refuse"):
-        raise NotApplicable("told to refuse")
-    given = [read_json(folder / "weights.json") for folder in work.inputs.values()]
-    write_json(work.out / "weights.json", options["value"] + sum(given))
-    return {"seconds": 0.0}
-
-def cost(stage, sizes):
-    return Cost(tokens=stage.options.get("tokens", 0))
-
-table.KINDS["add"] = Kind(1, lambda stage: (), lambda stage, known: (), add, cost)
-'''
-
 
 @pytest.fixture(autouse=True)
-def kind_of_work(monkeypatch, tmp_path_factory):
-    """A kind of stage for these tests, in this process and in those that it starts."""
-    folder = tmp_path_factory.mktemp("work")
-    # Every process that starts reads this file first, the stages' processes among them.
-    (folder / "sitecustomize.py").write_text(STAND_IN)
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setattr(table, "KINDS", dict(table.KINDS))
-    exec(STAND_IN, {})
-    for module in ("executor", "plan"):
-        monkeypatch.setattr(f"grasp_lora.plans.{module}.KINDS", table.KINDS)
+def kind_of_work(tmp_path_factory):
+    with adding.kind_of_work(tmp_path_factory.mktemp("work")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +49,7 @@ def data(config):
 
 @pytest.fixture
 def added(config):
-    def stage(name, value=1, needs=(), **options):
-        inputs = {f"input {n}": need for n, need in enumerate(needs)}
-        return Stage(name, "add", config, inputs, {"value": value, **options})
-
-    return stage
+    return functools.partial(adding.added, config)
 
 
 @pytest.fixture
@@ -97,18 +59,6 @@ def run(config, data):
         return work_off_many(plan, folder, session, Sizes({}, {}), Pool(**pool), overwrite)
 
     return work
-
-
-def plan_of(stages):
-    return Plan({stage.name: stage for stage in stages})
-
-
-def starts(folder, name):
-    return len((folder / f"{name}.starts").read_text().splitlines())
-
-
-def sums(folder, names):
-    return {name: read_json(folder / name / "weights.json") for name in names}
 
 
 @pytest.mark.parametrize("jobs", [0, 1, 2, 5])
@@ -198,7 +148,8 @@ def test_keys_depend_on_options_and_on_what_is_needed(added, data):
     [
         ({"jobs": -1}, "at least 0, got -1"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"on": "the moon"}, "no launcher 'the moon'; choose from local"),
+        ({"on": "the moon"}, "no launcher 'the moon'; choose from local, slurm, ray"),
+        ({"jobs": 1, "options": {"a": 1}}, "--on local takes no options of an engine"),
     ],
 )
 def test_what_is_no_pool_is_refused(run, added, tmp_path, options, message):
@@ -271,7 +222,7 @@ def test_a_damaged_result_is_made_again_and_what_it_led_to_is_kept(
 
 
 def test_another_launcher_is_a_row(run, added, tmp_path, monkeypatch):
-    asked = []
+    asked, opened = [], []
 
     class Ended:
         def poll(self):
@@ -280,16 +231,49 @@ def test_another_launcher_is_a_row(run, added, tmp_path, monkeypatch):
         def stop(self):
             raise AssertionError("it has ended")
 
-    def start(place, name, _log, environment, flags):
-        asked.append((name, environment["OMP_NUM_THREADS"], flags))
-        work_here(place, name)
-        return Ended()
+    class Elsewhere:
+        def start(self, jobs):
+            asked.append(
+                [(one.stage, one.environment["OMP_NUM_THREADS"], one.flags) for one in jobs]
+            )
+            for one in jobs:
+                work_here(one.place, one.stage)
+            return [Ended() for _ in jobs]
 
+    @contextmanager
+    def elsewhere(place, pool, threads):
+        opened.append((place, pool.options, threads))
+        yield Elsewhere()
+
+    monkeypatch.setitem(LAUNCHERS, "elsewhere", Engine(elsewhere))
+    stages = [added("a"), added("b", needs=("a",)), added("alone")]
+    how = {"jobs": 2, "on": "elsewhere", "options": {"queue": "long"}, "threads": 3}
+    run(tmp_path / "q", *stages, **how)
+    assert asked == [[("a", "3", ()), ("alone", "3", ())], [("b", "3", ())]], "ready at once"
+    assert opened == [(tmp_path / "q", {"queue": "long"}, 3)]
+    assert sums(tmp_path / "q", ["b", "alone"]) == {"b": 2, "alone": 1}
+    run(tmp_path / "q", *stages, **how)
+    assert len(opened) == 1, "nothing is left to do"
+
+
+def test_threads_elsewhere_are_not_those_of_the_drivers_machine(run, added, tmp_path, monkeypatch):
     monkeypatch.setattr(launch.os, "cpu_count", lambda: 6)
-    monkeypatch.setitem(LAUNCHERS, "elsewhere", start)
-    run(tmp_path / "q", added("a"), added("b", needs=("a",)), jobs=2, on="elsewhere")
-    assert asked == [("a", "3", ()), ("b", "3", ())]
-    assert sums(tmp_path / "q", "b") == {"b": 2}
+    monkeypatch.setitem(LAUNCHERS, "elsewhere", LAUNCHERS["local"])
+    run(tmp_path / "q", added("a"), jobs=2, on="elsewhere")
+    assert (tmp_path / "q" / "a.starts").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(("name", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_an_engine_that_is_not_installed_is_one_line(
+    run, added, tmp_path, monkeypatch, name, package
+):
+    monkeypatch.setattr(launch, "find_spec", lambda asked: None)
+    line = (
+        rf"^--on {name} needs {package}, which is not installed: pip install .grasp-lora\[{name}\]"
+    )
+    with pytest.raises(ValueError, match=line):
+        run(tmp_path / "q", added("a"), jobs=1, on=name)
+    assert not (tmp_path / "q").exists()
 
 
 def test_every_process_gets_a_gpu_where_there_are_several():
@@ -317,40 +301,11 @@ def test_a_result_of_other_inputs_is_not_taken_for_the_stages_own(run, added, tm
         work_here(tmp_path / "q", "a")
 
 
-DRIVER = """
-import signal, sys
-from pathlib import Path
-# A shell's background job is started with interrupts ignored, and hands that on.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from grasp_lora.config.run_config import load_config
-from grasp_lora.plans.launch import Pool, work_off_many
-from grasp_lora.plans.plan import Plan
-from grasp_lora.plans.session import Session
-from grasp_lora.plans.stored import read_plan_file, read_stage
-from grasp_lora.stages.stage import Sizes
-from grasp_lora.workbench.rows import load_run_data
-place = Path(sys.argv[1])
-names = [one["name"] for one in read_plan_file(place)["stages"]]
-plan = Plan({name: read_stage(place, name) for name in names})
-config = next(iter(plan.stages.values())).config
-data = load_run_data(config, lambda line: None)
-work_off_many(plan, place, Session(config, data), Sizes({}, {}), Pool(1, threads=1))
-"""
-
-
-def wait_until(reached):
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_that_was_killed_goes_on(run, added, tmp_path, number):
     """After kill -9 the running stage lives on alone; the next start waits for it."""
     stages = [added("a"), added("slow", 2, sleep=4.0), added("c", needs=("slow",))]
-    launch.write_plan(tmp_path / "q", plan_of(stages), 1)
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "q")])
+    process = driver(tmp_path / "q", stages)
     wait_until((tmp_path / "q" / "slow.starts").exists)
     process.send_signal(number)
     process.wait()

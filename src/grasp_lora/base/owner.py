@@ -114,6 +114,25 @@ def held(lock: Path, place: Path, say: Say, wait: bool = False) -> Iterator[None
                 folder.rmdir()
 
 
+def holder_of(lock: Path) -> tuple[str, float] | None:
+    """Return who holds a lock file, and since when (Unix time); None if nobody does.
+
+    Where the lock cannot be tried, because the file system has none or the folder is another
+    user's, what the file says is believed.
+    """
+    try:
+        since = lock.stat().st_mtime
+    except OSError:
+        return None
+    kept = FileLock(lock, thread_local=False)
+    try:
+        kept.acquire(timeout=0)
+    except (Timeout, NotImplementedError, OSError):
+        return _holder(lock), since
+    kept.release()
+    return None
+
+
 def _acquired(lock: FileLock, place: Path, say: Say, wait: bool) -> bool:
     """Acquire a lock; return False where the file system has none."""
     try:

@@ -43,6 +43,8 @@ for command in (
     stages.precheck,
     stages.ablate,
     stages.compare,
+    stages.sweep,
+    stages.status,
     scores.evaluate,
     scores.score,
     exports.export,

@@ -16,6 +16,7 @@ from grasp_lora.base.words import check_path, printable, shown
 
 if TYPE_CHECKING:
     from grasp_lora.config.run_config import RunConfig
+    from grasp_lora.plans.pool import Pool
 
 
 def at_home(given: Any) -> Any:
@@ -76,6 +77,22 @@ Threads = Annotated[
         "--threads",
         help="Threads of each process; default: cores / --jobs, or with --jobs 0 what it has. "
         "Later starts keep the number.",
+    ),
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        help="Where the stages of --jobs are done: local, slurm or ray (grasp-lora[slurm], [ray]).",
+    ),
+]
+EngineFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--engine",
+        metavar="FILE",
+        help="YAML with the engine's own parameters: of submitit's AutoExecutor, or of ray.remote.",
+        **AS_PATH,
     ),
 ]
 
@@ -190,6 +207,18 @@ def numbers_in(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"--seeds {shown(text)}: give whole numbers separated by commas, like 42,1337"
         ) from None
+
+
+def pool_of(jobs: int, threads: int | None, on: str, engine: Path | None) -> "Pool":
+    """Return the pool that the options of a command ask for.
+
+    Raises:
+        FileNotFoundError, ValueError: the file of the engine's parameters cannot be read.
+    """
+    from grasp_lora.config.run_config import read_mapping
+    from grasp_lora.plans.pool import Pool
+
+    return Pool(jobs, threads, on, {} if engine is None else read_mapping(engine)[0])
 
 
 def report_failures(failed: Mapping[str, str]) -> None:

@@ -11,7 +11,9 @@ from grasp_lora.cli.common import (
     AS_PATH,
     AllowLeakage,
     Config,
+    EngineFile,
     Jobs,
+    On,
     Out,
     Output,
     Overwrite,
@@ -23,6 +25,7 @@ from grasp_lora.cli.common import (
     load,
     numbers_in,
     overrides,
+    pool_of,
     prints,
     report_failures,
     stage,
@@ -316,6 +319,8 @@ def ablate(
     seeds: Annotated[str, typer.Option(help="Seeds of the runs, separated by commas.")] = "42",
     jobs: Jobs = 0,
     threads: Threads = None,
+    on: On = "local",
+    engine: EngineFile = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
     overwrite: Overwrite = False,
@@ -325,12 +330,11 @@ def ablate(
     Reads the configuration and the examples or adapters that it names. Writes ablation.md,
     ablation.json and a folder for each run. Run the same command again to do what is missing.
     """
-    numbers = numbers_in(seeds)
+    numbers, pool = numbers_in(seeds), pool_of(jobs, threads, on, engine)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.ablate import ablate as compare_variants
-    from grasp_lora.plans.launch import Pool
 
-    found = compare_variants(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
+    found = compare_variants(loaded, out, only or (), numbers, pool, overwrite)
     from rich.console import Console
 
     from grasp_lora.report.run import ablation_table
@@ -351,6 +355,8 @@ def compare(
     ] = "42,1337,9001",
     jobs: Jobs = 0,
     threads: Threads = None,
+    on: On = "local",
+    engine: EngineFile = None,
     settings: Set = None,
     allow_leakage: AllowLeakage = False,
     overwrite: Overwrite = False,
@@ -360,12 +366,11 @@ def compare(
     Reads the configuration and the examples or adapters that it names. Writes comparison.md, .csv,
     .json, pictures and a folder for each run. Run the same command again to do what is missing.
     """
-    numbers = numbers_in(seeds)
+    numbers, pool = numbers_in(seeds), pool_of(jobs, threads, on, engine)
     loaded = load(config, settings, None, None, allow_leakage)
     from grasp_lora.plans.compare import compare_methods
-    from grasp_lora.plans.launch import Pool
 
-    found = compare_methods(loaded, out, only or (), numbers, Pool(jobs, threads), overwrite)
+    found = compare_methods(loaded, out, only or (), numbers, pool, overwrite)
     from rich.console import Console
 
     from grasp_lora.report.comparison import comparison_tables
@@ -377,6 +382,66 @@ def compare(
         console.print(printable(f"{name}: not applicable, {why}"), markup=False)
     wrote(out)
     report_failures(found["failed"])
+
+
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(help="YAML file of the sweep.", show_default=False, **AS_PATH)
+    ],
+    out: Out,
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    on: On = "local",
+    engine: EngineFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run configurations in several languages, with several seeds, as one plan with one table.
+
+    Reads the file, the configuration that it names, and their examples or adapters. Writes
+    sweep.md, sweep.json, the adapters, and a folder for each cell. Run the same command again to
+    do what is missing.
+    """
+    from grasp_lora.config.sweep import load_sweep
+
+    pool, asked = pool_of(jobs, threads, on, engine), load_sweep(file)
+    from rich.console import Console
+
+    from grasp_lora.plans.sweep import sweep as do_sweep
+    from grasp_lora.report.sweep import sweep_tables
+
+    found = do_sweep(asked, out, pool, overwrite)
+    console = Console(highlight=False)
+    for table in sweep_tables(found):
+        console.print(table)
+    wrote(out)
+    report_failures(found["failed"])
+
+
+def status(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of compare, ablate or sweep.", show_default=False, **AS_PATH),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON in place of a table.")
+    ] = False,
+) -> None:
+    """Show which stages of a folder are done, running, waiting, failed or refused.
+
+    Reads the folder alone, so it works on any machine that sees it. Writes nothing.
+    """
+    import json
+
+    from rich.console import Console
+
+    from grasp_lora.plans.status import folder_status
+    from grasp_lora.report.plan import status_table
+
+    found = folder_status(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console(highlight=False).print(status_table(found))
 
 
 def settings_list() -> None:

@@ -370,7 +370,17 @@ def load_config(
         FileNotFoundError: If there is no such file.
         ConfigError: With every fault found.
     """
-    path = Path(path)
+    data, words = read_mapping(Path(path))
+    return make_config(data, overrides, str(path), training, words)
+
+
+def read_mapping(path: Path) -> tuple[dict[str, Any], Words]:
+    """Return what a YAML file of `key: value` lines holds, and how its values were written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it is not YAML, or holds something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"no configuration file at {shown_path(path)}; give the path of a YAML file"
@@ -383,7 +393,7 @@ def load_config(
         raise ConfigError([f"not UTF-8 ({error}); save the file as UTF-8"], str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(["the file must hold `key: value` lines at its top level"], str(path))
-    return make_config(data, overrides, str(path), training, words)
+    return data, words
 
 
 def make_config(

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grasp_lora.base.files import BASE_FACT, damage, peak_memory_bytes, protect, write_text
 from grasp_lora.base.owner import held, lock_beside
 from grasp_lora.base.words import without_home
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.plans.kinds import KINDS
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.session import Session
 from grasp_lora.stages.folder import (
@@ -33,12 +34,14 @@ from grasp_lora.stages.folder import (
 from grasp_lora.stages.keys import Key, input_content, key_of, splits_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
-from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
 from grasp_lora.workbench.reporter import Reporter
 
 REFUSED_FILE = "not-applicable.txt"
 """File in the work folder of a stage: the reason why its last attempt could not run."""
+
+FAILED = "failed"
+"""First word of the last line in the log of a stage that failed. Whoever tries again adds lines."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,13 @@ def check(plan: Plan, place: Path, session: Session, overwrite: bool) -> bool:
     given = given_to(plan)
     if overwrite:
         outs = [place / name for name in plan.stages]
-        protect_inputs(session.config, given, [p for out in outs for p in places_of(out)])
+        replaced = [p for out in outs for p in places_of(out)]
+        for config in session.configs():
+            protect_inputs(config, given, replaced)
     found = {name: state_of(stage, place, session) for name, stage in plan.stages.items()}
-    protect_inputs(session.config, given, [one.place for one in found.values() if one.place])
+    damaged = [one.place for one in found.values() if one.place]
+    for config in session.configs():
+        protect_inputs(config, given, damaged)
     differing = [name for name, one in found.items() if one.state == "differs"]
     if differing and not overwrite:
         first = differing[0]
@@ -220,7 +227,8 @@ def _key(stage: Stage, session: Session, folders: Mapping[str, Path]) -> Key:
     for folder in folders.values():
         check_input(folder)
     inputs = {role: input_content(role, folder) for role, folder in folders.items()}
-    return key_of(stage, KINDS[stage.kind], session.data, session.base, inputs, session.template)
+    own = session.of(stage)
+    return key_of(stage, KINDS[stage.kind], own.data, own.base, inputs, own.template)
 
 
 def do(stage: Stage, place: Path, session: Session, options: Options, again: bool) -> None:
@@ -252,16 +260,18 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
             session.clock.skip(stage.name)
         return
     spot: AbstractContextManager[Any] = nullcontext()
-    context = session.context_of(stage)
+    context = session.context_of(stage) if KINDS[stage.kind].loads else None
     if options.timed:
         spot = session.clock.stage(stage.name)
     try:
         with spot:
             # Examples that cannot be encoded are refused before the folder is begun.
-            for role, split in KINDS[stage.kind].examples(stage, splits_of(session.data)):
-                context.encoded(role, split)
+            if context is not None:
+                for role, split in KINDS[stage.kind].examples(stage, splits_of(session.data)):
+                    context.encoded(role, split)
             result, work = decided_by_main(lambda: begin(out, key, again))
-            facts = _facts(Work(stage, context, folders, result, work))
+            whole = (stage, cast(Any, context), folders, result, work, options.overwrite)
+            facts = _facts(Work(*whole))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
             facts |= {BASE_FACT: without_home(stage.config.model.name)}
             if is_main():
@@ -269,7 +279,8 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
                     publish(out, key, facts)
             wait_for_all()
     finally:
-        context.on_saved()
+        if context is not None:
+            context.on_saved()
 
 
 def _facts(work: Work) -> dict[str, Any]:
@@ -296,4 +307,5 @@ def _logged(out: Path, error: Exception) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
+        file.write(f"{FAILED}\n")
     return f"failed ({error}), see {log}"

@@ -1,25 +1,24 @@
 """Several processes do the stages of a plan; each process does one stage.
 
-An entry of `LAUNCHERS` starts a process that can be polled and stopped. To use other machines, add
-an entry that runs `python -m grasp_lora.plans.worker FOLDER STAGE` where the folder is visible.
+This process says which stages are ready, and an entry of `LAUNCHERS` does them, here or elsewhere.
 """
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grasp_lora.base.files import RUN_CONFIG_FILE, damage, holds_something, put_aside
 from grasp_lora.base.owner import owned
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.plans.executor import (
+    FAILED,
     Options,
     Outcome,
     check,
@@ -29,88 +28,21 @@ from grasp_lora.plans.executor import (
     without_result,
     work_off,
 )
+from grasp_lora.plans.on_local import LOCAL
+from grasp_lora.plans.on_ray import RAY
+from grasp_lora.plans.on_slurm import SLURM
 from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.pool import AGAIN, HERE, OVERWRITE, Engine, Pool, Process, StageJob
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.stored import PLAN_FILE, read_plan_file, write_plan
-from grasp_lora.plans.worker import AGAIN, NOT_APPLICABLE, OVERWRITE
+from grasp_lora.plans.worker import NOT_APPLICABLE
 from grasp_lora.stages.folder import STAGE_FILE
 from grasp_lora.stages.stage import Cost, Sizes
 from grasp_lora.workbench.processes import threads_restored, use_threads
 from grasp_lora.workbench.reporter import Reporter, duration
 
-_PAUSE = 0.2
-"""Seconds between two looks at the running processes."""
-
-
-class Process(Protocol):
-    """A started process."""
-
-    def poll(self) -> int | None:
-        """Return the exit code; None while the process runs."""
-        ...
-
-    def stop(self) -> None:
-        """End the process and wait for its end."""
-        ...
-
-
-Start = Callable[[Path, str, Path, Mapping[str, str], tuple[str, ...]], Process]
-"""(plan's folder, stage, log, additional environment, flags of the worker) -> process."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The processes that stages are done in.
-
-    Attributes:
-        jobs: processes at once; 0 does all stages in this process, where the loaded backbone stays.
-            On a machine with several GPUs each process gets one of them in turn.
-        threads: of each process; None is the machine's cores over `jobs`, or what this process has
-            if it does all stages. The choice of the first start is kept for the folder: sums in
-            another number of threads differ in their last digits, and training carries that on.
-        on: row of `LAUNCHERS`.
-    """
-
-    jobs: int = 0
-    threads: int | None = None
-    on: str = "local"
-
-
-HERE = Pool()
-
-
-@dataclass(frozen=True)
-class _LocalProcess:
-    process: subprocess.Popen[bytes]
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
-def start_locally(
-    place: Path, stage: str, log: Path, environment: Mapping[str, str], flags: tuple[str, ...]
-) -> Process:
-    """Start a process on this machine."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        command = [sys.executable, "-m", "grasp_lora.plans.worker", str(place), stage, *flags]
-        return _LocalProcess(
-            subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | dict(environment),
-            )
-        )
-
-
-LAUNCHERS: Mapping[str, Start] = {"local": start_locally}
-"""Name -> how a stage's process is started."""
+LAUNCHERS: Mapping[str, Engine] = {"local": LOCAL, "slurm": SLURM, "ray": RAY}
+"""Name -> engine that does the stages."""
 
 
 def work_off_many(
@@ -165,7 +97,7 @@ def plan_folder(place: Path, pool: Pool, quiet: bool) -> Iterator[int]:
         wanted = kept or pool.threads
         if pool.jobs == 0:
             wanted = use_threads(wanted, place, say)
-        yield wanted or max(1, (os.cpu_count() or 1) // pool.jobs)
+        yield wanted or (max(1, (os.cpu_count() or 1) // pool.jobs) if pool.on == "local" else 1)
 
 
 def _worked_off(
@@ -183,7 +115,7 @@ def _worked_off(
     progress = _Progress(plan.cost(sizes), waiting, reporter)
     with reporter.long_bar(f"{len(waiting)} stages", progress.total) as show:
         options = Options(overwrite, keep_going=True, ended=progress.noting(show))
-        if pool.jobs == 0:
+        if pool.jobs == 0 or not waiting:
             return work_off(plan, place, session, options)
         return _processes(plan, place, session, options, (pool, threads, again))
 
@@ -196,6 +128,16 @@ def _checked(place: Path, pool: Pool) -> int | None:
         raise ValueError(f"threads must be at least 1, got {pool.threads}")
     if pool.on not in LAUNCHERS:
         raise ValueError(f"no launcher {shown(pool.on)}; choose from {', '.join(LAUNCHERS)}")
+    needed = LAUNCHERS[pool.on].package
+    if needed is not None and find_spec(needed) is None:
+        raise ValueError(
+            f"--on {pool.on} needs {needed}, which is not installed: pip install "
+            f'"grasp-lora[{pool.on}]"'
+        )
+    if pool.on == "local" and pool.options:
+        raise ValueError("--on local takes no options of an engine; leave --engine out")
+    if pool.jobs == 0 and pool.on != "local":
+        raise ValueError(f"--on {pool.on}: give --jobs, the most stages at once, 1 or more")
     there = (place / PLAN_FILE).exists() or _lost_its_plan(place)
     if place.exists() and not there and (not place.is_dir() or holds_something(place)):
         raise ValueError(
@@ -262,7 +204,7 @@ class _Progress:
 
 def _tail(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "\n".join(f"    {line}" for line in lines[-3:])
+    return "\n".join(f"    {line}" for line in lines[-4:-1])  # the last one says that it failed
 
 
 def _processes(
@@ -272,50 +214,52 @@ def _processes(
     options: Options,
     how: tuple[Pool, int, bool],
 ) -> dict[str, Outcome]:
-    """Start a process for every stage as soon as its inputs are there."""
+    """Let the engine do every stage as soon as its inputs are there."""
     pool, threads, again = how
+    engine = LAUNCHERS[pool.on]
     flags = (*([OVERWRITE] if options.overwrite else []), *([AGAIN] if again else []))
     outcomes: dict[str, Outcome] = {}
     waiting = dict(plan.stages)
-    running: dict[int, tuple[str, Process]] = {}
+    running: dict[str, Process] = {}
 
     def end(name: str, outcome: Outcome) -> None:
         outcomes[name] = outcome
         options.ended(name, outcome)
 
-    with _ending_with_this_process(running):
+    with engine.open(place, pool, threads) as launcher, _ending_with_this_process(running):
         while waiting or running:
+            ready: list[str] = []
             for name, stage in list(waiting.items()):
                 lost = without_result(stage, place, outcomes)
-                ready = all(need in outcomes for need in stage.needs())
                 if lost is not None:
                     del waiting[name]
                     end(name, lost)
-                elif ready and len(running) < pool.jobs:
+                elif (
+                    all(need in outcomes for need in stage.needs())
+                    and len(running) + len(ready) < pool.jobs
+                ):
                     del waiting[name]
                     if not again and state_of(stage, place, session).state == "done":
                         end(name, Outcome(place / name))
                         continue
-                    slot = min(set(range(pool.jobs)) - running.keys())
-                    process = _started(place, name, pool, (threads, slot), flags)
-                    running[slot] = (name, process)
-            time.sleep(_PAUSE if running else 0)
-            for slot, (name, process) in list(running.items()):
+                    ready.append(name)
+            jobs = [_job(place, name, threads, flags) for name in ready]
+            running |= zip(ready, launcher.start(jobs) if jobs else (), strict=True)
+            time.sleep(engine.pause if running else 0)
+            for name, process in list(running.items()):
                 code = process.poll()
                 if code is not None:
-                    del running[slot]
+                    del running[name]
                     end(name, _ended(place / name, code))
     return {name: outcomes[name] for name in plan.stages}
 
 
-def _started(
-    place: Path, name: str, pool: Pool, slot: tuple[int, int], flags: tuple[str, ...]
-) -> Process:
-    threads, number = slot
+def _job(place: Path, name: str, threads: int, flags: tuple[str, ...]) -> StageJob:
     count = str(threads)
     environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    environment |= {"TOKENIZERS_PARALLELISM": "false"} | gpu_of(number, _gpus())
-    return LAUNCHERS[pool.on](place, name, log_of(place / name), environment, flags)
+    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    whole = place.absolute()
+    return StageJob(whole, name, log_of(whole / name), environment, flags, Path.cwd())
 
 
 def _ended(out: Path, code: int) -> Outcome:
@@ -326,30 +270,14 @@ def _ended(out: Path, code: int) -> Outcome:
     if code == NOT_APPLICABLE:
         why = log.read_text(errors="replace").splitlines()[-1]
         return refused_outcome(out, why)
-    return Outcome(out, f"failed (exit code {code}), see {log}")
-
-
-def gpu_of(place: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Return the environment that gives a process its GPU.
-
-    Args:
-        place: of the process, from 0.
-        gpus: names of the machine's GPUs as CUDA knows them.
-    """
-    return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named:
-        return named.split(",")
-    return [str(n) for n in range(torch.cuda.device_count())]
+    why = f"{FAILED} (exit code {code})"
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"{why}\n")
+    return Outcome(out, f"{why}, see {log}")
 
 
 @contextmanager
-def _ending_with_this_process(running: Mapping[int, tuple[str, Process]]) -> Iterator[None]:
+def _ending_with_this_process(running: Mapping[str, Process]) -> Iterator[None]:
     """Stop the running processes when the body ends; SIGTERM ends the body as Ctrl-C does."""
     before: Any = None
     # Only the main thread may set what signals do.
@@ -358,7 +286,7 @@ def _ending_with_this_process(running: Mapping[int, tuple[str, Process]]) -> Ite
     try:
         yield
     finally:
-        for _, process in list(running.values()):
+        for process in list(running.values()):
             process.stop()
         if before is not None:
             signal.signal(signal.SIGTERM, before)

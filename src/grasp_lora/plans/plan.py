@@ -8,9 +8,9 @@ nothing.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from grasp_lora.plans.kinds import KINDS
 from grasp_lora.stages.keys import used_settings
 from grasp_lora.stages.stage import Cost, Sizes, Stage
-from grasp_lora.stages.table import KINDS
 
 
 @dataclass(frozen=True)

@@ -139,12 +139,7 @@ def run(
     join(config)
     out, say = config.output, Reporter(quiet or not is_main()).say
     say_code(config, say)
-    faults = (
-        config.faults() + config.recipe_faults() + config.missing_files()
-        + missing_metrics(config) + objective_faults(config) + tracker_faults(config.report_to)
-    )  # fmt: skip
-    if faults:
-        raise ConfigError(faults)
+    check_settings(config)
     decided_by_main(lambda: check_run(out))
     with kept_by_main(owned(out, say)), threads_restored():
         with clock.span("load"):
@@ -160,6 +155,20 @@ def run(
             _finish(*done, profile)
         wait_for_all()
     return out
+
+
+def check_settings(config: RunConfig) -> None:
+    """Check the settings of a run, what they name and what they need to be installed.
+
+    Raises:
+        ConfigError: with every fault found.
+    """
+    faults = (
+        config.faults() + config.recipe_faults() + config.missing_files()
+        + missing_metrics(config) + objective_faults(config) + tracker_faults(config.report_to)
+    )  # fmt: skip
+    if faults:
+        raise ConfigError(faults)
 
 
 def _fixed(session: Session, options: Options) -> tuple[_Run, RunPlan] | None:

@@ -1,6 +1,6 @@
 """What stays loaded between the stages of a plan: examples, backbone, encodings, input norms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ class Session:
         self.quiet = quiet
         self._context, self._training, self._inputs = context, training, inputs
 
+    def of(self, stage: Stage) -> "Session":
+        """Return the session with the examples and the base model of a stage."""
+        del stage
+        return self
+
+    def configs(self) -> list[RunConfig]:
+        """Return the settings that name all inputs of the plan."""
+        return [self.config]
+
     @property
     def context(self) -> Context:
         """Examples and backbone; the first access loads the backbone."""
@@ -58,6 +67,26 @@ class Session:
     def context_of(self, stage: Stage) -> Context:
         """Return the context with the settings of a stage; encoded examples are shared."""
         return replace(self.context, config=stage.config)
+
+
+class Sessions(Session):
+    """Sessions of stages with other examples, for a process that does none of them itself.
+
+    Args:
+        by_stage: stage -> its session; at least one.
+        quiet: print nothing.
+    """
+
+    def __init__(self, by_stage: Mapping[str, Session], quiet: bool = False):
+        first = next(iter(by_stage.values()))
+        super().__init__(first.config, first.data, quiet=quiet)
+        self._by_stage = by_stage
+
+    def of(self, stage: Stage) -> Session:
+        return self._by_stage[stage.name]
+
+    def configs(self) -> list[RunConfig]:
+        return [one.config for one in dict.fromkeys(self._by_stage.values())]
 
 
 def _template(config: RunConfig, context: Context | None, inputs: Sequence[Path]) -> str | None:

@@ -5,10 +5,13 @@ stage needs, so any machine that can read and write them can do it.
 """
 
 import gc
+import os
 import sys
+import threading
 from pathlib import Path
 
 from grasp_lora.plans.executor import PLAIN, do
+from grasp_lora.plans.pool import AGAIN, OVERWRITE, WITH_PARENT
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.stored import read_stage
 from grasp_lora.stages.other_merges import NotApplicable
@@ -19,10 +22,6 @@ from grasp_lora.workbench.rows import load_run_data
 NOT_APPLICABLE = 3
 """Exit code of a stage that cannot run on these adapters or on this machine; the reason is the last
 line of standard output."""
-
-
-OVERWRITE, AGAIN = "--overwrite", "--again"
-"""Flags: replace a result made from other inputs; do the stage again even if it is done."""
 
 
 def work(place: Path, name: str, overwrite: bool = False, again: bool = False) -> None:
@@ -44,12 +43,20 @@ def work(place: Path, name: str, overwrite: bool = False, again: bool = False) -
 def main(arguments: list[str]) -> int:
     """Do the stage that the command line names; return the exit code."""
     place, name, *flags = arguments
+    if WITH_PARENT in flags:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(Path(place), name, OVERWRITE in flags, AGAIN in flags)
     except NotApplicable as error:
         print(error)
         return NOT_APPLICABLE
     return 0
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # not through sys.stdin, whose lock would stop the interpreter's end
+        pass
+    os._exit(1)  # as abrupt as a kill: whatever a stage has written by then is good for the next
 
 
 if __name__ == "__main__":

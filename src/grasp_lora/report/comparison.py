@@ -160,11 +160,11 @@ def score_rows(found: Mapping[str, Any], test: str) -> tuple[list[str], list[lis
         titles += [f"{TITLES.get(main, main)} against {reference}", f"loss against {reference}"]
     rows: list[list[str]] = []
     for method, runs in shown_methods(found).items():
-        cells = [method, str(len(runs)), _mean_and_deviation([run["ratio"] for run in runs], 3)]
+        cells = [method, str(len(runs)), mean_and_deviation([run["ratio"] for run in runs], 3)]
         for metric in metrics:
             digits = 3 if metric in NATIVE else 1
-            cells.append(_mean_and_deviation([run["scores"][test][metric] for run in runs], digits))
-        cells.append(_mean_and_deviation([run["dev_loss"] for run in runs], 3))
+            cells.append(mean_and_deviation([run["scores"][test][metric] for run in runs], digits))
+        cells.append(mean_and_deviation([run["dev_loss"] for run in runs], 3))
         if reference:
             paired = found["paired"].get(method, {}).get(test, {})
             cells += [
@@ -192,8 +192,8 @@ def _oracle_row(found: Mapping[str, Any], test: str, metrics: Sequence[str]) -> 
     cells = [ORACLE, str(len(best)), f"{best[0]['ratio']:.3f}"]
     for metric in metrics:
         digits = 3 if metric in NATIVE else 1
-        cells.append(_mean_and_deviation([run["scores"][test][metric] for run in best], digits))
-    cells.append(_mean_and_deviation([run["dev_loss"] for run in best], 3))
+        cells.append(mean_and_deviation([run["scores"][test][metric] for run in best], digits))
+    cells.append(mean_and_deviation([run["dev_loss"] for run in best], 3))
     return cells + ([NO_VALUE, NO_VALUE] if found["reference"] else [])
 
 
@@ -262,7 +262,8 @@ def _mean_score(runs: Sequence[Mapping[str, Any]], test: str, metric: str) -> fl
     return None if not_finite(dict(enumerate(values))) else statistics.fmean(values)
 
 
-def _mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
+def mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
+    """Return the mean of the values that are known, and their deviation if there are several."""
     known = [value for value in values if value is not None]
     if not known:
         return NO_VALUE

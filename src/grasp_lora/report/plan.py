@@ -1,6 +1,6 @@
 """A plan for people: one row a stage, and what is left to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -29,6 +29,22 @@ def plan_table(stages: Sequence[Any]) -> Table:
         needs = ", ".join(one.needs)
         table.add_row(
             cell(one.name), one.kind, cell(needs), STATES[one.state], *map(_number, numbers)
+        )
+    return table
+
+
+def status_table(found: Mapping[str, Any]) -> Table:
+    """Return a table of how the stages of a folder stand (`plans.status.folder_status`)."""
+    count = ", ".join(f"{number} {state}" for state, number in found["count"].items())
+    driver = found["driver"]
+    at_work = "no command works here" if driver is None else f"{driver['where']} works here"
+    table = Table(title=f"{count or 'no stages'}; {at_work}")
+    for title in ("stage", "kind", "state", "since", "where, or why"):
+        table.add_column(title, overflow="fold")
+    for one in found["stages"]:
+        told = one["where"] or one["why"] or ""
+        table.add_row(
+            *map(cell, (one["stage"], one["kind"], one["state"], one["since"] or "", told))
         )
     return table
 

@@ -67,6 +67,8 @@ class Work:
         inputs: role -> folder; all of them exist and are complete.
         out: the folder to write. It becomes the result once the function returns.
         checkpoints: a folder that survives a crash, for the Trainer's checkpoints.
+        overwrite: whether the user asked to replace what other inputs made; for a stage that does
+            a plan of its own.
     """
 
     stage: Stage
@@ -74,6 +76,7 @@ class Work:
     inputs: Mapping[str, Path]
     out: Path
     checkpoints: Path
+    overwrite: bool = False
 
     @property
     def config(self) -> RunConfig:
@@ -160,6 +163,8 @@ class Kind:
         examples: returns the sets that the stage reads; gets the stage and all existing sets.
         run: does the work; returns the facts for the marker of the result.
         cost: returns the cost of the stage, an upper bound.
+        loads: whether it needs the backbone and encoded examples. One that does not has no
+            `Work.context`.
     """
 
     format: int
@@ -167,3 +172,4 @@ class Kind:
     examples: Callable[[Stage, tuple[Split, ...]], tuple[Split, ...]]
     run: Callable[[Work], Mapping[str, Any]]
     cost: Callable[[Stage, Sizes], Cost]
+    loads: bool = True
