@@ -117,7 +117,7 @@ def _session(part: Part, seeds: tuple[int, ...], quiet: bool) -> Session:
             data = checked_data(config, "method", part.methods, METHODS, seeds, quiet)
         else:
             check_settings(config)
-            for _, folder in config.adapters:
+            for folder in config.adapters.folders().values():
                 if folder is not None:
                     read_adapter(folder)
                     check_openable(folder)
