@@ -123,7 +123,7 @@ executor.KINDS = {"merge": kind}
 config = RunConfig.model_validate({"model": "none", "data": {"target": {"language": "en"}}})
 context = SimpleNamespace(on_saved=lambda: None)
 session = SimpleNamespace(data=RunData({}), base=None, template=None, clock=Clock(), quiet=True)
-session.context_of = lambda _: context
+session.of, session.context_of = lambda _: session, lambda _: context
 if not PartialState(cpu=True).is_main_process:
     time.sleep(1)
 for _ in range(2):
