@@ -12,7 +12,7 @@ PATHS = [
     ("<td>/mnt/disk/a.txt</td>", "<td>…/a.txt</td>"),
     ("<td>&#34;/mnt/disk/a.txt&#34;</td>", "<td>&#34;…/a.txt&#34;</td>"),
     ("from `/tmp/x/y`, read", "from `…/y`, read"),
-    ("path:/work/x/", "path:…/x"),
+    ("path:/data/x/", "path:…/x"),
     ("file:///srv/x/y", "…/y"),
     (r"C:\Users\ana\x.txt", "…/x.txt"),
     (r"/home/\_ana/x", "…/x"),
