@@ -1,6 +1,7 @@
 """The ratio search in a plain `transformers.Trainer`, on a PeftModel that was built elsewhere."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import fields
@@ -240,6 +241,14 @@ def test_probes_change_nothing_of_the_training(tmp_path, kind):
         "sgd",
         "rslora",
         pytest.param("compile", marks=pytest.mark.slow),
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not shutil.which("g++"), reason="no g++, which inductor needs"),
+                pytest.mark.filterwarnings("ignore:`torch.jit.script_method`"),
+            ],
+        ),
     ],
 )
 def test_searches_under_the_trainers_other_settings(tmp_path, kind):
@@ -247,6 +256,7 @@ def test_searches_under_the_trainers_other_settings(tmp_path, kind):
         "checkpointing": {CHECKPOINTING: True},
         "autocast": {"bf16": True},
         "compile": {"torch_compile": True, "torch_compile_backend": "eager"},
+        "inductor": {"torch_compile": True, "torch_compile_backend": "inductor"},
         "sgd": {"optim": "sgd"},
         "rslora": {
             "model": tiny_peft_model(
@@ -259,6 +269,32 @@ def test_searches_under_the_trainers_other_settings(tmp_path, kind):
         },
     }[kind]
     search, trainer = searched(tmp_path / "out", **settings)
+    assert len(search.rounds) == 3
+    assert_pruned_at(trainer.model, search.ratio)
+    loaded = PeftModel.from_pretrained(tiny_model(), str(search.save(tmp_path / "final")))
+    ids = random_ids()
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    assert torch.allclose(logits_of(loaded.eval(), ids), logits_of(trained, ids), atol=1e-5)
+
+
+class Scaling(Trainer):
+    """A Trainer in float16 with a scaled loss, as on a GPU; Accelerate has no scaler on a CPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+
+
+def test_searches_with_a_scaled_loss_where_steps_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "Trainer", Scaling)
+    search = RatioSearch(MICRO_DEV, controller=CONFIG)
+    _, trainer = searched(tmp_path / "out", search, fp16=True)
+    norms = [one["grad_norm"] for one in trainer.state.log_history if "grad_norm" in one]
+    overflowed = sum(not math.isfinite(norm) for norm in norms)
+    assert 0 < overflowed < STEPS
+    # The scaler halves its scale at each step that it skips.
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (20 - overflowed)
     assert len(search.rounds) == 3
     assert_pruned_at(trainer.model, search.ratio)
     loaded = PeftModel.from_pretrained(tiny_model(), str(search.save(tmp_path / "final")))
