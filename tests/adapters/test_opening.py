@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grasp_lora.adapters import opening
-from grasp_lora.adapters.folder import write_adapter
+from grasp_lora.adapters.folder import read_adapter, write_adapter
 from grasp_lora.adapters.opening import (
     is_adapter,
     lines_about,
@@ -27,6 +27,7 @@ from grasp_lora.adapters.opening import (
     named_base_model,
     open_model,
 )
+from grasp_lora.base.files import write_json
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import GgufSource
@@ -633,3 +634,10 @@ def test_a_base_at_a_path_that_is_not_here_is_refused_before_any_model_is_looked
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         named_base_model(folder)
+
+
+@pytest.mark.parametrize("opened", [is_adapter, named_base_model, read_adapter])
+def test_a_result_that_is_a_prompt_is_refused_as_such(tmp_path, opened):
+    write_json(tmp_path / "prompt.json", {"prompt": "Q: 1 + 1? A: 2\n\n"})
+    with pytest.raises(ValueError, match=r"holds no adapter: its run found none better .*prompt"):
+        opened(tmp_path)

@@ -162,6 +162,11 @@ def test_the_folder_holds_the_adapter_the_choice_and_no_leftovers(whole):
     assert sum(prices) < choice["price"]["plain_runs"], "the retraining is not among them"
     assert read_json(whole / "ratio.json")["verdict"] in ("flat", "learned")
     assert (whole / "starts" / "average" / "adapter_model.safetensors").exists()
+    assert {one.name for one in (whole / "final").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json", "README.md"),
+    }
+    beside = {one.name for one in (whole / "shipped").iterdir()}
+    assert {"stage.json", "merge.json", "parts.safetensors"} <= beside
     shipped = [one for one in choice["tried"] if one["shipped"]]
     assert len(shipped) == len(choice["finalists"]) > 0
 
@@ -292,7 +297,7 @@ def test_one_finalist_is_shipped_as_it_was_trained(place, tmp_path, monkeypatch)
         torch.testing.assert_close(found, trained[name], atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["trials/source", "trials/average", "retrained", "final"])
+@pytest.mark.parametrize("stage", ["trials/source", "trials/average", "retrained", "shipped"])
 def test_a_killed_run_goes_on_from_what_is_done(place, tmp_path, monkeypatch, trainings, stage):
     undisturbed = run(config_of(place, tmp_path / "undisturbed"), quiet=True)
     once = [*trainings]
@@ -608,7 +613,7 @@ def test_where_all_finalists_diverge_the_best_simple_system_is_shipped(
     choice = read_json(out / "recipe.json")
     simple = {one["name"]: one["dev_loss"] for one in choice["simple_systems"]}
     assert choice["ships"] == min(simple, key=simple.__getitem__)
-    assert (out / "final" / "stage.json").exists()
+    assert (out / "shipped" / "stage.json").exists()
 
 
 def test_adapters_that_cannot_be_merged_leave_the_other_ways(place, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ RESULTS = (
     "final/adapter_model.safetensors",
     "final/adapter_config.json",
 )
-STAGES = ("adapters/source", "search", "final")
+STAGES = ("adapters/source", "search", "shipped")
 
 
 @pytest.fixture(scope="module")

@@ -127,13 +127,13 @@ def test_after_a_search_they_are_cut_where_it_ended_and_trained_from_where_it_be
     changes["evaluate"] = {"baselines": False}
     out = run(settings(workplace, **changes), quiet=True)
     assert stage(out / "search")["best"]["step"] > 0, "or the search ends where it began"
-    judged, final = tensors(out / "final-judged"), tensors(out / "final")
+    judged, final = tensors(out / "shipped-judged"), tensors(out / "final")
     for name, tensor in judged.items():
         assert torch.equal(tensor == 0, final[name] == 0)
         assert 0.35 < (tensor == 0).float().mean() < 0.65
     config = settings(workplace, **changes)
     anew = prune_adapter(
-        on_train_rows(config), out / "merged", stage(out / "final")["ratio"], out / "anew"
+        on_train_rows(config), out / "merged", stage(out / "shipped")["ratio"], out / "anew"
     )
     others = tensors(anew)
     assert any(not torch.equal(t == 0, others[name] == 0) for name, t in judged.items())
@@ -157,11 +157,11 @@ def test_a_run_begins_anew_from_the_merge_for_all_epochs_that_were_kept(workplac
     changes["search"] = {"learning_rate": 0.003}
     changes["evaluate"] = {"baselines": False}
     out = run(settings(workplace, **changes), quiet=True)
-    epochs = kept_epochs(out / "final-judged")
+    epochs = kept_epochs(out / "shipped-judged")
     if mode == "continue":
         epochs += stage(out / "search")["best"]["step"] // 2
         assert epochs > 2, "some of the epochs are the search's"
-    final = stage(out / "final")
+    final = stage(out / "shipped")
     assert final["labelled"]["steps"] == 4 * epochs
     # Pruned at the learned ratio or not at all, and from the merge: its learning rate is the first.
     assert final["labelled"]["log"][0]["learning_rate"] == pytest.approx(0.003)
@@ -186,9 +186,9 @@ def test_a_late_merge_takes_its_weights_from_rows_not_yet_trained_on(workplace):
             wanted = weights[0] * parts[name].delta() + weights[1] * target[name].delta()
             torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
     assert stage(folders["merged-labelled"])["labelled"]["steps"] > 0
-    final = stage(out / "final")
+    final = stage(out / "shipped")
     assert final["labelled"]["steps"] == 0, "nothing is trained after a late merge"
-    assert final["best_rows"] == stage(out / "final-judged")["best_rows"]
+    assert final["best_rows"] == stage(out / "shipped-judged")["best_rows"]
 
 
 def test_without_dev_rows_no_epochs_can_be_chosen(workplace):

@@ -70,7 +70,7 @@ def examples():
 def test_a_run_trains_its_baselines_as_long_as_its_result(config_of, mode, lengths):
     steps = steps_of(run_plan(config_of(mode, *lengths), examples()).plan)
     search, final = map(steps_by_hand, lengths)
-    assert (steps["search"], steps["final"]) == (search, final)
+    assert (steps["search"], steps["shipped"]) == (search, final)
     result = final + (search if mode == "continue" else 0)
     assert (steps[TUNED], steps[UNPRUNED]) == (result, result)
 
@@ -117,7 +117,7 @@ def test_the_steps_done_are_equal_as_well(tmp_path):
     def done(stage):
         return read_json(out / stage / "stage.json")["steps"]
 
-    assert (done("search"), done("final")) == (5, 2 * TRAINED // 4)
+    assert (done("search"), done("shipped")) == (5, 2 * TRAINED // 4)
     assert done(TUNED) == done(UNPRUNED) == 5 + 4
 
 
@@ -140,7 +140,7 @@ def test_with_extra_rows_too_all_are_trained_as_long(config_of, tmp_path, mode, 
 
     whole = 7 + (9 if mode == "continue" else 0)
     steps = lengths(run_plan(config, rows).plan)
-    assert (steps[TUNED], steps[UNPRUNED], steps["final"]) == (whole, whole, 7)
+    assert (steps[TUNED], steps[UNPRUNED], steps["shipped"]) == (whole, whole, 7)
     config = config_of(mode, {"epochs": 2}, {"epochs": 3}, data=data)
     steps = lengths(run_plan(config, rows).plan)
     passes = 3 + (2 if mode == "continue" else 0)

@@ -224,7 +224,7 @@ def test_a_late_merge_is_made_of_the_fine_tuned_source_adapter_and_not_trained(w
         wanted = sum(w * part for w, part in zip(found["weights"], parts, strict=True))
         torch.testing.assert_close(module.delta(), wanted, atol=1e-6, rtol=1e-5)
     assert [r["step"] for r in read_jsonl(out / "rounds.jsonl")] == [1, 2, 3]
-    final, ratio = read_json(out / "final" / "stage.json"), read_json(out / "ratio.json")
+    final, ratio = read_json(out / "shipped" / "stage.json"), read_json(out / "ratio.json")
     assert final["steps"] == 0
     assert final["ratio"] == ratio["ratio"]
     assert "overfitting" not in {one["name"] for one in ratio["findings"]}
@@ -293,11 +293,16 @@ def test_going_on_from_the_search_trains_the_baselines_as_long_in_all(workplace)
     out = run(config, quiet=True)
     steps = {
         name: read_json(out / name / "stage.json")["steps"]
-        for name in ("search", "final", "baselines/merged-finetuned", "baselines/source-finetuned")
+        for name in (
+            "search",
+            "shipped",
+            "baselines/merged-finetuned",
+            "baselines/source-finetuned",
+        )
     }
-    assert steps["baselines/merged-finetuned"] == steps["search"] + steps["final"] == 3 * 2
+    assert steps["baselines/merged-finetuned"] == steps["search"] + steps["shipped"] == 3 * 2
     assert steps["baselines/source-finetuned"] == 3 * 2
-    log = read_json(out / "final" / "stage.json")["log"]
+    log = read_json(out / "shipped" / "stage.json")["log"]
     kept = read_json(out / "search" / "stage.json")["best"]["step"] // 2
     assert [entry["learning_rate"] for entry in log] == pytest.approx([0.01 * 0.85**kept] * 2)
     alone = read_json(out / "baselines/merged-finetuned/stage.json")["log"]
@@ -455,14 +460,14 @@ def test_a_profile_accounts_for_all_of_the_wall_time(workplace, drawing):
     out = run(settings(workplace, evaluate=QUICK), quiet=True, profile=True)
     profile = read_json(out / "profile.json")
     stages = profile["stages"]
-    names = ["adapters/source", "adapters/target", "merged", "search", "final"]
+    names = ["adapters/source", "adapters/target", "merged", "search", "shipped"]
     assert list(stages) == [*names, "evaluations/final", "outside the stages"]
     assert sum(map(seconds, stages.values())) == pytest.approx(profile["wall_seconds"])
-    for name in ("search", "final"):
+    for name in ("search", "shipped"):
         steps = read_json(out / name / "stage.json")["steps"]
         assert stages[name]["step"]["calls"] == steps
         assert stages[name]["checkpoint"]["calls"] == steps / 2, "one after each epoch of 2 steps"
-    assert stages["final"]["dev"]["calls"] == 3
+    assert stages["shipped"]["dev"]["calls"] == 3
     assert "baseline" not in stages["search"], "the default measures none"
     assert stages["search"]["probe"]["calls"] == 9, "3 rounds of 3 candidates"
     assert stages["evaluations/final"]["generate"]["calls"] == 1
@@ -521,10 +526,12 @@ def test_a_run_with_extra_rows_records_them_and_does_nothing_twice(workplace):
     record = read_json(out / "data.json")["extra"]
     assert record["splits"] == {"train": [f"x{n}" for n in range(5)]}
     # 8 labelled and 4 extra rows by fours, two epochs each
-    for name, steps in (("adapters/target", 3), ("search", 6), ("final", 6)):
+    for name, steps in (("adapters/target", 3), ("search", 6), ("shipped", 6)):
         assert read_json(out / name / "stage.json")["steps"] == steps, name
     assert read_json(out / "adapters/source" / "stage.json")["steps"] == 2
-    before = {name: (out / name / "stage.json").stat().st_mtime_ns for name in ("search", "final")}
+    before = {
+        name: (out / name / "stage.json").stat().st_mtime_ns for name in ("search", "shipped")
+    }
     (out / "done.json").unlink()
     run(config, quiet=True)
     assert before == {n: (out / n / "stage.json").stat().st_mtime_ns for n in before}

@@ -162,9 +162,9 @@ def test_a_moved_run_goes_on(finished, tmp_path):
     whole = run(loaded, quiet=True)
     moved = whole.rename(tmp_path / "second")
     (moved / "done.json").unlink()
-    before = (moved / "final" / "stage.json").stat().st_mtime_ns
+    before = (moved / "shipped" / "stage.json").stat().st_mtime_ns
     run(load_config(config, [f"output={moved}"]), quiet=True)
-    assert (moved / "final" / "stage.json").stat().st_mtime_ns == before
+    assert (moved / "shipped" / "stage.json").stat().st_mtime_ns == before
 
 
 def test_a_plain_fraction_is_a_ratio_too(finished, tmp_path):

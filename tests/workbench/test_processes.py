@@ -93,7 +93,7 @@ def test_two_processes_give_the_results_of_one(tmp_path):
             assert one["candidates"] == two["candidates"]
         assert one["rows"] == two["rows"]
         assert_same(one, two)
-    facts = [read_json(f / "final" / "stage.json") for f in (alone, both)]
+    facts = [read_json(f / "shipped" / "stage.json") for f in (alone, both)]
     assert len(facts[0]["evaluations"]) == 3
     assert_same(facts[0]["evaluations"], facts[1]["evaluations"])
     weights = [load_file(f / "final" / "adapter_model.safetensors") for f in (alone, both)]

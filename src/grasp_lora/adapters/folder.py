@@ -45,7 +45,7 @@ from grasp_lora.adapters.rules import (
     refuse_tensor,
     refuse_unknown,
 )
-from grasp_lora.base.files import files_below, follow_umask, sync, sync_folder
+from grasp_lora.base.files import PROMPT_FILE, files_below, follow_umask, sync, sync_folder
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.core.lora import LoraFactors, lora_scaling
 from grasp_lora.models.modules import bare_model, base_fingerprint, vocabulary_size
@@ -119,6 +119,20 @@ def adapter_in(folder: str | Path) -> Path:
     return found[0] if found else folder
 
 
+def check_no_prompt(folder: Path) -> None:
+    """Check that a folder is not the result of a run that ships no adapter.
+
+    Raises:
+        ValueError: it is.
+    """
+    if (folder / PROMPT_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no adapter: its run found none better than the bare model with the "
+            f"text in {PROMPT_FILE} ahead of each question. Use that, or an adapter of the same "
+            "run: its scores.json has their paths"
+        )
+
+
 def read_adapter(folder: str | Path, model: nn.Module | None = None) -> LoadedAdapter:
     """Read a PEFT LoRA folder, or the one in its only subfolder.
 
@@ -184,6 +198,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             "is on a hub)"
         )
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        check_no_prompt(folder)
         raise FileNotFoundError(
             f"{folder} holds no {ADAPTER_CONFIG_FILE}, so it is no PEFT adapter; give the folder "
             "that save_pretrained wrote"

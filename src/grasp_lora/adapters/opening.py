@@ -29,6 +29,7 @@ from grasp_lora.adapters.folder import (
     NOTES_FILE,
     WEIGHTS_FILE,
     adapter_in,
+    check_no_prompt,
     finite_floats,
     its_base,
     read_config_file,
@@ -49,7 +50,14 @@ from grasp_lora.adapters.virtual_tokens import (
     PrefixModel,
     VirtualTokenModel,
 )
-from grasp_lora.base.files import BASE_FACT, STAGE_FILE, read_json
+from grasp_lora.base.files import (
+    BASE_FACT,
+    RESULT,
+    RUN_CONFIG_FILE,
+    STAGE_FILE,
+    read_config,
+    read_json,
+)
 from grasp_lora.base.words import shown, without_home
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import SHORT_NAMES, Notice
@@ -165,7 +173,7 @@ def is_adapter(name: str | Path) -> bool:
     Raises:
         FileNotFoundError: `name` is a path that does not exist, or a folder with neither an adapter
             nor a model.
-        ValueError: several subfolders hold an adapter.
+        ValueError: several subfolders hold an adapter, or the folder holds a prompt instead.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -175,6 +183,7 @@ def is_adapter(name: str | Path) -> bool:
             return False
         if adapter_in(folder) != folder:
             return True
+        check_no_prompt(folder)
         raise FileNotFoundError(
             f"{folder} holds neither {ADAPTER_CONFIG_FILE} (a PEFT adapter) nor config.json (a "
             "model); give the folder that save_pretrained wrote"
@@ -221,13 +230,18 @@ def named_base_model(name: str | Path) -> str:
 
 
 def _loaded_by_its_stage(folder: Path) -> str | None:
-    """Return the place of the base model that the stage of this result used; None if it is gone."""
+    """Return the place of the base model that a stage or run loaded; None if it is gone."""
     for marker in (folder / STAGE_FILE, folder.parent / STAGE_FILE):
         if marker.is_file():
-            place = read_json(marker).get(BASE_FACT)
-            found = Path(place).expanduser() if place else None
-            return str(found) if found is not None and found.exists() else None
+            return _there(read_json(marker).get(BASE_FACT))
+    if folder.name == RESULT and (folder.parent / RUN_CONFIG_FILE).is_file():
+        return _there(read_config(folder.parent)["model"]["name"])
     return None
+
+
+def _there(place: str | None) -> str | None:
+    found = Path(place).expanduser() if place else None
+    return str(found) if found is not None and found.exists() else None
 
 
 def _base_of(config: dict[str, Any]) -> str | None:

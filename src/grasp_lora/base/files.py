@@ -45,6 +45,12 @@ STAGE_FILE = "stage.json"
 """The marker of a finished stage: its key and facts about it."""
 BASE_FACT = "base_model"
 """The fact in a stage's marker that says where its base model is, as the user named it."""
+RESULT = "final"
+"""The folder of a run's result, in the run folder: what goes out, and nothing else."""
+RESULT_STAGE = "shipped"
+"""The stage that makes the result, whose folder also has what resuming and later stages read."""
+PROMPT_FILE = "prompt.json"
+"""In a result that is no adapter: the text that goes ahead of a question."""
 FOLDER_LOCK = ".grasp-lora.lock"
 """Lock file in a folder that a process works in (`base.owner`)."""
 _FORMAT = "grasp-lora run"
@@ -59,8 +65,9 @@ WRITTEN = (
     "weights",
     "merged",
     "search",
-    "final",
-    "final-judged",
+    RESULT,
+    RESULT_STAGE,
+    f"{RESULT_STAGE}-judged",
     "merged-labelled",
     "baselines",
     "evaluations",
@@ -230,6 +237,25 @@ def _sealed_by(marker: Path, _stamped: tuple[int, ...]) -> dict[str, Any] | None
     except ValueError:
         return None
     return None if broken(content) else content.get(FILES, {})
+
+
+def damage_in(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """Return the marker that seals a folder, and file name -> what is wrong with it.
+
+    The marker lies in the folder, in the folder above it, as for `adapter/` of a search, or is that
+    of the finished run whose result the folder is. There is none for other folders.
+    """
+    above, below = folder.parent, f"{folder.name}/"
+    for marker, start in (
+        (folder / STAGE_FILE, ""),
+        (above / STAGE_FILE, below),
+        (above / DONE_FILE, below),
+    ):
+        if marker.is_file():
+            wrong = damage(marker)
+            own = [name for name in wrong if name == marker.name or name.startswith(start)]
+            return marker, {name: wrong[name] for name in own}
+    return None, {}
 
 
 def damage_words(found: Mapping[str, str]) -> str:

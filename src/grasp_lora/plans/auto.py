@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from grasp_lora.base.choice import lowest
-from grasp_lora.base.files import read_json
+from grasp_lora.base.files import RESULT, read_json
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
@@ -330,7 +330,7 @@ class _Choosing:
         found = decided_by_main(lambda: state_of(stage, self.out, self.session))
         if found.state == "differs" and not self.options.overwrite:
             raise FinalDiffers(
-                f"{shown_path(self.out / stage.name)} would be another result: "
+                f"{shown_path(self.out / RESULT)} would be another result: "
                 f"{'; '.join(found.why)}. It is kept as it is; pass --overwrite to replace it, no "
                 "finished trial is done again"
             )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from grasp_lora.base.files import RESULT, RESULT_STAGE
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
     PATIENCE,
@@ -194,7 +195,7 @@ class AutoPlan:
         first = finalists[0].recipe
         if first.start == "backbone":
             options = {"shots": first.shots or None}
-            return Stage("final", "prompt", self.config, {}, options)
+            return Stage(RESULT_STAGE, "prompt", self.config, {}, options)
         inputs: dict[str, Input] = {}
         for number, one in enumerate(finalists):
             inputs[f"adapter {number}"] = whole_name(one) or self._start_of(one.recipe)
@@ -207,7 +208,7 @@ class AutoPlan:
             "rule": "mean",
             "made_of": [*made_of, *(["a smaller rank"] * ("rank" in inputs))],
         }
-        return Stage("final", "merge", self.config, inputs, options)
+        return Stage(RESULT_STAGE, "merge", self.config, inputs, options)
 
     def final(self, finalists: Sequence[Finalist], probed: Input | None) -> str:
         """Add the result, its scoring, and the judging of the prune ratios.
@@ -225,7 +226,7 @@ class AutoPlan:
             bare = first.start == "backbone"
             # A prompt that was scored as a simple system is scored again, in its own place.
             options = {"shots": first.shots or None, "shipped": bare}
-            self._score(System("final", "final", None if bare else final), options)
+            self._score(System(RESULT, RESULT, None if bare else final), options)
         return final
 
     def probed(self, finalist: Finalist, trials: Mapping[Recipe, str]) -> Input | None:

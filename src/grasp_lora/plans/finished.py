@@ -8,10 +8,12 @@ from pathlib import Path
 
 from grasp_lora.base.files import (
     DONE_FILE,
+    RESULT,
     RUN_CONFIG_FILE,
     TIMES_FILE,
     WRITTEN,
     damage,
+    damage_words,
     finish_run,
     put_aside,
     read_config,
@@ -19,6 +21,7 @@ from grasp_lora.base.files import (
 )
 from grasp_lora.base.seal import FILES
 from grasp_lora.base.words import shown_path
+from grasp_lora.plans.published import SEALED
 from grasp_lora.stages.folder import STAGE_FILE
 
 
@@ -32,6 +35,7 @@ def mark_finished(out: Path, stages: Iterable[str]) -> None:
     # The times are written anew whenever a run is begun, also one that is then refused.
     own = [name for name in (RUN_CONFIG_FILE, *WRITTEN) if name != TIMES_FILE]
     names = [*own, *(f"{name}/{STAGE_FILE}" for name in stages)]
+    names += [f"{RESULT}/{name}" for name in SEALED]
     finish_run(out, [name for name in names if (out / name).is_file()])
 
 
@@ -57,6 +61,8 @@ def damage_in_run(out: Path) -> dict[str, str]:
 def put_files_aside(out: Path) -> list[str]:
     """Rename the damaged files of a run that are no stage's, so that the run can write them again.
 
+    A damaged result is renamed as a whole.
+
     Returns:
         A line about each, and about each that is missing.
     """
@@ -67,6 +73,12 @@ def put_files_aside(out: Path) -> list[str]:
         except ValueError:
             found[RUN_CONFIG_FILE] = "is damaged"
     lines: list[str] = []
+    below = f"{RESULT}/"
+    wrong = {n.removeprefix(below): why for n, why in found.items() if n.startswith(below)}
+    if wrong:
+        place = out / RESULT
+        kept = f" It is kept as {shown_path(put_aside(place).name)}." if place.exists() else ""
+        lines.append(f"{shown_path(place)} is damaged: {damage_words(wrong)}.{kept}")
     for name, why in found.items():
         if "/" in name:
             continue  # the stage that wrote it is put aside as a whole

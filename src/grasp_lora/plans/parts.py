@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from fractions import Fraction
 
+from grasp_lora.base.files import RESULT_STAGE
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.plans.plan import PlanBuilder
@@ -61,7 +62,7 @@ def add_final(
     config: RunConfig,
     merged: Input,
     search: str,
-    name: str = "final",
+    name: str = RESULT_STAGE,
     retrained: Input | None = None,
 ) -> str:
     """Add the final run of a search: pruned at its ratio, fine-tuned as the settings say.

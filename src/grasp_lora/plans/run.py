@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from grasp_lora.adapters.folder import ADAPTER_CONFIG_FILE, read_adapter
+from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.clock import time_summary
 from grasp_lora.base.files import (
     DATA_FILE,
+    RESULT,
+    RESULT_STAGE,
+    STAGE_FILE,
     check_disk,
     check_run,
     jsonable,
@@ -44,10 +47,10 @@ from grasp_lora.plans.auto_record import publish_choice
 from grasp_lora.plans.executor import Options, check, given_to, protect_inputs, work_off
 from grasp_lora.plans.finished import damage_in_run, mark_finished, put_files_aside
 from grasp_lora.plans.plan import Plan
+from grasp_lora.plans.published import add_card, check_layout, publish_result
 from grasp_lora.plans.run_plan import TUNED, UNPRUNED, RunPlan, run_plan
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import budget_words, held_groups, sizes_of
-from grasp_lora.report.card import facts_of_run, write_card
 from grasp_lora.report.pictures import plot_search
 from grasp_lora.report.run_report import write_report
 from grasp_lora.scoring.sets import compare_evaluations, missing_metrics
@@ -241,6 +244,7 @@ def _check_folder(current: _Run, overwrite: bool) -> Standing:
             lies where results are removed or replaced.
     """
     finished = check_run(current.out)
+    check_layout(current.out)
     protect_inputs(current.config, given_to(current.plan), _replaced(current, overwrite))
     again = check(current.plan, current.out, current.session, overwrite)
     chooses = current.config.recipe == "auto"
@@ -249,8 +253,9 @@ def _check_folder(current: _Run, overwrite: bool) -> Standing:
     if chooses and (not finished or _chooses_anew(current)):
         return "open"
     # Later stages of a choice are not planned yet, and of the planned ones some may not work here.
-    needed = [*current.plan.stages] if not chooses else [*_trained_adapters(current), "final"]
-    done = all((current.out / name / "stage.json").exists() for name in needed)
+    needed = [*current.plan.stages] if not chooses else [*_trained_adapters(current), RESULT_STAGE]
+    done = all((current.out / name / STAGE_FILE).exists() for name in needed)
+    done = done and (current.out / RESULT).is_dir()
     if finished and done and not overwrite:
         return "finished"
     return "again" if again else "open"
@@ -262,7 +267,8 @@ def _replaced(current: _Run, overwrite: bool) -> list[Path]:
     if overwrite:
         return places
     # A choice that went another way replaces the result; files are written anew at every end.
-    result = ("final", "retrained") if current.config.recipe == "auto" else ()
+    chooses = current.config.recipe == "auto"
+    result = (RESULT, *((RESULT_STAGE, "retrained") if chooses else ()))
     return [one for one in places if one.name in result or one.is_file()]
 
 
@@ -351,14 +357,14 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     write_json(out / "scores.json", scores)
     times = keep_times(context)
     write_json(out / "provenance.json", _provenance(context, time_summary(times)))
+    publish_result(out)
     write_report(out)
-    if (out / "final" / ADAPTER_CONFIG_FILE).is_file():
-        write_card(out / "final", facts_of_run(out))
+    add_card(out)
     if profile:
         write_profile(out, times)
     tidy_choice(out)
     mark_finished(out, result.plan.stages)
-    say_unnamed(out / "final", context.reporter.say)
+    say_unnamed(out / RESULT, context.reporter.say)
 
 
 def _add_findings(current: _Run, result: RunPlan, systems: Sequence[Mapping[str, Any]]) -> None:
@@ -390,11 +396,12 @@ def _scores(current: _Run, result: RunPlan | Chosen) -> dict[str, Any]:
         facts = {} if system.adapter is None else facts_of(current.folder(system.adapter))
         # A stage is named by its folder within the run's, an adapter of the user by its path.
         place = "" if system.adapter is None else without_home(system.adapter)
+        shipped = system.slug == RESULT
         rows.append(
-            {"name": title if system.slug == "final" else system.name, "slug": system.slug}
+            {"name": title if shipped else system.name, "slug": system.slug}
             | read_json(out / "evaluations" / system.slug / "scores.json")
             | {"zeros": facts.get("zeros", {}).get("exported"), "best": facts.get("best")}
-            | {"path": place}
+            | {"path": RESULT if shipped and place else place}
         )
     if not rows:
         return table | {"systems": []}
@@ -420,10 +427,10 @@ def _against_final(current: _Run, result: RunPlan | Chosen) -> Mapping[str, Any]
     name = current.session.context.backbone.public_name
     return {
         system.slug: compare_evaluations(
-            current.config, folder / "final", folder / system.slug, sets, name
+            current.config, folder / RESULT, folder / system.slug, sets, name
         )
         for system in result.systems
-        if system.slug != "final"
+        if system.slug != RESULT
     }
 
 

@@ -7,6 +7,7 @@ source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from grasp_lora.base.files import RESULT
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.parts import (
     add_adapters,
@@ -86,7 +87,7 @@ def run_plan(config: RunConfig, data: RunData) -> RunPlan:
     if scored and config.evaluate.baselines:
         systems = _baselines(plan, config, adapters, merged, examples)
     if scored:
-        systems.append(System("final", "final", final))
+        systems.append(System(RESULT, RESULT, final))
     for system in systems:
         inputs = {} if system.adapter is None else {"adapter": system.adapter}
         name, title = f"evaluations/{system.slug}", f"evaluate {system.name}"

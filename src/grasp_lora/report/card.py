@@ -9,15 +9,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from grasp_lora.base.files import read_json, write_text
+from grasp_lora.base.files import RESULT, read_json, write_text
 from grasp_lora.base.words import fenced, in_markdown
 from grasp_lora.report.run import NATIVE, TITLES
 from grasp_lora.tasks.base import task_named
 from grasp_lora.tasks.prompts import template_for
 
 CARD_FILE = "README.md"
-RESULT = "final"
-"""The folder of a run's result, in the run folder."""
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM takes for `--max-lora-rank`."""
 

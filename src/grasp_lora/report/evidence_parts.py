@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.files import RESULT, RESULT_STAGE, read_json, read_jsonl
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.groups import critical_value, standard_error
 from grasp_lora.core.evidence.history import (
@@ -196,7 +196,10 @@ def curves_section(run: Path) -> Section:
         for file in sorted([*run.glob("*/stage.json"), *run.glob("*/*/stage.json")])
     }
     trained = {name: one for name, one in found.items() if one.get("log")}
-    order = sorted(trained, key=lambda name: (name != "final", name.split("/")[0] == "adapters"))
+    order = sorted(
+        trained,
+        key=lambda name: (name not in (RESULT_STAGE, RESULT), name.split("/")[0] == "adapters"),
+    )
     shown = order[:_MOST_CURVES]
     parts: list[Part] = []
     for about, key in (("Dev loss of the target", "evaluations"), ("Train loss", "log")):
@@ -222,7 +225,7 @@ def _points(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], 
 
 def zeros_section(run: Path) -> Section:
     """Return the share of zeros in the final adapter's factors, by layer and module."""
-    counted = _zeros(run / "final")
+    counted = _zeros(run / RESULT)
     if not counted:
         return Section("Zeros", ())
     zeros, entries = (sum(one[n] for one in counted.values()) for n in (0, 1))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.base.files import read_json, write_text
+from grasp_lora.base.files import PROMPT_FILE, read_json, write_text
 from grasp_lora.report.choice import ratio_line, ship_parts, tried_lines
 from grasp_lora.report.data_words import prompt_line, trained_on_line
 from grasp_lora.report.document import (
@@ -279,7 +279,7 @@ def flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, s
 
 
 def _loading(final: Path, made: Mapping[str, Any]) -> Iterator[Part]:
-    if (final / "prompt.json").exists():
+    if (final / PROMPT_FILE).exists():
         yield Lines(("No adapter: final/prompt.json has what is put before a question.",))
     if "backbone" not in made or not (final / "adapter_config.json").exists():
         return

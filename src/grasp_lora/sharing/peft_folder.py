@@ -18,8 +18,8 @@ from grasp_lora.adapters.folder import (
     LoadedAdapter,
     read_notes,
 )
-from grasp_lora.base.files import write_text
-from grasp_lora.report.card import CARD_FILE, RESULT, CardFacts, facts_of_run, write_card
+from grasp_lora.base.files import RESULT, write_text
+from grasp_lora.report.card import CARD_FILE, CardFacts, facts_of_run, write_card
 from grasp_lora.sharing.factors import Ready
 
 _KEPT_NOTES = ("base_fingerprint", "vocab_size", "base_file")

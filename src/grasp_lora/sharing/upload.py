@@ -22,10 +22,10 @@ from grasp_lora.adapters.folder import (
     read_config_file,
     weights_files,
 )
-from grasp_lora.base.files import DONE_FILE, STAGE_FILE, check_run, damage, damage_words
+from grasp_lora.base.files import DONE_FILE, RESULT, check_run, damage_in, damage_words
 from grasp_lora.base.words import shortened, shown, shown_path
 from grasp_lora.config.sections import hub_id
-from grasp_lora.report.card import CARD_FILE, RESULT
+from grasp_lora.report.card import CARD_FILE
 from grasp_lora.sharing.private import found_in, notes_of_weights, without_paths
 
 REPORTS = ("report.html", "report.md")
@@ -89,7 +89,7 @@ def parcel_of(given: Path) -> Parcel:
     folder = _result_of(given) if is_run else adapter_in(given)
     read_config_file(folder)
     names = [ADAPTER_CONFIG_FILE, *(file.name for file in weights_files(folder))]
-    wrong = damage(folder / STAGE_FILE) if (folder / STAGE_FILE).is_file() else {}
+    _, wrong = damage_in(folder)
     if wrong:
         raise ValueError(f"{shown_path(folder)} is damaged: {damage_words(wrong)}; restore it")
     if not (folder / CARD_FILE).is_file():

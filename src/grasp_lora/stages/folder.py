@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from grasp_lora.base.files import (
     damage,
+    damage_in,
     damage_words,
     follow_umask,
     holds_something,
@@ -122,24 +123,19 @@ def check_input(folder: Path) -> None:
     Raises:
         ValueError: a file that stages read was lost or changed since.
     """
-    for marker, below in (
-        (folder / STAGE_FILE, ""),
-        (folder.parent / STAGE_FILE, f"{folder.name}/"),
-    ):
-        if not marker.exists():
-            continue
-        wrong = {
-            name: why
-            for name, why in damage(marker).items()
-            if name == STAGE_FILE
-            or (name.startswith(below) and any(fnmatch(Path(name).name, one) for one in READ))
-        }
-        if wrong:
-            raise ValueError(
-                f"{shown_path(marker.parent)} is damaged: {damage_words(wrong)}. Copy it again, or "
-                f"make it again; if the change is yours, remove its {STAGE_FILE}"
-            )
+    marker, found = damage_in(folder)
+    if marker is None:
         return
+    wrong = {
+        name: why
+        for name, why in found.items()
+        if name == marker.name or any(fnmatch(Path(name).name, one) for one in READ)
+    }
+    if wrong:
+        raise ValueError(
+            f"{shown_path(marker.parent)} is damaged: {damage_words(wrong)}. Copy it again, or "
+            f"make it again; if the change is yours, remove its {marker.name}"
+        )
 
 
 def refusal(out: Path, found: Found) -> str:

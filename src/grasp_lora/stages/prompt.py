@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import PROMPT_FILE, write_json
 from grasp_lora.base.words import without_home
 from grasp_lora.stages.few_shot import DRAWN_FROM, JUDGING, few_shot
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
@@ -28,9 +28,7 @@ def run(work: Work) -> Mapping[str, Any]:
         shots = few_shot(work.context, wanted, (*tests, *JUDGING))
         found = {"prompt": "".join(one.text for one in shots.solved)} | dict(shots.record())
     if is_main():
-        write_json(
-            work.out / "prompt.json", found | {"model": without_home(work.config.model.name)}
-        )
+        write_json(work.out / PROMPT_FILE, found | {"model": without_home(work.config.model.name)})
     return {"seconds": time.perf_counter() - began}
 
 
