@@ -24,4 +24,4 @@ def test_given_adapters_of_the_vision_tower_are_pruned_by_magnitude_there(tmp_pa
         "2 of 6 adapted modules get no input from the train examples (first: model.vision_" in said
     )
     assert "magnitude is used there" in said
-    assert read_json(out / "final" / "stage.json")["ratio"] > 0
+    assert read_json(out / "shipped" / "stage.json")["ratio"] > 0
