@@ -151,12 +151,16 @@ def _vllm(one: Foreign) -> list[str]:
     largest = max(one.ranks.values(), default=0)
     found = []
     if largest > r:
-        found.append(f"a tensor has rank {largest}, above r={r}: it fails on the shape")
+        found.append(f"a tensor has rank {largest}, above r={r}: before 0.32 it fails on the shape")
     if largest > SERVED_RANKS[-1]:
         found.append(f"rank {largest} is above {SERVED_RANKS[-1]}, the largest that it serves")
     used = alpha / (math.sqrt(r) if one.config.get("use_rslora") else r) if r else 0.0
     wrong = one.wrong(lambda _rank: used)
-    return found if wrong is None else [*found, f"one scale is used for all modules: {wrong}"]
+    return (
+        found
+        if wrong is None
+        else [*found, f"before 0.32 one scale is used for all modules: {wrong}"]
+    )
 
 
 def _sglang(one: Foreign) -> list[str]:
