@@ -84,19 +84,16 @@ class SimilarSets:
         self._sets, self._sizes, self._threshold = sets, sets.sizes, threshold
         least = np.maximum(1, np.ceil(threshold * self._sizes * (1 - _ROUNDING)))
         self._prefixes = np.where(self._sizes > 0, self._sizes - least.astype(np.int64) + 1, 0)
+        # Lists of one member are searched by size, so both are in one sorted key.
+        self._scale = int(self._sizes.max(initial=0)) + 1
         numbers = np.repeat(np.arange(len(self._sizes)), self._prefixes)
         begins = np.cumsum(self._prefixes) - self._prefixes
         places = np.arange(len(numbers)) - np.repeat(begins, self._prefixes)
         members = sets.members[sets.starts[numbers] + places]
         order = np.lexsort((numbers, self._sizes[numbers], members))
         self._numbers, self._places = numbers[order], places[order]
-        # Lists of one member are searched by size, so both are in one sorted key.
         self._keys = members[order] * self._scale + self._sizes[self._numbers]
         self._marked = np.zeros(sets.count, np.bool_)
-
-    @property
-    def _scale(self) -> int:
-        return int(self._sizes.max(initial=0)) + 1
 
     def similar(self, number: int, among: NDArray[np.bool_]) -> Iterator[tuple[int, float]]:
         """Yield (number of a set, similarity) of the sets similar to one, each once.
@@ -108,8 +105,8 @@ class SimilarSets:
         start, size = self._sets.starts[number], int(self._sizes[number])
         own = self._sets.members[start : start + size]
         seen: set[int] = set()
-        for place, member in enumerate(own[: self._prefixes[number]].tolist()):
-            for found in self._pieces(member, place, size):
+        for place, at, end in self._lists(own[: self._prefixes[number]], size):
+            for found in _pieces(at, end):
                 others = self._numbers[found]
                 shared_at_most = 1 + np.minimum(
                     size - place - 1, self._sizes[others] - self._places[found] - 1
@@ -120,20 +117,25 @@ class SimilarSets:
                 seen.update(new)
                 yield from self._above_threshold(own, new)
 
-    def _pieces(self, member: int, place: int, size: int) -> Iterator[slice]:
-        """Yield the parts of a member's list whose sets have a size that allows the threshold."""
-        t = self._threshold
-        low = math.floor(t * size * (1 - _ROUNDING))
+    def _lists(self, prefix: NDArray[np.int64], size: int) -> list[tuple[int, int, int]]:
+        """Return (place in the prefix, begin, end) of the lists to look at, of its members.
+
+        Of each list it is the part whose sets have a size that allows the threshold. Lists are left
+        out where that is at most the set itself.
+
+        Args:
+            prefix: the first members of a set.
+            size: number of all its members.
+        """
+        t, places = self._threshold, np.arange(len(prefix))
+        low = max(0, math.floor(t * size * (1 - _ROUNDING)))
         # What both share is at most what is left of the set, from this member on.
-        high = math.ceil((size - place) * (1 + t) / t * (1 + _ROUNDING)) - size
-        bounds = [member * self._scale + max(0, low)]
-        bounds.append(member * self._scale + min(max(high, -1), self._scale - 1))
-        at = int(np.searchsorted(self._keys, bounds[0], "left"))
-        end = int(np.searchsorted(self._keys, bounds[1], "right"))
-        length, most = _AT_ONCE
-        while at < end:
-            yield slice(at, min(end, at + length))
-            at, length = at + length, min(2 * length, most)
+        high = np.ceil((size - places) * (1 + t) / t * (1 + _ROUNDING)).astype(np.int64) - size
+        start = prefix * self._scale
+        begins = np.searchsorted(self._keys, start + low, "left")
+        ends = np.searchsorted(self._keys, start + np.clip(high, -1, self._scale - 1), "right")
+        kept = np.flatnonzero(ends - begins > (high >= size))
+        return list(zip(kept.tolist(), begins[kept].tolist(), ends[kept].tolist(), strict=True))
 
     def _overlap(self, size: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the least number of shared members that reaches the threshold."""
@@ -153,3 +155,11 @@ class SimilarSets:
         similarity = shared / (len(own) + sizes - shared)
         for at in np.flatnonzero(similarity >= self._threshold).tolist():
             yield others[at], float(similarity[at])
+
+
+def _pieces(at: int, end: int) -> Iterator[slice]:
+    """Yield a range in pieces, of which each is longer than the one before, up to a bound."""
+    length, most = _AT_ONCE
+    while at < end:
+        yield slice(at, min(end, at + length))
+        at, length = at + length, min(2 * length, most)

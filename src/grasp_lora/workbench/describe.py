@@ -1,8 +1,10 @@
 """A description of the examples as the model sees them: sizes, cuts, tokens, texts, leakage."""
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from grasp_lora.adapters.chat import put_template
@@ -11,13 +13,14 @@ from grasp_lora.base.words import fenced, in_markdown, shown_path
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
+from grasp_lora.tasks.encoding import EncodedExample, Encoding
 from grasp_lora.workbench.context import (
-    encode_part,
     fitting,
     left_out_line,
     max_length,
     model_spec,
+    part_encoding,
+    part_rows,
     prompt_notices,
     template_given,
 )
@@ -78,15 +81,17 @@ def describe_data(
     shown: dict[str, list[str]] = {}
     lost: list[str] = []
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
-        encoded, report = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
+        encoding = part_encoding(config, tokenizer, role, split)
+        lengths = _lengths(part_rows(config, data, encoding, role, split, vocabulary))
+        report = encoding.report()
         examples = fitting(data.parts[role][split], report.left_out)
         if report.left_out:
             why = left_out_line(report, max_length(config))
             lost.append(f"- {in_markdown(f'{role} {split}: {why}')}")
         language = section_of(config, role, split).language
-        lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
+        lines.append(_row(f"{role}/{split}", language, examples, lengths, encoding))
         if language not in shown and examples:
-            shown[language] = list(_examples(examples, encoded, tokenizer, f"{role}/{split}"))
+            shown[language] = list(_examples(examples, lengths.first, tokenizer, f"{role}/{split}"))
     lines += ["", *lost, *([""] if lost else []), _footnote(config), ""]
     for language, texts in shown.items():
         lines += [f"## {language}, as the model sees it", "", *texts]
@@ -111,29 +116,46 @@ def _verdict(data: RunData) -> Iterator[str]:
         yield f"- and {len(data.leaks) - 10} more"
 
 
+@dataclass(frozen=True)
+class _Lengths:
+    """What is shown of encoded examples. Token ids of all of them would take a kilobyte each."""
+
+    prompts: "array[int]"
+    """Tokens of each prompt."""
+    labels: "array[int]"
+    """Tokens of each answer."""
+    first: list[EncodedExample]
+
+
+def _lengths(encoded: Iterable[EncodedExample]) -> _Lengths:
+    found = _Lengths(array("l"), array("l"), [])
+    for row in encoded:
+        found.prompts.append(row.prompt_length)
+        found.labels.append(row.label_tokens)
+        if len(found.first) < SHOWN_EXAMPLES:
+            found.first.append(row)
+    return found
+
+
 def _row(
-    where: str,
-    language: str,
-    examples: Sequence[Example],
-    encoded: Sequence[EncodedExample],
-    report: EncodingReport,
+    where: str, language: str, examples: Sequence[Example], lengths: _Lengths, encoding: Encoding
 ) -> str:
     if not examples:
         return f"| {in_markdown(where)} | {language} | 0 |{' |' * 8}"
-    prompts = sorted(row.prompt_length for row in encoded)
-    labels = [row.label_tokens for row in encoded]
+    prompts, labels, report = sorted(lengths.prompts), lengths.labels, encoding.report()
+    fertility, unit = encoding.fertility()
     cells = [
         in_markdown(where),
         language,
         str(len(examples)),
         str(len({e.group for e in examples})),
-        f"{mean(_body_length(e) for e in examples):.0f}",
+        f"{fmean(_body_length(e) for e in examples):.0f}",
         f"{prompts[len(prompts) // 2]}, {prompts[-1]}",
         f"{report.truncated} ({report.truncated / len(examples):.0%})",
         str(report.cut_tokens_total),
         str(report.answers_lost),
-        f"{mean(labels):.1f}, {max(labels)}",
-        f"{report.fertility or 0:.2f} a {report.fertility_unit}",
+        f"{fmean(labels):.1f}, {max(labels)}",
+        f"{fertility or 0:.2f} a {unit}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -156,7 +178,7 @@ def _footnote(config: RunConfig) -> str:
 def _examples(
     examples: Sequence[Example], encoded: Sequence[EncodedExample], tokenizer: Any, where: str
 ) -> Iterator[str]:
-    for example, row in list(zip(examples, encoded, strict=True))[:SHOWN_EXAMPLES]:
+    for example, row in zip(examples, encoded, strict=False):
         ids = list(row.input_ids)
         prompt = tokenizer.decode(ids[: row.prompt_length])
         answer = tokenizer.decode(ids[row.prompt_length :])
