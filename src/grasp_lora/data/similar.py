@@ -45,31 +45,72 @@ def sets_of_shingles(texts: Iterable[Sequence[Hashable]], width: int) -> Sets:
         width: tokens of a shingle.
     """
     known: dict[Hashable, int] = {}
-    tokens: list[NDArray[np.int64]] = []
+    tokens: list[NDArray[np.int32]] = []
     for text in texts:
         numbers = (known.setdefault(token, len(known)) for token in text)
-        tokens.append(np.fromiter(numbers, np.int64, len(text)))
+        tokens.append(np.fromiter(numbers, np.int32, len(text)))
     lengths = np.array([len(text) for text in tokens], np.int64)
-    owners = np.repeat(np.arange(len(tokens)), lengths)
-    stream = np.concatenate([*tokens, np.empty(0, np.int64)])
-    codes = stream
+    owners = np.repeat(np.arange(len(tokens), dtype=np.int32), lengths)
+    stream = np.concatenate([*tokens, np.empty(0, np.int32)])
+    del tokens
+    codes, count = stream.astype(np.int64), len(known) + 1
     for step in range(1, width):
         # A shingle's number is made from that of the shorter one and the next token.
-        paired = codes[: max(0, len(stream) - step)] * (len(known) + 1) + stream[step:]
-        codes = np.unique(paired, return_inverse=True)[1].reshape(-1)
+        if count * (len(known) + 1) > np.iinfo(np.int64).max:
+            count = _number(codes)
+        codes = codes[: max(0, len(stream) - step)] * (len(known) + 1)
+        codes += stream[step:]
+        count *= len(known) + 1
     inside = owners[: len(codes)] == owners[len(owners) - len(codes) :]
-    return _by_rarity(owners[: len(codes)][inside], codes[inside], len(tokens))
+    owners, codes = owners[: len(codes)][inside], codes[inside]
+    del stream, inside
+    count = max(1, _number(codes))
+    codes += owners * np.int64(count)
+    del owners
+    return _by_rarity(codes, count, len(lengths))
 
 
-def _by_rarity(owners: NDArray[np.int64], codes: NDArray[np.int64], n: int) -> Sets:
-    count = int(codes.max(initial=-1)) + 1
-    owners, codes = np.divmod(np.unique(owners * max(1, count) + codes), max(1, count))
-    often = np.bincount(codes, minlength=count)
+# There are as many shingles as words in all texts, so the arrays are changed in place.
+
+
+def _number(codes: NDArray[np.int64]) -> int:
+    """Replace codes by numbers from 0 on, equal where they are equal; return how many there are."""
+    order = np.argsort(codes)
+    ordered = codes[order]
+    new = _begins(ordered)
+    del ordered
+    codes[order] = np.cumsum(new, dtype=np.int32) - 1
+    return int(new.sum())
+
+
+def _begins(ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return where another value begins in sorted values."""
+    new = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return new
+
+
+def _by_rarity(pairs: NDArray[np.int64], count: int, n: int) -> Sets:
+    """Return the sets of members that are numbered by how many sets have them.
+
+    Args:
+        pairs: set * `count` + member; changed in place.
+        count: number of distinct members, at least 1.
+        n: number of sets.
+    """
+    pairs.sort()
+    pairs = pairs[_begins(pairs)]
+    owners = (pairs // count).astype(np.int32)
+    pairs %= count
+    often = np.bincount(pairs, minlength=count)
     rank = np.empty(count, np.int64)
     rank[np.argsort(often, kind="stable")] = np.arange(count)
-    members = np.sort(owners * max(1, count) + rank[codes]) % max(1, count)
+    pairs = rank[pairs]
+    pairs += owners * np.int64(count)
+    pairs.sort()
+    pairs %= count
     starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=n))])
-    return Sets(starts.astype(np.int64), members, count)
+    return Sets(starts.astype(np.int64), pairs, count)
 
 
 class SimilarSets:

@@ -379,7 +379,8 @@ def encode_part(
 
 def fitting(examples: Sequence[Example], left_out: Collection[str]) -> tuple[Example, ...]:
     """Return the examples that are encoded, without those whose ids are `left_out`."""
-    return tuple(example for example in examples if example.id not in left_out)
+    gone = frozenset(left_out)
+    return tuple(example for example in examples if example.id not in gone)
 
 
 def left_out_line(report: EncodingReport, length: int) -> str:
