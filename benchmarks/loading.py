@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from grasp_lora.models.cache import SHORT_NAMES
+from grasp_lora.models.sources import SHORT_NAMES
 
 
 def load_once(model: str, dtype: str, device: str, threads: int | None) -> float:

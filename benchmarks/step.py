@@ -45,10 +45,11 @@ from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.backbones import Backbone, ModelSpec, copy_output_layer_inputs, load_backbone
 from grasp_lora.models.batches import epoch_order
-from grasp_lora.models.cache import SHORT_NAMES, converted_backbone
+from grasp_lora.models.cache import converted_backbone
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.modules import linear_modules, output_embeddings
 from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.sources import SHORT_NAMES
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter, block_importance
 from grasp_lora.training.trainer import TrainerSettings, build_trainer

@@ -44,7 +44,7 @@ Tally = dict[tuple[str, str], tuple[int, int]]
 """(what was done, to what) -> (times tried, times survived)."""
 
 _TIMES = {"sha256", "files", "finished", "machine", "machines", "peak_memory_bytes", "provenance"}
-_APART = {"timing.json", "done.json", "provenance.json", "plan.json"}
+_APART = {"timing.json", "done.json", "receipt.json", "provenance.json", "plan.json"}
 """Files that tell times and machines, not results."""
 
 

@@ -32,7 +32,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from grasp_lora.models.cache import SHORT_NAMES, cache_folder
+from grasp_lora.models.cache import cache_folder
+from grasp_lora.models.sources import SHORT_NAMES
 from grasp_lora.workbench import fit
 
 TINY_VOCAB = 272

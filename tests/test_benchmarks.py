@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     budget,
     common,
+    describing,
     end_to_end,
     engines,
     evaluation,
@@ -261,3 +262,11 @@ def test_the_benchmark_of_leaks_finds_what_comparing_all_pairs_finds(kind):
     figures = leaks.measure(kind, 80)
     assert figures["rows"] == 80
     assert (figures["leaks"] > 70) == (kind == "copies")
+
+
+def test_the_benchmark_of_descriptions_measures_the_command(tmp_path):
+    tiny_backbone_folder(tmp_path)
+    figures = describing.measure(40, str(tmp_path))
+    assert figures["rows"] == 40
+    assert 0 < figures["cpu_seconds"]
+    assert 30 < figures["peak_mb"] < 4000

@@ -30,9 +30,9 @@ from grasp_lora.adapters.opening import (
 from grasp_lora.base.files import write_json
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
-from grasp_lora.models.cache import GgufSource
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.modules import base_fingerprint, forward_accepts
+from grasp_lora.models.sources import GgufSource
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from helpers import (
     EOS_ID,

@@ -67,3 +67,20 @@ def test_members_are_numbered_by_how_rare_they_are():
     assert sets.sizes.tolist() == [2, 2, 2]
     # "c" is in one text, "b" in two, "a" in all three.
     assert sets.members.tolist() == [1, 2, 1, 2, 0, 2]
+
+
+def test_shingles_of_many_different_tokens_are_told_apart():
+    # Shingles of 5 tokens out of 9,000 are more than a number of 64 bits holds.
+    draw = random.Random(0)
+    texts = [[draw.randrange(9_000) for _ in range(60)] for _ in range(200)]
+    texts += [text[:57] + [draw.randrange(9_000) for _ in range(3)] for text in texts[:20]]
+    sets = [shingles(tuple(text), 5) for text in texts]
+    index = SimilarSets(sets_of_shingles(texts, 5), 0.5)
+    every = np.ones(len(texts), np.bool_)
+    found = {(n, *pair) for n in range(len(texts)) for pair in index.similar(n, every)}
+    wanted = {
+        (one, two, len(sets[one] & sets[two]) / len(sets[one] | sets[two]))
+        for one in range(20)
+        for two in (one + 200,)
+    }
+    assert found == wanted | {(two, one, same) for one, two, same in wanted}

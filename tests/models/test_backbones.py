@@ -20,7 +20,7 @@ from grasp_lora.adapters.attach import attach_adapter
 from grasp_lora.base.machine import machine_fault
 from grasp_lora.models import backbones, cache
 from grasp_lora.models.backbones import ModelSpec, load_backbone, plan_memory
-from grasp_lora.models.cache import GgufSource, cache_folder, converted_backbone, gguf_source
+from grasp_lora.models.cache import cache_folder, converted_backbone
 from grasp_lora.models.devices import choose_device, choose_dtype
 from grasp_lora.models.memory import plan_config_memory
 from grasp_lora.models.modules import (
@@ -31,6 +31,7 @@ from grasp_lora.models.modules import (
     linear_shape,
     resolve_targets,
 )
+from grasp_lora.models.sources import GgufSource, gguf_source
 from helpers import (
     ARCHITECTURES,
     EOS_ID,

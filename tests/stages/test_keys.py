@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.base.files import jsonable, read_json, write_json
 from grasp_lora.config.run_config import RunConfig, make_config
-from grasp_lora.models.content import files_content
+from grasp_lora.models.sources import files_content
 from grasp_lora.stages.keys import Key, differences, hash_of, input_content, key_of
 from grasp_lora.stages.stage import Stage
 from grasp_lora.stages.table import KINDS

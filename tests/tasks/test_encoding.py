@@ -33,8 +33,13 @@ class WordTokenizer:
     eos_token_id: int | None = 1
     is_fast: bool = False
 
-    def __call__(self, text: str, add_special_tokens: bool, **settings: Any) -> dict[str, Any]:
+    def __call__(
+        self, text: str | list[str], add_special_tokens: bool, **settings: Any
+    ) -> dict[str, Any]:
         assert "return_offsets_mapping" not in settings
+        if not isinstance(text, str):
+            alone = [self(one, add_special_tokens, **settings) for one in text]
+            return {"input_ids": [one["input_ids"] for one in alone]}
         ids = [10 + sum(map(ord, text[i : i + 3])) for i in range(0, len(text), 3)]
         return {"input_ids": [0, *ids] if add_special_tokens else ids}
 
@@ -196,16 +201,16 @@ def test_the_cut_is_found_with_few_tokenisations_of_the_prompt() -> None:
     class Counted:
         eos_token_id, is_fast = tokenizer.eos_token_id, True
 
-        def __call__(self, text: str, **settings: Any) -> Any:
+        def __call__(self, text: str | list[str], **settings: Any) -> Any:
             nonlocal calls
-            calls += len(text) > 500
+            calls += sum(len(one) > 500 for one in ([text] if isinstance(text, str) else text))
             return tokenizer(text, **settings)
 
     prompt = Prompt("Text: ", "Kila mtu ana haki ya kuishi. " * 120, "\nA:")
     row = encode(prompt, "ndiyo", Counted(), 1000)
     assert len(row.input_ids) in (999, 1000)
     # The whole prompt, the cut points, and about three tries.
-    assert calls <= 6
+    assert 3 <= calls <= 6
 
 
 def test_an_answer_is_tokenised_as_what_follows_the_prompt() -> None:

@@ -1,8 +1,13 @@
-import pytest
+from dataclasses import replace
+from typing import Any
 
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import grasp_lora.tasks.encoding as encoding_module
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.tasks.base import TASKS
-from grasp_lora.tasks.encoding import encode_examples
+from grasp_lora.tasks.encoding import Encoding, encode_examples
 from grasp_lora.tasks.records import Example
 from helpers import tiny_tokenizer
 
@@ -78,14 +83,45 @@ def test_fertility_is_tokens_per_word_or_character_of_the_whole_bodies(
 ) -> None:
     examples = [Example(str(i), "g", language, {"t": b}, ("z",)) for i, b in enumerate(bodies)]
     for max_length in (100, 8):
-        _, report = encode_examples(
-            examples, TASKS["text-to-text"], tiny_tokenizer(), max_length, "{t}>"
-        )
-        assert report.fertility_unit == unit
-        assert report.fertility == (fertility and pytest.approx(fertility))
+        encoding = Encoding(TASKS["text-to-text"], tiny_tokenizer(), max_length, "{t}>")
+        assert len(list(encoding.rows(examples))) == len(examples)
+        assert encoding.fertility() == (fertility and pytest.approx(fertility), unit)
 
 
 def test_no_rows_give_an_empty_report() -> None:
     rows, report = encode_examples([], TASKS["qa"], tiny_tokenizer(), 100)
     assert rows == []
-    assert (report.rows, report.answers_lost, report.cut_share, report.fertility) == (0, 0, 0, None)
+    assert (report.rows, report.answers_lost, report.cut_share) == (0, 0, 0)
+    assert Encoding(TASKS["qa"], tiny_tokenizer(), 100).fertility() == (None, "word")
+
+
+def test_rows_are_tokenised_many_at_a_time_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_module, "_AT_ONCE", 16)
+    examples = builtin_examples("es", count=40, seed=0)
+    examples += [replace(one, id=f"{one.id} again") for one in examples[:5]]
+    alone = [encode_examples([one], TASKS["qa"], tiny_tokenizer(), 250) for one in examples]
+    encoding = Encoding(TASKS["qa"], tiny_tokenizer(), 250)
+    assert list(encoding.rows(examples)) == [row for rows, _ in alone for row in rows]
+    report = encoding.report()
+    assert 0 < report.truncated == sum(one.truncated for _, one in alone) < len(examples)
+    assert report.cut_tokens_total == sum(one.cut_tokens_total for _, one in alone)
+    assert report.answers_lost == sum(one.answers_lost for _, one in alone) > 0
+
+
+def test_rows_are_read_as_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_module, "_AT_ONCE", 4)
+    calls: list[int] = []
+
+    class Counted(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, **options: Any) -> Any:
+            calls.append(len(text))
+            return super().__call__(text, **options)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.__class__ = Counted
+    rows = Encoding(TASKS["qa"], tokenizer, 2000).rows(builtin_examples("es", count=12, seed=0))
+    next(rows)
+    # Prompts, the ends of prompts, and answers behind them; no text is tokenised by itself.
+    assert calls == [4, 4, 4]
+    assert len(list(rows)) == 11
+    assert calls == [4] * 9

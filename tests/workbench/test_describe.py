@@ -1,6 +1,8 @@
 """What `data describe` shows of a configuration."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -143,3 +145,9 @@ def test_extra_rows_are_described_beside_the_others(place):
     path.write_text(json.dumps(leaking) + "\n")
     text = describe_data(make_config(values), quiet=True)
     assert f"target/test {test.id} and extra/train new" in text
+
+
+def test_rows_are_read_before_torch_is_loaded():
+    line = "import grasp_lora.workbench.describe, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -60,9 +60,10 @@ from grasp_lora.base.files import (
 )
 from grasp_lora.base.words import shown, without_home
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
-from grasp_lora.models.cache import SHORT_NAMES, Notice
+from grasp_lora.models.cache import Notice
 from grasp_lora.models.modules import vocabulary_size
 from grasp_lora.models.preserve import quiet_wrapping
+from grasp_lora.models.sources import SHORT_NAMES
 
 _ADAPTER = "default"
 _SMALL = 1024

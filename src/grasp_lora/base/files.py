@@ -43,6 +43,8 @@ TIMES_FILE = "timing.json"
 DONE_FILE = "done.json"
 STAGE_FILE = "stage.json"
 """The marker of a finished stage: its key and facts about it."""
+RECEIPT_FILE = "receipt.json"
+"""A hash of all that a result was made from (`plans/receipt.py`)."""
 BASE_FACT = "base_model"
 """The fact in a stage's marker that says where its base model is, as the user named it."""
 RESULT = "final"
@@ -87,6 +89,7 @@ WRITTEN = (
     "report.html",
     "provenance.json",
     TIMES_FILE,
+    RECEIPT_FILE,
     "profile.json",
     "profile.md",
     "profile.png",

@@ -17,6 +17,7 @@ from grasp_lora.base.words import check_path, printable, shown
 if TYPE_CHECKING:
     from grasp_lora.config.run_config import RunConfig
     from grasp_lora.plans.pool import Pool
+    from grasp_lora.plans.receipt import Request
 
 
 def at_home(given: Any) -> Any:
@@ -229,21 +230,36 @@ def report_failures(failed: Mapping[str, str]) -> None:
         raise typer.Exit(1)
 
 
+def done(request: "Request", overwrite: bool, work: Callable[[], Path]) -> Path:
+    """Return the folder of a result; the work is done unless its receipt says that it is done."""
+    if not overwrite and request.is_done():
+        return request.place
+    before = request.content()
+    folder = work()
+    request.keep(before)
+    return folder
+
+
 def stage(
-    out: Path, overwrite: bool, work: Callable[[], Path], reads: Sequence[Path | None]
+    out: Path,
+    overwrite: bool,
+    work: Callable[[], Path],
+    reads: Sequence[Path | None],
+    request: "Request | None" = None,
 ) -> None:
     """Do the work of a stage command, and print whether its folder was written or already done.
 
     Args:
         out: the folder.
         overwrite: whether a result there is replaced.
-        work: does the work; returns the folder.
+        work: does the work; returns the folder. It is what loads the libraries.
         reads: files that the command itself has read, which must not lie in what is replaced.
+        request: what the result depends on; None where that is not known before the work.
     """
     if overwrite:
         protect([one for one in reads if one is not None], [out])
     before = (out / "stage.json").exists() and not overwrite
-    folder = work()
+    folder = work() if request is None else done(request, overwrite, work)
     if before and prints():
         typer.echo(
             f"{printable(str(folder))} holds this result already; --overwrite makes it again"

@@ -76,35 +76,38 @@ def evaluate(
             "give either --config YAML (its test rows) or --data FILE with --language (rows of a "
             "file)"
         )
+    request = None
     if config is not None:
         unused = {"--language": language, "--model": model, "--prompt": prompt}
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)} has no effect beside --config; use --set")
         loaded = load(config, settings, None, seed, allow_leakage, training=False)
+        from grasp_lora.plans.receipt import Request
+
+        request = Request(out, loaded, {"evaluate": adapter}, [Path(adapter)])
     else:
         from grasp_lora.cli.from_options import evaluation_config
 
         loaded = evaluation_config(
             adapter, task, data or [], language or [], model, prompt, overrides(settings, seed)
         )
-    from grasp_lora.adapters.opening import is_adapter
 
-    bare = adapter == "none" or not is_adapter(adapter)
-    if bare and config is not None and adapter != "none":
-        raise ValueError(
-            f"{shown_path(adapter)} is no PEFT adapter; give an adapter folder, or none for the "
-            "bare backbone of the configuration"
-        )
-    folder = None if bare else Path(adapter)
-    from grasp_lora.plans.single import evaluate_adapter
+    def work() -> Path:
+        from grasp_lora.adapters.opening import is_adapter
 
-    stage(
-        out,
-        overwrite,
-        lambda: evaluate_adapter(loaded, folder, out, overwrite=overwrite),
-        reads=[config],
-    )
+        bare = adapter == "none" or not is_adapter(adapter)
+        if bare and config is not None and adapter != "none":
+            raise ValueError(
+                f"{shown_path(adapter)} is no PEFT adapter; give an adapter folder, or none for "
+                "the bare backbone of the configuration"
+            )
+        folder = None if bare else Path(adapter)
+        from grasp_lora.plans.single import evaluate_adapter
+
+        return evaluate_adapter(loaded, folder, out, overwrite=overwrite)
+
+    stage(out, overwrite, work, reads=[config], request=request)
     if prints():
         from rich.console import Console
 

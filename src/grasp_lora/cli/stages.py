@@ -22,6 +22,7 @@ from grasp_lora.cli.common import (
     Set,
     Threads,
     at_home,
+    done,
     load,
     numbers_in,
     overrides,
@@ -116,14 +117,15 @@ def train(
     Reads the examples of data.source or data.target. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.plans.single import train_adapter
+    from grasp_lora.plans.receipt import Request
 
-    stage(
-        out,
-        overwrite,
-        lambda: train_adapter(loaded, role, out, overwrite=overwrite),
-        reads=[config],
-    )
+    def work() -> Path:
+        from grasp_lora.plans.single import train_adapter
+
+        return train_adapter(loaded, role, out, overwrite=overwrite)
+
+    request = Request(out, loaded, {"train": role})
+    stage(out, overwrite, work, reads=[config], request=request)
 
 
 def merge(
@@ -164,8 +166,7 @@ def merge(
     adapters.target. Writes a PEFT adapter folder. Folders need no configuration and no examples;
     kind and rank of their merge are changed by --set merge.kind=svd.
     """
-    from grasp_lora.plans.single import merge_adapters
-
+    request = None
     if len(what) == 1 and not what[0].is_dir():
         given = [name for name, one in (("--weights", weights), ("--model", model)) if one]
         if given:
@@ -181,6 +182,9 @@ def merge(
                 "no adapter to merge; give --adapter DIR, or set adapters.source and "
                 "adapters.target"
             )
+        from grasp_lora.plans.receipt import Request
+
+        request = Request(out, loaded, {"merge": len(folders)}, folders)
     else:
         if adapter:
             raise ValueError("--adapter belongs to a configuration; name the folders alone: A B")
@@ -188,12 +192,13 @@ def merge(
 
         folders = what
         loaded = merge_config(folders, weights, model, overrides(settings, seed))
-    stage(
-        out,
-        overwrite,
-        lambda: merge_adapters(loaded, folders, out, overwrite=overwrite, weights=weights),
-        reads=[one for one in what if one.is_file()],
-    )
+
+    def work() -> Path:
+        from grasp_lora.plans.single import merge_adapters
+
+        return merge_adapters(loaded, folders, out, overwrite=overwrite, weights=weights)
+
+    stage(out, overwrite, work, reads=[one for one in what if one.is_file()], request=request)
 
 
 def search(
@@ -212,14 +217,15 @@ def search(
     Reads the merged adapter and the target examples. Writes ratio.json, rounds.jsonl and adapter/.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    from grasp_lora.plans.single import search_ratio
+    from grasp_lora.plans.receipt import Request
 
-    stage(
-        out,
-        overwrite,
-        lambda: search_ratio(loaded, merged, out, overwrite=overwrite),
-        reads=[config],
-    )
+    def work() -> Path:
+        from grasp_lora.plans.single import search_ratio
+
+        return search_ratio(loaded, merged, out, overwrite=overwrite)
+
+    request = Request(out, loaded, {"search": True}, [merged])
+    stage(out, overwrite, work, reads=[config], request=request)
 
 
 def finetune(
@@ -245,22 +251,18 @@ def finetune(
     Reads the adapter and the target examples. Writes a PEFT adapter folder.
     """
     loaded = load(config, settings, None, seed, allow_leakage)
-    fraction, spread = _ratio(ratio, loaded)
-    from grasp_lora.plans.single import prune_adapter
+    from grasp_lora.plans.receipt import Request
 
-    stage(
-        out,
-        overwrite,
-        lambda: prune_adapter(
-            loaded,
-            start,
-            fraction,
-            out,
-            overwrite=overwrite,
-            options={"spread": spread, "untrained": not train},
-        ),
-        reads=[config, at_home(Path(ratio))],
-    )
+    def work() -> Path:
+        fraction, spread = _ratio(ratio, loaded)
+        from grasp_lora.plans.single import prune_adapter
+
+        options = {"spread": spread, "untrained": not train}
+        return prune_adapter(loaded, start, fraction, out, overwrite=overwrite, options=options)
+
+    file = at_home(Path(ratio))
+    request = Request(out, loaded, {"finetune": train, "ratio": ratio}, [start, file])
+    stage(out, overwrite, work, reads=[config, file], request=request)
 
 
 def precheck(
@@ -469,10 +471,15 @@ def schema() -> None:
 
 def _run(config: "RunConfig", overwrite: bool, profile: bool) -> None:
     from grasp_lora.base.files import finished_at
-    from grasp_lora.plans.run import run as run_all
+    from grasp_lora.plans.receipt import run_request
+
+    def work() -> Path:
+        from grasp_lora.plans.run import run as run_all
+
+        return run_all(config, overwrite=overwrite, profile=profile)
 
     before = finished_at(config.output)
-    folder = run_all(config, overwrite=overwrite, profile=profile)
+    folder = done(run_request(config), overwrite, work)
     if not prints():
         return
     _show_run(folder)

@@ -26,7 +26,7 @@ _UNSEGMENTED = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A distinct text of a split, with the id of the first example that contains it."""
 

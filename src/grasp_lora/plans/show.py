@@ -18,7 +18,7 @@ from grasp_lora.plans.session import Session
 from grasp_lora.report.choice import budget_line
 from grasp_lora.stages.folder import State
 from grasp_lora.stages.stage import Cost, Sizes, Split
-from grasp_lora.workbench.context import encode_part, model_spec, template_given
+from grasp_lora.workbench.context import model_spec, part_encoding, part_rows, template_given
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
 
@@ -114,14 +114,15 @@ def sizes_of(config: RunConfig, data: RunData) -> Sizes:
     The tokenizer is loaded, the weights are not.
 
     Raises:
-        ValueError, FileNotFoundError: as in `load_tokenizer` and `encode_part`.
+        ValueError, FileNotFoundError: as in `load_tokenizer` and `part_rows`.
     """
     tokenizer, _, vocabulary = load_tokenizer(model_spec(config))
     put_template(tokenizer, template_given(config))
     lengths: dict[Split, list[int]] = {}
     for role, parts in data.parts.items():
         for split in parts:
-            encoded, _ = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
+            encoding = part_encoding(config, tokenizer, role, split)
+            encoded = part_rows(config, data, encoding, role, split, vocabulary)
             lengths[role, split] = [len(one.input_ids) for one in encoded]
     return sizes_from(lengths)
 

@@ -1,7 +1,8 @@
 """Encode examples as token ids, and collate them to left-padded batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,12 +11,22 @@ from torch import Tensor
 from grasp_lora.base.texts import UNSEGMENTED, contains
 from grasp_lora.base.words import shown
 from grasp_lora.tasks.chat import Frame, chat_frame, plain_frame
-from grasp_lora.tasks.fitting import continuation_ids, fit_prompt, prompt_ids, token_ids
+from grasp_lora.tasks.fitting import (
+    FittedPrompt,
+    continuations_ids,
+    fit_prompt,
+    prompt_ids,
+    prompts_ids,
+    token_lists,
+)
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt, Task, main_language
 
 IGNORED = -100
 """Label of a position without a loss."""
+
+_AT_ONCE = 1024
+"""Rows that are tokenised in one call."""
 
 
 class TooLong(ValueError):
@@ -63,13 +74,6 @@ class EncodingReport:
     """Tokens with a loss, over all examples."""
     answers_lost: int
     """Examples whose whole body contains a reference, but whose shortened body contains none."""
-    fertility: float | None
-    """Tokens per `fertility_unit` over the distinct whole bodies; None if there is no text."""
-    fertility_unit: str
-    """"word" (between white space), or "character" (code points that are not white space).
-
-    "character" is used if some examples are in a language written without spaces between words.
-    """
     end_id: int
     """Id of the last token of every answer, which ends a generation."""
     end_text: str
@@ -121,27 +125,62 @@ def encode(
         ValueError: the tokenizer has no end token, or the prompt is empty.
     """
     frame = frame or plain_frame(tokenizer)
-    framed = frame.wrap(prompt)
-    answer: list[int] = []
-    if completion is not None:
-        text = frame.completion(completion, framed.text)
-        written = continuation_ids(tokenizer, framed.text, text)
-        answer = [*written, frame.end_id]
-    kept_free = max(len(answer), reserve)
+    asked = _Asked(frame.wrap(prompt), completion, example_id, group, reserve)
+    encoded = _encode_all([asked], tokenizer, max_length, frame)[0]
+    if isinstance(encoded, TooLong):
+        raise encoded
+    return encoded
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An example to encode: its prompt in its frame, and the arguments of `encode`."""
+
+    prompt: Prompt
+    completion: str | None
+    id: str
+    group: str
+    reserve: int
+
+
+def _encode_all(
+    rows: Sequence[_Asked], tokenizer: Any, max_length: int, frame: Frame
+) -> list[EncodedExample | TooLong]:
+    """Return each row encoded as `encode` says, or why it does not fit."""
     special = not frame.chat
-    fit = fit_prompt(framed, tokenizer, max_length - kept_free, special)
-    if fit is None:
-        least = len(prompt_ids(tokenizer, framed.prefix + framed.suffix, special))
-        raise TooLong(
-            f"row {shown(example_id)} does not fit: the prompt without its body takes {least} "
-            f"tokens and {kept_free} are kept for the answer, but max_length is {max_length}; "
-            f"raise it to at least {least + kept_free}",
-            least + kept_free,
-        )
+    texts = [row.prompt.text for row in rows]
+    wholes = prompts_ids(tokenizer, texts, special)
+    written = [at for at, row in enumerate(rows) if row.completion is not None]
+    completions = [frame.completion(rows[at].completion or "", texts[at]) for at in written]
+    continued = continuations_ids(tokenizer, [texts[at] for at in written], completions)
+    answers = {at: [*ids, frame.end_id] for at, ids in zip(written, continued, strict=True)}
+    found: list[EncodedExample | TooLong] = []
+    for at, (row, whole) in enumerate(zip(rows, wholes, strict=True)):
+        answer = answers.get(at, [])
+        kept_free = max(len(answer), row.reserve)
+        fit = fit_prompt(row.prompt, whole, tokenizer, max_length - kept_free, special)
+        if fit is None:
+            bare = prompt_ids(tokenizer, row.prompt.prefix + row.prompt.suffix, special)
+            found.append(_too_long(row.id, len(bare), kept_free, max_length))
+        else:
+            found.append(_encoded(row, fit, answer))
+    return found
+
+
+def _encoded(row: _Asked, fit: FittedPrompt, answer: list[int]) -> EncodedExample:
     if not fit.ids:
-        raise ValueError(f"row {shown(example_id)}: the prompt is empty; give it a text")
+        raise ValueError(f"row {shown(row.id)}: the prompt is empty; give it a text")
     ids = (*fit.ids, *answer)
-    return EncodedExample(example_id, group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
+    return EncodedExample(row.id, row.group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
+
+
+def _too_long(example_id: str, least: int, kept_free: int, max_length: int) -> TooLong:
+    return TooLong(
+        f"row {shown(example_id)} does not fit: the prompt without its body takes {least} "
+        f"tokens and {kept_free} are kept for the answer, but max_length is {max_length}; "
+        f"raise it to at least {least + kept_free}",
+        least + kept_free,
+    )
 
 
 def encode_examples(
@@ -155,10 +194,24 @@ def encode_examples(
     chat: bool = False,
     new_tokens: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
-    """Encode examples with their first reference as the answer.
+    """Return the encoded examples in their order, and statistics; see `Encoding`.
+
+    Raises:
+        TooLong: no example fits.
+        ValueError: `chat` is set and the tokenizer has no usable chat template.
+    """
+    encoding = Encoding(task, tokenizer, max_length, template, for_training, chat, new_tokens)
+    encoded = list(encoding.rows(examples))
+    return encoded, encoding.report()
+
+
+@dataclass
+class Encoding:
+    """Encodes examples with their first reference as the answer, and counts what it does.
+
+    Examples that do not fit even without their body are left out.
 
     Args:
-        examples: the examples.
         task: task of the examples.
         tokenizer: a Hugging Face tokenizer.
         max_length: most tokens of prompt and answer together.
@@ -168,82 +221,133 @@ def encode_examples(
         chat: put the tokenizer's chat template around prompt and answer.
         new_tokens: most tokens of a generated answer; None means the task's limit for the language.
 
-    Returns:
-        The encoded examples in their order, without those that do not fit even without their
-        body, and statistics.
-
     Raises:
-        TooLong: no example fits.
         ValueError: `chat` is set and the tokenizer has no usable chat template.
     """
-    frame = chat_frame(tokenizer) if chat else plain_frame(tokenizer)
-    encoded: list[EncodedExample] = []
-    bodies: list[tuple[str, str]] = []
-    fitting: list[Example] = []
-    too_long: dict[str, TooLong] = {}
-    for example in examples:
-        prompt = render(task, example, template)
-        limit = task.new_tokens(example.language) if new_tokens is None else new_tokens
-        try:
-            one = encode(
-                prompt,
-                example.references[0],
-                tokenizer,
-                max_length,
-                example_id=example.id,
-                group=example.group,
-                reserve=0 if for_training else limit + 1,
-                frame=frame,
+
+    task: Task
+    tokenizer: Any
+    max_length: int
+    template: str | None = None
+    for_training: bool = True
+    chat: bool = False
+    new_tokens: int | None = None
+    _frame: Frame = field(init=False)
+    _counts: "_Counts" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._frame = chat_frame(self.tokenizer) if self.chat else plain_frame(self.tokenizer)
+        self._counts = _Counts()
+
+    def rows(self, examples: Sequence[Example]) -> Iterator[EncodedExample]:
+        """Yield the encoded examples in their order, without those that do not fit.
+
+        Few of them are held at a time.
+
+        Raises:
+            TooLong: no example fits.
+        """
+        counts, waiting = self._counts, iter(examples)
+        while some := list(islice(waiting, _AT_ONCE)):
+            asked = [self._asked(example) for example in some]
+            found = _encode_all(asked, self.tokenizer, self.max_length, self._frame)
+            pairs = list(zip(some, asked, found, strict=True))
+            cut = [row.prompt.body for _, row, one in pairs if _is_cut(one)]
+            counts.tokens_of(cut, self.tokenizer)
+            for example, row, one in pairs:
+                counts.add(example, row.prompt.body, one)
+                if isinstance(one, EncodedExample):
+                    yield one
+        if counts.too_long and not counts.rows:
+            raise next(iter(counts.too_long.values()))
+
+    def _asked(self, example: Example) -> _Asked:
+        prompt = self._frame.wrap(render(self.task, example, self.template))
+        limit = (
+            self.task.new_tokens(example.language) if self.new_tokens is None else self.new_tokens
+        )
+        reserve = 0 if self.for_training else limit + 1
+        return _Asked(prompt, example.references[0], example.id, example.group, reserve)
+
+    def report(self) -> EncodingReport:
+        """Return statistics of the rows so far."""
+        counts, shares = self._counts, self._counts.shares
+        return EncodingReport(
+            rows=counts.rows,
+            truncated=len(shares),
+            cut_tokens_total=counts.cut_tokens,
+            cut_share=sum(shares) / len(shares) if shares else 0.0,
+            longest=counts.longest,
+            label_tokens=counts.label_tokens,
+            answers_lost=counts.answers_lost,
+            end_id=self._frame.end_id,
+            end_text=self._frame.after.strip(),
+            left_out=tuple(counts.too_long),
+            needed=max((error.needed for error in counts.too_long.values()), default=0),
+        )
+
+    def fertility(self) -> tuple[float | None, str]:
+        """Return the tokens per unit over the distinct whole bodies so far, and the unit.
+
+        The unit is "word" (between white space), or "character" (code points that are not white
+        space) if some examples are in a language written without spaces between words. The number
+        is None if there is no text.
+        """
+        counts, bodies = self._counts, list(self._counts.bodies)
+        for at in range(0, len(bodies), _AT_ONCE):
+            counts.tokens_of(bodies[at : at + _AT_ONCE], self.tokenizer)
+        words = sum(
+            sum(map(len, body.split())) if counts.by_character else len(body.split())
+            for body in bodies
+        )
+        tokens = sum(counts.bodies[body] or 0 for body in bodies)
+        return (tokens / words if words else None), "character" if counts.by_character else "word"
+
+
+def _is_cut(one: EncodedExample | TooLong) -> bool:
+    return isinstance(one, EncodedExample) and one.cut_tokens > 0
+
+
+@dataclass
+class _Counts:
+    """What an encoding has met so far; see `EncodingReport`."""
+
+    rows: int = 0
+    cut_tokens: int = 0
+    longest: int = 0
+    label_tokens: int = 0
+    answers_lost: int = 0
+    by_character: bool = False
+    shares: list[float] = field(default_factory=list)
+    bodies: dict[str, int | None] = field(default_factory=dict)
+    """Distinct whole body -> its tokens, None if they are not counted yet."""
+    too_long: dict[str, TooLong] = field(default_factory=dict)
+
+    def tokens_of(self, bodies: Sequence[str], tokenizer: Any) -> None:
+        """Count the tokens of bodies."""
+        new = [body for body in dict.fromkeys(bodies) if self.bodies.get(body) is None]
+        for body, ids in zip(new, token_lists(tokenizer, new), strict=True):
+            self.bodies[body] = len(ids)
+
+    def add(self, example: Example, body: str, one: EncodedExample | TooLong) -> None:
+        """Count an example whose whole body is `body`."""
+        if isinstance(one, TooLong):
+            self.too_long[example.id] = one
+            return
+        self.rows += 1
+        self.cut_tokens += one.cut_tokens
+        self.longest = max(self.longest, len(one.input_ids))
+        self.label_tokens += one.label_tokens
+        self.by_character |= main_language(example.language) in UNSEGMENTED
+        tokens = self.bodies.setdefault(body, None)
+        if one.cut_tokens > 0:
+            self.shares.append(min(1.0, one.cut_tokens / max(tokens or 0, 1)))
+        kept = body[: one.body_length]
+        if kept != body:
+            held = [r for r in example.references if contains(body, r)]
+            self.answers_lost += bool(held) and not any(
+                contains(kept, r) for r in example.references
             )
-        except TooLong as error:
-            too_long[example.id] = error
-            continue
-        fitting.append(example)
-        body = frame.wrap(prompt).body
-        encoded.append(one)
-        bodies.append((body, body[: one.body_length]))
-    if too_long and not fitting:
-        raise next(iter(too_long.values()))
-    report = _report(fitting, encoded, bodies, tokenizer, frame)
-    needed = max((error.needed for error in too_long.values()), default=0)
-    return encoded, replace(report, left_out=tuple(too_long), needed=needed)
-
-
-def _report(
-    examples: Sequence[Example],
-    encoded: Sequence[EncodedExample],
-    bodies: Sequence[tuple[str, str]],
-    tokenizer: Any,
-    frame: Frame,
-) -> EncodingReport:
-    """Return the statistics; `bodies` holds (whole body, kept part) of each example."""
-    tokens = {body: len(token_ids(tokenizer, body)) for body in dict.fromkeys(b for b, _ in bodies)}
-    shares = [
-        min(1.0, one.cut_tokens / max(tokens[body], 1))
-        for one, (body, _) in zip(encoded, bodies, strict=True)
-        if one.cut_tokens > 0
-    ]
-    lost = [
-        kept != body
-        and any(contains(body, reference) for reference in example.references)
-        and not any(contains(kept, reference) for reference in example.references)
-        for example, (body, kept) in zip(examples, bodies, strict=True)
-    ]
-    by_character = any(main_language(example.language) in UNSEGMENTED for example in examples)
-    words = sum(sum(map(len, b.split())) if by_character else len(b.split()) for b in tokens)
-    return EncodingReport(
-        rows=len(encoded),
-        truncated=len(shares),
-        cut_tokens_total=sum(one.cut_tokens for one in encoded),
-        cut_share=sum(shares) / len(shares) if shares else 0.0,
-        longest=max((len(one.input_ids) for one in encoded), default=0),
-        label_tokens=sum(one.label_tokens for one in encoded),
-        answers_lost=sum(lost),
-        fertility=sum(tokens.values()) / words if words else None,
-        fertility_unit="character" if by_character else "word",
-        end_id=frame.end_id,
-        end_text=frame.after.strip(),
-    )
 
 
 @dataclass(frozen=True)

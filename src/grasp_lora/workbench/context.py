@@ -30,7 +30,7 @@ from grasp_lora.models.example_losses import (
 from grasp_lora.models.memory import MemoryPlan
 from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
-from grasp_lora.tasks.encoding import Collator, EncodedExample, EncodingReport, encode_examples
+from grasp_lora.tasks.encoding import Collator, EncodedExample, Encoding, EncodingReport
 from grasp_lora.tasks.prompts import template_for
 from grasp_lora.training.activations import input_norms
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
@@ -292,6 +292,62 @@ def _is_test(role: str, split: str) -> bool:
     return role == "tests" or split == "test"
 
 
+def part_encoding(
+    config: RunConfig, tokenizer: Any, role: str, split: str, longest: int | None = None
+) -> Encoding:
+    """Return how a run encodes the examples of a split; the arguments are those of `encode_part`.
+
+    Raises:
+        ValueError: as in `Encoding` and `new_tokens`.
+    """
+    section = section_of(config, role, split)
+    return Encoding(
+        task_named(config.data.task),
+        tokenizer,
+        longest or max_length(config),
+        section.prompt,
+        for_training=not _is_test(role, split),
+        chat=config.data.chat,
+        new_tokens=new_tokens(config, role, split),
+    )
+
+
+def part_rows(
+    config: RunConfig,
+    data: RunData,
+    encoding: Encoding,
+    role: str,
+    split: str,
+    vocabulary: int | None = None,
+) -> Iterator[EncodedExample]:
+    """Yield the encoded examples of a split; few of them are held at a time.
+
+    Args:
+        config: the run's settings.
+        data: the examples.
+        encoding: that of `part_encoding`; it counts the rows.
+        role: see `encode_part`.
+        split: see `encode_part`.
+        vocabulary: see `encode_part`.
+
+    Raises:
+        ValueError: as in `encode_part`; that too many do not fit is raised after the last one.
+    """
+    for row in encoding.rows(data.parts[role].get(split, ())):
+        if vocabulary is not None:
+            where = f"row {shown(row.id)} of {role}/{split}"
+            check_tokens(row.input_ids, encoding.tokenizer, vocabulary, where)
+        yield row
+    report = encoding.report()
+    lost = len(report.left_out)
+    if lost and lost / (lost + report.rows) > config.data.max_faulty:
+        raise ValueError(
+            f"{role} {split}: {left_out_line(report, encoding.max_length)}; at most "
+            f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty); raise data.max_length "
+            "as far as the model reads, or shorten the prompt"
+        )
+
+
 def encode_part(
     config: RunConfig,
     data: RunData,
@@ -313,39 +369,18 @@ def encode_part(
         vocabulary: rows of the model's embedding; None if they are not known.
 
     Raises:
-        ValueError: as in `encode_examples`, more examples than `data.max_faulty` allows do not fit
-            even without their body, or as in `check_tokens` if `vocabulary` is given.
+        ValueError: as in `Encoding`, more examples than `data.max_faulty` allows do not fit even
+            without their body, or as in `check_tokens` if `vocabulary` is given.
     """
-    task, section = task_named(config.data.task), section_of(config, role, split)
-    length = longest or max_length(config)
-    rows, report = encode_examples(
-        data.parts[role].get(split, ()),
-        task,
-        tokenizer,
-        length,
-        section.prompt,
-        for_training=not _is_test(role, split),
-        chat=config.data.chat,
-        new_tokens=new_tokens(config, role, split),
-    )
-    lost = len(report.left_out)
-    if lost and lost / (lost + len(rows)) > config.data.max_faulty:
-        raise ValueError(
-            f"{role} {split}: {left_out_line(report, length)}; at most "
-            f"{100 * config.data.max_faulty:.3g}% may be (data.max_faulty); raise data.max_length "
-            "as far as the model reads, or shorten the prompt"
-        )
-    if vocabulary is not None:
-        for row in rows:
-            check_tokens(
-                row.input_ids, tokenizer, vocabulary, f"row {shown(row.id)} of {role}/{split}"
-            )
-    return rows, report
+    encoding = part_encoding(config, tokenizer, role, split, longest)
+    rows = list(part_rows(config, data, encoding, role, split, vocabulary))
+    return rows, encoding.report()
 
 
 def fitting(examples: Sequence[Example], left_out: Collection[str]) -> tuple[Example, ...]:
     """Return the examples that are encoded, without those whose ids are `left_out`."""
-    return tuple(example for example in examples if example.id not in left_out)
+    gone = frozenset(left_out)
+    return tuple(example for example in examples if example.id not in gone)
 
 
 def left_out_line(report: EncodingReport, length: int) -> str:

@@ -1,35 +1,12 @@
 """A description of the examples as the model sees them: sizes, cuts, tokens, texts, leakage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
-from grasp_lora.adapters.chat import put_template
 from grasp_lora.base.files import protect, touch, write_text
-from grasp_lora.base.words import fenced, in_markdown, shown_path
-from grasp_lora.config.run_config import RunConfig, section_of
-from grasp_lora.models.backbones import load_tokenizer
-from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import EncodedExample, EncodingReport
-from grasp_lora.workbench.context import (
-    encode_part,
-    fitting,
-    left_out_line,
-    max_length,
-    model_spec,
-    prompt_notices,
-    template_given,
-)
-from grasp_lora.workbench.reporter import Reporter
+from grasp_lora.base.words import in_markdown, shown_path
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.workbench.rows import RunData, load_run_data
-
-SHOWN_EXAMPLES = 3
-PROMPT_MARK, ANSWER_MARK, END_MARK = "[PROMPT>", "[ANSWER>", "<END]"
-_HEAD = (
-    "| rows of | language | rows | contexts | context chars | prompt tokens (median, longest) "
-    "| cut rows | tokens cut | answers cut off | label tokens (mean, longest) | fertility |"
-)
 
 
 def describe_data(
@@ -64,32 +41,19 @@ def describe_data(
         update={"data": config.data.model_copy(update={"allow_leakage": True})}
     )
     data = load_run_data(tolerant, notes.append, training=False)
-    notes += prompt_notices(config, data)
-    tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
-    notes += put_template(tokenizer, template_given(config))
-    lines = [f"# Rows of a run: {config.data.task}, tokenizer of {name}", "", *_verdict(data)]
-    lines += [
+    # torch is loaded after the search for leaks: a large set needs a few hundred MB less then.
+    from grasp_lora.workbench.encoded_parts import encoded_parts
+
+    name, more, parts = encoded_parts(config, data, quiet)
+    lines = [
+        f"# Rows of a run: {config.data.task}, tokenizer of {name}",
         "",
-        *(f"- {in_markdown(note)}" for note in notes),
+        *_verdict(data),
         "",
-        _HEAD,
-        "|---|---|" + "---:|" * 9,
+        *(f"- {in_markdown(note)}" for note in [*notes, *more]),
+        "",
+        *parts,
     ]
-    shown: dict[str, list[str]] = {}
-    lost: list[str] = []
-    for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
-        encoded, report = encode_part(config, data, tokenizer, role, split, vocabulary=vocabulary)
-        examples = fitting(data.parts[role][split], report.left_out)
-        if report.left_out:
-            why = left_out_line(report, max_length(config))
-            lost.append(f"- {in_markdown(f'{role} {split}: {why}')}")
-        language = section_of(config, role, split).language
-        lines.append(_row(f"{role}/{split}", language, examples, encoded, report))
-        if language not in shown and examples:
-            shown[language] = list(_examples(examples, encoded, tokenizer, f"{role}/{split}"))
-    lines += ["", *lost, *([""] if lost else []), _footnote(config), ""]
-    for language, texts in shown.items():
-        lines += [f"## {language}, as the model sees it", "", *texts]
     text = "\n".join(lines)
     if out is not None:
         write_text(out, text)
@@ -109,58 +73,3 @@ def _verdict(data: RunData) -> Iterator[str]:
         yield in_markdown(f"- {leak.kind}: {first} and {second}, similarity {leak.similarity:.2f}")
     if len(data.leaks) > 10:
         yield f"- and {len(data.leaks) - 10} more"
-
-
-def _row(
-    where: str,
-    language: str,
-    examples: Sequence[Example],
-    encoded: Sequence[EncodedExample],
-    report: EncodingReport,
-) -> str:
-    if not examples:
-        return f"| {in_markdown(where)} | {language} | 0 |{' |' * 8}"
-    prompts = sorted(row.prompt_length for row in encoded)
-    labels = [row.label_tokens for row in encoded]
-    cells = [
-        in_markdown(where),
-        language,
-        str(len(examples)),
-        str(len({e.group for e in examples})),
-        f"{mean(_body_length(e) for e in examples):.0f}",
-        f"{prompts[len(prompts) // 2]}, {prompts[-1]}",
-        f"{report.truncated} ({report.truncated / len(examples):.0%})",
-        str(report.cut_tokens_total),
-        str(report.answers_lost),
-        f"{mean(labels):.1f}, {max(labels)}",
-        f"{report.fertility or 0:.2f} a {report.fertility_unit}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _body_length(example: Example) -> int:
-    return len(next(iter(example.fields.values())))
-
-
-def _footnote(config: RunConfig) -> str:
-    task = task_named(config.data.task)
-    kept = config.evaluate.max_new_tokens or task.new_tokens(config.data.target.language)
-    return (
-        f"Rows hold at most {max_length(config)} tokens; test rows keep room for an answer of "
-        f"{kept}. Fertility: tokens of the tokenizer per word, or per character in scripts without "
-        "spaces between words; above 3 per word, words are split into many small pieces. Answers "
-        "cut off: rows whose answer was in the part of the context that did not fit."
-    )
-
-
-def _examples(
-    examples: Sequence[Example], encoded: Sequence[EncodedExample], tokenizer: Any, where: str
-) -> Iterator[str]:
-    for example, row in list(zip(examples, encoded, strict=True))[:SHOWN_EXAMPLES]:
-        ids = list(row.input_ids)
-        prompt = tokenizer.decode(ids[: row.prompt_length])
-        answer = tokenizer.decode(ids[row.prompt_length :])
-        yield f"Row {in_markdown(example.id)} of {in_markdown(where)}:"
-        yield ""
-        yield from fenced(f"{PROMPT_MARK}{prompt}{ANSWER_MARK}{answer}{END_MARK}")
-        yield ""
