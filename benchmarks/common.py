@@ -7,6 +7,7 @@ both sides. Seconds are those of the wall clock.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -57,6 +58,7 @@ __all__ = [
     "synchronised",
     "synthetic_rows",
     "table",
+    "twin",
     "versions",
     "write_result",
 ]
@@ -274,6 +276,16 @@ class Isolated:
 
     value: Any
     peak_bytes: int | None
+
+
+def twin(model: nn.Module) -> Any:
+    """Return a copy of a frozen model that shares its weights and may be changed by itself.
+
+    An adapter, an attention kernel or a compiled layer of the copy leaves the model as it was, and
+    no second set of weights is held.
+    """
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def isolated(function_name: str, args: Mapping[str, Any]) -> Isolated:
