@@ -1,5 +1,7 @@
 """What a plan is predicted to take on GPUs: the glue from stages to the model of cost."""
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -45,7 +47,7 @@ def test_a_stage_takes_its_steps_what_it_reads_and_what_it_answers(config):
     rows = training.batch_size * training.accumulation
     cost = Cost(steps=10, tokens=10 * rows * 100 + 32 * 50, forwards=32, trained=10 * rows * 100)
     (found,) = forecast([planned("search", "search", cost)], config, place()).stages
-    setting = setting_of(config, place(), "search")
+    setting = replace(setting_of(config, place(), "search"), together=training.batch_size)
     batch = config.evaluate.batch_size
     wanted = 10 * step_seconds(setting, rows, 100)
     wanted += -(-32 // batch) * read_seconds(setting, batch, 50)

@@ -7,6 +7,7 @@ from typing import Any
 
 from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.forecast.machines import GPUS, SHAPES, Machine, Shape
 from grasp_lora.core.forecast.times import (
     ALL,
@@ -192,7 +193,8 @@ def setting_of(config: RunConfig, place: Place, kind: str) -> Setting:
 
 
 def _stage(one: Planned, config: RunConfig, place: Place) -> StageForecast:
-    setting = setting_of(config, place, one.kind)
+    training = config.training(_training_of(one))
+    setting = replace(setting_of(config, place, one.kind), together=training.batch_size)
     rows, length = _rows_of(one, config)
     alone, shared = (
         _seconds(one, config, setting, ranks) if fits(setting, rows, length, ranks) else None
@@ -203,12 +205,15 @@ def _stage(one: Planned, config: RunConfig, place: Place) -> StageForecast:
     return StageForecast(one.name, alone, shared, held, dollars)
 
 
+def _training_of(one: Planned) -> TrainingName:
+    if one.kind in ("search", "prune"):
+        return "search" if one.kind == "search" else "finetune"
+    return "source" if "source" in one.name else "target"
+
+
 def _rows_of(one: Planned, config: RunConfig) -> tuple[int, float]:
     """Return the examples of a step, and the tokens of each; at least those of one example."""
-    name = {"search": "search", "prune": "finetune"}.get(one.kind)
-    if name is None:
-        name = "source" if "source" in one.name else "target"
-    training = config.training(name)  # type: ignore[arg-type]
+    training = config.training(_training_of(one))
     rows = training.batch_size * training.accumulation
     if not one.cost.steps:
         return 1, float(max_length(config))

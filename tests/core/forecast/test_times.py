@@ -131,6 +131,17 @@ def test_checkpointing_takes_longer_and_less_memory():
     assert memory_bytes(again, 4, 512) < memory_bytes(plain, 4, 512)
 
 
+def test_accumulated_forwards_take_the_memory_of_one_and_start_their_kernels_each():
+    whole = Setting(SHAPES["8B"], GPUS["h100"])
+    parts = Setting(SHAPES["8B"], GPUS["h100"], together=2)
+    assert memory_bytes(parts, 8, 512) == memory_bytes(whole, 2, 512)
+    assert step_seconds(parts, 8, 512) >= step_seconds(whole, 8, 512)
+    assert memory_bytes(parts, 8, 512, ranks=8) == memory_bytes(whole, 1, 512)
+    tiny = Setting(TINY, GPUS["h100"], together=2)
+    starts = [step_seconds(Setting(TINY, GPUS["h100"]), 2, 10), step_seconds(tiny, 8, 10)]
+    assert starts[1] == pytest.approx(4 * starts[0], rel=0.01)
+
+
 def test_ranks_share_the_rows_of_a_step_and_no_more_of_them_work_than_there_are_rows():
     setting = Setting(SHAPES["8B"], GPUS["h100"])
     times = {n: step_seconds(setting, 8, 512, ranks=n) for n in (1, 2, 8, 16)}

@@ -26,7 +26,7 @@ class Machine:
             alone; as much again for its backward pass.
         waits: whether the host waits for every kernel (a CPU) or runs ahead of the device (a GPU).
         price: dollars an hour.
-        network: bytes/s to GPUs of other nodes.
+        network: bytes/s between nodes, of a whole node.
         node: GPUs of a node.
     """
 
@@ -38,7 +38,7 @@ class Machine:
     layer_seconds: float
     waits: bool = False
     price: float = 0.0
-    network: float = 50 * _GIGA
+    network: float = 10 * _GIGA
     node: int = 8
 
 
@@ -50,7 +50,11 @@ LAYER_SECONDS = 0.5e-3
 
 
 def _gpu(peak: float, bandwidth: float, memory: float, link: float, price: float) -> Machine:
-    """Return a GPU from TFLOP/s, GB/s, GB, GB/s and dollars."""
+    """Return a GPU from TFLOP/s, GB/s, GB, GB/s and dollars.
+
+    GPUs with NVLink are taken to stand in nodes with a network of 400 Gbit/s for each of eight,
+    the others in nodes with 100 Gbit/s in all.
+    """
     return Machine(
         matrix_rate=MATRIX_SHARE * peak * _TERA,
         attention_rate=ATTENTION_SHARE * peak * _TERA,
@@ -59,6 +63,7 @@ def _gpu(peak: float, bandwidth: float, memory: float, link: float, price: float
         link=BANDWIDTH_SHARE * link * _GIGA,
         layer_seconds=LAYER_SECONDS,
         price=price,
+        network=BANDWIDTH_SHARE * (400 if link > 100 else 12.5) * _GIGA,
     )
 
 

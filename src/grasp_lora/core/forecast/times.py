@@ -53,6 +53,7 @@ class Setting:
         entry: bytes of an entry of the frozen weights.
         activation: bytes of an entry of the activations.
         checkpointing: activations are computed again in the backward pass.
+        together: most examples of a step in one forward pass; the others are accumulated.
     """
 
     shape: Shape
@@ -62,11 +63,17 @@ class Setting:
     entry: float = BFLOAT16
     activation: float = BFLOAT16
     checkpointing: bool = False
+    together: int | None = None
 
     @property
     def adapter(self) -> int:
         """Entries of the adapter."""
         return self.shape.layers * self.rank * self.shape.sides(self.targets)
+
+    def in_a_forward(self, rows: int, ranks: int) -> int:
+        """Return the examples of a step that one GPU reads at once."""
+        own = math.ceil(rows / ranks)
+        return own if self.together is None else min(own, self.together)
 
 
 def kernel(machine: Machine, flops: float, moved: float, rate: float | None = None) -> float:
@@ -156,7 +163,9 @@ def step_seconds(
     """
     shape, machine = setting.shape, setting.machine
     own = math.ceil(rows / ranks)
-    products, attention, passes = _parts(setting, own, length)
+    at_once = setting.in_a_forward(rows, ranks)
+    forwards = own / at_once
+    products, attention, passes = (forwards * s for s in _parts(setting, at_once, length))
     again = 1 if setting.checkpointing else 0
     layers = shape.layers * ((2 + again) * products + (3 + again) * (attention + passes))
     entries = setting.adapter
@@ -164,8 +173,9 @@ def step_seconds(
     device = layers + 2 * output_seconds(setting, own * answers)
     moved = 0.0
     if sharded(setting, rows, length, ranks):
-        moved = (2 + again) * gather_seconds(machine, shape.weights * setting.entry, ranks)
-    seconds = _together(setting, max(device, moved), 2 + again)
+        weights = gather_seconds(machine, shape.weights * setting.entry, ranks)
+        moved = forwards * (2 + again) * weights
+    seconds = _together(setting, max(device, moved), math.ceil(forwards) * (2 + again))
     return seconds + optimizer + 2 * gather_seconds(machine, entries * FLOAT32, ranks)
 
 
@@ -198,7 +208,7 @@ def memory_bytes(setting: Setting, rows: int, length: float, ranks: int = 1) -> 
     and a hidden state for each. Logits are counted for 8 answer tokens a row.
     """
     shape, size = setting.shape, setting.activation
-    own = math.ceil(rows / ranks)
+    own = setting.in_a_forward(rows, ranks)
     kept = shape.layers * shape.sides(ALL)
     if setting.checkpointing:
         kept = shape.sides(ALL) + shape.layers * shape.hidden
