@@ -7,10 +7,10 @@ ratio take turns in one run, and seconds are those of the processor, so that a b
 both alike. A ratio below 1 is time saved. `--layers` keeps the first layers of the backbone alone:
 a layer is like another, and the run is shorter.
 
-- `packing`: the rows of a step (4 rows of 64 to 512 tokens) in one row without padding. Positions
-  begin anew with every row, and attention runs row by row (`packed`) or by transformers' mask of
-  blocks (`packed, sdpa`). Beside it what the settings offer already: the rows in two or four
-  forwards of a step (`train.accumulation`).
+- `packing`: the rows of a step (4 rows of 64 to 512 tokens) in one row without padding, as
+  `workbench.fit` trains where the library's attention runs: one example after the other. `packed,
+  sdpa` masks blocks instead. Beside it what settings offer: the rows in two or four forwards of a
+  step (`train.accumulation`).
 - `compile`: the backbone's decoder layers by `torch.compile` (inductor), for a step and for a probe
   of fixed shape, with the library's attention and with sdpa.
 - `together`: the rows of all three candidates of a round in one forward of the frozen weights, over
@@ -20,7 +20,7 @@ a layer is like another, and the run is shorter.
   whose logits are computed again in the backward pass, and by torch's `linear_cross_entropy` where
   it has one. `share` is the whole of it in a step.
 
-JSON: `levers`, lever -> way -> median seconds over those of the first way, which is the library's;
+JSON: `levers`, lever -> way -> median seconds over those of the first way;
 `differences`, the largest relative difference of loss and gradients to the first way.
 """
 
@@ -33,58 +33,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks import common, step
-from grasp_lora.models.attention import attention_forward
 from grasp_lora.models.backbones import Backbone
-from grasp_lora.models.example_losses import IGNORED, EncodedExamples, example_losses
+from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.modules import output_embeddings
-from grasp_lora.tasks.encoding import Collator, EncodedExample
+from grasp_lora.tasks.encoding import Collator, EncodedExample, PackingCollator
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.trainer import answer_loss
 
-PACKED = "packed_rows"
 CANDIDATES = 3
 Ways = Mapping[str, Callable[[], Any]]
-
-
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **settings: Any
-) -> tuple[Tensor, None]:
-    """Attention of packed rows, one row at a time; `edges` says where they begin."""
-    edges = settings.pop("edges")
-    parts = [
-        attention_forward(
-            module, *(one[:, :, start:stop] for one in (query, key, value)), None, **settings
-        )[0]
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
-
-
-def packed(rows: Sequence[EncodedExample]) -> tuple[dict[str, Any], list[int]]:
-    """Return rows as one row without padding, and the places where they begin, with the end."""
-    ids = [token for row in rows for token in row.input_ids]
-    positions = [place for row in rows for place in range(len(row.input_ids))]
-    edges, kept, labels = [0], [], []
-    for row in rows:
-        answer = range(row.prompt_length, len(row.input_ids))
-        kept += [edges[-1] + place - 1 for place in answer]
-        labels += [row.input_ids[place] for place in answer]
-        edges.append(edges[-1] + len(row.input_ids))
-    # The loss looks at the last labels, one for each position that is kept.
-    front = [IGNORED] * (len(ids) - len(labels))
-    return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "labels": torch.tensor([front + labels]),
-        "logits_to_keep": torch.tensor(kept),
-    }, edges
 
 
 def gradients(live: LiveAdapter) -> Tensor:
@@ -98,14 +57,14 @@ def gradients(live: LiveAdapter) -> Tensor:
 
 
 def stepped(
-    live: LiveAdapter, batches: Sequence[Mapping[str, Any]], items: int, **more: Any
+    live: LiveAdapter, batches: Sequence[Mapping[str, Any]], items: int
 ) -> tuple[float, Tensor]:
     """Return the loss of a step over its batches, and the gradients."""
     total = 0.0
     for batch in batches:
         given = dict(batch)
         labels = given.pop("labels")
-        loss = answer_loss(live.model(**given, use_cache=False, **more), labels, items)
+        loss = answer_loss(live.model(**given, use_cache=False), labels, items)
         loss.backward()
         total += loss.item()
     return total, gradients(live)
@@ -163,29 +122,26 @@ def packing(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
     ]
     rows = [of_lengths(backbone, lengths) for lengths in steps]
     collate: Collator = common.collator(backbone)
-    padded = live_on(common.twin(backbone.model))
-    by_row, by_mask = common.twin(backbone.model), common.twin(backbone.model)
-    by_row.set_attn_implementation(PACKED)
+    library, by_mask = live_on(common.twin(backbone.model)), common.twin(backbone.model)
     by_mask.set_attn_implementation("sdpa")
-    alone, masked = live_on(by_row), live_on(by_mask)
-    ones = [packed(group) for group in rows]
+    masked = live_on(by_mask)
+    ones = [PackingCollator()(group) for group in rows]
     items = [sum(row.label_tokens for row in group) for group in rows]
 
     def in_forwards(size: int) -> Callable[[], tuple[float, Tensor]]:
         cut = [[group[i : i + size] for i in range(0, 4, size)] for group in rows]
         made = [[collate(part) for part in parts] for parts in cut]
-        return lambda: summed(stepped(padded, made[i], items[i]) for i in range(len(rows)))
+        return lambda: summed(stepped(library, made[i], items[i]) for i in range(len(rows)))
 
     ways: Ways = {
         "padded": in_forwards(4),
         "two forwards": in_forwards(2),
         "four forwards": in_forwards(1),
         "packed": lambda: summed(
-            stepped(alone, [batch], count, edges=edges)
-            for (batch, edges), count in zip(ones, items, strict=True)
+            stepped(library, [batch], count) for batch, count in zip(ones, items, strict=True)
         ),
         "packed, sdpa": lambda: summed(
-            stepped(masked, [batch], count) for (batch, _), count in zip(ones, items, strict=True)
+            stepped(masked, [batch], count) for batch, count in zip(ones, items, strict=True)
         ),
     }
     whole = sum(len(row.input_ids) for group in rows for row in group)

@@ -9,7 +9,6 @@ import torch
 from benchmarks import forecast, levers
 from torch.nn import functional as F
 
-from grasp_lora.models.backbones import ModelSpec, load_backbone
 from helpers import tiny_backbone_folder
 
 
@@ -62,18 +61,6 @@ def test_losses_in_chunks_are_those_of_all_tokens_at_once():
         loss, gradient = way()
         assert loss == pytest.approx(wanted.item(), rel=1e-5), name
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_packed_rows_keep_the_positions_and_the_answers_of_each(folder):
-    backbone = load_backbone(ModelSpec(str(folder), device="cpu"))
-    rows = levers.of_lengths(backbone, [12, 20])
-    batch, edges = levers.packed(rows)
-    assert edges == [0, 20, 32]
-    assert batch["position_ids"][0].tolist() == [*range(20), *range(12)]
-    answers = [*rows[0].input_ids[12:], *rows[1].input_ids[4:]]
-    assert batch["labels"][0, -16:].tolist() == answers
-    assert set(batch["labels"][0, :-16].tolist()) == {levers.IGNORED}
-    assert batch["logits_to_keep"].tolist() == [*range(11, 19), *range(23, 31)]
 
 
 def test_the_model_of_cost_is_held_against_what_is_measured(folder, monkeypatch):
