@@ -3,12 +3,14 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import forecast, levers
 from torch.nn import functional as F
 
+from grasp_lora.core.forecast.machines import BANDWIDTH_SHARE, GPUS, MATRIX_SHARE
 from helpers import tiny_backbone_folder
 
 
@@ -75,8 +77,22 @@ def test_the_model_of_cost_is_held_against_what_is_measured(folder, monkeypatch)
         assert found["ratios"][row["what"]] == row["predicted"] / row["measured"]
 
 
-def test_the_tables_name_every_size(capsys):
+PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_page_are_those_of_the_model(capsys):
     forecast.main(["--tables"])
-    told = capsys.readouterr().out
-    for size in forecast.SHAPES:
-        assert told.count(f"\n| {size} |") >= 3
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert [row for row in rows if row not in PAGE.splitlines()] == []
+
+
+def test_the_page_has_every_gpu_with_its_published_rates():
+    for name, machine in GPUS.items():
+        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
+        rate, bandwidth, memory, link, price = (float(c) for c in row.split("|")[2:7])
+        assert machine.matrix_rate == pytest.approx(MATRIX_SHARE * rate * 1e12)
+        assert machine.bandwidth == pytest.approx(BANDWIDTH_SHARE * bandwidth * 1e9)
+        assert machine.memory == memory * 1e9
+        assert machine.link == pytest.approx(BANDWIDTH_SHARE * link * 1e9)
+        assert machine.price == price
