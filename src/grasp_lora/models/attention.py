@@ -2,7 +2,8 @@
 
 torch's fused CPU attention is slow in bfloat16, above all in the backward pass. For sequences of a
 few hundred tokens the textbook form (scores, softmax, weighted values) takes half the time. It
-computes one example at a time, so that the scores stay in the processor's cache. Longer sequences,
+computes one example at a time, so that the scores stay in the processor's cache. So examples that
+stand in one row without padding are computed apart as well; see `packed_edges`. Longer sequences,
 decoding, other dtypes and other devices use transformers' own `sdpa`.
 
 Scores are rounded to bfloat16 before the softmax, as in transformers' `eager` attention. The fused
@@ -10,6 +11,7 @@ kernel keeps them in float32. The probabilities are stored for the backward pass
 head and pair of tokens.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -76,17 +78,11 @@ def attention_forward(
     edges = packed_edges(settings.get("position_ids"), query)
     if edges and key.shape[2] == query.shape[2] and _fits_products(query):
         rest = settings | {"position_ids": None}
-        parts = [
-            attention_forward(
-                module,
-                *(states[:, :, start:end] for states in (query, key, value)),
-                None,
-                dropout,
-                scaling,
-                **rest,
-            )[0]
-            for start, end in zip(edges, edges[1:], strict=False)
-        ]
+        parts: list[Tensor] = []
+        for own in itertools.starmap(slice, itertools.pairwise(edges)):
+            states = (query[:, :, own], key[:, :, own], value[:, :, own])
+            part, _ = attention_forward(module, *states, None, dropout, scaling, **rest)
+            parts.append(part)
         return torch.cat(parts, dim=1), None
     is_causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
