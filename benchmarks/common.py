@@ -7,6 +7,7 @@ both sides. Seconds are those of the wall clock.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -57,6 +58,7 @@ __all__ = [
     "synchronised",
     "synthetic_rows",
     "table",
+    "twin",
     "versions",
     "write_result",
 ]
@@ -101,10 +103,20 @@ def synchronised(device: torch.device | None = None) -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
+def in_turns(
+    ways: Mapping[str, Callable[[], object]],
+    repeat: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Return the seconds of each of `repeat` calls of every way.
 
     Every way is called once beforehand, not measured; who goes first changes with every turn.
+
+    Args:
+        ways: name -> what is measured.
+        repeat: calls of each.
+        clock: tells seconds. `time.process_time` leaves out what other processes take from this
+            one, for work of one thread on a busy machine.
     """
     for way in ways.values():
         way()
@@ -112,10 +124,10 @@ def in_turns(ways: Mapping[str, Callable[[], object]], repeat: int) -> dict[str,
     for turn in range(repeat):
         for name in list(ways) if turn % 2 == 0 else reversed(ways):
             synchronised()
-            began = time.perf_counter()
+            began = clock()
             ways[name]()
             synchronised()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
@@ -274,6 +286,16 @@ class Isolated:
 
     value: Any
     peak_bytes: int | None
+
+
+def twin(model: nn.Module) -> Any:
+    """Return a copy of a frozen model that shares its weights and may be changed by itself.
+
+    An adapter, an attention kernel or a compiled layer of the copy leaves the model as it was, and
+    no second set of weights is held.
+    """
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def isolated(function_name: str, args: Mapping[str, Any]) -> Isolated:

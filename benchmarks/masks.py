@@ -48,15 +48,15 @@ def shapes(entries: int) -> Iterator[tuple[int, int, int]]:
             yield rank, inputs, outputs
 
 
-def adapter(entries: int) -> LiveAdapter:
-    """Return an adapter of two sources without a model."""
+def adapter(entries: int, device: torch.device | None = None) -> LiveAdapter:
+    """Return an adapter of two sources without a model, on the CPU or `device`."""
     generator = torch.Generator().manual_seed(0)
     params: dict[str, nn.Parameter] = {}
     blocks: list[Block] = []
     for number, (rank, inputs, outputs) in enumerate(shapes(entries)):
         a, b = f"{number}.A", f"{number}.B"
-        params[a] = nn.Parameter(torch.randn(rank, inputs, generator=generator))
-        params[b] = nn.Parameter(torch.randn(outputs, rank, generator=generator))
+        params[a] = nn.Parameter(torch.randn(rank, inputs, generator=generator).to(device))
+        params[b] = nn.Parameter(torch.randn(outputs, rank, generator=generator).to(device))
         half = rank // 2
         blocks += [
             Block(str(number), source, a, b, slice(source * half, (source + 1) * half))

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.search --json search.json
 
-One process holds both sides, each a real Trainer on its own copy of the backbone, in a thread of
-its own; only the thread that holds the baton runs. They take turns step by step at full length,
-and who goes first changes with every step. A round belongs to the step it follows.
+One process holds both sides, each a real Trainer on its own copy of the backbone's modules (the
+weights are shared), in a thread of its own; only the thread that holds the baton runs. They take
+turns step by step at full length, and who goes first changes with every step. A round belongs to
+the step it follows.
 
 JSON: `search_overhead`, the extra seconds over those of the plain fine-tuning, from medians: of a
 plain step, of what a step without a round takes longer under masks, of a round, of the input norms.
@@ -16,7 +17,6 @@ loaded, where the system can do that (on CUDA: the largest allocated memory).
 """
 
 import argparse
-import copy
 import tempfile
 import threading
 import time
@@ -352,7 +352,7 @@ def compare(
     """Return figures of the time, and a row per step and side.
 
     Args:
-        backbone: gets an adapter attached for the search; the plain side trains a copy.
+        backbone: gets an adapter attached for the search; the plain side trains a twin.
         sizes: what is trained and probed.
         data: file of questions to train on.
         repeat: times the input norms are taken.
@@ -361,7 +361,7 @@ def compare(
     baton = Baton(turn_plan(["plain", "search"], sizes.steps))
     plain_turns = TurnCallback("plain", baton, Clock())
     turns = TurnCallback("search", baton, clock)
-    other = copy.deepcopy(backbone.model)
+    other = common.twin(backbone.model)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         plain = plain_side(other, backbone, sizes, place / "plain", [plain_turns], data)

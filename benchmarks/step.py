@@ -19,7 +19,6 @@ JSON: `step_matmul_fraction` (FLOP/s of the step over the rate; SmolLM2, bfloat1
 """
 
 import argparse
-import copy
 import importlib.util
 import tempfile
 import time
@@ -46,6 +45,7 @@ from grasp_lora.models.attention import use_short_attention
 from grasp_lora.models.backbones import Backbone, ModelSpec, copy_output_layer_inputs, load_backbone
 from grasp_lora.models.batches import epoch_order
 from grasp_lora.models.cache import converted_backbone
+from grasp_lora.models.devices import avoid_faulty_kernels, use_repeatable_kernels
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.modules import linear_modules, output_embeddings
 from grasp_lora.models.norms import use_fused_norms
@@ -62,10 +62,12 @@ STEPS = 4
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                  "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama-tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                  "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-"""Shapes of Llama 3 with random weights; 8B takes 16 GB in bfloat16."""
+"""Shapes of Llama 3 with random weights; 8B takes 16 GB in bfloat16, the tiny one is for tests."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def backbone_of(case: Case, device: str) -> Backbone:
             parameter.normal_(0, 0.02, generator=generator)
         # Buffers have no values on the meta device; this one is computed from the config alone.
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
+    avoid_faulty_kernels(place)
+    use_repeatable_kernels(place)
     model.requires_grad_(False).eval()
     copy_output_layer_inputs(model)
     use_short_attention(model)
@@ -180,14 +184,23 @@ def plain_model(case: Case, device: torch.device) -> nn.Module:
     known = SHORT_NAMES.get(case.model)
     place = case.model if known is None else str(converted_backbone(known(), print))
     model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, case.dtype))
+    return with_plain_adapter(model.to(device))
+
+
+def with_plain_adapter(model: nn.Module) -> nn.Module:
+    """Return the model with an adapter of PEFT, as large as ours."""
     config = LoraConfig(r=2 * RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    return get_peft_model(model.to(device), config)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def plain_steps(
-    model: nn.Module, rows: Sequence[EncodedExample], collate: Any, size: int
+    model: nn.Module,
+    rows: Sequence[EncodedExample],
+    collate: Any,
+    size: int,
+    liger: bool = False,
 ) -> list[float]:
-    """Return the seconds of the steps of a plain Trainer."""
+    """Return the seconds of the steps of a plain Trainer, with the kernels of liger if asked."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -200,6 +213,7 @@ def plain_steps(
             report_to="none",
             disable_tqdm=True,
             use_cpu=next(model.parameters()).device.type == "cpu",
+            use_liger_kernel=liger,
         )
         data: Any = list(rows)
         trainer = Trainer(
@@ -251,7 +265,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     device = backbone.device
     rows, collate = rows_of(case, backbone, options), common.collator(backbone)
     with_plain = (case.plain or case.questions) and not options.no_plain
-    bare = copy.deepcopy(backbone.model) if case.model not in SHAPES else None
+    bare = common.twin(backbone.model) if case.model not in SHAPES else None
     live = attach_live_adapter(
         backbone.model, common.adapters(backbone.model, TARGETS, RANK, 0), "source"
     )

@@ -11,6 +11,8 @@ from grasp_lora.models.attention import (
     ATTENTION_NAME,
     attention_forward,
     attention_products,
+    can_pack,
+    packed_edges,
     use_short_attention,
 )
 from grasp_lora.models.backbones import ModelSpec, load_backbone
@@ -184,3 +186,67 @@ def test_only_bfloat16_models_that_chose_sdpa_themselves_are_changed(tiny_backbo
     ):
         assert load_backbone(spec).model.config._attn_implementation != ATTENTION_NAME
     assert math.isfinite(float(logits_of(chosen, random_ids()).float().sum()))
+
+
+@pytest.mark.parametrize(
+    ("positions", "edges"),
+    [
+        ([0, 1, 2, 0, 1], [0, 3, 5]),
+        ([0, 1, 0, 1, 2, 0, 1], [0, 2, 5, 7]),
+        ([0, 1, 2, 3, 4], []),
+        ([0, 0, 0, 1, 2], []),  # padding on the left
+        ([0, 1, 2, 0, 0, 1], []),
+        ([3, 4, 5, 6], []),  # what follows a cached beginning
+        ([0, 1, 3, 0, 1], []),
+        ([1, 2, 0, 1], []),
+    ],
+)
+def test_a_packed_row_is_known_by_its_positions(positions, edges):
+    query = torch.zeros(1, 2, len(positions), 4)
+    assert packed_edges(torch.tensor([positions]), query) == edges
+    assert packed_edges(None, query) == []
+    assert packed_edges(torch.tensor([positions, positions]), query.expand(2, 2, -1, 4)) == []
+
+
+@pytest.mark.parametrize("mask", [None, "blocks"])
+def test_examples_of_a_packed_row_attend_to_themselves_alone(mask):
+    layer, lengths = Layer(), [5, 130, 2]
+    total = sum(lengths)
+    query = drawn(1, 4, total, 16, seed=1).bfloat16().requires_grad_()
+    key, value = (drawn(1, 2, total, 16, seed=s).bfloat16().requires_grad_() for s in (2, 3))
+    positions = torch.tensor([[place for length in lengths for place in range(length)]])
+    given = None
+    if mask is not None:
+        owner = torch.tensor(
+            [number for number, length in enumerate(lengths) for _ in range(length)]
+        )
+        given = (owner[:, None] == owner).tril()[None, None]
+    together, _ = attention_forward(layer, query, key, value, given, position_ids=positions)
+    together.float().square().sum().backward()
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        parts = [t.detach()[:, :, own].clone().requires_grad_() for t in (query, key, value)]
+        alone, _ = attention_forward(layer, *parts, None)
+        assert torch.equal(together[:, own], alone)
+        alone.float().square().sum().backward()
+        for whole, part in zip((query, key, value), parts, strict=True):
+            torch.testing.assert_close(whole.grad[:, :, own], part.grad, rtol=0.02, atol=0.02)
+        start += length
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "qwen3"])
+def test_a_model_packs_where_it_uses_this_attention_and_hands_positions_on(arch):
+    model = tiny_model(arch).eval()
+    assert not can_pack(model), "float32"
+    model = model.to(torch.bfloat16)
+    assert use_short_attention(model)
+    assert can_pack(model)
+
+
+def test_a_model_that_lets_packed_examples_see_each_other_does_not_pack(monkeypatch):
+    model = tiny_model("llama").eval().to(torch.bfloat16)
+    assert use_short_attention(model)
+    assert can_pack(model)
+    monkeypatch.setattr(attention, "packed_edges", lambda *_: [])
+    assert not can_pack(model)

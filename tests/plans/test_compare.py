@@ -393,7 +393,7 @@ def test_what_is_planned_is_what_was_done(done, settings):
     }
     # 4 steps of 2 rows; 4 dev rows before and after
     parts = [round(4 * 2 * lengths["train"]), round(8 * lengths["dev"])]
-    assert plain == Cost(steps=4, tokens=sum(parts), forwards=8)
+    assert plain == Cost(steps=4, tokens=sum(parts), forwards=8, trained=parts[0])
 
 
 def test_early_stopping_makes_less_of_what_is_planned(settings, tmp_path):

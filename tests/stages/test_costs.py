@@ -114,7 +114,7 @@ def test_the_tokens_planned_are_those_read(place, tmp_path, monkeypatch, kind, w
     inputs = {} if kind == "train" else {"start": place / "start"}
     stage = Stage("one", "train" if kind == "train" else "prune", config, inputs, options)
     found = done(config, [stage], tmp_path, monkeypatch)
-    trained = Cost(found.facts["steps"], found.tokens)
+    trained = Cost(found.facts["steps"], found.tokens, trained=found.tokens)
     assert found.cost == trained + found.sizes.reading(1 + config.training("target").epochs, DEV)
     assert found.extra
     source = {e.id for e in load_run_data(config, lambda _line: None).parts["source"]["train"]}
@@ -125,10 +125,12 @@ def test_without_rows_beside_the_cost_is_that_of_the_labelled_rows(place):
     config = config_of(place, None)
     sizes = Sizes({TRAIN: 7, EXTRA: 5}, {TRAIN: 10.0, EXTRA: 90.0})
     training = config.training("finetune")
-    assert steps_cost(training, sizes, Rows((TRAIN,))) == Cost(9, 9 * 3 * 10)
+    assert steps_cost(training, sizes, Rows((TRAIN,))) == Cost(9, 270, trained=270)
     assert steps_cost(training, Sizes({}, {}), Rows((TRAIN,), {EXTRA: 1.0})) == Cost()
     # 7 + 4 rows take 4 steps, and 3 epochs read 12 of the rows beside: 90 tokens each on average
-    assert steps_cost(training, sizes, Rows((TRAIN,), {EXTRA: 0.5})) == Cost(12, 21 * 10 + 12 * 90)
+    read = 21 * 10 + 12 * 90
+    beside = Rows((TRAIN,), {EXTRA: 0.5})
+    assert steps_cost(training, sizes, beside) == Cost(12, read, trained=read)
 
 
 def test_a_retraining_on_all_labels_reads_more_rows_beside_them(place, tmp_path, monkeypatch):
@@ -142,7 +144,7 @@ def test_a_retraining_on_all_labels_reads_more_rows_beside_them(place, tmp_path,
     assert found.facts["best"]["step"] == 2 * 4, "12 rows by threes, and the last epoch is the best"
     # 16 labelled rows and 8 extra rows by threes
     assert (found.facts["labelled"]["rows"], found.facts["labelled"]["steps"]) == (16, 2 * 8)
-    assert found.cost == Cost(2 * 8, found.tokens)
+    assert found.cost == Cost(2 * 8, found.tokens, trained=found.tokens)
     assert found.extra == 2 * 8
 
 
@@ -187,7 +189,9 @@ def test_all_labels_at_once_read_more_rows_beside_them(place, tmp_path, monkeypa
     options = {"labelled": True, "epochs": 2}
     stage = Stage("one", "prune", config, {"start": place / "start"}, options)
     found = done(config, [stage], tmp_path, monkeypatch)
-    assert found.cost == Cost(2 * 8, found.tokens), "16 labelled and 8 extra rows by threes"
+    assert found.cost == Cost(2 * 8, found.tokens, trained=found.tokens), (
+        "16 labelled and 8 extra rows by threes"
+    )
     assert found.extra == 2 * 8
 
 
@@ -197,5 +201,5 @@ def test_micro_dev_rows_may_judge_a_training_with_extra_rows(place, tmp_path, mo
     stage = Stage("one", "prune", config, inputs, {"micro_dev": True})
     found = done(config, [stage], tmp_path, monkeypatch)
     judged = found.sizes.reading(1 + 3, DEV, ("target", "micro_dev"))
-    assert found.cost == Cost(3 * 4, found.tokens) + judged
+    assert found.cost == Cost(3 * 4, found.tokens, trained=found.tokens) + judged
     assert found.extra == 3 * 4

@@ -15,12 +15,14 @@ from grasp_lora.tasks.encoding import (
     IGNORED,
     Collator,
     EncodedExample,
+    PackingCollator,
     TooLong,
     encode,
     encode_examples,
 )
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt
+from grasp_lora.training.trainer import answer_loss
 from helpers import EOS_ID, packaged_tokenizer, tiny_model, tiny_tokenizer
 
 PROMPT = Prompt("Text: ", "one two three four five six", "\nQ: which?\nA:")
@@ -361,3 +363,30 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(arch: str) -> None:
 
     expected = torch.stack([alone(row) for row in rows])
     torch.testing.assert_close(losses(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_batch_has_no_padding_and_the_labels_of_each_example() -> None:
+    batch = PackingCollator()(rows_for_batch(1))
+    assert batch["input_ids"].tolist() == [[5, 1, 6, 1, 1, 7, 8, 1, 9, 4, 3, 2, 6, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
+    assert batch["logits_to_keep"].tolist() == [2, 3, 5, 6, 12]
+    assert batch["labels"].tolist() == [[IGNORED] * 9 + [1, 1, 8, 1, 1]]
+    with pytest.raises(ValueError, match="row 'x' has no answer"):
+        PackingCollator()([EncodedExample("x", "g", (1, 2), 2, 0)])
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_the_summed_loss_of_a_packed_batch_is_that_of_a_padded_one(arch: str) -> None:
+    model = tiny_model(arch).eval()
+    rows, _ = encode_examples(
+        builtin_examples("en", count=4, seed=1), TASKS["qa"], tiny_tokenizer(), 512
+    )
+
+    def loss(collate: Any) -> torch.Tensor:
+        batch = collate(rows)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            # transformers tells packed examples apart only where nothing is cached
+            return answer_loss(model(**batch, use_cache=False), labels)
+
+    torch.testing.assert_close(loss(PackingCollator()), loss(Collator(EOS_ID)))

@@ -4,12 +4,14 @@ import math
 import re
 
 import pytest
+import torch
 
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.stages.train import fresh_adapter
 from grasp_lora.training import best
 from grasp_lora.training.trainer import Diverged
+from grasp_lora.workbench import fit as fit_module
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.fit import FitOptions, fit
 from helpers import tiny_backbone_folder
@@ -91,3 +93,36 @@ def test_a_score_that_is_no_number_is_told_with_its_stage_and_step(context, monk
     said = r"^training, step \d+: importance scores must be numbers, got NaN: "
     with context.live(fresh, "merged") as live, pytest.raises(Diverged, match=said):
         fit(context, live, options, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("dtype", "packs"), [("float32", False), ("bfloat16", True)])
+def test_examples_are_packed_where_the_model_computes_them_apart(
+    context, tmp_path, monkeypatch, dtype, packs
+):
+    """The losses and the adapter are those of padded batches but for rounding."""
+    config = context.config.model_copy(
+        update={"model": context.config.model.model_copy(update={"dtype": dtype})}
+    )
+    opened = open_context(config, quiet=True)
+    shapes = []
+
+    def trained(name):
+        model = opened.backbone.model
+        fresh = fresh_adapter(model, opened.config)
+        with opened.live(fresh, "merged") as live:
+            hook = model.register_forward_pre_hook(
+                lambda _m, _a, given: shapes.append(tuple(given["input_ids"].shape)),
+                with_kwargs=True,
+            )
+            options = FitOptions(opened.config.training("finetune"), "training")
+            result = fit(opened, live, options, tmp_path / name)
+            hook.remove()
+            factors = torch.cat([p.detach().flatten() for p in live.params.values()])
+        return [entry["loss"] for entry in result.log], factors
+
+    losses, factors = trained("as it is")
+    assert any(rows == 1 and length > opened.longest for rows, length in shapes) == packs
+    monkeypatch.setattr(fit_module, "can_pack", lambda _model: False)
+    padded, others = trained("padded")
+    assert losses == pytest.approx(padded, rel=0.02 if packs else 0)
+    assert (factors - others).norm() <= (0.05 if packs else 0) * others.norm()

@@ -62,17 +62,33 @@ def plan(
     output: Output = None,
     seed: Seed = None,
     allow_leakage: AllowLeakage = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Also predict time, memory and price on this GPU, such as h100."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="With --gpu: how many there are.")] = 1,
+    model_size: Annotated[
+        str | None,
+        typer.Option(help="With --gpu: a size, such as 8B; default: the configured backbone's."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="With --gpu: dollars an hour for one; default: a table's.")
+    ] = None,
 ) -> None:
     """Show the stages of a run, which of them are done, and the highest cost of the others.
 
     Reads the configuration, the examples and the tokenizer, no weights. Writes nothing.
     """
+    if gpu is None and (gpus != 1 or model_size is not None or price is not None):
+        raise ValueError("--gpus, --model-size and --price need --gpu NAME, such as --gpu h100")
     loaded = load(config, settings, output, seed, allow_leakage)
     from rich.console import Console
 
+    from grasp_lora.plans.forecast import forecast, place_of
     from grasp_lora.plans.show import left, planned_run
-    from grasp_lora.report.plan import cost_line, plan_table
+    from grasp_lora.report.plan import cost_line, forecast_lines, forecast_table, plan_table
 
+    place = None if gpu is None else place_of(loaded, gpu, gpus, model_size, price)
     stages, rest = planned_run(loaded)
     console = Console(highlight=False)
     console.print(plan_table(stages))
@@ -83,6 +99,11 @@ def plan(
     console.print(cost_line(waiting, left(stages)))
     if rest is not None:
         console.print(rest)
+    if place is not None:
+        found = forecast(stages, loaded, place)
+        console.print(forecast_table(found))
+        for line in forecast_lines(found):
+            console.print(line)
 
 
 def demo(

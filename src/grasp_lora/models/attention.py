@@ -2,7 +2,8 @@
 
 torch's fused CPU attention is slow in bfloat16, above all in the backward pass. For sequences of a
 few hundred tokens the textbook form (scores, softmax, weighted values) takes half the time. It
-computes one example at a time, so that the scores stay in the processor's cache. Longer sequences,
+computes one example at a time, so that the scores stay in the processor's cache. So examples that
+stand in one row without padding are computed apart as well; see `packed_edges`. Longer sequences,
 decoding, other dtypes and other devices use transformers' own `sdpa`.
 
 Scores are rounded to bfloat16 before the softmax, as in transformers' `eager` attention. The fused
@@ -10,6 +11,7 @@ kernel keeps them in float32. The probabilities are stored for the backward pass
 head and pair of tokens.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -73,6 +75,15 @@ def attention_forward(
         settings: further arguments for `sdpa`. `is_causal` says whether attention without a mask
             is causal; None reads it from the layer.
     """
+    edges = packed_edges(settings.get("position_ids"), query)
+    if edges and key.shape[2] == query.shape[2] and _fits_products(query):
+        rest = settings | {"position_ids": None}
+        parts: list[Tensor] = []
+        for own in itertools.starmap(slice, itertools.pairwise(edges)):
+            states = (query[:, :, own], key[:, :, own], value[:, :, own])
+            part, _ = attention_forward(module, *states, None, dropout, scaling, **rest)
+            parts.append(part)
+        return torch.cat(parts, dim=1), None
     is_causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = settings.get("position_bias") is None and settings.get("cache") is None
@@ -109,14 +120,53 @@ def attention_products(
     return result
 
 
+def packed_edges(position_ids: Tensor | None, query: Tensor) -> list[int]:
+    """Return where the examples of a packed row begin, and its end; [] if it is no packed row.
+
+    Args:
+        position_ids: [1, length], beginning with 0 for every example. Padding on the left, whose
+            positions are 0 too, makes no packed row.
+        query: [1, heads, length, width].
+    """
+    length = query.shape[2]
+    if position_ids is None or query.shape[0] != 1 or position_ids.shape != (1, length):
+        return []
+    places = position_ids[0]
+    starts = (places == 0).nonzero().flatten()
+    follows = torch.arange(length, device=places.device)
+    begin = torch.zeros_like(places).index_put_((starts,), starts).cummax(0).values
+    if len(starts) < 2 or starts[0] != 0 or bool((starts.diff() < 2).any()):
+        return []
+    if not torch.equal(places, follows - begin):
+        return []
+    return [*starts.tolist(), length]
+
+
+@torch.no_grad()
+def can_pack(model: PreTrainedModel) -> bool:
+    """Return whether a model in eval mode keeps the examples of a packed row apart, and fast.
+
+    It must use this attention, which computes packed examples one by one. What an example is
+    packed with must not change its logits by a bit, which finds out whether the model hands the
+    positions on. Other attention would multiply examples with each other, at a mask's cost.
+    """
+    if model.config._attn_implementation != ATTENTION_NAME:
+        return False
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    found = [
+        model(input_ids=torch.tensor([[*first, 1, 2, 3]]), position_ids=positions).logits[:, 3:]
+        for first in ((1, 2, 3), (3, 1, 1))
+    ]
+    return torch.equal(*found)
+
+
+def _fits_products(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
 def _is_short(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> bool:
     length = query.shape[2]
-    fits = (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and 1 < length <= MAX_LENGTH
-        and key.shape[2] == length
-    )
+    fits = _fits_products(query) and 1 < length <= MAX_LENGTH and key.shape[2] == length
     if mask is None:
         return fits and causal
     return fits and mask.dtype == torch.bool and mask.shape[1] == 1

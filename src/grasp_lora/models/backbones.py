@@ -56,6 +56,7 @@ __all__ = [
     "forward_accepts",
     "load_backbone",
     "plan_memory",
+    "quantization_config",
     "resolve_targets",
 ]
 
@@ -219,6 +220,16 @@ def _checkpoint_activations(model: Any) -> None:
     old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"  # of transformers
     # The re-entrant form would need inputs that require gradients; a frozen model has none.
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes stores weights, or None for whole weights.
+
+    Args:
+        quantization: "none", "8bit" or "4bit".
+        dtype: number format of the products.
+    """
+    return _QUANTIZATIONS[quantization](dtype)
 
 
 def load_tokenizer(
@@ -399,7 +410,7 @@ def _load_model(
     settings: dict[str, Any] = {"dtype": dtype, "adapter_kwargs": _NO_ADAPTER}
     if spec.attn_implementation is not None:
         settings["attn_implementation"] = spec.attn_implementation
-    quantization = _QUANTIZATIONS[spec.quantization](dtype)
+    quantization = quantization_config(spec.quantization, dtype)
     if quantization is not None:
         settings |= {"quantization_config": quantization, "device_map": {"": device}}
     model = _call_hub(AutoModelForCausalLM.from_pretrained, spec, location, **settings)

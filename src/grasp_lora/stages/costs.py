@@ -61,9 +61,11 @@ def steps_cost(training: Training, sizes: Sizes, rows: Rows) -> Cost:
     count = rows.epoch(sizes)
     steps = steps_of(training, count)
     if rows.beside:
-        return Cost(steps, round(_tokens_of(training, sizes, rows, steps)))
-    batch = min(count, training.batch_size * training.accumulation)
-    return Cost(steps, round(steps * batch * sizes.length(*rows.labelled)))
+        tokens = round(_tokens_of(training, sizes, rows, steps))
+    else:
+        batch = min(count, training.batch_size * training.accumulation)
+        tokens = round(steps * batch * sizes.length(*rows.labelled))
+    return Cost(steps, tokens, trained=tokens)
 
 
 def _tokens_of(training: Training, sizes: Sizes, rows: Rows, steps: int) -> float:

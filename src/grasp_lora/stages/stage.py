@@ -98,12 +98,14 @@ class Cost:
         tokens: tokens read, with or without a gradient.
         forwards: examples read without a gradient.
         answers: examples answered.
+        trained: those of the tokens that are read with a gradient.
     """
 
     steps: int = 0
     tokens: int = 0
     forwards: int = 0
     answers: int = 0
+    trained: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -111,6 +113,7 @@ class Cost:
             self.tokens + other.tokens,
             self.forwards + other.forwards,
             self.answers + other.answers,
+            self.trained + other.trained,
         )
 
 

@@ -371,10 +371,7 @@ class Collator:
         Raises:
             ValueError: there is no example, or an example has no answer.
         """
-        unlabelled = [example.id for example in examples if example.label_tokens == 0]
-        if unlabelled:
-            row = shown(unlabelled[0])
-            raise ValueError(f"row {row} has no answer, so it has no loss; give it one")
+        _check_answers(examples)
         batch = self._padded([example.input_ids for example in examples])
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)
@@ -401,3 +398,45 @@ class Collator:
         if self.with_position_ids:
             batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return batch
+
+
+class PackingCollator:
+    """Collates encoded examples to one row of int64 tensors without padding.
+
+    Positions begin anew with every example, which tells attention to keep them apart; see
+    `grasp_lora.models.attention.can_pack`.
+    """
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """Return `input_ids`, `position_ids` and `labels` [1, T], and `logits_to_keep` [K].
+
+        T is the sum of the examples' tokens, K that of their answers' tokens. The last K labels are
+        those that the K kept positions predict.
+
+        Raises:
+            ValueError: an example has no answer.
+        """
+        _check_answers(examples)
+        ids = [token for example in examples for token in example.input_ids]
+        positions = [place for example in examples for place in range(len(example.input_ids))]
+        labels: list[int] = []
+        kept: list[int] = []
+        end = 0
+        for example in examples:
+            end += len(example.input_ids)
+            labels += example.input_ids[example.prompt_length :]
+            kept += range(end - example.label_tokens - 1, end - 1)
+        without = [IGNORED] * (len(ids) - len(labels))
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "labels": torch.tensor([without + labels]),
+            "logits_to_keep": torch.tensor(kept),
+        }
+
+
+def _check_answers(examples: Sequence[EncodedExample]) -> None:
+    unlabelled = [example.id for example in examples if example.label_tokens == 0]
+    if unlabelled:
+        row = shown(unlabelled[0])
+        raise ValueError(f"row {row} has no answer, so it has no loss; give it one")

@@ -15,11 +15,12 @@ from grasp_lora.base.clock import Clock
 from grasp_lora.base.files import check_disk
 from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.masks import NotANumber
+from grasp_lora.models.attention import can_pack
 from grasp_lora.models.batches import Beside
 from grasp_lora.models.devices import repeatable_attention
-from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.tasks.encoding import Collator
+from grasp_lora.tasks.encoding import PackingCollator
 from grasp_lora.training.best import BestCallback, Evaluation
 from grasp_lora.training.checkpoint import (
     CheckpointCallback,
@@ -46,6 +47,9 @@ from grasp_lora.workbench.beside import NOTHING, Weights, read_beside, wanted_be
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.processes import decided_by_main
 from grasp_lora.workbench.reporter import BarCallback
+
+Collate = Callable[[list[Any]], Any]
+"""Turns a list of encoded examples into one batch."""
 
 COPIES_PER_CHECKPOINT = 8
 
@@ -320,7 +324,7 @@ def _trainer(
     return build_trainer(
         live.model,
         context.encoded(options.role, "train"),
-        _timed(context.collator, clock),
+        _timed(_collator(context, live, training.batch_size), clock),
         [
             CheckpointCallback(parts, options.on_resume, clock),
             *(StepClock(clock), masks, *options.extra),
@@ -348,6 +352,17 @@ def _trainer(
     )
 
 
+def _collator(context: Context, live: LiveAdapter, batch_size: int) -> Collate:
+    """Return a collator that packs examples where the model computes them apart, else pads them."""
+    model, padding = context.backbone.model, context.collator
+    apart = padding.with_logits_to_keep and can_share_prefix(model, context.longest)
+    if batch_size == 1 or not apart:
+        return padding
+    with preserved(live.model, live.params):
+        live.model.eval()
+        return PackingCollator() if can_pack(model) else padding
+
+
 def _one_gradient(context: Context, live: LiveAdapter, row: Any) -> None:
     """Do the forward and backward pass of a training step on one example, without the update."""
     with preserved(live.model, live.params):
@@ -369,7 +384,7 @@ def measured(context: Context, live: LiveAdapter) -> FitResult:
     return FitResult((kept,), (tuple(losses),), kept, (), 0, _groups(dev))
 
 
-def _timed(collate: Collator, clock: Clock) -> Callable[[list[Any]], Any]:
+def _timed(collate: Collate, clock: Clock) -> Callable[[list[Any]], Any]:
     def batch(rows: list[Any]) -> Any:
         with clock.span("load"):
             return collate(rows)
