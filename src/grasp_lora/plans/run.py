@@ -18,6 +18,7 @@ from grasp_lora.base.files import (
     marks_of,
     open_run,
     peak_memory_bytes,
+    processes_of,
     provenance,
     put_back,
     read_config,
@@ -55,7 +56,7 @@ from grasp_lora.stages.findings import add_run_findings
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
-from grasp_lora.training.trainer import tracker_faults
+from grasp_lora.training.trainer import counted_as, processes, tracker_faults
 from grasp_lora.workbench.asked import prompts_in_force
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
@@ -63,6 +64,7 @@ from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
 from grasp_lora.workbench.merged_folder import say_unnamed
 from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.processes import (
+    check_share,
     decided_by_main,
     is_main,
     join,
@@ -150,10 +152,12 @@ def run(
         session = Session(config, data, clock=clock, quiet=quiet)
         options = Options(overwrite=overwrite, timed=True)
         work = _fixed if config.recipe == "grasp" else _choosing
-        done = work(session, options)
-        if done is not None and is_main():
-            _finish(*done, profile)
-        wait_for_all()
+        begun = decided_by_main(lambda: None if overwrite else processes_of(out))
+        with counted_as(begun):
+            done = work(session, options)
+            if done is not None and is_main():
+                _finish(*done, profile)
+            wait_for_all()
     return out
 
 
@@ -287,6 +291,7 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
+    check_share(config, current.out, context.reporter.say)
     given = {
         role: folder for role, folder in config.adapters.folders().items() if folder is not None
     }
@@ -329,7 +334,7 @@ def _open_folder(current: _Run, state: Standing) -> None:
     threads = use_threads(decided_by_main(cleared), out, say)
 
     def write() -> None:
-        open_run(out, current.config.to_record(), again, threads)
+        open_run(out, current.config.to_record(), again, threads, processes())
         data, tokenizer = current.session.data, current.session.context.backbone.tokenizer
         asked = {"prompts": prompts_in_force(current.config, data, tokenizer)}
         write_json(out / DATA_FILE, jsonable(data.manifest() | asked))

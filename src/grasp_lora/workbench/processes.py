@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from accelerate import PartialState
@@ -13,8 +13,14 @@ from accelerate.utils import broadcast_object_list
 from grasp_lora.base.files import cpu_name
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.models.devices import choose_device
-from grasp_lora.training.trainer import refuse_unsupported_launch
+from grasp_lora.training.trainer import (
+    launched,
+    processes,
+    refuse_unsupported_launch,
+    share_of_step,
+)
 
 T = TypeVar("T")
 
@@ -93,6 +99,27 @@ def kept_by_main(holding: AbstractContextManager[Any]) -> Iterator[None]:
 
         decided_by_main(enter)
         yield
+
+
+def check_share(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
+    """Check that the launched processes can share the optimizer steps of all trainings.
+
+    Args:
+        config: the settings of the trainings.
+        folder: the folder that was begun with `processes()`, for the message.
+        say: told of another number of processes than was launched.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    for name in get_args(TrainingName):
+        training = config.training(name)
+        share_of_step(training.batch_size, training.accumulation)
+    if processes() != launched():
+        say(
+            f"{shown_path(folder)} was begun with {processes()} processes; the {launched()} of now "
+            "share the examples of each step"
+        )
 
 
 @contextmanager
