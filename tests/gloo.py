@@ -70,6 +70,8 @@ def _work(
         state._reset_state()
     try:
         PartialState(cpu=True)
+        # What is done at once would leave the others without a connection.
+        PartialState().wait_for_everyone()
         found = work(*arguments)
     except Exception as error:
         found = error

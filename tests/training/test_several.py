@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from gloo import together
@@ -15,6 +16,7 @@ from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import EncodedExamples
+from grasp_lora.models.shards import shard
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training.best import BestCallback
 from grasp_lora.training.checkpoint import CheckpointCallback, LiveAdapterState, newest_whole
@@ -52,9 +54,12 @@ def encoded_rows(count: int, seed: int) -> list[EncodedExample]:
     return rows
 
 
-def live_adapter() -> LiveAdapter:
+def live_adapter(sharded: bool) -> LiveAdapter:
     model = tiny_model("llama")
     known: dict[str, Any] = dict(model.named_modules())
+    if sharded:
+        model.requires_grad_(False)
+        shard(model, torch.device("cpu"))
     adapters = []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
@@ -94,7 +99,11 @@ class Found:
 
 
 def train(
-    out: Path, stop: int | None = None, poisoned: int | None = None, begun: int | None = None
+    out: Path,
+    stop: int | None = None,
+    poisoned: int | None = None,
+    begun: int | None = None,
+    sharded: bool = False,
 ) -> Found:
     """Search and train with `PER_STEP` rows a step, whatever the number of processes.
 
@@ -103,16 +112,16 @@ def train(
         stop: step after which the training ends early.
         poisoned: a token that makes the model's logits NaN.
         begun: processes that the training was begun with, if not these.
+        sharded: cut the backbone into shards, which the processes keep between them.
     """
     with counted_as(begun):
-        return _trained(out, stop, poisoned)
+        return _trained(live_adapter(sharded), out, stop, poisoned)
 
 
-def _trained(out: Path, stop: int | None, poisoned: int | None) -> Found:
-    live = live_adapter()
+def _trained(live: LiveAdapter, out: Path, stop: int | None, poisoned: int | None) -> Found:
     if poisoned is not None:
-        embedding: Any = live.model.get_input_embeddings()
-        embedding.weight[poisoned] = torch.nan
+        model: Any = live.model
+        model.get_input_embeddings().weight[poisoned] = torch.nan
     total = EPOCHS * steps_per_epoch(ROWS, PER_STEP, 1)
     config = ControllerConfig(rounds=4, rows=6, max_step=0.3)
     searcher = SearchCallback(
@@ -191,6 +200,37 @@ def test_several_processes_find_what_one_finds(alone, tmp_path, size):
     for one in found:
         assert isinstance(one, Found), one
         assert_same(alone, one)
+
+
+def held(out: Path) -> tuple[Found, int, int, bool]:
+    """Return what a training in shards finds, and the entries that this process held of the layers.
+
+    Also those there are, and whether every LoRA factor was whole.
+    """
+    live = live_adapter(sharded=True)
+    found = _trained(live, out, None, None)
+    frozen = [p for p in live.model.parameters() if not p.requires_grad and p.numel() > 1]
+    kept = sum(p.to_local().numel() for p in frozen if isinstance(p, DTensor))
+    whole = all(type(p) is torch.nn.Parameter for p in live.params.values())
+    return found, kept, sum(p.numel() for p in frozen), whole
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_backbone_in_shards_gives_what_a_whole_one_gives(alone, tmp_path, size):
+    for one in together(size, held, tmp_path):
+        assert isinstance(one, tuple), one
+        found, kept, there, whole = one
+        assert_same(alone, found)
+        assert whole
+        assert kept == pytest.approx(there / size, rel=0.05)
+
+
+def test_a_training_in_shards_goes_on_with_a_whole_backbone(alone, tmp_path):
+    before = together(2, train, tmp_path, 4, None, None, True)
+    assert [len(one.losses) for one in before] == [4, 4]
+    (one,) = together(1, train, tmp_path, None, None, 2)
+    assert isinstance(one, Found), one
+    assert_same(alone, one)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from grasp_lora.models.batches import group_by_prefix, size_forwards, split_evenly
 from grasp_lora.models.key_values import cache_argument, empty_cache
 from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.shards import is_sharded
 
 IGNORED = -100
 """Label of a position without a loss."""
@@ -181,7 +182,8 @@ def losses_in_states(
 
     The pairs of a state and a batch are divided among the processes by the tokens they read, and
     the losses are summed once, so every process returns all of them. A process enters only the
-    states that it measures. A state must put the model in eval mode.
+    states that it measures. A state must put the model in eval mode. With a model in shards a
+    process that measures less than another makes up for the forward passes; see `models.shards`.
 
     Args:
         model: a causal LM, called as `model(**batch)` without labels.
@@ -192,7 +194,8 @@ def losses_in_states(
     device = next(model.parameters()).device
     rank, size = rank_and_size()
     costs = [_tokens(batch) + forward_tokens(device) for _, batch in batches]
-    own = split_evenly(costs * len(states), size)[rank]
+    parts = split_evenly(costs * len(states), size)
+    own = parts[rank]
     total = torch.zeros(len(states), count, dtype=torch.float64)
     for number, state in enumerate(states):
         start = number * len(batches)
@@ -205,6 +208,11 @@ def losses_in_states(
                 labels = moved.pop("labels")
                 losses = losses_from_logits(_logits(model, moved), labels)
                 total[number, positions] = losses.double().cpu()
+    if is_sharded(model):
+        forwards = [2 if SHARED_PREFIX in batch else 1 for _, batch in batches] * len(states)
+        done = [sum(forwards[i] for i in part) for part in parts]
+        for _ in range(max(done) - done[rank]):
+            _logits(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)})
     if size > 1:
         reduced = total.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(reduced)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -21,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from grasp_lora.base.words import shown
 from grasp_lora.models.batches import Beside, EpochExamples, Filler
 from grasp_lora.models.example_losses import IGNORED, answer_logits
+from grasp_lora.models.shards import is_sharded, take_over_fsdp
 from grasp_lora.training.search_callback import SearchCallback
 
 
@@ -194,15 +196,20 @@ def share_of_step(batch_size: int, accumulation: int) -> tuple[int, int]:
 
 
 def refuse_unsupported_launch(on_cpu: bool) -> None:
-    """Refuse FSDP, DeepSpeed ZeRO and, unless the run is `on_cpu`, DataParallel.
+    """Refuse FSDP 1, DeepSpeed ZeRO and, unless the run is `on_cpu`, DataParallel.
+
+    FSDP2 is taken over: the backbone will be loaded in shards.
 
     Raises:
         ValueError: one of them is active; the message names the alternative.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ValueError("FSDP is not supported yet: launch with plain DDP (torchrun)")
+    take_over_fsdp()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise ValueError("DeepSpeed ZeRO is not supported yet: launch with plain DDP (torchrun)")
+        raise ValueError(
+            "DeepSpeed ZeRO is not supported: its engine would own the optimizer, whose moments "
+            "follow the masks, and cut LoRA factors into pieces; launch with FSDP2 "
+            "(--use_fsdp --fsdp_version 2), or with plain DDP (torchrun)"
+        )
     if not on_cpu and torch.cuda.device_count() > 1 and launched() == 1:
         raise ValueError(
             f"{torch.cuda.device_count()} GPUs are visible to one process, which would start"
@@ -319,6 +326,10 @@ def build_trainer(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: settings.lr_decay ** (settings.start_epoch + step // per_epoch)
     )
+    if is_sharded(model):
+        frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+        # DDP would copy the main process's shards to the others.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     agreed = [AgreedLoss()] if count > 1 else []
     trainer = Trainer(
         model=model,

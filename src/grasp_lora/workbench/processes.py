@@ -1,16 +1,20 @@
 """Several processes that share one job: the main process decides about files and writes them."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from grasp_lora.base.files import cpu_name
+from grasp_lora.base.machine import Terminated
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import TrainingName
@@ -83,6 +87,50 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup")
+_ENDED = (
+    "this launch has ended, because one of its processes was killed, ran out of memory or was told "
+    "to end; run the same command to go on from the last checkpoint"
+)
+_PATIENCE = timedelta(seconds=2)
+
+
+def last_words(error: BaseException, told: str | None) -> str | None:
+    """Return what this process of several says about the error that ends it, so that one speaks.
+
+    The process that had the fault is heard before those that lost it by that.
+
+    Args:
+        error: the error.
+        told: what people are told of it; None if it is a fault of the program.
+
+    Returns:
+        The text; "" if another process has spoken; None for a fault of the program.
+    """
+    lost = isinstance(error, Terminated) or (told is None and bool(_LOST.search(str(error))))
+    if not _speaks_first(lost):
+        return ""
+    return _ENDED if lost else told
+
+
+def _speaks_first(lost: bool) -> bool:
+    try:
+        where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            *where, is_master=False, timeout=_PATIENCE
+        )
+        if lost:
+            try:
+                store.wait(["spoken"], _PATIENCE)
+            except RuntimeError:  # nobody with a fault of its own has said anything
+                pass
+        first = store.add("speakers", 1) == 1
+        store.set("spoken", "1")
+        return first
+    except RuntimeError:  # the store has ended with the process that kept it, the first one
+        return not lost or os.environ.get("RANK") == "1"
 
 
 @contextmanager
