@@ -129,7 +129,7 @@ def _speaks_first(lost: bool) -> bool:
         first = store.add("speakers", 1) == 1
         store.set("spoken", "1")
         return first
-    except RuntimeError:  # the store has ended with the process that kept it, the first one
+    except (RuntimeError, KeyError):  # the store has ended with the first process, which kept it
         return not lost or os.environ.get("RANK") == "1"
 
 
