@@ -145,7 +145,8 @@ def test_a_run_whose_process_is_killed_goes_on_with_another_number(alone):
     again = start("run", config)
     _, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
-    assert "was begun with 2 processes; the 1 of now share the examples of each step" in err
+    said = " ".join(err.split())
+    assert "was begun with 2 processes; the 1 of now share the examples of each step" in said
     for name in ("ratio.json", "scores.json"):
         assert_same(read_json(alone / name), read_json(folder / "killed" / name))
 
@@ -270,7 +271,7 @@ LAUNCHES = {
     "zero": (
         {"ACCELERATE_USE_DEEPSPEED": "true"},
         1,
-        "ZeRO is not supported: its engine would own the optimizer.*launch with FSDP2",
+        "ZeRO is not supported: it keeps LoRA factors and .* as flat slices.*launch with FSDP2",
     ),
     "data parallel": ({}, 2, "2 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES=0"),
 }

@@ -206,8 +206,8 @@ def refuse_unsupported_launch(on_cpu: bool) -> None:
     take_over_fsdp()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise ValueError(
-            "DeepSpeed ZeRO is not supported: its engine would own the optimizer, whose moments "
-            "follow the masks, and cut LoRA factors into pieces; launch with FSDP2 "
+            "DeepSpeed ZeRO is not supported: it keeps LoRA factors and their moments as flat "
+            "slices, while masks need whole factors; launch with FSDP2 "
             "(--use_fsdp --fsdp_version 2), or with plain DDP (torchrun)"
         )
     if not on_cpu and torch.cuda.device_count() > 1 and launched() == 1:
