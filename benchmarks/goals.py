@@ -39,6 +39,7 @@ GOALS: tuple[tuple[str, str, str, float, str], ...] = (
         10.0,
         "against the authors' schedule, restart",
     ),
+    ("processes", "probe_efficiency", "at least", 0.85, "probes by 2 processes: efficiency"),
     ("loading", "load_seconds.smollm2", "at most", 3.0, "loading SmolLM2 after imports, s"),
     ("loading", "load_seconds.gemma3-270m", "at most", 3.0, "loading Gemma 3 270M, s"),
     ("loading", "help_seconds", "at most", 0.5, "`grasp-lora --help`, s"),

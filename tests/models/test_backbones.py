@@ -5,12 +5,13 @@ import errno
 import gc
 import hashlib
 import importlib.machinery
+import importlib.util
 import json
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -218,6 +219,84 @@ def test_quantization_is_refused_on_the_cpu(quantization: str) -> None:
     spec = ModelSpec(name="x", device="cpu", quantization=quantization)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"'{quantization}' needs a CUDA device"):
         load_backbone(spec)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this machine for one with a GPU, up to where a model would be loaded."""
+    monkeypatch.setattr(backbones, "choose_device", lambda _wanted: torch.device("cuda"))
+    monkeypatch.setattr(backbones, "choose_dtype", lambda _wanted, _device: torch.bfloat16)
+    monkeypatch.setattr(backbones, "avoid_faulty_kernels", lambda _device: None)
+    monkeypatch.setattr(backbones, "use_repeatable_kernels", lambda _device: None)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_quantization_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    said = r"'8bit' needs bitsandbytes; run: pip install 'grasp-lora\[quantization\]'"
+    with pytest.raises(ValueError, match=said):
+        load_backbone(ModelSpec("x", quantization="8bit"))
+
+
+class Reached(Exception):
+    """A model was about to be loaded with these settings."""
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ("8bit", {"load_in_8bit": True, "load_in_4bit": False}),
+        (
+            "4bit",
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": torch.bfloat16,
+            },
+        ),
+    ],
+)
+def test_what_transformers_is_told_of_quantized_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: Literal["8bit", "4bit"],
+    expected: dict[str, Any],
+) -> None:
+    def from_pretrained(_location: str, **settings: Any) -> None:
+        raise Reached(settings)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    folder = tiny_backbone_folder(tmp_path / "base")
+    with pytest.raises(Reached) as caught:
+        load_backbone(ModelSpec(str(folder), quantization=quantization))
+    (settings,) = caught.value.args
+    config = settings["quantization_config"]
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert settings["device_map"] == {"": torch.device("cuda")}, "each process on its own GPU"
+
+
+def test_a_plan_for_quantized_weights_needs_no_gpu(tmp_path: Path) -> None:
+    folder = tiny_backbone_folder(tmp_path / "base")
+    weights = {
+        kind: plan_memory(ModelSpec(str(folder), dtype="float32", quantization=kind)).weights
+        for kind in ("none", "8bit", "4bit")
+    }
+    linear = sum(
+        module.get_parameter("weight").numel() for module in linear_modules(tiny_model()).values()
+    )
+    assert weights["none"] - weights["8bit"] == 3 * linear
+    assert weights["8bit"] - weights["4bit"] == pytest.approx(linear * (0.5 - 4 / 64), abs=1)
+
+
+def test_quantized_weights_have_no_fingerprint() -> None:
+    model: Any = tiny_model()
+    assert base_fingerprint(model) is not None
+    model.is_quantized = True
+    assert base_fingerprint(model) is None
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import torch
 from grasp_lora.models.batches import (
     Beside,
     EpochExamples,
+    Filler,
     epoch_order,
     group_by_prefix,
     in_turn,
     size_forwards,
+    split_evenly,
 )
 
 
@@ -208,3 +210,28 @@ def test_rows_of_one_text_are_found_wherever_they_stand():
 def test_no_rows_share_nothing():
     assert group_by_prefix([], 8, 0) == ([], [])
     assert group_by_prefix([((1, 2, 3), 2)], 8, 0) == ([], [0])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_consecutive_parts_of_about_equal_cost(parts):
+    costs = [7.0, 1.0, 5.0, 2.0, 2.0, 9.0, 1.0, 3.0]
+    found = split_evenly(costs, parts)
+    assert [place for part in found for place in part] == list(range(len(costs)))
+    for part in found:
+        assert sum(costs[i] for i in part) <= sum(costs) / parts + max(costs)
+
+
+def test_equal_costs_are_cut_into_equal_parts():
+    assert split_evenly([2.0] * 8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    assert split_evenly([3.0], 3) == [range(0, 0), range(0, 1), range(1, 1)]
+    assert split_evenly([], 2) == [range(0, 0), range(0, 0)]
+
+
+def test_an_epoch_is_filled_up_to_a_multiple_with_rows_that_teach_nothing():
+    rows = [Row(length) for length in (5, 3, 8, 4, 6)]
+    plain = EpochExamples(rows, seed=1, examples_per_step=4)
+    filled = EpochExamples(rows, seed=1, examples_per_step=4, multiple=4)
+    read = list(filled)
+    assert (len(plain), len(filled)) == (5, 8)
+    assert read[:5] == list(plain)
+    assert [type(row) for row in read[5:]] == [Filler] * 3

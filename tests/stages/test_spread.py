@@ -124,7 +124,11 @@ def test_a_difference_between_groups_is_found_where_there_is_one(given, monkeypa
     with context.live(read_start(merged, context.backbone), "source") as live:
         norms = context.norms(live, context.config.importance)
 
-        def constructed(model, batches, count):
+        def one_state(state, count):
+            with state():
+                return of_what_is_left(count)
+
+        def of_what_is_left(count):
             blocks = [b for b in live.blocks if b.source == 1]
             left = sum(int(live.params[b.a].detach()[b.rows].count_nonzero()) for b in blocks)
             whole = sum(live.params[b.a].detach()[b.rows].numel() for b in blocks)
@@ -132,7 +136,10 @@ def test_a_difference_between_groups_is_found_where_there_is_one(given, monkeypa
             noise = 0.01 * torch.randn(count, generator=generator)
             return (2.0 - effect * left / whole + noise).tolist()
 
-        monkeypatch.setattr(scope_module, "example_losses", constructed)
+        def constructed(model, states, batches, count):
+            return [one_state(state, count) for state in states]
+
+        monkeypatch.setattr(scope_module, "losses_in_states", constructed)
         found = spread_ratio(context, live, norms, 0.5, SPLITS)
     assert found["evidence"]["shown"] == shown
     if shown:
@@ -191,7 +198,11 @@ def test_examples_of_three_contexts_choose_nothing(given, monkeypatch):
 def test_losses_that_are_not_finite_choose_nothing(given, monkeypatch, bad):
     _, context, merged = given
     context = with_scope(context, "adapter")
-    monkeypatch.setattr(scope_module, "example_losses", lambda model, batches, count: [bad] * count)
+    monkeypatch.setattr(
+        scope_module,
+        "losses_in_states",
+        lambda model, states, batches, count: [[bad] * count for _ in states],
+    )
     with context.live(read_start(merged, context.backbone), "source") as live:
         norms = context.norms(live, context.config.importance)
         found = spread_ratio(context, live, norms, 0.5, SPLITS)

@@ -20,7 +20,7 @@ from grasp_lora.core.evidence.history import RoundRecord
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
-from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.models.example_losses import EncodedExamples, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training import best as best_module
 from grasp_lora.training import search_callback as callback
@@ -467,12 +467,12 @@ def test_training_stops_at_a_nan_loss_before_the_optimizer_step(tmp_path):
 def test_a_nan_candidate_loses_its_trial_and_nothing_else(tmp_path, monkeypatch):
     calls = {"n": 0}
 
-    def sometimes_nan(model, batches, count):
+    def sometimes_nan(model, states, batches, count):
         calls["n"] += 1
-        losses = example_losses(model, batches, count)
-        return [float("nan")] * count if calls["n"] == 3 else losses
+        losses = losses_in_states(model, states, batches, count)
+        return [*losses[:-1], [float("nan")] * count] if calls["n"] == 1 else losses
 
-    monkeypatch.setattr(callback, "example_losses", sometimes_nan)
+    monkeypatch.setattr(callback, "losses_in_states", sometimes_nan)
     run = train(tmp_path)
     first = run.searcher.controller.records[0]
     assert sum(r is None for r in first.rewards) == 1

@@ -2,16 +2,22 @@
 
 import json
 import os
-import socket
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from gloo import free_port, together
 from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.cli.common import user_errors
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import (
@@ -25,15 +31,13 @@ from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, start, write_job
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def torchrun(*arguments: str | Path):
+    options = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    return start(*options, "-m", "grasp_lora", *arguments, module=("torch.distributed.run",))
 
 
 def in_two_processes(*arguments: str | Path):
-    options = ("--nproc-per-node", "2", "--master-port", str(free_port()))
-    process = start(*options, "-m", "grasp_lora", *arguments, module=("torch.distributed.run",))
+    process = torchrun(*arguments)
     out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
@@ -76,13 +80,28 @@ def assert_same(one, two) -> None:
         assert two[key] == close, key
 
 
-def test_two_processes_give_the_results_of_one(tmp_path):
-    tiny_backbone_folder(tmp_path / "base")
-    alone = run(RunConfig.model_validate(values(tmp_path, "one", 2)), quiet=True)
-    config = write_job(tmp_path / "two.yaml", values(tmp_path, "two", 1))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_backbone_folder(folder / "base")
+    return run(RunConfig.model_validate(values(folder, "one", 2)), quiet=True)
+
+
+ASKED = {
+    "whole": {},
+    "shards": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_two_processes_give_the_results_of_one(alone, monkeypatch, asked):
+    for name, value in ASKED[asked].items():
+        monkeypatch.setenv(name, value)
+    folder = alone.parent
+    config = write_job(folder / f"{asked}.yaml", values(folder, asked, 1))
     code, out, err = in_two_processes("run", config)
     assert code == 0, err
-    both = tmp_path / "two"
+    both = folder / asked
     assert (both / "done.json").exists()
     assert_same(read_json(alone / "ratio.json"), read_json(both / "ratio.json"))
     assert_same(read_json(alone / "scores.json"), read_json(both / "scores.json"))
@@ -103,6 +122,33 @@ def test_two_processes_give_the_results_of_one(tmp_path):
     assert err.count("target labels used") == 1
     assert err.count("final fine-tuning: done") == 1
     assert err.count("search: done") == 1
+
+
+def test_a_run_whose_process_is_killed_goes_on_with_another_number(alone):
+    folder = alone.parent
+    config = write_job(folder / "killed.yaml", values(folder, "killed", 1))
+    launch = torchrun("run", config)
+    begun = folder / "killed" / "search.work"
+    end = time.monotonic() + 200
+    while not [*begun.glob("checkpoint-*/grasp.json")]:
+        assert launch.poll() is None, launch.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    workers = psutil.Process(launch.pid).children(recursive=True)
+    (victim,) = [one for one in workers if one.environ().get("RANK") == "1"]
+    victim.kill()
+    killed = time.monotonic()
+    _, err = launch.communicate(timeout=60)
+    assert launch.returncode != 0
+    assert time.monotonic() - killed < 60
+    assert err.count(ENDED) == 1
+    again = start("run", config)
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    said = " ".join(err.split())
+    assert "was begun with 2 processes; the 1 of now share the examples of each step" in said
+    for name in ("ratio.json", "scores.json"):
+        assert_same(read_json(alone / name), read_json(folder / "killed" / name))
 
 
 LATECOMER = """
@@ -151,6 +197,48 @@ def test_a_process_that_comes_late_takes_the_same_way(tmp_path):
     assert said == [once, once], "both did the work, and both then found it done"
 
 
+def ending(victim: int, how: str) -> None:
+    """Let the process `victim` end while the others wait for it."""
+    with user_errors():
+        if int(os.environ["RANK"]) == victim:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("the third row is empty") if how == "user" else TypeError("a bug")
+        dist.all_reduce(torch.zeros(3))
+        dist.all_reduce(torch.zeros(3))
+
+
+ENDED = (
+    "this launch has ended, because one of its processes was killed, ran out of memory or was told "
+    "to end; run the same command to go on from the last checkpoint"
+)
+
+
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (4, 2)])
+def test_one_message_tells_of_a_process_that_dies(capfd, size, victim):
+    began = time.monotonic()
+    together(size, ending, victim, "killed")
+    assert time.monotonic() - began < 60
+    (said,) = [line for line in lines(capfd) if "error" in line]
+    assert re.fullmatch(rf"error( in process \d)?: {ENDED}", said)
+
+
+def test_the_process_that_had_the_fault_speaks_for_all(capfd):
+    together(4, ending, 2, "user")
+    said = [line for line in lines(capfd) if "error" in line]
+    assert said == ["error in process 2: the third row is empty"]
+
+
+def test_a_fault_of_the_program_is_not_covered_by_the_others(capfd):
+    found = together(2, ending, 1, "bug")
+    assert isinstance(found[1], TypeError)
+    assert not [line for line in lines(capfd) if "error" in line]
+
+
+def lines(capfd) -> list[str]:
+    return capfd.readouterr().err.splitlines()
+
+
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
     model = tiny_model()
@@ -172,9 +260,19 @@ RECIPES = {
     "finetune": lambda config, adapter, out: prune_adapter(config, adapter, 0.4, out),
     "evaluate": lambda config, adapter, out: evaluate_adapter(config, adapter, out),
 }
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
 LAUNCHES = {
-    "fsdp": ({"ACCELERATE_USE_FSDP": "true"}, 1, "FSDP is not supported yet: launch with plain"),
-    "zero": ({"ACCELERATE_USE_DEEPSPEED": "true"}, 1, "ZeRO is not supported yet: launch with"),
+    "fsdp 1": (FSDP, 1, "FSDP of version 1 is not supported: .*--fsdp_version 2"),
+    "offload": (
+        FSDP | {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+        1,
+        "shards on the CPU is not supported: launch without --fsdp_offload_params",
+    ),
+    "zero": (
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        1,
+        "ZeRO is not supported: it keeps LoRA factors and .* as flat slices.*launch with FSDP2",
+    ),
     "data parallel": ({}, 2, "2 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES=0"),
 }
 

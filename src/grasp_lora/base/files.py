@@ -126,7 +126,11 @@ def check_run(path: Path) -> bool:
 
 
 def open_run(
-    path: Path, config: Mapping[str, Any], again: bool = False, threads: int | None = None
+    path: Path,
+    config: Mapping[str, Any],
+    again: bool = False,
+    threads: int | None = None,
+    processes: int | None = None,
 ) -> None:
     """Make a folder the folder of a run that is under way.
 
@@ -135,6 +139,7 @@ def open_run(
         config: JSON-able configuration.
         again: remove all results of an earlier run in the folder. Files that no run writes stay.
         threads: threads that the run computes with, see `threads_of`.
+        processes: processes that the run is begun with, see `processes_of`.
 
     Raises:
         ValueError: as `check_run`.
@@ -144,7 +149,8 @@ def open_run(
     removed = (*written_in(path), path / RUN_CONFIG_FILE) if again else ()
     _remove((path / DONE_FILE, *removed))
     make_folder(path)
-    marker = {"format": _FORMAT, "threads": threads, "config": jsonable(config)}
+    begun = {"threads": threads, "processes": processes}
+    marker = {"format": _FORMAT, **begun, "config": jsonable(config)}
     write_json(path / RUN_CONFIG_FILE, marker)
 
 
@@ -155,8 +161,17 @@ def written_in(path: Path) -> list[Path]:
 
 def threads_of(path: Path) -> int | None:
     """Return the number of threads that the run in a folder computes with; None if not recorded."""
+    return _begun(path, "threads")
+
+
+def processes_of(path: Path) -> int | None:
+    """Return the processes that the run in a folder was begun with; None if not recorded."""
+    return _begun(path, "processes")
+
+
+def _begun(path: Path, name: str) -> int | None:
     file = path / RUN_CONFIG_FILE
-    return read_json(file).get("threads") if file.exists() else None
+    return read_json(file).get(name) if file.exists() else None
 
 
 def marks_of(path: Path) -> dict[str, bytes]:

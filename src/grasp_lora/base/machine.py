@@ -24,6 +24,10 @@ _BY_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
 
 
+class Terminated(BaseException):
+    """This process was told to end (SIGTERM), as launchers do when another process has ended."""
+
+
 def machine_fault(error: BaseException) -> str | None:
     """Return what people are told of an error of the machine, on one line; None for other errors.
 

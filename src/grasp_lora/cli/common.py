@@ -1,6 +1,7 @@
 """Shared parts of the commands: options, error messages, the line on what was written."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from grasp_lora.base.files import protect
-from grasp_lora.base.machine import machine_fault
+from grasp_lora.base.machine import Terminated, machine_fault
 from grasp_lora.base.words import check_path, printable, shown
 
 if TYPE_CHECKING:
@@ -109,20 +110,35 @@ def user_errors(debug: bool = False) -> Iterator[None]:
     Args:
         debug: show where the error was raised instead.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        signal.signal(signal.SIGTERM, _end)
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; run the same command to resume", err=True)
+        if prints():
+            typer.echo("\ninterrupted; run the same command to resume", err=True)
         sys.exit(130)
     except BrokenPipeError:
         raise  # whoever reads the output has enough: click ends without a word
-    except Exception as error:
+    except (Exception, Terminated) as error:
         told = str(error) if isinstance(error, _CORRECTED) else machine_fault(error)
+        if several and not debug:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the last word is said
+            from grasp_lora.workbench.processes import last_words
+
+            told = last_words(error, told)
+            if told == "":
+                sys.exit(2)
         if debug or told is None or os.environ.get("GRASP_LORA_DEBUG") == "1":
             raise
         where = "" if prints() else f" in process {os.environ['RANK']}"
         typer.echo(f"error{where}: {printable(told)}", err=True)
         sys.exit(2)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    raise Terminated
 
 
 class Commands(TyperGroup):

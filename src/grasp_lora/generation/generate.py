@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from grasp_lora.models.example_losses import rank_and_size
 from grasp_lora.models.key_values import CACHE_NAME
 from grasp_lora.models.modules import bare_model
+from grasp_lora.models.shards import is_sharded
 
 Result = TypeVar("Result")
 
@@ -217,7 +218,8 @@ def run_in_batches(
         ValueError: a single item does not fit the GPU's memory.
     """
     batch_size = generator.settings.batch_size
-    rank, size = rank_and_size()
+    # With a model in shards all processes must generate as many tokens, so each does all.
+    rank, size = (0, 1) if is_sharded(generator.model) else rank_and_size()
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     own = [i for batch in batches[rank::size] for i in batch]

@@ -31,17 +31,20 @@ from grasp_lora.models.devices import (
     choose_dtype,
     use_repeatable_kernels,
 )
+from grasp_lora.models.example_losses import rank_and_size
 from grasp_lora.models.memory import MemoryPlan, plan_config_memory
 from grasp_lora.models.modules import (
     base_fingerprint,
     copy_output_layer_inputs,
     forward_accepts,
+    keep_fingerprint,
     output_embeddings,
     resolve_targets,
     similar_names,
     vocabulary_size,
 )
 from grasp_lora.models.norms import use_fused_norms
+from grasp_lora.models.shards import shard, shards_wanted
 from grasp_lora.models.sources import SHORT_NAMES, GgufSource, gguf_source
 from grasp_lora.models.vocabulary import check_tokens
 
@@ -183,10 +186,12 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
     _check_quantization(spec, device)
+    sharded = shards_wanted()
     avoid_faulty_kernels(device)
     use_repeatable_kernels(device)
     location, public_name, base_name = _locate(spec, notice)
-    model = _load_model(spec, location, dtype, device)
+    # Shards are moved to the device one by one: it may not hold the whole model.
+    model = _load_model(spec, location, dtype, torch.device("cpu") if sharded else device)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
     pad_id = _ensure_padding(tokenizer, vocabulary_size(model), public_name, notice)
     model.requires_grad_(False)
@@ -202,11 +207,14 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     use_fused_norms(model)
     stop_ids = _stop_ids(model.generation_config, tokenizer)
     check_tokens(stop_ids, tokenizer, vocabulary_size(model), _ENDS.format(public_name))
+    fingerprint = keep_fingerprint(model) if sharded else base_fingerprint(model)
+    if sharded:
+        shard(model, device)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         public_name=public_name,
-        fingerprint=base_fingerprint(model),
+        fingerprint=fingerprint,
         dtype=dtype,
         device=device,
         stop_ids=stop_ids,
@@ -273,6 +281,12 @@ def _generation_config(spec: ModelSpec, location: str, config: Any) -> Generatio
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
     if spec.quantization == "none":
         return
+    if shards_wanted():
+        raise ValueError(
+            f"quantization={shown(spec.quantization)} packs weights into bytes, which FSDP cannot "
+            "cut into shards; launch without FSDP (each process then holds the whole quantized "
+            "model), or set quantization='none'"
+        )
     if device.type != "cuda":
         raise ValueError(
             f"quantization={shown(spec.quantization)} needs a CUDA device, but this run uses "
@@ -467,6 +481,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return a memory estimate for training LoRA on `spec`, from the model's config alone.
 
+    It is that of one process, which may hold a share of the weights (`models.shards`).
     Quantization without CUDA is accepted here, since the plan may be for another machine.
 
     Args:
@@ -483,7 +498,7 @@ def plan_memory(
     location, *_ = _locate(spec, notice)
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     dtype = choose_dtype(spec.dtype, choose_device(spec.device))
-    return plan_config_memory(
+    plan = plan_config_memory(
         config,
         dtype=dtype,
         quantization=spec.quantization,
@@ -493,3 +508,5 @@ def plan_memory(
         batch_size=batch_size,
         length=length,
     )
+    parts = rank_and_size()[1] if shards_wanted() else 1
+    return replace(plan, weights=plan.weights // parts)

@@ -6,6 +6,8 @@ step has the examples of a plain shuffle. Without training there is no such limi
 """
 
 import functools
+import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +125,13 @@ def _shuffled_steps(
     return [*shuffled, incomplete] if incomplete else shuffled
 
 
+@dataclass(frozen=True)
+class Filler:
+    """An example that only fills up a forward pass: it is read, and nothing is learned from it."""
+
+    example: Any
+
+
 class EpochExamples(Dataset[Any]):
     """Encoded examples in the order of the current epoch, which accelerate's loader sets.
 
@@ -135,6 +144,9 @@ class EpochExamples(Dataset[Any]):
         examples_per_step: see `epoch_order`.
         order: see `epoch_order`.
         beside: further examples, of which an epoch reads a part.
+        multiple: an epoch has a multiple of so many; `Filler` examples at its end make it up.
+            Several processes need the same number of forward passes. accelerate would let some
+            examples be learned from twice.
     """
 
     def __init__(
@@ -144,11 +156,13 @@ class EpochExamples(Dataset[Any]):
         examples_per_step: int,
         order: str = "by-step",
         beside: Sequence[Beside] = (),
+        multiple: int = 1,
     ):
         self._examples = [*examples, *(e for one in beside for e in one.examples)]
         self._lengths = [len(example.input_ids) for example in self._examples]
         turns = [(len(one.examples), one.per_epoch) for one in beside]
         self._settings = (seed, examples_per_step, order, turns)
+        self._multiple = multiple
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,10 +170,14 @@ class EpochExamples(Dataset[Any]):
         self._order = epoch_order(self._lengths, epoch, *self._settings)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return -(-len(self._order) // self._multiple) * self._multiple
 
     def __getitem__(self, index: int) -> Any:
-        return self._examples[self._order[index]]
+        if index < len(self._order):
+            return self._examples[self._order[index]]
+        if index >= len(self):
+            raise IndexError(index)
+        return Filler(self._examples[self._order[-1]])
 
 
 def size_forwards(
@@ -189,6 +207,21 @@ def size_forwards(
         forwards.append(order[start:end])
         end = start
     return forwards[::-1]
+
+
+def split_evenly(costs: Sequence[float], parts: int) -> list[range]:
+    """Cut items into consecutive parts of about equal cost; return the places of each part.
+
+    An item belongs to the part that its middle lies in, so no part costs more than its share and
+    one item.
+
+    Args:
+        costs: cost of each item, above 0.
+        parts: number of parts, at least 1. Some are empty if there are too few items.
+    """
+    ends = [0, *itertools.accumulate(costs)]
+    part = [int((a + b) / 2 / ends[-1] * parts) for a, b in itertools.pairwise(ends)]
+    return [range(bisect_left(part, n), bisect_left(part, n + 1)) for n in range(parts)]
 
 
 def group_by_prefix(

@@ -5,6 +5,7 @@ is the mean over its examples. It does not depend on how the examples are batche
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from grasp_lora.models.batches import group_by_prefix, size_forwards
+from grasp_lora.models.batches import group_by_prefix, size_forwards, split_evenly
 from grasp_lora.models.key_values import cache_argument, empty_cache
 from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.shards import is_sharded
 
 IGNORED = -100
 """Label of a position without a loss."""
@@ -149,7 +151,10 @@ def can_share_prefix(model: nn.Module, longest: int) -> bool:
     )
 
 
-@torch.no_grad()
+State = Callable[[], AbstractContextManager[Any]]
+"""Puts a model into the state in which it is measured, for the body."""
+
+
 def example_losses(
     model: nn.Module, batches: Sequence[tuple[list[int], Batch]], count: int
 ) -> list[float]:
@@ -163,19 +168,62 @@ def example_losses(
         batches: (positions, batch) pairs from `EncodedExamples.batches`.
         count: number of examples.
     """
+    return losses_in_states(model, [nullcontext], batches, count)[0]
+
+
+@torch.no_grad()
+def losses_in_states(
+    model: nn.Module,
+    states: Sequence[State],
+    batches: Sequence[tuple[list[int], Batch]],
+    count: int,
+) -> list[list[float]]:
+    """Return the loss of each example in each state of a model, in nats: [states][count].
+
+    The pairs of a state and a batch are divided among the processes by the tokens they read, and
+    the losses are summed once, so every process returns all of them. A process enters only the
+    states that it measures. A state must put the model in eval mode. With a model in shards a
+    process that measures less than another makes up for the forward passes; see `models.shards`.
+
+    Args:
+        model: a causal LM, called as `model(**batch)` without labels.
+        states: the states, entered in their order.
+        batches: (positions, batch) pairs from `EncodedExamples.batches`; the same for all states.
+        count: number of examples.
+    """
     device = next(model.parameters()).device
     rank, size = rank_and_size()
-    total = torch.zeros(count, dtype=torch.float64)
-    for positions, batch in batches[rank::size]:
-        moved = {k: v.to(device) for k, v in batch.items()}
-        labels = moved.pop("labels")
-        losses = losses_from_logits(_logits(model, moved), labels)
-        total[positions] = losses.double().cpu()
+    costs = [_tokens(batch) + forward_tokens(device) for _, batch in batches]
+    parts = split_evenly(costs * len(states), size)
+    own = parts[rank]
+    total = torch.zeros(len(states), count, dtype=torch.float64)
+    for number, state in enumerate(states):
+        start = number * len(batches)
+        part = [batches[i - start] for i in own if start <= i < start + len(batches)]
+        if not part:
+            continue
+        with state():
+            for positions, batch in part:
+                moved = {k: v.to(device) for k, v in batch.items()}
+                labels = moved.pop("labels")
+                losses = losses_from_logits(_logits(model, moved), labels)
+                total[number, positions] = losses.double().cpu()
+    if is_sharded(model):
+        forwards = [2 if SHARED_PREFIX in batch else 1 for _, batch in batches] * len(states)
+        done = [sum(forwards[i] for i in part) for part in parts]
+        for _ in range(max(done) - done[rank]):
+            _logits(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)})
     if size > 1:
         reduced = total.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(reduced)
         total = reduced.cpu()
     return total.tolist()
+
+
+def _tokens(batch: Batch) -> int:
+    """Return the tokens that a batch reads, padding included."""
+    prefix = batch[SHARED_PREFIX].numel() if SHARED_PREFIX in batch else 0
+    return batch["input_ids"].numel() + prefix
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

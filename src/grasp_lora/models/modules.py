@@ -5,6 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -209,6 +210,16 @@ def _copy_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
+_KEPT: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def keep_fingerprint(model: nn.Module) -> str | None:
+    """Return the `base_fingerprint` of a model, and keep it, as its weights will be cut up."""
+    found = base_fingerprint(model)
+    _KEPT[bare_model(model)] = found
+    return found
+
+
 def base_fingerprint(model: nn.Module) -> str | None:
     """Return a SHA-256 (hex) of a model's base weights, ignoring LoRA; None if there is none.
 
@@ -218,6 +229,8 @@ def base_fingerprint(model: nn.Module) -> str | None:
     they have no fingerprint.
     """
     base = bare_model(model)
+    if base in _KEPT:
+        return _KEPT[base]
     if getattr(base, "is_quantized", False):
         return None
     digest = hashlib.sha256()

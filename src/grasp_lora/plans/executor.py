@@ -23,6 +23,7 @@ from grasp_lora.stages.folder import (
     STAGE_FILE,
     Found,
     begin,
+    begun_with,
     check_input,
     look,
     places_of,
@@ -34,6 +35,7 @@ from grasp_lora.stages.folder import (
 from grasp_lora.stages.keys import Key, input_content, key_of, splits_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage, Work
+from grasp_lora.training.trainer import counted_as, processes
 from grasp_lora.workbench.processes import decided_by_main, is_main, machine, wait_for_all
 from grasp_lora.workbench.reporter import Reporter
 
@@ -269,9 +271,11 @@ def _do(stage: Stage, place: Path, session: Session, options: Options, again: bo
             if context is not None:
                 for role, split in KINDS[stage.kind].examples(stage, splits_of(session.data)):
                     context.encoded(role, split)
-            result, work = decided_by_main(lambda: begin(out, key, again))
-            whole = (stage, cast(Any, context), folders, result, work, options.overwrite)
-            facts = _facts(Work(*whole))
+            begun = decided_by_main(lambda: None if again else begun_with(out, key))
+            with counted_as(begun):
+                result, work = decided_by_main(lambda: begin(out, key, again, processes()))
+                whole = (stage, cast(Any, context), folders, result, work, options.overwrite)
+                facts = _facts(Work(*whole))
             facts |= {"machine": machine(), "peak_memory_bytes": peak_memory_bytes()}
             facts |= {BASE_FACT: without_home(stage.config.model.name)}
             if is_main():

@@ -21,6 +21,7 @@ from grasp_lora.base.files import (
     marks_of,
     open_run,
     peak_memory_bytes,
+    processes_of,
     provenance,
     put_back,
     read_config,
@@ -58,7 +59,7 @@ from grasp_lora.stages.findings import add_run_findings
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.search import check_search
 from grasp_lora.stages.stage import Input
-from grasp_lora.training.trainer import tracker_faults
+from grasp_lora.training.trainer import counted_as, processes, tracker_faults
 from grasp_lora.workbench.asked import prompts_in_force
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.fit import checkpoint_bytes
@@ -66,6 +67,7 @@ from grasp_lora.workbench.given import check_given, check_merge, fresh_adapter
 from grasp_lora.workbench.merged_folder import say_unnamed
 from grasp_lora.workbench.objective import objective_faults, say_code
 from grasp_lora.workbench.processes import (
+    check_share,
     decided_by_main,
     is_main,
     join,
@@ -153,10 +155,12 @@ def run(
         session = Session(config, data, clock=clock, quiet=quiet)
         options = Options(overwrite=overwrite, timed=True)
         work = _fixed if config.recipe == "grasp" else _choosing
-        done = work(session, options)
-        if done is not None and is_main():
-            _finish(*done, profile)
-        wait_for_all()
+        begun = decided_by_main(lambda: None if overwrite else processes_of(out))
+        with counted_as(begun):
+            done = work(session, options)
+            if done is not None and is_main():
+                _finish(*done, profile)
+            wait_for_all()
     return out
 
 
@@ -293,6 +297,7 @@ def _check_before_work(current: _Run) -> None:
         ValueError: one of them does not allow the run.
     """
     config, context = current.config, current.session.context
+    check_share(config, current.out, context.reporter.say)
     given = {
         role: folder for role, folder in config.adapters.folders().items() if folder is not None
     }
@@ -335,7 +340,7 @@ def _open_folder(current: _Run, state: Standing) -> None:
     threads = use_threads(decided_by_main(cleared), out, say)
 
     def write() -> None:
-        open_run(out, current.config.to_record(), again, threads)
+        open_run(out, current.config.to_record(), again, threads, processes())
         data, tokenizer = current.session.data, current.session.context.backbone.tokenizer
         asked = {"prompts": prompts_in_force(current.config, data, tokenizer)}
         write_json(out / DATA_FILE, jsonable(data.manifest() | asked))

@@ -147,13 +147,24 @@ def refusal(out: Path, found: Found) -> str:
     )
 
 
-def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
+def begun_with(out: Path, key: Key) -> int | None:
+    """Return the processes that a stage was begun with; None if it was not, or not recorded."""
+    marker = work_folder(out) / STAGE_FILE
+    if _compared(marker, key, "begun").state != "begun":
+        return None
+    return read_json(marker).get("processes")
+
+
+def begin(
+    out: Path, key: Key, again: bool = False, processes: int | None = None
+) -> tuple[Path, Path]:
     """Prepare the work on a result; checkpoints made from other inputs are removed.
 
     Args:
         out: the place of the result.
         key: the key of the result.
         again: also remove checkpoints made from the same inputs.
+        processes: the processes that the work is begun with, see `begun_with`.
 
     Returns:
         The empty folder to write the result to, and the folder for checkpoints.
@@ -164,7 +175,7 @@ def begin(out: Path, key: Key, again: bool = False) -> tuple[Path, Path]:
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     make_folder(result)
-    write_sealed(work / STAGE_FILE, {"key": jsonable(key)}, ())
+    write_sealed(work / STAGE_FILE, {"key": jsonable(key), "processes": processes}, ())
     return result, work
 
 

@@ -1,6 +1,8 @@
 """Part of the search: a ratio for each group of tensors, probed around the learned ratio."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from grasp_lora.core.evidence.crossfit import LEAST_GROUPS, forward_splits
 from grasp_lora.core.evidence.groups import mean_gain
 from grasp_lora.core.pruning.group_ratios import combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.example_losses import example_losses
+from grasp_lora.models.example_losses import losses_in_states
 from grasp_lora.training.groups import group_sizes, ratio_by_group
 from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import Context
@@ -53,19 +55,25 @@ def spread_ratio(
     batches, sizes = rows.batches(drawn), group_sizes(live, scope)
     measured = 0
 
-    def losses(ratios: Mapping[str, float]) -> list[float]:
-        nonlocal measured
+    @contextmanager
+    def under(ratios: Mapping[str, float]) -> Iterator[None]:
         (masks,) = live.masks(block_importance(rule, norms), [ratio_by_group(scope, ratios)])
         with live.trial(masks), context.clock.span("probe"):
-            measured += len(drawn)
-            return example_losses(live.model, batches, len(drawn))
+            yield
 
-    base = losses(dict.fromkeys(sizes, ratio))
-    found = {trial: losses(ratios) for trial, ratios in group_trials(ratio, sizes).items()}
+    def losses(each: Sequence[Mapping[str, float]]) -> list[list[float]]:
+        nonlocal measured
+        measured += len(drawn) * len(each)
+        states = [partial(under, ratios) for ratios in each]
+        return losses_in_states(live.model, states, batches, len(drawn))
+
+    trials = group_trials(ratio, sizes)
+    base, *tried = losses([dict.fromkeys(sizes, ratio), *trials.values()])
+    found = dict(zip(trials, tried, strict=True))
     tested: list[int] = []
     gains: list[float] = []
     for chosen_on, tested_on in forward_splits(groups, TESTED_PARTS):
-        values = losses(combined_ratios(ratio, found, base, chosen_on, sizes))
+        (values,) = losses([combined_ratios(ratio, found, base, chosen_on, sizes)])
         tested += tested_on
         gains += [base[row] - values[row] for row in tested_on]
     gain = mean_gain(gains, [groups[row] for row in tested])

@@ -6,8 +6,10 @@ The order of one optimizer step in transformers is: clip -> `on_pre_optimizer_st
 when there are no gradients. Pruned entries are set to zero in `on_optimizer_step`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from grasp_lora.core.controller.rounds import (
     RatioChoice,
     RoundRecord,
 )
-from grasp_lora.models.example_losses import EncodedExamples, example_losses
+from grasp_lora.models.example_losses import EncodedExamples, State, losses_in_states
 from grasp_lora.models.preserve import preserved
 from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
 
@@ -213,35 +215,54 @@ class SearchCallback(TrainerCallback):
             self._fixed = batches(drawn)
         return drawn, self._fixed
 
-    def _measure(self, drawn: Sequence[int], batches: list[tuple[list[int], Any]]) -> list[float]:
-        """Return the objective of each drawn example under the current weights."""
-        if self._objective is not None:
-            return self._objective(self._live.model, drawn)
-        return example_losses(self._live.model, batches, len(drawn))
+    def _measure(
+        self,
+        states: Sequence[State],
+        drawn: Sequence[int],
+        batches: list[tuple[list[int], Any]],
+    ) -> list[list[float]]:
+        """Return the objective of each drawn example in each state."""
+        if self._objective is None:
+            return losses_in_states(self._live.model, states, batches, len(drawn))
+        found: list[list[float]] = []
+        for state in states:
+            with state():
+                found.append(self._objective(self._live.model, drawn))
+        return found
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        with self._clock.span("baseline"), preserved(self._live.model, self._live.params):
+            self._live.model.eval()
+            yield
+
+    @contextmanager
+    def _under(self, masks: Masks) -> Iterator[None]:
+        clock = self._clock
+        with clock.span("masks"), self._live.trial(masks), clock.span("probe"):
+            yield
 
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
-        live, clock, importance = self._live, self._clock, self._importance
         drawn, batches = self._draw_examples()
         candidates = rounds.propose(self.controller, self._config, self._generator)
-        baseline = None
-        if rounds.needs_baseline(self._config):
-            with clock.span("baseline"), preserved(live.model, live.params):
-                live.model.eval()
-                baseline = self._measure(drawn, batches)
         # Candidates near a bound are often clipped to it, so measure each distinct ratio once.
         distinct = list(dict.fromkeys(candidates))
-        measured: dict[float, list[float]] = {}
-        with clock.span("masks"):
-            masks = dict(zip(distinct, live.masks(importance, distinct), strict=True))
-            for ratio in distinct:
-                with live.trial(masks[ratio]), clock.span("probe"):
-                    measured[ratio] = self._measure(drawn, batches)
+        with self._clock.span("masks"):
+            masks = dict(zip(distinct, self._live.masks(self._importance, distinct), strict=True))
+        states: list[State] = [partial(self._under, masks[ratio]) for ratio in distinct]
+        compared = rounds.needs_baseline(self._config)
+        if compared:
+            states.insert(0, self._as_it_is)
+        found = self._measure(states, drawn, batches)
+        baseline = found.pop(0) if compared else None
+        measured = dict(zip(distinct, found, strict=True))
         losses = [measured[ratio] for ratio in candidates]
-        self.forwards += len(drawn) * (len(distinct) + (baseline is not None))
-        found = _Measured(drawn, candidates, baseline, losses, masks)
-        self._conclude(step, found, optimizer, masked)
+        self.forwards += len(drawn) * len(states)
+        self._conclude(
+            step, _Measured(drawn, candidates, baseline, losses, masks), optimizer, masked
+        )
 
     def _conclude(
         self,

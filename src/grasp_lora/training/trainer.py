@@ -2,22 +2,27 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from grasp_lora.base.words import shown
-from grasp_lora.models.batches import Beside, EpochExamples
+from grasp_lora.models.batches import Beside, EpochExamples, Filler
 from grasp_lora.models.example_losses import IGNORED, answer_logits
+from grasp_lora.models.shards import is_sharded, take_over_fsdp
 from grasp_lora.training.search_callback import SearchCallback
 
 
@@ -48,15 +53,25 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     Raises:
         Diverged: the loss is not finite.
     """
+    loss, why = _loss_and_fault(outputs, labels, num_items_in_batch)
+    if why is not None:
+        raise Diverged(why)
+    return loss
+
+
+def _loss_and_fault(
+    outputs: Any, labels: Tensor, num_items_in_batch: Any
+) -> tuple[Tensor, str | None]:
+    """Return the loss of `answer_loss`, and why it is not finite, if so."""
     logits, targets = answer_logits(outputs.logits, labels)
     total = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     loss = total / items
-    if not torch.isfinite(loss):
-        raise Diverged(f"training loss is {loss.item()}; {_cause(logits, int(items))}")
-    return loss
+    if torch.isfinite(loss):
+        return loss, None
+    return loss, f"training loss is {loss.item()}; {_cause(logits, int(items))}"
 
 
 def _cause(logits: Tensor, items: int) -> str:
@@ -66,6 +81,35 @@ def _cause(logits: Tensor, items: int) -> str:
     if not torch.isfinite(logits).all():
         return "the model's own logits are not finite"
     return f"the logits, of up to {float(logits.abs().max()):.3g}, are too large for it"
+
+
+class AgreedLoss(TrainerCallback):
+    """The `answer_loss` of a training by several processes, which all end if one of them must.
+
+    A process that ended by itself would leave the others waiting for its gradients. So all compare
+    what they found before the optimizer step, and raise the fault of the first one that has one.
+
+    Raises:
+        Diverged: the loss of a process is not finite.
+    """
+
+    def __init__(self) -> None:
+        self._fault: str | None = None
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss, also one that is not finite."""
+        loss, why = _loss_and_fault(outputs, labels, num_items_in_batch)
+        self._fault = self._fault or why
+        return loss
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise what any process found wrong."""
+        faulty = torch.tensor(float(self._fault is not None), device=args.device)
+        dist.all_reduce(faulty)
+        if faulty:
+            found: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, self._fault)
+            raise Diverged(next(why for why in found if why is not None))
 
 
 def steps_per_epoch(examples: int, batch_size: int, accumulation: int, processes: int = 1) -> int:
@@ -93,22 +137,80 @@ def planned_steps(
     return math.ceil(epochs * steps_per_epoch(examples, batch_size, accumulation, processes()))
 
 
-def processes() -> int:
+_BEGUN_WITH: ContextVar[int | None] = ContextVar("begun with", default=None)
+
+
+def launched() -> int:
     """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes() -> int:
+    """Return the number of processes whose batches make up an optimizer step.
+
+    It is the number that the work was begun with; see `counted_as`.
+    """
+    return _BEGUN_WITH.get() or launched()
+
+
+@contextmanager
+def counted_as(number: int | None) -> Iterator[None]:
+    """Let a step have the examples of so many processes in the body, whatever was launched.
+
+    So work that another number of processes resumes reads the examples that it would have read.
+
+    Args:
+        number: the number of processes that the work was begun with; None changes nothing.
+    """
+    token = _BEGUN_WITH.set(number or _BEGUN_WITH.get())
+    try:
+        yield
+    finally:
+        _BEGUN_WITH.reset(token)
+
+
+def share_of_step(batch_size: int, accumulation: int) -> tuple[int, int]:
+    """Return batch size and accumulation with which the launched processes share a step.
+
+    Args:
+        batch_size: examples per forward pass of each process that the work was begun with.
+        accumulation: forward passes per optimizer step of each of them.
+
+    Raises:
+        ValueError: the examples of a step cannot be divided evenly.
+    """
+    now, begun = launched(), processes()
+    if now == begun:
+        return batch_size, accumulation
+    per_step = batch_size * accumulation * begun
+    share, left = divmod(per_step, now)
+    if left:
+        able = [n for n in range(1, per_step + 1) if per_step % n == 0]
+        raise ValueError(
+            f"this was begun with {begun} processes, whose optimizer steps have {per_step} "
+            f"examples; {now} processes cannot share them evenly. Go on with as many processes as "
+            f"one of {able}"
+        )
+    size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
+    return size, share // size
+
+
 def refuse_unsupported_launch(on_cpu: bool) -> None:
-    """Refuse FSDP, DeepSpeed ZeRO and, unless the run is `on_cpu`, DataParallel.
+    """Refuse FSDP 1, DeepSpeed ZeRO and, unless the run is `on_cpu`, DataParallel.
+
+    FSDP2 is taken over: the backbone will be loaded in shards.
 
     Raises:
         ValueError: one of them is active; the message names the alternative.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ValueError("FSDP is not supported yet: launch with plain DDP (torchrun)")
+    take_over_fsdp()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise ValueError("DeepSpeed ZeRO is not supported yet: launch with plain DDP (torchrun)")
-    if not on_cpu and torch.cuda.device_count() > 1 and processes() == 1:
+        raise ValueError(
+            "DeepSpeed ZeRO is not supported: it keeps LoRA factors and their moments as flat "
+            "slices, while masks need whole factors; launch with FSDP2 "
+            "(--use_fsdp --fsdp_version 2), or with plain DDP (torchrun)"
+        )
+    if not on_cpu and torch.cuda.device_count() > 1 and launched() == 1:
         raise ValueError(
             f"{torch.cuda.device_count()} GPUs are visible to one process, which would start"
             " DataParallel (not supported): set CUDA_VISIBLE_DEVICES=0, or launch one process per"
@@ -206,28 +308,36 @@ def build_trainer(
         beside: further training examples, of which an epoch reads a part.
 
     Raises:
-        ValueError: the launch is not supported; see `refuse_unsupported_launch`.
+        ValueError: the launch is not supported, see `refuse_unsupported_launch`; or the processes
+            cannot share a step, see `share_of_step`.
     """
     refuse_unsupported_launch(settings.on_cpu)
-    arguments = _training_arguments(output_dir, settings)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    count, batch_size, accumulation = processes(), settings.batch_size, settings.accumulation
+    count = launched()
+    batch_size, accumulation = share_of_step(settings.batch_size, settings.accumulation)
     per_step = batch_size * accumulation * count
-    read = EpochExamples(examples, settings.seed, per_step, settings.order, beside)
+    filled = batch_size * count if count > 1 else 1
+    read = EpochExamples(examples, settings.seed, per_step, settings.order, beside, filled)
     per_epoch = steps_per_epoch(len(read), batch_size, accumulation, count)
+    shared = replace(settings, batch_size=batch_size, accumulation=accumulation)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: settings.lr_decay ** (settings.start_epoch + step // per_epoch)
     )
+    if is_sharded(model):
+        frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+        # DDP would copy the main process's shards to the others.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    agreed = [AgreedLoss()] if count > 1 else []
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=_training_arguments(output_dir, shared),
         train_dataset=read,
-        data_collator=collate,
-        compute_loss_func=answer_loss,
-        callbacks=list(callbacks),
+        data_collator=_with_fillers(collate) if count > 1 else collate,
+        compute_loss_func=agreed[0] if agreed else answer_loss,
+        callbacks=[*agreed, *callbacks],
         optimizers=(optimizer, schedule),
     )
     if settings.report_to:
@@ -237,6 +347,17 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _with_fillers(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Return a `collate` that takes `Filler` examples too, and leaves their labels out."""
+
+    def batch(rows: list[Any]) -> Any:
+        found = collate([row.example if isinstance(row, Filler) else row for row in rows])
+        found["labels"][[isinstance(row, Filler) for row in rows]] = IGNORED
+        return found
+
+    return batch
 
 
 def _training_arguments(output_dir: Path, settings: TrainerSettings) -> TrainingArguments:

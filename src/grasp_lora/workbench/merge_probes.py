@@ -8,6 +8,7 @@ good a merge would be after training.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
 from grasp_lora.core.pruning.importance import IMPORTANCE
-from grasp_lora.models.example_losses import example_losses
+from grasp_lora.models.example_losses import State, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import POOLS, Context
@@ -173,9 +174,9 @@ def measure_ratios(context: Context, folder: Path, ratios: Sequence[float], rows
     examples, batches = _drawn(context, rows)
     pruned = {str(ratio): ratio for ratio in ratios}
     with context.live(read_start(folder, context.backbone), "merged") as live:
-        live.model.eval()
-        found = {str(0.0): example_losses(live.model, batches, len(examples))}
-        found |= _pruned(context, live, pruned, batches, len(examples))
+        whole: dict[str, State] = {str(0.0): partial(live.scaled, 1.0)}
+        states = whole | _pruned(context, live, pruned)
+        found = _losses_in(live, states, batches, len(examples))
     return Probed([one.id for one in examples], [one.group for one in examples], found)
 
 
@@ -275,30 +276,34 @@ def _measure(
     count: int,
 ) -> dict[str, list[float]]:
     """Return name -> loss of each example in nats, for the variants of one merge."""
-    found: dict[str, list[float]] = {}
     config = context.config
     unit = config.mask_unit if any(len(m.parts) > 1 for m in merged.values()) else "merged"
     with context.live(merged, unit) as live:
-        for name, variant in variants.items():
-            if variant.ratio == 0:
-                with live.scaled(variant.factor):
-                    found[name] = example_losses(live.model, batches, count)
+        states: dict[str, State] = {
+            name: partial(live.scaled, variant.factor)
+            for name, variant in variants.items()
+            if variant.ratio == 0
+        }
         pruned = {name: one.ratio for name, one in variants.items() if one.ratio > 0}
         if pruned:
-            found |= _pruned(context, live, pruned, batches, count)
-    return found
+            states |= _pruned(context, live, pruned)
+        return _losses_in(live, states, batches, count)
 
 
-def _pruned(
-    context: Context, live: LiveAdapter, ratios: Mapping[str, float], batches: Any, count: int
-) -> dict[str, list[float]]:
+def _pruned(context: Context, live: LiveAdapter, ratios: Mapping[str, float]) -> dict[str, State]:
+    """Return name -> the state in which the adapter is pruned at its ratio."""
     rule = context.config.importance
     score = block_importance(IMPORTANCE[rule], context.norms(live, rule))
-    found: dict[str, list[float]] = {}
-    for name, masks in zip(ratios, live.masks(score, list(ratios.values())), strict=True):
-        with live.trial(masks):
-            found[name] = example_losses(live.model, batches, count)
-    return found
+    found = live.masks(score, list(ratios.values()))
+    return {name: partial(live.trial, masks) for name, masks in zip(ratios, found, strict=True)}
+
+
+def _losses_in(
+    live: LiveAdapter, states: Mapping[str, State], batches: Any, count: int
+) -> dict[str, list[float]]:
+    """Return name -> loss of each example in nats, for the states of an adapter."""
+    found = losses_in_states(live.model, list(states.values()), batches, count)
+    return dict(zip(states, found, strict=True))
 
 
 def weights_of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:

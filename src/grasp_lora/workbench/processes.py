@@ -1,20 +1,30 @@
 """Several processes that share one job: the main process decides about files and writes them."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from grasp_lora.base.files import cpu_name
+from grasp_lora.base.machine import Terminated
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.config.sections import TrainingName
 from grasp_lora.models.devices import choose_device
-from grasp_lora.training.trainer import refuse_unsupported_launch
+from grasp_lora.training.trainer import (
+    launched,
+    processes,
+    refuse_unsupported_launch,
+    share_of_step,
+)
 
 T = TypeVar("T")
 
@@ -79,6 +89,50 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup")
+_ENDED = (
+    "this launch has ended, because one of its processes was killed, ran out of memory or was told "
+    "to end; run the same command to go on from the last checkpoint"
+)
+_PATIENCE = timedelta(seconds=2)
+
+
+def last_words(error: BaseException, told: str | None) -> str | None:
+    """Return what this process of several says about the error that ends it, so that one speaks.
+
+    The process that had the fault is heard before those that lost it by that.
+
+    Args:
+        error: the error.
+        told: what people are told of it; None if it is a fault of the program.
+
+    Returns:
+        The text; "" if another process has spoken; None for a fault of the program.
+    """
+    lost = isinstance(error, Terminated) or (told is None and bool(_LOST.search(str(error))))
+    if not _speaks_first(lost):
+        return ""
+    return _ENDED if lost else told
+
+
+def _speaks_first(lost: bool) -> bool:
+    try:
+        where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            *where, is_master=False, timeout=_PATIENCE
+        )
+        if lost:
+            try:
+                store.wait(["spoken"], _PATIENCE)
+            except RuntimeError:  # nobody with a fault of its own has said anything
+                pass
+        first = store.add("speakers", 1) == 1
+        store.set("spoken", "1")
+        return first
+    except (RuntimeError, KeyError):  # the store has ended with the first process, which kept it
+        return not lost or os.environ.get("RANK") == "1"
+
+
 @contextmanager
 def kept_by_main(holding: AbstractContextManager[Any]) -> Iterator[None]:
     """Let the main process enter a context for the body, such as the ownership of a folder.
@@ -93,6 +147,27 @@ def kept_by_main(holding: AbstractContextManager[Any]) -> Iterator[None]:
 
         decided_by_main(enter)
         yield
+
+
+def check_share(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
+    """Check that the launched processes can share the optimizer steps of all trainings.
+
+    Args:
+        config: the settings of the trainings.
+        folder: the folder that was begun with `processes()`, for the message.
+        say: told of another number of processes than was launched.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    for name in get_args(TrainingName):
+        training = config.training(name)
+        share_of_step(training.batch_size, training.accumulation)
+    if processes() != launched():
+        say(
+            f"{shown_path(folder)} was begun with {processes()} processes; the {launched()} of now "
+            "share the examples of each step"
+        )
 
 
 @contextmanager
