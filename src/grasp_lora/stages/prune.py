@@ -3,6 +3,8 @@
 The adapter is pruned at a fixed ratio and fine-tuned on the target examples. The best state is
 chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch. In mode `continue`
 the learning-rate schedule resumes after the epochs that the search has trained its `adapter/`.
+With `importance: obs` the kept entries make up for the pruned ones when the masks are first cut;
+masks that are cut anew in training change no values.
 
 Inputs:
     start: a merged folder, the folder of a search, or any PEFT adapter folder.
@@ -42,8 +44,10 @@ from torch import Tensor
 from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
-from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.core.pruning.importance import IMPORTANCE, READS_ROWS
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
+from grasp_lora.core.pruning.n_of_m import known_ratio
+from grasp_lora.core.pruning.second_order import compensated
 from grasp_lora.stages.costs import Rows, lasting, passes_of, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
@@ -52,6 +56,7 @@ from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.training.groups import ratio_by_group
 from grasp_lora.training.live import (
     Block,
+    BlockFit,
     BlockImportance,
     BlockRatio,
     LiveAdapter,
@@ -115,7 +120,8 @@ def run(work: Work) -> Mapping[str, Any]:
             "a joint fine-tuning needs source rows: give data.source, with rows to train on"
         )
     config, context = work.config, _judging(work)
-    ratio, spread = ratio_of(work)
+    asked, spread = ratio_of(work)
+    ratio = known_ratio(config.structure, asked)
     wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
     cut = _Cut(wanted if ratio > 0 else 0.0, config.importance, _drawn(work), config.seed)
     stopwatch, start = Stopwatch(), adapter_in(work.inputs["start"])
@@ -183,6 +189,7 @@ def _trained(
     (cut, judged_masks), finetune = masks, work.config.finetune
     training, before = _training(work)
     cutter = _cutter(context, live, cut)
+    compensation = _compensation(context, live, cut)
 
     def prune(optimizer: Any = None) -> None:
         with context.clock.span("masks"):
@@ -192,6 +199,8 @@ def _trained(
         live.commit(judged_masks)
     elif cut.some:
         prune()
+    if compensation is not None:
+        live.refit(compensation)
     labelled = _on_all_labels(work.stage)
     # The judged run may have kept step 0: then the training on all labels has no steps either.
     if work.stage.option("untrained", False) or training.max_steps == 0:
@@ -262,6 +271,23 @@ def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Mask
     norms = context.norms(live, cut.rule) if cut.some else None
     score = block_importance(IMPORTANCE[cut.rule], norms)
     return lambda: live.masks(score, [cut.ratio])[0]
+
+
+def _compensation(context: Context, live: LiveAdapter, cut: _Cut) -> BlockFit | None:
+    """Return how kept entries make up for pruned ones; None for rules that change no values."""
+    if cut.rule != "obs" or cut.drawn or not cut.some:
+        return None
+    curvatures = context.norms(live, cut.rule)
+    assert curvatures is not None, "the rule reads the train examples"
+
+    def fit(
+        block: Block, a: Tensor, b: Tensor, keep_a: Tensor, keep_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if block.module not in curvatures:
+            return a, b
+        return compensated(a, b, keep_a, keep_b, curvatures[block.module])
+
+    return fit
 
 
 def random_score(seed: int) -> BlockImportance:
@@ -352,7 +378,7 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     training, judges = training_of(stage), _of_target(stage)[1:]
     rows = Rows((train,), _beside(stage), config.seed)
     labelled = replace(rows, labelled=_of_target(stage))
-    pruned = _may_prune(stage) and config.importance in NEEDS_NORMS
+    pruned = _may_prune(stage) and config.importance in READS_ROWS
     norms = sizes.reading(1 if pruned and not stage.option("random_masks", False) else 0, train)
     if stage.option("untrained", False):
         return norms + sizes.reading(1, *judges)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.evidence.crossfit import LEAST_GROUPS, forward_splits
@@ -24,7 +23,7 @@ TESTED_PARTS = 2
 def spread_ratio(
     context: Context,
     live: LiveAdapter,
-    norms: Mapping[str, Tensor] | None,
+    norms: Mapping[str, Any] | None,
     ratio: float,
     splits: tuple[str, ...],
 ) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def spread_ratio(
     Args:
         context: examples and settings; `scope` defines the groups.
         live: the adapter at the end of the search.
-        norms: input norms for the importance rule; None if it needs none.
+        norms: what the importance rule needs; None if it needs nothing.
         ratio: the learned ratio, a fraction in [0, 1].
         splits: splits of the target examples that are probed.
 

@@ -31,11 +31,14 @@ from grasp_lora.models.preserve import preserved
 Masks = Mapping[str, Mask]
 """Name of a parameter -> keep mask."""
 
-ImportanceRule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(A, B, input norms) -> importance of both; an entry of `core.pruning.importance.IMPORTANCE`."""
+ImportanceRule = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+"""(A, B, what was measured) -> importance of both; an entry of `importance.IMPORTANCE`."""
 
 BlockImportance = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
 """(block, its A [r, in], its B [out, r]) -> importance of both; see `block_importance`."""
+
+BlockFit = Callable[["Block", Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(block, its A [r, in] and B [out, r] before pruning, which of both stay) -> new A and B."""
 
 
 class SumOfSources(nn.Module):
@@ -102,7 +105,7 @@ class LiveAdapter:
         structure: str = "entries",
         adapter: str = "default",
     ):
-        self._keep_masks = STRUCTURES[structure]
+        self.structure = structure
         self.adapter = adapter
         self.model = model
         self.params = params
@@ -110,6 +113,7 @@ class LiveAdapter:
         self.layers = layers
         self._keep: dict[str, Mask] = {}
         self._stash: dict[str, Tensor] = {}
+        self._watcher: Callable[[str, Tensor], None] | None = None
         self._hooks = [
             param.register_hook(self._gradient_filter(name)) for name, param in params.items()
         ]
@@ -119,10 +123,20 @@ class LiveAdapter:
         for hook in self._hooks:
             hook.remove()
 
+    def watch_gradients(self, watcher: Callable[[str, Tensor], None] | None) -> None:
+        """Show every gradient of a backward pass, of pruned entries too; None shows no more.
+
+        Args:
+            watcher: takes the name of a parameter and its gradient, which it must not write to.
+        """
+        self._watcher = watcher
+
     def _gradient_filter(self, name: str):
         # A gradient hook keeps pruned entries out of Adam's moments and out of the gradient norm
         # used for clipping. Filtering after the backward pass would come too late.
         def keep_only(gradient: Tensor) -> Tensor | None:
+            if self._watcher is not None:
+                self._watcher(name, gradient)
             if not self.any_pruned(name):
                 return None
             return gradient.masked_fill(~self.keep(name), 0.0)
@@ -179,7 +193,7 @@ class LiveAdapter:
             ]
             for block, importance_a, importance_b in group:
                 values = [ratio(block) if callable(ratio) else ratio for ratio in ratios]
-                pairs = self._keep_masks(importance_a, importance_b, values)
+                pairs = STRUCTURES[self.structure](importance_a, importance_b, values)
                 for (keep_a, keep_b), (block_a, block_b) in zip(drafts, pairs, strict=True):
                     keep_a[block.rows] = block_a
                     keep_b[:, block.rows] = block_b
@@ -318,6 +332,19 @@ class LiveAdapter:
         return flipped
 
     @torch.no_grad()
+    def refit(self, fit: BlockFit) -> None:
+        """Give the kept entries of every block new values; pruned ones stay zero and stashed.
+
+        Args:
+            fit: returns the values; those of pruned entries are ignored.
+        """
+        for block, a, b in self.effective_blocks():
+            keep_a, keep_b = self.keep(block.a)[block.rows], self.keep(block.b)[:, block.rows]
+            new_a, new_b = fit(block, a, b, keep_a, keep_b)
+            self.params[block.a][block.rows] = new_a.to(a) * keep_a
+            self.params[block.b][:, block.rows] = new_b.to(b) * keep_b
+
+    @torch.no_grad()
     def zero_pruned(self) -> None:
         """Set pruned entries to zero again, after momentum and weight decay moved them."""
         for name, param in self.params.items():
@@ -405,21 +432,25 @@ def _adjust_moments(
             second.copy_(torch.where(revived, second.clamp(min=least), second))
 
 
-def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:
+def block_importance(rule: ImportanceRule, measured: Mapping[str, Any] | None) -> BlockImportance:
     """Return the importance of blocks by a rule, for `LiveAdapter.masks`.
 
     Args:
         rule: an entry of `core.pruning.importance.IMPORTANCE`.
-        norms: module name -> input norms [in], or None for rules that need none. A module without
-            norms read no tokens, so its importance is the magnitude.
+        measured: what the rule needs: name of a module -> measured on its inputs, or name of a
+            parameter -> averages of its gradient; None for rules that need nothing. A module
+            without it read no tokens, so its importance is the magnitude.
     """
 
     def importance(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if norms is None:
+        if measured is None:
             return rule(a, b, None)
-        if block.module not in norms:
+        if block.a in measured and block.b in measured:
+            of_a, of_b = measured[block.a], measured[block.b]
+            return rule(a, b, (of_a[..., block.rows, :], of_b[..., block.rows]))
+        if block.module not in measured:
             return magnitude(a, b, None)
-        return rule(a, b, norms[block.module].to(a.device))
+        return rule(a, b, measured[block.module])
 
     return importance
 

@@ -7,7 +7,7 @@ when there are no gradients. Pruned entries are set to zero in `on_optimizer_ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from grasp_lora.core.controller.rounds import (
     RatioChoice,
     RoundRecord,
 )
+from grasp_lora.core.pruning.n_of_m import known_ratio
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
 from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
@@ -83,7 +84,7 @@ class SearchSettings:
     Attributes:
         config: the controller's settings.
         rule: importance rule.
-        norms: module name -> input norms for `rule`, or None.
+        norms: what `rule` needs, as in `block_importance`, or None.
         seed: seed of the controller's own random generator.
         total_steps: optimizer steps of the whole run.
         planned_rounds: rounds of the whole run.
@@ -91,7 +92,7 @@ class SearchSettings:
 
     config: ControllerConfig
     rule: ImportanceRule
-    norms: Mapping[str, Tensor] | None
+    norms: Mapping[str, Any] | None
     seed: int
     total_steps: int
     planned_rounds: int
@@ -224,7 +225,8 @@ class SearchCallback(TrainerCallback):
     ) -> None:
         live, clock, importance = self._live, self._clock, self._importance
         drawn, batches = self._draw_examples()
-        candidates = rounds.propose(self.controller, self._config, self._generator)
+        proposed = rounds.propose(self.controller, self._config, self._generator)
+        candidates = tuple(known_ratio(live.structure, ratio) for ratio in proposed)
         baseline = None
         if rounds.needs_baseline(self._config):
             with clock.span("baseline"), preserved(live.model, live.params):
@@ -275,7 +277,8 @@ class SearchCallback(TrainerCallback):
     def choose(self) -> RatioChoice:
         """Return the ratio that the rounds so far speak for, and the evidence."""
         groups = [example.group for example in self._pool.examples.encoded]
-        return rounds.choose_ratio(self.controller, self._config, groups)
+        choice = rounds.choose_ratio(self.controller, self._config, groups)
+        return replace(choice, ratio=known_ratio(self._live.structure, choice.ratio))
 
     def cut(self, ratio: float) -> None:
         """Make the masks of `ratio` those of an adapter that is not trained any further."""
