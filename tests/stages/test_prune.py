@@ -20,7 +20,7 @@ from grasp_lora.plans.show import sizes_of
 from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Stage
 from grasp_lora.stages.table import KINDS
-from grasp_lora.training.live import block_importance
+from grasp_lora.training.live import LiveAdapter, block_importance
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
 from helpers import rows_trained, tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -173,7 +173,16 @@ def test_compensation_makes_up_for_what_is_pruned(place, tmp_path):
     ("importance", "structure"),
     [("taylor", "entries"), ("taylor-smoothed", "rank"), ("obs", "entries"), ("obs", "2:4")],
 )
-def test_search_and_final_run_read_what_is_planned(place, tmp_path, importance, structure):
+def test_search_and_final_run_read_what_is_planned(
+    place, tmp_path, importance, structure, monkeypatch
+):
+    fits, trial = [], LiveAdapter.trial
+
+    def watched(self, masks, fit=None):
+        fits.append(fit)
+        return trial(self, masks, fit)
+
+    monkeypatch.setattr(LiveAdapter, "trial", watched)
     config = own_settings(place, importance=importance, structure=structure)
     merged = {"source": place / "source", "target": place / "target"}
     stages = [
@@ -184,6 +193,8 @@ def test_search_and_final_run_read_what_is_planned(place, tmp_path, importance, 
     context = worked_off(tmp_path, config, *stages)
     facts = read_json(tmp_path / "search" / "ratio.json")
     assert facts["importance"] == importance
+    assert fits
+    assert all((fit is not None) == (importance == "obs") for fit in fits)
     if structure == "2:4":
         assert facts["ratio"] in (0.0, 0.5)
     sizes = sizes_of(config, context.data)

@@ -278,6 +278,22 @@ def test_kept_entries_get_new_values_and_pruned_ones_come_back_as_they_were():
         assert torch.equal(live.effective(name), torch.where(kept, 2 * whole[name], whole[name]))
 
 
+@pytest.mark.parametrize("committed", [0.0, 0.5])
+def test_a_trial_can_give_kept_entries_other_values_and_takes_them_back(committed):
+    live = live_of("cat", "source", ranks=(2, 5))
+    whole = {name: param.detach().clone() for name, param in live.params.items()}
+    live.commit(pruned_at(live, committed))
+    before, masks = live.snapshot(), pruned_at(live, 0.3)
+    with live.trial(masks, lambda _block, a, b, _keep_a, _keep_b: (3 * a, -b)):
+        for block in live.blocks:
+            for name, factor in ((block.a, 3), (block.b, -1)):
+                expected = factor * whole[name] * masks[name].keep()
+                assert torch.equal(live.params[name].detach(), expected)
+    after = live.snapshot()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
 def test_masks_and_stash_take_a_bit_an_entry_and_a_value_for_each_pruned_one():
     live = live_of()
     assert live.held_bytes() == 0

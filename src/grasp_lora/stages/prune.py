@@ -47,7 +47,6 @@ from grasp_lora.config.sections import Training
 from grasp_lora.core.pruning.importance import IMPORTANCE, READS_ROWS
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
 from grasp_lora.core.pruning.n_of_m import known_ratio
-from grasp_lora.core.pruning.second_order import compensated
 from grasp_lora.stages.costs import Rows, lasting, passes_of, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
@@ -56,11 +55,11 @@ from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.training.groups import ratio_by_group
 from grasp_lora.training.live import (
     Block,
-    BlockFit,
     BlockImportance,
     BlockRatio,
     LiveAdapter,
     Masks,
+    block_fit,
     block_importance,
 )
 from grasp_lora.workbench.beside import NOTHING, SOURCE, Weights, beside_target, settings_of
@@ -168,7 +167,8 @@ def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
         return None
     folder = adapter_in(work.inputs["cut_from"])
     with _loaded(work.context, folder, work.config) as live:
-        return _cutter(work.context, live, cut)()
+        read = None if cut.drawn else work.context.norms(live, cut.rule)
+        return _cutter(live, cut, read)()
 
 
 def _judging(work: Work) -> Context:
@@ -188,8 +188,8 @@ def _trained(
     """Prune the live adapter and train it; afterwards it has its best state."""
     (cut, judged_masks), finetune = masks, work.config.finetune
     training, before = _training(work)
-    cutter = _cutter(context, live, cut)
-    compensation = _compensation(context, live, cut)
+    read = context.norms(live, cut.rule) if cut.some and not cut.drawn else None
+    cutter, compensation = _cutter(live, cut, read), block_fit(cut.rule, read)
 
     def prune(optimizer: Any = None) -> None:
         with context.clock.span("masks"):
@@ -261,33 +261,20 @@ def _loaded(context: Context, folder: Path, config: RunConfig) -> Iterator[LiveA
         yield live
 
 
-def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Masks]:
+def _cutter(live: LiveAdapter, cut: _Cut, read: Mapping[str, Any] | None) -> Callable[[], Masks]:
     """Return a function that computes masks for the live adapter's present weights.
 
     Random masks are the same at every call.
+
+    Args:
+        live: the adapter.
+        cut: how masks are computed.
+        read: what the importance rule needs, see `Context.norms`.
     """
     if cut.drawn:
         return lambda: live.masks(random_score(cut.seed), [cut.ratio])[0]
-    norms = context.norms(live, cut.rule) if cut.some else None
-    score = block_importance(IMPORTANCE[cut.rule], norms)
+    score = block_importance(IMPORTANCE[cut.rule], read)
     return lambda: live.masks(score, [cut.ratio])[0]
-
-
-def _compensation(context: Context, live: LiveAdapter, cut: _Cut) -> BlockFit | None:
-    """Return how kept entries make up for pruned ones; None for rules that change no values."""
-    if cut.rule != "obs" or cut.drawn or not cut.some:
-        return None
-    curvatures = context.norms(live, cut.rule)
-    assert curvatures is not None, "the rule reads the train examples"
-
-    def fit(
-        block: Block, a: Tensor, b: Tensor, keep_a: Tensor, keep_b: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if block.module not in curvatures:
-            return a, b
-        return compensated(a, b, keep_a, keep_b, curvatures[block.module])
-
-    return fit
 
 
 def random_score(seed: int) -> BlockImportance:

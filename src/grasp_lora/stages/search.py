@@ -33,7 +33,7 @@ from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.gradients import GradientAverages
-from grasp_lora.training.live import LiveAdapter
+from grasp_lora.training.live import LiveAdapter, block_fit
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import Diverged
 from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
@@ -157,6 +157,7 @@ def _searcher(
             seed=config.seed,
             total_steps=_steps(context, _untrained(work.stage)),
             planned_rounds=planned,
+            fit=block_fit(config.importance, norms),
         ),
         on_round=record,
         clock=context.clock,

@@ -12,7 +12,7 @@ from grasp_lora.core.pruning.group_ratios import combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.training.groups import group_sizes, ratio_by_group
-from grasp_lora.training.live import LiveAdapter, block_importance
+from grasp_lora.training.live import LiveAdapter, block_fit, block_importance
 from grasp_lora.workbench.context import Context
 
 ROWS = 16
@@ -55,7 +55,8 @@ def spread_ratio(
     def losses(ratios: Mapping[str, float]) -> list[float]:
         nonlocal measured
         (masks,) = live.masks(block_importance(rule, norms), [ratio_by_group(scope, ratios)])
-        with live.trial(masks), context.clock.span("probe"):
+        fit = block_fit(context.config.importance, norms)
+        with live.trial(masks, fit), context.clock.span("probe"):
             measured += len(drawn)
             return example_losses(live.model, batches, len(drawn))
 

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from grasp_lora.adapters.attach import adapter_modules, attach_adapter
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.pruning.importance import magnitude
+from grasp_lora.core.pruning.importance import FITS, magnitude
 from grasp_lora.core.pruning.masks import STRUCTURES, Mask, packed_size
 from grasp_lora.models.preserve import preserved
 
@@ -209,27 +209,38 @@ class LiveAdapter:
         return [dict(zip(self.params, whole.split(sizes), strict=True)) for whole in wholes]
 
     @contextmanager
-    def trial(self, masks: Masks) -> Iterator[None]:
+    def trial(self, masks: Masks, fit: BlockFit | None = None) -> Iterator[None]:
         """Run the body with `masks` in force and the model in eval mode, then restore everything.
 
         On exit, also after an exception, these are restored: the entries that the masks changed,
         gradients, train or eval modes, and random generators. An entry that is pruned now and kept
         by `masks` has its stashed value in the body.
 
+        Args:
+            masks: the masks.
+            fit: gives the entries that `masks` keep other values in the body; None leaves them.
+
         Raises:
             RuntimeError: the body wrote to the weights.
         """
         with torch.no_grad():
             buffers = self._buffers({n: int(self._leaving(n, masks).sum()) for n in self.params})
+            fitted = {} if fit is None else self._fitted(lambda n: masks[n].keep(), fit)
         applied: list[str] = []
+        before: dict[str, Tensor] = {}
         try:
             for name in self.params:
                 self._apply(name, masks, buffers[name])
                 applied.append(name)
+            for name, values in fitted.items():
+                before[name] = self.params[name].detach().clone()
+                self.params[name].data.copy_(values)
             with preserved(self.model, self.params):
                 self.model.eval()
                 yield
         finally:
+            for name, values in before.items():
+                self.params[name].data.copy_(values)
             for name in applied:
                 self._undo(name, masks, buffers[name])
 
@@ -338,11 +349,18 @@ class LiveAdapter:
         Args:
             fit: returns the values; those of pruned entries are ignored.
         """
+        for name, values in self._fitted(self.keep, fit).items():
+            self.params[name].copy_(values)
+
+    def _fitted(self, keep: Callable[[str], Tensor], fit: BlockFit) -> dict[str, Tensor]:
+        """Return name -> values by `fit`, zero where `keep` of the name is False."""
+        found = {name: torch.zeros_like(param) for name, param in self.params.items()}
         for block, a, b in self.effective_blocks():
-            keep_a, keep_b = self.keep(block.a)[block.rows], self.keep(block.b)[:, block.rows]
+            keep_a, keep_b = keep(block.a)[block.rows], keep(block.b)[:, block.rows]
             new_a, new_b = fit(block, a, b, keep_a, keep_b)
-            self.params[block.a][block.rows] = new_a.to(a) * keep_a
-            self.params[block.b][:, block.rows] = new_b.to(b) * keep_b
+            found[block.a][block.rows] = new_a.to(a) * keep_a
+            found[block.b][:, block.rows] = new_b.to(b) * keep_b
+        return found
 
     @torch.no_grad()
     def zero_pruned(self) -> None:
@@ -453,6 +471,27 @@ def block_importance(rule: ImportanceRule, measured: Mapping[str, Any] | None) -
         return rule(a, b, measured[block.module])
 
     return importance
+
+
+def block_fit(rule: str, measured: Mapping[str, Any] | None) -> BlockFit | None:
+    """Return how kept entries make up for pruned ones by a rule; None if they stay as they are.
+
+    Args:
+        rule: name of an importance rule.
+        measured: as in `block_importance`. A module without it keeps its values.
+    """
+    fitted = FITS.get(rule)
+    if fitted is None or measured is None:
+        return None
+
+    def fit(
+        block: Block, a: Tensor, b: Tensor, keep_a: Tensor, keep_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if block.module not in measured:
+            return a, b
+        return fitted(a, b, keep_a, keep_b, measured[block.module])
+
+    return fit
 
 
 def attach_live_adapter(

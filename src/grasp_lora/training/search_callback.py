@@ -25,7 +25,7 @@ from grasp_lora.core.controller.rounds import (
 from grasp_lora.core.pruning.n_of_m import known_ratio
 from grasp_lora.models.example_losses import EncodedExamples, example_losses
 from grasp_lora.models.preserve import preserved
-from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
+from grasp_lora.training.live import BlockFit, ImportanceRule, LiveAdapter, Masks, block_importance
 
 
 class MaskCallback(TrainerCallback):
@@ -88,6 +88,8 @@ class SearchSettings:
         seed: seed of the controller's own random generator.
         total_steps: optimizer steps of the whole run.
         planned_rounds: rounds of the whole run.
+        fit: how kept entries make up for pruned ones in a trial; None if they keep their values. A
+            commit changes masks alone.
     """
 
     config: ControllerConfig
@@ -96,6 +98,7 @@ class SearchSettings:
     seed: int
     total_steps: int
     planned_rounds: int
+    fit: BlockFit | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class SearchCallback(TrainerCallback):
         with clock.span("masks"):
             masks = dict(zip(distinct, live.masks(importance, distinct), strict=True))
             for ratio in distinct:
-                with live.trial(masks[ratio]), clock.span("probe"):
+                with live.trial(masks[ratio], self._settings.fit), clock.span("probe"):
                     measured[ratio] = self._measure(drawn, batches)
         losses = [measured[ratio] for ratio in candidates]
         self.forwards += len(drawn) * (len(distinct) + (baseline is not None))

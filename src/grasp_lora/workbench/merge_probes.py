@@ -21,7 +21,7 @@ from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, 
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.tasks.encoding import EncodedExample
-from grasp_lora.training.live import LiveAdapter, block_importance
+from grasp_lora.training.live import LiveAdapter, block_fit, block_importance
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merged_folder import read_start
 
@@ -293,10 +293,11 @@ def _pruned(
     context: Context, live: LiveAdapter, ratios: Mapping[str, float], batches: Any, count: int
 ) -> dict[str, list[float]]:
     rule = context.config.importance
-    score = block_importance(IMPORTANCE[rule], context.norms(live, rule))
+    measured = context.norms(live, rule)
+    score, fit = block_importance(IMPORTANCE[rule], measured), block_fit(rule, measured)
     found: dict[str, list[float]] = {}
     for name, masks in zip(ratios, live.masks(score, list(ratios.values())), strict=True):
-        with live.trial(masks):
+        with live.trial(masks, fit):
             found[name] = example_losses(live.model, batches, count)
     return found
 

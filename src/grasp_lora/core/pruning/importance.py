@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from grasp_lora.core.pruning.second_order import Curvature, saliency
+from grasp_lora.core.pruning.second_order import Curvature, compensated, saliency
 
 CHUNK_ENTRIES = 1 << 22
 """Largest number of entries of `B @ A` that `activation` holds at once (16 MiB in float32)."""
@@ -146,6 +146,12 @@ IMPORTANCE: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = 
     "obs": obs,
 }
 """Rule -> function(A [rank, in], B [out, rank], what was measured or None) -> scores of A and B."""
+
+FITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
+    "obs": compensated
+}
+"""Rule -> function(A, B, which of A and of B stay, what was measured) -> new A and B. By the other
+rules the entries that stay keep their values."""
 
 NEEDS_NORMS = frozenset({"activation"})
 """The rules that need the input norms."""
