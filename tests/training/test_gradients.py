@@ -5,6 +5,7 @@ import torch
 
 from grasp_lora.models.example_losses import IGNORED
 from grasp_lora.tasks.encoding import Collator
+from grasp_lora.training import gradients
 from grasp_lora.training.gradients import BETA, GradientAverages, averages_over
 from grasp_lora.training.trainer import answer_loss
 from training.test_live import live_of, pruned_at
@@ -124,3 +125,28 @@ def test_nothing_is_watched_after_the_end():
     gradients_by_hand(live, batches(1)[0])
     averages.count_step()
     assert averages.averages == {}
+
+
+def test_several_processes_average_their_gradients_and_all_take_part(monkeypatch):
+    live, reduced = live_of(), []
+
+    def as_if_another_process_had_three_times_the_gradient(one):
+        reduced.append(one)
+        one *= 4
+
+    alone, shared = GradientAverages(live, "taylor"), GradientAverages(live, "taylor")
+    steps(live, alone, batches(1))
+    first = next(iter(live.params))
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients.distributed, "is_initialized", lambda: True)
+        patch.setattr(gradients.distributed, "get_world_size", lambda: 2)
+        patch.setattr(
+            gradients.distributed, "all_reduce", as_if_another_process_had_three_times_the_gradient
+        )
+        steps(live, shared, batches(1))
+        shared._see(first, torch.ones_like(live.params[first]))
+        shared.count_step()
+    assert len(reduced) == 2 * len(live.params), "also those without a gradient of their own"
+    for name, one in alone.averages.items():
+        expected = BETA * 2 * one + ((1 - BETA) * 2 if name == first else 0)
+        assert torch.allclose(shared.averages[name], expected, atol=1e-6)
