@@ -54,7 +54,11 @@ def by_hand(live, rule):
 @pytest.mark.parametrize("kind", ["cat", "linear"])
 def test_one_pass_gives_the_averages_of_the_formula(kind, rule):
     live = live_of(kind)
-    found, expected = averages_over(live, rule, batches()), by_hand(live, rule)
+    rows = encoded_rows(8, 1)
+    one_by_one = [[COLLATE([row]) for row in rows[at : at + 2]] for at in range(0, 8, 2)]
+    found, expected = averages_over(live, rule, one_by_one), by_hand(live, rule)
+    together = averages_over(live, rule, [[batch] for batch in batches()])
+    assert all(torch.allclose(together[name], one, atol=1e-6) for name, one in found.items())
     assert found.keys() == live.params.keys()
     for name, one in expected.items():
         wanted = one if rule == "taylor" else torch.stack(one)

@@ -1,12 +1,13 @@
 """Averages of gradients over optimizer steps, for the importances of the first order."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from transformers import TrainerCallback
 
+from grasp_lora.models.example_losses import IGNORED
 from grasp_lora.models.preserve import preserved
 from grasp_lora.training.activations import Batch
 from grasp_lora.training.live import LiveAdapter
@@ -108,8 +109,10 @@ class GradientAverages(TrainerCallback):
             self.averages[name] = one.to(self._live.params[name].device)
 
 
-def averages_over(live: LiveAdapter, rule: str, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return `GradientAverages.averages` of one pass over batches, each of which counts as a step.
+def averages_over(
+    live: LiveAdapter, rule: str, steps: Iterable[Sequence[Batch]]
+) -> dict[str, Tensor]:
+    """Return `GradientAverages.averages` of one pass over the batches of steps.
 
     Nothing is trained. The model runs in eval mode; gradients, modes and random generators are as
     they were afterwards.
@@ -117,17 +120,20 @@ def averages_over(live: LiveAdapter, rule: str, batches: Iterable[Batch]) -> dic
     Args:
         live: the adapter.
         rule: as in `GradientAverages`.
-        batches: collated batches with labels.
+        steps: collated batches with labels, which are read one after the other; the loss of a step
+            is the mean over the answer tokens of all its batches.
     """
     found, device = GradientAverages(live, rule), next(iter(live.params.values())).device
     with preserved(live.model, live.params), torch.enable_grad():
         live.model.eval()
         found.begin()
         try:
-            for batch in batches:
-                moved = {key: value.to(device) for key, value in batch.items()}
-                labels = moved.pop("labels")
-                answer_loss(live.model(**moved), labels).backward()
+            for batches in steps:
+                tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+                for batch in batches:
+                    moved = {key: value.to(device) for key, value in batch.items()}
+                    labels = moved.pop("labels")
+                    answer_loss(live.model(**moved), labels, tokens).backward()
                 found.count_step()
         finally:
             found.end()

@@ -261,8 +261,12 @@ class Context:
     def _read(self, live: LiveAdapter, importance: str) -> Mapping[str, Any]:
         """Read the train examples for an importance rule."""
         if importance in NEEDS_GRADIENTS:
-            rows, size = self.encoded("target", "train"), self.config.train.finetune.batch_size
-            steps = (self.collator(rows[at : at + size]) for at in range(0, len(rows), size))
+            # Row by row, because a backward pass takes more memory than a measured batch.
+            rows, size = self.encoded("target", "train"), self.config.evaluate.batch_size
+            steps = (
+                [self.collator([row]) for row in rows[at : at + size]]
+                for at in range(0, len(rows), size)
+            )
             return averages_over(live, importance, steps)
         train = replace(self.rows("target", ["train"]), share_prefix=False)
         batches = [batch for _, batch in train.batches(range(len(train.encoded)))]
