@@ -48,6 +48,9 @@ def merge(*arguments: str | Path) -> Any:
         ("ab", ("--weights", "0.25", "0.75"), (0.25, 0.75)),
         ("ab", ("--weights", "-1", "2e-1"), (-1, 0.2)),
         ("abc", ("--weights", ".5", ".25", ".25"), (0.5, 0.25, 0.25)),
+        # AdaMergeX: a task in one language, and a reference task in another language less in the
+        # first.
+        ("abc", ("--weights", "1", "1", "-1"), (1, 1, -1)),
         ("abc", (), (1 / 3, 1 / 3, 1 / 3)),
     ],
 )

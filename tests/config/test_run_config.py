@@ -241,6 +241,28 @@ def test_what_differs_from_the_preset_is_known_setting_by_setting(tmp_path, sect
     assert RunConfig(**config.to_dict()).changed_from_preset() == changed
 
 
+@pytest.mark.parametrize(
+    ("written_as", "fault"),
+    [
+        ("structure: 2:4", 'YAML reads 2:4 as a number; quote it: "2:4"'),
+        ("structure: '3:4'", "got '3:4'; give entries, rank, 2:4 or 4:8"),
+        (
+            "structure: '2:4'\nscope: layer",
+            "scope: 'layer' gives groups different ratios, but structure '2:4' knows only one",
+        ),
+        (
+            "structure: '2:4'\ncontroller: {high: 0.2}",
+            "structure '2:4' prunes nothing or 0.5, and from 0.0 to 0.2 only 0.0 is near",
+        ),
+    ],
+)
+def test_an_n_of_m_structure_that_leaves_nothing_to_choose_is_refused(tmp_path, written_as, fault):
+    path = written(tmp_path)
+    path.write_text(f"{path.read_text()}\n{written_as}\n")
+    (found,) = faults_of(path)
+    assert fault in found
+
+
 def test_the_paper_controller_alone_is_not_the_published_recipe(tmp_path):
     alone = load_config(written(tmp_path, controller={"preset": "paper"}))
     assert alone.preset == "standard"

@@ -83,6 +83,20 @@ def test_the_numbers_are_those_of_the_runs(done):
     assert same == {"mean": 0.0, "standard_error": 0.0}
 
 
+def test_importance_and_structure_can_be_changed_too(settings, tmp_path):
+    only = ("importance-obs", "importance-activation", "2-of-4", "whole-components")
+    config = load_config(settings, ["scope=layer"])
+    found = ablate(config, tmp_path, only=only, seeds=(1,), quiet=True)
+    assert list(found["variants"]) == [AS_CONFIGURED, "importance-obs", "whole-components"]
+    assert found["failed"] == {}
+    assert found["left_out"]["importance-activation"] == (
+        "the configuration has these settings already"
+    )
+    assert "scope: 'layer' gives groups different ratios" in found["left_out"]["2-of-4"]
+    key = read_json(tmp_path / "importance-obs-s1" / "search" / "stage.json")["key"]
+    assert key["settings"]["importance"] == "obs"
+
+
 def test_one_merge_serves_all_and_seeds_differ(done):
     found, out, _ = done
     assert (out / "adapters" / "merged" / "adapter_model.safetensors").exists()

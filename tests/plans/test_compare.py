@@ -15,8 +15,9 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.files import machine_names, read_json, read_jsonl, write_json
 from grasp_lora.cli import app
-from grasp_lora.config.run_config import load_config
+from grasp_lora.config.run_config import RunConfig, load_config
 from grasp_lora.core.lora import merge
+from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.recipes.recipe import Recipe
 from grasp_lora.plans.compare import compare_methods, plan_of, stages_of
 from grasp_lora.plans.executor import work_off
@@ -24,6 +25,7 @@ from grasp_lora.plans.launch import Pool
 from grasp_lora.plans.methods import (
     GRID,
     METHODS,
+    RULES,
     TRIALS,
     job_name,
     method_of,
@@ -51,7 +53,7 @@ from grasp_lora.stages.train import folds_of
 from grasp_lora.tasks.base import Example
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
-from helpers import drawing, tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from helpers import drawing, tiny_adapter_folder, tiny_backbone_folder, tiny_model, tiny_tokenizer
 from jobs import TRAINED, job, write_job
 
 METHODS_ON_ALL_LABELS = ("source-finetuned-labelled", "late-merge-labelled", "grasp-labelled")
@@ -104,6 +106,47 @@ def test_every_method_has_its_rows(done):
     assert counts == once | twice | {f"grid-{ratio}": 2 for ratio in GRID}
     assert list(found["not_applicable"]) == ["ties-finetuned"]
     assert "rank 4 and" in found["not_applicable"]["ties-finetuned"]
+
+
+RELATIVES = (
+    *("layer-swap", "layer-swap-finetuned", "ties-delta-finetuned", "taylor-0.4", "obs-0.4"),
+    *("ranks-taylor-0.4", "2-of-4", "grasp-2-of-4"),
+)
+
+
+def test_the_methods_relatives_are_rows_too(tmp_path):
+    folder = tmp_path / "base"
+    model = tiny_model(layers=4)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    steps = {"epochs": 1, "batch_size": 2}
+    changes = {"search": steps, "finetune": steps, "controller": {"rounds": 2, "rows": 4}}
+    changes["adapters"] = {
+        role: str(tiny_adapter_folder(tmp_path / role, model, r=4, seed=seed))
+        for seed, role in enumerate(("source", "target"))
+    }
+    config = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, **changes)))
+    found = compare_methods(config, tmp_path / "out", RELATIVES, (1,), quiet=True)
+    assert found["failed"] == found["not_applicable"] == {}
+    ratios = {row["method"]: row["ratio"] for row in found["rows"]}
+    assert ratios.pop("grasp-2-of-4") in (0.0, 0.5)
+    unpruned = ("layer-swap", "layer-swap-finetuned", "ties-delta-finetuned")
+    pruned = {"taylor-0.4": 0.4, "obs-0.4": 0.4, "ranks-taylor-0.4": 0.4, "2-of-4": 0.5}
+    assert ratios == dict.fromkeys(unpruned, 0.0) | pruned
+    swapped = read_adapter(tmp_path / "out" / "layer-swap" / "start", model).adapter
+    given = {r: read_adapter(tmp_path / r, model).adapter for r in ("source", "target")}
+    for name, one in swapped.items():
+        role = "source" if name.split(".")[2] in "12" else "target"
+        assert torch.allclose(one.delta(), given[role][name].delta(), atol=1e-6), name
+
+
+def test_a_layer_swap_of_two_layers_is_not_applicable(settings, tmp_path):
+    found = compare_methods(load_config(settings), tmp_path, ("layer-swap",), (1,), quiet=True)
+    assert "at least three layers, these change 2" in found["not_applicable"]["layer-swap"]
+
+
+def test_every_rule_of_importance_has_its_rows():
+    assert set(RULES) == set(IMPORTANCE) - {RunConfig.model_fields["importance"].default}
 
 
 def test_the_grid_takes_the_point_with_the_lowest_labelled_loss_at_the_price_of_all(done):

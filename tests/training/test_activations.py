@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.tasks.encoding import Collator, EncodedExample
-from grasp_lora.training.activations import input_norms
+from grasp_lora.training.activations import input_moments, input_norms
 from grasp_lora.training.live import attach_live_adapter
 from helpers import EOS_ID, PAD_ID, TINY_VOCAB, tiny_model
 
@@ -108,6 +108,21 @@ def test_norms_are_those_of_all_real_tokens_padding_left_out(build, names):
     assert batched.keys() == expected.keys() == set(names)
     for name, norms in expected.items():
         assert torch.allclose(batched[name], norms, rtol=1e-4), name
+
+
+def test_moments_are_the_products_of_the_inputs_of_all_real_tokens():
+    adapter = live(tiny_model())
+    (found,) = input_moments(adapter.model, adapter.layers, [Collator(PAD_ID)(ROWS)]).values()
+    seen = []
+    hook = adapter.layers[NAME].register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for row in ROWS:
+            adapter.model(input_ids=torch.tensor([row.input_ids]))
+    hook.remove()
+    inputs = torch.cat(seen)
+    assert torch.allclose(found, inputs.T @ inputs, rtol=1e-3, atol=1e-4)
+    norms = input_norms(adapter.model, adapter.layers, [Collator(PAD_ID)(ROWS)])[NAME]
+    assert torch.allclose(found.diagonal().sqrt(), norms, rtol=1e-4)
 
 
 def test_a_module_that_reads_no_token_has_no_norms():

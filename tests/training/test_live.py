@@ -243,6 +243,57 @@ def test_a_module_without_norms_is_scored_by_magnitude():
         assert all(map(torch.equal, score(block, a, b), expected))
 
 
+@pytest.mark.parametrize("mask_unit", ["source", "merged"])
+def test_averages_of_gradients_are_divided_among_the_blocks(mask_unit):
+    live = live_of("cat", mask_unit, ranks=(2, 5))
+    generator = torch.Generator().manual_seed(3)
+    averages = {n: torch.randn(p.shape, generator=generator) for n, p in live.params.items()}
+    score = block_importance(IMPORTANCE["taylor"], averages)
+    for block, a, b in live.effective_blocks():
+        found_a, found_b = score(block, a, b)
+        assert torch.equal(found_a, (a * averages[block.a][block.rows]).abs())
+        assert torch.equal(found_b, (b * averages[block.b][:, block.rows]).abs())
+
+
+def test_kept_entries_get_new_values_and_pruned_ones_come_back_as_they_were():
+    live = live_of("cat", "source", ranks=(2, 5))
+    whole = {name: param.detach().clone() for name, param in live.params.items()}
+    live.commit(pruned_at(live, 0.4))
+    seen = []
+
+    def doubled(block, a, b, keep_a, keep_b):
+        seen.append((block, a.clone(), b.clone(), keep_a, keep_b))
+        return 2 * a, 2 * b
+
+    live.refit(doubled)
+    assert [one[0] for one in seen] == list(live.blocks)
+    for block, a, b, keep_a, keep_b in seen:
+        assert torch.equal(a, whole[block.a][block.rows])
+        assert torch.equal(b, whole[block.b][:, block.rows])
+        assert torch.equal(keep_a, live.keep(block.a)[block.rows])
+        assert torch.equal(keep_b, live.keep(block.b)[:, block.rows])
+    for name, param in live.params.items():
+        kept = live.keep(name)
+        assert torch.equal(param.detach(), 2 * whole[name] * kept)
+        assert torch.equal(live.effective(name), torch.where(kept, 2 * whole[name], whole[name]))
+
+
+@pytest.mark.parametrize("committed", [0.0, 0.5])
+def test_a_trial_can_give_kept_entries_other_values_and_takes_them_back(committed):
+    live = live_of("cat", "source", ranks=(2, 5))
+    whole = {name: param.detach().clone() for name, param in live.params.items()}
+    live.commit(pruned_at(live, committed))
+    before, masks = live.snapshot(), pruned_at(live, 0.3)
+    with live.trial(masks, lambda _block, a, b, _keep_a, _keep_b: (3 * a, -b)):
+        for block in live.blocks:
+            for name, factor in ((block.a, 3), (block.b, -1)):
+                expected = factor * whole[name] * masks[name].keep()
+                assert torch.equal(live.params[name].detach(), expected)
+    after = live.snapshot()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
 def test_masks_and_stash_take_a_bit_an_entry_and_a_value_for_each_pruned_one():
     live = live_of()
     assert live.held_bytes() == 0

@@ -18,7 +18,7 @@ from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.history import RoundRecord
 from grasp_lora.core.lora import LoraFactors, merge
-from grasp_lora.core.pruning.importance import IMPORTANCE
+from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_GRADIENTS
 from grasp_lora.core.pruning.masks import pruned_count
 from grasp_lora.models.example_losses import EncodedExamples, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import Collator, EncodedExample
@@ -32,6 +32,7 @@ from grasp_lora.training.checkpoint import (
     complete_checkpoints,
     newest_whole,
 )
+from grasp_lora.training.gradients import GradientAverages
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.search_callback import (
     MaskCallback,
@@ -75,7 +76,9 @@ def encoded_rows(count: int, seed: int) -> list[EncodedExample]:
     return rows
 
 
-def live_adapter(kind: str = "cat", dropout: float = 0.1) -> LiveAdapter:
+def live_adapter(
+    kind: str = "cat", dropout: float = 0.1, structure: str = "entries"
+) -> LiveAdapter:
     model = tiny_model("llama")
     known = dict(model.named_modules())
     adapters = []
@@ -91,7 +94,8 @@ def live_adapter(kind: str = "cat", dropout: float = 0.1) -> LiveAdapter:
                 for n in MODULES
             }
         )
-    return attach_live_adapter(model, merge(kind, adapters, [0.5, 0.5]), "source", dropout)
+    merged = merge(kind, adapters, [0.5, 0.5])
+    return attach_live_adapter(model, merged, "source", dropout, structure=structure)
 
 
 RECORD = RoundRecord(
@@ -141,9 +145,12 @@ def train(
     epochs: int = 4,
     kind: str = "cat",
     config: ControllerConfig | None = None,
+    importance: str = "magnitude",
+    structure: str = "entries",
     **settings: Any,
 ) -> Run:
-    live = live_adapter(kind)
+    live = live_adapter(kind, structure=structure)
+    gathered = [GradientAverages(live, importance)] if importance in NEEDS_GRADIENTS else []
     train_rows, probe_rows = encoded_rows(10, 1), encoded_rows(8, 2)
     config = config or ControllerConfig(rounds=4, rows=4, max_step=0.3)
     per_epoch = steps_per_epoch(10, 2, 2)
@@ -154,8 +161,8 @@ def train(
         ProbePool(EncodedExamples(probe_rows, COLLATE, 3), fresh=True),
         SearchSettings(
             config,
-            IMPORTANCE["magnitude"],
-            None,
+            IMPORTANCE[importance],
+            gathered[0].averages if gathered else None,
             seed=5,
             total_steps=total,
             planned_rounds=rounds.planned_rounds(total, config),
@@ -164,7 +171,8 @@ def train(
     )
     dev = EncodedExamples(encoded_rows(5, 3), COLLATE, 2)
     best = BestCallback(live, dev, per_epoch, patience, lambda _e: None)
-    parts = [LiveAdapterState(live), best] + ([searcher] if search != "none" else [])
+    parts = [LiveAdapterState(live), best, *gathered]
+    parts += [searcher] if search != "none" else []
     trainer = build_trainer(
         live.model,
         train_rows,
@@ -172,6 +180,7 @@ def train(
         [
             CheckpointCallback(parts),
             MaskCallback(live),
+            *gathered,
             *([searcher] if search != "none" else []),
             best,
             CrashAt(crash_at),
@@ -210,6 +219,34 @@ def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bi
     assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
     assert [e["loss"] for e in probed.log] == [e["loss"] for e in plain.log]
+
+
+@pytest.mark.parametrize("rule", ["taylor", "taylor-smoothed"])
+def test_gathering_gradients_changes_no_training_and_survives_a_crash(tmp_path, rule):
+    probed = train(tmp_path / "a", search="discard", importance=rule)
+    plain = train(tmp_path / "b", search="none")
+    assert same_weights(probed.live, plain.live)
+    whole = train(tmp_path / "c", importance=rule)
+    with pytest.raises(Crash):
+        train(tmp_path / "d", importance=rule, crash_at=7)
+    again = train(tmp_path / "d", importance=rule)
+    assert again.searcher.controller == whole.searcher.controller
+    assert same_weights(again.live, whole.live)
+    magnitudes = train(tmp_path / "e")
+    assert magnitudes.searcher.flipped != whole.searcher.flipped, "the rule is used"
+
+
+def test_a_search_of_two_of_four_tries_and_keeps_the_ratios_there_are(tmp_path):
+    run = train(tmp_path, config=ControllerConfig(rounds=4, rows=4, max_step=0.5), structure="2:4")
+    records = run.searcher.controller.records
+    assert {ratio for record in records for ratio in record.candidates} == {0.0, 0.5}
+    assert run.searcher.forwards == sum(4 * len(set(record.candidates)) for record in records)
+    last = [record for record in records if record.committed][-1]
+    for block in run.live.blocks:
+        keep = run.live.keep(block.a)[block.rows]
+        share = 0.5 if last.mask_ratio >= 0.25 else 0.0
+        assert float((~keep).float().mean()) == share
+    assert run.searcher.choose().ratio in (0.0, 0.5)
 
 
 class Tracker(TrainerCallback):

@@ -84,7 +84,8 @@ def value_fault(path: KeyPath, faults: Sequence[Mapping[str, Any]], words: Words
     value, word = faults[0]["input"], words.values.get(path)
     kinds = {fault["type"] for fault in faults}
     scalar = isinstance(value, bool | int | float | date)
-    if scalar and word is not None and kinds & _TEXTS.keys():
+    listed = any(f"'{word}'" in str(fault.get("ctx", {}).get("expected")) for fault in faults)
+    if scalar and word is not None and (listed or kinds & _TEXTS.keys()):
         return f"YAML reads {shortened(word)} as {_read_as(value)}; {_quoted(path, word, words)}"
     rules = ", or ".join(dict.fromkeys(map(allowed, faults)))
     fraction = from_percent(value)

@@ -45,6 +45,7 @@ from grasp_lora.config.sections import (
 )
 from grasp_lora.config.yaml_text import DEEPEST, Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
+from grasp_lora.core.pruning.n_of_m import N_OF_M, known_ratio
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
 
@@ -83,18 +84,21 @@ class RunConfig(Section):
     data: DataSettings = Field(description="task, examples and languages")
     lora: LoraSettings = Field(default=LoraSettings(), description="shape of adapters trained here")
     merge: MergeSettings = Field(default=MergeSettings(), description="how two adapters become one")
-    importance: Literal["magnitude", "activation"] = Field(
+    importance: Literal["magnitude", "activation", "taylor", "taylor-smoothed", "obs"] = Field(
         default="activation",
-        description="score by which entries are kept or pruned",
+        description="score by which entries are kept or pruned: their size; their part in the "
+        "output; (experimental) what the loss changes without them, by the gradient (taylor) or "
+        "by smoothed gradients; or the error of the output, which kept entries make up for (obs)",
     )
     mask_unit: Literal["source", "merged"] = Field(
         default="source",
         description="prune the tensors of each source separately, or the merged tensors",
     )
-    structure: Literal["entries", "rank"] = Field(
+    structure: Literal["entries", "rank", "2:4", "4:8"] = Field(
         default="entries",
-        description="what is pruned: single entries, or whole rank components, which makes the "
-        "adapter smaller (experimental)",
+        description="what is pruned: single entries; or (experimental) whole rank components, "
+        "which makes the adapter smaller; or two of every four, four of every eight entries along "
+        'the input (in quotes: "2:4"), where the search decides between that and nothing',
     )
     scope: Literal["global", "module-type", "layer", "adapter"] = Field(
         default="global",
@@ -166,6 +170,7 @@ class RunConfig(Section):
                 "scope: 'adapter' needs the sources apart, but mask_unit is 'merged'; set "
                 "mask_unit: source, or another scope"
             )
+        found += self._few_ratios()
         given = self.adapters.folders()
         found += [
             f"adapters.{role}: not given, but adapters.trained_on.{role} is; give the folder of "
@@ -185,6 +190,28 @@ class RunConfig(Section):
         found += _part_faults("data.target", self.data.target, ("train", *judges))
         if self.data.source is not None:
             found += _part_faults("data.source", self.data.source, ("train",))
+        return found
+
+    def _few_ratios(self) -> list[str]:
+        """Return one message for each setting that leaves nothing to choose to an n:m structure."""
+        if self.structure not in N_OF_M:
+            return []
+        low, high = (
+            known_ratio(self.structure, one) for one in (self.controller.low, self.controller.high)
+        )
+        found: list[str] = []
+        if low == high:
+            found.append(
+                f"controller.low, controller.high: structure {self.structure!r} prunes nothing or "
+                f"{known_ratio(self.structure, 1.0)}, and from {self.controller.low} to "
+                f"{self.controller.high} only {low} is near; widen the range"
+            )
+        if self.scope != "global":
+            found.append(
+                f"scope: {self.scope!r} gives groups different ratios, but structure "
+                f"{self.structure!r} knows only one beside 0; set scope: global, or another "
+                "structure"
+            )
         return found
 
     def _shared_files(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""Ablation of the controller: one run for each part that is left out or changed.
+"""Ablation of the search: one run for each part that is left out or changed.
 
 All variants start from the same merge and use the same examples. A variant differs from the
-configuration in settings of the controller alone. With several seeds, variants are compared with
-the configuration seed by seed.
+configuration in settings of the controller alone, or in what is pruned and by which importance.
+With several seeds, variants are compared with the configuration seed by seed.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Any
 
 from grasp_lora.base.files import write_json, write_text
 from grasp_lora.config.run_config import RunConfig
-from grasp_lora.core import ControllerConfig
+from grasp_lora.core import IMPORTANCE, ControllerConfig
+from grasp_lora.core.pruning.n_of_m import N_OF_M
 from grasp_lora.plans.compare import checked_data, finished_stages
 from grasp_lora.plans.launch import HERE, Pool, plan_folder, work_off_many
 from grasp_lora.plans.methods import SHARED_MERGE, searched
@@ -34,17 +35,19 @@ AS_CONFIGURED = "as-configured"
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the controller.
+    """A change of the search.
 
     Attributes:
         about: description for the table.
         changes: settings of the controller that differ.
         rounds: factor on the number of rounds.
+        masks: settings of the run that differ: `importance` or `structure`.
     """
 
     about: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     rounds: float = 1.0
+    masks: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, config: ControllerConfig) -> ControllerConfig:
         """Return the controller's settings with this change.
@@ -86,6 +89,17 @@ CHANGES: Mapping[str, Change] = {
     "moments-cleared": Change("first moment of pruned entries cleared", {"clear_moments": True}),
     "baseline-on": Change("commits judged against the model as it is", {"baseline": True}),
     "baseline-off": Change("commits judged against the lowest ratio", {"baseline": False}),
+    **{
+        f"importance-{rule}": Change(f"importance {rule}", masks={"importance": rule})
+        for rule in IMPORTANCE
+    },
+    "whole-components": Change("whole components pruned", masks={"structure": "rank"}),
+    **{
+        f"{kept}-of-{size}": Change(
+            f"{kept} of every {size} entries, or nothing pruned", masks={"structure": name}
+        )
+        for name, (kept, size) in N_OF_M.items()
+    },
 }
 """Name of the variant -> change, in the order of the table."""
 
@@ -159,29 +173,33 @@ def _ablated(
 
 def _chosen(
     config: RunConfig, data: RunData, names: Sequence[str]
-) -> tuple[dict[str, ControllerConfig], dict[str, str]]:
+) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Return (variant -> its settings, variant that cannot be run -> reason)."""
-    chosen: dict[str, ControllerConfig] = {}
+    chosen: dict[str, RunConfig] = {}
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            changed = CHANGES[name].of(config.controller)
+            controller = CHANGES[name].of(config.controller)
         except ValueError as error:
             left_out[name] = str(error)
             continue
+        changed = config.model_copy(update={"controller": controller, **CHANGES[name].masks})
         parts = data.parts["target"]
-        pool = sum(len(parts.get(split, ())) for split in POOLS[changed.probe_rows])
-        if name != AS_CONFIGURED and changed == config.controller:
+        pool = sum(len(parts.get(split, ())) for split in POOLS[controller.probe_rows])
+        faults = changed.faults()
+        if name != AS_CONFIGURED and changed == config:
             left_out[name] = "the configuration has these settings already"
-        elif "rows" in CHANGES[name].changes and changed.rows > pool:
+        elif "rows" in CHANGES[name].changes and controller.rows > pool:
             left_out[name] = f"there are only {pool} examples to probe"
+        elif faults:
+            left_out[name] = faults[0]
         else:
             chosen[name] = changed
     return chosen, left_out
 
 
 def _plan_of(
-    config: RunConfig, chosen: Mapping[str, ControllerConfig], seeds: Sequence[int]
+    config: RunConfig, chosen: Mapping[str, RunConfig], seeds: Sequence[int]
 ) -> tuple[Plan, dict[str, Built]]:
     """Return a plan with a search and a final run for every variant and seed, and run -> stages."""
     config, plan = with_split_seed(config), PlanBuilder()
@@ -190,8 +208,8 @@ def _plan_of(
     adapters["merged"] = merged
     built: dict[str, Built] = {}
     for seed in seeds:
-        for name, controller in chosen.items():
-            one = config.model_copy(update={"controller": controller, "seed": seed})
+        for name, changed in chosen.items():
+            one = with_split_seed(changed).model_copy(update={"seed": seed})
             job = f"{name}-s{seed}"
             built[job] = searched(Case(plan, one, job, adapters, probe, _no_other))
     return plan.build(), built
@@ -202,7 +220,7 @@ def _no_other(method: str) -> Built:
 
 
 def _summary(
-    chosen: Mapping[str, ControllerConfig],
+    chosen: Mapping[str, RunConfig],
     left_out: Mapping[str, str],
     seeds: Sequence[int],
     outcomes: Mapping[str, MethodOutcome],

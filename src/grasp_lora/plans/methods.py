@@ -10,6 +10,7 @@ from typing import Any
 
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
+from grasp_lora.core.pruning.n_of_m import N_OF_M
 from grasp_lora.core.recipes.recipe import SHOTS, STARTS, Recipe
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import PlanBuilder
@@ -175,6 +176,12 @@ CONTINUED = {"finetune.mode": "continue"}
 _GRID_NAMES = tuple(f"grid-{ratio}" for ratio in GRID)
 _LINEAR, _UNSCALED = STARTS["linear"].says, STARTS["linear-unscaled"].says
 _ADAPTIVE_STARTS = {"adaptive": "linear", "adaptive-unscaled": "linear-unscaled"}
+RULES = ("magnitude", "taylor", "taylor-smoothed", "obs")
+"""Rules of importance beside the configured one."""
+N_OF_M_ROWS = {
+    f"{kept}-of-{size}": {"structure": name, "scope": "global"}
+    for name, (kept, size) in N_OF_M.items()
+}
 _RETRAINED = "retrained on all labelled rows for the epochs that dev rows chose"
 
 METHODS: Mapping[str, Method] = {
@@ -292,8 +299,12 @@ METHODS: Mapping[str, Method] = {
     ),
     **{
         f"{name}-finetuned": row(f"{STARTS[name].says}, fine-tuned", Recipe(name))
-        for name in ("ties", "ties-svd", "dare-linear", "dare-linear-svd")
+        for name in ("ties", "ties-svd", "dare-linear", "dare-linear-svd", "ties-delta")
     },
+    "layer-swap": row(
+        f"{STARTS['layer-swap'].says}, untrained", Recipe("layer-swap", None), seeds="none"
+    ),
+    "layer-swap-finetuned": row(f"{STARTS['layer-swap'].says}, fine-tuned", Recipe("layer-swap")),
     "lorahub": row(f"{STARTS['lorahub'].says}, untrained", Recipe("lorahub", None)),
     **{
         f"grid-{ratio}": row(f"pruned at {ratio}", Recipe("merged", ratio=ratio), seeds="all")
@@ -368,6 +379,11 @@ METHODS: Mapping[str, Method] = {
             ("adapters", "a ratio for each of the two adapters", "merged", {"scope": "adapter"}),
             ("ranks", "whole components pruned", "merged", {"structure": "rank"}),
             ("weights", "merge weights learned first", "learned-weights", {}),
+            *((rule, f"importance {rule}", "merged", {"importance": rule}) for rule in RULES),
+            *(
+                (name, f"{name.replace('-', ' ')} entries or nothing pruned", "merged", changes)
+                for name, changes in N_OF_M_ROWS.items()
+            ),
         )
     },
     "late-merge": row(
@@ -393,6 +409,31 @@ METHODS: Mapping[str, Method] = {
             {"finetune.mask_schedule": schedule},
         )
         for schedule, about in (("every-step", "every step"), (8, "every 8 steps"))
+    },
+    **{
+        f"{rule}-0.4": row(
+            f"pruned at 0.4 by importance {rule}",
+            Recipe("merged", ratio=0.4),
+            {"importance": rule},
+        )
+        for rule in RULES
+    },
+    **{
+        name: row(
+            f"pruned to {name.replace('-', ' ')} entries", Recipe("merged", ratio=0.5), changes
+        )
+        for name, changes in N_OF_M_ROWS.items()
+    },
+    **{
+        f"ranks{end}-0.4": row(
+            f"0.4 of the components pruned{about}",
+            Recipe("merged", ratio=0.4),
+            {"structure": "rank", **changes},
+        )
+        for end, about, changes in (
+            ("", "", {}),
+            ("-taylor", " by importance taylor", {"importance": "taylor"}),
+        )
     },
     "random-0.4": Method("pruned at 0.4 by masks drawn at random", _random_masks(0.4)),
     "random-masks": Method(

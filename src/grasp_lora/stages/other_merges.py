@@ -1,4 +1,4 @@
-"""Rules that are no setting of a run: the mean of any adapters, PEFT's TIES and DARE, and LoRAHub.
+"""Rules that are no setting of a run: the mean, a layer swap, TIES, PEFT's kinds, and LoRAHub.
 
 The stage `merge` (`grasp_lora.stages.merge`) uses them. A rule that cannot merge the given adapters
 raises `NotApplicable` with the reason.
@@ -12,6 +12,7 @@ from grasp_lora.adapters.folder import LoadedAdapter
 from grasp_lora.adapters.peft_merges import peft_merge
 from grasp_lora.base.choice import lowest
 from grasp_lora.base.files import read_json, write_json
+from grasp_lora.core.layer_swap import layer_swap, outer_layers
 from grasp_lora.core.lora import (
     LoraFactors,
     MergedModule,
@@ -20,6 +21,7 @@ from grasp_lora.core.lora import (
     average_weights,
     merge,
 )
+from grasp_lora.core.ties import ties
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
 
@@ -67,6 +69,38 @@ def by_peft(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
     except ValueError as error:
         raise NotApplicable(str(error)) from None
     return merged, {"kind": kind, "weights": weights}
+
+
+def by_layer_swap(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge by layers: the second adapter in the outer ones, the first in the middle.
+
+    Raises:
+        NotApplicable: there is no middle, or nothing of an adapter would be left.
+    """
+    source, target = (one.adapter for one in loaded)
+    try:
+        merged = layer_swap(source, target)
+        outer = outer_layers({"source": source, "target": target})
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
+    return merged, {"kind": "layer-swap", "outer_layers": sorted(outer)}
+
+
+def by_ties_delta(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
+    """Merge the deltas by TIES at `options["density"]`.
+
+    The fact `lost` is the relative error of the factors that stand for the merge.
+
+    Raises:
+        NotApplicable: the adapters cannot be merged.
+    """
+    density = work.stage.options["density"]
+    try:
+        merged, lost = ties([one.adapter for one in loaded], density)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
+    work.context.reporter.say(f"TIES: factors of this rank lose {lost:.0%} of the merged deltas")
+    return merged, {"kind": "ties-delta", "density": density, "lost": lost}
 
 
 def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
@@ -159,6 +193,8 @@ def lorahub_cost(_stage: Stage, sizes: Sizes) -> Cost:
 
 RULES: Mapping[str, Callable[[Work, Sequence[LoadedAdapter]], Merged]] = {
     "mean": by_mean,
+    "layer-swap": by_layer_swap,
+    "ties-delta": by_ties_delta,
     "peft": by_peft,
     "lorahub": by_lorahub,
 }

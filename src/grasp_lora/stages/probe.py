@@ -24,7 +24,8 @@ from grasp_lora.base.files import write_json
 from grasp_lora.core.evidence.crossfit import gain_of_best, within_one_error_of_best
 from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.lora import average_weights
-from grasp_lora.core.pruning.importance import NEEDS_NORMS
+from grasp_lora.core.pruning.importance import READS_ROWS
+from grasp_lora.core.pruning.n_of_m import known_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merge_probes import (
@@ -140,10 +141,12 @@ def _judged_ratios(work: Work) -> dict[str, Any]:
     on, and "flat" otherwise.
     """
     context = work.context
+    known = {known_ratio(context.config.structure, ratio) for ratio in RATIOS}
+    ratios = sorted(known - {0.0})
     with context.clock.span("probe"):
-        found = measure_ratios(context, work.inputs["adapter"], RATIOS, RATIO_EXAMPLES)
+        found = measure_ratios(context, work.inputs["adapter"], ratios, RATIO_EXAMPLES)
     whole = {0.0: found.losses[str(0.0)]}
-    pruned = {ratio: found.losses[str(ratio)] for ratio in RATIOS}
+    pruned = {ratio: found.losses[str(ratio)] for ratio in ratios}
     gain = gain_of_best({str(r): one for r, one in pruned.items()}, {"0": whole[0.0]}, found.groups)
     shown = gain is not None and gain.shown
     best = lowest({ratio: sum(one) / len(one) for ratio, one in (whole | pruned).items()})
@@ -232,8 +235,8 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
 
 
 def _norms(stage: Stage, sizes: Sizes) -> Cost:
-    """Return the cost of the input norms that masks of the activation rule are cut by."""
-    needed = stage.options["choice"] == "ratio" and stage.config.importance in NEEDS_NORMS
+    """Return the cost of what masks are cut by and the train examples are read for."""
+    needed = stage.options["choice"] == "ratio" and stage.config.importance in READS_ROWS
     return sizes.reading(1 if needed else 0, ("target", "train"))
 
 

@@ -3,6 +3,8 @@
 The adapter is pruned at a fixed ratio and fine-tuned on the target examples. The best state is
 chosen by dev loss among step 0 (pruned, not trained) and the end of every epoch. In mode `continue`
 the learning-rate schedule resumes after the epochs that the search has trained its `adapter/`.
+With `importance: obs` the kept entries make up for the pruned ones when the masks are first cut;
+masks that are cut anew in training change no values.
 
 Inputs:
     start: a merged folder, the folder of a search, or any PEFT adapter folder.
@@ -42,8 +44,9 @@ from torch import Tensor
 from grasp_lora.adapters.folder import adapter_in
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import Training
-from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.core.pruning.importance import IMPORTANCE, READS_ROWS
 from grasp_lora.core.pruning.masks import without_dead_components, zero_fraction
+from grasp_lora.core.pruning.n_of_m import known_ratio
 from grasp_lora.stages.costs import Rows, lasting, passes_of, steps_cost, training_cost
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.optuna_ratio import next_ratio
@@ -56,6 +59,7 @@ from grasp_lora.training.live import (
     BlockRatio,
     LiveAdapter,
     Masks,
+    block_fit,
     block_importance,
 )
 from grasp_lora.workbench.beside import NOTHING, SOURCE, Weights, beside_target, settings_of
@@ -115,7 +119,8 @@ def run(work: Work) -> Mapping[str, Any]:
             "a joint fine-tuning needs source rows: give data.source, with rows to train on"
         )
     config, context = work.config, _judging(work)
-    ratio, spread = ratio_of(work)
+    asked, spread = ratio_of(work)
+    ratio = known_ratio(config.structure, asked)
     wanted = ratio if spread is None else ratio_by_group(config.scope, spread)
     cut = _Cut(wanted if ratio > 0 else 0.0, config.importance, _drawn(work), config.seed)
     stopwatch, start = Stopwatch(), adapter_in(work.inputs["start"])
@@ -162,7 +167,8 @@ def _judged_masks(work: Work, cut: _Cut) -> Masks | None:
         return None
     folder = adapter_in(work.inputs["cut_from"])
     with _loaded(work.context, folder, work.config) as live:
-        return _cutter(work.context, live, cut)()
+        read = None if cut.drawn else work.context.norms(live, cut.rule)
+        return _cutter(live, cut, read)()
 
 
 def _judging(work: Work) -> Context:
@@ -182,7 +188,8 @@ def _trained(
     """Prune the live adapter and train it; afterwards it has its best state."""
     (cut, judged_masks), finetune = masks, work.config.finetune
     training, before = _training(work)
-    cutter = _cutter(context, live, cut)
+    read = context.norms(live, cut.rule) if cut.some and not cut.drawn else None
+    cutter, compensation = _cutter(live, cut, read), block_fit(cut.rule, read)
 
     def prune(optimizer: Any = None) -> None:
         with context.clock.span("masks"):
@@ -192,6 +199,8 @@ def _trained(
         live.commit(judged_masks)
     elif cut.some:
         prune()
+    if compensation is not None:
+        live.refit(compensation)
     labelled = _on_all_labels(work.stage)
     # The judged run may have kept step 0: then the training on all labels has no steps either.
     if work.stage.option("untrained", False) or training.max_steps == 0:
@@ -252,15 +261,19 @@ def _loaded(context: Context, folder: Path, config: RunConfig) -> Iterator[LiveA
         yield live
 
 
-def _cutter(context: Context, live: LiveAdapter, cut: _Cut) -> Callable[[], Masks]:
+def _cutter(live: LiveAdapter, cut: _Cut, read: Mapping[str, Any] | None) -> Callable[[], Masks]:
     """Return a function that computes masks for the live adapter's present weights.
 
     Random masks are the same at every call.
+
+    Args:
+        live: the adapter.
+        cut: how masks are computed.
+        read: what the importance rule needs, see `Context.norms`.
     """
     if cut.drawn:
         return lambda: live.masks(random_score(cut.seed), [cut.ratio])[0]
-    norms = context.norms(live, cut.rule) if cut.some else None
-    score = block_importance(IMPORTANCE[cut.rule], norms)
+    score = block_importance(IMPORTANCE[cut.rule], read)
     return lambda: live.masks(score, [cut.ratio])[0]
 
 
@@ -352,7 +365,7 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     training, judges = training_of(stage), _of_target(stage)[1:]
     rows = Rows((train,), _beside(stage), config.seed)
     labelled = replace(rows, labelled=_of_target(stage))
-    pruned = _may_prune(stage) and config.importance in NEEDS_NORMS
+    pruned = _may_prune(stage) and config.importance in READS_ROWS
     norms = sizes.reading(1 if pruned and not stage.option("random_masks", False) else 0, train)
     if stage.option("untrained", False):
         return norms + sizes.reading(1, *judges)

@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from grasp_lora.base.files import write_json, write_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import (
@@ -25,7 +23,7 @@ from grasp_lora.core.controller.rounds import (
     planned_rounds,
 )
 from grasp_lora.core.lora import MergedModule, Part
-from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_NORMS
+from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_GRADIENTS, READS_ROWS
 from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.findings import search_findings
@@ -34,7 +32,8 @@ from grasp_lora.stages.spread import spread_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.checkpoint import read_state, write_state
-from grasp_lora.training.live import LiveAdapter
+from grasp_lora.training.gradients import GradientAverages
+from grasp_lora.training.live import LiveAdapter, block_fit
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import Diverged
 from grasp_lora.workbench.beside import NOTHING, Weights, beside_target, settings_of
@@ -97,10 +96,11 @@ def run(work: Work) -> Mapping[str, Any]:
         start = read_start(work.inputs["merged"], context.backbone)
     splits = POOLS[config.controller.probe_rows]
     with context.live(start, config.mask_unit) as live:
-        norms = context.norms(live, config.importance)
+        gathered = GradientAverages(live, config.importance) if _gathers(work.stage) else None
+        norms = context.norms(live, config.importance) if gathered is None else gathered.averages
         searcher, write = _searcher(work, live, norms, planned)
         if not _untrained(work.stage):
-            result = _fit(work, live, searcher, stopwatch, write)
+            result = _fit(work, live, (searcher, gathered), stopwatch, write)
         else:
             try:
                 _untrained_rounds(work, searcher, stopwatch, planned)
@@ -134,7 +134,7 @@ def run(work: Work) -> Mapping[str, Any]:
 
 
 def _searcher(
-    work: Work, live: LiveAdapter, norms: Mapping[str, Tensor] | None, planned: int
+    work: Work, live: LiveAdapter, norms: Mapping[str, Any] | None, planned: int
 ) -> tuple[SearchCallback, Callable[[], None]]:
     """Return the callback that runs the search, and a function that writes its rounds so far."""
     config, context = work.config, work.context
@@ -157,6 +157,7 @@ def _searcher(
             seed=config.seed,
             total_steps=_steps(context, _untrained(work.stage)),
             planned_rounds=planned,
+            fit=block_fit(config.importance, norms),
         ),
         on_round=record,
         clock=context.clock,
@@ -168,15 +169,17 @@ def _searcher(
 def _fit(
     work: Work,
     live: LiveAdapter,
-    searcher: SearchCallback,
+    watching: tuple[SearchCallback, GradientAverages | None],
     stopwatch: Stopwatch,
     write: Callable[[], None],
 ) -> FitResult:
+    searcher, gathered = watching
+    also = () if gathered is None else (gathered,)
     options = FitOptions(
         work.config.training("search"),
         "search",
-        extra=(searcher,),
-        stateful=(searcher, stopwatch),
+        extra=(*also, searcher),
+        stateful=(searcher, stopwatch, *also),
         choose_best=work.config.finetune.mode == "continue",
         measure_whole=True,
         on_resume=lambda: write() if is_main() else None,
@@ -219,6 +222,11 @@ def _untrained_rounds(
 def _epochs(work: Work, steps: int) -> float:
     training, beside = work.config.training("search"), _beside(work.config, _untrained(work.stage))
     return steps / epoch_steps(work.context, training, "target", beside)
+
+
+def _gathers(stage: Stage) -> bool:
+    """Return whether the training of the search gathers what the importance needs."""
+    return stage.config.importance in NEEDS_GRADIENTS and not _untrained(stage)
 
 
 def _untrained(stage: Stage) -> bool:
@@ -321,7 +329,8 @@ def _cost(stage: Stage, sizes: Sizes) -> Cost:
     probes = min(controller.rows, sizes.examples(*pool))
     forwards = planned_rounds(steps.steps, controller) * tried * probes
     probing = Cost(0, round(forwards * sizes.length(*pool)), forwards)
-    norms = sizes.reading(1 if config.importance in NEEDS_NORMS else 0, train)
+    read = config.importance in READS_ROWS and not _gathers(stage)
+    norms = sizes.reading(1 if read else 0, train)
     return trained + probing + norms
 
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.evidence.crossfit import LEAST_GROUPS, forward_splits
@@ -15,7 +14,7 @@ from grasp_lora.core.pruning.group_ratios import combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import losses_in_states
 from grasp_lora.training.groups import group_sizes, ratio_by_group
-from grasp_lora.training.live import LiveAdapter, block_importance
+from grasp_lora.training.live import LiveAdapter, block_fit, block_importance
 from grasp_lora.workbench.context import Context
 
 ROWS = 16
@@ -26,7 +25,7 @@ TESTED_PARTS = 2
 def spread_ratio(
     context: Context,
     live: LiveAdapter,
-    norms: Mapping[str, Tensor] | None,
+    norms: Mapping[str, Any] | None,
     ratio: float,
     splits: tuple[str, ...],
 ) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def spread_ratio(
     Args:
         context: examples and settings; `scope` defines the groups.
         live: the adapter at the end of the search.
-        norms: input norms for the importance rule; None if it needs none.
+        norms: what the importance rule needs; None if it needs nothing.
         ratio: the learned ratio, a fraction in [0, 1].
         splits: splits of the target examples that are probed.
 
@@ -58,7 +57,8 @@ def spread_ratio(
     @contextmanager
     def under(ratios: Mapping[str, float]) -> Iterator[None]:
         (masks,) = live.masks(block_importance(rule, norms), [ratio_by_group(scope, ratios)])
-        with live.trial(masks), context.clock.span("probe"):
+        fit = block_fit(context.config.importance, norms)
+        with live.trial(masks, fit), context.clock.span("probe"):
             yield
 
     def losses(each: Sequence[Mapping[str, float]]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Input norms: the size of each input feature of LoRA modules over a data set."""
+"""Inputs of LoRA modules over a data set: the size of each feature, and all second moments."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
+Statistic = Callable[[Tensor], Tensor]
+"""Inputs of a module, float32 [tokens, in] -> what is summed over batches."""
 
 
-@torch.no_grad()
 def input_norms(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: Iterable[Batch]
 ) -> dict[str, Tensor]:
@@ -27,6 +28,30 @@ def input_norms(
     Returns:
         name -> float32 tensor [in_features] on the CPU, without modules that read no token.
     """
+    sums = _summed(model, modules, batches, lambda inputs: inputs.square().sum(0))
+    return {name: total.sqrt().cpu() for name, total in sums.items()}
+
+
+def input_moments(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """Return the second moments of the inputs of each module, summed over all tokens of `batches`.
+
+    Everything else is as in `input_norms`, whose squares are the diagonal.
+
+    Returns:
+        name -> float32 tensor [in_features, in_features] on the CPU, without modules that read no
+        token.
+    """
+    sums = _summed(model, modules, batches, lambda inputs: inputs.T @ inputs)
+    return {name: total.cpu() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def _summed(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Iterable[Batch], of: Statistic
+) -> dict[str, Tensor]:
+    """Return name -> sum of a statistic over the tokens of all batches."""
     sums: dict[str, Tensor] = {}
     device = next(model.parameters()).device
     modes = [(m, m.training) for m in model.modules()]
@@ -34,22 +59,22 @@ def input_norms(
         model.eval()
         for batch in batches:
             moved = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-            squares = _summed_squares(model, modules, moved)
-            if squares is not None:
-                _add(sums, squares)
+            found = _of_batch(model, modules, moved, of)
+            if found is not None:
+                _add(sums, found)
                 continue
-            for part in _squares_by_example(model, modules, moved):
+            for part in _by_example(model, modules, moved, of):
                 _add(sums, part)
     finally:
         for module, training in modes:
             module.training = training
-    return {name: total.sqrt().cpu() for name, total in sums.items()}
+    return sums
 
 
-def _summed_squares(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch
+def _of_batch(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, of: Statistic
 ) -> dict[str, Tensor] | None:
-    """Return name -> summed squares [in]; None if the padding in a module's input is unknown."""
+    """Return name -> statistic of a batch; None if the padding in a module's input is unknown."""
     mask = batch["attention_mask"].bool()
     sums: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -60,7 +85,7 @@ def _summed_squares(
             if real is None:
                 unknown.append(name)
             elif real.numel():
-                _add(sums, {name: real.float().square().sum(0)})
+                _add(sums, {name: of(real.float())})
 
         return hook
 
@@ -80,8 +105,8 @@ def _real_tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
     return inputs.flatten(0, -2) if mask.all() else None
 
 
-def _squares_by_example(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch
+def _by_example(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, of: Statistic
 ) -> Iterator[dict[str, Tensor]]:
     mask = batch["attention_mask"].bool()
     # The batch's logit positions include the padding. The logits are not used, so keep only one.
@@ -89,11 +114,11 @@ def _squares_by_example(
     kept = {"logits_to_keep": last} if "logits_to_keep" in batch else {}
     for index, real in enumerate(mask):
         example = {k: v[index, real][None] for k, v in batch.items() if v.shape == mask.shape}
-        squares = _summed_squares(model, modules, example | kept)
-        assert squares is not None, "an example without padding has only real tokens"
-        yield squares
+        found = _of_batch(model, modules, example | kept, of)
+        assert found is not None, "an example without padding has only real tokens"
+        yield found
 
 
-def _add(sums: dict[str, Tensor], squares: Mapping[str, Tensor]) -> None:
-    for name, square in squares.items():
-        sums[name] = sums[name] + square if name in sums else square
+def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, one in more.items():
+        sums[name] = sums[name] + one if name in sums else one

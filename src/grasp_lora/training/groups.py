@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from grasp_lora.base.words import shown
+from grasp_lora.core.layer_swap import layer_of
 from grasp_lora.training.live import Block, BlockRatio, LiveAdapter
 
 SCOPES: Mapping[str, Callable[[Block], str]] = {
@@ -15,9 +16,9 @@ SCOPES: Mapping[str, Callable[[Block], str]] = {
 
 
 def _layer(module: str) -> str:
-    """Return the group named by the first number in a module's name, or "outside"."""
-    numbers = [part for part in module.split(".") if part.isdigit()]
-    return f"layer {numbers[0]}" if numbers else "outside"
+    """Return the group of a module's layer, or "outside"."""
+    layer = layer_of(module)
+    return "outside" if layer is None else f"layer {layer}"
 
 
 def group_sizes(live: LiveAdapter, scope: str) -> dict[str, int]:

@@ -24,18 +24,21 @@ from torch.nn.utils import parametrize
 
 from grasp_lora.adapters.attach import adapter_modules, attach_adapter
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.pruning.importance import magnitude
+from grasp_lora.core.pruning.importance import FITS, magnitude
 from grasp_lora.core.pruning.masks import STRUCTURES, Mask, packed_size
 from grasp_lora.models.preserve import preserved
 
 Masks = Mapping[str, Mask]
 """Name of a parameter -> keep mask."""
 
-ImportanceRule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(A, B, input norms) -> importance of both; an entry of `core.pruning.importance.IMPORTANCE`."""
+ImportanceRule = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+"""(A, B, what was measured) -> importance of both; an entry of `importance.IMPORTANCE`."""
 
 BlockImportance = Callable[["Block", Tensor, Tensor], tuple[Tensor, Tensor]]
 """(block, its A [r, in], its B [out, r]) -> importance of both; see `block_importance`."""
+
+BlockFit = Callable[["Block", Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(block, its A [r, in] and B [out, r] before pruning, which of both stay) -> new A and B."""
 
 
 class SumOfSources(nn.Module):
@@ -102,7 +105,7 @@ class LiveAdapter:
         structure: str = "entries",
         adapter: str = "default",
     ):
-        self._keep_masks = STRUCTURES[structure]
+        self.structure = structure
         self.adapter = adapter
         self.model = model
         self.params = params
@@ -110,6 +113,7 @@ class LiveAdapter:
         self.layers = layers
         self._keep: dict[str, Mask] = {}
         self._stash: dict[str, Tensor] = {}
+        self._watcher: Callable[[str, Tensor], None] | None = None
         self._hooks = [
             param.register_hook(self._gradient_filter(name)) for name, param in params.items()
         ]
@@ -119,10 +123,20 @@ class LiveAdapter:
         for hook in self._hooks:
             hook.remove()
 
+    def watch_gradients(self, watcher: Callable[[str, Tensor], None] | None) -> None:
+        """Show every gradient of a backward pass, of pruned entries too; None shows no more.
+
+        Args:
+            watcher: takes the name of a parameter and its gradient, which it must not write to.
+        """
+        self._watcher = watcher
+
     def _gradient_filter(self, name: str):
         # A gradient hook keeps pruned entries out of Adam's moments and out of the gradient norm
         # used for clipping. Filtering after the backward pass would come too late.
         def keep_only(gradient: Tensor) -> Tensor | None:
+            if self._watcher is not None:
+                self._watcher(name, gradient)
             if not self.any_pruned(name):
                 return None
             return gradient.masked_fill(~self.keep(name), 0.0)
@@ -179,7 +193,7 @@ class LiveAdapter:
             ]
             for block, importance_a, importance_b in group:
                 values = [ratio(block) if callable(ratio) else ratio for ratio in ratios]
-                pairs = self._keep_masks(importance_a, importance_b, values)
+                pairs = STRUCTURES[self.structure](importance_a, importance_b, values)
                 for (keep_a, keep_b), (block_a, block_b) in zip(drafts, pairs, strict=True):
                     keep_a[block.rows] = block_a
                     keep_b[:, block.rows] = block_b
@@ -195,27 +209,38 @@ class LiveAdapter:
         return [dict(zip(self.params, whole.split(sizes), strict=True)) for whole in wholes]
 
     @contextmanager
-    def trial(self, masks: Masks) -> Iterator[None]:
+    def trial(self, masks: Masks, fit: BlockFit | None = None) -> Iterator[None]:
         """Run the body with `masks` in force and the model in eval mode, then restore everything.
 
         On exit, also after an exception, these are restored: the entries that the masks changed,
         gradients, train or eval modes, and random generators. An entry that is pruned now and kept
         by `masks` has its stashed value in the body.
 
+        Args:
+            masks: the masks.
+            fit: gives the entries that `masks` keep other values in the body; None leaves them.
+
         Raises:
             RuntimeError: the body wrote to the weights.
         """
         with torch.no_grad():
             buffers = self._buffers({n: int(self._leaving(n, masks).sum()) for n in self.params})
+            fitted = {} if fit is None else self._fitted(lambda n: masks[n].keep(), fit)
         applied: list[str] = []
+        before: dict[str, Tensor] = {}
         try:
             for name in self.params:
                 self._apply(name, masks, buffers[name])
                 applied.append(name)
+            for name, values in fitted.items():
+                before[name] = self.params[name].detach().clone()
+                self.params[name].data.copy_(values)
             with preserved(self.model, self.params):
                 self.model.eval()
                 yield
         finally:
+            for name, values in before.items():
+                self.params[name].data.copy_(values)
             for name in applied:
                 self._undo(name, masks, buffers[name])
 
@@ -318,6 +343,26 @@ class LiveAdapter:
         return flipped
 
     @torch.no_grad()
+    def refit(self, fit: BlockFit) -> None:
+        """Give the kept entries of every block new values; pruned ones stay zero and stashed.
+
+        Args:
+            fit: returns the values; those of pruned entries are ignored.
+        """
+        for name, values in self._fitted(self.keep, fit).items():
+            self.params[name].copy_(values)
+
+    def _fitted(self, keep: Callable[[str], Tensor], fit: BlockFit) -> dict[str, Tensor]:
+        """Return name -> values by `fit`, zero where `keep` of the name is False."""
+        found = {name: torch.zeros_like(param) for name, param in self.params.items()}
+        for block, a, b in self.effective_blocks():
+            keep_a, keep_b = keep(block.a)[block.rows], keep(block.b)[:, block.rows]
+            new_a, new_b = fit(block, a, b, keep_a, keep_b)
+            found[block.a][block.rows] = new_a.to(a) * keep_a
+            found[block.b][:, block.rows] = new_b.to(b) * keep_b
+        return found
+
+    @torch.no_grad()
     def zero_pruned(self) -> None:
         """Set pruned entries to zero again, after momentum and weight decay moved them."""
         for name, param in self.params.items():
@@ -405,23 +450,48 @@ def _adjust_moments(
             second.copy_(torch.where(revived, second.clamp(min=least), second))
 
 
-def block_importance(rule: ImportanceRule, norms: Mapping[str, Tensor] | None) -> BlockImportance:
+def block_importance(rule: ImportanceRule, measured: Mapping[str, Any] | None) -> BlockImportance:
     """Return the importance of blocks by a rule, for `LiveAdapter.masks`.
 
     Args:
         rule: an entry of `core.pruning.importance.IMPORTANCE`.
-        norms: module name -> input norms [in], or None for rules that need none. A module without
-            norms read no tokens, so its importance is the magnitude.
+        measured: what the rule needs: name of a module -> measured on its inputs, or name of a
+            parameter -> averages of its gradient; None for rules that need nothing. A module
+            without it read no tokens, so its importance is the magnitude.
     """
 
     def importance(block: Block, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if norms is None:
+        if measured is None:
             return rule(a, b, None)
-        if block.module not in norms:
+        if block.a in measured and block.b in measured:
+            of_a, of_b = measured[block.a], measured[block.b]
+            return rule(a, b, (of_a[..., block.rows, :], of_b[..., block.rows]))
+        if block.module not in measured:
             return magnitude(a, b, None)
-        return rule(a, b, norms[block.module].to(a.device))
+        return rule(a, b, measured[block.module])
 
     return importance
+
+
+def block_fit(rule: str, measured: Mapping[str, Any] | None) -> BlockFit | None:
+    """Return how kept entries make up for pruned ones by a rule; None if they stay as they are.
+
+    Args:
+        rule: name of an importance rule.
+        measured: as in `block_importance`. A module without it keeps its values.
+    """
+    fitted = FITS.get(rule)
+    if fitted is None or measured is None:
+        return None
+
+    def fit(
+        block: Block, a: Tensor, b: Tensor, keep_a: Tensor, keep_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if block.module not in measured:
+            return a, b
+        return fitted(a, b, keep_a, keep_b, measured[block.module])
+
+    return fit
 
 
 def attach_live_adapter(

@@ -105,7 +105,7 @@ class RatioSearch(TrainerCallback):
         seed: int | None = None,
     ):
         for name, value, known in (
-            ("importance", importance, sorted(IMPORTANCE)),
+            ("importance", importance, ("activation", "magnitude")),
             ("mask_unit", mask_unit, MASK_UNITS),
         ):
             if value not in known:

@@ -8,7 +8,7 @@ when there are no gradients. Pruned entries are set to zero in `on_optimizer_ste
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,10 @@ from grasp_lora.core.controller.rounds import (
     RatioChoice,
     RoundRecord,
 )
+from grasp_lora.core.pruning.n_of_m import known_ratio
 from grasp_lora.models.example_losses import EncodedExamples, State, losses_in_states
 from grasp_lora.models.preserve import preserved
-from grasp_lora.training.live import ImportanceRule, LiveAdapter, Masks, block_importance
+from grasp_lora.training.live import BlockFit, ImportanceRule, LiveAdapter, Masks, block_importance
 
 
 class MaskCallback(TrainerCallback):
@@ -85,18 +86,21 @@ class SearchSettings:
     Attributes:
         config: the controller's settings.
         rule: importance rule.
-        norms: module name -> input norms for `rule`, or None.
+        norms: what `rule` needs, as in `block_importance`, or None.
         seed: seed of the controller's own random generator.
         total_steps: optimizer steps of the whole run.
         planned_rounds: rounds of the whole run.
+        fit: how kept entries make up for pruned ones in a trial; None if they keep their values. A
+            commit changes masks alone.
     """
 
     config: ControllerConfig
     rule: ImportanceRule
-    norms: Mapping[str, Tensor] | None
+    norms: Mapping[str, Any] | None
     seed: int
     total_steps: int
     planned_rounds: int
+    fit: BlockFit | None = None
 
 
 @dataclass(frozen=True)
@@ -239,14 +243,16 @@ class SearchCallback(TrainerCallback):
     @contextmanager
     def _under(self, masks: Masks) -> Iterator[None]:
         clock = self._clock
-        with clock.span("masks"), self._live.trial(masks), clock.span("probe"):
+        trial = self._live.trial(masks, self._settings.fit)
+        with clock.span("masks"), trial, clock.span("probe"):
             yield
 
     def _round(
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
         drawn, batches = self._draw_examples()
-        candidates = rounds.propose(self.controller, self._config, self._generator)
+        proposed = rounds.propose(self.controller, self._config, self._generator)
+        candidates = tuple(known_ratio(self._live.structure, ratio) for ratio in proposed)
         # Candidates near a bound are often clipped to it, so measure each distinct ratio once.
         distinct = list(dict.fromkeys(candidates))
         with self._clock.span("masks"):
@@ -296,7 +302,8 @@ class SearchCallback(TrainerCallback):
     def choose(self) -> RatioChoice:
         """Return the ratio that the rounds so far speak for, and the evidence."""
         groups = [example.group for example in self._pool.examples.encoded]
-        return rounds.choose_ratio(self.controller, self._config, groups)
+        choice = rounds.choose_ratio(self.controller, self._config, groups)
+        return replace(choice, ratio=known_ratio(self._live.structure, choice.ratio))
 
     def cut(self, ratio: float) -> None:
         """Make the masks of `ratio` those of an adapter that is not trained any further."""

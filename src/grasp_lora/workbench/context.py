@@ -6,15 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
-
 from grasp_lora.adapters.chat import GivenTemplate, given_template, put_template
 from grasp_lora.base.clock import Clock
 from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
-from grasp_lora.core.pruning.importance import NEEDS_NORMS, is_blank
+from grasp_lora.core.pruning.importance import NEEDS_GRADIENTS, READS_ROWS, is_blank
+from grasp_lora.core.pruning.second_order import Curvature
 from grasp_lora.models.backbones import (
     Backbone,
     ModelSpec,
@@ -32,7 +31,8 @@ from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.encoding import Collator, EncodedExample, Encoding, EncodingReport
 from grasp_lora.tasks.prompts import template_for
-from grasp_lora.training.activations import input_norms
+from grasp_lora.training.activations import input_moments, input_norms
+from grasp_lora.training.gradients import averages_over
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.workbench.processes import is_main, join
 from grasp_lora.workbench.reporter import Reporter
@@ -63,7 +63,7 @@ class Context:
     on_saved: Callable[[], Any] = lambda: None
     encoding_reports: dict[str, EncodingReport] = field(default_factory=dict)
     _encoded: dict[tuple[str, str], list[EncodedExample]] = field(default_factory=dict)
-    _norms_known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _norms_known: dict[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def collator(self) -> Collator:
@@ -220,41 +220,60 @@ class Context:
         finally:
             live.model.unload()  # type: ignore[operator]
 
-    def norms(self, live: LiveAdapter, importance: str) -> dict[str, Tensor] | None:
-        """Return the input norms over the target train examples; None if the rule needs no norms.
+    def norms(self, live: LiveAdapter, importance: str) -> Mapping[str, Any] | None:
+        """Return what an importance rule needs, from one pass over the target train examples.
 
         Args:
             live: the adapter, attached to the backbone.
             importance: the importance rule.
+
+        Returns:
+            The argument `measured` of `training.live.block_importance`, such as the input norms of
+            each module; None if the rule needs nothing.
         """
-        if importance not in NEEDS_NORMS:
+        if importance not in READS_ROWS:
             return None
         with self.clock.span("masks"):
-            return self._norms(live)
+            return self._measured(live, importance)
 
-    def _norms(self, live: LiveAdapter) -> dict[str, Tensor]:
+    def _measured(self, live: LiveAdapter, importance: str) -> Mapping[str, Any]:
         blank = [block for block, _, b in live.effective_blocks() if is_blank(b)]
         if blank:
             self.reporter.say(
                 f"{len(blank)} of {len(live.blocks)} mask units have B all zero (first:"
-                f" {blank[0].module}); the activation rule is blind there, magnitude is used"
+                f" {blank[0].module}); the {importance} rule is blind there, magnitude is used"
             )
         # The search, the final run and the baselines start from the same merge, so the train
         # examples are read once for all of them.
-        digest = live.digest()
-        if digest not in self._norms_known:
-            train = replace(self.rows("target", ["train"]), share_prefix=False)
-            batches = train.batches(range(len(train.encoded)))
-            found = input_norms(live.model, live.layers, [batch for _, batch in batches])
-            self._norms_known[digest] = found
-        norms = self._norms_known[digest]
-        unread = [name for name in live.layers if name not in norms]
+        key = importance, live.digest()
+        if key not in self._norms_known:
+            self._norms_known[key] = self._read(live, importance)
+        found = self._norms_known[key]
+        modules = {block.module for block in live.blocks if block.a in found} | found.keys()
+        unread = [name for name in live.layers if name not in modules]
         if unread:
             self.reporter.say(
                 f"{len(unread)} of {len(live.layers)} adapted modules get no input from the train"
                 f" examples (first: {unread[0]}); magnitude is used there"
             )
-        return norms
+        return found
+
+    def _read(self, live: LiveAdapter, importance: str) -> Mapping[str, Any]:
+        """Read the train examples for an importance rule."""
+        if importance in NEEDS_GRADIENTS:
+            # Row by row, because a backward pass takes more memory than a measured batch.
+            rows, size = self.encoded("target", "train"), self.config.evaluate.batch_size
+            steps = (
+                [self.collator([row]) for row in rows[at : at + size]]
+                for at in range(0, len(rows), size)
+            )
+            return averages_over(live, importance, steps)
+        train = replace(self.rows("target", ["train"]), share_prefix=False)
+        batches = [batch for _, batch in train.batches(range(len(train.encoded)))]
+        if importance == "obs":
+            moments = input_moments(live.model, live.layers, batches)
+            return {name: Curvature.of(one) for name, one in moments.items()}
+        return input_norms(live.model, live.layers, batches)
 
 
 POOLS: dict[str, tuple[str, ...]] = {

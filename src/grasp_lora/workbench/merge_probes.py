@@ -22,7 +22,7 @@ from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, 
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import State, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import EncodedExample
-from grasp_lora.training.live import LiveAdapter, block_importance
+from grasp_lora.training.live import LiveAdapter, block_fit, block_importance
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merged_folder import read_start
 
@@ -293,9 +293,12 @@ def _measure(
 def _pruned(context: Context, live: LiveAdapter, ratios: Mapping[str, float]) -> dict[str, State]:
     """Return name -> the state in which the adapter is pruned at its ratio."""
     rule = context.config.importance
-    score = block_importance(IMPORTANCE[rule], context.norms(live, rule))
+    measured = context.norms(live, rule)
+    score, fit = block_importance(IMPORTANCE[rule], measured), block_fit(rule, measured)
     found = live.masks(score, list(ratios.values()))
-    return {name: partial(live.trial, masks) for name, masks in zip(ratios, found, strict=True)}
+    return {
+        name: partial(live.trial, masks, fit) for name, masks in zip(ratios, found, strict=True)
+    }
 
 
 def _losses_in(

@@ -5,6 +5,7 @@ import torch
 
 from grasp_lora.core.pruning import importance
 from grasp_lora.core.pruning.importance import IMPORTANCE, activation, is_blank, magnitude
+from grasp_lora.core.pruning.second_order import Curvature
 
 
 def random_module(rank=3, inner=6, out=8):
@@ -58,8 +59,57 @@ def test_scores_carry_no_gradient():
     A, B, norms = random_module()
     A.requires_grad_()
     B.requires_grad_()
-    for rule in IMPORTANCE.values():
-        assert not any(score.requires_grad for score in rule(A, B, norms))
+    gradients = torch.ones_like(A), torch.ones_like(B)
+    measured = {
+        "magnitude": None,
+        "activation": norms,
+        "taylor": gradients,
+        "taylor-smoothed": tuple(torch.stack([one, one]) for one in gradients),
+        "obs": Curvature.of(torch.eye(6)),
+    }
+    assert measured.keys() == IMPORTANCE.keys()
+    for name, rule in IMPORTANCE.items():
+        assert not any(score.requires_grad for score in rule(A, B, measured[name]))
+
+
+def test_taylor_is_the_first_order_of_what_a_loss_changes_without_an_entry():
+    A, B, norms = random_module()
+    A, B = A.requires_grad_(), B.requires_grad_()
+    inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+
+    def loss(down, up):
+        return ((up @ down @ inputs).sin() * 3).mean()
+
+    loss(A, B).backward()
+    scores = IMPORTANCE["taylor"](A, B, (A.grad, B.grad))
+    small = 1e-3  # of the way to zero
+    for factor, (score, one) in enumerate(zip(scores, (A, B), strict=True)):
+        for place in ((0, 0), (2, 1)):
+            moved = [A.detach().clone().double(), B.detach().clone().double()]
+            moved[factor][place] *= 1 - small
+            inputs = inputs.double()
+            change = loss(*moved) - loss(A.detach().double(), B.detach().double())
+            assert float(score[place]) == pytest.approx(abs(float(change)) / small, rel=2e-2)
+        assert score.shape == one.shape
+
+
+def test_smoothed_taylor_is_sensitivity_times_uncertainty():
+    A, B, _ = random_module()
+    of_A, of_B = torch.rand(2, *A.shape), torch.rand(2, *B.shape)
+    score_A, score_B = IMPORTANCE["taylor-smoothed"](A, B, (of_A, of_B))
+    assert torch.equal(score_A, of_A[0] * of_A[1])
+    assert torch.equal(score_B, of_B[0] * of_B[1])
+
+
+@pytest.mark.parametrize("rule", ["taylor", "taylor-smoothed", "obs"])
+def test_rules_that_were_given_nothing_say_so_and_a_fresh_adapter_has_magnitudes(rule):
+    A, B, _ = random_module()
+    with pytest.raises(ValueError, match=f"importance '{rule}' needs what is measured"):
+        IMPORTANCE[rule](A, B, None)
+    pair = torch.zeros(2, *A.shape), torch.zeros(2, *B.shape)
+    measured = {"taylor": (pair[0][0], pair[1][0]), "obs": Curvature.of(torch.eye(6))}
+    scores = IMPORTANCE[rule](A, torch.zeros_like(B), measured.get(rule, pair))
+    assert torch.equal(scores[0], A.abs())
 
 
 @pytest.mark.parametrize(

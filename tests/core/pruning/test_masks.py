@@ -1,5 +1,6 @@
 """Test exact counts, ties and nesting of the masks."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from grasp_lora.core.pruning.masks import (
     STRUCTURES,
     Mask,
+    NotANumber,
     keep_components,
     keep_masks,
+    keep_of_every,
     pruned_count,
     without_dead_components,
     zero_fraction,
@@ -183,3 +186,48 @@ def test_rows_and_columns_of_a_larger_mask_are_packed_alike():
     whole = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)) < 0.5
     for keep in (whole[1:3], whole[:, 2:5], whole.T[1:], whole[5]):
         assert torch.equal(Mask.of(keep).keep(), keep)
+
+
+def kept_by_brute_force(row, kept, size):
+    """Return the reference: of all choices of `kept` entries of a group, the best by its sum.
+
+    The list of choices is in the order of positions, so of equal ones the earliest is taken.
+    """
+    out = []
+    for start in range(0, len(row), size):
+        group = row[start : start + size]
+        count = min(kept, len(group))
+        choices = itertools.combinations(range(len(group)), count)
+        best = max(choices, key=lambda choice: sum(group[i] for i in choice))
+        out += [i in best for i in range(len(group))]
+    return out
+
+
+@pytest.mark.parametrize("name", ["2:4", "4:8"])
+@pytest.mark.parametrize(("rank", "wide", "out"), [(8, 16, 5), (3, 10, 4), (2, 1, 3), (9, 21, 2)])
+def test_n_of_m_keeps_the_best_of_every_group_and_of_a_shorter_last_one(name, rank, wide, out):
+    kept, size = (int(part) for part in name.split(":"))
+    generator = torch.Generator().manual_seed(rank)
+    # Few whole numbers: ties, and sums without rounding.
+    a = torch.randint(0, 6, (rank, wide), generator=generator).float()
+    b = torch.randint(0, 6, (out, rank), generator=generator).float()
+    ((keep_a, keep_b),) = STRUCTURES[name](a, b, [0.5])
+    for scores, keep in ((a, keep_a), (b, keep_b)):
+        expected = [kept_by_brute_force(row, kept, size) for row in scores.tolist()]
+        assert keep.tolist() == expected
+        assert keep.dtype == torch.bool
+        assert keep.shape == scores.shape
+
+
+def test_n_of_m_knows_its_own_ratio_and_none():
+    a, b = torch.rand(4, 8), torch.rand(3, 4)
+    found = STRUCTURES["2:4"](a, b, [0.0, 0.24, 0.25, 0.5, 1.0])
+    assert [float((~keep_a).float().mean()) for keep_a, _ in found] == [0, 0, 0.5, 0.5, 0.5]
+    assert [float((~keep_b).float().mean()) for _, keep_b in found] == [0, 0, 0.5, 0.5, 0.5]
+    ((keep_a, _),) = keep_of_every(1, 4)(a, b, [0.4])
+    assert (keep_a.view(4, 2, 4).sum(-1) == 1).all()
+
+
+def test_n_of_m_refuses_scores_that_are_no_numbers():
+    with pytest.raises(NotANumber, match="got NaN"):
+        STRUCTURES["2:4"](torch.tensor([[float("nan"), 1.0]]), torch.ones(1, 1), [0.5])

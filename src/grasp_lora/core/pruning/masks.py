@@ -10,7 +10,7 @@ that ties with the k-th, so an all-zero tensor loses all of its entries at any r
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from grasp_lora.core.pruning.n_of_m import N_OF_M, nearer_known
 
 
 class NotANumber(ValueError):
@@ -135,6 +137,42 @@ def keep_components(
     ]
 
 
+def keep_of_every(kept: int, size: int) -> "Structure":
+    """Return the structure "kept:size", such as 2:4: of every `size` entries `kept` stay.
+
+    The groups lie along the input dimension: in a row of A [r, in] along `in`, in a row of B
+    [out, r] along r. A shorter last group counts as if it were filled up with zeros, as hardware
+    does it: of its k entries min(k, kept) stay. There are two masks, this one and that of ratio 0;
+    see `n_of_m.known_ratio`. Of two equal scores, the earlier entry counts as more important.
+    """
+
+    def keep(
+        score_a: Tensor, score_b: Tensor, ratios: Sequence[float]
+    ) -> list[tuple[Tensor, Tensor]]:
+        def cut(scores: Tensor, ratio: float) -> Tensor:
+            if nearer_known(ratio, kept, size) == 0:
+                return torch.ones_like(scores, dtype=torch.bool)
+            return _keep_best(scores, kept, size)
+
+        return [(cut(score_a, ratio), cut(score_b, ratio)) for ratio in ratios]
+
+    return keep
+
+
+def _keep_best(scores: Tensor, kept: int, size: int) -> Tensor:
+    """Return True for the `kept` highest scores of every `size` neighbours in a row."""
+    scores = scores.detach().float()
+    if bool(torch.isnan(scores).any()):
+        raise NotANumber("importance scores must be numbers, got NaN, so no mask can be cut")
+    rows, length = scores.shape
+    filled = torch.full((rows, -(-length // size) * size), -math.inf, device=scores.device)
+    filled[:, :length] = scores
+    groups = filled.view(rows, -1, size)
+    best = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :kept]
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+    return keep.view(rows, -1)[:, :length].contiguous()
+
+
 def without_dead_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return A [k, in] and B [out, k] without components whose row of A or column of B is zero.
 
@@ -147,7 +185,12 @@ def without_dead_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[alive], b[:, alive]
 
 
-STRUCTURES = {"entries": keep_entries, "rank": keep_components}
+Structure = Callable[[Tensor, Tensor, Sequence[float]], list[tuple[Tensor, Tensor]]]
+STRUCTURES: Mapping[str, Structure] = {
+    "entries": keep_entries,
+    "rank": keep_components,
+    **{name: keep_of_every(*counts) for name, counts in N_OF_M.items()},
+}
 """Unit of pruning -> function(scores of A, scores of B, ratios) -> (keep of A, keep of B) per
 ratio."""
 

@@ -35,6 +35,7 @@ def _merged(says: str, **merge: Any) -> Start:
 _LINEAR = "linear merge with weights 1 + 1 and the scaling alpha/r"
 _UNSCALED = "linear merge as the published code computes it, without alpha/r (weights 1/scaling)"
 _PEFT_DENSITY = 0.5
+_TIES_DENSITY = 0.2
 
 STARTS: Mapping[str, Start] = MappingProxyType(
     {
@@ -54,6 +55,12 @@ STARTS: Mapping[str, Start] = MappingProxyType(
         "linear-unscaled": _merged(_UNSCALED, kind="linear", weights="unscaled"),
         "learned-weights": _merged("merge weights learned by probes", kind="cat", weights="auto"),
         "svd": _merged("low-rank average of the deltas", kind="svd", weights=None),
+        "layer-swap": _merged(
+            "target adapter in the outer layers, source adapter in the middle", rule="layer-swap"
+        ),
+        "ties-delta": _merged(
+            "TIES on the deltas, as published", rule="ties-delta", density=_TIES_DENSITY
+        ),
         "lorahub": _merged("LoRAHub: weights by nevergrad", rule="lorahub"),
         **{
             kind.replace("_", "-"): _merged(
