@@ -170,8 +170,10 @@ def processes_of(path: Path) -> int | None:
 
 
 def _begun(path: Path, name: str) -> int | None:
-    file = path / RUN_CONFIG_FILE
-    return read_json(file).get(name) if file.exists() else None
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is put aside by who opens the run
+        read_config(path)
+        return read_json(path / RUN_CONFIG_FILE).get(name)
+    return None
 
 
 def marks_of(path: Path) -> dict[str, bytes]:
