@@ -170,7 +170,7 @@ def processes_of(path: Path) -> int | None:
 
 
 def _begun(path: Path, name: str) -> int | None:
-    with suppress(FileNotFoundError, ValueError):  # a damaged file is put aside by who opens the run
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is put aside when it is opened
         read_config(path)
         return read_json(path / RUN_CONFIG_FILE).get(name)
     return None
