@@ -278,7 +278,7 @@ def _causal_config(spec: ModelSpec, location: str) -> Any:
     """
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     named = getattr(config, "architectures", None) or ()
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder"
     elif any(name.endswith("ForMaskedLM") for name in named):
         kind = "a masked language model"
