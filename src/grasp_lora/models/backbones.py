@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -252,8 +253,8 @@ def load_tokenizer(
         ValueError: see `load_backbone`.
     """
     location, public_name, _ = _locate(spec, notice)
+    config = _causal_config(spec, location)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
-    config = _call_hub(AutoConfig.from_pretrained, spec, location)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is not None:
         stop_ids = _stop_ids(_generation_config(spec, location, config), tokenizer)
@@ -267,7 +268,32 @@ def load_model_config(spec: ModelSpec, notice: Notice = _ignore) -> Any:
     Raises:
         FileNotFoundError, ValueError: see `load_backbone`.
     """
-    return _call_hub(AutoConfig.from_pretrained, spec, _locate(spec, notice)[0])
+    return _causal_config(spec, _locate(spec, notice)[0])
+
+
+def _causal_config(spec: ModelSpec, location: str) -> Any:
+    """Return the configuration of a model, once it is known to be one of a causal language model.
+
+    transformers would load the decoder of some models alone, and an encoder as if it were causal.
+    """
+    config = _call_hub(AutoConfig.from_pretrained, spec, location)
+    named = getattr(config, "architectures", None) or ()
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif any(name.endswith("ForMaskedLM") for name in named):
+        kind = "a masked language model"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _brings_code(config):
+        return config
+    else:
+        kind = "of a kind that transformers loads as no causal language model"
+    raise ValueError(
+        f"the model {shown(spec.name)} ({config.model_type}) is {kind}; only causal language "
+        "models can be used here"
+    )
+
+
+def _brings_code(config: Any) -> bool:
+    return AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
@@ -421,6 +447,7 @@ _NO_ADAPTER = {"subfolder": "no-adapter"}
 def _load_model(
     spec: ModelSpec, location: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
+    _causal_config(spec, location)
     settings: dict[str, Any] = {"dtype": dtype, "adapter_kwargs": _NO_ADAPTER}
     if spec.attn_implementation is not None:
         settings["attn_implementation"] = spec.attn_implementation
@@ -496,7 +523,7 @@ def plan_memory(
         ValueError: see `load_backbone`.
     """
     location, *_ = _locate(spec, notice)
-    config = _call_hub(AutoConfig.from_pretrained, spec, location)
+    config = _causal_config(spec, location)
     dtype = choose_dtype(spec.dtype, choose_device(spec.device))
     plan = plan_config_memory(
         config,

@@ -97,7 +97,8 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | str) -> list[str
         raise ValueError("target_modules is empty: name at least one module or use 'all-linear'")
     for pattern in wanted:
         if not any(_matches(name, pattern) for name in modules):
-            raise ValueError(_unknown_target(pattern, modules))
+            check_experts([pattern], model, "target_modules")
+            raise ValueError(_unknown_target(pattern, modules, model))
     found = [name for name in modules if any(_matches(name, pattern) for pattern in wanted)]
     check_experts(found, model, "target_modules")
     return found
@@ -166,13 +167,15 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _unknown_target(pattern: str, modules: dict[str, nn.Module]) -> str:
-    endings = _last_parts(modules)
-    near = similar_names(pattern, endings) or similar_names(pattern, list(modules))
+def _unknown_target(pattern: str, modules: dict[str, nn.Module], model: nn.Module) -> str:
+    ends = _last_parts(modules)
+    allowed = [end for end in ends if not _means_experts(end, bare_model(model))]
+    near = similar_names(pattern, allowed) or similar_names(pattern, list(modules))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    whole = "; 'all-linear' selects them all" if allowed == ends else ""
     return (
         f"target_modules: {shown(pattern)} matches no linear module{hint} The names of this "
-        f"model's linear modules end in {', '.join(endings)}; 'all-linear' selects them all"
+        f"model's linear modules end in {', '.join(allowed)}{whole}"
     )
 
 
