@@ -167,6 +167,7 @@ def test_long_functions_and_many_parameters_are_found(tmp_path):
         ("grasp_lora.core.lora", ["transformers", "peft"]),
         ("grasp_lora.plans.on_slurm", ["torch", "transformers", "pydantic", "submitit"]),
         ("grasp_lora.plans.on_ray", ["torch", "transformers", "pydantic", "ray"]),
+        ("grasp_lora.scoring.sets", ["torch", "scipy"]),
         ("grasp_lora.metrics", ["torch", "scipy", "sacrebleu", "rouge_score", "bert_score"]),
     ],
 )

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test
 
+from grasp_lora.metrics.records import check_resampling
+
 Value = Callable[[np.ndarray], np.ndarray]
 """Sums over rows, shape [..., k] -> scores, shape [...]."""
 
@@ -118,20 +120,6 @@ def paired_difference(
     ends = _interval(both, difference, observed, resamples, confidence, seed)
     low, high = ends or (None, None)
     return PairedDifference(observed, low, high, _p_value(sums_a, sums_b, value, resamples, seed))
-
-
-def check_resampling(resamples: int, confidence: float) -> None:
-    """Check the options of `interval`.
-
-    Raises:
-        ValueError: the number of resamples or the confidence is out of its range.
-    """
-    if resamples < 0 or resamples == 1:
-        raise ValueError(f"resamples must be 0 (no intervals) or at least 2, got {resamples}")
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence must lie between 0 and 1, like 0.95, got {confidence}; write 95 % as 0.95"
-        )
 
 
 def _check_shapes(statistics: np.ndarray, groups: Sequence[str]) -> None:

@@ -108,3 +108,17 @@ def mean_measured(per_row: Sequence[float] | np.ndarray, settings: dict[str, Any
 
 def _mean(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
+
+
+def check_resampling(resamples: int, confidence: float) -> None:
+    """Check the options of intervals.
+
+    Raises:
+        ValueError: the number of resamples or the confidence is out of its range.
+    """
+    if resamples < 0 or resamples == 1:
+        raise ValueError(f"resamples must be 0 (no intervals) or at least 2, got {resamples}")
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence must lie between 0 and 1, like 0.95, got {confidence}; write 95 % as 0.95"
+        )

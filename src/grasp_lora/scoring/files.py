@@ -12,8 +12,7 @@ from grasp_lora.base.files import protect, touch, write_json
 from grasp_lora.base.texts import NORMAL_FORM
 from grasp_lora.base.words import shown
 from grasp_lora.metrics.answers import OF_MLQA
-from grasp_lora.metrics.intervals import check_resampling
-from grasp_lora.metrics.records import Options, Row
+from grasp_lora.metrics.records import Options, Row, check_resampling
 from grasp_lora.metrics.scoring import compare, missing, score
 from grasp_lora.metrics.segment import unspaced_language
 from grasp_lora.metrics.table import METRICS
