@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lora.adapters.products import use_added_products
 from grasp_lora.models.modules import (
     base_modules,
     check_experts,
@@ -76,9 +77,9 @@ def attach_adapter(
 ) -> PeftModel:
     """Add trainable LoRA factors to `model` in place and return the PeftModel.
 
-    The factors are in float32 for every dtype of the base model, and the scaling is 1. The base
-    model is frozen. The global random state does not change. Write the final folder with
-    `write_adapter`.
+    The factors are in float32 for every dtype of the base model, and the scaling is 1. In bfloat16
+    on a CPU they are rounded for their products; see `adapters.products`. The base model is
+    frozen. The global random state does not change. Write the final folder with `write_adapter`.
 
     Args:
         model: the base model without LoRA.
@@ -107,6 +108,7 @@ def attach_adapter(
             layer = layers[module]
             layer.lora_A["default"].get_parameter("weight").copy_(A)
             layer.lora_B["default"].get_parameter("weight").copy_(B)
+    use_added_products(peft_model)
     return peft_model
 
 
