@@ -11,6 +11,9 @@ a layer is like another, and the run is shorter.
   `workbench.fit` trains where the library's attention runs: one example after the other. `packed,
   sdpa` masks blocks instead. Beside it what settings offer: the rows in two or four forwards of a
   step (`train.accumulation`).
+- `adapter`: the LoRA layers as PEFT computes them, in float32, and as `adapters.products` does, the
+  library's way in bfloat16 on a CPU; for adapters on two layers and on all of them: a step, a
+  forward pass, and a token of 16 answers. Only the step's loss and gradients are compared.
 - `compile`: the backbone's decoder layers by `torch.compile` (inductor), for a step and for a probe
   of fixed shape, with the library's attention and with sdpa.
 - `together`: the rows of all three candidates of a round in one forward of the frozen weights, over
@@ -70,11 +73,9 @@ def stepped(
     return total, gradients(live)
 
 
-def live_on(model: nn.Module) -> LiveAdapter:
+def live_on(model: nn.Module, targets: Sequence[str] | str = step.TARGETS) -> LiveAdapter:
     """Return an adapter on a model."""
-    return attach_live_adapter(
-        model, common.adapters(model, step.TARGETS, step.RANK, seed=0), "source"
-    )
+    return attach_live_adapter(model, common.adapters(model, targets, step.RANK, seed=0), "source")
 
 
 def of_lengths(backbone: Backbone, lengths: Sequence[int]) -> list[EncodedExample]:
@@ -188,6 +189,42 @@ def compiling(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def adapter(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
+    """Steps, forward passes and single tokens with the LoRA of PEFT, and with added products."""
+    length, count = (16, 2) if options.quick else (256, 4)
+    batch = common.collator(backbone)(common.synthetic_rows(backbone, count, length))
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    token = {"input_ids": torch.zeros(4 * count, 1, dtype=torch.long)}
+    items = count * common.ANSWER_TOKENS
+    found: dict[str, Any] = {}
+    for title, targets in (
+        (" and ".join(step.TARGETS), step.TARGETS),
+        ("all layers", "all-linear"),
+    ):
+        peft, ours = (live_on(common.twin(backbone.model), targets) for _ in range(2))
+        for layer in peft.layers.values():
+            vars(layer).pop("forward", None)
+
+        @torch.no_grad()
+        def forward(live: LiveAdapter, inputs: Mapping[str, Any]) -> None:
+            live.model(**inputs, use_cache=False)
+
+        ways: dict[str, tuple[Ways, bool]] = {
+            "step": (_both(peft, ours, lambda one: stepped(one, [batch], items)), True),
+            "forward": (_both(peft, ours, lambda one: forward(one, given)), False),
+            "token": (_both(peft, ours, lambda one: forward(one, token)), False),
+        }
+        for name, (pair, told) in ways.items():
+            found[f"{title}, {name}"] = compared(
+                pair, options.repeat, (lambda end: end) if told else None
+            )
+    return found
+
+
+def _both(peft: LiveAdapter, ours: LiveAdapter, work: Callable[[LiveAdapter], Any]) -> Ways:
+    return {"PEFT": lambda: work(peft), "added products": lambda: work(ours)}
+
+
 def together(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
     """The rows of all candidates in one forward, over a forward for each."""
     collate, model = common.collator(backbone), backbone.model
@@ -292,6 +329,7 @@ def loss_share(backbone: Backbone, options: argparse.Namespace) -> float:
 
 LEVERS: Mapping[str, Callable[[Backbone, argparse.Namespace], dict[str, Any]]] = {
     "packing": packing,
+    "adapter": adapter,
     "together": together,
     "cross entropy": losses,
     "compile": compiling,

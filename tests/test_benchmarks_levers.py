@@ -46,6 +46,12 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(result):
         assert max(apart[way]) < 1e-5, way
 
 
+def test_added_products_have_the_loss_and_the_gradients_of_peft(result):
+    steps = [row for row in result["levers"]["adapter"] if row[0].endswith("step")]
+    assert len(steps) == 4
+    assert all(max(rest) < 1e-5 for _, _, _, *rest in steps)
+
+
 def test_compiled_layers_have_the_loss_and_the_gradients_of_plain_ones(result):
     steps = [row for row in result["levers"]["compile"] if row[0].endswith("step")]
     assert len(steps) == 4

@@ -35,12 +35,10 @@ class _WithProduct(torch.autograd.Function):
         B: Tensor,
         scaling: float,
     ) -> Tensor:
-        output = frozen(x)
-        d = _rows(x if dropped is None else dropped)
+        d = x if dropped is None else dropped
         a, b = A.to(x.dtype), B.to(x.dtype)
-        hidden = torch.mm(d, a.T)
-        _rows(output).addmm_(hidden, b.T, alpha=scaling)
-        ctx.save_for_backward(d, hidden, a, b)
+        output, hidden = _added(frozen(x), d, a, b, scaling)
+        ctx.save_for_backward(_rows(d), hidden, a, b)
         ctx.frozen, ctx.scaling, ctx.dtypes = frozen, scaling, (A.dtype, B.dtype)
         return output
 
@@ -66,6 +64,14 @@ class _WithProduct(torch.autograd.Function):
             torch.mm(scaled.T, hidden).to(ctx.dtypes[1]) if of_b else None,
             None,
         )
+
+
+def _added(
+    output: Tensor, d: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    hidden = torch.mm(_rows(d), a.T)
+    _rows(output).addmm_(hidden, b.T, alpha=scaling)
+    return output, hidden
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -100,6 +106,10 @@ def _forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return LoraLinear.forward(layer, x, *args, **kwargs)
     dropout = layer.lora_dropout[_ADAPTER]
     dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
-    A, B = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    # A parametrized weight is computed when it is read.
+    A, B = (cast(Tensor, side[_ADAPTER].weight) for side in (layer.lora_A, layer.lora_B))
     scaling = layer.scaling[_ADAPTER]
-    return cast(Tensor, _WithProduct.apply(x, dropped, layer.base_layer, A, B, scaling))
+    if torch.is_grad_enabled():
+        return cast(Tensor, _WithProduct.apply(x, dropped, layer.base_layer, A, B, scaling))
+    d = x if dropped is None else dropped
+    return _added(layer.base_layer(x), d, A.to(x.dtype), B.to(x.dtype), scaling)[0]
