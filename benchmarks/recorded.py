@@ -9,7 +9,8 @@ finished run, without places of this machine, to docs/results/records/PAIR.parqu
 `benchmarks.records`). A run that is recorded there is not run again, on whatever machine it was.
 `tables` writes comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the
 adapters are trained with another seed, on the same rows, and what begins from them is kept in the
-collection other-adapters. Other commands read the collection that `--collection` names.
+collection other-adapters. `--collection` names the collection that other runs are kept in, and that
+the other commands read.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
@@ -115,11 +116,13 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
 def run(pair: str, options: argparse.Namespace, until: float) -> None:
     """Do what is planned and not recorded, until a time of `time.monotonic`."""
     config, queue = config_of(pair), options.work / pair / "compare"
-    table, collection = options.records / f"{pair}.parquet", records.RUNS
+    table, collection = options.records / f"{pair}.parquet", options.collection
     if options.adapters_seed is not None:
         config = with_split_seed(config).model_copy(update={"seed": options.adapters_seed})
         queue = queue.with_name(f"compare-{options.adapters_seed}")
         collection = OTHER_ADAPTERS
+    elif collection != records.RUNS:
+        queue = queue.with_name(f"compare-{collection}")
     config = with_adapters(config, options.work, pair)
     while time.monotonic() <= until:
         known = records.jobs(table, collection)
@@ -495,6 +498,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--jobs", type=int, default=1, help="processes at once")
     running.add_argument("--threads", type=int, default=1, help="of every run")
     running.add_argument("--records", type=Path, default=records.FOLDER, help="of the tables")
+    running.add_argument("--collection", default=records.RUNS, help="that the runs belong to")
     reading = {
         "tables": "write the tables of what is recorded",
         "against": "print paired differences to a method",
