@@ -321,8 +321,9 @@ def test_the_time_left_follows_the_planned_tokens_and_the_pace(
 ):
     now = [100.0]
     monkeypatch.setattr(launch.time, "perf_counter", lambda: now[0])
-    costs = {"a": 9, "b": 99, "broken": 39, "c": 999}  # one more for the moment that each takes
-    seconds = {"a": 20.0, "b": 10.0, "broken": 0.0, "c": 5.0}
+    # One more each for the moment that a stage takes.
+    costs = {"merge": 0, "a": 9, "b": 99, "broken": 39, "c": 999}
+    seconds = {"merge": 2.0, "a": 20.0, "b": 10.0, "broken": 0.0, "c": 5.0}
     stages = [added(n, tokens=cost, fail=n == "broken") for n, cost in costs.items()]
     do = launch.work_off
 
@@ -336,11 +337,12 @@ def test_the_time_left_follows_the_planned_tokens_and_the_pace(
     monkeypatch.setattr(launch, "work_off", slow)
     run(tmp_path / "q", *stages, quiet=False)
     joined = capsys.readouterr().err
-    assert "a: done (1 of 4 stages, about 38 min left)" in joined  # 2 s a token, 1140 are left
-    # 30 s were spent on 110 tokens: 1040 take 284 s.
-    assert "b: done (2 of 4 stages, about 5 min left)" in joined
+    assert "merge: done (1 of 5 stages)" in joined  # a token in 1150 says nothing of the pace
+    assert "a: done (2 of 5 stages, about 38 min left)" in joined  # 2 s a token, 1140 are left
+    # 32 s were spent on 111 tokens: 1040 take 300 s.
+    assert "b: done (3 of 5 stages, about 5 min left)" in joined
     assert "ValueError: told to fail" in joined
-    assert "c: done (4 of 4 stages)" in joined
+    assert "c: done (5 of 5 stages)" in joined
 
 
 @pytest.mark.parametrize(

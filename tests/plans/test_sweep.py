@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from grasp_lora.base.files import read_json
+from grasp_lora.base.words import in_markdown
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError
 from grasp_lora.config.sweep import load_sweep
@@ -18,6 +19,7 @@ from grasp_lora.plans.pool import Engine
 from grasp_lora.plans.run import run
 from grasp_lora.plans.status import folder_status
 from grasp_lora.plans.sweep import sweep, sweep_plan
+from grasp_lora.report.sweep import shipped_rows
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_job, write_rows
 
@@ -206,13 +208,32 @@ def test_a_cell_may_choose_its_recipe_from_adapters_that_are_given(folder, tmp_p
         for n, role in enumerate(("source", "target"))
     }
     languages = {"es": {"data.target.files": str(folder / "es.jsonl")} | adapters}
-    configurations = {"auto": {"settings": {"controller": {}, "budget": 9}}}
+    configurations = {
+        "auto": {"settings": {"controller": {}, "budget": 9, "evaluate.baselines": True}}
+    }
     whole = asked(folder, languages=languages, configurations=configurations)
     found = sweep(whole, tmp_path / "out", in_pool(), quiet=True)
     (cell,) = found["cells"]
     assert cell["system"] == "auto"
     chosen = read_json(tmp_path / "out" / "es-auto-s7" / "run" / "recipe.json")
     assert (cell["ships"], cell["dev_loss"]) == (chosen["ships"], chosen["dev_loss"])
+    scores = read_json(tmp_path / "out" / "es-auto-s7" / "run" / "scores.json")
+    losses = {
+        one["name"].partition(",")[0]: f"{one['sets']['test']['scores']['loss']['value']:.3f}"
+        for one in scores["systems"]
+        if one["slug"] != "final"
+    }
+    titles, (row,) = shipped_rows(found)
+    shown = dict(zip(titles, row, strict=True))
+    assert len(losses) >= 4
+    assert losses.items() <= shown.items()
+    assert shown["shipped"].endswith(f": {chosen['ships']}")
+    assert shown["shipped"].startswith(f"{cell['scores']['test']['loss']:.3f}")
+    assert shown["expected"] == "–" or f"{-chosen['gain']['gain']:+.3f} [" in shown["expected"]
+    assert (
+        f"| {in_markdown(row[-2])} | {in_markdown(row[-1])} |"
+        in (tmp_path / "out" / "sweep.md").read_text()
+    )
     assert not (tmp_path / "out" / "adapters").exists()
 
 

@@ -46,20 +46,25 @@ def _of_run(config: RunConfig, overwrite: bool) -> dict[str, Any]:
     out = run(config, overwrite)
     scores, ratio = read_json(out / "scores.json"), read_json(out / "ratio.json")
     final = [row for row in scores["systems"] if row["slug"] == "final"]
-    sets = final[0]["sets"] if final else {}
     chosen = read_json(out / "recipe.json") if (out / "recipe.json").exists() else {}
     row = {
         "system": config.recipe,
         "ships": chosen.get("ships"),
-        "scores": {
-            test: {metric: found["value"] for metric, found in one["scores"].items()}
-            for test, one in sets.items()
-        },
+        "scores": _values(final[0]) if final else {},
+        "before": {one["name"]: _values(one) for one in scores["systems"] if one not in final},
         "dev_loss": chosen.get("dev_loss"),
+        "gain": chosen.get("gain"),
         "ratio": ratio["ratio"],
         "verdict": ratio["verdict"],
     }
     return {"rows": [row], "not_applicable": {}}
+
+
+def _values(system: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        test: {metric: found["value"] for metric, found in one["scores"].items()}
+        for test, one in system["sets"].items()
+    }
 
 
 def _of_methods(

@@ -169,6 +169,10 @@ def _lost_its_plan(place: Path) -> bool:
     return any(any(place.glob(f"{depth}/{STAGE_FILE}")) for depth in ("*", "*/*"))
 
 
+_TOLD_FROM = 0.005
+"""Share of a plan's tokens after which its pace is known well enough to tell the time left."""
+
+
 class _Progress:
     """What is left of a plan, in tokens, and the time that takes at the pace so far."""
 
@@ -195,8 +199,12 @@ class _Progress:
 
     def _say(self, name: str, outcome: Outcome) -> None:
         left = sum(self._left.values())
-        pace = (time.perf_counter() - self._began) / max(1.0, self.total - left)
-        rest = f", about {duration(pace * left)} left" if self._left else ""
+        done = self.total - left
+        rest = ""
+        # Stages without tokens, like merging, say nothing of the pace.
+        if self._left and done >= _TOLD_FROM * self.total:
+            pace = (time.perf_counter() - self._began) / max(1.0, done)
+            rest = f", about {duration(pace * left)} left"
         ended = self._count - len(self._left)
         state = outcome.error or "done"
         self._reporter.say(f"{name}: {state} ({ended} of {self._count} stages{rest})")

@@ -9,6 +9,11 @@ from grasp_lora.base.words import in_markdown
 from grasp_lora.report.comparison import mean_and_deviation
 from grasp_lora.report.run import HEADLINES, NATIVE, TITLES, narrow_table
 
+SHIPPED = (
+    "What each run of `auto` shipped, by the loss on the test examples. What is expected is the "
+    "difference in loss to the best system that needs no training, with its interval."
+)
+
 
 def sweep_markdown(found: Mapping[str, Any]) -> str:
     """Return `sweep.json` as a Markdown document: one table, and the cells without a result."""
@@ -16,6 +21,11 @@ def sweep_markdown(found: Mapping[str, Any]) -> str:
     lines = ["# Sweep", "", "Means over seeds, with their deviation where there are several.", ""]
     lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     lines += [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
+    titles, rows = shipped_rows(found)
+    if rows:
+        lines += ["", SHIPPED, ""]
+        lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+        lines += [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
     lines += ["", "Configurations:", ""]
     lines += [f"- `{name}`: {in_markdown(what)}" for name, what in found["configurations"].items()]
     for title, named in (("Not applicable", "not_applicable"), ("Without a result", "failed")):
@@ -56,3 +66,29 @@ def sweep_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             row.append(mean_and_deviation([one["found"].get(name) for one in cells], digits))
         rows.append([*row, mean_and_deviation([one["dev_loss"] for one in cells], 3)])
     return titles, rows
+
+
+def shipped_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return column titles and rows: what each run of `auto` had before, and what it ships.
+
+    Runs differ in the number of solved examples of their prompt; all are in one column.
+    """
+    cells = [cell for cell in found["cells"] if cell["system"] == "auto"]
+    before = list(dict.fromkeys(_column(name) for cell in cells for name in cell["before"]))
+    titles = ["language", "configuration", "seed", "test set", *before, "shipped", "expected"]
+    rows: list[list[str]] = []
+    for cell in cells:
+        expected = "–"
+        if cell["gain"] is not None:
+            low, high = cell["gain"]["interval"]
+            expected = f"{-cell['gain']['gain']:+.3f} [{-high:+.3f}, {-low:+.3f}]"
+        for test, scores in cell["scores"].items():
+            losses = {_column(name): one[test]["loss"] for name, one in cell["before"].items()}
+            shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in before)
+            row = [cell["language"], cell["configuration"], str(cell["seed"]), test, *shown]
+            rows.append([*row, f"{scores['loss']:.3f}: {cell['ships']}", expected])
+    return titles, rows
+
+
+def _column(name: str) -> str:
+    return name.partition(",")[0]
