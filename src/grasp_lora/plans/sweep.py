@@ -163,7 +163,7 @@ def _found(
             cells += [about | {"seed": seed} | row for row in stored["rows"]]
             refused |= {f"{cell}, {one}": why for one, why in stored["not_applicable"].items()}
     return {
-        "task": parts[0].config.data.task,
+        "tasks": list(dict.fromkeys(part.config.data.task for part in parts)),
         "configurations": variant_words(whole.configurations),
         "seeds": list(whole.seeds),
         "cells": cells,

@@ -53,7 +53,8 @@ def sweep_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             key = (cell["language"], cell["configuration"], cell["system"], test)
             groups.setdefault(key, []).append(cell | {"found": scores})
     known = {metric for cells in groups.values() for one in cells for metric in one["found"]}
-    metrics = [name for name in HEADLINES.get(found["task"], ()) if name in known] or sorted(known)
+    wanted = dict.fromkeys(name for task in found["tasks"] for name in HEADLINES.get(task, ()))
+    metrics = [name for name in wanted if name in known] or sorted(known)
     several = len({test for *_, test in groups}) > 1
     titles = ["language", "configuration", "system", *(["test set"] if several else []), "seeds"]
     titles += ["ratio", *(TITLES.get(name, name) for name in metrics), "dev loss"]
