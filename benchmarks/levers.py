@@ -13,7 +13,8 @@ a layer is like another, and the run is shorter.
   step (`train.accumulation`).
 - `adapter`: the LoRA layers as PEFT computes them, in float32, and as `adapters.products` does, the
   library's way in bfloat16 on a CPU; for adapters on two layers and on all of them: a step, a
-  forward pass, and a token of 16 answers. Only the step's loss and gradients are compared.
+  forward pass, and a token of 16 answers. `to float32` says how far the loss and the gradients of
+  both are from those of the same step in float32.
 - `compile`: the backbone's decoder layers by `torch.compile` (inductor), for a step and for a probe
   of fixed shape, with the library's attention and with sdpa.
 - `together`: the rows of all three candidates of a round in one forward of the frozen weights, over
@@ -218,6 +219,16 @@ def adapter(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
             found[f"{title}, {name}"] = compared(
                 pair, options.repeat, (lambda end: end) if told else None
             )
+        whole = live_on(common.twin(backbone.model).float(), targets)
+        loss, exact = stepped(whole, [batch], items)
+        ends = {
+            "PEFT": stepped(peft, [batch], items),
+            "added products": stepped(ours, [batch], items),
+        }
+        found[f"{title}, step"]["to float32"] = {
+            way: {"loss": abs(one / loss - 1), "gradients": difference(other, exact)}
+            for way, (one, other) in ends.items()
+        }
     return found
 
 
@@ -336,14 +347,21 @@ LEVERS: Mapping[str, Callable[[Backbone, argparse.Namespace], dict[str, Any]]] =
 }
 
 
+_FIGURES = ("ratios", "differences", "to float32", "seconds")
+
+
 def ratios_in(found: Mapping[str, Any], above: str = "") -> list[list[Any]]:
-    """Return a row for each way: what it is a way of, its name, the ratio, the differences."""
+    """Return a row for each way: what it is a way of, its name, the ratio, the differences.
+
+    Differences are to the step in float32 where it is measured, else to the first way.
+    """
     rows: list[list[Any]] = []
+    differences = found.get("to float32", found.get("differences", {}))
     for way, ratio in found.get("ratios", {}).items():
-        apart = found.get("differences", {}).get(way, {})
+        apart = differences.get(way, {})
         rows.append([above, way, ratio, apart.get("loss"), apart.get("gradients")])
     for name, one in found.items():
-        if isinstance(one, Mapping) and name not in ("ratios", "differences", "seconds"):
+        if isinstance(one, Mapping) and name not in _FIGURES:
             rows += ratios_in(one, f"{above}, {name}")
     return rows
 
