@@ -1,13 +1,21 @@
 """The models that the whole job is tested on, each tiny and random, and those refused by kind."""
 
-from collections.abc import Mapping
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    MBart50Tokenizer,
+    MBartTokenizer,
+    NllbTokenizer,
+    PreTrainedModel,
+)
 
+from grasp_lora.models.modules import model_class
 from helpers import BOS_ID, EOS_ID, PAD_ID, TINY_VOCAB, tiny_tokenizer
 
 WIDTH = 32
@@ -59,6 +67,7 @@ class Architecture:
         refused: `lora.target_modules` that are refused -> what the error says.
         own: what differs from the usual shape.
         shape: the usual shape.
+        tokenizer: makes its tokenizer.
     """
 
     name: str
@@ -67,14 +76,16 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, Any] = field(default_factory=dict)
     shape: Mapping[str, Any] = field(default_factory=lambda: _SHAPE)
+    tokenizer: Callable[[], Any] = tiny_tokenizer
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """Return a random model in float32 and eval mode, whose logits differ clearly."""
-        values = {"vocab_size": TINY_VOCAB} | _SPECIAL | dict(self.shape) | dict(self.own)
+        size = max(TINY_VOCAB, len(self.tokenizer()))
+        values = {"vocab_size": size} | _SPECIAL | dict(self.shape) | dict(self.own)
         config = AutoConfig.for_model(self.type, **values)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = model_class(config).from_config(config, dtype=torch.float32)
             with torch.no_grad():
                 for weight in model.parameters():
                     if weight.dim() > 1:
@@ -84,13 +95,13 @@ class Architecture:
     def save(self, folder: Path) -> Path:
         """Save the model with its tokenizer to `folder`; return it."""
         self.model().save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
+        self.tokenizer().save_pretrained(folder)
         return folder
 
 
 @dataclass(frozen=True)
 class Other:
-    """A kind of model that is no causal language model.
+    """A kind of model that writes no text, or reads none.
 
     Attributes:
         name: what people call the models.
@@ -155,13 +166,77 @@ ARCHITECTURES = (
     ),
 )
 
-_TINY_T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": WIDTH, "num_layers": 2, "num_heads": 4}
-_TINY_BART = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1}
+_NAMED = ["<s>", "<pad>", "</s>", "<unk>", "\u2581"]
+_LETTERS = [*_NAMED, *string.digits, *string.ascii_letters, *string.punctuation, *"áéíóúñ¿¡"]
+
+
+def mbart_tokenizer() -> MBartTokenizer:
+    """Return a tokenizer of letters, which puts the language behind a text, as mBART does."""
+    return MBartTokenizer(vocab=[(piece, 0.0) for piece in _LETTERS])
+
+
+def mbart50_tokenizer() -> MBart50Tokenizer:
+    """Return a tokenizer of letters, which puts the language ahead of a text, as mBART-50 does."""
+    return MBart50Tokenizer(vocab=[(piece, 0.0) for piece in _LETTERS])
+
+
+def nllb_tokenizer() -> NllbTokenizer:
+    """Return a tokenizer of letters that knows the languages of NLLB."""
+    return NllbTokenizer(vocab={piece: at for at, piece in enumerate(_LETTERS)}, merges=[])
+
+
+_T5_SHAPE = {
+    "d_model": WIDTH,
+    "d_kv": WIDTH // 4,
+    "d_ff": WIDTH,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": PAD_ID,
+}
+_BART_SHAPE = {
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": WIDTH,
+    "decoder_ffn_dim": WIDTH,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+_ALL_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+ENCODER_DECODERS = (
+    Architecture(
+        "T5", "t5", ("q", "k", "v", "o", "wi", "wo"), {"q_proj": _NONE}, shape=_T5_SHAPE
+    ),
+    Architecture(
+        "mT5",
+        "mt5",
+        ("q", "v"),
+        {"q_proj": _NONE},
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        _T5_SHAPE,
+    ),
+    Architecture("mBART", "mbart", shape=_BART_SHAPE, tokenizer=mbart_tokenizer),
+    Architecture("mBART-50", "mbart", shape=_BART_SHAPE, tokenizer=mbart50_tokenizer),
+    Architecture("NLLB", "m2m_100", _ALL_BART, shape=_BART_SHAPE, tokenizer=nllb_tokenizer),
+)
+
+_TINY_WHISPER = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1}
 
 OTHERS = (
-    Other("T5, mT5", "t5", _TINY_T5, "T5ForConditionalGeneration", "an encoder-decoder"),
-    Other("mBART", "mbart", _TINY_BART, "MBartForConditionalGeneration", "an encoder-decoder"),
-    Other("NLLB", "m2m_100", _TINY_BART, "M2M100ForConditionalGeneration", "an encoder-decoder"),
+    Other(
+        "Whisper",
+        "whisper",
+        _TINY_WHISPER,
+        "WhisperForConditionalGeneration",
+        "an encoder-decoder that reads no text",
+    ),
     Other("BERT", "bert", _SHAPE, "BertForMaskedLM", "a masked language model"),
     Other("XLM-R", "xlm-roberta", _SHAPE, "XLMRobertaForMaskedLM", "a masked language model"),
 )
@@ -175,7 +250,7 @@ def table() -> str:
         "| models | `model_type` | `lora.target_modules` | refused by name |",
         "|---|---|---|---|",
     ]
-    for one in ARCHITECTURES:
+    for one in (*ARCHITECTURES, *ENCODER_DECODERS):
         why: dict[str, list[str]] = {}
         for targets, said in one.refused.items():
             why.setdefault(_REASONS[said], []).append(f"`{targets}`")

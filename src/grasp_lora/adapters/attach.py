@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from grasp_lora.models.modules import (
     base_modules,
     check_experts,
+    is_encoder_decoder,
     linear_shape,
     output_embeddings,
     similar_names,
@@ -59,8 +60,13 @@ def lora_config(
         fan_in_fan_out=any(isinstance(known[module], Conv1D) for module in ranks),
         lora_dropout=dropout,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task_type(model),
     )
+
+
+def task_type(model: nn.Module) -> str:
+    """Return PEFT's name for what a model does, as adapters record it."""
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
 
 
 def _alpha(scaling: float, rank: int) -> int | float:
