@@ -13,9 +13,14 @@ from transformers import (
     MBartTokenizer,
     NllbTokenizer,
     PreTrainedModel,
+    T5Tokenizer,
 )
 
 from grasp_lora.models.modules import model_class
+from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.encoding import EncodedExample, Encoding
+from grasp_lora.tasks.prompts import render
+from grasp_lora.tasks.records import Example
 from helpers import BOS_ID, EOS_ID, PAD_ID, TINY_VOCAB, tiny_tokenizer
 
 WIDTH = 32
@@ -170,6 +175,13 @@ _NAMED = ["<s>", "<pad>", "</s>", "<unk>", "\u2581"]
 _LETTERS = [*_NAMED, *string.digits, *string.ascii_letters, *string.punctuation, *"áéíóúñ¿¡"]
 
 
+def t5_tokenizer() -> T5Tokenizer:
+    """Return a tokenizer of letters, which puts an end token behind a text, as T5 does."""
+    named = ["<pad>", "</s>", "<unk>"]
+    pieces = [*named, *(piece for piece in _LETTERS if piece not in _NAMED[:4])]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
+
+
 def mbart_tokenizer() -> MBartTokenizer:
     """Return a tokenizer of letters, which puts the language behind a text, as mBART does."""
     return MBartTokenizer(vocab=[(piece, 0.0) for piece in _LETTERS])
@@ -192,7 +204,9 @@ _T5_SHAPE = {
     "num_layers": 2,
     "num_decoder_layers": 2,
     "num_heads": 4,
-    "decoder_start_token_id": PAD_ID,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
 }
 _BART_SHAPE = {
     "d_model": WIDTH,
@@ -203,6 +217,7 @@ _BART_SHAPE = {
     "encoder_ffn_dim": WIDTH,
     "decoder_ffn_dim": WIDTH,
     "max_position_embeddings": 512,
+    "tie_word_embeddings": False,  # a tied random model writes what it reads
     "bos_token_id": 0,
     "pad_token_id": 1,
     "eos_token_id": 2,
@@ -212,7 +227,12 @@ _ALL_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 ENCODER_DECODERS = (
     Architecture(
-        "T5", "t5", ("q", "k", "v", "o", "wi", "wo"), {"q_proj": _NONE}, shape=_T5_SHAPE
+        "T5",
+        "t5",
+        ("q", "k", "v", "o", "wi", "wo"),
+        {"q_proj": _NONE},
+        shape=_T5_SHAPE,
+        tokenizer=t5_tokenizer,
     ),
     Architecture(
         "mT5",
@@ -221,11 +241,48 @@ ENCODER_DECODERS = (
         {"q_proj": _NONE},
         {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         _T5_SHAPE,
+        t5_tokenizer,
     ),
     Architecture("mBART", "mbart", shape=_BART_SHAPE, tokenizer=mbart_tokenizer),
     Architecture("mBART-50", "mbart", shape=_BART_SHAPE, tokenizer=mbart50_tokenizer),
     Architecture("NLLB", "m2m_100", _ALL_BART, shape=_BART_SHAPE, tokenizer=nllb_tokenizer),
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in Spanish, as transformers' own tokenizer writes its prompt and its answer.
+
+    Attributes:
+        prompt: token ids of the prompt, with all that the tokenizer adds.
+        target: token ids of the answer, with all that the tokenizer adds.
+        row: the question as this library encodes it.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    row: EncodedExample
+
+
+def spanish_questions(one: Architecture, count: int = 4) -> list[Asked]:
+    """Return questions of different lengths, with answers of different lengths."""
+    tokenizer, task = one.tokenizer(), TASKS["qa"]
+    start = one.model().generation_config.decoder_start_token_id
+    found: list[Asked] = []
+    for n in range(count):
+        fields = {"context": "La casa tiene " + "tres " * (n + 1), "question": "Como?" * (4 - n)}
+        answer = "tres salas"[: 3 + 2 * (n % 3)]
+        example = Example(f"q{n}", f"q{n}", "es", fields, (answer,))
+        encoding = Encoding(task, tokenizer, 400, decoder_start=start)
+        (row,) = encoding.rows([example])
+        if hasattr(tokenizer, "src_lang"):
+            code = {NllbTokenizer: "spa_Latn"}.get(type(tokenizer), "es_XX")
+            tokenizer.src_lang = tokenizer.tgt_lang = code
+        read = tokenizer(render(task, example).text)["input_ids"]
+        target = tokenizer(text_target=answer)["input_ids"]
+        found.append(Asked(tuple(read), tuple(target), row))
+    return found
+
 
 _TINY_WHISPER = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1}
 

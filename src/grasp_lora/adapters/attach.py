@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp_lora.base.files import ENCODER_DECODER_TASK
 from grasp_lora.models.modules import (
     base_modules,
     check_experts,
@@ -66,7 +67,7 @@ def lora_config(
 
 def task_type(model: nn.Module) -> str:
     """Return PEFT's name for what a model does, as adapters record it."""
-    return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+    return ENCODER_DECODER_TASK if is_encoder_decoder(model) else "CAUSAL_LM"
 
 
 def _alpha(scaling: float, rank: int) -> int | float:

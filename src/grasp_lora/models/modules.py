@@ -39,6 +39,11 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def both_sides(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Return the arguments by which a model reads token ids, in both parts where it has two."""
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if is_encoder_decoder(model) else {})
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (inputs, outputs) of a Linear, quantized or not, or a Conv1D; else None."""
     if isinstance(module, nn.Linear):
