@@ -225,8 +225,8 @@ def losses_in_states(
 
 def _tokens(batch: Batch) -> int:
     """Return the tokens that a batch reads, padding included."""
-    prefix = batch[SHARED_PREFIX].numel() if SHARED_PREFIX in batch else 0
-    return batch["input_ids"].numel() + prefix
+    read = ("input_ids", "decoder_input_ids", SHARED_PREFIX)
+    return sum(batch[name].numel() for name in read if name in batch)
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
