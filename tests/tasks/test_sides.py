@@ -1,12 +1,13 @@
 """The tokens around the two sides of an encoder-decoder, against what its tokenizer writes."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from architectures import mbart50_tokenizer, mbart_tokenizer, nllb_tokenizer, t5_tokenizer
 from grasp_lora.tasks.base import TASKS
 from grasp_lora.tasks.sides import Sides, language_of, two_sides
-from helpers import tiny_tokenizer
+from helpers import BOS_ID, EOS_ID, tiny_tokenizer
 
 
 class OfM2M100:
@@ -73,6 +74,14 @@ def test_a_saved_tokenizer_is_set_to_the_language_of_the_rows(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert two_sides(loaded, 2, "es") == two_sides(tokenizer, 2, "es")
     assert two_sides(loaded, 2, "en") != two_sides(loaded, 2, "es")
+
+
+def test_the_start_of_a_text_is_ahead_of_the_answer_where_the_tokenizer_puts_one():
+    bart = tiny_tokenizer()
+    bart.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS_ID), ("<eos>", EOS_ID)]
+    )
+    assert two_sides(bart, EOS_ID, "xx") == Sides((BOS_ID,), (EOS_ID,), (EOS_ID, BOS_ID))
 
 
 def test_a_tokenizer_that_adds_nothing_leaves_the_start_alone():
