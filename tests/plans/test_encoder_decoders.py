@@ -153,6 +153,7 @@ def test_the_whole_job_ends_in_an_adapter_that_plain_peft_reads(tmp_path, one, t
     if "v_proj" in one.targets:
         adapted = read_json(exported / "adapter_config.json")["target_modules"]
         assert "model.decoder.layers.1.encoder_attn.v_proj" in adapted
+    assert "import AutoModelForSeq2SeqLM, AutoTokenizer" in (out / "report.md").read_text()
     data, tokenizer = load_run_data(config, lambda line: None), in_spanish(one)
     told = read_jsonl(out / "evaluations/final/predictions.jsonl")
     examples = {e.id: e for e in data.parts["target"]["test"]}
