@@ -329,7 +329,7 @@ def test_engines_say_that_they_serve_no_encoder_decoder(tmp_path):
     adapter = saved_adapter(tmp_path, T5)
     for engine in ("vllm", "sglang", "llama.cpp"):
         assert faults_for(engine, adapter) == [
-            "task_type is SEQ_2_SEQ_LM: it serves no adapters of encoder-decoders"
+            "task_type is SEQ_2_SEQ_LM: it is not known to serve adapters of encoder-decoders"
         ]
 
 

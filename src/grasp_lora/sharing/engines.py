@@ -121,7 +121,8 @@ def _of_all(one: Foreign) -> list[str]:
     found = []
     if one.config.get("task_type") == ENCODER_DECODER_TASK:
         found.append(
-            f"task_type is {ENCODER_DECODER_TASK}: it serves no adapters of encoder-decoders"
+            f"task_type is {ENCODER_DECODER_TASK}: it is not known to serve adapters of "
+            "encoder-decoders"
         )
     for name, words in _USED_BY_NONE.items():
         value = one.config.get(name)
