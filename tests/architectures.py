@@ -1,13 +1,26 @@
 """The models that the whole job is tested on, each tiny and random, and those refused by kind."""
 
-from collections.abc import Mapping
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    MBart50Tokenizer,
+    MBartTokenizer,
+    NllbTokenizer,
+    PreTrainedModel,
+    T5Tokenizer,
+)
 
+from grasp_lora.models.modules import model_class
+from grasp_lora.tasks.base import TASKS
+from grasp_lora.tasks.encoding import EncodedExample, Encoding
+from grasp_lora.tasks.prompts import render
+from grasp_lora.tasks.records import Example
 from helpers import BOS_ID, EOS_ID, PAD_ID, TINY_VOCAB, tiny_tokenizer
 
 WIDTH = 32
@@ -59,6 +72,7 @@ class Architecture:
         refused: `lora.target_modules` that are refused -> what the error says.
         own: what differs from the usual shape.
         shape: the usual shape.
+        tokenizer: makes its tokenizer.
     """
 
     name: str
@@ -67,14 +81,16 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, Any] = field(default_factory=dict)
     shape: Mapping[str, Any] = field(default_factory=lambda: _SHAPE)
+    tokenizer: Callable[[], Any] = tiny_tokenizer
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """Return a random model in float32 and eval mode, whose logits differ clearly."""
-        values = {"vocab_size": TINY_VOCAB} | _SPECIAL | dict(self.shape) | dict(self.own)
+        size = max(TINY_VOCAB, len(self.tokenizer()))
+        values = {"vocab_size": size} | _SPECIAL | dict(self.shape) | dict(self.own)
         config = AutoConfig.for_model(self.type, **values)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = model_class(config).from_config(config, dtype=torch.float32)
             with torch.no_grad():
                 for weight in model.parameters():
                     if weight.dim() > 1:
@@ -84,13 +100,13 @@ class Architecture:
     def save(self, folder: Path) -> Path:
         """Save the model with its tokenizer to `folder`; return it."""
         self.model().save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
+        self.tokenizer().save_pretrained(folder)
         return folder
 
 
 @dataclass(frozen=True)
 class Other:
-    """A kind of model that is no causal language model.
+    """A kind of model that writes no text, or reads none.
 
     Attributes:
         name: what people call the models.
@@ -155,13 +171,129 @@ ARCHITECTURES = (
     ),
 )
 
-_TINY_T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": WIDTH, "num_layers": 2, "num_heads": 4}
-_TINY_BART = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1}
+_NAMED = ["<s>", "<pad>", "</s>", "<unk>", "\u2581"]
+_LETTERS = [*_NAMED, *string.digits, *string.ascii_letters, *string.punctuation, *"áéíóúñ¿¡"]
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Return a tokenizer of letters, which puts an end token behind a text, as T5 does."""
+    named = ["<pad>", "</s>", "<unk>"]
+    pieces = [*named, *(piece for piece in _LETTERS if piece not in _NAMED[:4])]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
+
+
+def mbart_tokenizer() -> MBartTokenizer:
+    """Return a tokenizer of letters, which puts the language behind a text, as mBART does."""
+    return MBartTokenizer(vocab=[(piece, 0.0) for piece in _LETTERS])
+
+
+def mbart50_tokenizer() -> MBart50Tokenizer:
+    """Return a tokenizer of letters, which puts the language ahead of a text, as mBART-50 does."""
+    return MBart50Tokenizer(vocab=[(piece, 0.0) for piece in _LETTERS])
+
+
+def nllb_tokenizer() -> NllbTokenizer:
+    """Return a tokenizer of letters that knows the languages of NLLB."""
+    return NllbTokenizer(vocab={piece: at for at, piece in enumerate(_LETTERS)}, merges=[])
+
+
+_T5_SHAPE = {
+    "d_model": WIDTH,
+    "d_kv": WIDTH // 4,
+    "d_ff": WIDTH,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+_BART_SHAPE = {
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": WIDTH,
+    "decoder_ffn_dim": WIDTH,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,  # a tied random model writes what it reads
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+_ALL_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+ENCODER_DECODERS = (
+    Architecture(
+        "T5",
+        "t5",
+        ("q", "k", "v", "o", "wi", "wo"),
+        {"q_proj": _NONE},
+        shape=_T5_SHAPE,
+        tokenizer=t5_tokenizer,
+    ),
+    Architecture(
+        "mT5",
+        "mt5",
+        ("q", "v"),
+        {"q_proj": _NONE},
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        _T5_SHAPE,
+        t5_tokenizer,
+    ),
+    Architecture("mBART", "mbart", shape=_BART_SHAPE, tokenizer=mbart_tokenizer),
+    Architecture("mBART-50", "mbart", shape=_BART_SHAPE, tokenizer=mbart50_tokenizer),
+    Architecture("NLLB", "m2m_100", _ALL_BART, shape=_BART_SHAPE, tokenizer=nllb_tokenizer),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in Spanish, as transformers' own tokenizer writes its prompt and its answer.
+
+    Attributes:
+        prompt: token ids of the prompt, with all that the tokenizer adds.
+        target: token ids of the answer, with all that the tokenizer adds.
+        row: the question as this library encodes it.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    row: EncodedExample
+
+
+def spanish_questions(one: Architecture, count: int = 4) -> list[Asked]:
+    """Return questions of different lengths, with answers of different lengths."""
+    tokenizer, task = one.tokenizer(), TASKS["qa"]
+    start = one.model().generation_config.decoder_start_token_id
+    found: list[Asked] = []
+    for n in range(count):
+        fields = {"context": "La casa tiene " + "tres " * (n + 1), "question": "Como?" * (4 - n)}
+        answer = "tres salas"[: 3 + 2 * (n % 3)]
+        example = Example(f"q{n}", f"q{n}", "es", fields, (answer,))
+        encoding = Encoding(task, tokenizer, 400, decoder_start=start)
+        (row,) = encoding.rows([example])
+        if hasattr(tokenizer, "src_lang"):
+            code = {NllbTokenizer: "spa_Latn"}.get(type(tokenizer), "es_XX")
+            tokenizer.src_lang = tokenizer.tgt_lang = code
+        read = tokenizer(render(task, example).text)["input_ids"]
+        target = tokenizer(text_target=answer)["input_ids"]
+        found.append(Asked(tuple(read), tuple(target), row))
+    return found
+
+
+_TINY_WHISPER = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1}
 
 OTHERS = (
-    Other("T5, mT5", "t5", _TINY_T5, "T5ForConditionalGeneration", "an encoder-decoder"),
-    Other("mBART", "mbart", _TINY_BART, "MBartForConditionalGeneration", "an encoder-decoder"),
-    Other("NLLB", "m2m_100", _TINY_BART, "M2M100ForConditionalGeneration", "an encoder-decoder"),
+    Other(
+        "Whisper",
+        "whisper",
+        _TINY_WHISPER,
+        "WhisperForConditionalGeneration",
+        "an encoder-decoder that reads no text",
+    ),
     Other("BERT", "bert", _SHAPE, "BertForMaskedLM", "a masked language model"),
     Other("XLM-R", "xlm-roberta", _SHAPE, "XLMRobertaForMaskedLM", "a masked language model"),
 )
@@ -175,7 +307,7 @@ def table() -> str:
         "| models | `model_type` | `lora.target_modules` | refused by name |",
         "|---|---|---|---|",
     ]
-    for one in ARCHITECTURES:
+    for one in (*ARCHITECTURES, *ENCODER_DECODERS):
         why: dict[str, list[str]] = {}
         for targets, said in one.refused.items():
             why.setdefault(_REASONS[said], []).append(f"`{targets}`")

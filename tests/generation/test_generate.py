@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from architectures import ENCODER_DECODERS, Architecture, spanish_questions
+from grasp_lora.generation.answer import can_answer_in_one_pass
 from grasp_lora.generation.generate import GenerationSettings, StopAtNewline, generate_texts
 from helpers import EOS_ID, PAD_ID, packaged_tokenizer, tiny_model, tiny_peft_model, tiny_tokenizer
 
@@ -389,3 +391,38 @@ def test_rows_stop_where_decoding_them_at_every_step_would_stop_them(name):
         expected[torch.tensor(["\n" in text.lstrip() for text in written_so_far])] = step
     assert found.tolist() == expected.tolist()
     assert 20 < (expected < 99).sum() < 199
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_an_encoder_decoder_writes_what_transformers_writes_one_by_one(
+    one: Architecture, beams: int
+):
+    model, asked = one.model(), spanish_questions(one)
+    rows, tokenizer = [each.row for each in asked], one.tokenizer()
+    start, pad, end = rows[0].sides.start, model.config.pad_token_id, tokenizer.eos_token_id
+    model.generation_config.forced_eos_token_id = None
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "encoder_attn." in name or "EncDecAttention." in name:
+                weight *= 3  # so that what is written depends on what is read
+    begins = {"decoder_start_token_id": start[0]}
+    if len(start) == 2:
+        begins["forced_bos_token_id"] = start[1]
+    wanted = [
+        model.generate(
+            input_ids=torch.tensor([each.prompt]),
+            max_new_tokens=5 + len(start) - 1,
+            num_beams=beams,
+            early_stopping=beams > 1,
+            do_sample=False,
+            **begins,
+        )[0, len(start) :].tolist()
+        for each in asked
+    ]
+    prompts = [row.input_ids[: row.prompt_length] for row in rows]
+    changes = {"pad_id": pad, "stop_ids": [end], "start": start, "beams": beams}
+    found = texts(model, prompts, tokenizer, max_new_tokens=5, **changes)
+    assert found == tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    assert len(set(found)) > 1
+    assert not can_answer_in_one_pass(model)

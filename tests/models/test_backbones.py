@@ -15,8 +15,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel
 
+from architectures import ENCODER_DECODERS, Architecture, spanish_questions
 from grasp_lora.adapters.attach import attach_adapter
 from grasp_lora.base.machine import machine_fault
 from grasp_lora.models import backbones, cache
@@ -33,6 +36,8 @@ from grasp_lora.models.modules import (
     resolve_targets,
 )
 from grasp_lora.models.sources import GgufSource, gguf_source
+from grasp_lora.tasks.encoding import TwoSidedCollator
+from grasp_lora.training.trainer import answer_loss
 from helpers import (
     ARCHITECTURES,
     EOS_ID,
@@ -718,3 +723,35 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_backbone_folder, tmp_path,
         assert gc.isenabled() == on
     finally:
         (gc.enable if was_on else gc.disable)()
+
+
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_targets_of_an_encoder_decoder_are_in_all_its_attentions(one: Architecture) -> None:
+    model = one.model()
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(resolve_targets(model, "all-linear")) == linear - {"lm_head"}
+    found = resolve_targets(model, [one.targets[0]])
+    assert len(found) == 6, "two layers of the encoder, and two of the decoder with two each"
+    assert len([name for name in found if "EncDec" in name or "encoder_attn" in name]) == 2
+
+
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_checkpointing_changes_no_gradient_of_an_encoder_decoder(
+    one: Architecture, tmp_path: Path
+) -> None:
+    one.save(tmp_path)
+    rows = [asked.row for asked in spanish_questions(one)]
+    gradients = []
+    for checkpointing in (False, True):
+        spec = spec_of(tmp_path, dtype="float32", gradient_checkpointing=checkpointing)
+        backbone = load_backbone(spec)
+        names = resolve_targets(backbone.model, one.targets)
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        model: Any = get_peft_model(backbone.model, lora).train()
+        batch = TwoSidedCollator(backbone.pad_id)(rows)
+        labels = batch.pop("labels")
+        answer_loss(model(**batch, use_cache=False), labels).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
+from architectures import ENCODER_DECODERS, Architecture, spanish_questions
 from grasp_lora.models.backbones import ModelSpec, load_backbone
 from grasp_lora.models.example_losses import (
     SHARED_PREFIX,
@@ -10,7 +12,7 @@ from grasp_lora.models.example_losses import (
     can_share_prefix,
     example_losses,
 )
-from grasp_lora.tasks.encoding import Collator, EncodedExample
+from grasp_lora.tasks.encoding import Collator, EncodedExample, TwoSidedCollator
 from helpers import (
     tiny_backbone_folder,
     tiny_bloom_model,
@@ -38,6 +40,35 @@ def test_batch_of_8_equals_8_batches_of_1(arch):
     together = example_losses(model, EncodedExamples(encoded, collate, 8).batches(range(8)), 8)
     alone = example_losses(model, EncodedExamples(encoded, collate, 1).batches(range(8)), 8)
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_losses_of_an_encoder_decoder_are_those_of_the_answer_alone(one: Architecture):
+    """The reference lets transformers write both sides, shift the labels and read one example."""
+    model, asked = one.model(), spanish_questions(one)
+    wanted: list[float] = []
+    for each in asked:
+        ids, labels = torch.tensor([each.prompt]), torch.tensor([each.target])
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=labels)
+        losses = functional.cross_entropy(output.logits[0], labels[0], reduction="none")
+        words = [n for n, token in enumerate(each.target) if token not in language_ids(one)]
+        assert len(words) == each.row.label_tokens
+        wanted.append(float(losses[words].mean()))
+        if len(words) == len(each.target):
+            assert wanted[-1] == pytest.approx(float(output.loss), abs=1e-6)
+    collate = TwoSidedCollator(model.config.pad_token_id)
+    for size in (1, 3):
+        batches = EncodedExamples([each.row for each in asked], collate, size).batches(range(4))
+        assert example_losses(model, batches, 4) == pytest.approx(wanted, abs=1e-5)
+    assert not can_share_prefix(model, 100)
+
+
+def language_ids(one: Architecture) -> set[int]:
+    """Return the ids of the tokens that name a language."""
+    tokenizer = one.tokenizer()
+    added = tokenizer.get_added_vocab().items()
+    return {token for name, token in added if "_" in name}
 
 
 def test_gpt2_without_position_ids_would_be_wrong():

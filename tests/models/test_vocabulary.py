@@ -29,7 +29,7 @@ def test_a_token_that_no_text_uses_is_no_fault(tmp_path):
     tokenizer.save_pretrained(folder)
     backbone = load_backbone(ModelSpec(str(folder), device="cpu"))
     assert backbone.vocabulary == BOS_ID + 1 == len(backbone.tokenizer) - 1
-    loaded, _, vocabulary = load_tokenizer(ModelSpec(str(folder)))
+    loaded, _, vocabulary, _ = load_tokenizer(ModelSpec(str(folder)))
     assert (len(loaded), vocabulary) == (BOS_ID + 2, BOS_ID + 1)
 
 

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pages
-from architectures import ARCHITECTURES, OTHERS, Architecture, Other, table
+from architectures import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    OTHERS,
+    Architecture,
+    Other,
+    table,
+)
 from grasp_lora.base.files import read_jsonl
 from grasp_lora.config.run_config import RunConfig, make_config
 from grasp_lora.models.attention import can_pack
@@ -123,7 +130,7 @@ def test_losses_in_bfloat16_are_those_of_the_textbook_attention(tmp_path, one: A
     assert together == pytest.approx(wanted, abs=0.05), "as they are read in training"
 
 
-REFUSED = [(one, targets) for one in ARCHITECTURES for targets in one.refused]
+REFUSED = [(one, targets) for one in (*ARCHITECTURES, *ENCODER_DECODERS) for targets in one.refused]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,7 @@ def test_what_cannot_be_adapted_is_refused_by_name_before_any_work(tmp_path, one
 
 
 @pytest.mark.parametrize("one", OTHERS, ids=lambda one: one.type)
-def test_what_is_no_causal_language_model_is_refused_before_any_work(tmp_path, one: Other):
+def test_what_writes_no_text_is_refused_before_any_work(tmp_path, one: Other):
     base = one.save(tmp_path / "base")
     refused(settings(tmp_path, "all-linear"), f"({one.type}) is {one.kind}; only causal language")
     with pytest.raises(ValueError, match=one.kind):  # as `plan` does, which reads no weights

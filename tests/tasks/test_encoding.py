@@ -7,7 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
+from transformers.models.m2m_100 import modeling_m2m_100
 
+from architectures import ENCODER_DECODERS, Architecture, spanish_questions, t5_tokenizer
 from grasp_lora.data.builtin import builtin_examples
 from grasp_lora.tasks.base import TASKS
 from grasp_lora.tasks.chat import Frame
@@ -15,8 +17,10 @@ from grasp_lora.tasks.encoding import (
     IGNORED,
     Collator,
     EncodedExample,
+    Encoding,
     PackingCollator,
     TooLong,
+    TwoSidedCollator,
     encode,
     encode_examples,
 )
@@ -390,3 +394,66 @@ def test_the_summed_loss_of_a_packed_batch_is_that_of_a_padded_one(arch: str) ->
             return answer_loss(model(**batch, use_cache=False), labels)
 
     torch.testing.assert_close(loss(PackingCollator()), loss(Collator(EOS_ID)))
+
+
+def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return what transformers lets the decoder of a model read for labels."""
+    if model.config.model_type == "m2m_100":
+        return modeling_m2m_100.shift_tokens_right(labels, 1, 2)
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_both_sides_are_written_as_the_tokenizer_writes_them(one: Architecture):
+    model = one.model()
+    for asked in spanish_questions(one):
+        row = asked.row
+        assert row.input_ids[: row.prompt_length] == asked.prompt
+        answer, start = row.input_ids[row.prompt_length :], row.sides.start
+        batch = TwoSidedCollator(model.config.pad_token_id)([row])
+        shifted = shifted_right(model, torch.tensor([asked.target]))
+        size = batch["decoder_input_ids"].shape[1]
+        assert batch["decoder_input_ids"].equal(shifted[:, :size])
+        assert shifted.shape[1] - size == len(asked.target) - (len(start) - 1 + len(answer))
+        assert batch["labels"].tolist() == [[IGNORED] * len(start) + list(answer)]
+        assert answer[-1] == one.tokenizer().eos_token_id
+
+
+def test_each_side_is_padded_on_the_right_by_itself():
+    one = ENCODER_DECODERS[0]
+    rows = [asked.row for asked in spanish_questions(one)]
+    batch = TwoSidedCollator(pad_id=0)(rows)
+    for index, row in enumerate(rows):
+        read, written = row.prompt_length, row.label_tokens
+        assert batch["input_ids"][index, :read].tolist() == list(row.input_ids[:read])
+        assert batch["attention_mask"][index].sum() == read
+        assert batch["decoder_attention_mask"][index].sum() == written
+        assert batch["labels"][index, 1 : written + 1].tolist() == list(row.input_ids[read:])
+        assert (batch["labels"][index] != IGNORED).sum() == written
+    assert batch["labels"].shape[1] == batch["decoder_input_ids"].shape[1] + 1
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    with pytest.raises(ValueError, match="row 'a' has no answer"):
+        TwoSidedCollator(0)([EncodedExample("a", "a", (1, 2), 2, 0)])
+
+
+def test_a_long_prompt_of_an_encoder_decoder_keeps_its_end_and_its_answer():
+    example = Example("q", "q", "es", {"context": "uno " * 90, "question": "cual?"}, ("uno",))
+    encoding = Encoding(TASKS["qa"], t5_tokenizer(), 150, decoder_start=0)
+    (row,) = encoding.rows([example])
+    assert len(row.input_ids) <= 150
+    assert row.cut_tokens > 0
+    assert row.input_ids[row.prompt_length - 1] == 1, "the end token behind the prompt"
+    asked = t5_tokenizer().decode(row.input_ids[: row.prompt_length])
+    assert asked.endswith("Pregunta: cual? Respuesta:</s>")
+    short = Encoding(TASKS["qa"], t5_tokenizer(), 40, decoder_start=0)
+    with pytest.raises(TooLong) as told:
+        list(short.rows([example]))
+    (fits,) = Encoding(TASKS["qa"], t5_tokenizer(), told.value.needed, decoder_start=0).rows(
+        [example]
+    )
+    assert fits.body_length == 0
+
+
+def test_an_encoder_decoder_has_no_chat():
+    with pytest.raises(ValueError, match="no turns of a chat.*set data.chat to false"):
+        Encoding(TASKS["qa"], t5_tokenizer(), 100, chat=True, decoder_start=0)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
+from architectures import ENCODER_DECODERS, Architecture, spanish_questions
 from grasp_lora.core.lora import LoraFactors, merge
-from grasp_lora.tasks.encoding import Collator, EncodedExample
+from grasp_lora.models.modules import resolve_targets
+from grasp_lora.tasks.encoding import Collator, EncodedExample, TwoSidedCollator
 from grasp_lora.training.activations import input_moments, input_norms
 from grasp_lora.training.live import attach_live_adapter
 from helpers import EOS_ID, PAD_ID, TINY_VOCAB, tiny_model
@@ -139,3 +141,46 @@ def test_hooks_are_gone_and_modes_are_back():
     input_norms(adapter.model, adapter.layers, [Collator(pad_id=0)(rows)])
     assert adapter.model.training
     assert not adapter.layers[NAME]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+@pytest.mark.parametrize("one", ENCODER_DECODERS, ids=lambda one: one.name)
+def test_each_side_of_an_encoder_decoder_counts_its_own_tokens(
+    one: Architecture, same_length: bool
+):
+    """The reference reads each example alone, with the labels that transformers shifts."""
+    model, rows = one.model(), [asked.row for asked in spanish_questions(one)]
+    names = resolve_targets(model, one.targets)
+    adapter = live(model, names)
+    batch = TwoSidedCollator(model.config.pad_token_id)(rows)
+    if same_length:
+        more = batch["input_ids"].shape[1] - batch["decoder_input_ids"].shape[1]
+        filled = (("decoder_input_ids", model.config.pad_token_id), ("decoder_attention_mask", 0))
+        for key, value in filled:
+            batch[key] = torch.nn.functional.pad(batch[key], (0, more), value=value)
+    read = {name: [] for name in names}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, name=name: read[name].append(args[0].flatten(0, -2))
+        )
+        for name, layer in adapter.layers.items()
+    ]
+    with torch.no_grad():
+        for row in rows:
+            answer = row.input_ids[row.prompt_length : -1]
+            adapter.model(
+                input_ids=torch.tensor([row.input_ids[: row.prompt_length]]),
+                decoder_input_ids=torch.tensor([[*row.sides.start, *answer]]),
+            )
+    for hook in hooks:
+        hook.remove()
+    prompts = sum(row.prompt_length for row in rows)
+    answers = sum(len(row.sides.start) + row.label_tokens - 1 for row in rows)
+    counts = {name: sum(map(len, parts)) for name, parts in read.items()}
+    assert set(counts.values()) == {prompts, answers}
+    found = input_norms(adapter.model, adapter.layers, [batch])
+    moments = input_moments(adapter.model, adapter.layers, [batch])
+    for name, parts in read.items():
+        inputs = torch.cat(parts)
+        torch.testing.assert_close(found[name], inputs.norm(dim=0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moments[name], inputs.T @ inputs, rtol=1e-3, atol=1e-3)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from peft.tuners.adalora.layer import SVDLinear
 
+from architectures import ENCODER_DECODERS
 from grasp_lora.adapters.attach import attach_adapter
+from grasp_lora.models.modules import resolve_targets
 from grasp_lora.training.adalora import (
     ORTHOGONALITY,
     AdaLoraCallback,
@@ -99,3 +101,11 @@ def test_its_gradient_is_added_to_the_losses():
 def test_too_few_steps_are_refused():
     with pytest.raises(ValueError, match="total_step|tfinal|schedule"):
         attached(steps=0)
+
+
+def test_an_encoder_decoder_gets_an_adapter_of_its_kind():
+    model = ENCODER_DECODERS[0].model()
+    names = resolve_targets(model, ["q", "v"])
+    live = attach_adalora(model, names, 2, 4.0, 0.0, 60, seed=0)
+    assert live.model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    assert plain_lora_of(live).keys() == set(names)

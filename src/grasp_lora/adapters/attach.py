@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lora.adapters.products import use_added_products
+from grasp_lora.base.files import ENCODER_DECODER_TASK
 from grasp_lora.models.modules import (
     base_modules,
     check_experts,
+    is_encoder_decoder,
     linear_shape,
     output_embeddings,
     similar_names,
@@ -60,8 +62,13 @@ def lora_config(
         fan_in_fan_out=any(isinstance(known[module], Conv1D) for module in ranks),
         lora_dropout=dropout,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task_type(model),
     )
+
+
+def task_type(model: nn.Module) -> str:
+    """Return PEFT's name for what a model does, as adapters record it."""
+    return ENCODER_DECODER_TASK if is_encoder_decoder(model) else "CAUSAL_LM"
 
 
 def _alpha(scaling: float, rank: int) -> int | float:

@@ -15,6 +15,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    PeftModelForSeq2SeqLM,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -22,6 +23,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import Tensor, nn
 
+from grasp_lora.adapters.attach import task_type
 from grasp_lora.adapters.chat import given_template, put_template
 from grasp_lora.adapters.config_content import check_patterns
 from grasp_lora.adapters.folder import (
@@ -61,7 +63,7 @@ from grasp_lora.base.files import (
 from grasp_lora.base.words import shown, without_home
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
 from grasp_lora.models.cache import Notice
-from grasp_lora.models.modules import vocabulary_size
+from grasp_lora.models.modules import is_encoder_decoder, vocabulary_size
 from grasp_lora.models.preserve import quiet_wrapping
 from grasp_lora.models.sources import SHORT_NAMES
 
@@ -277,6 +279,7 @@ def model_with_adapter(backbone: Backbone, folder: str | Path) -> Iterator[nn.Mo
     tensors = by_model_rules(read_tensors(folder), config, backbone.model)
     _check_values(tensors, folder)
     _check_extent(read_config_file(folder), tensors, folder)
+    _check_task(config, backbone.model, folder)
     names = [name for name, _ in backbone.model.named_modules()]
     check_patterns(read_config_file(folder), names, folder / ADAPTER_CONFIG_FILE)
     _check_base(backbone, folder, _base_of(read_config_file(folder)))
@@ -312,10 +315,10 @@ def _peft_config(folder: Path) -> PeftConfig:
         raise ValueError(
             f"{folder}: a {kind.value} adapter cannot be evaluated here: {_REFUSED_TYPES[kind]}"
         )
-    if task not in (None, TaskType.CAUSAL_LM):
+    if task not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
         raise ValueError(
             f"{folder}: the adapter was made for the task type {shown(task)}; only adapters of "
-            "causal language models (CAUSAL_LM) can generate text"
+            "models that write text (CAUSAL_LM or SEQ_2_SEQ_LM) can be used"
         )
     initial = content.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING_INITS):
@@ -335,6 +338,27 @@ def _peft_config(folder: Path) -> PeftConfig:
         ) from error
     config.inference_mode = True
     return config
+
+
+def _check_task(config: PeftConfig, model: nn.Module, folder: Path) -> None:
+    """Check that an adapter is of the kind of a model.
+
+    Raises:
+        ValueError: it was made for the other kind, or it puts something before the text of an
+            encoder-decoder.
+    """
+    wanted = task_type(model)
+    if config.task_type not in (None, wanted):
+        raise ValueError(
+            f"{folder}: the adapter was made for the task type {shown(str(config.task_type))}, but "
+            f"this model is of {wanted}; load the base model it was trained on"
+        )
+    if is_encoder_decoder(model) and config.peft_type in (*VIRTUAL_TOKEN_TYPES, *PREFIX_TYPES):
+        raise ValueError(
+            f"{folder}: a {PeftType(config.peft_type).value} adapter of an encoder-decoder cannot "
+            "be evaluated here: what it puts before the text has no place in padded batches; give "
+            "one that changes layers, such as LoRA"
+        )
 
 
 def _check_values(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -401,8 +425,10 @@ def _check_sizes(
 
 
 def _build_peft_model(base: nn.Module, config: PeftConfig, folder: Path) -> PeftModel:
-    build: type[PeftModelForCausalLM] = PeftModelForCausalLM
-    if config.peft_type in VIRTUAL_TOKEN_TYPES:
+    build: type[PeftModel] = PeftModelForCausalLM
+    if is_encoder_decoder(base):
+        build = PeftModelForSeq2SeqLM
+    elif config.peft_type in VIRTUAL_TOKEN_TYPES:
         build = VirtualTokenModel
     elif config.peft_type in PREFIX_TYPES:
         build = PrefixModel

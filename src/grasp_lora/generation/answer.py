@@ -15,7 +15,7 @@ from grasp_lora.adapters.virtual_tokens import VirtualTokenModel
 from grasp_lora.generation.generate import GenerationSettings, TextGenerator, run_in_batches
 from grasp_lora.models.example_losses import IGNORED, losses_from_logits
 from grasp_lora.models.key_values import output_cache
-from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.modules import forward_accepts, is_encoder_decoder
 from grasp_lora.models.prefix import PrefixReader
 
 
@@ -24,7 +24,9 @@ def can_answer_in_one_pass(model: nn.Module, beams: int = 1) -> bool:
     config = getattr(model, "active_peft_config", None)
     virtual = isinstance(model, VirtualTokenModel) or getattr(config, "is_prompt_learning", False)
     arguments = ("position_ids", "logits_to_keep")
-    return beams == 1 and all(forward_accepts(model, name) for name in arguments) and not virtual
+    if beams > 1 or virtual or is_encoder_decoder(model):
+        return False
+    return all(forward_accepts(model, name) for name in arguments)
 
 
 def answer_examples(

@@ -77,6 +77,8 @@ class GenerationSettings:
             weak model is often empty.
         one_line: end a text at the first line break after a word.
         ended: also end a text at a line break if this is true of the text so far.
+        start: what the decoder of an encoder-decoder begins with, such as the token of a language;
+            () for causal models. It counts for no limit.
 
     Raises:
         ValueError: a number is out of its range.
@@ -90,6 +92,7 @@ class GenerationSettings:
     min_new_tokens: int = 0
     one_line: bool = True
     ended: Callable[[str], bool] | None = None
+    start: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "beams", "batch_size"):
@@ -107,7 +110,7 @@ class TextGenerator:
     """Generates batches of texts with one model and one set of rules.
 
     Args:
-        model: a causal LM with active adapters.
+        model: a causal LM or an encoder-decoder with active adapters.
         tokenizer: decodes the tokens.
         settings: rules of generation.
     """
@@ -126,19 +129,24 @@ class TextGenerator:
         ids = torch.full((len(prompts), length), self.settings.pad_id)
         mask = torch.zeros_like(ids)
         for index, prompt in enumerate(prompts):
-            ids[index, length - len(prompt) :] = torch.tensor(prompt)
-            mask[index, length - len(prompt) :] = 1
+            # A text goes on behind its prompt, but for an encoder-decoder.
+            first = 0 if self.settings.start else length - len(prompt)
+            ids[index, first : first + len(prompt)] = torch.tensor(prompt)
+            mask[index, first : first + len(prompt)] = 1
         return self.texts_after(ids.to(self.device), mask.to(self.device))
 
     def texts_after(self, ids: Tensor, mask: Tensor, cache: Any = None) -> list[str]:
         """Return the text that the model generates after each left-padded prompt.
 
         Args:
-            ids: token ids of the prompts, [batch, length].
+            ids: token ids of the prompts, [batch, length]; padded on the right for an
+                encoder-decoder.
             mask: [batch, length], 0 on padding.
             cache: keys and values of all positions except the last, or None.
         """
-        length = ids.shape[1]
+        start = torch.tensor([list(self.settings.start)] * len(ids), device=ids.device)
+        written = {"decoder_input_ids": start} if self.settings.start else {}
+        length = (start if written else ids).shape[1]
         criteria = StoppingCriteriaList()
         rules = [_has_line] if self.settings.one_line else []
         rules += [self.settings.ended] if self.settings.ended else []
@@ -152,6 +160,7 @@ class TextGenerator:
             generation_config=self._config,
             stopping_criteria=criteria,
             **cached,
+            **written,
         )
         return self._tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
@@ -168,10 +177,11 @@ def generate_texts(
     """Return the text generated after each prompt, in the order of the prompts.
 
     Special tokens are removed. The texts are not trimmed or cut otherwise; that is the caller's
-    task. Prompts of similar length share a batch, longest first, padded on the left. A batch runs
-    until its last text has ended. Each process generates its part of the batches, and every process
-    returns all texts. Nothing is sampled. The model's own `generation_config` (temperature,
-    repetition penalty, ...) is ignored, so that all models are decoded by the same rules.
+    task. Prompts of similar length share a batch, longest first, padded on the left; on the
+    right for an encoder-decoder. A batch runs until its last text has ended. Each process generates
+    its part of the batches, and every process returns all texts. Nothing is sampled. The model's
+    own `generation_config` (temperature, repetition penalty, ...) is ignored, so that all models
+    are decoded by the same rules.
 
     With beams a line break does not end a text, whatever `one_line` says. transformers applies a
     stopping rule to every candidate continuation, and no candidate would be left if all of them
@@ -180,7 +190,8 @@ def generate_texts(
     have ended. Cut such texts at the line break afterwards.
 
     Args:
-        model: a causal LM with active adapters. It is in eval mode during the call.
+        model: a causal LM or an encoder-decoder with active adapters. It is in eval mode during the
+            call.
         tokenizer: decodes the tokens.
         prompts: token ids of each prompt; none may be empty.
         settings: rules of generation.
@@ -248,7 +259,11 @@ def _has_line(text: str) -> bool:
 
 
 def _generation_config(settings: GenerationSettings) -> GenerationConfig:
-    search = {"early_stopping": True, "length_penalty": 1.0} if settings.beams > 1 else {}
+    search: dict[str, Any] = {}
+    if settings.beams > 1:
+        search = {"early_stopping": True, "length_penalty": 1.0}
+    if settings.start:
+        search["decoder_start_token_id"] = settings.start[0]
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens or None,

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grasp_lora.models.modules import is_encoder_decoder
+
 ATTENTION_NAME = "sdpa_short_products"
 
 MAX_LENGTH = 512
@@ -36,10 +38,12 @@ def use_short_attention(model: PreTrainedModel) -> bool:
     """Switch a model to product attention if it runs in bfloat16 on a CPU; return whether it did.
 
     The model must use `sdpa` and look attention up in transformers' table of implementations.
-    Models without that table name the kernels they support themselves.
+    Models without that table name the kernels they support themselves. The attention of an
+    encoder-decoder is left as it is.
     """
     fits = (
-        model.device.type == "cpu"
+        not is_encoder_decoder(model)
+        and model.device.type == "cpu"
         and model.dtype == torch.bfloat16
         and model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -39,6 +39,7 @@ from grasp_lora.models.modules import (
     copy_output_layer_inputs,
     forward_accepts,
     keep_fingerprint,
+    model_class,
     output_embeddings,
     resolve_targets,
     similar_names,
@@ -147,6 +148,8 @@ class Backbone:
         stop_ids: ids of the tokens that end a generation, in ascending order.
         pad_id: id of the padding token. It may equal a stop token, so do not derive labels from it.
         given_template: chat template that the tokenizer was given, in place of the base model's.
+        decoder_start: id of the token that the decoder of an encoder-decoder begins with, unless
+            that is the language of the answer; None for causal language models.
     """
 
     model: PreTrainedModel
@@ -160,6 +163,16 @@ class Backbone:
     given_template: str | None = None
     base_name: str | None = None
     gguf: GgufSource | None = None
+    decoder_start: int | None = None
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether prompts are read by an encoder, and answers written by a decoder.
+
+        Such a model shares no beginnings of examples, packs none into a row, and has transformers'
+        own attention.
+        """
+        return self.decoder_start is not None
 
     @property
     def vocabulary(self) -> int:
@@ -208,6 +221,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
     use_fused_norms(model)
     stop_ids = _stop_ids(model.generation_config, tokenizer)
     check_tokens(stop_ids, tokenizer, vocabulary_size(model), _ENDS.format(public_name))
+    start = _decoder_start(model.config, model.generation_config, public_name)
     fingerprint = keep_fingerprint(model) if sharded else base_fingerprint(model)
     if sharded:
         shard(model, device)
@@ -222,6 +236,7 @@ def load_backbone(spec: ModelSpec, notice: Notice = _ignore) -> Backbone:
         pad_id=pad_id,
         base_name=base_name,
         gguf=gguf_source_of(spec),
+        decoder_start=start,
     )
 
 
@@ -241,25 +256,39 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     return _QUANTIZATIONS[quantization](dtype)
 
 
-def load_tokenizer(
-    spec: ModelSpec, notice: Notice = _ignore
-) -> tuple[PreTrainedTokenizerBase, str, int | None]:
-    """Return (tokenizer, public name, size of the vocabulary) of a base model, without weights.
+class Unloaded(NamedTuple):
+    """What is known of a base model without its weights.
 
-    The size is that of the model's configuration; None if it names none.
+    Attributes:
+        tokenizer: its tokenizer.
+        name: the public name.
+        vocabulary: size of the vocabulary; None if the model's configuration names none.
+        decoder_start: as in `Backbone`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    vocabulary: int | None
+    decoder_start: int | None
+
+
+def load_tokenizer(spec: ModelSpec, notice: Notice = _ignore) -> Unloaded:
+    """Return the tokenizer of a base model, and what else is known without weights.
 
     Raises:
         FileNotFoundError: see `load_backbone`.
         ValueError: see `load_backbone`.
     """
     location, public_name, _ = _locate(spec, notice)
-    config = _causal_config(spec, location)
+    config = _text_config(spec, location)
     tokenizer = _call_hub(AutoTokenizer.from_pretrained, spec, location)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    generation = _generation_config(spec, location, config)
     if vocabulary is not None:
-        stop_ids = _stop_ids(_generation_config(spec, location, config), tokenizer)
+        stop_ids = _stop_ids(generation, tokenizer)
         check_tokens(stop_ids, tokenizer, vocabulary, _ENDS.format(public_name))
-    return tokenizer, public_name, vocabulary
+    start = _decoder_start(config, generation, public_name)
+    return Unloaded(tokenizer, public_name, vocabulary, start)
 
 
 def load_model_config(spec: ModelSpec, notice: Notice = _ignore) -> Any:
@@ -268,18 +297,25 @@ def load_model_config(spec: ModelSpec, notice: Notice = _ignore) -> Any:
     Raises:
         FileNotFoundError, ValueError: see `load_backbone`.
     """
-    return _causal_config(spec, _locate(spec, notice)[0])
+    return _text_config(spec, _locate(spec, notice)[0])
 
 
-def _causal_config(spec: ModelSpec, location: str) -> Any:
-    """Return the configuration of a model, once it is known to be one of a causal language model.
+def _text_config(spec: ModelSpec, location: str) -> Any:
+    """Return the configuration of a model, once it is known to be one that writes text.
 
-    transformers would load the decoder of some models alone, and an encoder as if it were causal.
+    transformers would load an encoder as if it were causal.
     """
     config = _call_hub(AutoConfig.from_pretrained, spec, location)
     named = getattr(config, "architectures", None) or ()
-    if getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder-decoder"
+    if config.is_encoder_decoder and shards_wanted():
+        raise ValueError(
+            f"the model {shown(spec.name)} ({config.model_type}) is an encoder-decoder, which "
+            "is not cut into shards here; launch without FSDP"
+        )
+    if config.is_encoder_decoder:
+        if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or _brings_code(config):
+            return config
+        kind = "an encoder-decoder that reads no text"
     elif any(name.endswith("ForMaskedLM") for name in named):
         kind = "a masked language model"
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _brings_code(config):
@@ -288,12 +324,12 @@ def _causal_config(spec: ModelSpec, location: str) -> Any:
         kind = "of a kind that transformers loads as no causal language model"
     raise ValueError(
         f"the model {shown(spec.name)} ({config.model_type}) is {kind}; only causal language "
-        "models can be used here"
+        "models and encoder-decoders of text can be used here"
     )
 
 
 def _brings_code(config: Any) -> bool:
-    return AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {})
+    return model_class(config).__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _generation_config(spec: ModelSpec, location: str, config: Any) -> GenerationConfig:
@@ -302,6 +338,26 @@ def _generation_config(spec: ModelSpec, location: str, config: Any) -> Generatio
         return GenerationConfig.from_pretrained(location, revision=spec.revision or "main")
     except OSError:  # a model need not have the file
         return GenerationConfig.from_model_config(config)
+
+
+def _decoder_start(config: Any, generation: GenerationConfig | None, name: str) -> int | None:
+    """Return the id that the decoder of an encoder-decoder begins with; None for other models.
+
+    Raises:
+        ValueError: it is an encoder-decoder that names none.
+    """
+    if not config.is_encoder_decoder:
+        return None
+    # transformers generates with the start of a text where no start of the decoder is named.
+    for key in ("decoder_start_token_id", "bos_token_id"):
+        for one in (generation, config):
+            found = getattr(one, key, None)
+            if found is not None:
+                return int(found)
+    raise ValueError(
+        f"{name} is an encoder-decoder that does not say how its decoder begins; set "
+        "decoder_start_token_id in its generation_config.json"
+    )
 
 
 def _check_quantization(spec: ModelSpec, device: torch.device) -> None:
@@ -447,14 +503,14 @@ _NO_ADAPTER = {"subfolder": "no-adapter"}
 def _load_model(
     spec: ModelSpec, location: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    _causal_config(spec, location)
+    config = _text_config(spec, location)
     settings: dict[str, Any] = {"dtype": dtype, "adapter_kwargs": _NO_ADAPTER}
     if spec.attn_implementation is not None:
         settings["attn_implementation"] = spec.attn_implementation
     quantization = quantization_config(spec.quantization, dtype)
     if quantization is not None:
         settings |= {"quantization_config": quantization, "device_map": {"": device}}
-    model = _call_hub(AutoModelForCausalLM.from_pretrained, spec, location, **settings)
+    model = _call_hub(model_class(config).from_pretrained, spec, location, **settings)
     return model if quantization is not None else model.to(device)
 
 
@@ -523,7 +579,7 @@ def plan_memory(
         ValueError: see `load_backbone`.
     """
     location, *_ = _locate(spec, notice)
-    config = _causal_config(spec, location)
+    config = _text_config(spec, location)
     dtype = choose_dtype(spec.dtype, choose_device(spec.device))
     plan = plan_config_memory(
         config,

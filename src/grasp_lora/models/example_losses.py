@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grasp_lora.models.batches import group_by_prefix, size_forwards, split_evenly
 from grasp_lora.models.key_values import cache_argument, empty_cache
-from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.modules import forward_accepts, is_encoder_decoder
 from grasp_lora.models.shards import is_sharded
 
 IGNORED = -100
@@ -40,10 +40,11 @@ def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return float32 logits of the K positions that answers are in, and the labels they predict.
 
     K counts from the first position with a label to the end. The padding may be on either side.
+    The decoder of an encoder-decoder has logits for all positions but the first.
 
     Args:
-        logits: [batch, kept, vocab]. `kept` is K if the model has the argument `logits_to_keep`,
-            else the whole length.
+        logits: [batch, kept, vocab]. `kept` is K if the model has the argument `logits_to_keep` or
+            is an encoder-decoder, else the whole length.
         labels: [batch, length], with `IGNORED` where there is no loss. That of the first position
             is not looked at, because nothing predicts it.
 
@@ -137,7 +138,9 @@ def can_share_prefix(model: nn.Module, longest: int) -> bool:
         model: a causal LM.
         longest: tokens of the longest example.
     """
-    if not forward_accepts(model, "position_ids") or cache_argument(model) is None:
+    if is_encoder_decoder(model) or not forward_accepts(model, "position_ids"):
+        return False
+    if cache_argument(model) is None:
         return False
     try:
         layers = empty_cache(model).layers
@@ -222,8 +225,8 @@ def losses_in_states(
 
 def _tokens(batch: Batch) -> int:
     """Return the tokens that a batch reads, padding included."""
-    prefix = batch[SHARED_PREFIX].numel() if SHARED_PREFIX in batch else 0
-    return batch["input_ids"].numel() + prefix
+    read = ("input_ids", "decoder_input_ids", SHARED_PREFIX)
+    return sum(batch[name].numel() for name in read if name in batch)
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from grasp_lora.models.modules import linear_modules, linear_shape
+from grasp_lora.models.modules import linear_modules, linear_shape, model_class
 
 # Bytes per quantized weight: 4-bit values with a float32 scale for each 64 of them, or int8.
 _QUANTIZED_BYTES: Mapping[str, float] = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
@@ -73,7 +73,7 @@ def plan_config_memory(
         length: tokens per example.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     shapes = [shape for m in linear_modules(model).values() if (shape := linear_shape(m))]
     text = config.get_text_config()
     tokens, layers = batch_size * length, text.num_hidden_layers

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lora.base.words import shown
@@ -25,6 +26,22 @@ _SPACED_VALUES = 64
 def bare_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model reads a prompt by an encoder and writes by a decoder, such as T5."""
+    config = getattr(bare_model(model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def model_class(config: Any) -> Any:
+    """Return the class by which transformers loads a model that writes text."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def both_sides(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Return the arguments by which a model reads token ids, in both parts where it has two."""
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if is_encoder_decoder(model) else {})
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

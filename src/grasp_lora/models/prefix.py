@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grasp_lora.models.example_losses import LAYERS_WITHOUT_CACHE
 from grasp_lora.models.key_values import cache_argument, empty_cache
-from grasp_lora.models.modules import forward_accepts
+from grasp_lora.models.modules import forward_accepts, is_encoder_decoder
 
 
 def can_read_prefix(model: nn.Module) -> bool:
@@ -20,7 +20,9 @@ def can_read_prefix(model: nn.Module) -> bool:
     sliding window may have any length.
     """
     arguments = ("position_ids", "logits_to_keep")
-    if not all(forward_accepts(model, name) for name in arguments) or not cache_argument(model):
+    if is_encoder_decoder(model) or not cache_argument(model):
+        return False
+    if not all(forward_accepts(model, name) for name in arguments):
         return False
     try:
         layers = empty_cache(model).layers

@@ -128,8 +128,13 @@ def shape_of(config: Any) -> Shape:
     """Return the size of a backbone from its configuration.
 
     Raises:
-        ValueError: it does not tell it as Llama's configuration does.
+        ValueError: it does not tell it as Llama's configuration does, or it is an encoder-decoder.
     """
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"the time of an encoder-decoder ({config.model_type}) is not predicted: the kernels "
+            "that are counted are those of causal language models; leave --gpu out"
+        )
     text = config.get_text_config()
     try:
         return Shape(

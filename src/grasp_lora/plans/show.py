@@ -116,12 +116,12 @@ def sizes_of(config: RunConfig, data: RunData) -> Sizes:
     Raises:
         ValueError, FileNotFoundError: as in `load_tokenizer` and `part_rows`.
     """
-    tokenizer, _, vocabulary = load_tokenizer(model_spec(config))
+    tokenizer, _, vocabulary, start = load_tokenizer(model_spec(config))
     put_template(tokenizer, template_given(config))
     lengths: dict[Split, list[int]] = {}
     for role, parts in data.parts.items():
         for split in parts:
-            encoding = part_encoding(config, tokenizer, role, split)
+            encoding = part_encoding(config, tokenizer, role, split, None, start)
             encoded = part_rows(config, data, encoding, role, split, vocabulary)
             lengths[role, split] = [len(one.input_ids) for one in encoded]
     return sizes_from(lengths)

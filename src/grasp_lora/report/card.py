@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from grasp_lora.base.files import RESULT, read_json, write_text
+from grasp_lora.base.files import ENCODER_DECODER_TASK, RESULT, read_json, write_text
 from grasp_lora.base.words import fenced, in_markdown
 from grasp_lora.report.run import NATIVE, TITLES
 from grasp_lora.tasks.base import task_named
@@ -146,7 +146,7 @@ def write_card(folder: Path, facts: CardFacts | None) -> Path:
         ("modules", ", ".join(sorted({m.rsplit(".", 1)[-1] for m in config["target_modules"]}))),
     ]
     card = ModelCard.from_template(
-        _head(facts, named),
+        _head(facts, named, config),
         template_str=template,
         title=in_markdown(facts.title),
         made=in_markdown(facts.made),
@@ -155,12 +155,24 @@ def write_card(folder: Path, facts: CardFacts | None) -> Path:
         prompt="\n".join(fenced(facts.prompt)) if facts.prompt else "",
         chat=" It is put into the tokenizer's chat template." if facts.chat else "",
         rank=rank,
+        loader=model_loader(config),
+        served=config.get("task_type") != ENCODER_DECODER_TASK,
         alpha=f"{config['lora_alpha']:g}",
         base=named if named and _PLAIN.fullmatch(named) else "BASE_MODEL",
         served_rank=next((one for one in SERVED_RANKS if rank <= one), rank),
     )
     write_text(folder / CARD_FILE, str(card))
     return folder / CARD_FILE
+
+
+def model_loader(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that loads the base model of an adapter.
+
+    Args:
+        config: content of `adapter_config.json`.
+    """
+    two = config.get("task_type") == ENCODER_DECODER_TASK
+    return "AutoModelForSeq2SeqLM" if two else "AutoModelForCausalLM"
 
 
 def _about_base(named: str | None, notes: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -177,14 +189,15 @@ def _about_base(named: str | None, notes: Mapping[str, Any]) -> list[tuple[str, 
     return rows
 
 
-def _head(facts: CardFacts, named: str | None) -> ModelCardData:
+def _head(facts: CardFacts, named: str | None, config: Mapping[str, Any]) -> ModelCardData:
+    writes_on = config.get("task_type") != ENCODER_DECODER_TASK
     on_hub = named is not None and _HUB_ID.fullmatch("/".join(named.split("/")[:2]))
     return ModelCardData(
         base_model="/".join(named.split("/")[:2]) if named and on_hub else None,
         library_name="peft",
         license="unknown",
         language=list(facts.languages) or None,
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if writes_on else None,
         tags=["lora", "grasp-lora"],
         model_name=facts.title if facts.sets else None,
         eval_results=_eval_results(facts) or None,

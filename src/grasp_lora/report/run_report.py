@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.base.files import PROMPT_FILE, read_json, write_text
+from grasp_lora.report.card import model_loader
 from grasp_lora.report.choice import ratio_line, ship_parts, tried_lines
 from grasp_lora.report.data_words import prompt_line, trained_on_line
 from grasp_lora.report.document import (
@@ -283,11 +284,11 @@ def _loading(final: Path, made: Mapping[str, Any]) -> Iterator[Part]:
         yield Lines(("No adapter: final/prompt.json has what is put before a question.",))
     if "backbone" not in made or not (final / "adapter_config.json").exists():
         return
-    base = repr(made["backbone"])
+    base, loader = repr(made["backbone"]), model_loader(read_json(final / "adapter_config.json"))
     yield Code(
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"from transformers import {loader}, AutoTokenizer\n"
         f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({base})\n"
+        f"model = {loader}.from_pretrained({base})\n"
         'model = PeftModel.from_pretrained(model, "final")  # in the folder of this report'
     )

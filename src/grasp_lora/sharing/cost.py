@@ -17,6 +17,7 @@ from torch import nn
 from grasp_lora.adapters.folder import adapter_in, check_fits, read_adapter, weights_files
 from grasp_lora.adapters.opening import named_base_model
 from grasp_lora.models.backbones import Backbone, ModelSpec, load_backbone
+from grasp_lora.models.modules import both_sides
 from grasp_lora.models.preserve import quiet_wrapping
 from grasp_lora.sharing.energy import Joules, counter
 
@@ -136,7 +137,7 @@ def _reading(
 
     def read() -> None:
         with torch.no_grad():
-            model(input_ids=ids)
+            model(**both_sides(model, ids))
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
 

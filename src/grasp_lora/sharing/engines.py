@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from grasp_lora.adapters.folder import adapter_in, read_config_file, weights_files
+from grasp_lora.base.files import ENCODER_DECODER_TASK
 from grasp_lora.base.words import shown, shown_path
 from grasp_lora.report.card import SERVED_RANKS
 
@@ -118,6 +119,11 @@ def faults_for(engine: str, folder: Path) -> list[str]:
 def _of_all(one: Foreign) -> list[str]:
     """Return what none of the engines can use."""
     found = []
+    if one.config.get("task_type") == ENCODER_DECODER_TASK:
+        found.append(
+            f"task_type is {ENCODER_DECODER_TASK}: it is not known to serve adapters of "
+            "encoder-decoders"
+        )
     for name, words in _USED_BY_NONE.items():
         value = one.config.get(name)
         if value and value != "none":

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from grasp_lora.adapters.attach import FactorPair
@@ -21,6 +21,7 @@ from grasp_lora.adapters.chat import given_template, put_template
 from grasp_lora.adapters.folder import LoadedAdapter, adapter_in, check_fits, read_adapter
 from grasp_lora.adapters.opening import is_path, model_with_adapter, named_base_model
 from grasp_lora.base.files import (
+    ENCODER_DECODER_TASK,
     files_below,
     follow_umask,
     make_folder,
@@ -34,7 +35,7 @@ from grasp_lora.config.sections import at_home, hub_id
 from grasp_lora.core.lora import LoraFactors
 from grasp_lora.models.backbones import ModelSpec, gguf_source_of, load_backbone, load_model_config
 from grasp_lora.models.devices import DTYPES
-from grasp_lora.models.modules import base_modules
+from grasp_lora.models.modules import base_modules, both_sides, model_class
 from grasp_lora.report.card import SERVED_RANKS, served_rank
 from grasp_lora.sharing.factors import Ready, check_range, difference, ready
 from grasp_lora.sharing.gguf_files import (
@@ -51,6 +52,8 @@ from grasp_lora.sharing.peft_folder import write_peft
 
 Say = Callable[[str], None]
 SERVE_FILE = "serve.txt"
+_FOR_ENCODER_DECODERS = ("peft", "merged")
+"""Targets that hold an adapter of an encoder-decoder."""
 _READ = "The quick brown fox jumps over the lazy dog. 1, 2, 3."
 """The text whose logits are compared."""
 
@@ -101,6 +104,10 @@ class _Job:
         return DTYPES[self.request.dtype]
 
     @property
+    def encoder_decoder(self) -> bool:
+        return self.loaded.config.get("task_type") == ENCODER_DECODER_TASK
+
+    @property
     def base_name(self) -> str | None:
         """The public name of the base model; None where only a path is known."""
         named = self.request.public_name or self.loaded.base_name
@@ -130,6 +137,12 @@ def write_export(request: Request, say: Say) -> Path:
             f"{shown_path(request.out)} is there already; choose another folder for --out"
         )
     loaded = read_adapter(request.adapter)
+    task = loaded.config.get("task_type")
+    if task == ENCODER_DECODER_TASK and request.to not in _FOR_ENCODER_DECODERS:
+        raise ValueError(
+            f"--to {request.to} writes adapters of causal language models alone, and this one is "
+            f"of an encoder-decoder ({task}); give --to {' or --to '.join(_FOR_ENCODER_DECODERS)}"
+        )
     made = ready(loaded.adapter, request.rank, request.tolerance)
     for side, name in enumerate(("lora_A", "lora_B")):
         check_range({f"{name} of {m}": pair[side] for m, pair in made.pairs.items()}, dtype)
@@ -211,7 +224,7 @@ def _merged(job: _Job) -> None:
     model.save_pretrained(job.out)
     _name_rope_as_before(job.out / "config.json")
     backbone.tokenizer.save_pretrained(job.out)
-    again = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32)
+    again = model_class(model.config).from_pretrained(job.out, dtype=torch.float32)
     found = _log_probabilities(again.eval(), ids)
     apart = (wanted.exp() * (wanted - found)).sum(-1)
     same = int((wanted.argmax(-1) == found.argmax(-1)).sum())
@@ -231,7 +244,7 @@ def _name_rope_as_before(file: Path) -> None:
 
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids).logits[0].double().log_softmax(-1)
+        return model(**both_sides(model, ids)).logits[0].double().log_softmax(-1)
 
 
 def _add_deltas(model: nn.Module, pairs: Mapping[str, FactorPair]) -> None:
@@ -255,6 +268,8 @@ def _say_difference(job: _Job, written: Mapping[str, FactorPair]) -> None:
 def _serve_line(job: _Job) -> str:
     """Return the command that serves what was written, from the folder above it."""
     place, base = quote(f"./{job.request.out.name}"), quote(job.base_name or "BASE_MODEL")
+    if job.encoder_decoder:
+        return "# load it with transformers (AutoModelForSeq2SeqLM) and PEFT: vLLM is not for it"
     if job.request.to == "peft" and job.ready.rank > SERVED_RANKS[-1]:
         return f"# vLLM serves adapters up to rank {SERVED_RANKS[-1]}: trim this one with --rank"
     if job.request.to == "peft":

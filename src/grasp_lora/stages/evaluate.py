@@ -31,7 +31,7 @@ from grasp_lora.scoring.sets import score_sets
 from grasp_lora.stages.few_shot import DRAWN_FROM, JUDGING, FewShot, few_shot
 from grasp_lora.stages.folder import facts_of
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
-from grasp_lora.tasks.encoding import EncodedExample
+from grasp_lora.tasks.encoding import EncodedExample, decoder_begin
 from grasp_lora.workbench.context import Context, new_tokens
 from grasp_lora.workbench.merged_folder import read_start
 from grasp_lora.workbench.processes import is_main
@@ -185,6 +185,7 @@ def _answers(
             beams=config.evaluate.beams,
             one_line=task.one_line,
             ended=shots.ended(one) if shots else None,
+            start=decoder_begin(encoded),
         )
         calls = {"advance": advance, "notice": context.reporter.say}
         if can_answer_in_one_pass(model, settings.beams):

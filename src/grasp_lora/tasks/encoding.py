@@ -1,7 +1,7 @@
-"""Encode examples as token ids, and collate them to left-padded batches."""
+"""Encode examples as token ids, and collate them to padded batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from grasp_lora.tasks.fitting import (
 )
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt, Task, main_language
+from grasp_lora.tasks.sides import ONE_SIDE, Sides, two_sides
 
 IGNORED = -100
 """Label of a position without a loss."""
@@ -50,6 +51,8 @@ class EncodedExample:
     """Tokens by which the body was shortened; the body of a question is its context."""
     body_length: int = 0
     """Characters left of the body."""
+    sides: Sides = ONE_SIDE
+    """Tokens around the prompt, which are part of it, and ahead of the answer, which are not."""
 
     @property
     def label_tokens(self) -> int:
@@ -141,27 +144,31 @@ class _Asked:
     id: str
     group: str
     reserve: int
+    sides: Sides = ONE_SIDE
 
 
 def _encode_all(
     rows: Sequence[_Asked], tokenizer: Any, max_length: int, frame: Frame
 ) -> list[EncodedExample | TooLong]:
     """Return each row encoded as `encode` says, or why it does not fit."""
-    special = not frame.chat
+    one_side = all(row.sides == ONE_SIDE for row in rows)
+    special = one_side and not frame.chat
     texts = [row.prompt.text for row in rows]
     wholes = prompts_ids(tokenizer, texts, special)
     written = [at for at, row in enumerate(rows) if row.completion is not None]
     completions = [frame.completion(rows[at].completion or "", texts[at]) for at in written]
-    continued = continuations_ids(tokenizer, [texts[at] for at in written], completions)
+    ahead = [texts[at] if one_side else "" for at in written]
+    continued = continuations_ids(tokenizer, ahead, completions)
     answers = {at: [*ids, frame.end_id] for at, ids in zip(written, continued, strict=True)}
     found: list[EncodedExample | TooLong] = []
     for at, (row, whole) in enumerate(zip(rows, wholes, strict=True)):
         answer = answers.get(at, [])
         kept_free = max(len(answer), row.reserve)
-        fit = fit_prompt(row.prompt, whole, tokenizer, max_length - kept_free, special)
+        around = len(row.sides.before) + len(row.sides.after)
+        fit = fit_prompt(row.prompt, whole, tokenizer, max_length - kept_free - around, special)
         if fit is None:
             bare = prompt_ids(tokenizer, row.prompt.prefix + row.prompt.suffix, special)
-            found.append(_too_long(row.id, len(bare), kept_free, max_length))
+            found.append(_too_long(row.id, len(bare) + around, kept_free, max_length))
         else:
             found.append(_encoded(row, fit, answer))
     return found
@@ -170,8 +177,16 @@ def _encode_all(
 def _encoded(row: _Asked, fit: FittedPrompt, answer: list[int]) -> EncodedExample:
     if not fit.ids:
         raise ValueError(f"row {shown(row.id)}: the prompt is empty; give it a text")
-    ids = (*fit.ids, *answer)
-    return EncodedExample(row.id, row.group, ids, len(fit.ids), fit.cut_tokens, fit.body_length)
+    prompt = (*row.sides.before, *fit.ids, *row.sides.after)
+    return EncodedExample(
+        row.id,
+        row.group,
+        (*prompt, *answer),
+        len(prompt),
+        fit.cut_tokens,
+        fit.body_length,
+        row.sides,
+    )
 
 
 def _too_long(example_id: str, least: int, kept_free: int, max_length: int) -> TooLong:
@@ -198,11 +213,16 @@ def encode_examples(
 
     Raises:
         TooLong: no example fits.
-        ValueError: `chat` is set and the tokenizer has no usable chat template.
+        ValueError: as in `Encoding`.
     """
     encoding = Encoding(task, tokenizer, max_length, template, for_training, chat, new_tokens)
     encoded = list(encoding.rows(examples))
     return encoded, encoding.report()
+
+
+def decoder_begin(rows: Sequence[EncodedExample]) -> tuple[int, ...]:
+    """Return what the decoder begins with for rows of one language; () for a causal model."""
+    return rows[0].sides.start if rows else ()
 
 
 @dataclass
@@ -220,9 +240,12 @@ class Encoding:
             generation fits, and the length of a cut prompt does not reveal that of its reference.
         chat: put the tokenizer's chat template around prompt and answer.
         new_tokens: most tokens of a generated answer; None means the task's limit for the language.
+        decoder_start: id that the decoder of an encoder-decoder begins with; None for a causal
+            language model. See `grasp_lora.tasks.sides`.
 
     Raises:
-        ValueError: `chat` is set and the tokenizer has no usable chat template.
+        ValueError: `chat` is set and the tokenizer has no usable chat template, or the model is an
+            encoder-decoder.
     """
 
     task: Task
@@ -232,11 +255,20 @@ class Encoding:
     for_training: bool = True
     chat: bool = False
     new_tokens: int | None = None
+    decoder_start: int | None = None
+    _sides: dict[str, Sides] = field(init=False, default_factory=dict)
     _frame: Frame = field(init=False)
     _counts: "_Counts" = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.chat and self.decoder_start is not None:
+            raise ValueError(
+                "an encoder-decoder has no turns of a chat, as its answers do not follow their "
+                "prompts; set data.chat to false"
+            )
         self._frame = chat_frame(self.tokenizer) if self.chat else plain_frame(self.tokenizer)
+        if self.decoder_start is not None:
+            self._frame = replace(self._frame, lead="")  # an answer begins a text of its own
         self._counts = _Counts()
 
     def rows(self, examples: Sequence[Example]) -> Iterator[EncodedExample]:
@@ -267,7 +299,20 @@ class Encoding:
             self.task.new_tokens(example.language) if self.new_tokens is None else self.new_tokens
         )
         reserve = 0 if self.for_training else limit + 1
-        return _Asked(prompt, example.references[0], example.id, example.group, reserve)
+        sides = self.sides(example.language)
+        return _Asked(prompt, example.references[0], example.id, example.group, reserve, sides)
+
+    def sides(self, language: str) -> Sides:
+        """Return the tokens around the prompts and ahead of the answers in a language.
+
+        Raises:
+            ValueError: as in `two_sides`.
+        """
+        if self.decoder_start is None:
+            return ONE_SIDE
+        if language not in self._sides:
+            self._sides[language] = two_sides(self.tokenizer, self.decoder_start, language)
+        return self._sides[language]
 
     def report(self) -> EncodingReport:
         """Return statistics of the rows so far."""
@@ -398,6 +443,52 @@ class Collator:
         if self.with_position_ids:
             batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return batch
+
+
+@dataclass(frozen=True)
+class TwoSidedCollator:
+    """Collates encoded examples of an encoder-decoder to one batch, padded on the right."""
+
+    pad_id: int
+    """Id of the padding token. It may equal the end token, since labels do not depend on it."""
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """Return a batch of B examples with prompts of up to L and answers of up to D tokens.
+
+        `input_ids` and `attention_mask` are [B, L], the prompts. `decoder_input_ids` and
+        `decoder_attention_mask` are [B, D], what the decoder reads: its start, and the answer
+        without its last token. `labels` are [B, D + 1], the start without a loss, and the answer.
+        So the last D of them are what the D positions predict.
+
+        Raises:
+            ValueError: there is no example, or an example has no answer.
+        """
+        _check_answers(examples)
+        answers = [e.input_ids[e.prompt_length :] for e in examples]
+        starts = [e.sides.start for e in examples]
+        written = [(*s, *a) for s, a in zip(starts, answers, strict=True)]
+        labels = [(*(IGNORED for _ in s), *a) for s, a in zip(starts, answers, strict=True)]
+        ids, mask = _right_padded([e.input_ids[: e.prompt_length] for e in examples], self.pad_id)
+        decoder_ids, decoder_mask = _right_padded([one[:-1] for one in written], self.pad_id)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": decoder_ids,
+            "decoder_attention_mask": decoder_mask,
+            "labels": _right_padded(labels, IGNORED)[0],
+        }
+
+
+def _right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return rows [B, longest] of int64 padded on the right, and their mask, 0 on padding."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[index, : len(row)] = 1
+    return ids, mask
 
 
 class PackingCollator:

@@ -16,6 +16,7 @@ from grasp_lora.tasks.chat import FewShotFrames, Frame
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.tasks.fitting import continuation_ids, prompt_ids
 from grasp_lora.tasks.records import Example, Prompt
+from grasp_lora.tasks.sides import ONE_SIDE
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def solved_examples(
         if found:
             ids = continuation_ids(tokenizer, found[-1].text, asked)
         else:
-            ids = prompt_ids(tokenizer, asked, special=not frame.chat)
+            special = not frame.chat and row.sides == ONE_SIDE
+            ids = prompt_ids(tokenizer, asked, special)
         given = frame.completion(answer, asked)
         ids = [*ids, *continuation_ids(tokenizer, asked, given)]
         found.append(Solved(row.id, asked + given, tuple(ids)))
@@ -83,7 +85,8 @@ def asked_after(
 
     The answer has the tokens that it has without them, but for the last one, which ends it. In a
     chat that is the end of the turn, else the token that the question begins with: as it stands
-    behind the answers of the solved examples, it begins the blank line.
+    behind the answers of the solved examples, it begins the blank line. The answer of an
+    encoder-decoder stays as it is, because it stands in no row with those.
 
     Args:
         solved: the solved examples, at least one.
@@ -95,8 +98,10 @@ def asked_after(
     ahead = tuple(token for one in solved for token in one.ids)
     asked = continuation_ids(tokenizer, solved[-1].text, _cut(frame, prompt, row).text)
     end = frame.end_id if frame.chat else asked[0]
+    if row.sides != ONE_SIDE:
+        end = row.input_ids[-1]
     answer = (*row.input_ids[row.prompt_length : -1], end)
-    ids = (*ahead, *asked, *answer)
+    ids = (*row.sides.before, *ahead, *asked, *row.sides.after, *answer)
     return replace(row, input_ids=ids, prompt_length=len(ids) - len(answer))
 
 

@@ -1,6 +1,6 @@
 """Inputs of LoRA modules over a data set: the size of each feature, and all second moments."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 Batch = Mapping[str, Tensor]
 Statistic = Callable[[Tensor], Tensor]
 """Inputs of a module, float32 [tokens, in] -> what is summed over batches."""
+
+_DECODER = "decoder_"
+"""How the names of a decoder's tensors begin in a batch of an encoder-decoder."""
 
 
 def input_norms(
@@ -20,10 +23,16 @@ def input_norms(
     tells the padding. Otherwise (an expert reads only some tokens) the examples of the batch are
     read again one by one, without padding. The model runs in eval mode and gets its modes back.
 
+    In an encoder-decoder the modules of the encoder read the tokens of prompts, and so do those of
+    the decoder that look at its output. The others read what the decoder is given, its start
+    included, and `decoder_attention_mask` tells the padding. They are told apart by the length;
+    where both lengths of a batch are the same, its examples are read one by one.
+
     Args:
         model: the model with active adapters.
         modules: name -> LoRA layer whose input is measured.
-        batches: collated batches with `input_ids` and `attention_mask` [batch, length].
+        batches: collated batches with `input_ids` and `attention_mask` [batch, length], and for an
+            encoder-decoder `decoder_input_ids` and `decoder_attention_mask`.
 
     Returns:
         name -> float32 tensor [in_features] on the CPU, without modules that read no token.
@@ -75,13 +84,13 @@ def _of_batch(
     model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, of: Statistic
 ) -> dict[str, Tensor] | None:
     """Return name -> statistic of a batch; None if the padding in a module's input is unknown."""
-    mask = batch["attention_mask"].bool()
+    masks = list(_masks(batch).values())
     sums: dict[str, Tensor] = {}
     unknown: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            real = _real_tokens(inputs[0], mask)
+            real = _real_tokens(inputs[0], masks)
             if real is None:
                 unknown.append(name)
             elif real.numel():
@@ -98,22 +107,36 @@ def _of_batch(
     return None if unknown else sums
 
 
-def _real_tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
+def _masks(batch: Batch) -> dict[str, Tensor]:
+    """Return beginning of the names of a side's tensors -> its mask; a causal model has one."""
+    name = "attention_mask"
+    sides = ("", _DECODER) if f"{_DECODER}{name}" in batch else ("",)
+    return {side: batch[f"{side}{name}"].bool() for side in sides}
+
+
+def _real_tokens(inputs: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
     """Return the inputs [tokens, in] without padding, or None if the padding is unknown."""
-    if inputs.shape[:-1] in (mask.shape, (mask.numel(),)):
-        return inputs.flatten(0, -2)[mask.flatten()]
-    return inputs.flatten(0, -2) if mask.all() else None
+    if all(mask.all() for mask in masks):
+        return inputs.flatten(0, -2)
+    fits = [mask for mask in masks if inputs.shape[:-1] in (mask.shape, (mask.numel(),))]
+    if not fits or any(not torch.equal(mask, fits[0]) for mask in fits):
+        return None
+    return inputs.flatten(0, -2)[fits[0].flatten()]
 
 
 def _by_example(
     model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, of: Statistic
 ) -> Iterator[dict[str, Tensor]]:
-    mask = batch["attention_mask"].bool()
+    masks = _masks(batch)
     # The batch's logit positions include the padding. The logits are not used, so keep only one.
-    last = torch.tensor([-1], device=mask.device)
+    last = torch.tensor([-1], device=masks[""].device)
     kept = {"logits_to_keep": last} if "logits_to_keep" in batch else {}
-    for index, real in enumerate(mask):
-        example = {k: v[index, real][None] for k, v in batch.items() if v.shape == mask.shape}
+    for index in range(len(masks[""])):
+        example: dict[str, Tensor] = {}
+        for name, values in batch.items():
+            mask = masks[_DECODER if name.startswith(_DECODER) else ""]
+            if values.shape == mask.shape:
+                example[name] = values[index, mask[index]][None]
         found = _of_batch(model, modules, example | kept, of)
         assert found is not None, "an example without padding has only real tokens"
         yield found

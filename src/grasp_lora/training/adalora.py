@@ -14,6 +14,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from grasp_lora.adapters.attach import task_type
 from grasp_lora.core.pruning.masks import without_dead_components
 from grasp_lora.models.preserve import quiet_wrapping
 from grasp_lora.training.live import LiveAdapter
@@ -59,7 +60,7 @@ def attach_adalora(
         total_step=steps,
         orth_reg_weight=ORTHOGONALITY,
         target_modules=list(targets),
-        task_type="CAUSAL_LM",
+        task_type=task_type(model),
     )
     with quiet_wrapping():
         torch.manual_seed(seed)

@@ -6,10 +6,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from grasp_lora.adapters.attach import adapter_modules, check_modules
+from grasp_lora.adapters.attach import adapter_modules, check_modules, task_type
 from grasp_lora.adapters.merging import source_ranks
 from grasp_lora.adapters.rules import refuse_settings
 from grasp_lora.base.words import shown
+from grasp_lora.models.modules import is_encoder_decoder
 from grasp_lora.training.live import Block, LiveAdapter
 
 MASK_UNITS = ("merged", "source")
@@ -39,9 +40,10 @@ def adopt_adapter(
         )
     name = _chosen(bare, adapter)
     config, label = bare.peft_config[name], f"adapter {shown(name)}"
-    if config.task_type not in (None, "CAUSAL_LM"):
+    if config.task_type not in (None, "CAUSAL_LM") or is_encoder_decoder(bare):
+        kind = str(config.task_type or task_type(bare))
         raise ValueError(
-            f"{label} is for {shown(str(config.task_type))}; only causal language models "
+            f"{label} is for {shown(kind)}; only causal language models "
             "(task_type='CAUSAL_LM') are supported"
         )
     refuse_settings(config.to_dict(), label)

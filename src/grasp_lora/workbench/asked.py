@@ -19,7 +19,7 @@ from grasp_lora.core.lora import merge
 from grasp_lora.models.example_losses import EncodedExamples, example_losses, forward_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
 from grasp_lora.tasks.chat import chat_frame
-from grasp_lora.tasks.encoding import EncodedExample, encode_examples
+from grasp_lora.tasks.encoding import EncodedExample, Encoding
 from grasp_lora.tasks.prompts import bare_template, template_for
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.rows import RunData
@@ -161,14 +161,15 @@ def _encoded(
     found: dict[str, list[EncodedExample]] = {}
     for name, way in ways.items():
         try:
-            found[name], _ = encode_examples(
-                examples,
+            encoding = Encoding(
                 context.task,
                 context.backbone.tokenizer,
                 context.longest,
                 way.template,
                 chat=way.chat,
+                decoder_start=context.backbone.decoder_start,
             )
+            found[name] = list(encoding.rows(examples))
         except ValueError:
             if not found:
                 raise

@@ -29,7 +29,13 @@ from grasp_lora.models.example_losses import (
 from grasp_lora.models.memory import MemoryPlan
 from grasp_lora.models.vocabulary import check_tokens
 from grasp_lora.tasks.base import Example, Task, task_named
-from grasp_lora.tasks.encoding import Collator, EncodedExample, Encoding, EncodingReport
+from grasp_lora.tasks.encoding import (
+    Collator,
+    EncodedExample,
+    Encoding,
+    EncodingReport,
+    TwoSidedCollator,
+)
 from grasp_lora.tasks.prompts import template_for
 from grasp_lora.training.activations import input_moments, input_norms
 from grasp_lora.training.gradients import averages_over
@@ -66,9 +72,11 @@ class Context:
     _norms_known: dict[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
-    def collator(self) -> Collator:
+    def collator(self) -> Collator | TwoSidedCollator:
         """The collator; it builds only arguments that the backbone accepts."""
         model = self.backbone.model
+        if self.backbone.encoder_decoder:
+            return TwoSidedCollator(self.backbone.pad_id)
         return Collator(
             self.backbone.pad_id,
             with_position_ids=forward_accepts(model, "position_ids"),
@@ -116,6 +124,7 @@ class Context:
                     split,
                     self.longest,
                     self.backbone.vocabulary,
+                    self.backbone.decoder_start,
                 )
             self._encoded[role, split] = rows
             self.encoding_reports[f"{role}/{split}"] = report
@@ -312,7 +321,12 @@ def _is_test(role: str, split: str) -> bool:
 
 
 def part_encoding(
-    config: RunConfig, tokenizer: Any, role: str, split: str, longest: int | None = None
+    config: RunConfig,
+    tokenizer: Any,
+    role: str,
+    split: str,
+    longest: int | None = None,
+    decoder_start: int | None = None,
 ) -> Encoding:
     """Return how a run encodes the examples of a split; the arguments are those of `encode_part`.
 
@@ -328,6 +342,7 @@ def part_encoding(
         for_training=not _is_test(role, split),
         chat=config.data.chat,
         new_tokens=new_tokens(config, role, split),
+        decoder_start=decoder_start,
     )
 
 
@@ -355,7 +370,8 @@ def part_rows(
     for row in encoding.rows(data.parts[role].get(split, ())):
         if vocabulary is not None:
             where = f"row {shown(row.id)} of {role}/{split}"
-            check_tokens(row.input_ids, encoding.tokenizer, vocabulary, where)
+            used = (*row.sides.start, *row.input_ids)
+            check_tokens(used, encoding.tokenizer, vocabulary, where)
         yield row
     report = encoding.report()
     lost = len(report.left_out)
@@ -375,6 +391,7 @@ def encode_part(
     split: str,
     longest: int | None = None,
     vocabulary: int | None = None,
+    decoder_start: int | None = None,
 ) -> tuple[list[EncodedExample], EncodingReport]:
     """Return the encoded examples of a split, as the run encodes them, and a report on it.
 
@@ -386,12 +403,13 @@ def encode_part(
         split: the split, or the name of a further test set.
         longest: the most tokens of an example; None takes `max_length(config)`.
         vocabulary: rows of the model's embedding; None if they are not known.
+        decoder_start: as in `Encoding`.
 
     Raises:
         ValueError: as in `Encoding`, more examples than `data.max_faulty` allows do not fit even
             without their body, or as in `check_tokens` if `vocabulary` is given.
     """
-    encoding = part_encoding(config, tokenizer, role, split, longest)
+    encoding = part_encoding(config, tokenizer, role, split, longest, decoder_start)
     rows = list(part_rows(config, data, encoding, role, split, vocabulary))
     return rows, encoding.report()
 
@@ -515,12 +533,28 @@ def open_context(
             reporter.say(notice)
         if template is not None:
             backbone = replace(backbone, given_template=template.text)
+    if backbone.encoder_decoder:
+        _check_languages(config, data, backbone)
+        return Context(config, data, backbone, task_named(config.data.task), reporter, clock)
     missing = [
         a for a in ("logits_to_keep", "position_ids") if not forward_accepts(backbone.model, a)
     ]
     for argument in missing:
         reporter.say(f"{backbone.public_name} takes no {argument}: {_WITHOUT[argument]}")
     return Context(config, data, backbone, task_named(config.data.task), reporter, clock)
+
+
+def _check_languages(config: RunConfig, data: RunData, backbone: Backbone) -> None:
+    """Check that an encoder-decoder can begin an answer in every language of the examples.
+
+    Raises:
+        ValueError: as in `Encoding`.
+    """
+    start = backbone.decoder_start
+    for role, parts in data.parts.items():
+        for split in parts:
+            encoding = part_encoding(config, backbone.tokenizer, role, split, None, start)
+            encoding.sides(section_of(config, role, split).language)
 
 
 def prompt_notices(config: RunConfig, data: RunData) -> list[str]:

@@ -43,13 +43,13 @@ def encoded_parts(
             row in the model's embedding.
     """
     notes = prompt_notices(config, data)
-    tokenizer, name, vocabulary = load_tokenizer(model_spec(config), Reporter(quiet).say)
+    tokenizer, name, vocabulary, start = load_tokenizer(model_spec(config), Reporter(quiet).say)
     notes += put_template(tokenizer, template_given(config))
     lines = [_HEAD, "|---|---|" + "---:|" * 9]
     shown: dict[str, list[str]] = {}
     lost: list[str] = []
     for role, split in ((r, s) for r in data.parts for s in data.parts[r]):
-        encoding = part_encoding(config, tokenizer, role, split)
+        encoding = part_encoding(config, tokenizer, role, split, None, start)
         lengths = _lengths(part_rows(config, data, encoding, role, split, vocabulary))
         report = encoding.report()
         examples = fitting(data.parts[role][split], report.left_out)

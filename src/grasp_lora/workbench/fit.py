@@ -19,6 +19,7 @@ from grasp_lora.models.attention import can_pack
 from grasp_lora.models.batches import Beside
 from grasp_lora.models.devices import repeatable_attention
 from grasp_lora.models.example_losses import EncodedExamples, can_share_prefix, example_losses
+from grasp_lora.models.modules import forward_accepts
 from grasp_lora.models.preserve import preserved
 from grasp_lora.tasks.encoding import PackingCollator
 from grasp_lora.training.best import BestCallback, Evaluation
@@ -355,8 +356,9 @@ def _trainer(
 def _collator(context: Context, live: LiveAdapter, batch_size: int) -> Collate:
     """Return a collator that packs examples where the model computes them apart, else pads them."""
     model, padding = context.backbone.model, context.collator
-    apart = padding.with_logits_to_keep and can_share_prefix(model, context.longest)
-    if batch_size == 1 or not apart:
+    if batch_size == 1 or not can_share_prefix(model, context.longest):
+        return padding
+    if not forward_accepts(model, "logits_to_keep"):
         return padding
     with preserved(live.model, live.params):
         live.model.eval()

@@ -15,6 +15,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.generation.generate import GenerationSettings, generate_texts
 from grasp_lora.metrics import METRICS, Row, missing, score
 from grasp_lora.scoring.sets import metric_options
+from grasp_lora.tasks.encoding import decoder_begin
 from grasp_lora.training.search_callback import Objective
 from grasp_lora.workbench.context import Context
 from grasp_lora.workbench.processes import decided_by_main
@@ -122,6 +123,7 @@ def answers_of(
                 pad_id=backbone.pad_id,
                 stop_ids=sorted({*backbone.stop_ids, *stops}),
                 one_line=task.one_line,
+                start=decoder_begin(encoded),
             ),
             notice=context.reporter.say,
         )
