@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from grasp_lora.adapters import products
 from grasp_lora.adapters.attach import adapter_modules, attach_adapter
 from grasp_lora.adapters.products import use_added_products
 from helpers import random_ids, tiny_model
@@ -121,20 +122,54 @@ def test_disabled_merged_and_other_adapters_are_left_to_peft():
     assert torch.equal(merged, layer.base_layer(rows))
 
 
-def test_dropout_drops_inputs_of_the_adapter_alone():
+def test_dropout_is_torchs_for_the_same_mask(monkeypatch):
     layer = layer_of(lora_dropout=0.5)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 40, 96, generator=generator).bfloat16()
+    arriving = torch.randn(3, 40, 80, generator=generator).bfloat16()
+    kept = products._kept(rows, 0.5)
+    exact = copy.deepcopy(layer).double()
+    exact.lora_dropout["default"] = Times(kept.double())
     use_added_products(nn.ModuleList([layer]))
-    rows = torch.ones(1, 1, 96).bfloat16()
-    layer.train()
+    monkeypatch.setattr(products, "_kept", lambda x, p: kept if p == 0.5 else None)
+    right = output_and_gradients(exact.train(), rows.double(), arriving.double())
+    for own, other in zip(output_and_gradients(layer.train(), rows, arriving), right, strict=True):
+        assert (own - other).norm() < 2**-7 * other.norm()
+    with torch.no_grad():
+        assert torch.equal(layer(rows), layer(rows))
+    layer.eval()
+    assert not torch.equal(layer(rows).double(), exact(rows.double()))
+
+
+class Times(nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x):
+        return x * self.kept
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("shape", [(301, 33), (2, 7, 5), (1, 1)])
+def test_dropout_drops_as_often_as_it_says_and_follows_the_seed(p, shape):
+    x = torch.ones(shape).bfloat16()
     torch.manual_seed(3)
-    found = layer(rows)
+    masks = [products._kept(x, p) for _ in range(40)]
     torch.manual_seed(3)
-    dropped = layer.lora_dropout["default"](rows)
-    a, b = (layer.get_parameter(f"lora_{x}.default.weight") for x in "AB")
-    added = dropped.double() @ a.double().T @ b.double().T
-    right = layer.base_layer(rows).double() + added
-    assert torch.allclose(found.double(), right, rtol=2**-7, atol=2**-7)
-    assert (dropped == 0).any()
+    again = [products._kept(x, p) for _ in range(40)]
+    assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
+    whole = torch.stack(masks)
+    assert whole.shape[1:] == x.shape
+    share = (whole == 0).double().mean()
+    assert abs(share - p) < 5 * (p * (1 - p) / whole.numel()) ** 0.5
+    assert torch.allclose(
+        whole[whole != 0].double(), torch.tensor(1 / (1 - p)).double(), rtol=2**-8
+    )
+    if whole.numel() > 10_000:
+        flat = (whole.flatten() == 0).double() - p
+        for lag in (1, 2, 3, 4, 5):  # entries of one draw are as independent as others
+            assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * p * (1 - p) / len(flat) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
