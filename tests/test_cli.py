@@ -150,6 +150,7 @@ def test_demo_runs_the_packaged_configuration(called, tmp_path):
         ),
         (["search", "--merged", "m"], "search_ratio", (Path("m"),)),
         (["finetune", "--start", "m", "--ratio", "0.4"], "prune_adapter", (Path("m"), 0.4)),
+        (["shrink", "--adapter", "m", "--budget-mb", "0.4"], "shrink_adapter", (Path("m"), 0.4)),
     ],
 )
 def test_each_command_calls_its_recipe(called, config, arguments, name, args):
@@ -262,6 +263,7 @@ def test_evaluate_finds_an_adapter_below_the_home_folder(called, evaluated, monk
         ("merge", ["--adapter=~/a", "--adapter=~/b"], [["a", "b"]]),
         ("search", ["--merged=~/m"], ["m"]),
         ("finetune", ["--start=~/s", "--ratio=0.5"], ["s", 0.5]),
+        ("shrink", ["--adapter=~/s", "--budget-mb=0.5"], ["s", 0.5]),
     ],
 )
 def test_every_path_may_be_below_the_home_folder(

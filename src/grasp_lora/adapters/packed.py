@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lora.adapters.attach import FactorPair
-from grasp_lora.base.files import follow_umask
 from grasp_lora.base.words import shown_path
 from grasp_lora.core.packing import Packed
 
@@ -37,7 +36,6 @@ def write_packed(folder: Path, modules: Mapping[str, Packed]) -> None:
     }
     about = {module: [own.form, own.inputs, own.outputs] for module, own in modules.items()}
     save_file(tensors, folder / QUANTIZED_FILE, metadata={_MODULES: json.dumps(about)})
-    follow_umask(folder / QUANTIZED_FILE)
 
 
 def load_quantized(folder: str | Path) -> dict[str, FactorPair]:

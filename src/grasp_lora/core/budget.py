@@ -200,11 +200,12 @@ def added(losses: Sequence[float], base: Sequence[float], groups: Sequence[Hasha
 
 
 def cost_of(gain: Gain) -> float:
-    """Return what an option counts as: the loss it adds and one standard error, at least 0.
+    """Return what an option counts as: the loss it adds, at least 0, and one standard error.
 
-    The error keeps what seems free by chance from being taken before what is nearer to the adapter.
+    So an option that seems to gain does not count as a gain, which may be chance, and of options
+    that seem free the one whose losses are nearest to the adapter's is taken first.
     """
-    return max(gain.gain + gain.error, 0.0)
+    return max(gain.gain, 0.0) + gain.error
 
 
 def adds_up(

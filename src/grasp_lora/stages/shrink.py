@@ -15,7 +15,7 @@ from typing import Any
 
 from grasp_lora.adapters.folder import WEIGHTS_FILE, read_adapter
 from grasp_lora.adapters.packed import QUANTIZED_FILE, write_packed
-from grasp_lora.base.files import write_json
+from grasp_lora.base.files import follow_umask, write_json
 from grasp_lora.core.budget import MOST_PROBES, OPTIONS, WHOLE, added
 from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.packing import GROUP
@@ -65,6 +65,7 @@ def run(work: Work) -> Mapping[str, Any]:
             write_packed(work.out, modules)
             about = {"budget_mb": megabytes, "bytes": size, "file": QUANTIZED_FILE}
             write_json(work.out / SHRINK_FILE, about | told)
+            follow_umask(work.out, work.out / SHRINK_FILE)
     _say(work, told, size)
     probes = 2 + sum(map(len, found.singles.values())) + len(chosen.tried)
     return {

@@ -142,16 +142,14 @@ class Resizable:
     def losses(self, choices: Sequence[Choice | None], drawn: Drawn) -> list[list[float]]:
         """Return [choices][examples] losses in nats; None stands for the adapter as it is."""
         states: list[State] = [
-            partial(self.live.scaled, 1.0) if one is None else partial(self._under, one)
+            partial(self.live.scaled, 1.0) if one is None else partial(self.under, one)
             for one in choices
         ]
         return losses_in_states(self.live.model, states, drawn.batches, len(drawn.ids))
 
-    def _shapes(self, part: str) -> list[Shape]:
-        return [self.shapes[name] for name in self.parts[part]]
-
     @contextmanager
-    def _under(self, choice: Choice) -> Iterator[None]:
+    def under(self, choice: Choice) -> Iterator[None]:
+        """Run the body with the adapter under a choice, in eval mode, then restore everything."""
         values = {name: torch.zeros_like(one) for name, one in self.live.params.items()}
         for name, own in self.packed(choice).items():
             for side, factor in zip("AB", own.factors(), strict=True):
@@ -160,6 +158,9 @@ class Resizable:
                 place[:rows, :columns] = factor
         with self.live.replaced(values):
             yield
+
+    def _shapes(self, part: str) -> list[Shape]:
+        return [self.shapes[name] for name in self.parts[part]]
 
 
 def _pairs(merged: Mapping[str, MergedModule]) -> dict[str, FactorPair]:

@@ -1,0 +1,306 @@
+"""A finished adapter under a budget: the files that are written, and what they were measured as."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grasp_lora.adapters.folder import read_adapter
+from grasp_lora.adapters.opening import model_with_adapter
+from grasp_lora.adapters.packed import QUANTIZED_FILE, load_quantized
+from grasp_lora.base.files import read_json
+from grasp_lora.config.run_config import make_config
+from grasp_lora.core.budget import WHOLE, Option, added
+from grasp_lora.core.evidence.groups import Gain
+from grasp_lora.models.example_losses import example_losses
+from grasp_lora.plans.show import sizes_of
+from grasp_lora.plans.single import shrink_adapter
+from grasp_lora.stages.stage import Stage
+from grasp_lora.stages.table import KINDS
+from grasp_lora.workbench.context import open_context
+from grasp_lora.workbench.sizes import (
+    OptionLosses,
+    check_budget,
+    drawn_for_sizes,
+    fitted,
+    resizable,
+)
+from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
+from jobs import job, write_rows
+
+RANKS = {"q_proj": 8}
+"""The other modules have rank 4: the plain file fills them up with zeros."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shrink")
+    tiny_backbone_folder(folder / "base", width=64)
+    tiny_adapter_folder(folder / "adapter", tiny_model(width=64), r=4, rank_pattern=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(place):
+    numbers = {"train": range(4), "dev": range(10, 17), "micro_dev": range(20, 23)}
+    numbers["test"] = range(30, 34)
+    files = {
+        part: str(write_rows(place / f"{part}.jsonl", own, part)) for part, own in numbers.items()
+    }
+    values = job(place, adapters={"source": str(place / "adapter")})
+    target = {"language": "es", "files": files, "prompt": "{context} {question}"}
+    values["data"] = {"max_length": 200, "target": target}
+    return make_config(values)
+
+
+@pytest.fixture(scope="module")
+def context(config):
+    return open_context(config, quiet=True)
+
+
+def whole_bytes(place):
+    return sum(2 * (one.A.numel() + one.B.numel()) for one in factors(place / "adapter").values())
+
+
+def factors(folder):
+    return read_adapter(folder).adapter
+
+
+def shrunk(config, context, place, name, share):
+    budget = share * whole_bytes(place) / 1e6
+    return shrink_adapter(config, place / "adapter", budget, place / name, context=context)
+
+
+@pytest.fixture(scope="module", params=[0.9, 0.45, 0.12])
+def result(request, config, context, place):
+    share = request.param
+    return shrunk(config, context, place, f"out-{share}", share), int(share * whole_bytes(place))
+
+
+def numbers_in(file):
+    """Return the bytes of a safetensors file without its header."""
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    return os.path.getsize(file) - 8 - header
+
+
+def test_the_file_has_the_bytes_told_and_keeps_to_the_budget(result):
+    folder, budget = result
+    told = read_json(folder / "shrink.json")
+    size = numbers_in(folder / QUANTIZED_FILE)
+    assert told["bytes"] == size == sum(one["bytes"] for one in told["modules"].values())
+    assert 0 < size <= budget
+    for name, one in told["modules"].items():
+        stored = load_file(folder / QUANTIZED_FILE)
+        own = sum(t.nbytes for key, t in stored.items() if key.startswith(f"{name}."))
+        assert own == one["bytes"]
+
+
+def test_both_files_hold_the_same_numbers_bit_for_bit(result):
+    folder, _ = result
+    plain, small = factors(folder), load_quantized(folder)
+    assert plain.keys() == small.keys()
+    for name, (A, B) in small.items():
+        assert plain[name].scaling == 1
+        assert A.dtype == B.dtype == torch.bfloat16
+        assert torch.equal(plain[name].A.bfloat16(), A)
+        assert torch.equal(plain[name].A, A.float())
+        assert torch.equal(plain[name].B, B.float())
+    written = load_file(folder / "adapter_model.safetensors")
+    assert {one.dtype for one in written.values()} == {torch.bfloat16}
+    ranks = {min(one.shape) for one in written.values()}
+    assert len(ranks) == 1, "one rank for all, as every engine reads it"
+
+
+def test_the_losses_told_are_those_of_what_peft_loads(result, context):
+    folder, _ = result
+    told = read_json(folder / "shrink.json")
+    pool = context.rows("target", ["micro_dev", "dev"])
+    ids = [row.id for row in pool.encoded]
+    assert sorted(told["rows"]) == sorted(ids), "fewer than 48 rows: all choose, no test row"
+    for place, wanted in (
+        (folder, told["whole"]["losses"]),
+        (folder.parent / "adapter", told["as_it_is"]),
+    ):
+        with model_with_adapter(context.backbone, place) as model, torch.no_grad():
+            losses = example_losses(model, pool.batches(range(len(ids))), len(ids))
+        assert [losses[ids.index(one)] for one in told["rows"]] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_peft_alone_loads_the_logits_that_were_measured(result, context, place):
+    folder, _ = result
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    ids = torch.arange(40).view(1, -1)
+    told = read_json(folder / "shrink.json")["modules"]
+    choice = {one["group"]: option_named(one["option"]) for one in told.values()}
+    with torch.no_grad(), resizable(context, place / "adapter") as sizes:
+        with sizes.under(choice):
+            measured = sizes.live.model(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, measured, atol=1e-5)
+
+
+def option_named(name):
+    if name == "drop":
+        return Option(0)
+    rank, form = name.split()
+    return Option(int(rank.partition("/")[2] or 1), form)
+
+
+def test_what_is_told_of_options_is_paired_with_the_adapter_in_bf16(result):
+    folder, _ = result
+    told = read_json(folder / "shrink.json")
+    assert list(told["options"]) == list(factors(folder.parent / "adapter"))
+    base, groups = told["bf16"]["losses"], told["groups"]
+    for part, own in told["options"].items():
+        assert len(own) == 9
+        for one in own.values():
+            gain = added(one["losses"], base, groups)
+            assert [one["added"], one["standard_error"]] == [gain.gain, gain.error]
+        module = told["modules"][part]
+        if module["option"] != WHOLE.name:
+            assert module["added"] == own[module["option"]]["added"]
+            assert module["bytes"] == own[module["option"]]["bytes"]
+
+
+def test_a_trimmed_module_is_the_best_fit_of_its_rank(context, place):
+    with resizable(context, place / "adapter") as sizes:
+        cut = sizes.packed(sizes.uniform(Option(2)))
+        for name, one in factors(place / "adapter").items():
+            U, S, Vh = torch.linalg.svd(one.delta().double(), full_matrices=False)
+            kept = math.ceil(one.rank / 2)
+            best = (U[:, :kept] * S[:kept]) @ Vh[:kept]
+            A, B = (factor.double() for factor in cut[name].factors())
+            assert A.shape[0] == kept
+            assert float((B @ A - best).norm() / best.norm()) < 0.01, "bf16 rounds"
+        for one in sizes.packed(sizes.uniform(WHOLE)).items():
+            name, (A, B) = one[0], one[1].factors()
+            delta = factors(place / "adapter")[name].delta()
+            assert float((B.float() @ A.float() - delta).norm() / delta.norm()) < 0.01
+
+
+def test_an_adapter_that_fits_is_only_rounded(config, context, place):
+    folder = shrunk(config, context, place, "fits", 1.0)
+    told = read_json(folder / "shrink.json")
+    assert told["chosen_by"] == "whole"
+    assert told["options"] == {}
+    assert {one["option"] for one in told["modules"].values()} == {"r bf16"}
+    assert read_json(folder / "stage.json")["forwards"] == 2 * len(told["rows"])
+
+
+def test_the_cost_planned_is_an_upper_bound(result, config, context):
+    folder, _ = result
+    stage = Stage("one", "shrink", config, {}, {"budget_mb": 1.0})
+    planned = KINDS["shrink"].cost(stage, sizes_of(config, context.data))
+    assert 0 < read_json(folder / "stage.json")["forwards"] <= planned.forwards
+    assert planned.forwards == (63 + 12) * 10
+
+
+class Losses:
+    """Stands for a `Resizable` of two groups whose wholes have the losses that a test gives."""
+
+    def __init__(self, wholes):
+        self.parts = {"a": ["a"], "b": ["b"]}
+        self.wholes = wholes
+
+    def options(self, part):
+        return [WHOLE, Option(2)]
+
+    def size(self, part, option):
+        return {WHOLE: 100, Option(2): 50, Option(4): 25}.get(option, 1000)
+
+    def bytes_of(self, choice):
+        return sum(self.size(part, option) for part, option in choice.items())
+
+    def uniform(self, option):
+        return dict.fromkeys(self.parts, option)
+
+    def losses(self, choices, drawn):
+        return [self.wholes[tuple(one.values())] for one in choices]
+
+
+class Rows:
+    ids = groups = ("p", "q", "r", "s")
+
+
+BASE = [1.0, 2.0, 3.0, 4.0]
+
+
+def found_by(whole, alike):
+    """Return what is chosen where the half of a costs 0.1 nats alone, and that of b 0.5."""
+    plus = {"a": 0.1, "b": 0.5}
+    singles = {part: {Option(2): [one + cost for one in BASE]} for part, cost in plus.items()}
+    wholes = {(Option(2), WHOLE): [one + more for one, more in zip(BASE, whole, strict=True)]}
+    wholes |= {(one, one): [base + plus for base in BASE] for one, plus in alike.items()}
+    sizes = Losses(wholes)
+    return fitted(sizes, OptionLosses(Rows.groups, BASE, singles), Rows(), 150)
+
+
+def test_options_that_add_up_are_taken():
+    found = found_by([0.1, 0.1, 0.2, 0.0], {})
+    assert (found.by, found.choice) == ("options", {"a": Option(2), "b": WHOLE})
+    assert found.excess == Gain(pytest.approx(0.0), pytest.approx(0.0408, abs=1e-4), 4)
+    assert list(found.tried) == ["options"]
+
+
+@pytest.mark.parametrize(
+    ("alike", "by", "wanted"),
+    [
+        ({Option(2): 0.7, Option(4): 0.6}, "uniform", {"a": Option(4), "b": Option(4)}),
+        ({Option(2): 0.7, Option(4): 1.6}, "uniform", {"a": Option(2), "b": Option(2)}),
+        ({Option(2): 1.7, Option(4): 1.6}, "options", {"a": Option(2), "b": WHOLE}),
+        ({Option(2): math.nan, Option(4): math.inf}, "options", {"a": Option(2), "b": WHOLE}),
+    ],
+)
+def test_one_option_for_all_is_taken_where_the_whole_is_worse_than_its_sum(alike, by, wanted):
+    found = found_by([0.9, 1.0, 1.1, 1.0], alike)
+    assert found.excess.gain == pytest.approx(0.9)
+    assert (found.by, found.choice) == (by, wanted)
+    assert set(found.tried) == {"options", "r/2 bf16", "r/4 bf16"}
+
+
+def test_nothing_finite_is_said():
+    nothing = {Option(2): math.nan, Option(4): math.inf}
+    with pytest.raises(ValueError, match="has a finite loss"):
+        found_by([math.nan] * 4, nothing)
+
+
+@pytest.mark.parametrize("megabytes", [0.0, -1.0, math.nan])
+def test_a_budget_has_to_be_positive(place, config, megabytes):
+    with pytest.raises(ValueError, match=r"^--budget-mb \S+ is no size; give megabytes above 0"):
+        shrink_adapter(config, place / "adapter", megabytes, place / "never")
+    assert not (place / "never").exists()
+
+
+def test_a_budget_below_the_cheapest_group_is_refused_before_any_work(place, config, monkeypatch):
+    adapter = factors(place / "adapter")
+    # v_proj: rank 4 / 4, 64 inputs and 32 outputs in int4, a scale of two bytes for each 32.
+    least = (64 + 32) // 2 + 2 * 3
+    assert check_budget(least / 1e6, adapter) == least
+    monkeypatch.setattr("grasp_lora.plans.single.load_run_data", None)
+    with pytest.raises(ValueError, match="holds nothing of this adapter: the least is 0.000054 MB"):
+        shrink_adapter(config, place / "adapter", (least - 1) / 1e6, place / "never")
+
+
+def test_few_examples_are_refused(place, config):
+    values = json.loads(json.dumps(config.to_record()))
+    files = {"train": "train", "micro_dev": "micro_dev", "test": "test"}
+    values["data"]["target"]["files"] = {n: str(place / f"{n}.jsonl") for n in files}
+    few = open_context(make_config(values), quiet=True)
+    with pytest.raises(ValueError, match="at least 4 micro-dev and dev examples, got 3"):
+        drawn_for_sizes(few)
+
+
+def test_a_damaged_or_missing_file_is_said(place, config, context):
+    folder = shrunk(config, context, place, "damaged", 0.5)
+    file = folder / QUANTIZED_FILE
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_quantized(folder)
+    with pytest.raises(FileNotFoundError, match="give a folder that grasp-lora shrink wrote"):
+        load_quantized(place / "adapter")
