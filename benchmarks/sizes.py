@@ -3,10 +3,10 @@
     python -m benchmarks.sizes CONFIG --adapter FOLDER --work FOLDER --json FILE [--set KEY=VALUE]
 
 Every way is one for all modules, but for the last ones, which `grasp-lora shrink` chooses under a
-budget: a half, a quarter and an eighth of the adapter in bf16. Without `--adapter` it is the average
-of the two adapters of CONFIG. Printed are the bytes of the numbers in a safetensors file, and the
-loss added to that of the adapter as it is, paired by row, with its standard error over contexts: on
-the micro-dev and dev rows that chose, and on test rows, which chose nothing.
+budget: a half, a quarter and an eighth of the adapter in bf16. Without `--adapter` it is the
+average of the two adapters of CONFIG. Printed are the bytes of the numbers in a safetensors file,
+and the loss added to that of the adapter as it is, paired by row, with its standard error over
+contexts: on the micro-dev and dev rows that chose, and on test rows, which chose nothing.
 
 A pruned adapter has the bytes of a whole one in any file that something loads. Told beside it is
 what it would take with its zeros left out: a bit for each entry, and two bytes for each that is not

@@ -20,12 +20,13 @@ from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
-    *("score", "export", "push", "cost", "report", "schema", "init", "doctor"),
+    *("score", "export", "push", "cost", "report", "schema", "init", "doctor", "shrink"),
 ]
 FUNCTIONS = {
     "plans.run": ("run",),
     "plans.single": (
         *("train_adapter", "merge_adapters", "search_ratio", "prune_adapter"),
+        "shrink_adapter",
         "evaluate_adapter",
     ),
 }

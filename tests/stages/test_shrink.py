@@ -1,6 +1,5 @@
 """A finished adapter under a budget: the files that are written, and what they were measured as."""
 
-import json
 import math
 import os
 
@@ -287,11 +286,8 @@ def test_a_budget_below_the_cheapest_group_is_refused_before_any_work(place, con
         shrink_adapter(config, place / "adapter", (least - 1) / 1e6, place / "never")
 
 
-def test_few_examples_are_refused(place, config):
-    values = json.loads(json.dumps(config.to_record()))
-    files = {"train": "train", "micro_dev": "micro_dev", "test": "test"}
-    values["data"]["target"]["files"] = {n: str(place / f"{n}.jsonl") for n in files}
-    few = open_context(make_config(values), quiet=True)
+def test_few_examples_are_refused(context):
+    few = context.on_target({"micro_dev": context.examples("target", "micro_dev")})
     with pytest.raises(ValueError, match="at least 4 micro-dev and dev examples, got 3"):
         drawn_for_sizes(few)
 

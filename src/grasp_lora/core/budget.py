@@ -66,6 +66,8 @@ WHOLE = Option(1)
 DROP = Option(0)
 OPTIONS = (*(Option(part, form) for part in (1, 2, 4) for form in FORMATS), DROP)
 """All options of a group, `WHOLE` first."""
+_THIRDS = ("first third", "middle third", "last third")
+_OUTSIDE = "outside the layers"
 MOST_PROBES = MOST_GROUPS * (len(OPTIONS) - 1)
 """Most measurements of single options."""
 
@@ -81,30 +83,16 @@ def groups_of(modules: Sequence[str], most: int = MOST_GROUPS) -> dict[str, list
         most: most groups, at least 1.
     """
     layers = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
-    places = {layer: 3 * place // len(layers) for place, layer in enumerate(layers)}
-
-    def third(name: str) -> str:
-        layer = layer_of(name)
-        return "outside" if layer is None else ("first", "middle", "last")[places[layer]] + " third"
-
-    def kind(name: str) -> str:
-        return name.rpartition(".")[2]
-
-    ways = (
-        lambda name: name,
-        lambda name: "outside" if layer_of(name) is None else f"layer {layer_of(name)}",
-        lambda name: f"{kind(name)}, {third(name)}",
-        kind,
-        third,
-        lambda name: "all",
-    )
-    grouped: list[dict[str, list[str]]] = []
-    for way in ways:
-        found: dict[str, list[str]] = {}
-        for name in modules:
-            found.setdefault(way(name), []).append(name)
-        grouped.append(found)
-    return max((one for one in grouped if len(one) <= most), key=len)
+    thirds = {layer: _THIRDS[3 * place // len(layers)] for place, layer in enumerate(layers)}
+    grouped: list[dict[str, list[str]]] = [{} for _ in range(6)]
+    for name in modules:
+        layer, kind = layer_of(name), name.rpartition(".")[2]
+        third = _OUTSIDE if layer is None else thirds[layer]
+        own = _OUTSIDE if layer is None else f"layer {layer}"
+        labels = (name, own, f"{kind}, {third}", kind, third, "all")
+        for groups, label in zip(grouped, labels, strict=True):
+            groups.setdefault(label, []).append(name)
+    return max((groups for groups in grouped if len(groups) <= most), key=len)
 
 
 def options_of(shapes: Sequence[Shape]) -> list[Option]:

@@ -98,7 +98,8 @@ def quantised(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     most = 2 ** (bits - 1) - 1
     length = rows.shape[1]
-    grouped = pad(rows.float(), (0, -length % GROUP)).unflatten(1, (-1, GROUP))
+    padded = pad(rows.float(), (0, -length % GROUP))
+    grouped = padded.reshape(len(rows), -1, GROUP)
     scales = (grouped.abs().amax(2) / most).to(torch.bfloat16)
     # A group of zeros has the scale 0; any other keeps its zeros too.
     codes = (grouped / scales.float().unsqueeze(2)).nan_to_num(0.0).round().clamp(-most, most)
