@@ -8,29 +8,24 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.adapters.opening import model_with_adapter
 from grasp_lora.adapters.packed import QUANTIZED_FILE, load_quantized
 from grasp_lora.base.files import read_json
+from grasp_lora.cli import app
 from grasp_lora.config.run_config import make_config
 from grasp_lora.core.budget import WHOLE, Option, added
-from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.show import sizes_of
 from grasp_lora.plans.single import shrink_adapter
 from grasp_lora.stages.stage import Stage
 from grasp_lora.stages.table import KINDS
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.sizes import (
-    OptionLosses,
-    check_budget,
-    drawn_for_sizes,
-    fitted,
-    resizable,
-)
+from grasp_lora.workbench.sizes import check_budget, resizable
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, write_rows
+from jobs import job, write_job, write_rows
 
 RANKS = {"q_proj": 8}
 """The other modules have rank 4: the plain file fills them up with zeros."""
@@ -112,6 +107,8 @@ def test_both_files_hold_the_same_numbers_bit_for_bit(result):
         assert torch.equal(plain[name].B, B.float())
     written = load_file(folder / "adapter_model.safetensors")
     assert {one.dtype for one in written.values()} == {torch.bfloat16}
+    plain = read_json(folder / "shrink.json")["plain_bytes"]
+    assert numbers_in(folder / "adapter_model.safetensors") == plain
     ranks = {min(one.shape) for one in written.values()}
     assert len(ranks) == 1, "one rank for all, as every engine reads it"
 
@@ -200,75 +197,6 @@ def test_the_cost_planned_is_an_upper_bound(result, config, context):
     assert planned.forwards == (63 + 12) * 10
 
 
-class Losses:
-    """Stands for a `Resizable` of two groups whose wholes have the losses that a test gives."""
-
-    def __init__(self, wholes):
-        self.parts = {"a": ["a"], "b": ["b"]}
-        self.wholes = wholes
-
-    def options(self, part):
-        return [WHOLE, Option(2)]
-
-    def size(self, part, option):
-        return {WHOLE: 100, Option(2): 50, Option(4): 25}.get(option, 1000)
-
-    def bytes_of(self, choice):
-        return sum(self.size(part, option) for part, option in choice.items())
-
-    def uniform(self, option):
-        return dict.fromkeys(self.parts, option)
-
-    def losses(self, choices, drawn):
-        return [self.wholes[tuple(one.values())] for one in choices]
-
-
-class Rows:
-    ids = groups = ("p", "q", "r", "s")
-
-
-BASE = [1.0, 2.0, 3.0, 4.0]
-
-
-def found_by(whole, alike):
-    """Return what is chosen where the half of a costs 0.1 nats alone, and that of b 0.5."""
-    plus = {"a": 0.1, "b": 0.5}
-    singles = {part: {Option(2): [one + cost for one in BASE]} for part, cost in plus.items()}
-    wholes = {(Option(2), WHOLE): [one + more for one, more in zip(BASE, whole, strict=True)]}
-    wholes |= {(one, one): [base + plus for base in BASE] for one, plus in alike.items()}
-    sizes = Losses(wholes)
-    return fitted(sizes, OptionLosses(Rows.groups, BASE, singles), Rows(), 150)
-
-
-def test_options_that_add_up_are_taken():
-    found = found_by([0.1, 0.1, 0.2, 0.0], {})
-    assert (found.by, found.choice) == ("options", {"a": Option(2), "b": WHOLE})
-    assert found.excess == Gain(pytest.approx(0.0), pytest.approx(0.0408, abs=1e-4), 4)
-    assert list(found.tried) == ["options"]
-
-
-@pytest.mark.parametrize(
-    ("alike", "by", "wanted"),
-    [
-        ({Option(2): 0.7, Option(4): 0.6}, "uniform", {"a": Option(4), "b": Option(4)}),
-        ({Option(2): 0.7, Option(4): 1.6}, "uniform", {"a": Option(2), "b": Option(2)}),
-        ({Option(2): 1.7, Option(4): 1.6}, "options", {"a": Option(2), "b": WHOLE}),
-        ({Option(2): math.nan, Option(4): math.inf}, "options", {"a": Option(2), "b": WHOLE}),
-    ],
-)
-def test_one_option_for_all_is_taken_where_the_whole_is_worse_than_its_sum(alike, by, wanted):
-    found = found_by([0.9, 1.0, 1.1, 1.0], alike)
-    assert found.excess.gain == pytest.approx(0.9)
-    assert (found.by, found.choice) == (by, wanted)
-    assert set(found.tried) == {"options", "r/2 bf16", "r/4 bf16"}
-
-
-def test_nothing_finite_is_said():
-    nothing = {Option(2): math.nan, Option(4): math.inf}
-    with pytest.raises(ValueError, match="has a finite loss"):
-        found_by([math.nan] * 4, nothing)
-
-
 @pytest.mark.parametrize("megabytes", [0.0, -1.0, math.nan])
 def test_a_budget_has_to_be_positive(place, config, megabytes):
     with pytest.raises(ValueError, match=r"^--budget-mb \S+ is no size; give megabytes above 0"):
@@ -286,17 +214,13 @@ def test_a_budget_below_the_cheapest_group_is_refused_before_any_work(place, con
         shrink_adapter(config, place / "adapter", (least - 1) / 1e6, place / "never")
 
 
-def test_few_examples_are_refused(context):
-    few = context.on_target({"micro_dev": context.examples("target", "micro_dev")})
-    with pytest.raises(ValueError, match="at least 4 micro-dev and dev examples, got 3"):
-        drawn_for_sizes(few)
-
-
-def test_a_damaged_or_missing_file_is_said(place, config, context):
-    folder = shrunk(config, context, place, "damaged", 0.5)
-    file = folder / QUANTIZED_FILE
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is damaged"):
-        load_quantized(folder)
-    with pytest.raises(FileNotFoundError, match="give a folder that grasp-lora shrink wrote"):
-        load_quantized(place / "adapter")
+def test_the_command_writes_the_folder_once(config, place):
+    file = write_job(place / "run.yaml", config.to_dict())
+    budget, out = str(0.5 * whole_bytes(place) / 1e6), place / "by-command"
+    options = ["--adapter", str(place / "adapter"), "--budget-mb", budget, "--out", str(out)]
+    for line in ("wrote ", "holds this result already"):
+        done = CliRunner().invoke(app, ["shrink", str(file), *options])
+        assert done.exit_code == 0, done.output
+        assert line in done.output
+    assert load_quantized(out)
+    assert "MB of numbers in quantized.safetensors" not in done.output, "the second does nothing"

@@ -20,6 +20,7 @@ from grasp_lora.core.packing import Packed
 QUANTIZED_FILE = "quantized.safetensors"
 _MODULES = "modules"
 """Key of the file's metadata: module -> [format, inputs, outputs], as JSON."""
+_DAMAGE = (SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 
 
 def write_packed(folder: Path, modules: Mapping[str, Packed]) -> None:
@@ -68,7 +69,14 @@ def load_quantized(folder: str | Path) -> dict[str, FactorPair]:
             module: Packed(form, _of(module, tensors), inputs, outputs).factors()
             for module, (form, inputs, outputs) in about.items()
         }
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{shown_path(file)} is damaged, or not of grasp-lora shrink ({error}); copy it again"
         ) from error
@@ -76,5 +84,4 @@ def load_quantized(folder: str | Path) -> dict[str, FactorPair]:
 
 def _of(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{module}."
-    own = {name.removeprefix(start): one for name, one in tensors.items() if name.startswith(start)}
-    return own
+    return {n.removeprefix(start): one for n, one in tensors.items() if n.startswith(start)}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from grasp_lora.adapters.folder import WEIGHTS_FILE, read_adapter
+from grasp_lora.adapters.folder import WEIGHTS_FILE, one_rank, read_adapter
 from grasp_lora.adapters.packed import QUANTIZED_FILE, write_packed
 from grasp_lora.base.files import follow_umask, write_json
 from grasp_lora.core.budget import MOST_PROBES, OPTIONS, WHOLE, added
@@ -56,17 +56,19 @@ def run(work: Work) -> Mapping[str, Any]:
         (as_it_is,) = sizes.losses([None], drawn)
         found, chosen = _chosen(work, sizes, drawn, budget)
         modules = sizes.packed(chosen.choice)
-        size = sizes.bytes_of(chosen.choice)
         told = _record(sizes, drawn, found, chosen, as_it_is)
     plain = {name: one.factors() for name, one in modules.items()}
+    size = sum(one["bytes"] for one in told["modules"].values())
+    filled = sum(side.nbytes for pair in one_rank(plain).values() for side in pair)
+    about = {"budget_mb": megabytes, "bytes": size, "plain_bytes": filled}
     if is_main():
         with context.clock.span("write"):
             save_plain(work.out, plain, context.backbone)
             write_packed(work.out, modules)
-            about = {"budget_mb": megabytes, "bytes": size, "file": QUANTIZED_FILE}
             write_json(work.out / SHRINK_FILE, about | told)
             follow_umask(work.out, work.out / SHRINK_FILE)
-    _say(work, told, size)
+    for line in _lines(about | told):
+        context.reporter.say(line)
     probes = 2 + sum(map(len, found.singles.values())) + len(chosen.tried)
     return {
         "seconds": time.perf_counter() - began,
@@ -142,22 +144,20 @@ def _gain(gain: Gain) -> dict[str, float]:
     return {"added": gain.gain, "standard_error": gain.error}
 
 
-def _say(work: Work, told: Mapping[str, Any], size: int) -> None:
-    """Tell what was chosen for each group, what it costs, and the sizes of both files."""
-    say = work.context.reporter.say
+def _lines(told: Mapping[str, Any]) -> list[str]:
+    """Return what was chosen for each group, what it costs, and the sizes of both files."""
     groups = {one["group"]: one for one in told["modules"].values()}
-    for part, one in groups.items():
-        added_, error = one["added"], one["standard_error"]
-        say(f"{part}: {one['option']}, alone {added_:+.4f} nats (standard error {error:.4f})")
-    whole = told["whole"]
-    say(
-        f"{size / MEGABYTE:.3f} MB of numbers in {QUANTIZED_FILE}, "
-        f"{told['bf16']['bytes'] / MEGABYTE:.3f} MB before in bf16: {whole['added']:+.4f} nats "
-        f"(standard error {whole['standard_error']:.4f}) on {len(told['rows'])} examples that chose"
-    )
-    file = work.out / WEIGHTS_FILE
-    if file.is_file():
-        say(f"{WEIGHTS_FILE}, in bf16 for other tools: {file.stat().st_size / MEGABYTE:.3f} MB")
+    whole, before = told["whole"], told["bf16"]["bytes"]
+    return [
+        *(f"{part}: {one['option']}, alone {_nats(one)}" for part, one in groups.items()),
+        f"{told['bytes'] / MEGABYTE:.3f} MB in {QUANTIZED_FILE} in place of {before / MEGABYTE:.3f}"
+        f" MB in bf16: {_nats(whole)} on the {len(told['rows'])} examples that chose",
+        f"{told['plain_bytes'] / MEGABYTE:.3f} MB in {WEIGHTS_FILE}, the same in bf16 and one rank",
+    ]
+
+
+def _nats(one: Mapping[str, float]) -> str:
+    return f"{one['added']:+.4f} nats (standard error {one['standard_error']:.4f})"
 
 
 def _settings(stage: Stage) -> tuple[str, ...]:
