@@ -197,7 +197,7 @@ def test_the_cost_planned_is_an_upper_bound(result, config, context):
     assert planned.forwards == (63 + 12) * 10
 
 
-@pytest.mark.parametrize("megabytes", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("megabytes", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_has_to_be_positive(place, config, megabytes):
     with pytest.raises(ValueError, match=r"^--budget-mb \S+ is no size; give megabytes above 0"):
         shrink_adapter(config, place / "adapter", megabytes, place / "never")
@@ -209,6 +209,8 @@ def test_a_budget_below_the_cheapest_group_is_refused_before_any_work(place, con
     # v_proj: rank 4 / 4, 64 inputs and 32 outputs in int4, a scale of two bytes for each 32.
     least = (64 + 32) // 2 + 2 * 3
     assert check_budget(least / 1e6, adapter) == least
+    assert check_budget(0.29, adapter) == 290_000, "0.29 * 100 is 28.999999999999996"
+    assert check_budget(54.0009e-6, adapter) == 54
     monkeypatch.setattr("grasp_lora.plans.single.load_run_data", None)
     with pytest.raises(ValueError, match="holds nothing of this adapter: the least is 0.000054 MB"):
         shrink_adapter(config, place / "adapter", (least - 1) / 1e6, place / "never")

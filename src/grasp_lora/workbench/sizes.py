@@ -4,6 +4,7 @@ Nothing is trained. An adapter's modules are divided into groups, and each optio
 measured alone, with all else as it is, on the same examples. See `core.budget` for the choice.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,20 +70,22 @@ def check_budget(megabytes: float, adapter: Adapter) -> int:
         adapter: what is to fit it.
 
     Raises:
-        ValueError: it is not above 0, or less than the fewest bytes that leave a group of modules.
+        ValueError: it is not above 0 or not finite, or less than the fewest bytes that leave a group of modules.
     """
-    if not megabytes > 0:
+    if not 0 < megabytes < math.inf:
         raise ValueError(f"--budget-mb {megabytes:g} is no size; give megabytes above 0, like 0.5")
     shapes = shapes_of(adapter)
     parts = groups_of(list(shapes))
     least = least_bytes({name: [shapes[one] for one in own] for name, own in parts.items()})
-    if megabytes * MEGABYTE < least:
+    # A fraction like 0.29 is a little less than it says.
+    budget = math.floor(round(megabytes * MEGABYTE, 3))
+    if budget < least:
         raise ValueError(
             f"--budget-mb {megabytes:g} holds nothing of this adapter: the least is "
             f"{least / MEGABYTE:.6f} MB, one of its {len(parts)} groups of modules at a quarter of "
             "its rank in int4; give more, or use the bare model"
         )
-    return int(megabytes * MEGABYTE)
+    return budget
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,7 @@ class OptionLosses:
         return added(self.of(part, option), self.base, self.groups)
 
 
-def probed_options(
-    sizes: Resizable, drawn: Drawn, done: Callable[[int], Any] = lambda _count: None
-) -> OptionLosses:
+def probed_options(sizes: Resizable, drawn: Drawn, done: Callable[[int], Any]) -> OptionLosses:
     """Measure every option of every group alone, and the adapter in bf16.
 
     Args:
