@@ -57,19 +57,21 @@ def first_tests(context: Context, count: int) -> Drawn:
 
 
 def pruned_losses(
-    context: Context, sizes: Resizable, rows: Sequence[Drawn]
+    context: Context, sizes: Resizable, rows: Sequence[Drawn], ratios: Sequence[float]
 ) -> dict[str, list[list[float]]]:
     """Return way -> losses of each set of rows, for each ratio by the configured importance."""
     live, rule = sizes.live, context.config.importance
     norms = context.norms(live, rule)
-    masks = live.masks(block_importance(IMPORTANCE[rule], norms), RATIOS)
+    masks = live.masks(block_importance(IMPORTANCE[rule], norms), ratios)
     states = [partial(live.trial, one, block_fit(rule, norms)) for one in masks]
     found = [losses_in_states(live.model, states, one.batches, len(one.ids)) for one in rows]
-    names = [f"prune {ratio:g}" for ratio in RATIOS]
+    names = [f"prune {ratio:g}" for ratio in ratios]
     return {name: [own[place] for own in found] for place, name in enumerate(names)}
 
 
-def measured(context: Context, adapter: Path, rows: int, tests: int) -> dict[str, Any]:
+def measured(
+    context: Context, adapter: Path, rows: int, tests: int, ratios: Sequence[float]
+) -> dict[str, Any]:
     """Return way -> `bytes`, and for "chose" and "test" the `losses`, `added` and its error."""
     drawn, test = drawn_for_sizes(context, rows), first_tests(context, tests)
     with resizable(context, adapter) as sizes:
@@ -91,10 +93,10 @@ def measured(context: Context, adapter: Path, rows: int, tests: int) -> dict[str
         both = (drawn, test)
         losses = [sizes.losses(list(choices.values()), one) for one in both]
         found_by = {name: [own[place] for own in losses] for place, name in enumerate(choices)}
-        found_by |= pruned_losses(context, sizes, both)
+        found_by |= pruned_losses(context, sizes, both, ratios)
         taken = {n: size if c is None else sizes.bytes_of(c) for n, c in choices.items()}
         entries = size // 2
-    sparse = {f"prune {r:g}": round(2 * entries * (1 - r) + entries / 8) for r in RATIOS}
+    sparse = {f"prune {r:g}": round(2 * entries * (1 - r) + entries / 8) for r in ratios}
     return {
         name: {
             "bytes": taken.get(name, size),
@@ -133,6 +135,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="where the losses are written")
     parser.add_argument("--adapter", type=Path, help="a finished adapter; default: the average")
     parser.add_argument("--rows", type=int, default=48, help="micro-dev and dev rows that choose")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--tests", type=int, default=100, help="test rows")
     return parser.parse_args(argv)
 
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         context, adapter = pair.context, pair.merged((0.5, 0.5))
     else:
         context = open_context(config, training=False)
-    found = measured(context, adapter, options.rows, options.tests)
+    found = measured(context, adapter, options.rows, options.tests, options.ratios)
     about = {"config": options.config.name, "seed": config.seed, "adapter": adapter.name}
     common.write_result(options.json, {"ways": jsonable(found)}, [], about)
     print("\n".join(lines_of(found)))

@@ -70,7 +70,7 @@ def check_budget(megabytes: float, adapter: Adapter) -> int:
         adapter: what is to fit it.
 
     Raises:
-        ValueError: it is not above 0 or not finite, or less than the fewest bytes that leave a group of modules.
+        ValueError: it is not above 0 or not finite, or below the fewest bytes that leave a group.
     """
     if not 0 < megabytes < math.inf:
         raise ValueError(f"--budget-mb {megabytes:g} is no size; give megabytes above 0, like 0.5")
