@@ -20,12 +20,13 @@ from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
 
 COMMANDS = [
     *("run", "plan", "demo", "train", "merge", "search", "finetune", "precheck", "evaluate"),
-    *("score", "export", "push", "cost", "report", "schema", "init", "doctor"),
+    *("score", "export", "push", "cost", "report", "schema", "init", "doctor", "shrink"),
 ]
 FUNCTIONS = {
     "plans.run": ("run",),
     "plans.single": (
         *("train_adapter", "merge_adapters", "search_ratio", "prune_adapter"),
+        "shrink_adapter",
         "evaluate_adapter",
     ),
 }
@@ -150,6 +151,7 @@ def test_demo_runs_the_packaged_configuration(called, tmp_path):
         ),
         (["search", "--merged", "m"], "search_ratio", (Path("m"),)),
         (["finetune", "--start", "m", "--ratio", "0.4"], "prune_adapter", (Path("m"), 0.4)),
+        (["shrink", "--adapter", "m", "--budget-mb", "0.4"], "shrink_adapter", (Path("m"), 0.4)),
     ],
 )
 def test_each_command_calls_its_recipe(called, config, arguments, name, args):
@@ -262,6 +264,7 @@ def test_evaluate_finds_an_adapter_below_the_home_folder(called, evaluated, monk
         ("merge", ["--adapter=~/a", "--adapter=~/b"], [["a", "b"]]),
         ("search", ["--merged=~/m"], ["m"]),
         ("finetune", ["--start=~/s", "--ratio=0.5"], ["s", 0.5]),
+        ("shrink", ["--adapter=~/s", "--budget-mb=0.5"], ["s", 0.5]),
     ],
 )
 def test_every_path_may_be_below_the_home_folder(

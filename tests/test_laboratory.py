@@ -17,6 +17,7 @@ from benchmarks import (
     replay,
     rewards,
     scopes,
+    sizes,
 )
 from benchmarks import recorded as recorded_runs
 from benchmarks.controllers import CONTROLLERS, floor
@@ -338,6 +339,32 @@ def test_scopes_are_held_against_one_ratio_on_rows_that_chose_nothing(tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == f"| one ratio | {whole[0]:.3f} |"
     assert f"| drawn at random | {whole[1] - whole[0]:+.3f} ± " in lines[3]
+
+
+def test_sizes_are_held_against_the_adapter_on_rows_that_chose_and_on_test_rows(tmp_path, capsys):
+    tiny_backbone_folder(tmp_path / "base")
+    adapter = tiny_adapter_folder(tmp_path / "adapter", tiny_model(), r=4)
+    config = job(tmp_path, adapters={"source": str(adapter)})
+    file, out = write_job(tmp_path / "run.yaml", config), tmp_path / "sizes.json"
+    options = ["--work", str(tmp_path), "--json", str(out), "--adapter", str(adapter)]
+    sizes.main([str(file), *options, "--rows", "6", "--tests", "3"])
+    found = json.loads(out.read_text())["ways"]
+    whole = 2 * 2 * 4 * ((16 + 16) + (16 + 8))
+    assert found["as it is"]["bytes"] == found["r bf16"]["bytes"] == whole
+    assert found["r/2 bf16"]["bytes"] == whole // 2
+    assert found["drop"]["bytes"] == 0
+    pruned = found["prune 0.6"]
+    assert pruned["bytes"] == whole, "a file with zeros is as large"
+    assert pruned["sparse_bytes"] == round(0.4 * whole + whole / 2 / 8)
+    for share in (2, 4, 8):
+        assert 0 < found[f"budget 1/{share}"]["bytes"] <= whole / share
+    assert {len(one["chose"]["losses"]) for one in found.values()} == {6}
+    assert {len(one["test"]["losses"]) for one in found.values()} == {3}
+    base = found["as it is"]["test"]["losses"]
+    gaps = [a - b for a, b in zip(pruned["test"]["losses"], base, strict=True)]
+    assert pruned["test"]["added"] == pytest.approx(statistics.fmean(gaps))
+    lines = capsys.readouterr().out.splitlines()
+    assert f"| drop | 0.000 | {found['drop']['chose']['added']:+.3f} ± " in "\n".join(lines)
 
 
 def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):

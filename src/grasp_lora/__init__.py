@@ -17,6 +17,7 @@ _HOMES = {
     "evaluate": "grasp_lora.plans.public",
     "export": "grasp_lora.sharing.public",
     "load_config": "grasp_lora.config.run_config",
+    "load_quantized": "grasp_lora.adapters.packed",
     "merge_adapters": "grasp_lora.adapters.merging",
     "run": "grasp_lora.plans.public",
 }
@@ -30,12 +31,14 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "load_quantized",
     "merge_adapters",
     "run",
 ]
 
 if TYPE_CHECKING:
     from grasp_lora.adapters.merging import merge_adapters
+    from grasp_lora.adapters.packed import load_quantized
     from grasp_lora.config.run_config import ConfigError, RunConfig, load_config
     from grasp_lora.core.controller.settings import ControllerConfig
     from grasp_lora.plans.public import evaluate, run

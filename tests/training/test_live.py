@@ -490,6 +490,24 @@ def test_svd_mixes_the_sources_so_source_units_are_refused():
 
 
 @pytest.mark.parametrize("fails", [False, True])
+def test_replaced_values_are_those_measured_and_are_put_back(fails):
+    live, optimizer, ids = in_mid_step()
+    before = everything(live, optimizer)
+    name = next(name for name in live.params if name.endswith(".B"))
+    half = {name: live.params[name].detach() / 2}
+    twin = copy.deepcopy(live.model).eval()
+    number = [param is live.params[name] for param in live.model.parameters()].index(True)
+    list(twin.parameters())[number].data /= 2
+    with live.replaced(half):
+        assert not live.model.training
+        assert torch.equal(logits_of(live.model, ids), logits_of(twin, ids))
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"), live.replaced(half):
+            raise RuntimeError("in the middle")
+    assert same(before, everything(live, optimizer))
+
+
+@pytest.mark.parametrize("fails", [False, True])
 def test_a_scaled_adapter_is_the_scaled_delta_and_is_put_back(fails):
     live, optimizer, ids = in_mid_step()
     before = everything(live, optimizer)

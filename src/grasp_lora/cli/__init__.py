@@ -40,6 +40,7 @@ for command in (
     stages.train,
     stages.search,
     stages.finetune,
+    stages.shrink,
     stages.precheck,
     stages.ablate,
     stages.compare,

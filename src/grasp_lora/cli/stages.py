@@ -286,6 +286,40 @@ def finetune(
     stage(out, overwrite, work, reads=[config, file], request=request)
 
 
+def shrink(
+    config: Config,
+    adapter: Annotated[
+        Path, typer.Option(help="Adapter folder to shrink.", show_default=False, **AS_PATH)
+    ],
+    budget_mb: Annotated[
+        float,
+        typer.Option(
+            "--budget-mb", help="Most megabytes (10^6 bytes) of its numbers.", show_default=False
+        ),
+    ],
+    out: Out,
+    settings: Set = None,
+    seed: Seed = None,
+    allow_leakage: AllowLeakage = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit a finished adapter into a number of bytes, by ranks and number formats of its modules.
+
+    Reads the adapter and the micro-dev and dev examples, which choose; trains nothing. Writes a
+    PEFT adapter folder, with quantized.safetensors, which keeps to the budget, and shrink.json.
+    """
+    loaded = load(config, settings, None, seed, allow_leakage)
+    from grasp_lora.plans.receipt import Request
+
+    def work() -> Path:
+        from grasp_lora.plans.single import shrink_adapter
+
+        return shrink_adapter(loaded, adapter, budget_mb, out, overwrite=overwrite)
+
+    request = Request(out, loaded, {"shrink": budget_mb}, [adapter])
+    stage(out, overwrite, work, reads=[config], request=request)
+
+
 def precheck(
     config: Config,
     out: Annotated[

@@ -29,6 +29,7 @@ from grasp_lora.workbench.objective import objective_faults
 from grasp_lora.workbench.processes import is_main, join, kept_by_main
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import RunData, load_run_data
+from grasp_lora.workbench.sizes import check_budget
 
 
 def train_adapter(
@@ -164,6 +165,33 @@ def prune_adapter(
     judged = Stage(f"{out.name}-judged", "prune", config, inputs, options, title)
     whole = Stage(out.name, "prune", config, inputs | {"judged": judged.name}, options, title)
     return _done(out, [judged, whole], overwrite, context)
+
+
+def shrink_adapter(
+    config: RunConfig,
+    adapter: Path,
+    budget_mb: float,
+    out: Path,
+    overwrite: bool = False,
+    context: Context | None = None,
+) -> Path:
+    """Fit a finished adapter into a number of bytes; see `grasp_lora.stages.shrink`.
+
+    Args:
+        config: the settings; their micro-dev and dev examples choose.
+        adapter: a PEFT adapter folder.
+        budget_mb: most megabytes (10^6 bytes) of `quantized.safetensors`, its header aside.
+        out: folder of the smaller adapter, an ordinary PEFT folder with two more files.
+        overwrite: replace another result.
+        context: examples and backbone, if they are open already.
+
+    Raises:
+        ValueError: the budget is too small, the folder holds no adapter that fits this backbone,
+            or there are fewer than 4 examples.
+    """
+    check_budget(budget_mb, read_adapter(adapter).adapter)
+    stage = Stage(out.name, "shrink", config, {"adapter": adapter}, {"budget_mb": budget_mb})
+    return _done(out, [stage], overwrite, context, named=[adapter])
 
 
 def evaluate_adapter(

@@ -8,6 +8,7 @@ from grasp_lora.stages.probe import PROBE
 from grasp_lora.stages.prompt import PROMPT
 from grasp_lora.stages.prune import PRUNE
 from grasp_lora.stages.search import SEARCH
+from grasp_lora.stages.shrink import SHRINK
 from grasp_lora.stages.stage import Kind
 from grasp_lora.stages.train import TRAIN
 
@@ -18,6 +19,7 @@ KINDS: Mapping[str, Kind] = {
     "search": SEARCH,
     "prune": PRUNE,
     "prompt": PROMPT,
+    "shrink": SHRINK,
     "evaluate": EVALUATE,
 }
 """Name -> kind. To add a kind of stage, write its file and add an entry here."""

@@ -274,6 +274,29 @@ class LiveAdapter:
             for name, layer in self.layers.items():
                 layer.scaling[self.adapter] = before[name]
 
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the body in eval mode with other values in some tensors, then restore everything.
+
+        The same state is restored as by `trial`.
+
+        Args:
+            values: name of a parameter -> values of its shape.
+
+        Raises:
+            RuntimeError: the body wrote to the weights.
+        """
+        before = {name: self.params[name].detach().clone() for name in values}
+        try:
+            for name, value in values.items():
+                self.params[name].data.copy_(value)
+            with preserved(self.model, self.params):
+                self.model.eval()
+                yield
+        finally:
+            for name, value in before.items():
+                self.params[name].data.copy_(value)
+
     def _leaving(self, name: str, masks: Masks) -> Tensor:
         """Return True for the entries that are kept now and removed by `masks`."""
         wanted = masks[name].keep()
