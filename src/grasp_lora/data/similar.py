@@ -56,25 +56,27 @@ def sets_of_shingles(texts: Iterable[Sequence[Hashable]], width: int) -> Sets:
         tokens.extend(map(known.__getitem__, text))
         ends.append(len(tokens))
     lengths, base = np.diff(np.array(ends)), len(known)
-    del known
     stream = np.frombuffer(tokens, np.int32) if tokens else np.empty(0, np.int32)
-    codes, count = stream.astype(np.int64), base
+    pairs, count = stream.astype(np.int64), base
     for step in range(1, width):
         # A shingle's number is made from that of the shorter one and the next token.
-        count = _numbered_below(codes, count, base)
-        codes = codes[: max(0, len(stream) - step)]
-        codes *= base
-        codes += stream[step:]
+        count = _numbered_below(pairs, count, base)
+        pairs = pairs[: max(0, len(stream) - step)]
+        pairs *= base
+        pairs += stream[step:]
         count *= base
+    del known, stream, tokens
+    _numbered_below(pairs, count, len(lengths))
     owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    inside = owners[: len(codes)] == owners[len(owners) - len(codes) :]
-    owners, codes = owners[: len(codes)][inside], codes[inside]
-    del stream, tokens, inside
-    _numbered_below(codes, count, len(lengths))
-    codes *= len(lengths)
-    codes += owners
+    pairs *= len(lengths)
+    pairs += owners[: len(pairs)]
+    # What begins in one text and ends in the next is no shingle.
+    pairs[owners[: len(pairs)] != owners[len(owners) - len(pairs) :]] = -1
     del owners
-    return _by_rarity(codes, len(lengths))
+    pairs.sort()
+    pairs = pairs[np.searchsorted(pairs, 0) :]
+    pairs = pairs[_begins(pairs)]
+    return _by_rarity(pairs, len(lengths))
 
 
 # There are as many shingles as words in all texts, so the arrays are changed in place.
@@ -107,23 +109,20 @@ def _by_rarity(pairs: NDArray[np.int64], n: int) -> Sets:
     """Return the sets of members that are numbered by how many sets have them.
 
     Args:
-        pairs: member * `n` + set; changed in place.
+        pairs: member * `n` + set, ascending and distinct; changed in place.
         n: number of sets.
     """
-    pairs.sort()
-    pairs = pairs[_begins(pairs)]
-    owners = (pairs % n).astype(np.int32) if n else np.empty(0, np.int32)
-    sizes = np.bincount(owners, minlength=n)
-    pairs //= max(1, n)
-    new = _begins(pairs)
-    del pairs
-    often = np.diff(np.flatnonzero(new), append=len(new))
-    shared = often > 1
-    owners, often = owners[np.repeat(shared, often)], often[shared]
+    new = _begins(pairs // max(1, n))
+    pairs %= max(1, n)
+    sizes = np.bincount(pairs, minlength=n)
+    shared = ~new
+    shared[:-1] |= shared[1:]
+    owners = pairs[shared]
+    often = np.diff(np.flatnonzero(new[shared]), append=len(owners))
     rank = np.empty(len(often), np.int64)
     rank[np.argsort(often, kind="stable")] = np.arange(len(often))
     members = np.repeat(rank, often)
-    members += owners * np.int64(len(often))
+    members += owners * len(often)
     members.sort()
     members %= max(1, len(often))
     starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=n))])
