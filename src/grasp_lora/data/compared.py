@@ -120,7 +120,10 @@ _SPACED = _Table(" ")
 
 
 def _plain(text: str) -> str:
-    bare = without_vowel_marks(normal_form(text))
+    bare = normal_form(text)
+    if bare.isascii():
+        return bare.casefold()
+    bare = without_vowel_marks(bare)
     return unicodedata.normalize("NFKC", bare).casefold()
 
 
