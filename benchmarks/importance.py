@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.importance --json importance.json
 
-No model: the factors of random layers are normal, and so are 300 inputs, which share four
-directions. E is the error of the output (`core.pruning.second_order.output_error`). Every rule cuts
+No model: the factors of random layers are normal. So are the inputs of 300 tokens, but they share
+four directions, and their sizes are spread by a factor of e, one standard deviation of their
+logarithm. E is the error of the output (`core.pruning.second_order.output_error`). Every rule cuts
 its masks at the ratios 0.2, 0.4, 0.6 and 0.8; where values are fitted, `second_order.compensated`
 does it. There are four measurements:
 
@@ -11,7 +12,7 @@ does it. There are four measurements:
 - small layers (4 to 32 inputs): how often E of `obs` is above that of `magnitude`;
 - layers of rank 4 with 16 inputs and 12 outputs: E of `obs` where all entries are removed at once,
   and one after the other, each time by the scores of the values fitted so far;
-- layers of rank 16 with as many outputs as inputs: seconds for the factorisation of the second
+- layers of rank 16 with as many outputs as inputs: CPU seconds for the factorisation of the second
   moments and for the fit, at ratio 0.4.
 
 JSON: `obs_error`, the mean of E over that of `magnitude` in large layers.
@@ -45,7 +46,7 @@ def layer(rank: int, wide: int, out: int, seed: int) -> tuple[Tensor, Tensor, Te
         return torch.randn(*shape, generator=generator)
 
     inputs = drawn(wide, TOKENS) + 0.5 * drawn(wide, SHARED) @ drawn(SHARED, TOKENS)
-    return drawn(rank, wide), drawn(out, rank), inputs
+    return drawn(rank, wide), drawn(out, rank), inputs * drawn(wide, 1).exp()
 
 
 def errors(rank: int, wide: int, out: int, seed: int) -> dict[str, list[float]]:
@@ -135,16 +136,16 @@ def at_once_and_in_turn(count: int) -> list[dict[str, Any]]:
 
 
 def seconds(wide: int) -> dict[str, Any]:
-    """Return what one layer of `wide` inputs and outputs takes."""
+    """Return the CPU seconds that one layer of `wide` inputs and outputs takes."""
     A, B, inputs = layer(16, wide, wide, seed=0)
     moments = inputs @ inputs.T
-    began = time.perf_counter()
+    began = time.process_time()
     curvature = Curvature.of(moments)
-    known = time.perf_counter()
+    known = time.process_time()
     (keep,) = keep_entries(*IMPORTANCE["obs"](A, B, curvature), [0.4])
-    scored = time.perf_counter()
+    scored = time.process_time()
     compensated(A, B, *keep, curvature)
-    fitted = time.perf_counter()
+    fitted = time.process_time()
     return {"inputs": wide, "factorisation (s)": known - began, "fit (s)": fitted - scored}
 
 
