@@ -105,7 +105,7 @@ def _row(
         str(report.cut_tokens_total),
         str(report.answers_lost),
         f"{fmean(labels):.1f}, {max(labels)}",
-        f"{fertility or 0:.2f} a {unit}{f' ({drawn} texts)' if drawn else ''}",
+        f"{fertility or 0:.2f} a {unit}{f' ({drawn:,} texts)' if drawn else ''}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -121,7 +121,7 @@ def _footnote(config: RunConfig) -> str:
         f"Rows hold at most {max_length(config)} tokens; test rows keep room for an answer of "
         f"{kept}. Fertility: tokens of the tokenizer per word, or per character in scripts without "
         "spaces between words; above 3 per word, words are split into many small pieces; of more "
-        f"than {COUNTED} texts it is counted on that many, drawn at random. Answers "
+        f"than {COUNTED:,} texts it is counted on that many, drawn at random. Answers "
         "cut off: rows whose answer was in the part of the context that did not fit."
     )
 
