@@ -12,11 +12,13 @@ from benchmarks import (
     budget,
     common,
     describing,
+    done,
     end_to_end,
     engines,
     evaluation,
     generate,
     growth,
+    importance,
     leaks,
     loading,
     masks,
@@ -45,6 +47,7 @@ FIGURES = {
     ),
     engines: ("bfloat16_share",),
     growth: (),
+    importance: ("obs_error",),
     loading: ("help_seconds",),
     masks: ("masks_1b_fraction", "masks_1b_extra_memory"),
     processes: ("probe_efficiency", "round_efficiency"),
@@ -272,3 +275,18 @@ def test_the_benchmark_of_descriptions_measures_the_command(tmp_path):
     assert figures["rows"] == 40
     assert 0 < figures["cpu_seconds"]
     assert 30 < figures["peak_mb"] < 4000
+
+
+def test_a_command_whose_result_is_done_costs_less_than_its_first_call():
+    helped, merged = done.measure(1, only=["merge"])
+    assert (helped["command"], merged["command"]) == ("--help", "merge")
+    assert 0 < merged["again"]["cpu_seconds"] < merged["first"]["cpu_seconds"]
+    with pytest.raises(RuntimeError, match=r"ended with code 2:\n.*nonsense"):
+        done.call(["nonsense"])
+
+
+def test_answers_and_losses_are_split_by_part(result_of):
+    rows = [row for row in result_of(evaluation)["rows"] if "bare" in row]
+    assert [row["part"] for row in rows] == list(evaluation.PARTS)
+    for way in ("bare", "with an adapter"):
+        assert all(row[way] > 0 for row in rows)

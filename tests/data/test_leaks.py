@@ -11,6 +11,7 @@ import pytest
 from grasp_lora.data.builtin import LANGUAGES, builtin_splits
 from grasp_lora.data.files import load_examples
 from grasp_lora.data.leaks import Leak, check_disjoint, drop_parallel, find_leaks, refuse_leaks
+from grasp_lora.data.repeats import drop_repeated_texts
 from grasp_lora.tasks.base import TASKS
 from grasp_lora.tasks.records import Example, text_key
 
@@ -427,6 +428,16 @@ def test_every_group_that_leaks_into_a_split_is_in_a_pair_with_it(seed: int) -> 
     }
     assert told == wanted != set()
     assert all(alike(rows[leak.first], rows[leak.second], 0.7) for leak in leaks)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_splits_without_repeats_need_no_second_search(seed: int) -> None:
+    kept, _ = drop_repeated_texts(random_parts(seed), threshold=0.7)
+    other = {f"other/{split}": rows for split, rows in random_parts(seed).items()}
+    for parts in (kept, {**kept, **other}):
+        leaks = find_leaks(parts, threshold=0.7)
+        assert find_leaks(parts, threshold=0.7, apart=[tuple(kept)]) == leaks
+    assert find_leaks(random_parts(seed), threshold=0.7, apart=[("train", "dev")])
 
 
 def test_copies_of_one_text_give_as_many_pairs_as_groups_and_not_as_pairs() -> None:

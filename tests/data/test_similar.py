@@ -61,12 +61,14 @@ def test_texts_without_a_shingle_are_similar_to_none(texts):
     assert [list(index.similar(n, every)) for n in range(len(texts))] == [[]] * len(texts)
 
 
-def test_members_are_numbered_by_how_rare_they_are():
-    sets = sets_of_shingles(["ab", "ba", "ac"], 1)
-    assert sets.count == 3
-    assert sets.sizes.tolist() == [2, 2, 2]
-    # "c" is in one text, "b" in two, "a" in all three.
-    assert sets.members.tolist() == [1, 2, 1, 2, 0, 2]
+def test_shared_members_are_numbered_by_how_rare_they_are():
+    sets = sets_of_shingles(["ab", "ba", "ac", "de"], 1)
+    assert sets.sizes.tolist() == [2, 2, 2, 2]
+    # "c", "d" and "e" are in one text, "b" is in two, "a" in three.
+    assert sets.count == 2
+    assert sets.alone.tolist() == [0, 0, 1, 2]
+    assert sets.starts.tolist() == [0, 2, 4, 5, 5]
+    assert sets.members.tolist() == [0, 1, 0, 1, 1]
 
 
 def test_shingles_of_many_different_tokens_are_told_apart():

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -85,14 +86,31 @@ def test_fertility_is_tokens_per_word_or_character_of_the_whole_bodies(
     for max_length in (100, 8):
         encoding = Encoding(TASKS["text-to-text"], tiny_tokenizer(), max_length, "{t}>")
         assert len(list(encoding.rows(examples))) == len(examples)
-        assert encoding.fertility() == (fertility and pytest.approx(fertility), unit)
+        assert encoding.fertility() == (fertility and pytest.approx(fertility), unit, None)
+
+
+def test_fertility_of_many_texts_is_that_of_some_drawn_at_random(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoding_module, "COUNTED", 50)
+    # One byte is one token, so a word of n letters takes n tokens.
+    bodies = ["a" * (1 + number % 9) + str(number) for number in range(1000)]
+    examples = [Example(str(i), "g", "en", {"t": b}, ("z",)) for i, b in enumerate(bodies)]
+    encoding = Encoding(TASKS["text-to-text"], tiny_tokenizer(), 100, "{t}>")
+    assert len(list(encoding.rows(examples))) == 1000
+    found, unit, drawn = encoding.fertility()
+    assert (unit, drawn) == ("word", 50)
+    assert found == encoding.fertility()[0]
+    lengths = [len(body) for body in bodies]
+    error = stdev(lengths) / 50**0.5
+    assert 0 < abs(found - fmean(lengths)) < 4 * error
 
 
 def test_no_rows_give_an_empty_report() -> None:
     rows, report = encode_examples([], TASKS["qa"], tiny_tokenizer(), 100)
     assert rows == []
     assert (report.rows, report.answers_lost, report.cut_share) == (0, 0, 0)
-    assert Encoding(TASKS["qa"], tiny_tokenizer(), 100).fertility() == (None, "word")
+    assert Encoding(TASKS["qa"], tiny_tokenizer(), 100).fertility() == (None, "word", None)
 
 
 def test_rows_are_tokenised_many_at_a_time_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

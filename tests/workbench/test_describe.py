@@ -37,6 +37,16 @@ def test_every_split_has_its_rows_lengths_and_tokens(place):
     assert {cells(text, f"source/{part}")[2] for part in ("train", "dev")} == {"8", "4"}
 
 
+def test_fertility_says_of_how_many_texts_it_is_where_not_of_all(place, monkeypatch):
+    whole = describe_data(make_config(job(place)), quiet=True)
+    assert "of more than 10,000 texts it is counted on that many" in whole
+    contexts = int(cells(whole, "target/train")[3])
+    assert cells(whole, "target/train")[-1].endswith(" a word")
+    monkeypatch.setattr("grasp_lora.tasks.encoding.COUNTED", contexts - 1)
+    text = describe_data(make_config(job(place)), quiet=True)
+    assert cells(text, "target/train")[-1].endswith(f" a word ({contexts - 1} texts)")
+
+
 def test_examples_are_shown_as_the_model_sees_them_in_each_language(place):
     text = describe_data(make_config(job(place)), quiet=True)
     assert text.count("[PROMPT>") == text.count("[ANSWER>") == 6

@@ -1,5 +1,6 @@
 """The texts of examples as they are compared: in one form, with their shingles."""
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -35,8 +36,12 @@ class Unit:
     group: str
     language: str
     text: str
-    key: str
-    """The text without case, punctuation and white space; equal keys mean the same text."""
+    key: bytes
+    """Hash of the text without case, punctuation and white space: equal for the same text."""
+    letters: int
+    """Characters that are left of the text then."""
+    unsegmented: int
+    """Those of them that are of a script without spaces."""
     is_body: bool
     """Whether the text is a context or an article; other texts may be a shared instruction."""
 
@@ -54,8 +59,19 @@ def units_of(parts: Parts) -> list[Unit]:
             text, named = _body(e), any(e.fields.get(name) for name in BODIES)
             identity = (split, e.language, e.group, text)
             if identity not in found:
+                key, language = _key(text), main_language(e.language)
+                digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16)
+                unsegmented = 0 if key.isascii() else len(_UNSEGMENTED.findall(key))
                 found[identity] = Unit(
-                    split, e.id, e.group, main_language(e.language), text, _key(text), named
+                    split=split,
+                    id=e.id,
+                    group=e.group,
+                    language=language,
+                    text=text,
+                    key=digest.digest(),
+                    letters=len(key),
+                    unsegmented=unsegmented,
+                    is_body=named,
                 )
     return list(found.values())
 
@@ -74,10 +90,8 @@ def shingles(units: Sequence[Unit]) -> Sets:
 
     Shingles are 3 words, or 5 characters where most letters are of a script without spaces.
     """
-    letters = sum(len(unit.key) for unit in units)
-    unsegmented = sum(len(_UNSEGMENTED.findall(unit.key)) for unit in units)
-    if 2 * unsegmented > letters:
-        texts = (u.key if len(u.key) >= SHORTEST["characters"] else "" for u in units)
+    if 2 * sum(unit.unsegmented for unit in units) > sum(unit.letters for unit in units):
+        texts = (_key(u.text) if u.letters >= SHORTEST["characters"] else "" for u in units)
         return sets_of_shingles(texts, _CHARACTERS)
     words = (_plain(unit.text).translate(_SPACED).split() for unit in units)
     return sets_of_shingles((w if len(w) >= SHORTEST["words"] else () for w in words), _WORDS)
@@ -106,7 +120,10 @@ _SPACED = _Table(" ")
 
 
 def _plain(text: str) -> str:
-    bare = without_vowel_marks(normal_form(text))
+    bare = normal_form(text)
+    if bare.isascii():
+        return bare.casefold()
+    bare = without_vowel_marks(bare)
     return unicodedata.normalize("NFKC", bare).casefold()
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,13 +152,14 @@ def load_examples(
     # Where the template names the inputs, an answer may be code, and a list the answer itself.
     packed = f".{form}" in DELIMITED and bool(task.fields)
     rules = _ReadingRules(task, language, matched, packed)
+    count = len(records)
     found = _examples_and_faults(records, rules)
     faulty = [fault for fault in found.faults if fault.reason != MARKED]
-    if len(faulty) / len(records) > max_faulty:
-        raise ValueError(_too_many(faulty, len(records), max_faulty, path))
+    if len(faulty) / count > max_faulty:
+        raise ValueError(_too_many(faulty, count, max_faulty, path))
     if not found.kept:
         raise ValueError(
-            f"{path}: all {len(records)} rows are left out ({_counted(found.faults)}); correct them"
+            f"{path}: all {count} rows are left out ({_counted(found.faults)}); correct them"
         )
     return _joined_and_reported(found, rules, LoadReport(path, form, 0, 0, split=used))
 
@@ -224,20 +225,21 @@ class _Found:
 
 def _records_of(
     source: str | Path | Iterable[Mapping[str, Any]], split: str | None
-) -> tuple[str, str, list[Record], str]:
+) -> tuple[str, str, deque[Record], str]:
     """Return (name of a source, its format, its records, the split read), at least one record."""
     used = ""
     if isinstance(source, str | Path):
         path, (form, read, used) = str(source), open_records(source, split)
     else:
         path, form, read = "rows", "rows", given_records(source)
-    records = list(read)
+    records = deque(read)
     if not records:
         raise ValueError(f"{path} holds no row; it needs at least one")
     return path, form, records, used
 
 
-def _examples_and_faults(records: Sequence[Record], rules: _ReadingRules) -> _Found:
+def _examples_and_faults(records: deque[Record], rules: _ReadingRules) -> _Found:
+    """Return what the records give; they are taken out, so that few rows are held twice."""
     kept: dict[str, Example] = {}
     found = _Found([], [], [])
     for record, given_id in _with_ids(records, rules.columns):
@@ -260,14 +262,15 @@ def _examples_and_faults(records: Sequence[Record], rules: _ReadingRules) -> _Fo
     return found
 
 
-def _with_ids(records: Sequence[Record], columns: Columns) -> Iterator[tuple[Record, str | None]]:
-    """Yield (record, its id); the id is None if there is no id column.
+def _with_ids(records: deque[Record], columns: Columns) -> Iterator[tuple[Record, str | None]]:
+    """Take each record out and yield (record, its id); the id is None if there is no id column.
 
     Raises:
         ValueError: a record lacks a column, or its id is not valid or not unique.
     """
     seen: dict[str, str] = {}
-    for record in records:
+    while records:
+        record = records.popleft()
         absent = [name for name in columns.needed if name not in record.values]
         if absent:
             raise ValueError(

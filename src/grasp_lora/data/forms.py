@@ -29,7 +29,7 @@ _BATCH = 4096
 """Rows of a Parquet file that are read at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row of a file, unchanged."""
 

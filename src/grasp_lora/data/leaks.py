@@ -6,7 +6,7 @@ Near-duplicates are searched among contexts and articles of the same language.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Literal, NoReturn, TypeVar
@@ -57,7 +57,13 @@ class Leak:
         return f"{rows} ({KINDS[self.kind]}{near})"
 
 
-def find_leaks(parts: Parts, *, threshold: float = 0.8, say: Say | None = None) -> list[Leak]:
+def find_leaks(
+    parts: Parts,
+    *,
+    threshold: float = 0.8,
+    say: Say | None = None,
+    apart: Collection[Collection[str]] = (),
+) -> list[Leak]:
     """Return leaks between splits, the strongest kind first, then in the order of examples.
 
     Every shared id is a leak. Two groups (such as the questions on two contexts) without a shared
@@ -76,17 +82,25 @@ def find_leaks(parts: Parts, *, threshold: float = 0.8, say: Say | None = None) 
         parts: split -> examples; to compare roles and languages, pass all their splits together.
         threshold: Jaccard similarity in (0, 1] from which texts are nearly the same.
         say: is told how far a long search is.
+        apart: splits that `repeats.drop_repeated_texts` made at this threshold, each time it was
+            called. Between those of one time only shared ids are looked for.
 
     Raises:
         ValueError: the threshold is not in (0, 1].
     """
     check_threshold(threshold)
-    search = _Search(units_of(parts))
+    search = _Search()
     _report_shared_ids(parts, search)
-    search.report_equal("group", lambda unit: normal_form(unit.group))
-    search.report_equal("text", lambda unit: unit.key)
-    for units in bodies_by_language(search.units):
-        for one, two, similarity in _near_pairs(units, threshold, say):
+    made_in = {split: at for at, splits in enumerate(apart) for split in splits}
+    # Splits that were made at no time are compared with all others.
+    made = {split: made_in.get(split, split) for split in parts if parts[split]}
+    if len(set(made.values())) < 2:
+        return search.leaks
+    units = units_of(parts)
+    search.report_equal("group", units, lambda unit: normal_form(unit.group))
+    search.report_equal("text", units, lambda unit: unit.key)
+    for bodies in bodies_by_language(units):
+        for one, two, similarity in _near_pairs(bodies, threshold, made, say):
             search.report("near", one, two, similarity)
     rank = list(KINDS)
     return sorted(search.leaks, key=lambda leak: rank.index(leak.kind))
@@ -207,19 +221,20 @@ def parallel_notice(
 class _Search:
     """The leaks found so far."""
 
-    units: Sequence[Unit]
     leaks: list[Leak] = field(default_factory=list)
     linked: set[tuple[tuple[str, str], tuple[str, str]]] = field(default_factory=set)
     """Pairs of groups, each with its split, that were reported."""
 
-    def report_equal(self, kind: Kind, key: Callable[[Unit], str]) -> None:
+    def report_equal(
+        self, kind: Kind, units: Sequence[Unit], key: Callable[[Unit], Hashable]
+    ) -> None:
         """Report the units of different splits that have the same key."""
-        alike: dict[str, dict[tuple[str, str], Unit]] = {}
-        for unit in self.units:
+        alike: dict[Hashable, dict[tuple[str, str], Unit]] = {}
+        for unit in units:
             # One unit per group is enough, and avoids pairing all units of a large group.
             alike.setdefault(key(unit), {}).setdefault(unit.place, unit)
-        for units in alike.values():
-            for one, two in _pairs_of_alike(list(units.values())):
+        for same in alike.values():
+            for one, two in _pairs_of_alike(list(same.values())):
                 self.report(kind, one, two)
 
     def report(self, kind: Kind, one: Unit, two: Unit, similarity: float = 1.0) -> None:
@@ -256,21 +271,23 @@ def _report_shared_ids(parts: Parts, search: _Search) -> None:
 
 
 def _near_pairs(
-    units: Sequence[Unit], threshold: float, say: Say | None
+    units: Sequence[Unit], threshold: float, made: Mapping[str, Hashable], say: Say | None
 ) -> list[tuple[Unit, Unit, float]]:
     """Return (unit, unit, similarity) for similar units of different splits, all in one language.
 
     Every unit with a similar one in another split is in a pair with that split. Once a unit is, it
-    is paired only with units that are in none yet.
+    is paired only with units that are in none yet. Splits for which `made` has the same are not
+    compared.
     """
     by_split: dict[str, list[int]] = {}
     for number, unit in enumerate(units):
         by_split.setdefault(unit.split, []).append(number)
-    if len(by_split) < 2:
+    compared = [(a, b) for a, b in combinations(by_split, 2) if made[a] != made[b]]
+    if not compared:
         return []
     index = SimilarSets(shingles(units), threshold)
     found: list[tuple[int, int, float]] = []
-    for ones, others in combinations(by_split.values(), 2):
+    for ones, others in ((by_split[a], by_split[b]) for a, b in compared):
         waiting, met = (np.zeros(len(units), np.bool_) for _ in range(2))
         waiting[ones] = True
         for two in told(others, say):

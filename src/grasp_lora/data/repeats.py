@@ -1,6 +1,6 @@
 """Remove repeated texts from splits that were drawn from one pool."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -47,9 +47,11 @@ def drop_repeated_texts(
     return kept, {split: len(parts[split]) - len(kept[split]) for split in parts}
 
 
-def _drop_equal(units: Sequence[Unit], keys: Sequence[str], gone: set[tuple[str, str]]) -> None:
+def _drop_equal(
+    units: Sequence[Unit], keys: Sequence[Hashable], gone: set[tuple[str, str]]
+) -> None:
     """Add the groups of units that have the key of a kept one of a later split to `gone`."""
-    alike: dict[str, list[Unit]] = {}
+    alike: dict[Hashable, list[Unit]] = {}
     for unit, key in zip(units, keys, strict=True):
         alike.setdefault(key, []).append(unit)
     for same in alike.values():

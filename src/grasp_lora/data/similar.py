@@ -5,6 +5,8 @@ compared. The filters by prefix, size and position are those of PPJoin (Xiao et 
 """
 
 import math
+from array import array
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,22 +21,25 @@ _AT_ONCE = (64, 4096)
 
 @dataclass(frozen=True)
 class Sets:
-    """Sets of whole numbers. The rarest member of all sets is 0, so a set begins with its rarest.
+    """Sets of whole numbers. Of each only the members are held that another set has too.
 
     Attributes:
         starts: [n + 1], where each set begins in `members`.
-        members: [total], the members of all sets, ascending within each.
-        count: number of distinct members.
+        members: [total], ascending within each set. The rarest in all sets is 0, so a set begins
+            with its rarest.
+        count: number of distinct members in `members`.
+        sizes: [n], number of members of each set, with those that no other set has.
     """
 
     starts: NDArray[np.int64]
     members: NDArray[np.int64]
     count: int
+    sizes: NDArray[np.int64]
 
     @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Number of members of each set, [n]."""
-        return np.diff(self.starts)
+    def alone(self) -> NDArray[np.int64]:
+        """Number of members of each set that no other set has, [n]."""
+        return self.sizes - np.diff(self.starts)
 
 
 def sets_of_shingles(texts: Iterable[Sequence[Hashable]], width: int) -> Sets:
@@ -44,37 +49,47 @@ def sets_of_shingles(texts: Iterable[Sequence[Hashable]], width: int) -> Sets:
         texts: tokens of each text; a text of fewer than `width` tokens has no shingle.
         width: tokens of a shingle.
     """
-    known: dict[Hashable, int] = {}
-    tokens: list[NDArray[np.int32]] = []
+    known: defaultdict[Hashable, int] = defaultdict()
+    known.default_factory = known.__len__
+    tokens, ends = array("i"), array("q", [0])
     for text in texts:
-        numbers = (known.setdefault(token, len(known)) for token in text)
-        tokens.append(np.fromiter(numbers, np.int32, len(text)))
-    lengths = np.array([len(text) for text in tokens], np.int64)
-    owners = np.repeat(np.arange(len(tokens), dtype=np.int32), lengths)
-    stream = np.concatenate([*tokens, np.empty(0, np.int32)])
-    del tokens
-    codes, count = stream.astype(np.int64), len(known) + 1
+        tokens.extend(map(known.__getitem__, text))
+        ends.append(len(tokens))
+    lengths, base = np.diff(np.array(ends)), len(known)
+    stream = np.frombuffer(tokens, np.int32) if tokens else np.empty(0, np.int32)
+    pairs, count = stream.astype(np.int64), base
     for step in range(1, width):
         # A shingle's number is made from that of the shorter one and the next token.
-        if count * (len(known) + 1) > np.iinfo(np.int64).max:
-            count = _number(codes)
-        codes = codes[: max(0, len(stream) - step)] * (len(known) + 1)
-        codes += stream[step:]
-        count *= len(known) + 1
-    inside = owners[: len(codes)] == owners[len(owners) - len(codes) :]
-    owners, codes = owners[: len(codes)][inside], codes[inside]
-    del stream, inside
-    count = max(1, _number(codes))
-    codes += owners * np.int64(count)
+        count = _numbered_below(pairs, count, base)
+        pairs = pairs[: max(0, len(stream) - step)]
+        pairs *= base
+        pairs += stream[step:]
+        count *= base
+    del known, stream, tokens
+    _numbered_below(pairs, count, len(lengths))
+    owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    pairs *= len(lengths)
+    pairs += owners[: len(pairs)]
+    # What begins in one text and ends in the next is no shingle.
+    pairs[owners[: len(pairs)] != owners[len(owners) - len(pairs) :]] = -1
     del owners
-    return _by_rarity(codes, count, len(lengths))
+    pairs.sort()
+    pairs = pairs[np.searchsorted(pairs, 0) :]
+    pairs = pairs[_begins(pairs)]
+    return _by_rarity(pairs, len(lengths))
 
 
 # There are as many shingles as words in all texts, so the arrays are changed in place.
 
 
-def _number(codes: NDArray[np.int64]) -> int:
-    """Replace codes by numbers from 0 on, equal where they are equal; return how many there are."""
+def _numbered_below(codes: NDArray[np.int64], count: int, factor: int) -> int:
+    """Number codes anew, from 0 on in their order, if their product with `factor` is too large.
+
+    Returns:
+        A number above all codes.
+    """
+    if count * factor <= np.iinfo(np.int64).max:
+        return count
     order = np.argsort(codes)
     ordered = codes[order]
     new = _begins(ordered)
@@ -90,27 +105,28 @@ def _begins(ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
     return new
 
 
-def _by_rarity(pairs: NDArray[np.int64], count: int, n: int) -> Sets:
+def _by_rarity(pairs: NDArray[np.int64], n: int) -> Sets:
     """Return the sets of members that are numbered by how many sets have them.
 
     Args:
-        pairs: set * `count` + member; changed in place.
-        count: number of distinct members, at least 1.
+        pairs: member * `n` + set, ascending and distinct; changed in place.
         n: number of sets.
     """
-    pairs.sort()
-    pairs = pairs[_begins(pairs)]
-    owners = (pairs // count).astype(np.int32)
-    pairs %= count
-    often = np.bincount(pairs, minlength=count)
-    rank = np.empty(count, np.int64)
-    rank[np.argsort(often, kind="stable")] = np.arange(count)
-    pairs = rank[pairs]
-    pairs += owners * np.int64(count)
-    pairs.sort()
-    pairs %= count
+    new = _begins(pairs // max(1, n))
+    pairs %= max(1, n)
+    sizes = np.bincount(pairs, minlength=n)
+    shared = ~new
+    shared[:-1] |= shared[1:]
+    owners = pairs[shared]
+    often = np.diff(np.flatnonzero(new[shared]), append=len(owners))
+    rank = np.empty(len(often), np.int64)
+    rank[np.argsort(often, kind="stable")] = np.arange(len(often))
+    members = np.repeat(rank, often)
+    members += owners * len(often)
+    members.sort()
+    members %= max(1, len(often))
     starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=n))])
-    return Sets(starts.astype(np.int64), pairs, count)
+    return Sets(starts.astype(np.int64), members, len(often), sizes)
 
 
 class SimilarSets:
@@ -124,7 +140,9 @@ class SimilarSets:
     def __init__(self, sets: Sets, threshold: float):
         self._sets, self._sizes, self._threshold = sets, sets.sizes, threshold
         least = np.maximum(1, np.ceil(threshold * self._sizes * (1 - _ROUNDING)))
-        self._prefixes = np.where(self._sizes > 0, self._sizes - least.astype(np.int64) + 1, 0)
+        # Of the first members, those that no other set has come first of all and lead nowhere.
+        self._alone = sets.alone
+        self._prefixes = np.maximum(0, self._sizes - least.astype(np.int64) + 1 - self._alone)
         # Lists of one member are searched by size, so both are in one sorted key.
         self._scale = int(self._sizes.max(initial=0)) + 1
         numbers = np.repeat(np.arange(len(self._sizes)), self._prefixes)
@@ -132,7 +150,7 @@ class SimilarSets:
         places = np.arange(len(numbers)) - np.repeat(begins, self._prefixes)
         members = sets.members[sets.starts[numbers] + places]
         order = np.lexsort((numbers, self._sizes[numbers], members))
-        self._numbers, self._places = numbers[order], places[order]
+        self._numbers, self._places = numbers[order], (places + self._alone[numbers])[order]
         self._keys = members[order] * self._scale + self._sizes[self._numbers]
         self._marked = np.zeros(sets.count, np.bool_)
 
@@ -143,10 +161,13 @@ class SimilarSets:
             number: the set.
             among: [n], the sets to look at; the caller may take out sets between two results.
         """
-        start, size = self._sets.starts[number], int(self._sizes[number])
-        own = self._sets.members[start : start + size]
+        if not self._prefixes[number]:
+            return
+        start, end = self._sets.starts[number : number + 2]
+        own, size = self._sets.members[start:end], int(self._sizes[number])
+        alone = size - len(own)
         seen: set[int] = set()
-        for place, at, end in self._lists(own[: self._prefixes[number]], size):
+        for place, at, end in self._lists(own[: self._prefixes[number]], alone, size):
             for found in _pieces(at, end):
                 others = self._numbers[found]
                 shared_at_most = 1 + np.minimum(
@@ -156,19 +177,22 @@ class SimilarSets:
                 others = others[among[others] & (shared_at_most >= wanted) & (others != number)]
                 new = [other for other in others.tolist() if other not in seen]
                 seen.update(new)
-                yield from self._above_threshold(own, new)
+                yield from self._above_threshold(own, size, new)
 
-    def _lists(self, prefix: NDArray[np.int64], size: int) -> list[tuple[int, int, int]]:
-        """Return (place in the prefix, begin, end) of the lists to look at, of its members.
+    def _lists(
+        self, prefix: NDArray[np.int64], alone: int, size: int
+    ) -> list[tuple[int, int, int]]:
+        """Return (place in the set, begin, end) of the lists to look at, of its first members.
 
         Of each list it is the part whose sets have a size that allows the threshold. Lists are left
         out where that is at most the set itself.
 
         Args:
-            prefix: the first members of a set.
+            prefix: the first members of a set that other sets have too.
+            alone: number of those before them, which no other set has.
             size: number of all its members.
         """
-        t, places = self._threshold, np.arange(len(prefix))
+        t, places = self._threshold, alone + np.arange(len(prefix))
         low = max(0, math.floor(t * size * (1 - _ROUNDING)))
         # What both share is at most what is left of the set, from this member on.
         high = np.ceil((size - places) * (1 + t) / t * (1 + _ROUNDING)).astype(np.int64) - size
@@ -176,24 +200,26 @@ class SimilarSets:
         begins = np.searchsorted(self._keys, start + low, "left")
         ends = np.searchsorted(self._keys, start + np.clip(high, -1, self._scale - 1), "right")
         kept = np.flatnonzero(ends - begins > (high >= size))
-        return list(zip(kept.tolist(), begins[kept].tolist(), ends[kept].tolist(), strict=True))
+        return list(
+            zip(places[kept].tolist(), begins[kept].tolist(), ends[kept].tolist(), strict=True)
+        )
 
     def _overlap(self, size: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the least number of shared members that reaches the threshold."""
         return np.ceil(self._threshold / (1 + self._threshold) * (size + others) * (1 - _ROUNDING))
 
     def _above_threshold(
-        self, own: NDArray[np.int64], others: list[int]
+        self, own: NDArray[np.int64], size: int, others: list[int]
     ) -> Iterator[tuple[int, float]]:
         if not others:
             return
-        sizes = self._sizes[others]
-        begins = np.cumsum(sizes) - sizes
-        places = np.arange(int(sizes.sum())) + np.repeat(self._sets.starts[others] - begins, sizes)
+        held = self._sizes[others] - self._alone[others]
+        begins = np.cumsum(held) - held
+        places = np.arange(int(held.sum())) + np.repeat(self._sets.starts[others] - begins, held)
         self._marked[own] = True
         shared = np.add.reduceat(self._marked[self._sets.members[places]].astype(np.int64), begins)
         self._marked[own] = False
-        similarity = shared / (len(own) + sizes - shared)
+        similarity = shared / (size + self._sizes[others] - shared)
         for at in np.flatnonzero(similarity >= self._threshold).tolist():
             yield others[at], float(similarity[at])
 

@@ -109,7 +109,10 @@ def text_fault(text: str) -> str | None:
     A broken text contains half of a surrogate pair, because it was cut between UTF-16 units. No
     tokenizer accepts it.
     """
-    if all(c.isspace() or unicodedata.category(c) in INVISIBLE for c in text):
+    for letter in text:
+        if not letter.isspace() and unicodedata.category(letter) not in INVISIBLE:
+            break
+    else:
         return "empty"
     return "broken" if SURROGATE.search(text) else None
 

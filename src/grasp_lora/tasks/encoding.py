@@ -1,5 +1,6 @@
 """Encode examples as token ids, and collate them to padded batches."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from grasp_lora.tasks.fitting import (
     fit_prompt,
     prompt_ids,
     prompts_ids,
-    token_lists,
+    token_counts,
 )
 from grasp_lora.tasks.prompts import render
 from grasp_lora.tasks.records import Example, Prompt, Task, main_language
@@ -25,6 +26,9 @@ from grasp_lora.tasks.sides import ONE_SIDE, Sides, two_sides
 
 IGNORED = -100
 """Label of a position without a loss."""
+
+COUNTED = 10_000
+"""Most bodies whose tokens are counted for `Encoding.fertility`."""
 
 _AT_ONCE = 1024
 """Rows that are tokenised in one call."""
@@ -331,14 +335,18 @@ class Encoding:
             needed=max((error.needed for error in counts.too_long.values()), default=0),
         )
 
-    def fertility(self) -> tuple[float | None, str]:
-        """Return the tokens per unit over the distinct whole bodies so far, and the unit.
+    def fertility(self) -> tuple[float | None, str, int | None]:
+        """Return the tokens per unit over the distinct whole bodies so far, the unit, and of what.
 
         The unit is "word" (between white space), or "character" (code points that are not white
         space) if some examples are in a language written without spaces between words. The number
-        is None if there is no text.
+        is None if there is no text. Of more than `COUNTED` bodies that many are counted, drawn at
+        random, and their number comes last; it is None if all are.
         """
         counts, bodies = self._counts, list(self._counts.bodies)
+        drawn = COUNTED if len(bodies) > COUNTED else None
+        if drawn:
+            bodies = random.Random(0).sample(bodies, drawn)
         for at in range(0, len(bodies), _AT_ONCE):
             counts.tokens_of(bodies[at : at + _AT_ONCE], self.tokenizer)
         words = sum(
@@ -346,7 +354,8 @@ class Encoding:
             for body in bodies
         )
         tokens = sum(counts.bodies[body] or 0 for body in bodies)
-        return (tokens / words if words else None), "character" if counts.by_character else "word"
+        unit = "character" if counts.by_character else "word"
+        return (tokens / words if words else None), unit, drawn
 
 
 def _is_cut(one: EncodedExample | TooLong) -> bool:
@@ -371,8 +380,7 @@ class _Counts:
     def tokens_of(self, bodies: Sequence[str], tokenizer: Any) -> None:
         """Count the tokens of bodies."""
         new = [body for body in dict.fromkeys(bodies) if self.bodies.get(body) is None]
-        for body, ids in zip(new, token_lists(tokenizer, new), strict=True):
-            self.bodies[body] = len(ids)
+        self.bodies.update(zip(new, token_counts(tokenizer, new), strict=True))
 
     def add(self, example: Example, body: str, one: EncodedExample | TooLong) -> None:
         """Count an example whose whole body is `body`."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One labelled example."""
 
@@ -25,7 +25,7 @@ class Example:
     """Accepted answers, at least one; training uses the first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The text before the answer, in three parts; only the body may be shortened."""
 

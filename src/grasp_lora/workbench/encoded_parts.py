@@ -11,7 +11,7 @@ from grasp_lora.base.words import fenced, in_markdown
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.tasks.base import Example, task_named
-from grasp_lora.tasks.encoding import EncodedExample, Encoding
+from grasp_lora.tasks.encoding import COUNTED, EncodedExample, Encoding
 from grasp_lora.workbench.context import (
     fitting,
     left_out_line,
@@ -93,7 +93,7 @@ def _row(
     if not examples:
         return f"| {in_markdown(where)} | {language} | 0 |{' |' * 8}"
     prompts, labels, report = sorted(lengths.prompts), lengths.labels, encoding.report()
-    fertility, unit = encoding.fertility()
+    fertility, unit, drawn = encoding.fertility()
     cells = [
         in_markdown(where),
         language,
@@ -105,7 +105,7 @@ def _row(
         str(report.cut_tokens_total),
         str(report.answers_lost),
         f"{fmean(labels):.1f}, {max(labels)}",
-        f"{fertility or 0:.2f} a {unit}",
+        f"{fertility or 0:.2f} a {unit}{f' ({drawn:,} texts)' if drawn else ''}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -120,7 +120,8 @@ def _footnote(config: RunConfig) -> str:
     return (
         f"Rows hold at most {max_length(config)} tokens; test rows keep room for an answer of "
         f"{kept}. Fertility: tokens of the tokenizer per word, or per character in scripts without "
-        "spaces between words; above 3 per word, words are split into many small pieces. Answers "
+        "spaces between words; above 3 per word, words are split into many small pieces; of more "
+        f"than {COUNTED:,} texts it is counted on that many, drawn at random. Answers "
         "cut off: rows whose answer was in the part of the context that did not fit."
     )
 

@@ -166,7 +166,7 @@ def load_run_data(
         }
     if training:
         _check_target(config, parts["target"])
-    leaks = _check_leaks(config, parts, reader.known, say)
+    leaks = _check_leaks(config, parts, reader, say)
     budget = label_budget(parts["target"])
     spent = ", ".join(f"{n} {split}" for split, n in budget.items() if split != "test")
     tested = sum(map(len, [target.get("test", ()), *parts.get("tests", {}).values()]))
@@ -269,12 +269,13 @@ def _check_target(config: RunConfig, target: Parts) -> None:
 def _check_leaks(
     config: RunConfig,
     parts: dict[str, Parts],
-    known: Mapping[str, tuple[Example, ...]],
+    reader: "_Reader",
     say: Say,
 ) -> tuple[Leak, ...]:
     named = {f"{role}/{split}": rows for role in parts for split, rows in parts[role].items()}
-    named |= {f"{_KNOWN}{role}": rows for role, rows in known.items()}
-    leaks = find_leaks(named, threshold=config.data.near_duplicates, say=say)
+    named |= {f"{_KNOWN}{role}": rows for role, rows in reader.known.items()}
+    near = config.data.near_duplicates
+    leaks = find_leaks(named, threshold=near, say=say, apart=reader.apart)
     counted = tuple(leak for leak in leaks if not _may_share(leak.first[0], leak.second[0]))
     if counted and not config.data.allow_leakage:
         refuse_leaks(counted)
@@ -336,6 +337,8 @@ class _Reader:
     sources: dict[str, Any] = field(default_factory=dict)
     known: dict[str, tuple[Example, ...]] = field(default_factory=dict)
     """Role of a given adapter -> the rows that it was trained on."""
+    apart: list[tuple[str, ...]] = field(default_factory=list)
+    """The splits of each role, as "role/split", from which repeated texts were left out."""
 
     @property
     def seed(self) -> int:
@@ -554,6 +557,7 @@ class _Reader:
                     " has nearly the same text"
                 )
         self.dropped |= {f"{role}/{split}": n for split, n in dropped.items() if n}
+        self.apart.append(tuple(f"{role}/{split}" for split in parts))
         return parts
 
 
