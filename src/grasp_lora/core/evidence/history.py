@@ -24,6 +24,7 @@ from torch import Tensor
 from grasp_lora.core.controller.policy import RoundKind
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.groups import group_of
+from grasp_lora.core.pruning.profile import MOST_TILT, Profile
 
 GRID_POINTS = 161
 _LENGTH = 0.25  # length scale of the kernel, in units of ratio
@@ -33,6 +34,9 @@ _STEEP = 4.0  # in median distances to the best of a round; larger distances cou
 _LEAST_NOISE = 1e-3  # fraction of the curve's variance: probing examples are only a sample
 _LEAST_SIGNAL = 0.1  # fraction of the spread of the observations
 _TINY = 1e-18
+_TILT_SHARE = 0.5  # a tilt moves the two ends of the groups by half of itself
+_LEVELS = 33
+_TILTS = 9  # of a tilt, from one end to the other; odd, so that none is among them
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class RoundRecord:
         baseline_rows: Loss of each example under the model before the round; empty if it was not
             measured.
         reason: Why the round did or did not commit, in a few words.
+        tilts: Tilts of each candidate (`core.pruning.profile`), [candidates][tilts]; all zero for
+            one ratio for all groups. Empty if the search has no tilts.
     """
 
     round: int
@@ -83,6 +89,7 @@ class RoundRecord:
     per_row: tuple[tuple[float | None, ...], ...]
     baseline_rows: tuple[float | None, ...]
     reason: str
+    tilts: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,13 @@ class Observation:
         round: Index of the round.
         gaps: Example id -> winsorised loss difference of the example, in nats. The differences of a
             trial far above the best of its round are compressed.
+        tilts: Tilts of the trial; empty if the search has none.
     """
 
     ratio: float
     round: int
     gaps: dict[int, float]
+    tilts: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -112,6 +121,7 @@ class Curve:
 
     Attributes:
         ratios: Ratio of each observation, [n], float64.
+        tilts: Tilts of each observation, [n, tilts], float64.
         rounds: Round of each observation, [n], float64.
         means: Mean gap of each observation in nats, [n], float64.
         covariance: Prior covariance of the observations, noise included, [n, n].
@@ -121,6 +131,7 @@ class Curve:
     """
 
     ratios: Tensor
+    tilts: Tensor
     rounds: Tensor
     means: Tensor
     covariance: Tensor
@@ -128,15 +139,22 @@ class Curve:
     horizon: int
     latest: int
 
-    def weights(self, at: Tensor) -> Tensor:
-        """Return the weights W [m, n] such that the curve at the ratios `at` [m] is `W @ means`."""
+    def weights(self, at: Tensor, tilts: Tensor | None = None) -> Tensor:
+        """Return the weights W [m, n] such that the curve at the ratios `at` [m] is `W @ means`.
+
+        Args:
+            at: Ratios, [m].
+            tilts: Tilts there, [m, tilts]; None is one ratio for all groups.
+        """
         ages = (self.latest - self.rounds).abs()
-        cross = _kernel(at[:, None] - self.ratios, ages[None, :], self.variance, self.horizon)
+        there = self.tilts.new_zeros(1, self.tilts.shape[1]) if tilts is None else tilts
+        apart = _apart(at, there, self.ratios, self.tilts)
+        cross = _kernel(apart, ages[None, :], self.variance, self.horizon)
         return torch.linalg.solve(self.covariance, cross.T).T
 
-    def values(self, at: Tensor) -> Tensor:
-        """Return the posterior mean at the ratios `at` [m], in nats."""
-        return self.weights(at) @ self.means
+    def values(self, at: Tensor, tilts: Tensor | None = None) -> Tensor:
+        """Return the posterior mean at the ratios `at` [m] and `tilts` [m, tilts], in nats."""
+        return self.weights(at, tilts) @ self.means
 
 
 def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], list[Hashable]]:
@@ -160,7 +178,8 @@ def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], l
         values["rows"] = rows
         for name in ("candidates", "rewards", "losses", "baseline_rows"):
             values[name] = tuple(values[name])
-        values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
+        for name in ("per_row", "tilts"):
+            values[name] = tuple(tuple(own) for own in values.get(name, ()))
         found.append(RoundRecord(**values))
     return found, groups
 
@@ -174,24 +193,44 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
     """Return the finite trials of each round; rounds with fewer than two are left out."""
     rounds: list[list[Observation]] = []
     for record in records:
-        trials = finite_trials(record)
+        trials = _trials(record)
         if len(trials) < 2:
             continue
-        centres = [statistics.fmean(column) for column in zip(*(t for _, t in trials), strict=True)]
-        gaps = [winsorised([y - c for y, c in zip(t, centres, strict=True)]) for _, t in trials]
+        each = [losses for *_, losses in trials]
+        centres = [statistics.fmean(column) for column in zip(*each, strict=True)]
+        gaps = [winsorised([y - c for y, c in zip(t, centres, strict=True)]) for t in each]
         rounds.append(
             [
-                Observation(ratio, record.round, dict(zip(record.rows, own, strict=True)))
-                for (ratio, _), own in zip(trials, gaps, strict=True)
+                Observation(ratio, record.round, dict(zip(record.rows, own, strict=True)), tilts)
+                for (ratio, tilts, _), own in zip(trials, gaps, strict=True)
             ]
         )
     return rounds
 
 
 def finite_trials(record: RoundRecord) -> list[tuple[float, list[float]]]:
-    """Return (ratio, loss of each example) of the trials of a round that are finite throughout."""
-    trials = zip(record.candidates, map(finite_losses, record.per_row), strict=True)
-    return [(ratio, losses) for ratio, losses in trials if losses is not None]
+    """Return (ratio, loss of each example) of the trials of a round that are finite throughout.
+
+    Trials whose groups have different ratios are left out.
+    """
+    return [(ratio, losses) for ratio, tilts, losses in _trials(record) if not any(tilts)]
+
+
+def _trials(record: RoundRecord) -> list[tuple[float, tuple[float, ...], list[float]]]:
+    """Return (ratio, tilts, loss of each example) of the trials that are finite throughout."""
+    tilts = record.tilts or ((),) * len(record.candidates)
+    trials = zip(record.candidates, tilts, map(finite_losses, record.per_row), strict=True)
+    return [(ratio, own, losses) for ratio, own, losses in trials if losses is not None]
+
+
+def of_examples(record: RoundRecord, kept: Collection[int]) -> RoundRecord:
+    """Return the measurements of a round on some of its examples alone."""
+    places = [place for place, row in enumerate(record.rows) if row in kept]
+    return replace(
+        record,
+        rows=tuple(record.rows[place] for place in places),
+        per_row=tuple(tuple(losses[place] for place in places) for losses in record.per_row),
+    )
 
 
 def finite_losses(losses: Sequence[float | None]) -> list[float] | None:
@@ -250,9 +289,11 @@ def winsorised(values: Sequence[float]) -> list[float]:
 def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     """Return the posterior of the loss curve at the latest round observed.
 
-    The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25`. It is a
-    Matern 3/2 kernel, because a plateau may end in a cliff. Two terms are added: one shared by the
-    trials of a round, and the noise, which is the variance over examples / number of examples.
+    The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) d / 0.25`. It is a
+    Matern 3/2 kernel, because a plateau may end in a cliff. d is the difference of the ratios, and
+    with tilts the root of its square and of theirs, a tilt counting half. Two terms are added: one
+    shared by the trials of a round, and the noise, which is the variance over examples / number of
+    examples.
     `u^2` is the spread of the observations less their noise.
 
     Args:
@@ -260,6 +301,7 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
         horizon: Number of rounds of the run.
     """
     ratios = torch.tensor([o.ratio for o in seen], dtype=torch.float64)
+    tilts = torch.tensor([o.tilts for o in seen], dtype=torch.float64)
     rounds = torch.tensor([o.round for o in seen], dtype=torch.float64)
     means = torch.tensor([o.mean for o in seen], dtype=torch.float64)
     spread = max(float((means**2).mean()), _TINY)
@@ -267,12 +309,12 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     variance = max(spread - float(sampling.mean()), _LEAST_SIGNAL * spread)
     ages = (rounds[:, None] - rounds).abs()
     covariance = (
-        _kernel(ratios[:, None] - ratios, ages, variance, horizon)
+        _kernel(_apart(ratios, tilts, ratios, tilts), ages, variance, horizon)
         + _ROUND_FACTOR * variance * (ages == 0)
         + torch.diag(sampling.clamp(min=_LEAST_NOISE * variance))
     )
     latest = max(o.round for o in seen)
-    return Curve(ratios, rounds, means, covariance, variance, horizon, latest)
+    return Curve(ratios, tilts, rounds, means, covariance, variance, horizon, latest)
 
 
 def grid(config: ControllerConfig) -> Tensor:
@@ -284,6 +326,26 @@ def curve_minimum(seen: Sequence[Observation], horizon: int, config: ControllerC
     """Return the ratio of `grid` with the lowest fitted loss; of equal ones the smaller."""
     at = grid(config)
     return float(at[int(fit_curve(seen, horizon).values(at).argmin())])
+
+
+def lowest_profile(seen: Sequence[Observation], horizon: int, config: ControllerConfig) -> Profile:
+    """Return the profile with the lowest fitted loss, on a grid of levels and tilts.
+
+    Args:
+        seen: At least one observation, all with tilts.
+        horizon: Number of rounds of the run.
+        config: Settings of the controller.
+    """
+    curve = fit_curve(seen, horizon)
+    levels = torch.linspace(config.low, config.high, _LEVELS, dtype=torch.float64)
+    shares = torch.linspace(-1.0, 1.0, _TILTS, dtype=torch.float64)
+    each = torch.cartesian_prod(levels, *[shares] * curve.tilts.shape[1])
+    level, tilts = each[:, 0], each[:, 1:]
+    room = torch.minimum(level - config.low, config.high - level)
+    tilts = tilts * (2 * room).clamp(min=0.0, max=MOST_TILT)[:, None]
+    place = int(curve.values(level, tilts).argmin())
+    lowest: list[float] = tilts[place].tolist()
+    return Profile(float(level[place]), tuple(lowest))
 
 
 def curve_minimum_near(
@@ -371,6 +433,16 @@ def weighted_minima(
             summed[place[group_of(example, groups)], column] += gap / len(observation.gaps)
     curve = fit_curve(seen, horizon)
     return (weights @ summed @ curve.weights(grid(config)).numpy().T).argmin(axis=1)
+
+
+def _apart(at: Tensor, tilts: Tensor, ratios: Tensor, other_tilts: Tensor) -> Tensor:
+    """Return the distance of profiles [m] to profiles [n], in units of ratio, [m, n]."""
+    return torch.hypot(at[:, None] - ratios, _TILT_SHARE * _between(tilts, other_tilts))
+
+
+def _between(one: Tensor, other: Tensor) -> Tensor:
+    # The faster mode of `cdist` is not exact where two points are the same.
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:
