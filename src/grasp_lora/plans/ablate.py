@@ -41,7 +41,7 @@ class Change:
         about: description for the table.
         changes: settings of the controller that differ.
         rounds: factor on the number of rounds.
-        masks: settings of the run that differ: `importance` or `structure`.
+        masks: settings of the run that differ: `importance`, `structure` or `scope`.
     """
 
     about: str
@@ -100,6 +100,9 @@ CHANGES: Mapping[str, Change] = {
         )
         for name, (kept, size) in N_OF_M.items()
     },
+    "scope-policy": Change(
+        "ratios that differ by depth, module and adapter", masks={"scope": "policy"}
+    ),
 }
 """Name of the variant -> change, in the order of the table."""
 

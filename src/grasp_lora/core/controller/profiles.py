@@ -23,7 +23,7 @@ from grasp_lora.core.controller.policy import (
     stratified_tilts,
 )
 from grasp_lora.core.controller.rounds import ControllerState, propose, tested_part
-from grasp_lora.core.controller.settings import ControllerConfig
+from grasp_lora.core.controller.settings import LEAST_CANDIDATES, ControllerConfig
 from grasp_lora.core.evidence.crossfit import LEAST_GROUPS
 from grasp_lora.core.evidence.groups import Gain, mean_gain
 from grasp_lora.core.evidence.history import (
@@ -35,9 +35,6 @@ from grasp_lora.core.evidence.history import (
 )
 from grasp_lora.core.evidence.verdict import RatioChoice
 from grasp_lora.core.pruning.profile import Profile
-
-LEAST_CANDIDATES = 3
-"""A confirmation measures the lowest ratio, one ratio for all groups, and a profile."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ _STEEP = 4.0  # in median distances to the best of a round; larger distances cou
 _LEAST_NOISE = 1e-3  # fraction of the curve's variance: probing examples are only a sample
 _LEAST_SIGNAL = 0.1  # fraction of the spread of the observations
 _TINY = 1e-18
-_TILT_SHARE = 0.5  # a tilt moves the two ends of the groups by half of itself
+_NODES = 41
+_OWN = 2.0  # a group's own function and the one that all share: of one size at the ends
 _LEVELS = 33
 _TILTS = 9  # of a tilt, from one end to the other; odd, so that none is among them
 
@@ -148,8 +149,10 @@ class Curve:
         """
         ages = (self.latest - self.rounds).abs()
         there = self.tilts.new_zeros(1, self.tilts.shape[1]) if tilts is None else tilts
-        apart = _apart(at, there, self.ratios, self.tilts)
-        cross = _kernel(apart, ages[None, :], self.variance, self.horizon)
+        there = there.expand(len(at), -1)
+        cross = _kernel(
+            (at, there), (self.ratios, self.tilts), ages[None, :], self.variance, self.horizon
+        )
         return torch.linalg.solve(self.covariance, cross.T).T
 
     def values(self, at: Tensor, tilts: Tensor | None = None) -> Tensor:
@@ -289,12 +292,12 @@ def winsorised(values: Sequence[float]) -> list[float]:
 def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     """Return the posterior of the loss curve at the latest round observed.
 
-    The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) d / 0.25`. It is a
-    Matern 3/2 kernel, because a plateau may end in a cliff. d is the difference of the ratios, and
-    with tilts the root of its square and of theirs, a tilt counting half. Two terms are added: one
-    shared by the trials of a round, and the noise, which is the variance over examples / number of
-    examples.
-    `u^2` is the spread of the observations less their noise.
+    The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25`. It is a
+    Matern 3/2 kernel, because a plateau may end in a cliff. Two terms are added: one shared by the
+    trials of a round, and the noise, which is the variance over examples / number of examples.
+    `u^2` is the spread of the observations less their noise. With tilts the loss is the mean over
+    groups of a function of the group's ratio, which changes evenly with the group's position along
+    each tilt; all these functions have that kernel.
 
     Args:
         seen: At least one observation.
@@ -309,7 +312,7 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     variance = max(spread - float(sampling.mean()), _LEAST_SIGNAL * spread)
     ages = (rounds[:, None] - rounds).abs()
     covariance = (
-        _kernel(_apart(ratios, tilts, ratios, tilts), ages, variance, horizon)
+        _kernel((ratios, tilts), (ratios, tilts), ages, variance, horizon)
         + _ROUND_FACTOR * variance * (ages == 0)
         + torch.diag(sampling.clamp(min=_LEAST_NOISE * variance))
     )
@@ -340,9 +343,10 @@ def lowest_profile(seen: Sequence[Observation], horizon: int, config: Controller
     levels = torch.linspace(config.low, config.high, _LEVELS, dtype=torch.float64)
     shares = torch.linspace(-1.0, 1.0, _TILTS, dtype=torch.float64)
     each = torch.cartesian_prod(levels, *[shares] * curve.tilts.shape[1])
-    level, tilts = each[:, 0], each[:, 1:]
-    room = torch.minimum(level - config.low, config.high - level)
-    tilts = tilts * (2 * room).clamp(min=0.0, max=MOST_TILT)[:, None]
+    level, tilts = each[:, 0], MOST_TILT * each[:, 1:]
+    room = 2 * torch.minimum(level - config.low, config.high - level)
+    held = tilts.abs().sum(1) <= room + 1e-9
+    level, tilts = level[held], tilts[held]
     place = int(curve.values(level, tilts).argmin())
     lowest: list[float] = tilts[place].tolist()
     return Profile(float(level[place]), tuple(lowest))
@@ -435,19 +439,55 @@ def weighted_minima(
     return (weights @ summed @ curve.weights(grid(config)).numpy().T).argmin(axis=1)
 
 
-def _apart(at: Tensor, tilts: Tensor, ratios: Tensor, other_tilts: Tensor) -> Tensor:
-    """Return the distance of profiles [m] to profiles [n], in units of ratio, [m, n]."""
-    return torch.hypot(at[:, None] - ratios, _TILT_SHARE * _between(tilts, other_tilts))
+def _kernel(
+    at: tuple[Tensor, Tensor],
+    seen: tuple[Tensor, Tensor],
+    ages: Tensor,
+    variance: float,
+    horizon: int,
+) -> Tensor:
+    """Return the prior covariance of the curve, without shared terms and noise, [m, n].
+
+    Args:
+        at: Ratios [m] and tilts [m, tilts].
+        seen: Ratios [n] and tilts [n, tilts].
+        ages: Differences of the rounds, broadcastable to [m, n].
+        variance: Prior variance of the curve, in nats squared.
+        horizon: Number of rounds of the run.
+    """
+    if at[1].shape[1] == 0:
+        return _matern(at[0][:, None] - seen[0], variance, ages / horizon)
+    nodes = torch.linspace(0.0, 1.0, _NODES, dtype=torch.float64)
+    curve = _matern(nodes[:, None] - nodes, variance, torch.zeros(()))
+    alike = torch.einsum("kma,ab,knb->mn", _by_node(*at), curve, _by_node(*seen))
+    return alike * torch.exp(-ages / horizon)
 
 
-def _between(one: Tensor, other: Tensor) -> Tensor:
-    # The faster mode of `cdist` is not exact where two points are the same.
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:
+def _matern(distance: Tensor, variance: float, fading: Tensor) -> Tensor:
     scaled = math.sqrt(3) * distance.abs() / _LENGTH
-    return variance * (1 + scaled) * torch.exp(-scaled - age / horizon)
+    return variance * (1 + scaled) * torch.exp(-scaled - fading)
+
+
+def _by_node(ratios: Tensor, tilts: Tensor) -> Tensor:
+    """Return the weight of each node of a function of the ratio in the loss of profiles.
+
+    All groups are taken to lie at an end of every tilt, equally many at each corner. A function
+    that is given at the nodes is linear in between.
+
+    Args:
+        ratios: Levels, [m].
+        tilts: Tilts, [m, tilts].
+
+    Returns:
+        [1 + tilts, m, nodes]: of the function that the groups share, and of what the later end
+        has more of it than the first, for each tilt.
+    """
+    ends = torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    corners = torch.cartesian_prod(*[ends] * tilts.shape[1]).reshape(-1, tilts.shape[1])
+    own = (ratios[:, None] + tilts @ corners.T).clamp(0.0, 1.0) * (_NODES - 1)
+    near = (1 - (own[..., None] - torch.arange(_NODES)).abs()).clamp(min=0.0)
+    signs = torch.cat([torch.ones_like(corners[:, :1]), _OWN * corners], dim=1) / len(corners)
+    return torch.einsum("mca,ck->kma", near, signs)
 
 
 def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:

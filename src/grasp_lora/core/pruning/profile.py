@@ -136,10 +136,10 @@ def profile_ratios(
 
 
 def limited(level: float, tilts: Sequence[float], low: float, high: float) -> tuple[float, ...]:
-    """Return the tilts, each no larger than the room that the level leaves it.
+    """Return the tilts, all of them smaller where the level leaves them too little room.
 
-    At the level `low` or `high` all groups have one ratio. In between a tilt by itself takes no
-    group out of [low, high], and is at most `MOST_TILT`.
+    At the level `low` or `high` all groups have one ratio. In between no group at an end of every
+    tilt leaves [low, high], and a tilt is at most `MOST_TILT`.
 
     Args:
         level: overall fraction removed, in [low, high].
@@ -147,5 +147,7 @@ def limited(level: float, tilts: Sequence[float], low: float, high: float) -> tu
         low: smallest ratio of a group.
         high: largest ratio of a group.
     """
-    room = max(0.0, min(MOST_TILT, 2 * (level - low), 2 * (high - level)))
-    return tuple(min(room, max(-room, tilt)) for tilt in tilts)
+    room = max(0.0, min(2 * (level - low), 2 * (high - level)))
+    held = [min(MOST_TILT, max(-MOST_TILT, tilt)) for tilt in tilts]
+    needed = math.fsum(map(abs, held))
+    return tuple(tilt * min(1.0, room / needed) if needed else 0.0 for tilt in held)
