@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from grasp_lora.core.controller import rounds
 from grasp_lora.core.controller.policy import (
     final_confirmation_rounds,
     round_kind,
@@ -22,7 +23,7 @@ from grasp_lora.core.controller.policy import (
     stratified_candidates,
     stratified_tilts,
 )
-from grasp_lora.core.controller.rounds import ControllerState, propose, tested_part
+from grasp_lora.core.controller.rounds import ControllerState, held_out_part
 from grasp_lora.core.controller.settings import LEAST_CANDIDATES, ControllerConfig
 from grasp_lora.core.evidence.crossfit import LEAST_GROUPS
 from grasp_lora.core.evidence.groups import Gain, mean_gain
@@ -60,9 +61,9 @@ class ProfileChoice:
 
 def can_tilt(config: ControllerConfig, horizon: int, groups: Sequence[Hashable]) -> bool:
     """Return whether a search has confirmations that can test a profile, and groups to do so."""
-    rounds = final_confirmation_rounds(horizon) if config.preset == "standard" else 0
-    enough = len(set(groups)) >= LEAST_GROUPS
-    return config.candidates >= LEAST_CANDIDATES and rounds > 0 and enough
+    if config.preset != "standard" or config.candidates < LEAST_CANDIDATES:
+        return False
+    return final_confirmation_rounds(horizon) > 0 and len(set(groups)) >= LEAST_GROUPS
 
 
 def propose_profiles(
@@ -80,7 +81,7 @@ def propose_profiles(
         groups: group of each example, as in `next_examples`.
     """
     if not state.tilts:
-        return tuple(Profile(level) for level in propose(state, config, generator))
+        return tuple(Profile(level) for level in rounds.propose(state, config, generator))
     kind = round_kind(state.round, state.horizon, config)
     if kind == "coverage":
         levels = stratified_candidates(state.round, config)
@@ -113,7 +114,7 @@ def _compared(
     """
     none = (0.0,) * len(state.tilts)
     one = Profile(curve_minimum(observations(state.records), state.horizon, config), none)
-    choosing, _ = tested_part(state.round, state.horizon, groups)
+    choosing, _ = held_out_part(state.round, state.horizon, groups)
     own = observations([of_examples(record, set(choosing)) for record in state.records])
     profile = lowest_profile(own, state.horizon, config) if own else one
     return Profile(config.low, none), one, profile
@@ -136,7 +137,7 @@ def choose_profile(
     labels: list[Hashable] = []
     for record in state.records:
         if record.kind == "confirmation":
-            _, tested = tested_part(record.round, state.horizon, groups)
+            _, tested = held_out_part(record.round, state.horizon, groups)
             found = _tested_gains(record, set(tested))
             gains += found.values()
             labels += [groups[row] for row in found]

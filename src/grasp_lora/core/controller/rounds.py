@@ -157,7 +157,7 @@ def next_examples(
 
     So the `rounds` x `rows` probes of a search see as many different examples as possible. Where
     tilts are searched, a confirmation first draws from its own part of the groups, see
-    `tested_part`.
+    `held_out_part`.
 
     Args:
         state: The state before the round; `rows` of its records holds such positions.
@@ -170,13 +170,13 @@ def next_examples(
     """
     probed = Counter(example for record in state.records for example in record.rows)
     if state.tilts and round_kind(state.round, state.horizon, config) == "confirmation":
-        _, tested = tested_part(state.round, state.horizon, groups)
+        _, tested = held_out_part(state.round, state.horizon, groups)
         after_all = dict.fromkeys(set(range(len(groups))) - set(tested), state.round + 1)
         probed.update(after_all)
     return draw_examples(groups, config.rows, generator, probed)
 
 
-def tested_part(
+def held_out_part(
     index: int, horizon: int, groups: Sequence[Hashable]
 ) -> tuple[list[int], list[int]]:
     """Return the examples that may choose the profile of a confirmation, and those that test it.
