@@ -32,6 +32,8 @@ ratios that differ; `floor`, by name: regret by family; `taken_wrongly`, by fami
 """
 
 import argparse
+import copy
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -147,10 +149,20 @@ class Found:
     forwards: int
 
 
-def searched(
-    world: ProfileWorld, probes: int, seed: int, tilts: int
-) -> tuple[ControllerState, ControllerConfig, int]:
-    """Return where a search of the library ends, its settings, and the rows it read."""
+@dataclass(frozen=True)
+class Search:
+    """Where a search of the library ends, its settings, the world after it, and the rows read."""
+
+    state: ControllerState
+    config: ControllerConfig
+    world: ProfileWorld
+    forwards: int
+
+
+@functools.cache
+def searched(family: str, seed: int, probes: int, tilts: int) -> Search:
+    """Return a search of the library, which several ways go on from."""
+    world = ProfileWorld(family, seed)
     config = ControllerConfig(rounds=probes // 3)
     assert config.rounds is not None, "a world has rounds and no steps"
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +177,7 @@ def searched(
         levels = [profile.level for profile in tried]
         tilted = [profile.tilts for profile in tried] if tilts else ()
         state, _ = rounds.conclude(state, config, levels, None, losses, rows, turn, tilted)
-    return state, config, forwards
+    return Search(state, config, world, forwards)
 
 
 def ratios_of(profile: Profile) -> Ratios:
@@ -173,28 +185,29 @@ def ratios_of(profile: Profile) -> Ratios:
     return profile_ratios(profile, SLOPES, 0.0, HIGH)
 
 
-def one_ratio(world: ProfileWorld, probes: int, seed: int) -> Found:
+def one_ratio(family: str, seed: int, probes: int) -> Found:
     """Search one ratio for all groups."""
-    state, config, forwards = searched(world, probes, seed, 0)
-    ratio = rounds.choose_ratio(state, config).ratio
-    return Found(ratios_of(Profile(ratio)), False, forwards)
+    done = searched(family, seed, probes, 0)
+    ratio = rounds.choose_ratio(done.state, done.config).ratio
+    return Found(ratios_of(Profile(ratio)), False, done.forwards)
 
 
-def policy(world: ProfileWorld, probes: int, seed: int, *, tested: bool = True) -> Found:
+def policy(family: str, seed: int, probes: int, *, tested: bool = True) -> Found:
     """Search tilts in the rounds of the ratio."""
-    state, config, forwards = searched(world, probes, seed, len(SLOPES.names))
-    found = choose_profile(state, config, list(range(POOL)))
+    done = searched(family, seed, probes, len(SLOPES.names))
+    found = choose_profile(done.state, done.config, list(range(POOL)))
     assert found is not None, "the rounds of a world have losses"
     if found.shown or not tested:
-        return Found(ratios_of(found.chosen), found.chosen.tilted, forwards)
-    ratio = rounds.choose_ratio(state, config).ratio
-    return Found(ratios_of(Profile(ratio)), False, forwards)
+        return Found(ratios_of(found.chosen), found.chosen.tilted, done.forwards)
+    ratio = rounds.choose_ratio(done.state, done.config).ratio
+    return Found(ratios_of(Profile(ratio)), False, done.forwards)
 
 
-def after_search(world: ProfileWorld, probes: int, seed: int, *, scope: str) -> Found:
+def after_search(family: str, seed: int, probes: int, *, scope: str) -> Found:
     """Search one ratio and probe the groups of a scope after it, as the library does."""
-    state, config, forwards = searched(world, probes, seed, 0)
-    ratio = rounds.choose_ratio(state, config).ratio
+    done = searched(family, seed, probes, 0)
+    world, forwards = copy.deepcopy(done.world), done.forwards
+    ratio = rounds.choose_ratio(done.state, done.config).ratio
     alike = Found(ratios_of(Profile(ratio)), False, forwards)
     if not 0.0 < ratio < 1.0:
         return alike
@@ -224,10 +237,11 @@ def after_search(world: ProfileWorld, probes: int, seed: int, *, scope: str) -> 
     return Found(ratios, True, forwards)
 
 
-def tpe(world: ProfileWorld, probes: int, seed: int) -> Found:
+def tpe(family: str, seed: int, probes: int) -> Found:
     """Let Optuna's TPE minimise the mean loss of the same rows over level and tilts."""
     import optuna  # noqa: PLC0415 (optional)
 
+    world = ProfileWorld(family, seed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
@@ -246,7 +260,7 @@ def tpe(world: ProfileWorld, probes: int, seed: int) -> Found:
 
 
 def _with(search: Callable[..., Found], **settings: Any) -> Callable[..., Found]:
-    return lambda world, probes, seed: search(world, probes, seed, **settings)
+    return lambda family, seed, probes: search(family, seed, probes, **settings)
 
 
 WAYS: Mapping[str, Callable[..., Found]] = {
@@ -256,7 +270,7 @@ WAYS: Mapping[str, Callable[..., Found]] = {
     **{f"by {scope}": _with(after_search, scope=scope) for scope in SCOPES},
     "TPE": tpe,
 }
-"""Name -> (world, probes, seed) -> what it found."""
+"""Name -> (family, seed, probes) -> what it found."""
 
 
 def floors(family: str, seeds: Sequence[int]) -> tuple[float, float]:
@@ -276,10 +290,7 @@ def floors(family: str, seeds: Sequence[int]) -> tuple[float, float]:
 
 def taken_wrongly(seeds: Sequence[int]) -> dict[str, Any]:
     """Return how often tilts are taken where all groups are alike, at 24 probes."""
-    shares = {
-        family: fmean(policy(ProfileWorld(family, seed), 24, seed).differ for seed in seeds)
-        for family in ALIKE
-    }
+    shares = {family: fmean(policy(family, seed, 24).differ for seed in seeds) for family in ALIKE}
     return {"searches": len(seeds), **shares}
 
 
@@ -289,7 +300,7 @@ def figures_of(way: str, probes: int, seeds: Sequence[int]) -> dict[str, Any]:
     taken: dict[str, float] = {}
     forwards: list[int] = []
     for family in FAMILIES:
-        found = [(w := ProfileWorld(family, s), WAYS[way](w, probes, s)) for s in seeds]
+        found = [(ProfileWorld(family, s), WAYS[way](family, s, probes)) for s in seeds]
         regrets[family] = [world.regret(one.ratios) for world, one in found]
         taken[family] = fmean(one.differ for _, one in found)
         forwards += [one.forwards for _, one in found]
@@ -348,7 +359,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
     parser.add_argument("--quick", action="store_true", help="few seeds, 24 probes")
     parser.add_argument("--seeds", type=int, default=20, help="searches of each kind")
-    parser.add_argument("--alike", type=int, default=200, help="searches where groups are alike")
+    parser.add_argument("--alike", type=int, default=100, help="searches where groups are alike")
     parser.add_argument("--first-seed", type=int, default=20000, help="of those searches")
     parser.add_argument("--probes", type=int, nargs="+", choices=PROBES, default=list(PROBES))
     parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="of the ways")

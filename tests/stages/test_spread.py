@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from grasp_lora.base.files import read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, load_config
-from grasp_lora.core.controller.profiles import ProfileChoice
+from grasp_lora.core.controller.profiles import ProfileChoice, choose_profile
 from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.pruning.group_ratios import SHIFT, combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
@@ -21,6 +21,7 @@ from grasp_lora.plans.run import run
 from grasp_lora.plans.single import merge_adapters, prune_adapter
 from grasp_lora.stages import spread as scope_module
 from grasp_lora.stages.spread import spread_of_profile, spread_ratio
+from grasp_lora.training import search_callback as callback
 from grasp_lora.training.groups import SCOPES, group_sizes, place_of, ratio_by_group, slopes
 from grasp_lora.training.live import Block, block_importance
 from grasp_lora.workbench.context import open_context
@@ -253,31 +254,38 @@ def test_masks_of_a_profile_prune_its_level_overall(given):
         assert len(set(ratios.values())) > 4
 
 
-def test_a_run_with_a_policy_tells_the_profile_and_prunes_by_it_if_it_gains(given, monkeypatch):
+def test_a_run_with_a_policy_tells_the_profile_and_prunes_by_it(given, monkeypatch):
     file, context, _ = given
+    profile, gain = Profile(0.4, (0.3, 0.0, -0.2)), Gain(0.1, 0.01, 20)
+    found_here = []
+
+    def gained(*state):
+        found_here.append(choose_profile(*state))
+        return ProfileChoice(profile, gain, Gain(0.2, 0.01, 20))
+
+    # a search as short as this shows no gain
+    monkeypatch.setattr(callback, "choose_profile", gained)
     changes = ["scope=policy", f"output={file.parent / 'policy'}", "controller.rounds=4"]
-    changes.append("train.search.epochs=4")
-    # a test as short as this would show hardly any gain
-    monkeypatch.setattr(ProfileChoice, "shown", property(lambda self: self.chosen.tilted))
-    out = run(load_config(file, changes), quiet=True)
-    found = read_json(out / "ratio.json")
-    spread, lines = found["spread"], read_jsonl(out / "rounds.jsonl")
-    assert found["scope"] == "policy"
-    assert list(spread["profile"]) == ["level", "depth", "module", "adapter"]
+    out = run(load_config(file, [*changes, "train.search.epochs=4"]), quiet=True)
+    found, lines = read_json(out / "ratio.json"), read_jsonl(out / "rounds.jsonl")
+    assert found_here[0].gain.groups == len(set(lines[-1]["groups"]))
     assert found["probe_forwards"] == sum(len(line["rows"]) * 3 for line in lines)
-    assert set(spread["evidence"]) == {"gain", "standard_error", "shown", "over_lowest_ratio"}
     assert lines[-1]["kind"] == "confirmation"
     assert lines[-1]["tilts"][:2] == [[0.0] * 3] * 2
-    profile = spread["profile"]
-    assert found["ratio"] == profile["level"]
-    if spread["ratios"] is None:
-        assert [profile[name] for name in ("depth", "module", "adapter")] == [0.0] * 3
-        return
-    sizes = {}
+    assert any(any(tilts) for line in lines for tilts in line["tilts"])
+    assert (found["ratio"], found["verdict"], found["scope"]) == (0.4, "learned", "policy")
+    assert found["evidence"]["gain_over_lowest_ratio"] == 0.2
+    told = {"level": 0.4, "depth": 0.3, "module": 0.0, "adapter": -0.2}
+    assert found["spread"]["profile"] == told
     with context.live(read_start(out / "merged", context.backbone), "source") as live:
-        sizes = group_sizes(live, "policy")
-    overall = sum(sizes[g] * ratio for g, ratio in spread["ratios"].items()) / sum(sizes.values())
-    assert overall == pytest.approx(found["ratio"], abs=1e-12)
+        ways = slopes(live)
+    ratios = profile_ratios(profile, ways, 0.0, 0.8)
+    assert found["spread"]["ratios"] == ratios
+    zeros = read_json(out / "shipped" / "stage.json")["zeros"]["per_source"]
+    for source in ("0", "1"):
+        own = [group for group in ratios if group.endswith(f"adapter {source}")]
+        wanted = sum(ways.sizes[g] * ratios[g] for g in own) / sum(ways.sizes[g] for g in own)
+        assert zeros[source] == pytest.approx(wanted, abs=0.01)
 
 
 def test_a_profile_that_is_not_shown_leaves_one_ratio_for_all(given):
