@@ -1,8 +1,8 @@
 """Ablation of the search: one run for each part that is left out or changed.
 
 All variants start from the same merge and use the same examples. A variant differs from the
-configuration in settings of the controller alone, or in what is pruned and by which importance.
-With several seeds, variants are compared with the configuration seed by seed.
+configuration in settings of the controller alone, or in what is pruned, by which importance and in
+which profile. With several seeds, variants are compared with the configuration seed by seed.
 """
 
 import dataclasses
