@@ -3,8 +3,9 @@
     python -m benchmarks.scopes CONFIG --work FOLDER --json FILE --set adapters.source=FOLDER ...
 
 The average of the two adapters of CONFIG is pruned, untrained, at a few overall ratios: with one
-ratio for all, with one for each group of every `scope` (chosen on 16 of the micro-dev and dev rows,
-as a search would), with whole components (`structure: rank`), and with entries drawn at random.
+ratio for all, with one for each group of every `scope` that is probed after a search (chosen on 16
+of the micro-dev and dev rows, as a search would), with whole components (`structure: rank`), and
+with entries drawn at random.
 Printed are the losses of the rows that chose nothing, and their differences to one ratio for all by
 importance, paired by row.
 """
@@ -57,7 +58,7 @@ def measured(context: Context, start: Path, ratio: float) -> dict[str, Any]:
             "losses": losses_of(context, live, random_score(config.seed), ratio)
         }
         for scope in SCOPES:
-            if scope == "global":
+            if scope in ("global", "policy"):
                 continue
             asked = replace(context, config=config.model_copy(update={"scope": scope}))
             evidence = spread_ratio(asked, live, norms, ratio, SPLITS)["evidence"]

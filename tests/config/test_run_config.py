@@ -247,6 +247,14 @@ def test_what_differs_from_the_preset_is_known_setting_by_setting(tmp_path, sect
         ("structure: 2:4", 'YAML reads 2:4 as a number; quote it: "2:4"'),
         ("structure: '3:4'", "got '3:4'; give entries, rank, 2:4 or 4:8"),
         (
+            "scope: policy\ncontroller: {preset: paper}",
+            "scope: 'policy' is learned by the standard controller, but controller.preset is paper",
+        ),
+        (
+            "scope: policy\ncontroller: {candidates: 2}",
+            "scope: 'policy' compares 3 candidates a round, but controller.candidates is 2",
+        ),
+        (
             "structure: '2:4'\nscope: layer",
             "scope: 'layer' gives groups different ratios, but structure '2:4' knows only one",
         ),
@@ -256,7 +264,7 @@ def test_what_differs_from_the_preset_is_known_setting_by_setting(tmp_path, sect
         ),
     ],
 )
-def test_an_n_of_m_structure_that_leaves_nothing_to_choose_is_refused(tmp_path, written_as, fault):
+def test_settings_that_leave_nothing_to_choose_are_refused(tmp_path, written_as, fault):
     path = written(tmp_path)
     path.write_text(f"{path.read_text()}\n{written_as}\n")
     (found,) = faults_of(path)

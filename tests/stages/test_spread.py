@@ -7,19 +7,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grasp_lora.base.files import read_json, write_json
+from grasp_lora.base.files import read_json, read_jsonl, write_json
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import ConfigError, load_config
+from grasp_lora.core.controller.profiles import ProfileChoice, choose_profile
+from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.pruning.group_ratios import SHIFT, combined_ratios, group_trials
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.core.pruning.masks import pruned_count
+from grasp_lora.core.pruning.profile import Place, Profile, profile_ratios
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import merge_adapters, prune_adapter
 from grasp_lora.stages import spread as scope_module
-from grasp_lora.stages.spread import spread_ratio
-from grasp_lora.training.groups import SCOPES, group_sizes, ratio_by_group
-from grasp_lora.training.live import block_importance
+from grasp_lora.stages.spread import spread_of_profile, spread_ratio
+from grasp_lora.training import search_callback as callback
+from grasp_lora.training.groups import SCOPES, group_sizes, place_of, ratio_by_group, slopes
+from grasp_lora.training.live import Block, block_importance
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.merged_folder import read_start
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
@@ -220,6 +224,92 @@ def test_a_run_says_what_the_groups_were_worth(given):
     assert spread["forwards"] == 5 * len(spread["evidence"]["rows"])
     rounds = (out / "rounds.jsonl").read_text().splitlines()
     assert found["probe_forwards"] == len(rounds) * 3 * 4 + spread["forwards"]
+
+
+def test_places_of_blocks_are_read_from_their_modules(given):
+    _, context, merged = given
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        ways = slopes(live)
+    assert ways.names == ("depth", "module", "adapter")
+    found = ways.positions["model.layers.0.self_attn.q_proj adapter 1"]
+    assert found == (-0.5, -0.5, 0.5)
+    assert place_of(Block("model.layers.3.mlp.down_proj", None, "", "", slice(0))) == Place(
+        3, "mlp", "down_proj", None
+    )
+    assert place_of(Block("projector.linear", 1, "", "", slice(0))) == Place(None, "", "linear", 1)
+    with context.live(read_start(merged, context.backbone), "merged") as live:
+        assert slopes(live).names == ("depth", "module")
+
+
+def test_masks_of_a_profile_prune_its_level_overall(given):
+    _, context, merged = given
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        ways, rule = slopes(live), block_importance(IMPORTANCE["magnitude"], None)
+        ratios = profile_ratios(Profile(0.4, (0.3, -0.2, 0.3)), ways, 0.0, 0.8)
+        (masks,) = live.masks(rule, [ratio_by_group("policy", ratios)])
+        pruned = sum(int((~mask.keep()).sum()) for mask in masks.values())
+        entries = sum(p.numel() for p in live.params.values())
+        # each tensor of a block rounds its count by itself
+        assert pruned / entries == pytest.approx(0.4, abs=len(live.blocks) / entries)
+        assert len(set(ratios.values())) > 4
+
+
+def test_a_run_with_a_policy_tells_the_profile_and_prunes_by_it(given, monkeypatch):
+    file, context, _ = given
+    profile, gain = Profile(0.4, (0.3, 0.0, -0.2)), Gain(0.1, 0.01, 20)
+    found_here = []
+
+    def gained(*state):
+        found_here.append(choose_profile(*state))
+        return ProfileChoice(profile, gain, Gain(0.2, 0.01, 20))
+
+    # a search as short as this shows no gain
+    monkeypatch.setattr(callback, "choose_profile", gained)
+    changes = ["scope=policy", f"output={file.parent / 'policy'}", "controller.rounds=4"]
+    out = run(load_config(file, [*changes, "train.search.epochs=4"]), quiet=True)
+    found, lines = read_json(out / "ratio.json"), read_jsonl(out / "rounds.jsonl")
+    assert found_here[0].gain.groups == len(set(lines[-1]["groups"]))
+    assert found["probe_forwards"] == sum(len(line["rows"]) * 3 for line in lines)
+    assert lines[-1]["kind"] == "confirmation"
+    assert lines[-1]["tilts"][:2] == [[0.0] * 3] * 2
+    assert any(any(tilts) for line in lines for tilts in line["tilts"])
+    assert (found["ratio"], found["verdict"], found["scope"]) == (0.4, "learned", "policy")
+    assert found["evidence"]["gain_over_lowest_ratio"] == 0.2
+    told = {"level": 0.4, "depth": 0.3, "module": 0.0, "adapter": -0.2}
+    assert found["spread"]["profile"] == told
+    with context.live(read_start(out / "merged", context.backbone), "source") as live:
+        ways = slopes(live)
+    ratios = profile_ratios(profile, ways, 0.0, 0.8)
+    assert found["spread"]["ratios"] == ratios
+    zeros = read_json(out / "shipped" / "stage.json")["zeros"]["per_source"]
+    for source in ("0", "1"):
+        own = [group for group in ratios if group.endswith(f"adapter {source}")]
+        wanted = sum(ways.sizes[g] * ratios[g] for g in own) / sum(ways.sizes[g] for g in own)
+        assert zeros[source] == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_profile_that_is_not_shown_leaves_one_ratio_for_all(given):
+    _, context, merged = given
+    context = with_scope(context, "policy")
+    with context.live(read_start(merged, context.backbone), "source") as live:
+        ways = slopes(live)
+    profile = Profile(0.4, (0.2, 0.0, -0.1))
+    sure, unsure = Gain(0.1, 0.01, 20), Gain(0.01, 0.02, 20)
+    taken = spread_of_profile(context, ProfileChoice(profile, sure, sure), ways)
+    assert taken["ratios"] == profile_ratios(profile, ways, 0.0, 0.8)
+    assert taken["profile"] == {"level": 0.4, "depth": 0.2, "module": 0.0, "adapter": -0.1}
+    assert taken["evidence"]["over_lowest_ratio"] == {"gain": 0.1, "standard_error": 0.01}
+    left = spread_of_profile(context, ProfileChoice(profile, unsure, sure), ways)
+    assert (left["ratios"], left["evidence"]["shown"]) == (None, False)
+    nothing = {"ratios": None, "profile": None, "evidence": None, "forwards": 0}
+    assert spread_of_profile(context, None, ways) == nothing
+
+
+def test_a_search_without_a_round_that_tests_a_profile_is_refused(given):
+    file, *_ = given
+    changes = ["scope=policy", f"output={file.parent / 'short'}", "controller.rounds=3"]
+    with pytest.raises(ValueError, match="but the search has 3: raise controller.rounds"):
+        run(load_config(file, changes), quiet=True)
 
 
 def test_ratios_of_another_scope_are_refused(given, tmp_path):

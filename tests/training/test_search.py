@@ -20,6 +20,7 @@ from grasp_lora.core.evidence.history import RoundRecord
 from grasp_lora.core.lora import LoraFactors, merge
 from grasp_lora.core.pruning.importance import IMPORTANCE, NEEDS_GRADIENTS
 from grasp_lora.core.pruning.masks import pruned_count
+from grasp_lora.core.pruning.profile import Profile, profile_ratios
 from grasp_lora.models.example_losses import EncodedExamples, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import Collator, EncodedExample
 from grasp_lora.training import best as best_module
@@ -33,6 +34,7 @@ from grasp_lora.training.checkpoint import (
     newest_whole,
 )
 from grasp_lora.training.gradients import GradientAverages
+from grasp_lora.training.groups import SCOPES, slopes
 from grasp_lora.training.live import LiveAdapter, attach_live_adapter
 from grasp_lora.training.search_callback import (
     MaskCallback,
@@ -147,6 +149,7 @@ def train(
     config: ControllerConfig | None = None,
     importance: str = "magnitude",
     structure: str = "entries",
+    tilted: bool = False,
     **settings: Any,
 ) -> Run:
     live = live_adapter(kind, structure=structure)
@@ -166,6 +169,7 @@ def train(
             seed=5,
             total_steps=total,
             planned_rounds=rounds.planned_rounds(total, config),
+            slopes=slopes(live) if tilted else None,
         ),
         on_round=lambda _state, _record: None,
     )
@@ -209,12 +213,12 @@ def same_weights(a: LiveAdapter, b: LiveAdapter) -> bool:
     return all(torch.equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize(("baseline", "tilted"), [(False, False), (True, False), (False, True)])
 def test_a_search_whose_probes_are_discarded_equals_plain_fine_tuning_bit_for_bit(
-    tmp_path, baseline
+    tmp_path, baseline, tilted
 ):
     config = ControllerConfig(rounds=4, rows=4, max_step=0.3, baseline=baseline)
-    probed = train(tmp_path / "a", search="discard", config=config)
+    probed = train(tmp_path / "a", search="discard", config=config, tilted=tilted)
     plain = train(tmp_path / "b", search="none")
     assert probed.searcher.forwards == 4 * 4 * (4 if baseline else 3)
     assert same_weights(probed.live, plain.live)
@@ -356,6 +360,39 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, uninterrupted, c
     assert whole.best.evaluations == resumed.best.evaluations
     assert [e["loss"] for e in whole.log] == [e["loss"] for e in resumed.log]
     assert [e["learning_rate"] for e in whole.log] == [e["learning_rate"] for e in resumed.log]
+
+
+def test_a_search_of_tilts_probes_ratios_of_groups_and_goes_on_the_same_after_a_crash(
+    tmp_path, monkeypatch
+):
+    asked = []
+    cut = LiveAdapter.masks
+
+    def watched(self, score, ratios):
+        asked.append([[r(b) if callable(r) else r for b in self.blocks] for r in ratios])
+        return cut(self, score, ratios)
+
+    monkeypatch.setattr(LiveAdapter, "masks", watched)
+    whole = train(tmp_path / "whole", tilted=True)
+    records = whole.searcher.controller.records
+    assert [record.kind for record in records] == [*["coverage"] * 3, "confirmation"]
+    ways = slopes(whole.live)
+    assert ways.names == ("depth", "module", "adapter")
+    groups = [SCOPES["policy"](block) for block in whole.live.blocks]
+    probed = dict.fromkeys(tuple(each) for ratios in asked for each in ratios)
+    for record in records:
+        for level, tilts in zip(record.candidates, record.tilts, strict=True):
+            ratios = profile_ratios(Profile(level, tilts), ways, 0.0, 0.8)
+            expected = tuple(ratios[g] for g in groups) if any(tilts) else (level,) * len(groups)
+            assert expected in probed
+    assert any(len(set(each)) > 1 for each in probed)
+    for crash_at in (5, 11):
+        with pytest.raises(Crash):
+            train(tmp_path / str(crash_at), tilted=True, crash_at=crash_at)
+        resumed = train(tmp_path / str(crash_at), tilted=True)
+        assert same_weights(whole.live, resumed.live)
+        assert resumed.searcher.controller == whole.searcher.controller
+        assert resumed.searcher.choose_profile() == whole.searcher.choose_profile()
 
 
 def test_patience_survives_a_crash(tmp_path):

@@ -1,6 +1,7 @@
 """Given adapters that name another base model than the backbone: told before any work."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from grasp_lora.cli import app
 from grasp_lora.config.run_config import load_config
+from grasp_lora.core.lora import LoraFactors
 from grasp_lora.workbench.context import open_context
-from grasp_lora.workbench.given import check_given
+from grasp_lora.workbench.given import check_given, check_merge
 from helpers import (
     logits_of,
     random_ids,
@@ -95,3 +97,29 @@ def test_adapters_merge_alike_however_their_folders_are_laid_out(place, tmp_path
     # The merged adapter is asked in the template that the target was trained with.
     assert (tmp_path / "laid-out/chat_template.jinja").read_text() == CHATML
     assert not (tmp_path / "plain/chat_template.jinja").exists()
+
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+EXPERTS = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("scope", "unit", "modules", "fault"),
+    [
+        ("policy", "source", (Q,), None),
+        ("policy", "merged", (Q, V), None),
+        ("policy", "merged", (Q,), "scope: 'policy' needs at least two groups"),
+        ("policy", "merged", EXPERTS, "scope: 'policy' needs modules of several layers, types or"),
+        ("layer", "merged", (Q, V), "scope: 'layer' needs at least two groups"),
+        ("global", "merged", (Q,), None),
+    ],
+)
+def test_a_scope_that_tells_no_modules_apart_is_refused(place, scope, unit, modules, fault):
+    context = open_context(load_config(place[0], [f"scope={scope}", f"mask_unit={unit}"]))
+    one = LoraFactors(torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
+    given = {role: dict.fromkeys(modules, one) for role in ("source", "target")}
+    if fault is None:
+        check_merge(context, given)
+        return
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        check_merge(context, given)

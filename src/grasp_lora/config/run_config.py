@@ -45,6 +45,7 @@ from grasp_lora.config.sections import (
 )
 from grasp_lora.config.yaml_text import DEEPEST, Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
+from grasp_lora.core.controller.settings import LEAST_CANDIDATES
 from grasp_lora.core.pruning.n_of_m import N_OF_M, known_ratio
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
@@ -100,10 +101,12 @@ class RunConfig(Section):
         "which makes the adapter smaller; or two of every four, four of every eight entries along "
         'the input (in quotes: "2:4"), where the search decides between that and nothing',
     )
-    scope: Literal["global", "module-type", "layer", "adapter"] = Field(
+    scope: Literal["global", "module-type", "layer", "adapter", "policy"] = Field(
         default="global",
         description="tensors that share a ratio: all, or (experimental) those of a module type, a "
-        "layer or a source adapter; the ratios differ only if probes show that this helps",
+        "layer or a source adapter, probed after the search; or policy, where the search itself "
+        "tries ratios that differ by depth, module and adapter; the ratios differ only if probes "
+        "show that this helps",
     )
     controller: ControllerConfig = Field(
         default_factory=ControllerConfig, description="how the prune ratio is searched"
@@ -171,6 +174,7 @@ class RunConfig(Section):
                 "mask_unit: source, or another scope"
             )
         found += self._few_ratios()
+        found += self._no_policy()
         given = self.adapters.folders()
         found += [
             f"adapters.{role}: not given, but adapters.trained_on.{role} is; give the folder of "
@@ -211,6 +215,22 @@ class RunConfig(Section):
                 f"scope: {self.scope!r} gives groups different ratios, but structure "
                 f"{self.structure!r} knows only one beside 0; set scope: global, or another "
                 "structure"
+            )
+        return found
+
+    def _no_policy(self) -> list[str]:
+        """Return one message for each setting that leaves `scope: policy` no rounds to learn in."""
+        found: list[str] = []
+        if self.scope == "policy" and self.controller.preset == "paper":
+            found.append(
+                "scope: 'policy' is learned by the standard controller, but controller.preset is "
+                "paper; set controller.preset: standard, or another scope"
+            )
+        elif self.scope == "policy" and self.controller.candidates < LEAST_CANDIDATES:
+            found.append(
+                f"scope: 'policy' compares {LEAST_CANDIDATES} candidates a round, but "
+                f"controller.candidates is {self.controller.candidates}; raise it, or set another "
+                "scope"
             )
         return found
 

@@ -1,8 +1,8 @@
 """Ablation of the search: one run for each part that is left out or changed.
 
 All variants start from the same merge and use the same examples. A variant differs from the
-configuration in settings of the controller alone, or in what is pruned and by which importance.
-With several seeds, variants are compared with the configuration seed by seed.
+configuration in settings of the controller alone, or in what is pruned, by which importance and in
+which profile. With several seeds, variants are compared with the configuration seed by seed.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Change:
         about: description for the table.
         changes: settings of the controller that differ.
         rounds: factor on the number of rounds.
-        masks: settings of the run that differ: `importance` or `structure`.
+        masks: settings of the run that differ: `importance`, `structure` or `scope`.
     """
 
     about: str
@@ -100,6 +100,9 @@ CHANGES: Mapping[str, Change] = {
         )
         for name, (kept, size) in N_OF_M.items()
     },
+    "scope-policy": Change(
+        "ratios that differ by depth, module and adapter", masks={"scope": "policy"}
+    ),
 }
 """Name of the variant -> change, in the order of the table."""
 

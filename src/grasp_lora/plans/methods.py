@@ -377,6 +377,12 @@ METHODS: Mapping[str, Method] = {
             ("module-types", "a ratio for each type of module", "merged", {"scope": "module-type"}),
             ("layers", "a ratio for each layer", "merged", {"scope": "layer"}),
             ("adapters", "a ratio for each of the two adapters", "merged", {"scope": "adapter"}),
+            (
+                "policy",
+                "ratios that differ by depth, module and adapter, learned in the same rounds",
+                "merged",
+                {"scope": "policy"},
+            ),
             ("ranks", "whole components pruned", "merged", {"structure": "rank"}),
             ("weights", "merge weights learned first", "learned-weights", {}),
             *((rule, f"importance {rule}", "merged", {"importance": rule}) for rule in RULES),

@@ -16,6 +16,7 @@ from typing import Any
 
 from grasp_lora.base.files import write_json, write_jsonl
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core.controller.policy import final_confirmation_rounds
 from grasp_lora.core.controller.rounds import (
     ControllerState,
     RatioChoice,
@@ -28,11 +29,12 @@ from grasp_lora.core.pruning.masks import NotANumber
 from grasp_lora.stages.costs import Rows, steps_cost, training_cost
 from grasp_lora.stages.findings import search_findings
 from grasp_lora.stages.probe import pool_of
-from grasp_lora.stages.spread import spread_ratio
+from grasp_lora.stages.spread import spread_of_profile, spread_ratio
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.tasks.encoding import EncodedExample
 from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.gradients import GradientAverages
+from grasp_lora.training.groups import slopes
 from grasp_lora.training.live import LiveAdapter, block_fit
 from grasp_lora.training.search_callback import ProbePool, SearchCallback, SearchSettings
 from grasp_lora.training.trainer import Diverged
@@ -57,7 +59,8 @@ def check_search(context: Context) -> int:
     """Return the number of rounds planned for the search.
 
     Raises:
-        ValueError: the search is too short for one round.
+        ValueError: the search is too short for one round, or with `scope: policy` for a round that
+            tests a profile.
     """
     config = context.config
     steps = _steps(context, config.merge.when == "after")
@@ -68,6 +71,11 @@ def check_search(context: Context) -> int:
             f"the search has {steps} optimizer steps, fewer than the {wanted} that one round"
             " needs: raise train.search.epochs, lower train.search.batch_size or"
             " train.search.accumulation, or lower controller.interval (controller.rounds)"
+        )
+    if config.scope == "policy" and final_confirmation_rounds(count) == 0:
+        raise ValueError(
+            f"scope: 'policy' tests its ratios in the rounds after the first three, but the search "
+            f"has {count}: raise controller.rounds or train.search.epochs, or set scope: global"
         )
     return count
 
@@ -115,7 +123,9 @@ def run(work: Work) -> Mapping[str, Any]:
         groups = [example.group for example in context.rows("target", splits).encoded]
         choice = searcher.choose()
         spread, forwards = None, searcher.forwards
-        if config.scope != "global":
+        if config.scope == "policy":
+            spread = spread_of_profile(context, searcher.choose_profile(), slopes(live))
+        elif config.scope != "global":
             spread = spread_ratio(context, live, norms, choice.ratio, splits)
             forwards += spread["forwards"]
     if is_main():
@@ -158,6 +168,7 @@ def _searcher(
             total_steps=_steps(context, _untrained(work.stage)),
             planned_rounds=planned,
             fit=block_fit(config.importance, norms),
+            slopes=slopes(live) if config.scope == "policy" else None,
         ),
         on_round=record,
         clock=context.clock,

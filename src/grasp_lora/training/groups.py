@@ -1,9 +1,10 @@
-"""Groups of blocks that each have their own ratio."""
+"""Groups of blocks that each have their own ratio, and how the groups differ."""
 
 from collections.abc import Callable, Mapping
 
 from grasp_lora.base.words import shown
 from grasp_lora.core.layer_swap import layer_of
+from grasp_lora.core.pruning.profile import Place, Slopes, slopes_of
 from grasp_lora.training.live import Block, BlockRatio, LiveAdapter
 
 SCOPES: Mapping[str, Callable[[Block], str]] = {
@@ -11,6 +12,9 @@ SCOPES: Mapping[str, Callable[[Block], str]] = {
     "module-type": lambda block: block.module.rpartition(".")[2],
     "layer": lambda block: _layer(block.module),
     "adapter": lambda block: f"adapter {block.source}",
+    "policy": lambda block: (
+        block.module if block.source is None else f"{block.module} adapter {block.source}"
+    ),
 }
 """Scope -> function from a block to the name of its group."""
 
@@ -19,6 +23,21 @@ def _layer(module: str) -> str:
     """Return the group of a module's layer, or "outside"."""
     layer = layer_of(module)
     return "outside" if layer is None else f"layer {layer}"
+
+
+def place_of(block: Block) -> Place:
+    """Return where a block lies: its layer, the part of the layer, its type and its adapter."""
+    layer, names = layer_of(block.module), block.module.split(".")
+    part = "" if layer is None else names[names.index(str(layer)) + 1]
+    return Place(layer, part, names[-1], block.source)
+
+
+def slopes(live: LiveAdapter) -> Slopes:
+    """Return how the groups of scope `policy` differ, in the order of the model."""
+    order = {module: place for place, module in enumerate(live.layers)}
+    blocks = sorted(live.blocks, key=lambda block: order[block.module])
+    places = {SCOPES["policy"](block): place_of(block) for block in blocks}
+    return slopes_of(places, group_sizes(live, "policy"))
 
 
 def group_sizes(live: LiveAdapter, scope: str) -> dict[str, int]:

@@ -18,6 +18,13 @@ from transformers import TrainerCallback
 
 from grasp_lora.base.clock import Clock
 from grasp_lora.core.controller import rounds
+from grasp_lora.core.controller.profiles import (
+    ProfileChoice,
+    can_tilt,
+    choose_profile,
+    propose_profiles,
+    with_profile,
+)
 from grasp_lora.core.controller.rounds import (
     ControllerConfig,
     ControllerState,
@@ -25,9 +32,18 @@ from grasp_lora.core.controller.rounds import (
     RoundRecord,
 )
 from grasp_lora.core.pruning.n_of_m import known_ratio
+from grasp_lora.core.pruning.profile import Profile, Slopes, profile_ratios
 from grasp_lora.models.example_losses import EncodedExamples, State, losses_in_states
 from grasp_lora.models.preserve import preserved
-from grasp_lora.training.live import BlockFit, ImportanceRule, LiveAdapter, Masks, block_importance
+from grasp_lora.training.groups import ratio_by_group
+from grasp_lora.training.live import (
+    BlockFit,
+    BlockRatio,
+    ImportanceRule,
+    LiveAdapter,
+    Masks,
+    block_importance,
+)
 
 
 class MaskCallback(TrainerCallback):
@@ -92,6 +108,8 @@ class SearchSettings:
         planned_rounds: rounds of the whole run.
         fit: how kept entries make up for pruned ones in a trial; None if they keep their values. A
             commit changes masks alone.
+        slopes: how groups of blocks differ, to search tilts beside the ratio; None searches one
+            ratio for all.
     """
 
     config: ControllerConfig
@@ -101,6 +119,7 @@ class SearchSettings:
     total_steps: int
     planned_rounds: int
     fit: BlockFit | None = None
+    slopes: Slopes | None = None
 
 
 @dataclass(frozen=True)
@@ -109,17 +128,17 @@ class _Measured:
 
     Attributes:
         drawn: positions of the examples in the pool.
-        candidates: the ratios that were proposed.
+        candidates: the profiles that were proposed.
         baseline: objective of each example under the model as it is, or None.
         losses: objective of each example under the masks of each candidate.
-        masks: ratio -> masks.
+        masks: profile -> masks.
     """
 
     drawn: Sequence[int]
-    candidates: Sequence[float]
+    candidates: Sequence[Profile]
     baseline: list[float] | None
     losses: list[list[float]]
-    masks: Mapping[float, Masks]
+    masks: Mapping[Profile, Masks]
 
 
 def scalars(record: RoundRecord) -> dict[str, float]:
@@ -175,13 +194,22 @@ class SearchCallback(TrainerCallback):
         self._clock = clock or Clock()
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._fixed: list[tuple[list[int], Any]] | None = None
-        self.controller = rounds.begin(config, settings.planned_rounds)
+        self.controller = rounds.begin(config, settings.planned_rounds, self._count_tilts())
         self.flipped: list[int] = []
         """For each round, the number of entries whose mask changed."""
         self.forwards = 0
         """Examples read in forward passes so far."""
         self.log: Log | None = None
         """Is given the `scalars` of every round of a training."""
+
+    def _count_tilts(self) -> int:
+        settings = self._settings
+        able = can_tilt(self._config, settings.planned_rounds, self._groups())
+        return len(settings.slopes.names) if settings.slopes is not None and able else 0
+
+    def _groups(self) -> list[str]:
+        """Return the group of each example of the pool."""
+        return [example.group for example in self._pool.examples.encoded]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run a round if one is due."""
@@ -211,8 +239,8 @@ class SearchCallback(TrainerCallback):
         examples = self._pool.examples
         batches = examples.batches if self._objective is None else lambda _drawn: []
         if self._pool.fresh:
-            groups = [e.group for e in examples.encoded]
-            drawn = rounds.next_examples(self.controller, groups, self._config, self._generator)
+            groups, generator = self._groups(), self._generator
+            drawn = rounds.next_examples(self.controller, groups, self._config, generator)
             return drawn, batches(drawn)
         drawn = tuple(range(min(self._config.rows, len(examples.encoded))))
         if self._fixed is None:
@@ -251,20 +279,22 @@ class SearchCallback(TrainerCallback):
         self, step: int, optimizer: torch.optim.Optimizer | None, masked: bool = True
     ) -> None:
         drawn, batches = self._draw_examples()
-        proposed = rounds.propose(self.controller, self._config, self._generator)
-        candidates = tuple(known_ratio(self._live.structure, ratio) for ratio in proposed)
-        # Candidates near a bound are often clipped to it, so measure each distinct ratio once.
+        groups = self._groups()
+        proposed = propose_profiles(self.controller, self._config, self._generator, groups)
+        structure = self._live.structure
+        candidates = tuple(Profile(known_ratio(structure, p.level), p.tilts) for p in proposed)
+        # Candidates near a bound are often clipped to it, so measure each distinct one once.
         distinct = list(dict.fromkeys(candidates))
         with self._clock.span("masks"):
-            masks = dict(zip(distinct, self._live.masks(self._importance, distinct), strict=True))
-        states: list[State] = [partial(self._under, masks[ratio]) for ratio in distinct]
+            masks = dict(zip(distinct, self._masks(distinct), strict=True))
+        states: list[State] = [partial(self._under, masks[profile]) for profile in distinct]
         compared = rounds.needs_baseline(self._config)
         if compared:
             states.insert(0, self._as_it_is)
         found = self._measure(states, drawn, batches)
         baseline = found.pop(0) if compared else None
         measured = dict(zip(distinct, found, strict=True))
-        losses = [measured[ratio] for ratio in candidates]
+        losses = [measured[profile] for profile in candidates]
         self.forwards += len(drawn) * len(states)
         self._conclude(
             step, _Measured(drawn, candidates, baseline, losses, masks), optimizer, masked
@@ -281,33 +311,51 @@ class SearchCallback(TrainerCallback):
         self.controller, record = rounds.conclude(
             self.controller,
             self._config,
-            found.candidates,
+            [profile.level for profile in found.candidates],
             found.baseline,
             found.losses,
             found.drawn,
             step,
+            [profile.tilts for profile in found.candidates] if self.controller.tilts else (),
         )
         flipped = 0
         if record.committed and masked:
             with self._clock.span("masks"):
-                wanted = found.masks.get(record.mask_ratio) or self._masks(record.mask_ratio)
+                plain = Profile(record.mask_ratio, (0.0,) * len(self.controller.tilts))
+                wanted = found.masks.get(plain) or self._masks([plain])[0]
                 flipped = self._live.commit(wanted, optimizer, self._config.clear_moments)
         self.flipped.append(flipped)
         self._on_round(self.controller, record)
 
-    def _masks(self, ratio: float) -> Masks:
-        (masks,) = self._live.masks(self._importance, [ratio])
-        return masks
+    def _masks(self, profiles: Sequence[Profile]) -> list[Masks]:
+        return self._live.masks(self._importance, [self._wanted(one) for one in profiles])
+
+    def _wanted(self, profile: Profile) -> float | BlockRatio:
+        if not profile.tilted:
+            return profile.level
+        assert self._settings.slopes is not None, "tilts are searched along slopes"
+        low, high = self._config.low, self._config.high
+        ratios = profile_ratios(profile, self._settings.slopes, low, high)
+        return ratio_by_group("policy", ratios)
 
     def choose(self) -> RatioChoice:
-        """Return the ratio that the rounds so far speak for, and the evidence."""
-        groups = [example.group for example in self._pool.examples.encoded]
-        choice = rounds.choose_ratio(self.controller, self._config, groups)
+        """Return the ratio that the rounds so far speak for, and the evidence.
+
+        It is the level of the profile where that is taken, see `choose_profile`.
+        """
+        choice = rounds.choose_ratio(self.controller, self._config, self._groups())
+        found = self.choose_profile()
+        if found is not None and found.shown:
+            choice = with_profile(choice, found)
         return replace(choice, ratio=known_ratio(self._live.structure, choice.ratio))
+
+    def choose_profile(self) -> ProfileChoice | None:
+        """Return the profile that the rounds speak for; None if no tilts were measured."""
+        return choose_profile(self.controller, self._config, self._groups())
 
     def cut(self, ratio: float) -> None:
         """Make the masks of `ratio` those of an adapter that is not trained any further."""
-        self._live.commit(self._masks(ratio))
+        self._live.commit(self._masks([Profile(ratio)])[0])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the random state and the history of the rounds."""

@@ -7,10 +7,12 @@ import torch
 
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.adapters.opening import lines_about_all, model_with_adapter
+from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.lora import Adapter, LoraFactors, merge
+from grasp_lora.core.pruning.profile import slopes_of
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
-from grasp_lora.training.groups import SCOPES
+from grasp_lora.training.groups import SCOPES, place_of
 from grasp_lora.training.live import Block
 from grasp_lora.workbench.context import POOLS, Context
 from grasp_lora.workbench.merge_probes import check_pool, configured_weights, learns_weights
@@ -80,12 +82,30 @@ def check_merge(context: Context, given: Mapping[str, Adapter]) -> None:
     if learns_weights(config):
         pool = POOLS[config.controller.probe_rows]
         check_pool(sum(len(context.encoded("target", split)) for split in pool))
+    apart = config.mask_unit == "source"
     blocks = [
-        Block(name, source, "", "", slice(0)) for source, one in enumerate(adapters) for name in one
+        Block(name, source if apart else None, "", "", slice(0))
+        for source, one in enumerate(adapters)
+        for name in one
     ]
+    _check_groups(config, blocks)
+
+
+def _check_groups(config: RunConfig, blocks: Sequence[Block]) -> None:
+    """Check that `scope` tells some of the blocks apart.
+
+    Raises:
+        ValueError: they are all of one group, or no tilt of `policy` tells them apart.
+    """
     groups = sorted({SCOPES[config.scope](block) for block in blocks})
     if config.scope != "global" and len(groups) < 2:
         raise ValueError(
             f"scope: {config.scope!r} needs at least two groups of modules, but those adapted here "
             f"are all of one, {groups[0]}; set scope: global, or adapt more modules"
+        )
+    places = {SCOPES["policy"](block): place_of(block) for block in blocks}
+    if config.scope == "policy" and not slopes_of(places, dict.fromkeys(places, 1)).names:
+        raise ValueError(
+            "scope: 'policy' needs modules of several layers, types or adapters, but those adapted "
+            f"here ({groups[0]}, ...) are all alike; set scope: global, or adapt more modules"
         )

@@ -31,6 +31,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from grasp_lora.core.controller.settings import ControllerConfig
+from grasp_lora.core.pruning.profile import MOST_TILT, limited
 
 RoundKind: TypeAlias = Literal["coverage", "policy", "confirmation"]
 
@@ -43,6 +44,8 @@ _GOLDEN = 0.618
 _STRATIFIED_EVERY = 5
 _LEAST_CONFIRMATIONS = 3
 _MOST_CONFIRMATIONS = 6
+TILT_SIGMAS = 2.0
+"""Standard deviation of a tilt, in those of the ratio: it moves the ends of the groups by half."""
 PRIOR_RATIO = 0.4
 """Centre of the `standard` policy until rewards move it."""
 
@@ -54,10 +57,13 @@ class Policy:
     Attributes:
         mu: Centre, a ratio in [0, 1).
         sigma: Standard deviation, in units of ratio.
+        tilts: Centre of the tilts (`core.pruning.profile`), which have the standard deviation
+            `TILT_SIGMAS` sigma; empty if the search has none.
     """
 
     mu: float
     sigma: float
+    tilts: tuple[float, ...] = ()
 
 
 def initial_policy(config: ControllerConfig) -> Policy:
@@ -126,6 +132,54 @@ def sampled_candidates(
     return (*drawn[:-1], incumbent)
 
 
+def stratified_tilts(
+    index: int,
+    levels: Sequence[float],
+    config: ControllerConfig,
+    generator: torch.Generator,
+    count: int,
+) -> tuple[tuple[float, ...], ...]:
+    """Return `count` tilts for each level, evenly spaced and each in an order of its own.
+
+    A tilt goes as far as its level leaves room. The tilts of a round are shifted by the golden
+    section in the next.
+
+    Args:
+        index: Index of the round, from 0.
+        levels: Ratios of the round.
+        config: Settings of the controller.
+        generator: Source of the orders.
+        count: Number of tilts.
+    """
+    trials = len(levels)
+    columns: list[list[float]] = []
+    for place in range(count):
+        order: list[int] = torch.randperm(trials, generator=generator).tolist()
+        shift = math.fmod(_GOLDEN * (index + 1) * (place + 1), 1.0)
+        columns.append([2 * math.fmod(one + shift, trials) / trials - 1 for one in order])
+    return tuple(
+        limited(level, [MOST_TILT * share for share in own], config.low, config.high)
+        for level, *own in zip(levels, *columns, strict=True)
+    )
+
+
+def sampled_tilts(
+    policy: Policy, levels: Sequence[float], config: ControllerConfig, generator: torch.Generator
+) -> tuple[tuple[float, ...], ...]:
+    """Return tilts drawn from the policy, in antithetic pairs as the levels are."""
+    columns = [_antithetic(len(levels), generator) for _ in policy.tilts]
+    wide = TILT_SIGMAS * policy.sigma
+    return tuple(
+        limited(
+            level,
+            [centre + wide * z for centre, z in zip(policy.tilts, own, strict=True)],
+            config.low,
+            config.high,
+        )
+        for level, *own in zip(levels, *columns, strict=True)
+    )
+
+
 def confirmation_candidates(
     policy: Policy, config: ControllerConfig, generator: torch.Generator, incumbent: float
 ) -> tuple[float, ...]:
@@ -136,24 +190,31 @@ def confirmation_candidates(
 
 
 def drawn_from_policy(
-    kind: RoundKind, count: int, config: ControllerConfig, has_incumbent: bool
+    kind: RoundKind,
+    count: int,
+    config: ControllerConfig,
+    has_incumbent: bool,
+    tilted: bool = False,
 ) -> tuple[bool, ...]:
     """Return for each candidate of a round whether it was drawn from the policy.
 
-    Ratios of a stratified round, the lowest ratio and the incumbent are placed, not drawn.
+    Ratios of a stratified round, the lowest ratio, the incumbent and the profile of a confirmation
+    are placed, not drawn.
 
     Args:
         kind: Kind of the round.
         count: Candidates of the round.
         config: Settings of the controller.
         has_incumbent: Whether there was an incumbent when the candidates were proposed.
+        tilted: Whether the search has tilts.
     """
     if kind == "coverage":
         return (False,) * count
     if not has_incumbent or config.preset == "paper":
         return (True,) * count
     if kind == "confirmation":
-        return (False, False, *[True] * (count - 2))
+        placed = 3 if tilted else 2
+        return (False,) * placed + (True,) * (count - placed)
     return (*[True] * (count - 1), count % 2 == 0)
 
 
@@ -163,6 +224,7 @@ def updated_policy(
     rewards: Sequence[float],
     ratio: float,
     config: ControllerConfig,
+    tilts: Sequence[tuple[float, ...]] = (),
 ) -> Policy:
     """Return the policy after one round.
 
@@ -172,8 +234,9 @@ def updated_policy(
         rewards: Reward of each trial in nats, loss of the reference - loss of the trial.
         ratio: Current ratio before this round's commit; the anchor pulls mu towards it.
         config: Settings of the controller.
+        tilts: Tilts of each trial; empty if the search has none.
     """
-    return _UPDATES[config.preset](policy, candidates, rewards, ratio, config)
+    return _UPDATES[config.preset](policy, candidates, rewards, ratio, config, tilts)
 
 
 def clip(value: float, low: float, high: float) -> float:
@@ -187,6 +250,7 @@ def _paper_update(
     rewards: Sequence[float],
     ratio: float,
     config: ControllerConfig,
+    tilts: Sequence[tuple[float, ...]],
 ) -> Policy:
     """Move mu and sigma by the score function, both gradients taken at the old values."""
     mu, sigma = policy.mu, policy.sigma
@@ -208,8 +272,12 @@ def _standard_update(
     rewards: Sequence[float],
     ratio: float,
     config: ControllerConfig,
+    tilts: Sequence[tuple[float, ...]],
 ) -> Policy:
-    """Take one bounded natural-gradient step in mu and log sigma; none if all rewards are equal."""
+    """Take one bounded natural-gradient step in mu, the tilts and log sigma.
+
+    No step is taken if all rewards are equal.
+    """
     centred = _centred(rewards)
     spread = math.sqrt(_mean([a**2 for a in centred]))
     if spread <= _SAME_REWARDS:
@@ -218,20 +286,30 @@ def _standard_update(
     advantages = [a / spread for a in centred]
     offsets = [candidate - mu for candidate in candidates]
     step_mu = _mean([a * s for a, s in zip(advantages, offsets, strict=True)])
-    step_log_sigma = 0.5 * _mean(
-        [a * ((s / sigma) ** 2 - 1) for a, s in zip(advantages, offsets, strict=True)]
-    )
+    tilt_offsets = [
+        [tilt - centre for tilt in own]
+        for centre, own in zip(policy.tilts, zip(*tilts, strict=True), strict=True)
+    ]
+    squares = [[(s / sigma) ** 2 for s in offsets]]
+    squares += [[(s / (TILT_SIGMAS * sigma)) ** 2 for s in own] for own in tilt_offsets]
+    excess = [_mean(own) - 1 for own in zip(*squares, strict=True)]
+    step_log_sigma = 0.5 * _mean([a * e for a, e in zip(advantages, excess, strict=True)])
+    step_tilts = [
+        _mean([a * s for a, s in zip(advantages, own, strict=True)]) for own in tilt_offsets
+    ]
     move = clip(config.lr * (step_mu - config.anchor * (mu - ratio)), -_MAX_MU_STEP, _MAX_MU_STEP)
     growth = clip(config.lr * step_log_sigma + config.entropy, -1.0, 1.0)
     return Policy(
-        clip(mu + move, config.low, config.high), clip(sigma * math.exp(growth), *_SIGMA_RANGE)
+        clip(mu + move, config.low, config.high),
+        clip(sigma * math.exp(growth), *_SIGMA_RANGE),
+        tuple(
+            clip(centre + config.lr * step, -MOST_TILT, MOST_TILT)
+            for centre, step in zip(policy.tilts, step_tilts, strict=True)
+        ),
     )
 
 
-_UPDATES: dict[
-    str,
-    Callable[[Policy, Sequence[float], Sequence[float], float, ControllerConfig], Policy],
-] = {"paper": _paper_update, "standard": _standard_update}
+_UPDATES: dict[str, Callable[..., Policy]] = {"paper": _paper_update, "standard": _standard_update}
 
 
 def _independent(count: int, generator: torch.Generator) -> list[float]:

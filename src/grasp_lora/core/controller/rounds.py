@@ -39,6 +39,7 @@ from grasp_lora.core.controller.policy import (
     clip,
     confirmation_candidates,
     drawn_from_policy,
+    final_confirmation_rounds,
     initial_policy,
     initial_stratified_rounds,
     round_kind,
@@ -48,10 +49,12 @@ from grasp_lora.core.controller.policy import (
 )
 from grasp_lora.core.controller.schedule import draw_examples, is_due, planned_rounds
 from grasp_lora.core.controller.settings import CONTROLLER_PRESETS, ControllerConfig
+from grasp_lora.core.evidence.crossfit import forward_splits
 from grasp_lora.core.evidence.history import (
     RoundRecord,
     curve_minimum,
     curve_minimum_near,
+    lowest_profile,
     observations,
 )
 from grasp_lora.core.evidence.verdict import RatioChoice, ratio_choice
@@ -90,6 +93,7 @@ class ControllerState:
         horizon: Planned number of rounds. It sets the number of stratified rounds and how fast old
             rounds lose weight in the loss curve.
         records: The records of the rounds so far, in order.
+        tilts: Centre of the policy's tilts (`core.pruning.profile`); empty if the search has none.
     """
 
     mu: float
@@ -98,23 +102,30 @@ class ControllerState:
     mask_ratio: float
     horizon: int
     records: tuple[RoundRecord, ...]
+    tilts: tuple[float, ...] = ()
 
     @property
     def round(self) -> int:
         """Return the index of the next round, from 0."""
         return len(self.records)
 
+    @property
+    def policy(self) -> Policy:
+        """Return the policy that the next round draws from."""
+        return Policy(self.mu, self.sigma, self.tilts)
 
-def begin(config: ControllerConfig, planned: int | None = None) -> ControllerState:
+
+def begin(config: ControllerConfig, planned: int | None = None, tilts: int = 0) -> ControllerState:
     """Return the state before the first round.
 
     Args:
         config: Settings of the controller.
         planned: Result of `planned_rounds` for this run; default is `rounds` of the settings.
+        tilts: Number of tilts that are searched beside the ratio.
     """
     policy = initial_policy(config)
     horizon = planned or config.rounds or cast(int, CONTROLLER_PRESETS["standard"]["rounds"])
-    return ControllerState(policy.mu, policy.sigma, config.start, 0.0, horizon, ())
+    return ControllerState(policy.mu, policy.sigma, config.start, 0.0, horizon, (), (0.0,) * tilts)
 
 
 def propose(
@@ -127,9 +138,8 @@ def propose(
     seen = () if config.preset == "paper" else observations(state.records)
     incumbent = curve_minimum(seen, state.horizon, config) if seen else None
     if kind == "confirmation" and incumbent is not None:
-        policy = Policy(state.mu, state.sigma)
-        return confirmation_candidates(policy, config, generator, incumbent)
-    return sampled_candidates(Policy(state.mu, state.sigma), config, generator, incumbent)
+        return confirmation_candidates(state.policy, config, generator, incumbent)
+    return sampled_candidates(state.policy, config, generator, incumbent)
 
 
 def needs_baseline(config: ControllerConfig) -> bool:
@@ -145,7 +155,9 @@ def next_examples(
 ) -> tuple[int, ...]:
     """Return the positions of the examples of the next round, those probed least often first.
 
-    So the `rounds` x `rows` probes of a search see as many different examples as possible.
+    So the `rounds` x `rows` probes of a search see as many different examples as possible. Where
+    tilts are searched, a confirmation first draws from its own part of the groups, see
+    `held_out_part`.
 
     Args:
         state: The state before the round; `rows` of its records holds such positions.
@@ -157,7 +169,26 @@ def next_examples(
         ValueError: If there is no example.
     """
     probed = Counter(example for record in state.records for example in record.rows)
+    if state.tilts and round_kind(state.round, state.horizon, config) == "confirmation":
+        _, tested = held_out_part(state.round, state.horizon, groups)
+        after_all = dict.fromkeys(set(range(len(groups))) - set(tested), state.round + 1)
+        probed.update(after_all)
     return draw_examples(groups, config.rows, generator, probed)
+
+
+def held_out_part(
+    index: int, horizon: int, groups: Sequence[Hashable]
+) -> tuple[list[int], list[int]]:
+    """Return the examples that may choose the profile of a confirmation, and those that test it.
+
+    Args:
+        index: Index of the round, a confirmation.
+        horizon: Planned number of rounds.
+        groups: Group of each example, at least `crossfit.LEAST_GROUPS` different ones.
+    """
+    count = final_confirmation_rounds(horizon)
+    parts = list(forward_splits(groups, count))
+    return parts[index - (horizon - count)]
 
 
 def conclude(
@@ -168,6 +199,7 @@ def conclude(
     losses: Sequence[Sequence[float]],
     rows: Sequence[int],
     step: int,
+    tilts: Sequence[tuple[float, ...]] = (),
 ) -> tuple[ControllerState, RoundRecord]:
     """Return the state after a round and the record of the round.
 
@@ -180,6 +212,7 @@ def conclude(
         losses: Loss of each example under each candidate's mask, in nats, [candidates][examples].
         rows: Id of each example; an example has the same id in every round.
         step: Optimizer step that the round followed.
+        tilts: Tilts of each candidate; empty if the search has none.
 
     Raises:
         ValueError: If the lengths do not agree, an id occurs twice, or the settings ask for a
@@ -198,7 +231,7 @@ def conclude(
         None if reference is None or mean is None else reference - mean for mean in means
     )
     ratio, mask_ratio, best, reason = _commit(state, config, candidates, rewards, means)
-    policy = _policy_after(state, config, candidates, rewards)
+    policy = _policy_after(state, config, candidates, rewards, tilts)
     record = RoundRecord(
         round=state.round,
         step=step,
@@ -218,8 +251,9 @@ def conclude(
         per_row=tuple(tuple(_or_none(loss) for loss in trial_losses) for trial_losses in losses),
         baseline_rows=tuple(_or_none(loss) for loss in baseline or ()),
         reason=reason,
+        tilts=tuple(tilts),
     )
-    return _state_after(state, config, record)
+    return _state_after(replace(state, tilts=policy.tilts), config, record)
 
 
 def choose_ratio(
@@ -254,6 +288,7 @@ def state_from_json(text: str) -> ControllerState:
             f"a saved controller state must be JSON, but {error}; start the search again"
         ) from error
     values = _checked_fields(loaded, ControllerState)
+    values["tilts"] = tuple(values.get("tilts", ()))
     records = tuple(
         RoundRecord(**{name: _lists_to_tuples(value) for name, value in fields_of.items()})
         for fields_of in (_checked_fields(item, RoundRecord) for item in values.pop("records"))
@@ -292,20 +327,23 @@ def _policy_after(
     config: ControllerConfig,
     candidates: Sequence[float],
     rewards: Sequence[float | None],
+    tilts: Sequence[tuple[float, ...]],
 ) -> Policy:
     """Return the policy moved by the trials whose ratios were drawn from it."""
-    policy, kind = Policy(state.mu, state.sigma), round_kind(state.round, state.horizon, config)
+    policy, kind = state.policy, round_kind(state.round, state.horizon, config)
     seen = bool(observations(state.records))
-    drawn = drawn_from_policy(kind, len(candidates), config, seen)
+    drawn = drawn_from_policy(kind, len(candidates), config, seen, bool(tilts))
     finite = [
-        (candidate, reward)
-        for candidate, reward, one in zip(candidates, rewards, drawn, strict=True)
+        (candidate, reward, own)
+        for candidate, reward, own, one in zip(
+            candidates, rewards, tilts or ((),) * len(candidates), drawn, strict=True
+        )
         if one and reward is not None
     ]
     if not finite:
         return policy
-    tried, gained = zip(*finite, strict=True)
-    return updated_policy(policy, tried, gained, state.ratio, config)
+    tried, gained, tilted = zip(*finite, strict=True)
+    return updated_policy(policy, tried, gained, state.ratio, config, tilted)
 
 
 def _state_after(
@@ -313,8 +351,10 @@ def _state_after(
 ) -> tuple[ControllerState, RoundRecord]:
     """Return the next state and the record; the last initial stratified round also sets mu.
 
-    With `standard`, mu then becomes the minimum of the loss curve near the prior ratio.
+    With `standard`, mu then becomes the minimum of the loss curve near the prior ratio, and the
+    tilts those of the lowest profile.
     """
+    tilts = state.tilts
     records = (*state.records, record)
     if config.preset == "standard" and len(records) == initial_stratified_rounds(state.horizon):
         seen = observations(records)
@@ -322,8 +362,9 @@ def _state_after(
             centre = clip(PRIOR_RATIO, config.low, config.high)
             record = replace(record, mu=curve_minimum_near(seen, state.horizon, config, centre))
             records = (*state.records, record)
+            tilts = lowest_profile(seen, state.horizon, config).tilts if tilts else ()
     after = ControllerState(
-        record.mu, record.sigma, record.ratio, record.mask_ratio, state.horizon, records
+        record.mu, record.sigma, record.ratio, record.mask_ratio, state.horizon, records, tilts
     )
     return after, record
 
@@ -366,7 +407,9 @@ def _or_none(value: float) -> float | None:
 def _checked_fields(value: Any, kind: type) -> dict[str, Any]:
     """Return a JSON object as a dict, once its keys are exactly the fields of a dataclass."""
     names = {field.name for field in fields(kind)}
-    if not isinstance(value, Mapping) or set(cast(Mapping[str, Any], value)) != names:
+    # A state of an earlier version knows no tilts.
+    needed = names - {"tilts"}
+    if not isinstance(value, Mapping) or not needed <= set(cast(Mapping[str, Any], value)) <= names:
         raise ValueError(
             f"this is not a saved {kind.__name__}: its keys must be {sorted(names)}; "
             "the file is damaged or from another version, so start the search again"

@@ -42,6 +42,8 @@ CONTROLLER_PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 )
 """Preset -> the settings that differ by preset; `paper` holds those of arXiv 2601.06702."""
 
+LEAST_CANDIDATES = 3
+"""Candidates of a round that compares the lowest ratio, one ratio for all groups, and a profile."""
 _PAPER_START = 0.40
 _STANDARD_SIGMA = 0.1
 

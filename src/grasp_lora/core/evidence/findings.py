@@ -130,7 +130,9 @@ def coarse_reward(records: Sequence[RoundRecord]) -> Finding | None:
     pairs = tied = 0
     for record in records:
         # Two trials of one ratio in a round have equal losses, so a ratio counts once.
-        means = dict(zip(record.candidates, record.losses, strict=True))
+        tilts = record.tilts or ((),) * len(record.candidates)
+        tried = zip(record.candidates, tilts, strict=True)
+        means = dict(zip(tried, record.losses, strict=True))
         known = [mean for mean in means.values() if mean is not None]
         for one, other in combinations(known, 2):
             pairs += 1

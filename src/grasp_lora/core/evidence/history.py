@@ -24,6 +24,7 @@ from torch import Tensor
 from grasp_lora.core.controller.policy import RoundKind
 from grasp_lora.core.controller.settings import ControllerConfig
 from grasp_lora.core.evidence.groups import group_of
+from grasp_lora.core.pruning.profile import MOST_TILT, Profile
 
 GRID_POINTS = 161
 _LENGTH = 0.25  # length scale of the kernel, in units of ratio
@@ -33,6 +34,10 @@ _STEEP = 4.0  # in median distances to the best of a round; larger distances cou
 _LEAST_NOISE = 1e-3  # fraction of the curve's variance: probing examples are only a sample
 _LEAST_SIGNAL = 0.1  # fraction of the spread of the observations
 _TINY = 1e-18
+_NODES = 41
+_OWN = 2.0  # a group's own function and the one that all share: of one size at the ends
+_LEVELS = 33
+_TILTS = 9  # of a tilt, from one end to the other; odd, so that none is among them
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class RoundRecord:
         baseline_rows: Loss of each example under the model before the round; empty if it was not
             measured.
         reason: Why the round did or did not commit, in a few words.
+        tilts: Tilts of each candidate (`core.pruning.profile`), [candidates][tilts]; all zero for
+            one ratio for all groups. Empty if the search has no tilts.
     """
 
     round: int
@@ -83,6 +90,7 @@ class RoundRecord:
     per_row: tuple[tuple[float | None, ...], ...]
     baseline_rows: tuple[float | None, ...]
     reason: str
+    tilts: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,13 @@ class Observation:
         round: Index of the round.
         gaps: Example id -> winsorised loss difference of the example, in nats. The differences of a
             trial far above the best of its round are compressed.
+        tilts: Tilts of the trial; empty if the search has none.
     """
 
     ratio: float
     round: int
     gaps: dict[int, float]
+    tilts: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -112,6 +122,7 @@ class Curve:
 
     Attributes:
         ratios: Ratio of each observation, [n], float64.
+        tilts: Tilts of each observation, [n, tilts], float64.
         rounds: Round of each observation, [n], float64.
         means: Mean gap of each observation in nats, [n], float64.
         covariance: Prior covariance of the observations, noise included, [n, n].
@@ -121,6 +132,7 @@ class Curve:
     """
 
     ratios: Tensor
+    tilts: Tensor
     rounds: Tensor
     means: Tensor
     covariance: Tensor
@@ -128,15 +140,24 @@ class Curve:
     horizon: int
     latest: int
 
-    def weights(self, at: Tensor) -> Tensor:
-        """Return the weights W [m, n] such that the curve at the ratios `at` [m] is `W @ means`."""
+    def weights(self, at: Tensor, tilts: Tensor | None = None) -> Tensor:
+        """Return the weights W [m, n] such that the curve at the ratios `at` [m] is `W @ means`.
+
+        Args:
+            at: Ratios, [m].
+            tilts: Tilts there, [m, tilts]; None is one ratio for all groups.
+        """
         ages = (self.latest - self.rounds).abs()
-        cross = _kernel(at[:, None] - self.ratios, ages[None, :], self.variance, self.horizon)
+        there = self.tilts.new_zeros(1, self.tilts.shape[1]) if tilts is None else tilts
+        there = there.expand(len(at), -1)
+        cross = _kernel(
+            (at, there), (self.ratios, self.tilts), ages[None, :], self.variance, self.horizon
+        )
         return torch.linalg.solve(self.covariance, cross.T).T
 
-    def values(self, at: Tensor) -> Tensor:
-        """Return the posterior mean at the ratios `at` [m], in nats."""
-        return self.weights(at) @ self.means
+    def values(self, at: Tensor, tilts: Tensor | None = None) -> Tensor:
+        """Return the posterior mean at the ratios `at` [m] and `tilts` [m, tilts], in nats."""
+        return self.weights(at, tilts) @ self.means
 
 
 def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], list[Hashable]]:
@@ -160,7 +181,8 @@ def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[list[RoundRecord], l
         values["rows"] = rows
         for name in ("candidates", "rewards", "losses", "baseline_rows"):
             values[name] = tuple(values[name])
-        values["per_row"] = tuple(tuple(losses) for losses in values["per_row"])
+        for name in ("per_row", "tilts"):
+            values[name] = tuple(tuple(own) for own in values.get(name, ()))
         found.append(RoundRecord(**values))
     return found, groups
 
@@ -174,24 +196,44 @@ def observations_by_round(records: Sequence[RoundRecord]) -> list[list[Observati
     """Return the finite trials of each round; rounds with fewer than two are left out."""
     rounds: list[list[Observation]] = []
     for record in records:
-        trials = finite_trials(record)
+        trials = _trials(record)
         if len(trials) < 2:
             continue
-        centres = [statistics.fmean(column) for column in zip(*(t for _, t in trials), strict=True)]
-        gaps = [winsorised([y - c for y, c in zip(t, centres, strict=True)]) for _, t in trials]
+        each = [losses for *_, losses in trials]
+        centres = [statistics.fmean(column) for column in zip(*each, strict=True)]
+        gaps = [winsorised([y - c for y, c in zip(t, centres, strict=True)]) for t in each]
         rounds.append(
             [
-                Observation(ratio, record.round, dict(zip(record.rows, own, strict=True)))
-                for (ratio, _), own in zip(trials, gaps, strict=True)
+                Observation(ratio, record.round, dict(zip(record.rows, own, strict=True)), tilts)
+                for (ratio, tilts, _), own in zip(trials, gaps, strict=True)
             ]
         )
     return rounds
 
 
 def finite_trials(record: RoundRecord) -> list[tuple[float, list[float]]]:
-    """Return (ratio, loss of each example) of the trials of a round that are finite throughout."""
-    trials = zip(record.candidates, map(finite_losses, record.per_row), strict=True)
-    return [(ratio, losses) for ratio, losses in trials if losses is not None]
+    """Return (ratio, loss of each example) of the trials of a round that are finite throughout.
+
+    Trials whose groups have different ratios are left out.
+    """
+    return [(ratio, losses) for ratio, tilts, losses in _trials(record) if not any(tilts)]
+
+
+def _trials(record: RoundRecord) -> list[tuple[float, tuple[float, ...], list[float]]]:
+    """Return (ratio, tilts, loss of each example) of the trials that are finite throughout."""
+    tilts = record.tilts or ((),) * len(record.candidates)
+    trials = zip(record.candidates, tilts, map(finite_losses, record.per_row), strict=True)
+    return [(ratio, own, losses) for ratio, own, losses in trials if losses is not None]
+
+
+def of_examples(record: RoundRecord, kept: Collection[int]) -> RoundRecord:
+    """Return the measurements of a round on some of its examples alone."""
+    places = [place for place, row in enumerate(record.rows) if row in kept]
+    return replace(
+        record,
+        rows=tuple(record.rows[place] for place in places),
+        per_row=tuple(tuple(losses[place] for place in places) for losses in record.per_row),
+    )
 
 
 def finite_losses(losses: Sequence[float | None]) -> list[float] | None:
@@ -253,13 +295,16 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     The kernel is `u^2 (1 + x) exp(-x) exp(-|dt| / horizon)` with `x = sqrt(3) |dr| / 0.25`. It is a
     Matern 3/2 kernel, because a plateau may end in a cliff. Two terms are added: one shared by the
     trials of a round, and the noise, which is the variance over examples / number of examples.
-    `u^2` is the spread of the observations less their noise.
+    `u^2` is the spread of the observations less their noise. With tilts the loss is the mean over
+    groups of a function of the group's ratio, which changes evenly with the group's position along
+    each tilt; all these functions have that kernel.
 
     Args:
         seen: At least one observation.
         horizon: Number of rounds of the run.
     """
     ratios = torch.tensor([o.ratio for o in seen], dtype=torch.float64)
+    tilts = torch.tensor([o.tilts for o in seen], dtype=torch.float64)
     rounds = torch.tensor([o.round for o in seen], dtype=torch.float64)
     means = torch.tensor([o.mean for o in seen], dtype=torch.float64)
     spread = max(float((means**2).mean()), _TINY)
@@ -267,12 +312,12 @@ def fit_curve(seen: Sequence[Observation], horizon: int) -> Curve:
     variance = max(spread - float(sampling.mean()), _LEAST_SIGNAL * spread)
     ages = (rounds[:, None] - rounds).abs()
     covariance = (
-        _kernel(ratios[:, None] - ratios, ages, variance, horizon)
+        _kernel((ratios, tilts), (ratios, tilts), ages, variance, horizon)
         + _ROUND_FACTOR * variance * (ages == 0)
         + torch.diag(sampling.clamp(min=_LEAST_NOISE * variance))
     )
     latest = max(o.round for o in seen)
-    return Curve(ratios, rounds, means, covariance, variance, horizon, latest)
+    return Curve(ratios, tilts, rounds, means, covariance, variance, horizon, latest)
 
 
 def grid(config: ControllerConfig) -> Tensor:
@@ -284,6 +329,27 @@ def curve_minimum(seen: Sequence[Observation], horizon: int, config: ControllerC
     """Return the ratio of `grid` with the lowest fitted loss; of equal ones the smaller."""
     at = grid(config)
     return float(at[int(fit_curve(seen, horizon).values(at).argmin())])
+
+
+def lowest_profile(seen: Sequence[Observation], horizon: int, config: ControllerConfig) -> Profile:
+    """Return the profile with the lowest fitted loss, on a grid of levels and tilts.
+
+    Args:
+        seen: At least one observation, all with tilts.
+        horizon: Number of rounds of the run.
+        config: Settings of the controller.
+    """
+    curve = fit_curve(seen, horizon)
+    levels = torch.linspace(config.low, config.high, _LEVELS, dtype=torch.float64)
+    shares = torch.linspace(-1.0, 1.0, _TILTS, dtype=torch.float64)
+    each = torch.cartesian_prod(levels, *[shares] * curve.tilts.shape[1])
+    level, tilts = each[:, 0], MOST_TILT * each[:, 1:]
+    room = 2 * torch.minimum(level - config.low, config.high - level)
+    held = tilts.abs().sum(1) <= room + 1e-9
+    level, tilts = level[held], tilts[held]
+    place = int(curve.values(level, tilts).argmin())
+    lowest: list[float] = tilts[place].tolist()
+    return Profile(float(level[place]), tuple(lowest))
 
 
 def curve_minimum_near(
@@ -373,9 +439,55 @@ def weighted_minima(
     return (weights @ summed @ curve.weights(grid(config)).numpy().T).argmin(axis=1)
 
 
-def _kernel(distance: Tensor, age: Tensor, variance: float, horizon: int) -> Tensor:
+def _kernel(
+    at: tuple[Tensor, Tensor],
+    seen: tuple[Tensor, Tensor],
+    ages: Tensor,
+    variance: float,
+    horizon: int,
+) -> Tensor:
+    """Return the prior covariance of the curve, without shared terms and noise, [m, n].
+
+    Args:
+        at: Ratios [m] and tilts [m, tilts].
+        seen: Ratios [n] and tilts [n, tilts].
+        ages: Differences of the rounds, broadcastable to [m, n].
+        variance: Prior variance of the curve, in nats squared.
+        horizon: Number of rounds of the run.
+    """
+    if at[1].shape[1] == 0:
+        return _matern(at[0][:, None] - seen[0], variance, ages / horizon)
+    nodes = torch.linspace(0.0, 1.0, _NODES, dtype=torch.float64)
+    curve = _matern(nodes[:, None] - nodes, variance, torch.zeros(()))
+    alike = torch.einsum("kma,ab,knb->mn", _by_node(*at), curve, _by_node(*seen))
+    return alike * torch.exp(-ages / horizon)
+
+
+def _matern(distance: Tensor, variance: float, fading: Tensor) -> Tensor:
     scaled = math.sqrt(3) * distance.abs() / _LENGTH
-    return variance * (1 + scaled) * torch.exp(-scaled - age / horizon)
+    return variance * (1 + scaled) * torch.exp(-scaled - fading)
+
+
+def _by_node(ratios: Tensor, tilts: Tensor) -> Tensor:
+    """Return the weight of each node of a function of the ratio in the loss of profiles.
+
+    All groups are taken to lie at an end of every tilt, equally many at each corner. A function
+    that is given at the nodes is linear in between.
+
+    Args:
+        ratios: Levels, [m].
+        tilts: Tilts, [m, tilts].
+
+    Returns:
+        [1 + tilts, m, nodes]: of the function that the groups share, and of what the later end
+        has more of it than the first, for each tilt.
+    """
+    ends = torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    corners = torch.cartesian_prod(*[ends] * tilts.shape[1]).reshape(-1, tilts.shape[1])
+    own = (ratios[:, None] + tilts @ corners.T).clamp(0.0, 1.0) * (_NODES - 1)
+    near = (1 - (own[..., None] - torch.arange(_NODES)).abs()).clamp(min=0.0)
+    signs = torch.cat([torch.ones_like(corners[:, :1]), _OWN * corners], dim=1) / len(corners)
+    return torch.einsum("mca,ck->kma", near, signs)
 
 
 def _sampling_noise(seen: Sequence[Observation], spread: float) -> Tensor:

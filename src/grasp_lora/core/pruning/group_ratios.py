@@ -43,26 +43,32 @@ def group_trials(
 
 
 def balanced_ratios(
-    ratio: float, shifts: Mapping[str, float], sizes: Mapping[str, int], fixed: str | None = None
+    ratio: float,
+    shifts: Mapping[str, float],
+    sizes: Mapping[str, int],
+    fixed: str | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
     """Return group -> ratio so that the overall fraction removed is `ratio`.
 
-    A group's ratio is `ratio` + its shift + a common offset, clipped to [0, 1]. The offset is the
-    same for all groups and keeps the overall fraction.
+    A group's ratio is `ratio` + its shift + a common offset, clipped to the bounds. The offset is
+    the same for all groups and keeps the overall fraction.
 
     Args:
-        ratio: overall fraction removed, in [0, 1].
+        ratio: overall fraction removed, within the bounds.
         shifts: group -> shift; 0 for a group left out.
         sizes: group -> number of entries.
         fixed: a group that gets no offset. Its ratio changes only where the other groups reach
             their bounds and cannot compensate.
+        bounds: smallest and largest ratio of a group, in [0, 1].
     """
+    least, most = bounds
     total = sum(sizes.values())
     wanted = {group: ratio + shifts.get(group, 0.0) for group in sizes}
 
     def moved(by: float) -> dict[str, float]:
         return {
-            group: min(1.0, max(0.0, value if group == fixed else value + by))
+            group: min(most, max(least, value if group == fixed else value + by))
             for group, value in wanted.items()
         }
 
