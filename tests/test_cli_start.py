@@ -102,6 +102,7 @@ def test_bash_completes_commands_once_the_completion_is_installed(tmp_path):
         "_grasp_lora_completion grasp-lora",
         'echo "completed: ${COMPREPLY[@]}"',
         "grasp-lora --show-completion",
+        "true",  # bash gives its own process to the last command, which would find no shell then
     ]
     own = {"HOME": str(tmp_path), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
