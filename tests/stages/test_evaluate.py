@@ -24,7 +24,7 @@ from grasp_lora.config.run_config import ConfigError, make_config
 from grasp_lora.metrics import exact_match
 from grasp_lora.plans.run import run
 from grasp_lora.plans.single import evaluate_adapter
-from grasp_lora.scoring.sets import evaluation_tables
+from grasp_lora.scoring.cells import evaluation_tables
 from grasp_lora.stages.evaluate import chosen_adapter
 from helpers import EOS_ID, tiny_adapter_folder, tiny_backbone_folder, tiny_model
 from jobs import job, write_rows

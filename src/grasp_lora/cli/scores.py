@@ -111,7 +111,7 @@ def evaluate(
     if prints():
         from rich.console import Console
 
-        from grasp_lora.scoring.sets import evaluation_tables
+        from grasp_lora.scoring.cells import evaluation_tables
 
         for table in evaluation_tables(out):
             Console(highlight=False).print(table)

@@ -15,7 +15,8 @@ from grasp_lora.config.run_config import RunConfig, load_config, make_config
 from grasp_lora.plans import run as runs
 from grasp_lora.plans.single import evaluate_adapter
 from grasp_lora.report.run import score_tables
-from grasp_lora.scoring.sets import evaluation_tables, missing_metrics
+from grasp_lora.scoring.cells import evaluation_tables
+from grasp_lora.scoring.sets import missing_metrics
 from grasp_lora.workbench.context import open_context
 from grasp_lora.workbench.processes import join
 from grasp_lora.workbench.rows import Given, Rows, load_run_data

@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from grasp_lora.base.files import read_json, read_jsonl
+from grasp_lora.base.files import read_jsonl
 from grasp_lora.base.texts import normal_form
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.metrics import METRICS, Options, Row, compare, missing, score
-from grasp_lora.scoring.cells import cell
 from grasp_lora.scoring.files import resampling_settings
 from grasp_lora.tasks.base import task_named
 
@@ -114,30 +111,6 @@ def _over_sets(scored: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 def empty_answers(rows: Sequence[Row]) -> int:
     """Return the number of empty predictions, which every text score counts as 0."""
     return sum(not normal_form(row.prediction) for row in rows)
-
-
-def evaluation_tables(folder: Path) -> list[Table]:
-    """Return the scores of an evaluation as tables for the terminal: one per set, then the mean."""
-    scores = read_json(folder / "scores.json")
-    tables: list[Table] = []
-    for name, one in scores["sets"].items():
-        empty = f", {one['empty']} empty answers" if one.get("empty") else ""
-        table = Table(title=cell(f"{name}: {one['language']}, {one['n']} rows{empty}"))
-        for title in ("score", "value", "95 % interval"):
-            table.add_column(title, justify="left" if title == "score" else "right")
-        for metric, found in one["scores"].items():
-            ends = "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
-            table.add_row(metric, f"{found['value']:.2f}", ends)
-        tables.append(table)
-    if "mean" in scores:
-        table = Table(title="over the test sets")
-        for title in ("score", "mean", "worst", "of"):
-            table.add_column(title, justify="right" if title in ("mean", "worst") else "left")
-        for metric, value in scores["mean"].items():
-            worst = scores["worst"][metric]
-            table.add_row(metric, f"{value:.2f}", f"{worst['value']:.2f}", cell(worst["set"]))
-        tables.append(table)
-    return tables
 
 
 def rows_by_set(folder: Path) -> dict[str, list[Row]]:
