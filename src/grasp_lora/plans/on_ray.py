@@ -45,7 +45,8 @@ def _open(place: Path, pool: Pool, threads: int) -> Iterator[Launcher]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"no Ray cluster at {address or 'this machine'}: {shortened(str(error))}; set "
-                "RAY_ADDRESS to a cluster that runs, or unset it"
+                "RAY_ADDRESS to a cluster that runs (with RAY_AUTH_MODE=token if it asks for a "
+                "token), or unset it"
             ) from None
     try:
         share = gpu_share(pool.jobs, ray.cluster_resources().get("GPU", 0.0))
