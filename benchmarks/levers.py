@@ -29,6 +29,7 @@ JSON: `levers`, lever -> way -> median seconds over those of the first way;
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -219,7 +220,7 @@ def adapter(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
             found[f"{title}, {name}"] = compared(
                 pair, options.repeat, (lambda end: end) if told else None
             )
-        whole = live_on(common.twin(backbone.model).float(), targets)
+        whole = live_on(copy.deepcopy(backbone.model).float(), targets)  # twins share weights
         loss, exact = stepped(whole, [batch], items)
         ends = {
             "PEFT": stepped(peft, [batch], items),
