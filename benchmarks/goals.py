@@ -1,8 +1,9 @@
 """Print the tables of docs/performance.md from results that benchmarks have written.
 
-    python -m benchmarks.goals docs/performance
+    python -m benchmarks.goals docs/performance [FOLDER OF ANOTHER MACHINE ...]
 
-The folder holds a JSON file per benchmark, named like it; a missing one is named as not measured.
+A folder holds a JSON file per benchmark, named like it; a missing one is named as not measured. The
+goals have a column for each folder. The tables below them are of the first.
 """
 
 import sys
@@ -47,25 +48,29 @@ GOALS: tuple[tuple[str, str, str, float, str], ...] = (
 """(benchmark, figure or table.figure, direction, bound, what it is)."""
 
 
-def goals(results: Mapping[str, Result]) -> Iterator[str]:
-    """Yield the table of goals and figures."""
-    yield "| goal | bound | measured | |"
-    yield "|---|---:|---:|---|"
+def goals(machines: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
+    """Yield the table of goals and of the figures of each machine."""
+    yield f"| goal | bound | {' | '.join(machines)} |"
+    yield f"|---|---:|{'---:|' * len(machines)}"
     for benchmark, figure, direction, bound, title in GOALS:
-        value: Any = results.get(benchmark, {})
-        for key in figure.split("."):
-            value = (value or {}).get(key)
-        if value is None:
-            yield f"| {title} | {direction} {bound:g} | not measured | |"
-            continue
-        met = value >= bound if direction == "at least" else value <= bound
-        yield f"| {title} | {direction} {bound:g} | {value:.3g} | {'met' if met else 'missed'} |"
+        cells = [title, f"{direction} {bound:g}"]
+        for results in machines.values():
+            value: Any = results.get(benchmark, {})
+            for key in figure.split("."):
+                value = (value or {}).get(key)
+            if value is None:
+                cells.append("–")
+                continue
+            met = value >= bound if direction == "at least" else value <= bound
+            cells.append(f"{value:.3g} {'met' if met else 'missed'}")
+        yield f"| {' | '.join(cells)} |"
 
 
 def steps(result: Result) -> Iterator[str]:
     """Yield the table of steps and probes."""
-    yield "| case | step (s) | plain (s) | times | GFLOP/s | of the product | probe / bare |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+    columns = "case|step (s)|plain (s)|times|GFLOP/s|of the product|in products|probe / bare"
+    yield f"| {columns.replace('|', ' | ')} |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     for row in result["rows"]:
         step, plain = median(row["step_seconds"]), row["plain_seconds"]
         cells = [
@@ -75,6 +80,7 @@ def steps(result: Result) -> Iterator[str]:
             _or_dash(row["speedup_vs_trainer"]),
             f"{row['flops'] / step / 1e9:.0f}" if "flops" in row else "–",
             _or_dash(row.get("matmul_fraction")),
+            _or_dash(row.get("products_share")),
             _or_dash(row.get("probe_over_forward")),
         ]
         yield f"| {' | '.join(cells)} |"
@@ -144,10 +150,12 @@ def _or_dash(value: float | None) -> str:
 
 def main() -> None:
     """Print all tables."""
-    folder = Path(sys.argv[1])
-    results = {p.stem: read_json(p) for p in sorted(folder.glob("*.json"))}
-    print("\n".join(goals(results)))
-    for name, result in results.items():
+    machines: dict[str, dict[str, Result]] = {}
+    for folder in sys.argv[1:]:
+        results = {p.stem: read_json(p) for p in sorted(Path(folder).glob("*.json"))}
+        machines[next(iter(results.values()))["machine"]["cpu"]] = results
+    print("\n".join(goals(machines)))
+    for name, result in next(iter(machines.values())).items():
         where = result["machine"]
         print(f"\n{name}: `{result['command']}`, commit {result['versions']['commit'][:7]}")
         print(

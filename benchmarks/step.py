@@ -11,7 +11,8 @@ per step the time of the best 2048^3 product in the same dtype.
 A step's FLOPs are 4 for each backbone weight and token (forward, and the gradient of the inputs;
 frozen weights have none), attention over the causal half three times, and the output layer on
 answer tokens alone. A probe is held against the bare backbone and its output layer on the answer
-tokens of the same batches.
+tokens of the same batches. On a CPU one more turn runs under torch's profiler. The share of its
+time that matrix products take bounds what the rest could gain.
 
 JSON: `step_matmul_fraction` (FLOP/s of the step over the rate; SmolLM2, bfloat16, 4 x 256),
 `step_speedup_vs_trainer` (Gemma 3 270M where it is installed, on questions),
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -58,6 +60,9 @@ TARGETS = ("q_proj", "v_proj")
 RANK = 8
 STEPS = 4
 """Steps of each turn; the first of a Trainer is not counted."""
+
+PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"})
+"""Matrix products by their names in torch's profiler, without `aten::`."""
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -179,6 +184,15 @@ def our_steps(
     return times.seconds
 
 
+def products_share(work: Callable[[], object]) -> float:
+    """Return the share of the processor's time of `work` that matrix products take."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    spent = {one.key: one.self_cpu_time_total for one in profiler.key_averages()}
+    products = sum(spent.get(f"aten::{name}", 0.0) for name in PRODUCTS)
+    return products / sum(spent.values())
+
+
 def plain_model(case: Case, device: torch.device) -> nn.Module:
     """Return the backbone as transformers loads it, with a LoRA adapter of PEFT."""
     known = SHORT_NAMES.get(case.model)
@@ -292,6 +306,10 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             "flops": flops,
             "matmul_fraction": flops / common.median(ours) / max(rates),
         }
+        if device.type == "cpu":
+            row["products_share"] = products_share(
+                lambda: our_steps(live, rows, collate, case.batch_size)
+            )
     if bare is not None:
         probed = EncodedExamples(common.synthetic_rows(backbone, 16, case.length, 1), collate, 16)
         turns = probe_turns(live, bare, probed, options.repeat)
@@ -366,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result = common.write_result(options.json, figures, rows, options)
     common.table(
         f"Fine-tuning steps and probes, {torch.get_num_threads()} threads",
-        "case,step s,plain s,times,GFLOP/s,product,fraction,probe/bare".split(","),
+        "case,step s,plain s,times,GFLOP/s,product,fraction,products,probe/bare".split(","),
         [
             [
                 r["case"],
@@ -376,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 r["flops"] / common.median(r["step_seconds"]) / 1e9 if "flops" in r else None,
                 r["matmul_flops_per_second"] / 1e9,
                 r.get("matmul_fraction"),
+                r.get("products_share"),
                 r.get("probe_over_forward"),
             ]
             for r in rows

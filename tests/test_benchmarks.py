@@ -128,6 +128,14 @@ def test_the_flops_of_a_step_are_those_of_its_products():
     assert counted < expected, "the diagonal is left out"
 
 
+def test_the_share_of_products_is_that_of_the_time_in_matrix_products(result_of):
+    matrix, vector = torch.ones(700, 700), torch.ones(3)
+    assert step.products_share(lambda: [matrix @ matrix for _ in range(3)]) > 0.8
+    assert step.products_share(lambda: [vector.sin() for _ in range(3)]) == 0
+    for case in (row for row in result_of(step)["rows"] if "flops" in row):
+        assert 0 < case["products_share"] < 1
+
+
 def test_padding_is_counted_in_tokens():
     class Row:
         def __init__(self, length):
