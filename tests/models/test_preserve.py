@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from grasp_lora.models import preserve
 from grasp_lora.models.preserve import preserved
 
 WRITES = {
@@ -57,6 +58,31 @@ def test_every_single_flipped_bit_and_every_pair_of_signs_is_seen():
         for other in range(place):
             pair = torch.ones(12).index_fill_(0, torch.tensor([place, other]), -1.0)
             assert seen(lambda p, signs=pair: p.mul_(signs)), (place, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_in_and_between_the_pieces_of_a_long_tensor_are_seen(dtype):
+    size = preserve._PIECE
+    weights = torch.randn(2 * size + 3, generator=torch.Generator().manual_seed(2)).to(dtype)
+    model, params = nn.Linear(2, 2), {"a": nn.Parameter(weights.clone())}
+
+    def seen(places, write) -> bool:
+        params["a"].data.copy_(weights)
+        try:
+            with preserved(model, params):
+                places = torch.tensor(places)
+                params["a"].data[places] = write(params["a"].data[places])
+        except RuntimeError:
+            return True
+        return False
+
+    for place in (0, size - 1, size, 2 * size, 2 * size + 2):
+        assert seen([place], torch.neg), place
+    for place in (0, 1, 2):
+        for pair in ([place, place + size], [place + size, place + 2 * size]):
+            assert seen(pair, torch.neg), pair
+            assert seen(pair, lambda values: values.flip(0)), pair
+    assert not seen([5, size + 5], torch.clone)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

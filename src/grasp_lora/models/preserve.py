@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,19 +51,35 @@ def preserved(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
 
 
 _MIX = 0x1E3779B9
+_PIECE = 1 << 15
+"""Entries that a checksum reads at a time on a CPU, so that what it computes stays in the cache."""
+_PIECE_ELSEWHERE = 1 << 22
 
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
     """Return a sum over a tensor's bits, 0-d; each position has a factor of its own.
 
-    Integers of 32 bits, which may overflow, take a sixth of the time of 64. The sign is first mixed
-    into lower bits, as the product of the highest bit would be the same at every position.
+    It reads the tensor piece by piece, as temporaries of its size would take several times its
+    memory. Integers of 32 bits, which may overflow, take a sixth of the time of 64. The sign is
+    first mixed into lower bits, as the product of the highest bit would be the same at every
+    position.
     """
     whole = torch.int16 if tensor.element_size() == 2 else torch.int32
     bits = tensor.detach().reshape(-1).view(whole)
-    factors = torch.arange(len(bits), dtype=torch.int32, device=bits.device)
-    return factors.mul_(_MIX).bitwise_or_(1).mul_(bits ^ (bits >> 7)).sum()
+    factors = _factors(bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, piece in enumerate(bits.split(len(factors))):
+        mixed = (piece >> 7).bitwise_xor_(piece)
+        total.add_((mixed * factors[: len(piece)]).sum(dtype=torch.int32), alpha=2 * number + 1)
+    return total
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    """Return the odd factors of the positions of a piece, int32."""
+    size = _PIECE if device.type == "cpu" else _PIECE_ELSEWHERE
+    return torch.arange(size, dtype=torch.int32, device=device).mul_(_MIX).bitwise_or_(1)
 
 
 @contextmanager
