@@ -68,11 +68,17 @@ def _checksum(tensor: Tensor) -> Tensor:
     whole = torch.int16 if tensor.element_size() == 2 else torch.int32
     bits = tensor.detach().reshape(-1).view(whole)
     factors = _factors(bits.device)
+    if len(bits) <= len(factors):
+        return _piece_sum(bits, factors)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for number, piece in enumerate(bits.split(len(factors))):
-        mixed = (piece >> 7).bitwise_xor_(piece)
-        total.add_((mixed * factors[: len(piece)]).sum(dtype=torch.int32), alpha=2 * number + 1)
+        total.add_(_piece_sum(piece, factors), alpha=2 * number + 1)
     return total
+
+
+def _piece_sum(piece: Tensor, factors: Tensor) -> Tensor:
+    mixed = (piece >> 7).bitwise_xor_(piece)
+    return (mixed * factors[: len(piece)]).sum(dtype=torch.int32)
 
 
 @cache
