@@ -10,7 +10,7 @@ finished run, without places of this machine, to docs/results/records/PAIR.parqu
 `tables` writes comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the
 adapters are trained with another seed, on the same rows, and what begins from them is kept in the
 collection other-adapters. `--collection` names the collection that other runs are kept in, and that
-the other commands read.
+the other commands read; `relatives` plans the rows of the method's relatives.
 
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
@@ -49,6 +49,8 @@ from grasp_lora.report.pictures import plot_comparison
 CONFIGS = common.ROOT / "configs" / "results"
 OTHER_ADAPTERS = "other-adapters"
 """The collection of what begins from adapters of another seed."""
+RELATIVES = "relatives"
+"""The collection of the method's relatives, beside what they are to be held against."""
 TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
 SEEDS = (42, 1337, 9001)
 UNPRUNED = "average-finetuned"
@@ -60,15 +62,27 @@ _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
 _MAIN = (UNPRUNED, "grasp-restart", "source-finetuned")
 _METHOD = ("grasp-continue", "late-merge", "grasp-late")
 _LABELLED = tuple(name for name in METHODS if name.endswith("-labelled"))
+_RELATIVES = (
+    *(UNPRUNED, "grid-0.4", "magnitude-0.4", "obs-0.4", "taylor-0.4", "taylor-smoothed-0.4"),
+    *("grid-0.5", "2-of-4", "4-of-8", "ranks-0.4", "ranks-taylor-0.4"),
+    *("layer-swap-finetuned", "ties-delta-finetuned", "layer-swap"),
+    *("grasp-restart", "grasp-policy", "grasp-obs", "grasp-taylor", "grasp-taylor-smoothed"),
+    "grasp-2-of-4",
+)
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
-def planned() -> list[tuple[str, int]]:
+def planned(collection: str = records.RUNS) -> list[tuple[str, int]]:
     """Return (method, seed) in the order of what is most wanted.
 
     First the curve after training and the method beside it, seed by seed, then what fills the
     comparison. What is only chosen among other runs is not run: see `outcomes_in`.
+
+    Args:
+        collection: `RELATIVES` has a plan of its own: its rows with one seed, then with the others.
     """
+    if collection == RELATIVES:
+        return [(name, seed) for seed in SEEDS for name in _RELATIVES]
     order: list[tuple[str, int]] = []
     for seed in SEEDS:
         order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], *_METHOD)]
@@ -128,7 +142,7 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
         known = records.jobs(table, collection)
         missing = [
             (method, seed)
-            for method, seed in planned()
+            for method, seed in planned(options.collection)
             if not options.only or method in options.only
             if seed in options.seeds
             if job_name(method, seed) not in known

@@ -560,6 +560,16 @@ def test_the_plan_has_every_method_that_trains_or_scores_once_for_each_seed():
     assert planned[0] == ("average-finetuned", 42)
 
 
+def test_the_relatives_have_a_plan_of_their_own_that_begins_with_what_they_are_held_against():
+    planned = recorded_runs.planned("relatives")
+    assert len(set(planned)) == len(planned)
+    assert {name for name, _ in planned} <= {name for name, _ in recorded_runs.planned()}
+    assert [name for name, _ in planned[:2]] == ["average-finetuned", "grid-0.4"]
+    assert [seed for _, seed in planned] == sorted(
+        (s for _, s in planned), key=(42, 1337, 9001).index
+    )
+
+
 def test_a_pair_without_settings_is_named():
     with pytest.raises(ValueError, match="0 files are named results/xx-yy"):
         recorded_runs.config_of("xx-yy")
