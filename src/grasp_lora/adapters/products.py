@@ -4,8 +4,8 @@ PEFT computes LoRA in float32 and adds it to the output of the frozen layer: fiv
 activations, four of them in float32. Here the factors, which stay in float32, are rounded to
 bfloat16 for two products, and the second adds to the output as it is written. This is what
 automatic mixed precision computes on a GPU. The output is rounded to bfloat16 in both ways. The
-price is that the factors are rounded too, the same way for all tokens, so that gradients are
-further from those of float32 than PEFT's are (`benchmarks.levers`).
+price is that the factors are rounded too, the same way for all tokens. How much further gradients
+are from those of float32 than PEFT's depends on the processor (`benchmarks.levers`).
 """
 
 from types import MethodType
