@@ -15,13 +15,15 @@ and never stops early. Loading the backbone, encoding and test scores are left o
 The stages of the measured ways are run in a mixed order, the grid's first and last.
 
 JSON: `speedup_vs_grid_restart`, `speedup_vs_grid_continue`, `speedup_vs_authors_schedule` (of
-`restart`) and `speedup_vs_authors_schedule_continue`, all a time over ours.
+`restart`) and `speedup_vs_authors_schedule_continue`, all a time over ours; `parts_seconds`, way ->
+part of `grasp_lora.base.clock.PARTS` -> seconds of the ways that search, as their clocks tell.
 """
 
 import argparse
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,19 +154,29 @@ class Recorder:
     """Runs stages and keeps their seconds.
 
     Attributes:
-        rows: a row per stage, in the order they were run in.
+        rows: a row per stage, in the order they were run in; `parts` are by the context's clock.
     """
 
     rows: list[dict[str, Any]]
 
-    def stage(self, way: str, stage: str, work: Callable[[], object]) -> None:
-        """Run a stage of a way."""
+    def stage(self, way: str, stage: str, context: Context, work: Callable[[], object]) -> None:
+        """Run a stage of a way on its context."""
+        before = _parts(context)
         began = time.perf_counter()
         work()
         common.synchronised()
         seconds = time.perf_counter() - began
-        self.rows.append({"way": way, "stage": stage, "seconds": seconds})
+        parts = {part: spent - before.get(part, 0.0) for part, spent in _parts(context).items()}
+        self.rows.append({"way": way, "stage": stage, "seconds": seconds, "parts": parts})
         print(f"{way} {stage}: {seconds:.1f} s")
+
+
+def _parts(context: Context) -> dict[str, float]:
+    """Return part -> seconds up to now, by the clock of a context."""
+    found: Counter[str] = Counter()
+    for stage in context.clock.times().values():
+        found.update({part: spent.seconds for part, spent in stage.items()})
+    return dict(found)
 
 
 def run_stages(
@@ -186,7 +198,10 @@ def run_stages(
     sources = write_sources(restart, folder)
     merged = folder / "merged"
     recorder.stage(
-        "all", "merge", lambda: merge_adapters(restart.config, sources, merged, context=restart)
+        "all",
+        "merge",
+        restart,
+        lambda: merge_adapters(restart.config, sources, merged, context=restart),
     )
     _warm_up(found["warm-up"], merged, folder / "warm-up")
 
@@ -194,7 +209,10 @@ def run_stages(
         mode = context.config.finetune.mode
         out = folder / mode / "search"
         recorder.stage(
-            mode, "search", lambda: search_ratio(context.config, merged, out, context=context)
+            mode,
+            "search",
+            context,
+            lambda: search_ratio(context.config, merged, out, context=context),
         )
 
     def final(context: Context) -> None:
@@ -205,6 +223,7 @@ def run_stages(
         recorder.stage(
             mode,
             "final",
+            context,
             lambda: prune_adapter(context.config, start, ratio, out / "final", context=context),
         )
 
@@ -214,6 +233,7 @@ def run_stages(
             recorder.stage(
                 "grid",
                 f"{ratio}",
+                plain,
                 lambda r=ratio, o=out: prune_adapter(plain.config, merged, r, o, context=plain),
             )
 
@@ -328,7 +348,17 @@ def summary(
         "grid_points": len(GRID),
         "authors_schedule": {"projected": True, "units": priced},
         "our_step_seconds": common.median(units["our step"]),
+        "parts_seconds": {way: _spent(rows, way) for way in ("restart", "continue")},
     }
+
+
+def _spent(rows: Sequence[Mapping[str, Any]], way: str) -> dict[str, float]:
+    """Return part -> seconds of all stages of a way."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        if row["way"] == way:
+            found.update(row["parts"])
+    return dict(found)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -122,6 +122,14 @@ def end_to_end(result: Result) -> Iterator[str]:
             f"| {way} | {result['runs'][way]} | {result['seconds_per_run'][way]:.0f} "
             f"| {seconds:.0f} | {how} |"
         )
+    if "parts_seconds" not in result:  # of an earlier version
+        return
+    yield ""
+    yield "| part of `continue` | seconds | share |"
+    yield "|---|---:|---:|"
+    parts = result["parts_seconds"]["continue"]
+    for part, seconds in sorted(parts.items(), key=lambda one: -one[1]):
+        yield f"| {part} | {seconds:.1f} | {100 * seconds / sum(parts.values()):.1f} % |"
 
 
 def growth(result: Result) -> Iterator[str]:

@@ -189,6 +189,15 @@ def test_what_is_projected_says_so(result_of):
     assert result["runs"] == {"restart": 2, "continue": 1, "grid": 8, "authors": 2}
 
 
+def test_the_parts_of_a_way_are_its_whole_time(result_of):
+    result = result_of(end_to_end)
+    for way in ("restart", "continue"):
+        stages = [row["seconds"] for row in result["rows"] if row.get("way") == way]
+        parts = result["parts_seconds"][way]
+        assert sum(parts.values()) == pytest.approx(sum(stages), rel=0.02)
+        assert min(parts["step"], parts["dev"], parts["probe"]) > 0
+
+
 def test_ways_take_turns_and_who_goes_first_alternates():
     calls: list[str] = []
     ways = {name: lambda name=name: calls.append(name) for name in "ab"}
