@@ -12,6 +12,7 @@ adapters are trained with another seed, on the same rows, and what begins from t
 collection other-adapters. `--collection` names the collection that other runs are kept in, and that
 the other commands read; `relatives` plans the rows of the method's relatives.
 
+`relatives` prints a table of each pair's relatives, each beside the method that it is a change of.
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
 them to the best baseline; `means METHOD ...` a score of each pair and method, over its seeds;
 `empty` how often methods answer with nothing, and how a score goes with that;
@@ -62,13 +63,25 @@ _FINE = ("grid-0.1", "grid-0.3", "grid-0.5", "grid-0.7")
 _MAIN = (UNPRUNED, "grasp-restart", "source-finetuned")
 _METHOD = ("grasp-continue", "late-merge", "grasp-late")
 _LABELLED = tuple(name for name in METHODS if name.endswith("-labelled"))
-_RELATIVES = (
-    *(UNPRUNED, "grid-0.4", "magnitude-0.4", "obs-0.4", "taylor-0.4", "taylor-smoothed-0.4"),
-    *("grid-0.5", "2-of-4", "4-of-8", "ranks-0.4", "ranks-taylor-0.4"),
-    *("layer-swap-finetuned", "ties-delta-finetuned", "layer-swap"),
-    *("grasp-restart", "grasp-policy", "grasp-obs", "grasp-taylor", "grasp-taylor-smoothed"),
-    "grasp-2-of-4",
+_BESIDE_OF: Mapping[str, str | None] = MappingProxyType(
+    {
+        UNPRUNED: None,
+        "grid-0.4": UNPRUNED,
+        **dict.fromkeys(
+            ("magnitude-0.4", "obs-0.4", "taylor-0.4", "taylor-smoothed-0.4"), "grid-0.4"
+        ),
+        "grid-0.5": UNPRUNED,
+        **dict.fromkeys(("2-of-4", "4-of-8"), "grid-0.5"),
+        **dict.fromkeys(("ranks-0.4", "ranks-taylor-0.4"), "grid-0.4"),
+        **dict.fromkeys(("layer-swap-finetuned", "ties-delta-finetuned", "layer-swap"), UNPRUNED),
+        "grasp-restart": UNPRUNED,
+        **dict.fromkeys(
+            ("grasp-policy", "grasp-obs", "grasp-taylor", "grasp-taylor-smoothed", "grasp-2-of-4"),
+            "grasp-restart",
+        ),
+    }
 )
+"""Relative -> the method that differs from it in that one thing, which it is held against."""
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
@@ -82,7 +95,7 @@ def planned(collection: str = records.RUNS) -> list[tuple[str, int]]:
         collection: `RELATIVES` has a plan of its own: its rows with one seed, then with the others.
     """
     if collection == RELATIVES:
-        return [(name, seed) for seed in SEEDS for name in _RELATIVES]
+        return [(name, seed) for seed in SEEDS for name in _BESIDE_OF]
     order: list[tuple[str, int]] = []
     for seed in SEEDS:
         order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], *_METHOD)]
@@ -375,6 +388,57 @@ def against(
     return lines
 
 
+def relatives(folder: Path, collection: str) -> list[str]:
+    """Return tables, pair by pair, of the relatives beside what they are a change of.
+
+    A score is the mean over seeds; a difference is that of the same test rows and seeds, with its
+    95 % interval, and negative where the relative's loss is lower.
+    """
+    titles = ["method", "seeds", "pruned", "test loss", "beside", "difference in loss"]
+    titles += ["score", "difference in score", "seconds"]
+    lines: list[str] = []
+    for table in records.tables_with(folder, collection):
+        config = config_of(table.stem)
+        score = SCORE[config.data.task]
+        found: dict[str, dict[int, Any]] = {}
+        for job, outcome in outcomes_in(table, collection).items():
+            if outcome.result and "rows" in outcome.result:
+                name, _, seed = job.rpartition("-s")
+                found.setdefault(name or job, {})[int(seed) if name else SEEDS[0]] = outcome.result
+        lines += [f"### {table.stem}", "", f"| {' | '.join(titles)} |".replace("score", score)]
+        lines.append(f"|---|---:|---:|---:|---|{'---:|' * (len(titles) - 5)}")
+        for name, other in _BESIDE_OF.items():
+            if name not in found:
+                continue
+            runs = list(found[name].values())
+            cells = [f"`{name}`", str(len(runs)), f"{fmean(one['zeros'] for one in runs):.2f}"]
+            loss, mean = (
+                fmean(one["scores"]["test"][what] for one in runs) for what in ("loss", score)
+            )
+            gaps = ["–", "–"]
+            shared = found[name].keys() & found.get(other or "", {}).keys()
+            if other and shared:
+                both = {one: {s: found[one][s] for s in sorted(shared)} for one in (name, other)}
+                tests = paired_with(config, both, other)[name]["test"]
+                gaps = [_gap(tests["loss"], 3), _gap(tests[score], 1)]
+            cells += [f"{loss:.3f}", f"`{other}`" if other else "–", gaps[0], f"{mean:.1f}"]
+            cells += [gaps[1], f"{fmean(one['price']['seconds'] for one in runs):.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+SCORE: Mapping[str, str] = {"qa": "token_f1", "summarization": "rougeL"}
+"""Task -> the score beside the loss in the tables of relatives."""
+
+
+def _gap(test: Mapping[str, Any], digits: int) -> str:
+    shown = f"{test['difference']:+.{digits}f}"
+    if test["low"] is None:
+        return shown
+    return f"{shown} [{test['low']:+.{digits}f}, {test['high']:+.{digits}f}]"
+
+
 def means(
     folder: Path, collection: str, metric: str, methods: Sequence[str], seeds: Sequence[int] = SEEDS
 ) -> list[str]:
@@ -517,6 +581,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "tables": "write the tables of what is recorded",
         "against": "print paired differences to a method",
         "means": "print a score's means over seeds",
+        "relatives": "print tables of the method's relatives",
         "late": "print what late merges chose",
         "speed": "print a grid's seconds over a method's",
         "empty": "print how often methods answer with nothing",
@@ -525,6 +590,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     for reader in readers.values():
         reader.add_argument("--records", type=Path, default=records.FOLDER, help="of the tables")
         reader.add_argument("--collection", default=records.RUNS, help="what is read of them")
+    readers["relatives"].set_defaults(collection=RELATIVES)
     readers["tables"].add_argument("--out", type=Path, required=True)
     readers["against"].add_argument("reference", choices=list(METHODS))
     for name in ("against", "means", "speed"):
@@ -571,6 +637,8 @@ def printed(options: argparse.Namespace) -> list[str]:
             return against(*places, options.reference, options.methods, options.methods_in)
         case "means":
             return means(*places, options.metric, options.methods, options.seeds)
+        case "relatives":
+            return relatives(*places)
         case "speed":
             return speed(*places, options.grid, options.methods)
         case "empty":

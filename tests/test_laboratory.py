@@ -422,6 +422,29 @@ def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
     assert "loss -0.500 [-0.500, -0.500]" in line
 
 
+def test_a_relative_stands_beside_what_it_is_a_change_of(tmp_path, capsys):
+    def kept(job: str, ratio: float, loss: float, f1: float) -> None:
+        values = {"loss": [loss - 0.1, loss + 0.1], "token_f1": [f1 - 2, f1 + 2]}
+        rows = {"test": {"ids": ["a", "b"], "groups": ["g", "h"], "values": values}}
+        scores = {"test": {"token_f1": f1, "loss": loss}}
+        table = tmp_path / "en-es.parquet"
+        kept_run(table, job, ratio, 1.0, loss, recorded_runs.RELATIVES, scores=scores, rows=rows)
+
+    kept("grid-0.4-s42", 0.4, 2.0, 30.0)
+    kept("grid-0.4-s1337", 0.4, 2.5, 34.0)
+    kept("obs-0.4-s42", 0.4, 1.75, 33.0)
+    kept("2-of-4-s42", 0.5, 2.25, 20.0)
+    recorded_runs.main(["relatives", "--records", str(tmp_path)])
+    title, _, _, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title == "### en-es"
+    gaps = "-0.250 [-0.250, -0.250] | 33.0 | +3.0 [+3.0, +3.0]"
+    assert lines == [
+        "| `grid-0.4` | 2 | 0.40 | 2.250 | `average-finetuned` | – | 32.0 | – | 10 |",
+        f"| `obs-0.4` | 1 | 0.40 | 1.750 | `grid-0.4` | {gaps} | 10 |",
+        "| `2-of-4` | 1 | 0.50 | 2.250 | `grid-0.5` | – | 20.0 | – | 10 |",
+    ]
+
+
 def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
     for seed, loss in ((42, 2.0), (1337, 2.5)):
         kept_run(tmp_path / "en-es.parquet", f"average-finetuned-s{seed}", 0.0, 1.0, loss)
