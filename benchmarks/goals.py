@@ -169,9 +169,10 @@ def main() -> None:
         print(
             f"{where['cpu']}, {where['torch_threads']} threads, torch {result['versions']['torch']}"
         )
-        if name in TABLES:
+        benchmark = result["command"].split()[2].removeprefix("benchmarks.")
+        if benchmark in TABLES:
             print()
-            print("\n".join(TABLES[name](result)))
+            print("\n".join(TABLES[benchmark](result)))
 
 
 if __name__ == "__main__":
