@@ -138,7 +138,7 @@ def growth(result: Result) -> Iterator[str]:
     yield "|---|---:|---:|---:|"
     for row in result["rows"]:
         yield (
-            f"| {row['quantity']} | {1000 * row['slope']:.3g} | {row['intercept']:.3g} "
+            f"| {row['quantity']} | {1000 * row['slope']:.0f} | {row['intercept']:.3g} "
             f"| {row['r2']:.3f} |"
         )
 
