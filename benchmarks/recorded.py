@@ -418,15 +418,16 @@ def relatives(folder: Path, collection: str) -> list[str]:
         found: dict[str, dict[int, Any]] = {}
         for job, outcome in outcomes_in(table, collection).items():
             if outcome.result and "rows" in outcome.result:
-                name, _, seed = job.rpartition("-s")
-                found.setdefault(name or job, {})[int(seed) if name else SEEDS[0]] = outcome.result
+                name = method_of(job)
+                seed = SEEDS[0] if job == name else int(job.rpartition("-s")[2])
+                found.setdefault(name, {})[seed] = outcome.result
         lines += [f"### {table.stem}", "", f"| {' | '.join(titles)} |".replace("score", score)]
         lines.append(f"|---|---:|---:|---:|---|{'---:|' * (len(titles) - 5)}")
         for name, other in _BESIDE_OF.items():
             if name not in found:
                 continue
             runs = list(found[name].values())
-            cells = [f"`{name}`", str(len(runs)), f"{fmean(one['zeros'] for one in runs):.2f}"]
+            cells = [f"`{name}`", str(len(runs)), f"{fmean(one['zeros'] or 0 for one in runs):.2f}"]
             loss, mean = (
                 fmean(one["scores"]["test"][what] for one in runs) for what in ("loss", score)
             )

@@ -401,7 +401,7 @@ def kept_run(table, job, ratio, loss, test_loss, collection=records.RUNS, **chan
         "intervals": {"test": {"exact_match": [40.0, 60.0], "loss": [1.0, 3.0]}},
         "rows": {"test": {"ids": ["a", "b"], "groups": ["g", "h"], "values": values}},
         "best": {"step": 3, "loss": loss}, "dev": [[0, 2.0], [3, loss]], "dtype": "float32",
-        "machine": {"cpu": "c"}, "seconds": 11.0, "peak_memory_bytes": int(100 * ratio),
+        "machine": {"cpu": "c"}, "seconds": 11.0, "peak_memory_bytes": int(100 * (ratio or 0)),
     }  # fmt: skip
     keep(table, job, record | changes, collection)
 
@@ -423,7 +423,7 @@ def test_differences_to_any_recorded_method_are_printed(tmp_path, capsys):
 
 
 def test_a_relative_stands_beside_what_it_is_a_change_of(tmp_path, capsys):
-    def kept(job: str, ratio: float, loss: float, f1: float) -> None:
+    def kept(job: str, ratio: float | None, loss: float, f1: float) -> None:
         values = {"loss": [loss - 0.1, loss + 0.1], "token_f1": [f1 - 2, f1 + 2]}
         rows = {"test": {"ids": ["a", "b"], "groups": ["g", "h"], "values": values}}
         scores = {"test": {"token_f1": f1, "loss": loss}}
@@ -434,6 +434,7 @@ def test_a_relative_stands_beside_what_it_is_a_change_of(tmp_path, capsys):
     kept("grid-0.4-s1337", 0.4, 2.5, 34.0)
     kept("obs-0.4-s42", 0.4, 1.75, 33.0)
     kept("2-of-4-s42", 0.5, 2.25, 20.0)
+    kept("layer-swap", None, 3.0, 10.0)
     recorded_runs.main(["relatives", "--records", str(tmp_path)])
     title, _, _, _, *lines = capsys.readouterr().out.strip().splitlines()
     assert title == "### en-es"
@@ -442,6 +443,7 @@ def test_a_relative_stands_beside_what_it_is_a_change_of(tmp_path, capsys):
         "| `grid-0.4` | 2 | 0.40 | 2.250 | `average-finetuned` | – | 32.0 | – | 10 |",
         f"| `obs-0.4` | 1 | 0.40 | 1.750 | `grid-0.4` | {gaps} | 10 |",
         "| `2-of-4` | 1 | 0.50 | 2.250 | `grid-0.5` | – | 20.0 | – | 10 |",
+        "| `layer-swap` | 1 | 0.00 | 3.000 | `average-finetuned` | – | 10.0 | – | 10 |",
     ]
 
 
