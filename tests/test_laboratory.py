@@ -447,6 +447,12 @@ def test_a_relative_stands_beside_what_it_is_a_change_of(tmp_path, capsys):
     ]
 
 
+def test_the_page_of_relatives_has_the_tables_of_their_records(capsys):
+    page = (recorded_runs.records.FOLDER.parent / "relatives.md").read_text("utf-8")
+    recorded_runs.main(["relatives"])
+    assert page.split("recorded relatives -->\n\n")[1].strip() == capsys.readouterr().out.strip()
+
+
 def test_means_are_over_the_seeds_of_a_pair(tmp_path, capsys):
     for seed, loss in ((42, 2.0), (1337, 2.5)):
         kept_run(tmp_path / "en-es.parquet", f"average-finetuned-s{seed}", 0.0, 1.0, loss)
