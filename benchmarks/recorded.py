@@ -7,8 +7,6 @@
 for one epoch), then goes through `planned` with `grasp-lora compare` and writes the result of every
 finished run, without places of this machine, to docs/results/records/PAIR.parquet (see
 `benchmarks.records`). A run that is recorded there is not run again, on whatever machine it was.
-Adapters that lie in docs/results/adapters/COLLECTION are taken in place of training them, so that
-runs of several machines begin from the same.
 `tables` writes comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the
 adapters are trained with another seed, on the same rows, and what begins from them is kept in the
 collection other-adapters. `--collection` names the collection that other runs are kept in, and that
@@ -50,8 +48,6 @@ from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 
 CONFIGS = common.ROOT / "configs" / "results"
-ADAPTERS = records.FOLDER.parent / "adapters"
-"""A folder for each collection, of the adapters that its runs begin from."""
 OTHER_ADAPTERS = "other-adapters"
 """The collection of what begins from adapters of another seed."""
 RELATIVES = "relatives"
@@ -126,17 +122,8 @@ def config_of(pair: str) -> RunConfig:
     return load_config(files[0])
 
 
-def with_adapters(
-    config: RunConfig, work: Path, pair: str, collection: str = records.RUNS
-) -> RunConfig:
-    """Return settings with two trained adapters; pairs with the same source rows share theirs.
-
-    Args:
-        config: the settings of a pair.
-        work: where adapters are trained that the collection does not keep.
-        pair: its name.
-        collection: of the runs that begin from them.
-    """
+def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
+    """Return settings with two trained adapters; pairs with the same source rows share theirs."""
     settings = config.with_training("source", epochs=SOURCE_EPOCHS)
     folders: dict[str, Path] = {}
     for role in get_args(Role):
@@ -147,9 +134,7 @@ def with_adapters(
         whole = f"{made_of} {settings.data.max_length} {settings.seed}"
         digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
         language = "" if role == "source" else f"-{pair}"
-        name = f"{role}{language}-{Path(config.model.name).name}-{digest}"
-        kept = ADAPTERS / collection / name
-        folders[role] = kept if kept.exists() else work / name
+        folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"
         if not (folders[role] / "adapter_model.safetensors").exists():
             train_adapter(settings, role, folders[role])
     return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
@@ -165,7 +150,7 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
         collection = OTHER_ADAPTERS
     elif collection != records.RUNS:
         queue = queue.with_name(f"compare-{collection}")
-    config = with_adapters(config, options.work, pair, collection)
+    config = with_adapters(config, options.work, pair)
     while time.monotonic() <= until:
         known = records.jobs(table, collection)
         missing = [

@@ -437,20 +437,3 @@ def test_pairs_share_a_source_adapter_where_its_rows_are_the_same(tmp_path, monk
     again = recorded.with_adapters(longer, tmp_path, "en-es").adapters
     assert again.source == folders["en-es"].source, "it sees its rows once, whatever is configured"
     assert again.target != folders["en-es"].target
-
-
-def test_adapters_that_a_collection_keeps_are_not_trained_again(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(recorded, "train_adapter", lambda _, role, out: made.append(role))
-    monkeypatch.setattr(recorded, "ADAPTERS", tmp_path / "kept")
-    config = recorded.config_of("en-es")
-    trained = recorded.with_adapters(config, tmp_path, "en-es", "relatives").adapters
-    assert made == ["source", "target"]
-    kept = tmp_path / "kept" / "relatives" / Path(trained.source).name
-    kept.mkdir(parents=True)
-    (kept / "adapter_model.safetensors").touch()
-    found = recorded.with_adapters(config, tmp_path, "en-es", "relatives").adapters
-    assert (Path(found.source), Path(found.target)) == (kept, Path(trained.target))
-    assert made == ["source", "target", "target"]
-    other = recorded.with_adapters(config, tmp_path, "en-es").adapters
-    assert other.source == trained.source, "of another collection"
