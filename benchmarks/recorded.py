@@ -85,6 +85,10 @@ _BESIDE_OF: Mapping[str, str | None] = MappingProxyType(
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
+SCORE: Mapping[str, str] = {"qa": "token_f1", "summarization": "rougeL"}
+"""Task -> the score beside the loss in the tables of relatives."""
+
+
 def planned(collection: str = records.RUNS) -> list[tuple[str, int]]:
     """Return (method, seed) in the order of what is most wanted.
 
@@ -372,9 +376,8 @@ def against(
             for job, outcome in outcomes_in(table, place).items():
                 method = method_of(job)
                 if method in wanted and outcome.result and "rows" in outcome.result:
-                    seed = SEEDS[0] if job == method else int(job.rpartition("-s")[2])
                     name = method if place == collection else f"{method} in {place}"
-                    results.setdefault(name, {})[seed] = outcome.result
+                    results.setdefault(name, {})[_seed_of(job)] = outcome.result
         if reference not in results:
             continue
         found = paired_with(config_of(table.stem), results, reference)
@@ -388,14 +391,16 @@ def against(
     return lines
 
 
+def _seed_of(job: str) -> int:
+    return SEEDS[0] if job == method_of(job) else int(job.rpartition("-s")[2])
+
+
 def relatives(folder: Path, collection: str) -> list[str]:
     """Return tables, pair by pair, of the relatives beside what they are a change of.
 
     A score is the mean over seeds; a difference is that of the same test rows and seeds, with its
     95 % interval, and negative where the relative's loss is lower.
     """
-    titles = ["method", "seeds", "pruned", "test loss", "beside", "difference in loss"]
-    titles += ["score", "difference in score", "seconds"]
     lines: list[str] = []
     for table in records.tables_with(folder, collection):
         config = config_of(table.stem)
@@ -403,10 +408,10 @@ def relatives(folder: Path, collection: str) -> list[str]:
         found: dict[str, dict[int, Any]] = {}
         for job, outcome in outcomes_in(table, collection).items():
             if outcome.result and "rows" in outcome.result:
-                name = method_of(job)
-                seed = SEEDS[0] if job == name else int(job.rpartition("-s")[2])
-                found.setdefault(name, {})[seed] = outcome.result
-        lines += [f"### {table.stem}", "", f"| {' | '.join(titles)} |".replace("score", score)]
+                found.setdefault(method_of(job), {})[_seed_of(job)] = outcome.result
+        titles = ["method", "seeds", "pruned", "test loss", "beside", "difference in loss"]
+        titles += [score, f"difference in {score}", "seconds"]
+        lines += [f"### {table.stem}", "", f"| {' | '.join(titles)} |"]
         lines.append(f"|---|---:|---:|---:|---|{'---:|' * (len(titles) - 5)}")
         for name, other in _BESIDE_OF.items():
             if name not in found:
@@ -427,10 +432,6 @@ def relatives(folder: Path, collection: str) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return lines
-
-
-SCORE: Mapping[str, str] = {"qa": "token_f1", "summarization": "rougeL"}
-"""Task -> the score beside the loss in the tables of relatives."""
 
 
 def _gap(test: Mapping[str, Any], digits: int) -> str:
