@@ -10,7 +10,8 @@ finished run, without places of this machine, to docs/results/records/PAIR.parqu
 `tables` writes comparison.md and pictures from what is recorded. With `--adapters-seed 1337` the
 adapters are trained with another seed, on the same rows, and what begins from them is kept in the
 collection other-adapters. `--collection` names the collection that other runs are kept in, and that
-the other commands read; `relatives` plans the rows of the method's relatives.
+the other commands read; `relatives` plans the rows of the method's relatives, and `reference-task`
+those that begin from a source adapter moved by a reference task (configs/reference-task.yaml).
 
 `relatives` prints a table of each pair's relatives, each beside the method that it is a change of.
 `against REFERENCE METHOD ...` prints paired differences of methods to any other, as the tables hold
@@ -43,15 +44,20 @@ from grasp_lora.plans.launch import Pool
 from grasp_lora.plans.methods import METHODS, Choice, job_name, method_of
 from grasp_lora.plans.recipes import with_split_seed
 from grasp_lora.plans.results import MethodOutcome, chosen
-from grasp_lora.plans.single import train_adapter
+from grasp_lora.plans.single import merge_adapters, train_adapter
 from grasp_lora.report.comparison import comparison_markdown
 from grasp_lora.report.pictures import plot_comparison
 
 CONFIGS = common.ROOT / "configs" / "results"
+REFERENCE = common.ROOT / "configs" / "reference-task.yaml"
+REFERENCE_FILES = "../shared/data/summarization/{}.jsonl"
+"""The reference task in a language."""
 OTHER_ADAPTERS = "other-adapters"
 """The collection of what begins from adapters of another seed."""
 RELATIVES = "relatives"
 """The collection of the method's relatives, beside what they are to be held against."""
+REFERENCE_TASK = "reference-task"
+"""The collection of what begins from a source adapter that a reference task has moved."""
 TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
 SEEDS = (42, 1337, 9001)
 UNPRUNED = "average-finetuned"
@@ -79,9 +85,16 @@ _BESIDE_OF: Mapping[str, str | None] = MappingProxyType(
             ("grasp-policy", "grasp-obs", "grasp-taylor", "grasp-taylor-smoothed", "grasp-2-of-4"),
             "grasp-restart",
         ),
+        "source": None,
+        "source-finetuned": None,
+        f"{REFERENCE_TASK}, source": "source",
+        f"{REFERENCE_TASK}, source-finetuned": "source-finetuned",
     }
 )
-"""Relative -> the method that differs from it in that one thing, which it is held against."""
+"""Relative -> the method that differs from it in that one thing, which it is held against.
+
+Those whose names have a comma are methods of another collection.
+"""
 _RIVALS = ("shrunk-0.75", "shrunk-0.5", "weights-75-25", "weights-25-75", "weight-decay")
 
 
@@ -96,10 +109,13 @@ def planned(collection: str = records.RUNS) -> list[tuple[str, int]]:
     comparison. What is only chosen among other runs is not run: see `outcomes_in`.
 
     Args:
-        collection: `RELATIVES` has a plan of its own: its rows with one seed, then with the others.
+        collection: `RELATIVES` and `REFERENCE_TASK` have plans of their own: their rows with one
+            seed, then with the others.
     """
     if collection == RELATIVES:
-        return [(name, seed) for seed in SEEDS for name in _BESIDE_OF]
+        return [(name, seed) for seed in SEEDS for name in _BESIDE_OF if name in METHODS]
+    if collection == REFERENCE_TASK:
+        return [(name, seed) for seed in SEEDS for name in ("source", "source-finetuned")]
     order: list[tuple[str, int]] = []
     for seed in SEEDS:
         order += [(name, seed) for name in (UNPRUNED, *_COARSE, *_MAIN[1:], *_METHOD)]
@@ -144,6 +160,35 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
 
 
+def with_reference_task(config: RunConfig, work: Path, pair: str) -> RunConfig:
+    """Return settings whose source adapter a reference task has moved to the target language.
+
+    It is the source adapter, plus an adapter of the reference task in the target language, minus
+    one of the same task in the source language (AdaMergeX), on the exact deltas.
+
+    Args:
+        config: settings with two trained adapters.
+        work: receives the adapters.
+        pair: names the result.
+    """
+    language, name = config.data.target.language, Path(config.model.name).name
+    changes = [f"model={config.model.name}", f"data.target.language={language}"]
+    changes.append(f"data.target.files={REFERENCE_FILES.format(language)}")
+    settings = load_config(REFERENCE, changes)
+    added, taken = (
+        work / f"reference-{one}-{name}" for one in (language, settings.data.source.language)
+    )
+    for folder, role in ((added, "target"), (taken, "source")):
+        if not (folder / "adapter_model.safetensors").exists():
+            train_adapter(settings, role, folder)
+    moved = work / f"source-{pair}-{name}-moved"
+    if not (moved / "adapter_model.safetensors").exists():
+        source = config.adapters.source
+        merge_adapters(config, [source, added, taken], moved, weights=(1.0, 1.0, -1.0))
+    given = config.adapters.model_copy(update={"source": moved})
+    return config.model_copy(update={"adapters": given})
+
+
 def run(pair: str, options: argparse.Namespace, until: float) -> None:
     """Do what is planned and not recorded, until a time of `time.monotonic`."""
     config, queue = config_of(pair), options.work / pair / "compare"
@@ -155,6 +200,8 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
     elif collection != records.RUNS:
         queue = queue.with_name(f"compare-{collection}")
     config = with_adapters(config, options.work, pair)
+    if collection == REFERENCE_TASK:
+        config = with_reference_task(config, options.work, pair)
     while time.monotonic() <= until:
         known = records.jobs(table, collection)
         missing = [
@@ -406,9 +453,11 @@ def relatives(folder: Path, collection: str) -> list[str]:
         config = config_of(table.stem)
         score = SCORE[config.data.task]
         found: dict[str, dict[int, Any]] = {}
-        for job, outcome in outcomes_in(table, collection).items():
-            if outcome.result and "rows" in outcome.result:
-                found.setdefault(method_of(job), {})[_seed_of(job)] = outcome.result
+        for place, about in ((collection, ""), (REFERENCE_TASK, f"{REFERENCE_TASK}, ")):
+            for job, outcome in outcomes_in(table, place).items():
+                if outcome.result and "rows" in outcome.result:
+                    runs_of = found.setdefault(about + method_of(job), {})
+                    runs_of[_seed_of(job)] = outcome.result
         titles = ["method", "seeds", "pruned", "test loss", "beside", "difference in loss"]
         titles += [score, f"difference in {score}", "seconds"]
         lines += [f"### {table.stem}", "", f"| {' | '.join(titles)} |"]

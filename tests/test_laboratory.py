@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from benchmarks import (
     ablation,
     controller,
@@ -31,6 +32,7 @@ from benchmarks.worlds import (
     read_recording,
 )
 
+from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.files import jsonable, write_json, write_jsonl
 from grasp_lora.config.run_config import load_config
 from grasp_lora.core.controller import rounds
@@ -44,7 +46,7 @@ from grasp_lora.core.evidence.history import (
 from grasp_lora.plans.compare import compare_methods
 from grasp_lora.plans.methods import METHODS, Choice
 from helpers import tiny_adapter_folder, tiny_backbone_folder, tiny_model
-from jobs import job, of_adapters, write_job
+from jobs import job, of_adapters, write_job, write_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -655,6 +657,44 @@ def test_adapters_of_another_seed_are_of_the_same_rows_and_kept_elsewhere(
     assert first["dev"] != other["dev"]
     folders = [place.name for place in (tmp_path / "work").iterdir() if place.name != "xx-yy"]
     assert len(folders) == 4, "two adapters of each seed"
+
+
+def test_a_reference_task_moves_the_source_adapter_by_what_two_languages_differ_in(
+    tmp_path, monkeypatch, in_this_process
+):
+    tiny_backbone_folder(tmp_path / "base")
+    steps = {"epochs": 1, "batch_size": 2, "learning_rate": 0.1}
+    own = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
+    monkeypatch.setattr(recorded_runs, "config_of", lambda pair: own)
+    rows = {"train": 6, "dev": 2}
+    files = {name: str(write_rows(tmp_path / f"{name}.jsonl", range(12), name)) for name in "ab"}
+    sides = {"source": {"language": "en", "files": files["a"], "rows": rows}}
+    target_rows = rows | {"micro_dev": 4}
+    sides["target"] = {"language": "fr", "files": files["a"], "rows": target_rows}
+    values = job(tmp_path, train=of_adapters(steps), data={"max_length": 640} | sides)
+    monkeypatch.setattr(recorded_runs, "REFERENCE", write_job(tmp_path / "ref.yaml", values))
+    monkeypatch.setattr(recorded_runs, "REFERENCE_FILES", str(tmp_path / "b.jsonl"))
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    command = ["run", "xx-yy", "--work", str(work), "--records", str(kept), "--only", "source"]
+    recorded_runs.main([*command, "--collection", "reference-task"])
+    (record,) = records.read_runs(kept / "xx-yy.parquet", "reference-task").values()
+    assert record["job"] == "source"
+    places = ("source-base-*", "reference-es-base", "reference-en-base", "source-xx-yy-base-moved")
+    source, added, taken, moved = (
+        {name: one.delta() for name, one in read_adapter(folder).adapter.items()}
+        for (folder,) in (list(work.glob(place)) for place in places)
+    )
+    assert max((added[name] - taken[name]).abs().max() for name in source) > 1e-3
+    for name, delta in moved.items():
+        expected = source[name] + added[name] - taken[name]
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-6)
+    # The table holds it against the source adapter as it was.
+    recorded_runs.main([*command, "--collection", "relatives"])
+    lines = recorded_runs.relatives(kept, "relatives")
+    (beside,) = (line for line in lines if line.startswith("| `reference-task, source` "))
+    plain = records.read_runs(kept / "xx-yy.parquet", "relatives")["source"]
+    gap = record["scores"]["test"]["loss"] - plain["scores"]["test"]["loss"]
+    assert f"| `source` | {gap:+.3f} |" in beside
 
 
 def test_what_is_recorded_is_not_run_again(landscape_of_a_tiny_model, monkeypatch):
