@@ -171,20 +171,17 @@ def with_reference_task(config: RunConfig, work: Path, pair: str) -> RunConfig:
         work: receives the adapters.
         pair: names the result.
     """
-    language, name = config.data.target.language, Path(config.model.name).name
-    changes = [f"model={config.model.name}", f"data.target.language={language}"]
-    changes.append(f"data.target.files={REFERENCE_FILES.format(language)}")
-    settings = load_config(REFERENCE, changes)
-    added, taken = (
-        work / f"reference-{one}-{name}" for one in (language, settings.data.source.language)
-    )
-    for folder, role in ((added, "target"), (taken, "source")):
-        if not (folder / "adapter_model.safetensors").exists():
-            train_adapter(settings, role, folder)
+    name, folders, source = Path(config.model.name).name, list[Path](), config.adapters.source
+    for language in (config.data.target.language, config.data.source.language):
+        changes = [f"model={config.model.name}", f"adapters.source={source}"]
+        changes.append(f"data.target.language={language}")
+        changes.append(f"data.target.files={REFERENCE_FILES.format(language)}")
+        folders.append(work / f"reference-{language}-{name}")
+        if not (folders[-1] / "adapter_model.safetensors").exists():
+            train_adapter(load_config(REFERENCE, changes), "target", folders[-1])
     moved = work / f"source-{pair}-{name}-moved"
     if not (moved / "adapter_model.safetensors").exists():
-        source = config.adapters.source
-        merge_adapters(config, [source, added, taken], moved, weights=(1.0, 1.0, -1.0))
+        merge_adapters(config, [source, *folders], moved, weights=(1.0, 1.0, -1.0))
     given = config.adapters.model_copy(update={"source": moved})
     return config.model_copy(update={"adapters": given})
 

@@ -666,14 +666,14 @@ def test_a_reference_task_moves_the_source_adapter_by_what_two_languages_differ_
     steps = {"epochs": 1, "batch_size": 2, "learning_rate": 0.1}
     own = load_config(write_job(tmp_path / "run.yaml", job(tmp_path, train=of_adapters(steps))))
     monkeypatch.setattr(recorded_runs, "config_of", lambda pair: own)
-    rows = {"train": 6, "dev": 2}
-    files = {name: str(write_rows(tmp_path / f"{name}.jsonl", range(12), name)) for name in "ab"}
-    sides = {"source": {"language": "en", "files": files["a"], "rows": rows}}
-    target_rows = rows | {"micro_dev": 4}
-    sides["target"] = {"language": "fr", "files": files["a"], "rows": target_rows}
-    values = job(tmp_path, train=of_adapters(steps), data={"max_length": 640} | sides)
+    target = {"language": "fr", "files": "-", "rows": {"train": 6, "dev": 2, "micro_dev": 4}}
+    values = job(tmp_path, train=of_adapters(steps), data={"max_length": 640, "target": target})
     monkeypatch.setattr(recorded_runs, "REFERENCE", write_job(tmp_path / "ref.yaml", values))
-    monkeypatch.setattr(recorded_runs, "REFERENCE_FILES", str(tmp_path / "b.jsonl"))
+    for language in ("en", "es"):  # the same ids in both, as translations have
+        write_rows(tmp_path / f"{language}.jsonl", range(12)).rename(tmp_path / f"{language}-x")
+        text = (tmp_path / f"{language}-x").read_text().replace("house", f"house {language}")
+        (tmp_path / f"{language}.jsonl").write_text(text)
+    monkeypatch.setattr(recorded_runs, "REFERENCE_FILES", str(tmp_path / "{}.jsonl"))
     work, kept = tmp_path / "work", tmp_path / "kept"
     command = ["run", "xx-yy", "--work", str(work), "--records", str(kept), "--only", "source"]
     recorded_runs.main([*command, "--collection", "reference-task"])
