@@ -124,8 +124,9 @@ def script(texts: Iterable[str]) -> str:
 
 def fertility(config: RunConfig) -> tuple[float, str]:
     """Return the tokens per unit of the target's test contexts, and the unit: word or character."""
-    data, quiet = load_run_data(config, Reporter(quiet=True).say), Reporter(quiet=True).say
-    tokenizer, *_, start = load_tokenizer(model_spec(config), quiet)
+    say = Reporter(quiet=True).say
+    data = load_run_data(config, say)
+    tokenizer, *_, start = load_tokenizer(model_spec(config), say)
     encoding = part_encoding(config, tokenizer, "target", _TEST, None, start)
     for _ in part_rows(config, data, encoding, "target", _TEST):
         pass
