@@ -142,6 +142,10 @@ def config_of(pair: str) -> RunConfig:
     return load_config(files[0])
 
 
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_model.safetensors").exists()
+
+
 def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
     """Return settings with two trained adapters; pairs with the same source rows share theirs."""
     settings = config.with_training("source", epochs=SOURCE_EPOCHS)
@@ -155,7 +159,7 @@ def with_adapters(config: RunConfig, work: Path, pair: str) -> RunConfig:
         digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
         language = "" if role == "source" else f"-{pair}"
         folders[role] = work / f"{role}{language}-{Path(config.model.name).name}-{digest}"
-        if not (folders[role] / "adapter_model.safetensors").exists():
+        if not _holds_adapter(folders[role]):
             train_adapter(settings, role, folders[role])
     return config.model_copy(update={"adapters": config.adapters.model_copy(update=folders)})
 
@@ -177,10 +181,10 @@ def with_reference_task(config: RunConfig, work: Path, pair: str) -> RunConfig:
         changes.append(f"data.target.language={language}")
         changes.append(f"data.target.files={REFERENCE_FILES.format(language)}")
         folders.append(work / f"reference-{language}-{name}")
-        if not (folders[-1] / "adapter_model.safetensors").exists():
+        if not _holds_adapter(folders[-1]):
             train_adapter(load_config(REFERENCE, changes), "target", folders[-1])
     moved = work / f"source-{pair}-{name}-moved"
-    if not (moved / "adapter_model.safetensors").exists():
+    if not _holds_adapter(moved):
         merge_adapters(config, [source, *folders], moved, weights=(1.0, 1.0, -1.0))
     given = config.adapters.model_copy(update={"source": moved})
     return config.model_copy(update={"adapters": given})
