@@ -244,6 +244,8 @@ def keep(
 ) -> int:
     """Add every finished run of a comparison to a table; return how many are new.
 
+    The perplexity of a test row is left out: it is the exponent of the row's loss.
+
     Args:
         queue: the comparison's folder.
         table: receives the runs.
@@ -258,6 +260,8 @@ def keep(
         if "scores" not in result or "chosen" in result or job in known:
             continue
         result.pop("adapter", None)
+        for one in result.get("rows", {}).values():
+            one["values"].pop("perplexity", None)
         record = {"job": job} | result
         record |= {name: found[name] for name in _BESIDE if name in found}
         # Those of the machine that it ran on, which need not be this one.

@@ -372,9 +372,11 @@ def test_sizes_are_held_against_the_adapter_on_rows_that_chose_and_on_test_rows(
 def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     queue = tmp_path / "queue"
     result = {"scores": {"test": {"loss": 1.0}}, "ratio": 0.2, "adapter": str(tmp_path)}
+    rows = {"test": {"ids": ["q"], "values": {"loss": [1.0]}}}
+    twice = {"test": {"ids": ["q"], "values": {"loss": [1.0], "perplexity": [2.71828]}}}
     record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "machine": {"cpu": "c"}}
     record["provenance"] = {"packages": {"torch": "another machine's"}, "python": "3"}
-    write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result})
+    write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result | {"rows": twice}})
     write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
     table = tmp_path / "kept" / "en-es.parquet"
     recorded_runs.main(["keep", str(queue), str(table)])
@@ -388,7 +390,7 @@ def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     assert recorded_runs.keep(queue, table, "repeats") == 1, "another collection has its own runs"
     back = json.loads((tmp_path / "again" / "grid-0.2-s42" / "result.json").read_text())
     assert back["key"] == "k"
-    assert back["result"] == result | {"adapter": None}
+    assert back["result"] == result | {"rows": rows, "adapter": None}
     assert back["machine"] == {"cpu": "c"}
 
 
