@@ -374,9 +374,10 @@ def test_kept_runs_are_put_back_and_not_run_again(tmp_path, capsys):
     result = {"scores": {"test": {"loss": 1.0}}, "ratio": 0.2, "adapter": str(tmp_path)}
     rows = {"test": {"ids": ["q"], "values": {"loss": [1.0]}}}
     twice = {"test": {"ids": ["q"], "values": {"loss": [1.0], "perplexity": [2.71828]}}}
+    own = result | {"rows": twice}
     record = {"key": "k", "seconds": 3.0, "peak_memory_bytes": 7, "machine": {"cpu": "c"}}
     record["provenance"] = {"packages": {"torch": "another machine's"}, "python": "3"}
-    write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": result | {"rows": twice}})
+    write_json(queue / "grid-0.2-s42" / "result.json", record | {"result": own})
     write_json(queue / "adapters" / "result.json", record | {"result": {"merged": "m"}})
     table = tmp_path / "kept" / "en-es.parquet"
     recorded_runs.main(["keep", str(queue), str(table)])
