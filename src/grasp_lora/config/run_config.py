@@ -97,8 +97,8 @@ class RunConfig(Section):
     )
     structure: Literal["entries", "rank", "2:4", "4:8"] = Field(
         default="entries",
-        description="what is pruned: single entries; or (experimental) whole rank components, "
-        "which makes the adapter smaller; or two of every four, four of every eight entries along "
+        description="what is pruned: single entries; or whole rank components, which makes the "
+        "adapter smaller; or (experimental) two of every four, four of every eight entries along "
         'the input (in quotes: "2:4"), where the search decides between that and nothing',
     )
     scope: Literal["global", "module-type", "layer", "adapter", "policy"] = Field(
