@@ -17,24 +17,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks import common, recorded, records
+from benchmarks import recipes, recorded, records
+from benchmarks.recipes import SHIPPED
 from grasp_lora.base.files import check_run, jsonable, read_config, read_json, read_jsonl
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.metrics.scoring import Options, compare_means
 from grasp_lora.models.backbones import load_tokenizer
 from grasp_lora.plans.cell import RUN_FOLDER
-from grasp_lora.plans.results import rows_of
 from grasp_lora.report.run import TITLES
 from grasp_lora.workbench.context import model_spec, part_encoding, part_rows
-from grasp_lora.workbench.processes import machine
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import load_run_data
 
 TABLE = records.FOLDER / "languages.parquet"
 LANGUAGES, LIMITS = "languages", "limits"
 COLLECTIONS = (LANGUAGES, LIMITS)
-FINAL = "shipped"
-"""The name of a run's result among its systems."""
 _TEST = "test"
 _NONE = "\N{EN DASH}"
 _COLUMNS = {
@@ -66,37 +63,29 @@ def record_of(out: Path, job: str) -> dict[str, Any]:
         job: the name of its cell: language, configuration and seed.
     """
     config = RunConfig.model_validate(read_config(out))
-    choice = read_json(out / "recipe.json")
-    places = {one["name"]: out / one["path"] for one in choice["simple_systems"]}
-    places[FINAL] = out / "evaluations" / "final"
-    scored = {name: place for name, place in places.items() if (place / "scores.json").exists()}
-    rows = {name: rows_of(place, ("loss",))[_TEST] for name, place in scored.items()}
+    scored = recipes.systems_of(out)
+    rows = {name: recipes.losses_of(place) for name, place in scored.items()}
     labels = read_json(out / "data.json")["target"]["splits"]
     value, unit = fertility(config)
     return {
         "cell": job,
         "language": config.data.target.language,
-        "script": script(texts_of(scored[FINAL])),
+        "script": script(texts_of(scored[SHIPPED])),
         "task": config.data.task,
         "model": config.model.name,
         "labels": sum(len(labels.get(name, ())) for name in ("train", "dev", "micro_dev")),
         "systems": [
-            {"name": name, "scores": _values(place), "losses": rows[name]["values"]["loss"]}
+            {
+                "name": name,
+                "scores": recipes.values_of(place),
+                "losses": rows[name]["values"]["loss"],
+            }
             for name, place in scored.items()
         ],
-        "groups": rows[FINAL]["groups"],
-        "recipe": choice,
+        "groups": rows[SHIPPED]["groups"],
         "fertility": value,
         "unit": unit,
-        "seconds": read_json(out / "provenance.json")["time"]["wall_seconds"],
-        "versions": common.versions(),
-        "machine": machine(),
-    }
-
-
-def _values(place: Path) -> dict[str, float]:
-    scores = read_json(place / "scores.json")["sets"][_TEST]["scores"]
-    return {metric: one["value"] for metric, one in scores.items()}
+    } | recipes.of_choice(out)
 
 
 def texts_of(place: Path) -> Iterable[str]:
@@ -146,7 +135,7 @@ def gain(record: Mapping[str, Any]) -> dict[str, float | None] | None:
     if name not in losses:
         return None
     options = Options(task=record["task"], language=record["language"])
-    return compare_means(losses[name], losses[FINAL], record["groups"], options)
+    return compare_means(losses[name], losses[SHIPPED], record["groups"], options)
 
 
 def tables(table: Path) -> list[str]:
@@ -159,8 +148,8 @@ def tables(table: Path) -> list[str]:
     for collection in COLLECTIONS:
         found = list(records.read_runs(table, collection).values())
         if found:
-            losses = ["run", "script", "tokens", "labels", *_COLUMNS.values(), FINAL, "gain"]
-            told = ["run", FINAL, "gain expected", "score, before", "after", "minutes"]
+            losses = ["run", "script", "tokens", "labels", *_COLUMNS.values(), SHIPPED, "gain"]
+            told = ["run", SHIPPED, "gain expected", "score, before", "after", "minutes"]
             lines += [f"### {collection.capitalize()}", ""]
             lines += _markdown(losses, [_losses(one) for one in found], 2)
             lines += _markdown(told, [_told(one) for one in found], 2)
@@ -181,7 +170,7 @@ def _name(record: Mapping[str, Any]) -> str:
 def _losses(record: Mapping[str, Any]) -> list[str]:
     # Runs differ in how many solved examples their prompt has; all are in one column.
     means = {one["name"].partition(",")[0]: fmean(one["losses"]) for one in record["systems"]}
-    columns = (*_COLUMNS, FINAL)
+    columns = (*_COLUMNS, SHIPPED)
     shown = (f"{means[name]:.3f}" if name in means else _NONE for name in columns)
     tokens = f"{record['fertility']:.1f} a {record['unit']}"
     about = (_name(record), record["script"], tokens, str(record["labels"]))
@@ -192,7 +181,9 @@ def _told(record: Mapping[str, Any]) -> list[str]:
     metric = recorded.SCORE[record["task"]]
     scores = {one["name"]: one["scores"][metric] for one in record["systems"]}
     simple = (record["recipe"]["simple"] or {}).get("name")
-    before, after = (f"{scores[name]:.1f}" if name in scores else _NONE for name in (simple, FINAL))
+    before, after = (
+        f"{scores[name]:.1f}" if name in scores else _NONE for name in (simple, SHIPPED)
+    )
     return [
         _name(record),
         f"{record['recipe']['ships']}; before: {simple or 'nothing'}",

@@ -50,6 +50,8 @@ FIXED = (
     "grasp-paper",
 )
 """The fixed recipes that are run unless others are named."""
+SHIPPED = "shipped"
+"""The name of what a run chose, among the systems that it measured on the test rows."""
 
 
 def job_of(recipe: str, seed: int) -> str:
@@ -114,28 +116,46 @@ def _chosen(config: RunConfig, seed: int, out: Path) -> Path:
 
 def keep_auto(out: Path, seed: int, table: Path, collection: str, more: Mapping[str, Any]) -> None:
     """Add the run folder of a run that chose to a table."""
-    choice, evaluations = read_json(out / "recipe.json"), out / "evaluations"
-    scores = read_json(evaluations / "final" / "scores.json")["sets"]["test"]["scores"]
-    record = {
-        "recipe": choice,
-        "scores": {"test": {name: one["value"] for name, one in scores.items()}},
-        "rows": {"test": rows_of(evaluations / "final", ("loss",))["test"]},
-        "simple_losses": _simple_losses(out, choice),
-        "plain_runs": choice["price"]["plain_runs"],
-        "price": {"tokens": choice["price"]["tokens"]},
-        "seconds": read_json(out / "provenance.json")["time"]["wall_seconds"],
-        "versions": common.versions(),
-        "machine": machine(),
+    told, paths = of_choice(out), systems_of(out)
+    simple, price = (told["recipe"]["simple"] or {}).get("name"), told["recipe"]["price"]
+    record = told | {
+        "scores": {"test": values_of(paths[SHIPPED])},
+        "rows": {"test": losses_of(paths[SHIPPED])},
+        "simple_losses": losses_of(paths[simple])["values"]["loss"] if simple in paths else None,
+        "plain_runs": price["plain_runs"],
+        "price": {"tokens": price["tokens"]},
     }
     new = {f"{AUTO}-s{seed}": [jsonable(record | dict(more))]}
     records.append(table, new, collection, skip_known=True)
 
 
-def _simple_losses(out: Path, choice: Mapping[str, Any]) -> list[float] | None:
-    """Return the test losses, in nats, of the best system that needs no choice."""
-    paths = {one["name"]: out / one["path"] for one in choice["simple_systems"]}
-    name = (choice["simple"] or {}).get("name")
-    return rows_of(paths[name], ("loss",))["test"]["values"]["loss"] if name in paths else None
+def of_choice(out: Path) -> dict[str, Any]:
+    """Return what is kept of any run that chose: its choice, its time, and what it ran on."""
+    return {
+        "recipe": read_json(out / "recipe.json"),
+        "seconds": read_json(out / "provenance.json")["time"]["wall_seconds"],
+        "versions": common.versions(),
+        "machine": machine(),
+    }
+
+
+def systems_of(out: Path) -> dict[str, Path]:
+    """Return the evaluations of a run that chose: of systems without training and `SHIPPED`."""
+    simple = read_json(out / "recipe.json")["simple_systems"]
+    places = {one["name"]: out / one["path"] for one in simple}
+    places[SHIPPED] = out / "evaluations" / "final"
+    return {name: place for name, place in places.items() if (place / "scores.json").exists()}
+
+
+def values_of(place: Path) -> dict[str, float]:
+    """Return metric -> score on the test rows, of an evaluation."""
+    scores = read_json(place / "scores.json")["sets"]["test"]["scores"]
+    return {metric: one["value"] for metric, one in scores.items()}
+
+
+def losses_of(place: Path) -> dict[str, Any]:
+    """Return `ids`, `groups` and `values` (loss, in nats) of the test rows, of an evaluation."""
+    return rows_of(place, ("loss",))["test"]
 
 
 def projected(pairs: Sequence[str], options: argparse.Namespace) -> list[str]:
