@@ -119,3 +119,9 @@ def test_what_is_kept_of_a_run_is_what_its_folder_says(tmp_path, capsys):
     _, _, lines = encoded_parts(config, data, quiet=True)
     (described,) = (line for line in lines if line.startswith("| target/test "))
     assert described.endswith(f"| {record['fertility']:.2f} a word |")
+
+
+def test_the_page_of_languages_has_the_tables_of_their_records(capsys):
+    page = (records.FOLDER.parent / "languages.md").read_text("utf-8")
+    languages.main(["tables"])
+    assert page.split("languages tables -->\n\n")[1].strip() == capsys.readouterr().out.strip()
