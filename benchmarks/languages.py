@@ -3,6 +3,7 @@
     grasp-lora sweep configs/languages/sweep.yaml --out runs/languages --jobs 2 --threads 1
     python -m benchmarks.languages keep runs/languages --collection languages
     python -m benchmarks.languages tables
+    python -m benchmarks.languages scores
 
 `keep` copies what `tables` needs of each finished run (`recipe: auto`) of a sweep's folder into
 docs/results/records/languages.parquet; what is kept is not kept again. It reads the examples
@@ -156,6 +157,45 @@ def tables(table: Path) -> list[str]:
     return lines
 
 
+def scores(table: Path) -> list[str]:
+    """Return lines in Markdown: the score of every system on the test rows, and a line on all runs.
+
+    That line has the mean gain, in nats; how many gains are above 0 beyond their interval; how many
+    the intervals that were printed beforehand hold; and how wide these are on average.
+    """
+    lines: list[str] = []
+    for collection in COLLECTIONS:
+        found = list(records.read_runs(table, collection).values())
+        if found:
+            titles = ["run", "score", *_COLUMNS.values(), SHIPPED]
+            lines += [f"### {collection.capitalize()}", ""]
+            lines += [*_markdown(titles, [_scores(one) for one in found], 2), _all(found), ""]
+    return lines
+
+
+def _scores(record: Mapping[str, Any]) -> list[str]:
+    metric = recorded.SCORE[record["task"]]
+    systems = record["systems"]
+    values = {one["name"].partition(",")[0]: one["scores"][metric] for one in systems}
+    columns = (*_COLUMNS, SHIPPED)
+    shown = (f"{values[name]:.1f}" if name in values else _NONE for name in columns)
+    return [_name(record), TITLES.get(metric, metric), *shown]
+
+
+def _all(found: Sequence[Mapping[str, Any]]) -> str:
+    gains = [gained for gained in map(gain, found) if gained is not None]
+    mean = f"{fmean(one['difference'] or 0.0 for one in gains):+.3f}" if gains else _NONE
+    above = sum((one["low"] or 0.0) > 0 for one in gains)
+    told = [(one["recipe"]["gain"], gain(one)) for one in found]
+    known = [(a["interval"], b["difference"]) for a, b in told if a is not None and b is not None]
+    held = sum(low <= value <= high for (low, high), value in known)
+    width = f"{fmean(high - low for (low, high), _ in known):.2f}" if known else _NONE
+    return (
+        f"Mean gain {mean}; above 0 beyond its interval in {above} of {len(gains)}; held by the "
+        f"expected interval in {held} of {len(known)}, which is {width} wide on average."
+    )
+
+
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> list[str]:
     """Return a table; the first `words` columns are words, the others numbers."""
     aligned = f"|{'---|' * words}{'---:|' * (len(titles) - words)}"
@@ -210,13 +250,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     keeping.add_argument("folder", type=Path, help="that `grasp-lora sweep` wrote")
     keeping.add_argument("--collection", choices=COLLECTIONS, default=LANGUAGES)
     showing = commands.add_parser("tables", help="print what is kept")
-    for one in (keeping, showing):
+    scoring = commands.add_parser(
+        "scores", help="print every system's score, and all runs in a line"
+    )
+    for one in (keeping, showing, scoring):
         one.add_argument("--records", type=Path, default=TABLE, help="the table")
     options = parser.parse_args(argv)
     if options.what == "keep":
         print(f"{keep(options.folder, options.records, options.collection)} runs kept")
     else:
-        print("\n".join(tables(options.records)))
+        shown = tables if options.what == "tables" else scores
+        print("\n".join(shown(options.records)))
 
 
 if __name__ == "__main__":

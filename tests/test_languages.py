@@ -125,3 +125,26 @@ def test_the_page_of_languages_has_the_tables_of_their_records(capsys):
     page = (records.FOLDER.parent / "languages.md").read_text("utf-8")
     languages.main(["tables"])
     assert page.split("languages tables -->\n\n")[1].strip() == capsys.readouterr().out.strip()
+
+
+def test_scores_are_of_every_system_and_a_line_is_of_all_runs(tmp_path, capsys):
+    table = tmp_path / "kept.parquet"
+    lower = kept(
+        cell="ar-auto-s42",
+        simple="target adapter",
+        recipe=kept()["recipe"]
+        | {
+            "simple": {"name": "target adapter"},
+            "gain": {"gain": 0.5, "interval": [0.0, 1.0]},
+        },
+    )  # gains 1.0 and 1.5 in its two contexts, so 1.25 is outside
+    unknown = kept(cell="th-auto-s42", simple=None)
+    runs = {"hi-auto-s42": [kept()], "ar-auto-s42": [lower], "th-auto-s42": [unknown]}
+    records.append(table, runs, "languages")
+    languages.main(["scores", "--records", str(table)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `hi` | token F1 | 10.0 | 11.0 | – | 12.0 | – | 13.0 |" in lines
+    assert (
+        "Mean gain +1.000; above 0 beyond its interval in 2 of 2; held by the expected interval "
+        "in 1 of 2, which is 0.75 wide on average."
+    ) in lines
