@@ -93,6 +93,13 @@ def test_folders_are_merged_without_a_configuration(place, tmp_path, names, give
         ("a no_adapter", "holds neither adapter_config.json"),
         ("a run.yaml", "run.yaml' is no PEFT adapter"),
         ("a b --set merge.kind=linear", "needs equal ranks"),
+        ("a b --set merge.kind=layer-swap", "at least three layers, these change 2"),
+        ("a b c --set merge.kind=layer-swap", "a layer-swap is of two adapters, source and target"),
+        (
+            "a b --weights 1 1 --set merge.kind=layer-swap",
+            "merge.weights: [1.0, 1.0] has no effect on merge.kind 'layer-swap', which has no",
+        ),
+        ("a b --set merge.kind=ties-delta --set merge.weights=auto", "has no effect on merge.kind"),
         ("a b --set merge.weights=[1,1] --weights 1 1", "the weights are given twice"),
         ("a b --adapter a", "--adapter belongs to a configuration"),
         ("run.yaml --weights 1 1", "--weights has no effect beside a configuration"),

@@ -117,7 +117,10 @@ def test_keys_of_python_that_are_no_text_are_refused():
             {"lora": {"target_modules": []}},
             "lora.target_modules: got []; give a list of at least 1, or all-linear",
         ),
-        ({"merge": {"kind": "x"}}, "merge.kind: got 'x'; give cat, linear or svd"),
+        (
+            {"merge": {"kind": "x"}},
+            "merge.kind: got 'x'; give cat, linear, svd, layer-swap or ties-delta",
+        ),
         ({"evaluate": {"limit": 1.5}}, "evaluate.limit: got 1.5; give a whole number"),
         (
             {"evaluate": {"resamples": 5}},

@@ -424,6 +424,28 @@ def test_a_choice_needs_no_part_that_judges_and_the_published_recipe_does(tmp_pa
     assert faults_of(written(tmp_path, data=data, recipe="grasp")) == tuple(config.held_faults())
 
 
+@pytest.mark.parametrize("kind", ["layer-swap", "ties-delta"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": [0.5, 0.5]}, "merge.weights: [0.5, 0.5] has no effect on merge.kind '{}'"),
+        ({"weights": "auto"}, "merge.weights: 'auto' has no effect on merge.kind '{}'"),
+        ({"when": "after"}, "merge.when: 'after' chooses weights by probes, but merge.kind '{}'"),
+    ],
+)
+def test_a_merge_without_weights_is_given_none(tmp_path, kind, changes, said):
+    own = {"mask_unit": "merged", "recipe": "grasp"}
+    assert load_config(written(tmp_path, merge={"kind": kind}, **own)).faults() == []
+    (fault,) = faults_of(written(tmp_path, merge={"kind": kind, **changes}, **own))
+    assert fault.startswith(said.format(kind))
+
+
+def test_a_merge_that_mixes_its_sources_has_no_masks_for_each(tmp_path):
+    (fault,) = faults_of(written(tmp_path, merge={"kind": "ties-delta"}, recipe="grasp"))
+    assert fault.startswith("mask_unit: 'source' has no meaning for merge.kind 'ties-delta'")
+    assert load_config(written(tmp_path, merge={"kind": "layer-swap"}, recipe="grasp"))
+
+
 def test_a_choice_refuses_the_settings_that_it_makes_itself(tmp_path):
     sections = {"merge": {"when": "after", "kind": "linear"}, "controller": {"rounds": 3}}
     sections["finetune"] = {"mode": "continue", "rows": "labelled", "mask_schedule": 2}

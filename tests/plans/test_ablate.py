@@ -97,6 +97,33 @@ def test_importance_and_structure_can_be_changed_too(settings, tmp_path):
     assert key["settings"]["importance"] == "obs"
 
 
+def test_the_merge_can_be_changed_too(settings, tmp_path):
+    base = tiny_backbone_folder(tmp_path / "base", layers=4)
+    config = load_config(settings, [f"model.name={base}"])
+    found = ablate(config, tmp_path / "out", ("layer-swap", "ties-delta"), (1,), quiet=True)
+    assert list(found["variants"]) == [AS_CONFIGURED, "layer-swap", "ties-delta"]
+    assert found["failed"] == {}
+    kinds = {
+        name: read_json(tmp_path / "out" / "adapters" / name / "merge.json")["kind"]
+        for name in ("merged", "layer-swap", "ties-delta")
+    }
+    assert kinds == {"merged": "cat", "layer-swap": "layer-swap", "ties-delta": "ties-delta"}
+    key = read_json(tmp_path / "out" / "layer-swap-s1" / "search" / "stage.json")["key"]
+    assert (
+        key["inputs"]["merged"]
+        != read_json(tmp_path / "out" / f"{AS_CONFIGURED}-s1" / "search" / "stage.json")["key"][
+            "inputs"
+        ]["merged"]
+    )
+
+
+def test_a_variant_that_these_adapters_do_not_allow_is_left_out(settings, tmp_path):
+    found = ablate(load_config(settings), tmp_path, ("layer-swap",), (1,), quiet=True)
+    assert list(found["variants"]) == [AS_CONFIGURED]
+    assert "at least three layers, these change 2" in found["left_out"]["layer-swap"]
+    assert found["failed"] == {}
+
+
 def test_one_merge_serves_all_and_seeds_differ(done):
     found, out, _ = done
     assert (out / "adapters" / "merged" / "adapter_model.safetensors").exists()

@@ -159,6 +159,7 @@ def test_two_given_adapters_need_no_source_rows_and_no_training(workplace):
     [
         {"merge": {"kind": "linear"}},
         {"merge": {"kind": "svd"}, "mask_unit": "merged"},
+        {"merge": {"kind": "ties-delta"}, "mask_unit": "merged"},
         {"preset": "paper", "controller": {"preset": "paper", "interval": 3}},
         {"controller": {"preset": "paper", "rounds": 2}},
         {"finetune": {"mode": "continue", "epochs": 1, "mask_schedule": 2}},
@@ -180,6 +181,29 @@ def test_every_way_of_merging_and_masking_runs_to_the_end(workplace, changes):
     assert ratio["controller_preset"] == f"{controller}, changed"
     assert "train.search.epochs" in ratio["changed_from_preset"]
     assert ("merge.kind" in ratio["changed_from_preset"]) == ("merge" in changes)
+
+
+def test_a_run_can_start_from_a_layer_swap_and_masks_its_adapters_apart(tmp_path):
+    model = tiny_model(layers=4)
+    tiny_backbone_folder(tmp_path / "base", layers=4)
+    given = {
+        role: tiny_adapter_folder(tmp_path / role, model, r=4, seed=seed)
+        for seed, role in enumerate(("source", "target"))
+    }
+    adapters = {role: str(folder) for role, folder in given.items()}
+    config = settings(tmp_path, adapters=adapters, merge={"kind": "layer-swap"})
+    out = run(config, quiet=True)
+    about = read_json(out / "merged" / "merge.json")
+    assert (about["kind"], about["outer_layers"]) == ("layer-swap", [0, 3])
+    merged = read_adapter(out / "merged", model).adapter
+    for name, one in merged.items():
+        role = "source" if name.split(".")[2] in "12" else "target"
+        kept = read_adapter(given[role], model).adapter[name]
+        assert torch.allclose(one.delta(), kept.delta(), atol=1e-6), name
+    ratio = read_json(out / "ratio.json")
+    for source in ("0", "1"):
+        assert ratio["zeros"]["per_source"][source] == pytest.approx(ratio["ratio"], abs=0.01)
+    assert "merged, untrained" in [one["name"] for one in read_json(out / "scores.json")["systems"]]
 
 
 def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):

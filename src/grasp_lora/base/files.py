@@ -51,6 +51,8 @@ RESULT = "final"
 """The folder of a run's result, in the run folder: what goes out, and nothing else."""
 RESULT_STAGE = "shipped"
 """The stage that makes the result, whose folder also has what resuming and later stages read."""
+SMALL = "small"
+"""The folder of the same result in fewer bytes, where a budget of bytes is given."""
 ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"
 """`task_type` in `adapter_config.json` of an adapter of an encoder-decoder."""
 
@@ -73,6 +75,7 @@ WRITTEN = (
     RESULT,
     RESULT_STAGE,
     f"{RESULT_STAGE}-judged",
+    SMALL,
     "merged-labelled",
     "baselines",
     "evaluations",

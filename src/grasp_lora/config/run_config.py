@@ -46,6 +46,7 @@ from grasp_lora.config.sections import (
 from grasp_lora.config.yaml_text import DEEPEST, Words, read_yaml, yaml_fault
 from grasp_lora.core import ControllerConfig
 from grasp_lora.core.controller.settings import LEAST_CANDIDATES
+from grasp_lora.core.merge_kinds import BLENDED
 from grasp_lora.core.pruning.n_of_m import N_OF_M, known_ratio
 
 __all__ = ["ConfigError", "LanguageData", "RunConfig", "load_config"]
@@ -77,6 +78,11 @@ class RunConfig(Section):
         default="best",
         description="what recipe auto ships: the lowest loss (best), or what is not worse by one "
         "standard error and has the smallest adapter (small) or the cheapest recipe (simple)",
+    )
+    budget_mb: Positive | None = Field(
+        default=None,
+        description="most megabytes (10^6 bytes) of a copy of the result, small/ beside final/, "
+        "with fewer ranks and shorter numbers, which probes choose; default: no copy",
     )
     model: ModelSettings = Field(description="the frozen backbone; plain text is its name")
     adapters: AdapterFolders = Field(
@@ -163,10 +169,11 @@ class RunConfig(Section):
                 "data.source: not given, and there is no adapters.source; "
                 "give examples to train a source adapter, or the folder of an adapter"
             )
-        if self.merge.kind == "svd" and self.mask_unit == "source":
+        found += self.merge.faults()
+        if self.merge.kind in BLENDED and self.mask_unit == "source":
             found.append(
-                "mask_unit: 'source' has no meaning for merge.kind 'svd', which mixes the "
-                "sources; set mask_unit: merged"
+                f"mask_unit: 'source' has no meaning for merge.kind {self.merge.kind!r}, which "
+                "mixes the sources; set mask_unit: merged"
             )
         if self.scope == "adapter" and self.mask_unit == "merged":
             found.append(

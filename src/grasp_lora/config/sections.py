@@ -6,7 +6,7 @@ NaN or infinite. Rules that need two sections at once live in `grasp_lora.config
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from grasp_lora.base.words import check_path, shown
+from grasp_lora.core.merge_kinds import UNWEIGHTED, Kind
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -137,10 +138,11 @@ class LoraSettings(Section):
 
 
 class MergeSettings(Section):
-    kind: Literal["cat", "linear", "svd"] = Field(
+    kind: Kind = Field(
         default="cat",
         description="cat: exact sum, ranks add up; linear: published kind, has cross terms; "
-        "svd: best low-rank fit of cat",
+        "svd: best low-rank fit of cat; (experimental, without weights) layer-swap: target in the "
+        "outer layers, source in the middle; ties-delta: TIES on the deltas",
     )
     weights: tuple[float, ...] | Literal["auto", "unscaled"] | None = Field(
         default=None,
@@ -171,6 +173,29 @@ class MergeSettings(Section):
                 f"rank {self.rank} has no effect on kind {self.kind}; remove it or set kind: svd"
             )
         return self
+
+    def faults(self, weights: Sequence[float] | None = None) -> list[str]:
+        """Return one message for each setting that has no meaning for this kind.
+
+        Args:
+            weights: weights that are given in place of those of this section.
+        """
+        if self.kind not in UNWEIGHTED:
+            return []
+        stated = self.weights if weights is None else weights
+        found: list[str] = []
+        if stated is not None:
+            given = stated if isinstance(stated, str) else list(stated)
+            found.append(
+                f"merge.weights: {shown(given)} has no effect on merge.kind {self.kind!r}, which "
+                "has no weights; leave them out, or take another kind"
+            )
+        if self.when == "after":
+            found.append(
+                f"merge.when: 'after' chooses weights by probes, but merge.kind {self.kind!r} has "
+                "none; set merge.when: before, or take another kind"
+            )
+        return found
 
 
 class Training(Section):

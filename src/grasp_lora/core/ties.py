@@ -13,6 +13,9 @@ from torch import Tensor
 from grasp_lora.core.lora import Adapter, MergedModule, Part, merge
 from grasp_lora.core.pruning.masks import keep_masks
 
+DENSITY = 0.2
+"""Fraction of a delta's entries that is kept, as published."""
+
 
 def ties_delta(deltas: Sequence[Tensor], density: float) -> Tensor:
     """Return the TIES merge of the deltas of one module, [out, in].
@@ -38,7 +41,9 @@ def ties_delta(deltas: Sequence[Tensor], density: float) -> Tensor:
     return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp_min(1)
 
 
-def ties(adapters: Sequence[Adapter], density: float) -> tuple[dict[str, MergedModule], float]:
+def ties(
+    adapters: Sequence[Adapter], density: float = DENSITY
+) -> tuple[dict[str, MergedModule], float]:
     """Return (module name -> TIES merge of the adapters' deltas, relative error of its factors).
 
     The merge of the deltas has full rank, so a LoRA holds its best approximation whose rank is the

@@ -1,8 +1,9 @@
 """Ablation of the search: one run for each part that is left out or changed.
 
-All variants start from the same merge and use the same examples. A variant differs from the
-configuration in settings of the controller alone, or in what is pruned, by which importance and in
-which profile. With several seeds, variants are compared with the configuration seed by seed.
+All variants use the same examples and, but for those of the merge, start from one merge. A variant
+differs from the configuration in settings of the controller alone, in what is pruned, by which
+importance and in which profile, or in the merge. With several seeds, variants are compared with the
+configuration seed by seed.
 """
 
 import dataclasses
@@ -16,17 +17,20 @@ from typing import Any
 from grasp_lora.base.files import write_json, write_text
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import IMPORTANCE, ControllerConfig
+from grasp_lora.core.merge_kinds import Kind
 from grasp_lora.core.pruning.n_of_m import N_OF_M
+from grasp_lora.core.recipes.recipe import STARTS
 from grasp_lora.plans.compare import checked_data, finished_stages
 from grasp_lora.plans.launch import HERE, Pool, plan_folder, work_off_many
 from grasp_lora.plans.methods import SHARED_MERGE, searched
 from grasp_lora.plans.parts import add_adapters, add_merge
 from grasp_lora.plans.plan import Plan, PlanBuilder, part_of
-from grasp_lora.plans.recipes import Built, Case, with_split_seed
+from grasp_lora.plans.recipes import Built, Case, changed, with_split_seed
 from grasp_lora.plans.results import MethodOutcome, method_outcomes
 from grasp_lora.plans.session import Session
 from grasp_lora.plans.show import sizes_of
 from grasp_lora.report.run import ablation_markdown
+from grasp_lora.stages.stage import Input
 from grasp_lora.workbench.context import POOLS
 from grasp_lora.workbench.rows import RunData
 
@@ -41,13 +45,13 @@ class Change:
         about: description for the table.
         changes: settings of the controller that differ.
         rounds: factor on the number of rounds.
-        masks: settings of the run that differ: `importance`, `structure` or `scope`.
+        settings: dotted settings of the run that differ, of what is pruned or of the merge.
     """
 
     about: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     rounds: float = 1.0
-    masks: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, config: ControllerConfig) -> ControllerConfig:
         """Return the controller's settings with this change.
@@ -61,6 +65,10 @@ class Change:
         elif config.rounds is not None:
             changes["rounds"] = max(1, round(config.rounds * self.rounds))
         return dataclasses.replace(config, **changes)
+
+
+def _merge_of(kind: Kind) -> dict[str, Any]:
+    return {"merge.kind": kind, "merge.weights": None, "merge.rank": None}
 
 
 CHANGES: Mapping[str, Change] = {
@@ -90,18 +98,23 @@ CHANGES: Mapping[str, Change] = {
     "baseline-on": Change("commits judged against the model as it is", {"baseline": True}),
     "baseline-off": Change("commits judged against the lowest ratio", {"baseline": False}),
     **{
-        f"importance-{rule}": Change(f"importance {rule}", masks={"importance": rule})
+        f"importance-{rule}": Change(f"importance {rule}", settings={"importance": rule})
         for rule in IMPORTANCE
     },
-    "whole-components": Change("whole components pruned", masks={"structure": "rank"}),
+    "whole-components": Change("whole components pruned", settings={"structure": "rank"}),
     **{
         f"{kept}-of-{size}": Change(
-            f"{kept} of every {size} entries, or nothing pruned", masks={"structure": name}
+            f"{kept} of every {size} entries, or nothing pruned", settings={"structure": name}
         )
         for name, (kept, size) in N_OF_M.items()
     },
     "scope-policy": Change(
-        "ratios that differ by depth, module and adapter", masks={"scope": "policy"}
+        "ratios that differ by depth, module and adapter", settings={"scope": "policy"}
+    ),
+    "layer-swap": Change(STARTS["layer-swap"].says, settings=_merge_of("layer-swap")),
+    "ties-delta": Change(
+        f"{STARTS['ties-delta'].says}, masks of the merged tensors",
+        settings=_merge_of("ties-delta") | {"mask_unit": "merged"},
     ),
 }
 """Name of the variant -> change, in the order of the table."""
@@ -163,8 +176,11 @@ def _ablated(
     done = finished_stages(plan, out, session) | done
     outcomes = method_outcomes(built, plan, out, done, sizes)
     there = {name for name in others if any(f"{name}-s{seed}" in outcomes for seed in seeds)}
-    chosen = {name: (chosen | others)[name] for name in CHANGES if name in there or name in chosen}
-    found = _summary(chosen, left_out, seeds, outcomes) | {
+    refused = _refused(outcomes, seeds)
+    left_out |= refused
+    shown = (there | set(chosen)) - set(refused) | {AS_CONFIGURED}
+    outcomes = {job: one for job, one in outcomes.items() if not _why_refused(one)}
+    found = _summary([name for name in CHANGES if name in shown], left_out, seeds, outcomes) | {
         "task": config.data.task,
         "language": config.data.target.language,
         "controller_preset": config.controller.label,
@@ -172,6 +188,21 @@ def _ablated(
     write_json(out / "ablation.json", found)
     write_text(out / "ablation.md", ablation_markdown(found))
     return found
+
+
+def _refused(outcomes: Mapping[str, MethodOutcome], seeds: Sequence[int]) -> dict[str, str]:
+    """Return variant -> why it cannot run on these adapters."""
+    whys = {
+        name: _why_refused(outcomes[f"{name}-s{seed}"])
+        for name in CHANGES
+        for seed in seeds
+        if f"{name}-s{seed}" in outcomes
+    }
+    return {name: why for name, why in whys.items() if why is not None}
+
+
+def _why_refused(outcome: MethodOutcome) -> str | None:
+    return None if outcome.result is None else outcome.result.get("not_applicable")
 
 
 def _chosen(
@@ -186,18 +217,20 @@ def _chosen(
         except ValueError as error:
             left_out[name] = str(error)
             continue
-        changed = config.model_copy(update={"controller": controller, **CHANGES[name].masks})
+        one = config.model_copy(update={"controller": controller})
+        for key, value in CHANGES[name].settings.items():
+            one = changed(one, key, value)
         parts = data.parts["target"]
         pool = sum(len(parts.get(split, ())) for split in POOLS[controller.probe_rows])
-        faults = changed.faults()
-        if name != AS_CONFIGURED and changed == config:
+        faults = one.faults()
+        if name != AS_CONFIGURED and one == config:
             left_out[name] = "the configuration has these settings already"
         elif "rows" in CHANGES[name].changes and controller.rows > pool:
             left_out[name] = f"there are only {pool} examples to probe"
         elif faults:
             left_out[name] = faults[0]
         else:
-            chosen[name] = changed
+            chosen[name] = one
     return chosen, left_out
 
 
@@ -207,15 +240,30 @@ def _plan_of(
     """Return a plan with a search and a final run for every variant and seed, and run -> stages."""
     config, plan = with_split_seed(config), PlanBuilder()
     adapters = add_adapters(plan, config)
-    merged, probe = add_merge(plan, config, adapters, *SHARED_MERGE)
-    adapters["merged"] = merged
+    merges = {name: _merge(plan, config, adapters, name, one) for name, one in chosen.items()}
     built: dict[str, Built] = {}
     for seed in seeds:
-        for name, changed in chosen.items():
-            one = with_split_seed(changed).model_copy(update={"seed": seed})
-            job = f"{name}-s{seed}"
-            built[job] = searched(Case(plan, one, job, adapters, probe, _no_other))
+        for name, variant in chosen.items():
+            one = with_split_seed(variant).model_copy(update={"seed": seed})
+            job, (merged, probe) = f"{name}-s{seed}", merges[name]
+            own = adapters | {"merged": merged}
+            built[job] = searched(Case(plan, one, job, own, probe, _no_other))
     return plan.build(), built
+
+
+def _merge(
+    plan: PlanBuilder,
+    config: RunConfig,
+    adapters: Mapping[str, Input],
+    name: str,
+    variant: RunConfig,
+) -> tuple[str, str | None]:
+    """Return the merge that a variant starts from, and the probe of its weights."""
+    names = SHARED_MERGE
+    if variant.merge != config.merge:
+        config = config.model_copy(update={"merge": variant.merge})
+        names = (f"adapters/{name}", f"adapters/{name}-weights")
+    return add_merge(plan, config, adapters, *names)
 
 
 def _no_other(method: str) -> Built:
@@ -223,13 +271,13 @@ def _no_other(method: str) -> Built:
 
 
 def _summary(
-    chosen: Mapping[str, RunConfig],
+    names: Sequence[str],
     left_out: Mapping[str, str],
     seeds: Sequence[int],
     outcomes: Mapping[str, MethodOutcome],
 ) -> dict[str, Any]:
     variants: dict[str, Any] = {}
-    for name in chosen:
+    for name in names:
         runs: dict[int, Mapping[str, Any]] = {}
         for seed in seeds:
             outcome = outcomes.get(f"{name}-s{seed}")

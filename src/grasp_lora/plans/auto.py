@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from grasp_lora.base.choice import lowest
-from grasp_lora.base.files import RESULT, read_json
+from grasp_lora.base.files import RESULT, SMALL, read_json
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
@@ -42,6 +42,7 @@ from grasp_lora.plans.auto_plan import (
     slug_of,
 )
 from grasp_lora.plans.executor import Options, state_of, work_off
+from grasp_lora.plans.parts import small_stage
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import System
 from grasp_lora.plans.session import Session
@@ -326,14 +327,18 @@ class _Choosing:
             FinalDiffers: it does, and may not be replaced.
         """
         probed = self.build.probed(decision.finalists[0], self.trials)
-        stage = self.build.final_stage(decision.finalists, probed)
-        found = decided_by_main(lambda: state_of(stage, self.out, self.session))
-        if found.state == "differs" and not self.options.overwrite:
-            raise FinalDiffers(
-                f"{shown_path(self.out / RESULT)} would be another result: "
-                f"{'; '.join(found.why)}. It is kept as it is; pass --overwrite to replace it, no "
-                "finished trial is done again"
-            )
+        final = self.build.final_stage(decision.finalists, probed)
+        places = {RESULT: final}
+        if self.config.budget_mb is not None and final.kind == "merge":
+            places[SMALL] = small_stage(self.config, final.name)
+        for name, stage in places.items():
+            found = decided_by_main(lambda one=stage: state_of(one, self.out, self.session))
+            if found.state == "differs" and not self.options.overwrite:
+                raise FinalDiffers(
+                    f"{shown_path(self.out / name)} would be another result: "
+                    f"{'; '.join(found.why)}. It is kept as it is; pass --overwrite to replace it, "
+                    "no finished trial is done again"
+                )
 
     def retrained(self, decision: Decision) -> Decision:
         """Train the finalists on all labels; leave out those that diverge.

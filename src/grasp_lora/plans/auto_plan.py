@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from grasp_lora.base.files import RESULT, RESULT_STAGE
+from grasp_lora.base.files import RESULT, RESULT_STAGE, SMALL
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.recipes.chooser import (
     PATIENCE,
@@ -17,7 +17,7 @@ from grasp_lora.core.recipes.chooser import (
 )
 from grasp_lora.core.recipes.recipe import SHOTS, Recipe
 from grasp_lora.core.recipes.recipe import STARTS as ALL_STARTS
-from grasp_lora.plans.parts import add_adapters
+from grasp_lora.plans.parts import add_adapters, small_stage, small_words
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.recipes import Case, changed_settings, new_adapter, settings_of, start_of
 from grasp_lora.plans.run_plan import System
@@ -211,7 +211,7 @@ class AutoPlan:
         return Stage(RESULT_STAGE, "merge", self.config, inputs, options)
 
     def final(self, finalists: Sequence[Finalist], probed: Input | None) -> str:
-        """Add the result, its scoring, and the judging of the prune ratios.
+        """Add the result, in fewer bytes too if asked, its scoring, and the judging of ratios.
 
         Args:
             finalists: what the result is made of.
@@ -222,8 +222,12 @@ class AutoPlan:
         if probed is not None:
             inputs, options = {"adapter": probed}, {"choice": "ratio"}
             self.plan.add(Stage(RATIO_PROBE, "probe", self.config, inputs, options))
+        bare = first.start == "backbone"
+        if self.config.budget_mb is not None and not bare:
+            small = self.plan.add(small_stage(self.config, final))
+            if self.tests:
+                self._score(System(small_words(self.config), SMALL, small), {})
         if self.tests:
-            bare = first.start == "backbone"
             # A prompt that was scored as a simple system is scored again, in its own place.
             options = {"shots": first.shots or None, "shipped": bare}
             self._score(System(RESULT, RESULT, None if bare else final), options)

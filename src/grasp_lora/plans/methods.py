@@ -12,7 +12,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core import ControllerConfig
 from grasp_lora.core.pruning.n_of_m import N_OF_M
 from grasp_lora.core.recipes.recipe import SHOTS, STARTS, Recipe
-from grasp_lora.plans.parts import add_adapters, add_merge
+from grasp_lora.plans.parts import add_adapters, add_merge, small_stage
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.recipes import (
     Build,
@@ -21,6 +21,7 @@ from grasp_lora.plans.recipes import (
     Times,
     by,
     changed_settings,
+    made_by,
     settings_of,
     start_of,
     with_split_seed,
@@ -129,6 +130,20 @@ def _on_all_labels(case: Case) -> Built:
     paid = (*(str(one) for one in folds.values()), final)
     # The adapter was trained on all labelled examples, so their losses would mean nothing.
     return case.scored(Built(case.job, final=final, paid=paid, unseen=False))
+
+
+def _in_fewer_bytes(recipe: Recipe) -> Build:
+    """Return a build that fits the adapter of a recipe into `budget_mb` megabytes."""
+
+    def build(case: Case) -> Built:
+        if case.config.budget_mb is None:
+            return Built(case.job, refusal="no size is given; set budget_mb, like budget_mb: 0.5")
+        whole = made_by(case, recipe)
+        assert whole.final is not None, "a recipe that trains gives an adapter"
+        small = case.plan.add(small_stage(case.config, whole.final, f"{case.job}/small"))
+        return case.scored(replace(whole, final=small, paid=(*whole.paid, small)))
+
+    return build
 
 
 @dataclass(frozen=True)
@@ -241,6 +256,10 @@ METHODS: Mapping[str, Method] = {
         Recipe("average"),
         seeds="all",
         role="baseline",
+    ),
+    "average-finetuned-small": Method(
+        "average of the deltas, fine-tuned unpruned, in budget_mb megabytes",
+        _in_fewer_bytes(Recipe("average")),
     ),
     "average-finetuned-3x": row(
         "average of the deltas, fine-tuned unpruned with three times the learning rate",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from fractions import Fraction
 
-from grasp_lora.base.files import RESULT_STAGE
+from grasp_lora.base.files import RESULT_STAGE, SMALL
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.plans.plan import PlanBuilder
@@ -91,6 +91,24 @@ def add_final(
     if start != merged:
         inputs["cut_from"] = start
     return plan.add(Stage(name, "prune", config, inputs, options, title))
+
+
+def small_stage(config: RunConfig, final: Input, name: str = SMALL) -> Stage:
+    """Return the stage that fits a result into `config.budget_mb` megabytes.
+
+    Args:
+        config: the settings.
+        final: the result.
+        name: of the stage.
+    """
+    assert config.budget_mb is not None, "a size is given"
+    title = f"fit into {config.budget_mb:g} MB"
+    return Stage(name, "shrink", config, {"adapter": final}, {"budget_mb": config.budget_mb}, title)
+
+
+def small_words(config: RunConfig) -> str:
+    """Return the name of that result in tables."""
+    return f"the same in {config.budget_mb:g} MB"
 
 
 def add_unpruned(

@@ -18,6 +18,7 @@ from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.evidence.crossfit import gain_of_best
 from grasp_lora.core.evidence.groups import Gain, mean_gain
 from grasp_lora.core.evidence.known import LEAST_GROUPS, known_rows
+from grasp_lora.core.merge_kinds import UNWEIGHTED
 from grasp_lora.workbench.asked import compare_prompts
 from grasp_lora.workbench.beside import beside_target
 from grasp_lora.workbench.context import Context, open_context
@@ -62,8 +63,9 @@ def precheck(
         on (None if nothing shows any), and `prompts`, what each adapter makes of other prompts.
 
     Raises:
-        ValueError: the configuration does not name both adapters, an adapter does not fit the
-            backbone, there are fewer than 4 examples, or no variant has a finite loss.
+        ValueError: the configuration does not name both adapters, `merge.kind` has no weights, an
+            adapter does not fit the backbone, there are fewer than 4 examples, or no variant has a
+            finite loss.
         OSError: `out` cannot be written; raised before any work.
     """
     join(config)
@@ -77,6 +79,11 @@ def precheck(
         raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
     if out is not None:
         decided_by_main(lambda: touch(out / PRECHECK_FILE))
+    if config.merge.kind in UNWEIGHTED:
+        raise ValueError(
+            f"a precheck compares weights of the merge, but merge.kind {config.merge.kind!r} has "
+            "none; give another kind: --set merge.kind=cat"
+        )
     adapters = [read_adapter(folder).adapter for folder in (source, target)]
     usual = configured_weights(config.merge.weights, adapters)
     context = context or open_context(config)

@@ -221,7 +221,7 @@ def _mean_of(case: Case, recipes: tuple[Recipe, ...], name: str) -> tuple[str, t
     for number, recipe in enumerate(recipes):
         config = case.config
         for key, value in settings_of(recipe).items():
-            config = _changed(config, key, value)
+            config = changed(config, key, value)
         part = replace(case, config=config, job=f"{case.job}/of-{number}")
         built = made_by(part, recipe)
         assert built.final is not None, "the bare backbone has no mean"
@@ -314,20 +314,20 @@ def changed_settings(config: RunConfig, changes: Mapping[str, Any], examples: in
         "merge.when": "before",
     }
     for key, value in (plain | dict(changes)).items():
-        config = _changed(config, key, value)
+        config = changed(config, key, value)
     return config
 
 
-def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
-    """Return settings with one value changed; `key` is dotted."""
+def changed(config: RunConfig, key: str, value: Any) -> RunConfig:
+    """Return settings with one value changed; `key` is dotted, `Times` multiplies the value."""
 
-    def changed(settings: Any, path: list[str]) -> Any:
+    def within(settings: Any, path: list[str]) -> Any:
         name, *below = path
         old = getattr(settings, name)
         if below:
-            new = changed(old, below)
+            new = within(old, below)
         else:
             new = value.of(old) if isinstance(value, Times) else value
         return settings.model_copy(update={name: new})
 
-    return changed(config, key.split("."))
+    return within(config, key.split("."))

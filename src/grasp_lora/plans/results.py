@@ -116,7 +116,7 @@ def _result(
         "best": about.get("best"),
         "dev": [(one["step"], one["loss"]) for one in about.get("evaluations", [])],
         "zeros": about.get("zeros", {}).get("exported"),
-        "bytes": 0 if adapter is None else sum(f.stat().st_size for f in weights_files(adapter)),
+        "bytes": 0 if adapter is None else about.get("bytes") or _bytes_of(adapter),
         "ratio": ratio,
         "price": price_of([(plan.stages[name], facts[name]) for name in built.paid], sizes),
     }
@@ -128,6 +128,10 @@ def _result(
     if built.probe is not None:
         found["weights"] = read_json(place / built.probe / "weights.json")["weights"]
     return found
+
+
+def _bytes_of(adapter: Path) -> int:
+    return sum(file.stat().st_size for file in weights_files(adapter))
 
 
 def _place_of(adapter: Path, place: Path) -> str:

@@ -12,8 +12,10 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.clock import time_summary
 from grasp_lora.base.files import (
     DATA_FILE,
+    PROMPT_FILE,
     RESULT,
     RESULT_STAGE,
+    SMALL,
     STAGE_FILE,
     check_disk,
     check_run,
@@ -78,6 +80,7 @@ from grasp_lora.workbench.processes import (
 )
 from grasp_lora.workbench.reporter import Reporter
 from grasp_lora.workbench.rows import Given, load_run_data
+from grasp_lora.workbench.sizes import check_least, drawn_for_sizes
 from grasp_lora.workbench.times import carry_times, keep_times, open_clock, write_profile
 
 Standing = Literal["open", "again", "finished"]
@@ -257,7 +260,11 @@ def _check_folder(current: _Run, overwrite: bool) -> Standing:
     if chooses and (not finished or _chooses_anew(current)):
         return "open"
     # Later stages of a choice are not planned yet, and of the planned ones some may not work here.
-    needed = [*current.plan.stages] if not chooses else [*_trained_adapters(current), RESULT_STAGE]
+    needed = [*current.plan.stages]
+    if chooses:
+        needed = [*_trained_adapters(current), RESULT_STAGE]
+        adapts = not (current.out / RESULT / PROMPT_FILE).exists()
+        needed += [SMALL] if current.config.budget_mb is not None and adapts else []
     done = all((current.out / name / STAGE_FILE).exists() for name in needed)
     done = done and (current.out / RESULT).is_dir()
     if finished and done and not overwrite:
@@ -272,7 +279,7 @@ def _replaced(current: _Run, overwrite: bool) -> list[Path]:
         return places
     # A choice that went another way replaces the result; files are written anew at every end.
     chooses = current.config.recipe == "auto"
-    result = (RESULT, *((RESULT_STAGE, "retrained") if chooses else ()))
+    result = (RESULT, *((RESULT_STAGE, SMALL, "retrained") if chooses else ()))
     return [one for one in places if one.name in result or one.is_file()]
 
 
@@ -303,16 +310,21 @@ def _check_before_work(current: _Run) -> None:
     }
     loaded = check_given(context, list(given.values()))
     entries = sum(f.A.numel() + f.B.numel() for one in loaded for f in one.adapter.values())
+    adapters = [one.adapter for one in loaded]
     fresh = sum(folder is None for folder in config.adapters.folders().values())
     if fresh:
         own = fresh_adapter(context)
         entries += fresh * sum(f.A.numel() + f.B.numel() for f in own.values())
+        adapters.append(own)
     for role, parts in context.data.parts.items():
         for split in parts:
             context.encoded(role, split)
     check_disk(config.output, checkpoint_bytes(entries))
     if config.finetune.rows == "labelled" and not context.examples("target", "dev"):
         raise ValueError(NO_DEV_EXAMPLES)
+    if config.budget_mb is not None:
+        drawn_for_sizes(context)
+        check_least(config.budget_mb, adapters)
     if not context.data.test_sets():
         context.reporter.say("no test rows (data.target.rows.test): nothing will be scored")
     planned = ""

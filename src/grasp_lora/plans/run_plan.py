@@ -7,7 +7,7 @@ source adapter is fine-tuned first and merged afterwards (a post-hoc merge).
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from grasp_lora.base.files import RESULT
+from grasp_lora.base.files import RESULT, SMALL
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.plans.parts import (
     add_adapters,
@@ -16,6 +16,8 @@ from grasp_lora.plans.parts import (
     add_search,
     add_unpruned,
     as_long_alone,
+    small_stage,
+    small_words,
 )
 from grasp_lora.plans.plan import Plan, PlanBuilder
 from grasp_lora.stages.stage import Input, Stage
@@ -83,9 +85,12 @@ def run_plan(config: RunConfig, data: RunData) -> RunPlan:
         inputs |= {} if probe is None else {"weights": probe}
         retrained = plan.add(Stage("merged-labelled", "merge", config, inputs))
     final = add_final(plan, config, merged, search, retrained=retrained)
+    small = None if config.budget_mb is None else plan.add(small_stage(config, final))
     systems: list[System] = []
     if scored and config.evaluate.baselines:
         systems = _baselines(plan, config, adapters, merged, examples)
+    if scored and small is not None:
+        systems.append(System(small_words(config), SMALL, small))
     if scored:
         systems.append(System(RESULT, RESULT, final))
     for system in systems:

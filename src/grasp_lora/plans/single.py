@@ -12,7 +12,6 @@ from grasp_lora.adapters.folder import read_adapter
 from grasp_lora.base.owner import owned_place
 from grasp_lora.base.words import shown_path
 from grasp_lora.config.run_config import ConfigError, RunConfig
-from grasp_lora.core.lora import merge
 from grasp_lora.plans.executor import Options, given_to, work_off
 from grasp_lora.plans.plan import PlanBuilder
 from grasp_lora.plans.run import NO_DEV_EXAMPLES
@@ -22,7 +21,7 @@ from grasp_lora.stages.evaluate import NO_TEST_EXAMPLES
 from grasp_lora.stages.stage import Input, Stage
 from grasp_lora.training.trainer import tracker_faults
 from grasp_lora.workbench.context import Context
-from grasp_lora.workbench.given import say_other_bases
+from grasp_lora.workbench.given import check_kind, say_other_bases
 from grasp_lora.workbench.merge_probes import configured_weights
 from grasp_lora.workbench.merged_folder import epochs_trained, say_unnamed
 from grasp_lora.workbench.objective import objective_faults
@@ -80,9 +79,12 @@ def merge_adapters(
             backbone, or the adapters cannot be merged exactly; the message names the reason.
     """
     adapters = [read_adapter(folder).adapter for folder in folders]
+    kind, faults = config.merge.kind, config.merge.faults(weights)
+    if faults:
+        raise ValueError("; ".join(faults))
     given = configured_weights(config.merge.weights, adapters) if weights is None else weights
-    # What the factors alone tell is told before the backbone is loaded; an svd begins as a cat.
-    merge("linear" if config.merge.kind == "linear" else "cat", adapters, given)
+    # What the factors alone tell is told before the backbone is loaded.
+    check_kind(kind, adapters, given)
     roles = ("source", "target", *(f"adapter {n}" for n in range(2, len(folders))))
     inputs: dict[str, Input] = dict(zip(roles, folders, strict=False))
     options = {} if weights is None else {"weights": list(weights)}

@@ -15,7 +15,14 @@ from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.base.files import read_json
 from grasp_lora.base.words import without_home
 from grasp_lora.core.lora import Adapter, merge
-from grasp_lora.stages.other_merges import RULES, Merged, NotApplicable, lorahub_cost
+from grasp_lora.core.merge_kinds import UNWEIGHTED
+from grasp_lora.stages.other_merges import (
+    RULES,
+    UNWEIGHTED_RULES,
+    Merged,
+    NotApplicable,
+    lorahub_cost,
+)
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.merge_probes import configured_weights
 from grasp_lora.workbench.merged_folder import write_merged
@@ -60,6 +67,8 @@ def _configured(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
             "weights to merge by"
         )
     section, adapters = work.config.merge, [one.adapter for one in loaded]
+    if section.kind in UNWEIGHTED:
+        return UNWEIGHTED_RULES[section.kind](work, loaded)
     try:
         weights = _weights(work, adapters)
         merged = merge(section.kind, adapters, list(weights), section.rank)

@@ -1,6 +1,6 @@
-"""Rules that are no setting of a run: the mean, a layer swap, TIES, PEFT's kinds, and LoRAHub.
+"""Merges beside those by weights: the mean, a layer swap, TIES, PEFT's kinds, and LoRAHub.
 
-The stage `merge` (`grasp_lora.stages.merge`) uses them. A rule that cannot merge the given adapters
+The stage `merge` (`grasp_lora.stages.merge`) uses them. One that cannot merge the given adapters
 raises `NotApplicable` with the reason.
 """
 
@@ -21,7 +21,7 @@ from grasp_lora.core.lora import (
     average_weights,
     merge,
 )
-from grasp_lora.core.ties import ties
+from grasp_lora.core.ties import DENSITY, ties
 from grasp_lora.models.example_losses import example_losses
 from grasp_lora.stages.stage import Cost, Sizes, Stage, Work
 
@@ -87,20 +87,19 @@ def by_layer_swap(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
 
 
 def by_ties_delta(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
-    """Merge the deltas by TIES at `options["density"]`.
+    """Merge the deltas by TIES.
 
     The fact `lost` is the relative error of the factors that stand for the merge.
 
     Raises:
         NotApplicable: the adapters cannot be merged.
     """
-    density = work.stage.options["density"]
     try:
-        merged, lost = ties([one.adapter for one in loaded], density)
+        merged, lost = ties([one.adapter for one in loaded])
     except ValueError as error:
         raise NotApplicable(str(error)) from None
     work.context.reporter.say(f"TIES: factors of this rank lose {lost:.0%} of the merged deltas")
-    return merged, {"kind": "ties-delta", "density": density, "lost": lost}
+    return merged, {"kind": "ties-delta", "density": DENSITY, "lost": lost}
 
 
 def by_lorahub(work: Work, loaded: Sequence[LoadedAdapter]) -> Merged:
@@ -191,11 +190,9 @@ def lorahub_cost(_stage: Stage, sizes: Sizes) -> Cost:
     return sizes.reading(BUDGET, ("target", "train"))
 
 
-RULES: Mapping[str, Callable[[Work, Sequence[LoadedAdapter]], Merged]] = {
-    "mean": by_mean,
-    "layer-swap": by_layer_swap,
-    "ties-delta": by_ties_delta,
-    "peft": by_peft,
-    "lorahub": by_lorahub,
-}
+Rule = Callable[[Work, Sequence[LoadedAdapter]], Merged]
+
+UNWEIGHTED_RULES: Mapping[str, Rule] = {"layer-swap": by_layer_swap, "ties-delta": by_ties_delta}
+"""Setting `merge.kind` -> the function that merges, of the kinds that have no weights."""
+RULES: Mapping[str, Rule] = {"mean": by_mean, "peft": by_peft, "lorahub": by_lorahub}
 """Option `rule` of the stage `merge` -> the function that merges."""

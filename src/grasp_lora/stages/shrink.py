@@ -19,6 +19,7 @@ from grasp_lora.base.files import follow_umask, write_json
 from grasp_lora.core.budget import MOST_PROBES, OPTIONS, WHOLE, added
 from grasp_lora.core.evidence.groups import Gain
 from grasp_lora.core.packing import GROUP
+from grasp_lora.stages.other_merges import NotApplicable
 from grasp_lora.stages.stage import Cost, Kind, Sizes, Split, Stage, Work
 from grasp_lora.workbench.merged_folder import save_plain
 from grasp_lora.workbench.processes import is_main
@@ -44,13 +45,17 @@ def run(work: Work) -> Mapping[str, Any]:
     """Choose, measure and write.
 
     Raises:
-        ValueError: the adapter does not fit the backbone, the budget is too small, there are fewer
-            than 4 examples, or nothing that fits has a finite loss.
+        NotApplicable: the budget is too small.
+        ValueError: the adapter does not fit the backbone, there are fewer than 4 examples, or
+            nothing that fits has a finite loss.
     """
     began = time.perf_counter()
     context, folder = work.context, work.inputs["adapter"]
     megabytes = work.stage.options["budget_mb"]
-    budget = check_budget(megabytes, read_adapter(folder, context.backbone.model).adapter)
+    try:
+        budget = check_budget(megabytes, read_adapter(folder, context.backbone.model).adapter)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
     drawn = drawn_for_sizes(context)
     with resizable(context, folder) as sizes, context.clock.span("probe"):
         (as_it_is,) = sizes.losses([None], drawn)

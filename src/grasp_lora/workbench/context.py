@@ -12,6 +12,7 @@ from grasp_lora.base.words import shown
 from grasp_lora.config.run_config import RunConfig, section_of
 from grasp_lora.config.sections import TrainingName
 from grasp_lora.core.lora import MergedModule
+from grasp_lora.core.merge_kinds import SUMMED_RANKS
 from grasp_lora.core.pruning.importance import NEEDS_GRADIENTS, READS_ROWS, is_blank
 from grasp_lora.core.pruning.second_order import Curvature
 from grasp_lora.models.backbones import (
@@ -487,7 +488,7 @@ _WITHOUT = {
 
 def planned_memory(config: RunConfig) -> MemoryPlan:
     """Return the memory planned for the training stage that needs most; no weights are loaded."""
-    rank = config.lora.r * (2 if config.merge.kind == "cat" else 1)
+    rank = config.lora.r * (2 if config.merge.kind in SUMMED_RANKS else 1)
     return plan_memory(
         model_spec(config),
         rank=rank,

@@ -8,7 +8,9 @@ import torch
 from grasp_lora.adapters.folder import LoadedAdapter, check_fits, read_adapter
 from grasp_lora.adapters.opening import lines_about_all, model_with_adapter
 from grasp_lora.config.run_config import RunConfig
+from grasp_lora.core.layer_swap import layer_swap
 from grasp_lora.core.lora import Adapter, LoraFactors, merge
+from grasp_lora.core.merge_kinds import Kind
 from grasp_lora.core.pruning.profile import slopes_of
 from grasp_lora.models.backbones import resolve_targets
 from grasp_lora.models.modules import linear_shape
@@ -77,8 +79,7 @@ def check_merge(context: Context, given: Mapping[str, Adapter]) -> None:
     fresh = fresh_adapter(context)
     adapters = [given.get(role, fresh) for role in ("source", "target")]
     weights = configured_weights(config.merge.weights, adapters)
-    if config.merge.kind == "linear":
-        merge(config.merge.kind, adapters, weights)
+    check_kind(config.merge.kind, adapters, weights)
     if learns_weights(config):
         pool = POOLS[config.controller.probe_rows]
         check_pool(sum(len(context.encoded("target", split)) for split in pool))
@@ -89,6 +90,30 @@ def check_merge(context: Context, given: Mapping[str, Adapter]) -> None:
         for name in one
     ]
     _check_groups(config, blocks)
+
+
+def check_kind(kind: Kind, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    """Check that adapters can be merged by a kind, by what their factors tell.
+
+    Args:
+        kind: a kind of merge.
+        adapters: what is merged, the source adapter first.
+        weights: a weight for each adapter; not read by kinds without weights.
+
+    Raises:
+        ValueError: they cannot be merged in this way; the message names the reason.
+    """
+    if kind == "layer-swap":
+        if len(adapters) != 2:
+            raise ValueError(
+                f"merge.kind: a layer-swap is of two adapters, source and target, got "
+                f"{len(adapters)}; name two, or take another kind"
+            )
+        layer_swap(*adapters)
+    elif kind == "ties-delta":
+        merge("cat", adapters, [1.0] * len(adapters))
+    else:
+        merge("linear" if kind == "linear" else "cat", adapters, weights)  # an svd begins as a cat
 
 
 def _check_groups(config: RunConfig, blocks: Sequence[Block]) -> None:

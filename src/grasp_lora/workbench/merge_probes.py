@@ -19,6 +19,7 @@ from grasp_lora.base.choice import lowest
 from grasp_lora.config.run_config import RunConfig
 from grasp_lora.core.controller.rounds import draw_examples
 from grasp_lora.core.lora import Adapter, MergedModule, average_weights, merge, unscaled_weights
+from grasp_lora.core.merge_kinds import UNWEIGHTED
 from grasp_lora.core.pruning.importance import IMPORTANCE
 from grasp_lora.models.example_losses import State, example_losses, losses_in_states
 from grasp_lora.tasks.encoding import EncodedExample
@@ -138,6 +139,7 @@ def measure(
         check_fits(adapter, context.backbone.model, str(folder))
     examples, batches = _drawn(context, rows, splits)
     kind, rank = config.merge.kind, config.merge.rank
+    assert kind not in UNWEIGHTED, f"a merge of kind {kind} has no weights to compare"
     usual = configured_weights(config.merge.weights, [one.adapter for one in loaded])
     losses: dict[str, list[float]] = {}
     with context.reporter.bar("untrained merges", len(variants)) as done:

@@ -7,7 +7,7 @@ measured alone, with all else as it is, on the same examples. See `core.budget` 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,44 @@ def check_budget(megabytes: float, adapter: Adapter) -> int:
         ValueError: it is not above 0 or not finite, or below the fewest bytes that leave a group.
     """
     if not 0 < megabytes < math.inf:
-        raise ValueError(f"--budget-mb {megabytes:g} is no size; give megabytes above 0, like 0.5")
+        raise ValueError(
+            f"a budget of {megabytes:g} MB is no size; give megabytes above 0, like 0.5"
+        )
     shapes = shapes_of(adapter)
     parts = groups_of(list(shapes))
     least = least_bytes({name: [shapes[one] for one in own] for name, own in parts.items()})
-    # A fraction like 0.29 is a little less than it says.
-    budget = math.floor(round(megabytes * MEGABYTE, 3))
+    budget = _in_bytes(megabytes)
     if budget < least:
         raise ValueError(
-            f"--budget-mb {megabytes:g} holds nothing of this adapter: the least is "
+            f"a budget of {megabytes:g} MB holds nothing of this adapter: the least is "
             f"{least / MEGABYTE:.6f} MB, one of its {len(parts)} groups of modules at a quarter of "
             "its rank in int4; give more, or use the bare model"
         )
     return budget
+
+
+def check_least(megabytes: float, adapters: Sequence[Adapter]) -> None:
+    """Check a budget before there is the adapter that is to fit it.
+
+    Args:
+        megabytes: the budget, in units of 10^6 bytes, above 0.
+        adapters: what the adapter is made of; only the sizes of their modules are read.
+
+    Raises:
+        ValueError: it is below the bytes of the smallest module at rank 1.
+    """
+    shapes = [one for adapter in adapters for one in shapes_of(adapter).values()]
+    least = min(Option(1, "int4").size([replace(one, rank=1)]) for one in shapes)
+    if _in_bytes(megabytes) < least:
+        raise ValueError(
+            f"budget_mb: {megabytes:g} MB holds nothing of an adapter of this model: its smallest "
+            f"module takes {least / MEGABYTE:.6f} MB at rank 1 in int4; give more"
+        )
+
+
+def _in_bytes(megabytes: float) -> int:
+    # A fraction like 0.29 is a little less than it says.
+    return math.floor(round(megabytes * MEGABYTE, 3))
 
 
 @dataclass(frozen=True)

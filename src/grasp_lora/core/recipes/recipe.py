@@ -35,7 +35,6 @@ def _merged(says: str, **merge: Any) -> Start:
 _LINEAR = "linear merge with weights 1 + 1 and the scaling alpha/r"
 _UNSCALED = "linear merge as the published code computes it, without alpha/r (weights 1/scaling)"
 _PEFT_DENSITY = 0.5
-_TIES_DENSITY = 0.2
 
 STARTS: Mapping[str, Start] = MappingProxyType(
     {
@@ -56,11 +55,11 @@ STARTS: Mapping[str, Start] = MappingProxyType(
         "learned-weights": _merged("merge weights learned by probes", kind="cat", weights="auto"),
         "svd": _merged("low-rank average of the deltas", kind="svd", weights=None),
         "layer-swap": _merged(
-            "target adapter in the outer layers, source adapter in the middle", rule="layer-swap"
+            "target adapter in the outer layers, source adapter in the middle",
+            kind="layer-swap",
+            weights=None,
         ),
-        "ties-delta": _merged(
-            "TIES on the deltas, as published", rule="ties-delta", density=_TIES_DENSITY
-        ),
+        "ties-delta": _merged("TIES on the deltas, as published", kind="ties-delta", weights=None),
         "lorahub": _merged("LoRAHub: weights by nevergrad", rule="lorahub"),
         **{
             kind.replace("_", "-"): _merged(
