@@ -417,6 +417,30 @@ def test_another_rank_is_another_result(place, tmp_path, monkeypatch, first, the
     assert weights(out) == weights(fresh)
 
 
+def test_the_result_comes_in_fewer_bytes_too_if_asked(place, tmp_path, monkeypatch, capsys):
+    decides(monkeypatch, SOURCE)
+    settings = partial(config_of, place, tmp_path / "run")
+    out = run(settings(budget_mb=0.0006), quiet=True)
+    before, small = weights(out), (out / "small" / "quantized.safetensors").read_bytes()
+    about = read_json(out / "small" / "shrink.json")
+    assert about["bytes"] <= 600 < about["bf16"]["bytes"]
+    slugs = [one["slug"] for one in read_json(out / "scores.json")["systems"]]
+    assert slugs == ["small", "final"]
+    with pytest.raises(ValueError, match="run/small' would be another result: budget_mb was"):
+        run(settings(budget_mb=0.0004), quiet=True)
+    assert (out / "small" / "quantized.safetensors").read_bytes() == small
+    run(settings(budget_mb=0.0004), overwrite=True, quiet=True)
+    assert read_json(out / "small" / "shrink.json")["bytes"] <= 400
+    shutil.rmtree(out / "small")
+    run(settings(budget_mb=0.0004), quiet=True)
+    assert read_json(out / "small" / "shrink.json")["bytes"] <= 400, "it is made again"
+    run(settings(budget=6))
+    assert "is not asked for any more" in " ".join(capsys.readouterr().err.split())
+    assert (out / "small.old" / "quantized.safetensors").is_file()
+    assert not (out / "small").exists()
+    assert weights(out) == before
+
+
 def test_overwriting_with_nothing_changed_does_everything_again(place, tmp_path, trainings):
     out = run(config_of(place, tmp_path / "run"), quiet=True)
     first, before = [*trainings], weights(out)
@@ -637,8 +661,13 @@ def test_adapters_that_cannot_be_merged_leave_the_other_ways(place, tmp_path, mo
 
 def test_the_bare_backbone_can_be_shipped(place, tmp_path, monkeypatch):
     decides(monkeypatch, Finalist(Recipe("backbone", None), 0, (1.0, 1.0)))
-    out = run(config_of(place, tmp_path / "run"), quiet=True)
+    config = config_of(place, tmp_path / "run", budget_mb=0.0006)
+    out = run(config, quiet=True)
     assert read_json(out / "final" / "prompt.json")["prompt"] == ""
+    assert not (out / "small").exists(), "there is no adapter to make smaller"
+    times = (out / "done.json").stat().st_mtime_ns
+    run(config, quiet=True)
+    assert (out / "done.json").stat().st_mtime_ns == times
     ratio = read_json(out / "ratio.json")
     assert (ratio["ratio"], ratio["verdict"]) == (0.0, "not-probed")
     assert read_json(out / "recipe.json")["ships"] == "zero-shot"

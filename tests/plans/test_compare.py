@@ -140,6 +140,24 @@ def test_the_methods_relatives_are_rows_too(tmp_path):
         assert torch.allclose(one.delta(), given[role][name].delta(), atol=1e-6), name
 
 
+def test_an_adapter_in_fewer_bytes_is_a_row_where_a_size_is_given(settings, tmp_path):
+    rows = ("average-finetuned", "average-finetuned-small")
+    found = compare_methods(load_config(settings), tmp_path / "none", rows, (1,), quiet=True)
+    assert found["not_applicable"] == {
+        "average-finetuned-small": "no size is given; set budget_mb, like budget_mb: 0.5"
+    }
+    config = load_config(settings, ["budget_mb=0.002"])
+    found = compare_methods(config, tmp_path / "some", rows, (1,), quiet=True)
+    (whole,), (small,) = (of(found, name) for name in rows)
+    assert 0 < small["adapter_bytes"] <= 2000 < whole["adapter_bytes"]
+    assert small["forwards"] > whole["forwards"]
+    assert small["runs"] == whole["runs"]
+    assert small["dev_loss"] != whole["dev_loss"]
+    config = load_config(settings, ["budget_mb=0.00003"])
+    found = compare_methods(config, tmp_path / "least", rows, (1,), quiet=True)
+    assert "holds nothing of this adapter" in found["not_applicable"]["average-finetuned-small"]
+
+
 def test_a_layer_swap_of_two_layers_is_not_applicable(settings, tmp_path):
     found = compare_methods(load_config(settings), tmp_path, ("layer-swap",), (1,), quiet=True)
     assert "at least three layers, these change 2" in found["not_applicable"]["layer-swap"]

@@ -206,6 +206,35 @@ def test_a_run_can_start_from_a_layer_swap_and_masks_its_adapters_apart(tmp_path
     assert "merged, untrained" in [one["name"] for one in read_json(out / "scores.json")["systems"]]
 
 
+def test_a_run_fits_its_result_into_megabytes_and_scores_it(workplace):
+    config = settings(workplace, budget_mb=0.002)
+    out = run(config, quiet=True)
+    whole = load_file(out / "final" / "adapter_model.safetensors")
+    stored = load_file(out / "small" / "quantized.safetensors")
+    assert 0 < sum(one.nbytes for one in stored.values()) <= 2000
+    assert sum(2 * one.numel() for one in whole.values()) > 2000
+    system = next(s for s in read_json(out / "scores.json")["systems"] if s["slug"] == "small")
+    assert (system["name"], system["path"]) == ("the same in 0.002 MB", "small")
+    assert "the same in 0.002 MB" in (out / "report.md").read_text()
+    opened = context.open_context(config, quiet=True)
+    tests = opened.rows("target", ["test"])
+    with model_with_adapter(opened.backbone, out / "small") as model:
+        found = example_losses(model, tests.batches(range(len(tests.encoded))), len(tests.encoded))
+    rows = read_jsonl(out / "evaluations" / "small" / "predictions.jsonl")
+    assert [row["loss"] for row in rows] == pytest.approx(found, abs=1e-4)
+
+
+def test_megabytes_that_hold_nothing_are_refused_before_any_work(workplace):
+    with pytest.raises(ValueError, match="budget_mb: 1e-05 MB holds nothing of an adapter of this"):
+        run(settings(workplace, budget_mb=1e-5), quiet=True)
+    assert not (workplace / "run").exists()
+    few = {"language": "es", "rows": {"train": 8, "dev": 1, "micro_dev": 1, "test": 4}}
+    data = {"max_length": 640, "source": {"language": "en", "rows": {"train": 8}}, "target": few}
+    with pytest.raises(ValueError, match="measured on at least 4 micro-dev and dev examples"):
+        run(settings(workplace, budget_mb=1.0, data=data), quiet=True)
+    assert not (workplace / "run").exists()
+
+
 def test_pruning_whole_components_makes_a_smaller_adapter_that_says_the_same(workplace):
     config = settings(workplace, structure="rank", lora={"r": 4})
     opened = context.open_context(config, quiet=True)

@@ -199,7 +199,7 @@ def test_the_cost_planned_is_an_upper_bound(result, config, context):
 
 @pytest.mark.parametrize("megabytes", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_has_to_be_positive(place, config, megabytes):
-    with pytest.raises(ValueError, match=r"^--budget-mb \S+ is no size; give megabytes above 0"):
+    with pytest.raises(ValueError, match=r"^a budget of \S+ MB is no size; give megabytes above 0"):
         shrink_adapter(config, place / "adapter", megabytes, place / "never")
     assert not (place / "never").exists()
 

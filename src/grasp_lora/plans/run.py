@@ -25,6 +25,7 @@ from grasp_lora.base.files import (
     peak_memory_bytes,
     processes_of,
     provenance,
+    put_aside,
     put_back,
     read_config,
     read_json,
@@ -35,7 +36,7 @@ from grasp_lora.base.files import (
     written_in,
 )
 from grasp_lora.base.owner import owned
-from grasp_lora.base.words import without_home
+from grasp_lora.base.words import shown_path, without_home
 from grasp_lora.config.run_config import ConfigError, RunConfig, deciding
 from grasp_lora.plans.auto import (
     Chosen,
@@ -379,6 +380,11 @@ def _finish(current: _Run, result: RunPlan | Chosen, profile: bool) -> None:
     add_card(out)
     if profile:
         write_profile(out, times)
+    if SMALL not in result.plan.stages and (out / SMALL).is_dir():
+        kept = put_aside(out / SMALL, f"{SMALL}.old").name
+        context.reporter.say(
+            f"{shown_path(out / SMALL)} is not asked for any more (budget_mb); it is kept as {kept}"
+        )
     tidy_choice(out)
     mark_finished(out, result.plan.stages)
     say_unnamed(out / RESULT, context.reporter.say)
