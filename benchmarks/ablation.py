@@ -141,7 +141,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two seeds")
     parser.add_argument("--seeds", type=int, default=60, help="searches of each kind")
     parser.add_argument("--first-seed", type=int, default=30000, help="of those searches")
-    simulated = [name for name, one in CHANGES.items() if not one.masks]  # masks need a model
+    simulated = [name for name, one in CHANGES.items() if not one.settings]  # these need a model
     parser.add_argument("--only", nargs="+", choices=[*simulated, AT_CANDIDATE], metavar="VARIANT")
     return parser.parse_args(argv)
 
