@@ -56,6 +56,8 @@ OTHER_ADAPTERS = "other-adapters"
 """The collection of what begins from adapters of another seed."""
 RELATIVES = "relatives"
 """The collection of the method's relatives, beside what they are to be held against."""
+SIZE_MB = 0.25
+"""What the row in fewer bytes is fitted into, in megabytes."""
 REFERENCE_TASK = "reference-task"
 """The collection of what begins from a source adapter that a reference task has moved."""
 TABLES_BELOW = "<!-- below: python -m benchmarks.recorded tables -->"
@@ -80,6 +82,7 @@ _BESIDE_OF: Mapping[str, str | None] = MappingProxyType(
         **dict.fromkeys(("2-of-4", "4-of-8"), "grid-0.5"),
         **dict.fromkeys(("ranks-0.4", "ranks-taylor-0.4"), "grid-0.4"),
         **dict.fromkeys(("layer-swap-finetuned", "ties-delta-finetuned", "layer-swap"), UNPRUNED),
+        f"{UNPRUNED}-small": UNPRUNED,
         "grasp-restart": UNPRUNED,
         **dict.fromkeys(
             ("grasp-policy", "grasp-obs", "grasp-taylor", "grasp-taylor-smoothed", "grasp-2-of-4"),
@@ -203,6 +206,8 @@ def run(pair: str, options: argparse.Namespace, until: float) -> None:
     config = with_adapters(config, options.work, pair)
     if collection == REFERENCE_TASK:
         config = with_reference_task(config, options.work, pair)
+    if collection == RELATIVES:
+        config = config.model_copy(update={"budget_mb": SIZE_MB})
     while time.monotonic() <= until:
         known = records.jobs(table, collection)
         missing = [
