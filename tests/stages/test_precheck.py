@@ -138,6 +138,15 @@ def test_what_a_run_chooses_itself_is_not_advised_as_a_setting(given, monkeypatc
     assert ("recipe: auto chooses weights and ratio itself" in found["why"]) == says
 
 
+def test_a_merge_without_weights_is_refused_before_any_work(given, tmp_path):
+    config, _, _ = given
+    section = config.merge.model_copy(update={"kind": "layer-swap"})
+    config = config.model_copy(update={"merge": section})
+    with pytest.raises(ValueError, match="compares weights of the merge, but merge.kind 'layer-s"):
+        precheck(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_of_one_context_count_once():
     losses = losses_with(pruned=0.3)
     assert conclusion(losses, USUAL)["advice"] == "search"

@@ -75,15 +75,15 @@ def precheck(
             f"a precheck compares two trained adapters, got adapters.source={shown(source)} and "
             f"adapters.target={shown(target)}; set both (grasp-lora train makes one)"
         )
-    if rows < 4:
-        raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
-    if out is not None:
-        decided_by_main(lambda: touch(out / PRECHECK_FILE))
     if config.merge.kind in UNWEIGHTED:
         raise ValueError(
             f"a precheck compares weights of the merge, but merge.kind {config.merge.kind!r} has "
             "none; give another kind: --set merge.kind=cat"
         )
+    if rows < 4:
+        raise ValueError(f"a precheck needs at least 4 examples, got {rows}; raise --rows")
+    if out is not None:
+        decided_by_main(lambda: touch(out / PRECHECK_FILE))
     adapters = [read_adapter(folder).adapter for folder in (source, target)]
     usual = configured_weights(config.merge.weights, adapters)
     context = context or open_context(config)
