@@ -64,7 +64,8 @@ def record_of(out: Path, job: str) -> dict[str, Any]:
         job: the name of its cell: language, configuration and seed.
     """
     config = RunConfig.model_validate(read_config(out))
-    scored = recipes.systems_of(out)
+    told = recipes.of_choice(out)
+    scored = recipes.systems_of(out, told["recipe"])
     rows = {name: recipes.losses_of(place) for name, place in scored.items()}
     labels = read_json(out / "data.json")["target"]["splits"]
     value, unit = fertility(config)
@@ -86,7 +87,7 @@ def record_of(out: Path, job: str) -> dict[str, Any]:
         "groups": rows[SHIPPED]["groups"],
         "fertility": value,
         "unit": unit,
-    } | recipes.of_choice(out)
+    } | told
 
 
 def texts_of(place: Path) -> Iterable[str]:
@@ -183,10 +184,10 @@ def _scores(record: Mapping[str, Any]) -> list[str]:
 
 
 def _all(found: Sequence[Mapping[str, Any]]) -> str:
-    gains = [gained for gained in map(gain, found) if gained is not None]
+    told = [(one["recipe"]["gain"], gain(one)) for one in found]
+    gains = [gained for _, gained in told if gained is not None]
     mean = f"{fmean(one['difference'] or 0.0 for one in gains):+.3f}" if gains else _NONE
     above = sum((one["low"] or 0.0) > 0 for one in gains)
-    told = [(one["recipe"]["gain"], gain(one)) for one in found]
     known = [(a["interval"], b["difference"]) for a, b in told if a is not None and b is not None]
     held = sum(low <= value <= high for (low, high), value in known)
     width = f"{fmean(high - low for (low, high), _ in known):.2f}" if known else _NONE

@@ -116,7 +116,8 @@ def _chosen(config: RunConfig, seed: int, out: Path) -> Path:
 
 def keep_auto(out: Path, seed: int, table: Path, collection: str, more: Mapping[str, Any]) -> None:
     """Add the run folder of a run that chose to a table."""
-    told, paths = of_choice(out), systems_of(out)
+    told = of_choice(out)
+    paths = systems_of(out, told["recipe"])
     simple, price = (told["recipe"]["simple"] or {}).get("name"), told["recipe"]["price"]
     record = told | {
         "scores": {"test": values_of(paths[SHIPPED])},
@@ -139,10 +140,14 @@ def of_choice(out: Path) -> dict[str, Any]:
     }
 
 
-def systems_of(out: Path) -> dict[str, Path]:
-    """Return the evaluations of a run that chose: of systems without training and `SHIPPED`."""
-    simple = read_json(out / "recipe.json")["simple_systems"]
-    places = {one["name"]: out / one["path"] for one in simple}
+def systems_of(out: Path, choice: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the evaluations of a run that chose: of systems without training and `SHIPPED`.
+
+    Args:
+        out: the run folder.
+        choice: the content of its `recipe.json`.
+    """
+    places = {one["name"]: out / one["path"] for one in choice["simple_systems"]}
     places[SHIPPED] = out / "evaluations" / "final"
     return {name: place for name, place in places.items() if (place / "scores.json").exists()}
 

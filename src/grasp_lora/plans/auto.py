@@ -42,7 +42,6 @@ from grasp_lora.plans.auto_plan import (
     slug_of,
 )
 from grasp_lora.plans.executor import Options, state_of, work_off
-from grasp_lora.plans.parts import small_stage
 from grasp_lora.plans.plan import Plan
 from grasp_lora.plans.run_plan import System
 from grasp_lora.plans.session import Session
@@ -328,10 +327,10 @@ class _Choosing:
         """
         probed = self.build.probed(decision.finalists[0], self.trials)
         final = self.build.final_stage(decision.finalists, probed)
-        places = {RESULT: final}
-        if self.config.budget_mb is not None and final.kind == "merge":
-            places[SMALL] = small_stage(self.config, final.name)
-        for name, stage in places.items():
+        small = self.build.small_stage(final)
+        for name, stage in {RESULT: final, SMALL: small}.items():
+            if stage is None:
+                continue
             found = decided_by_main(lambda one=stage: state_of(one, self.out, self.session))
             if found.state == "differs" and not self.options.overwrite:
                 raise FinalDiffers(

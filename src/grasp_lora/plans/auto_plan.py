@@ -210,6 +210,16 @@ class AutoPlan:
         }
         return Stage(RESULT_STAGE, "merge", self.config, inputs, options)
 
+    def small_stage(self, final: Stage) -> Stage | None:
+        """Return the stage of the result in fewer bytes; None if none is asked for or possible.
+
+        Args:
+            final: the stage of the result; a prompt has no bytes to spare.
+        """
+        if self.config.budget_mb is None or final.kind == "prompt":
+            return None
+        return small_stage(self.config, final.name)
+
     def final(self, finalists: Sequence[Finalist], probed: Input | None) -> str:
         """Add the result, in fewer bytes too if asked, its scoring, and the judging of ratios.
 
@@ -217,17 +227,18 @@ class AutoPlan:
             finalists: what the result is made of.
             probed: the adapter whose ratios (and ranks) are judged; None where they cannot be.
         """
-        final = self.plan.add(self.final_stage(finalists, probed))
+        stage = self.final_stage(finalists, probed)
+        final, small = self.plan.add(stage), self.small_stage(stage)
         first = finalists[0].recipe
         if probed is not None:
             inputs, options = {"adapter": probed}, {"choice": "ratio"}
             self.plan.add(Stage(RATIO_PROBE, "probe", self.config, inputs, options))
-        bare = first.start == "backbone"
-        if self.config.budget_mb is not None and not bare:
-            small = self.plan.add(small_stage(self.config, final))
+        if small is not None:
+            self.plan.add(small)
             if self.tests:
-                self._score(System(small_words(self.config), SMALL, small), {})
+                self._score(System(small_words(self.config), SMALL, small.name), {})
         if self.tests:
+            bare = first.start == "backbone"
             # A prompt that was scored as a simple system is scored again, in its own place.
             options = {"shots": first.shots or None, "shipped": bare}
             self._score(System(RESULT, RESULT, None if bare else final), options)
