@@ -214,8 +214,8 @@ def test_a_run_fits_its_result_into_megabytes_and_scores_it(workplace):
     assert 0 < sum(one.nbytes for one in stored.values()) <= 2000
     assert sum(2 * one.numel() for one in whole.values()) > 2000
     system = next(s for s in read_json(out / "scores.json")["systems"] if s["slug"] == "small")
-    assert (system["name"], system["path"]) == ("the same in 0.002 MB", "small")
-    assert "the same in 0.002 MB" in (out / "report.md").read_text()
+    assert (system["name"], system["path"]) == ("final, in 0.002 MB", "small")
+    assert "final, in 0.002 MB" in (out / "report.md").read_text()
     opened = context.open_context(config, quiet=True)
     tests = opened.rows("target", ["test"])
     with model_with_adapter(opened.backbone, out / "small") as model:

@@ -108,7 +108,7 @@ def small_stage(config: RunConfig, final: Input, name: str = SMALL) -> Stage:
 
 def small_words(config: RunConfig) -> str:
     """Return the name of that result in tables."""
-    return f"the same in {config.budget_mb:g} MB"
+    return f"final, in {config.budget_mb:g} MB"
 
 
 def add_unpruned(
